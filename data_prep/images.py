@@ -1,0 +1,168 @@
+"""Where the raw images lie, in zip files or folders, and how one is read without unpacking anything."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sqlite3
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from vlabs.errors import UserError
+
+IMAGES_SCHEMA = """
+CREATE TABLE images (
+    source TEXT, image_id INTEGER, file TEXT, name TEXT, offset INTEGER, stored INTEGER, size INTEGER, method INTEGER,
+    mark INTEGER, PRIMARY KEY (source, image_id)
+) WITHOUT ROWID
+"""
+
+
+class ImageFile(NamedTuple):
+    """One image: a file of its own (`offset` is None) or a member of a zip file."""
+
+    file: str  # what to open
+    name: str  # what to call it in messages
+    offset: int | None  # of the member's local header
+    stored: int  # bytes in the zip file
+    size: int  # bytes of the image
+    method: int  # the zip file's compression method
+    mark: int  # changes with the content: CRC-32 of a member, time of change of a file
+
+    @classmethod
+    def of_path(cls, path: Path, name: str) -> ImageFile | None:
+        """Return the image at a path, or None where there is no file."""
+        try:
+            status = path.stat()
+        except (OSError, ValueError):  # ValueError: no file system takes such a name
+            return None
+        return cls(str(path), name, None, status.st_size, status.st_size, 0, status.st_mtime_ns)
+
+    @classmethod
+    def of_member(cls, archive: Path, member: zipfile.ZipInfo) -> ImageFile:
+        """Return the image that a member of a zip file is."""
+        return cls(
+            file=str(archive),
+            name=member.filename,
+            offset=member.header_offset,
+            stored=member.compress_size,
+            size=member.file_size,
+            method=member.compress_type,
+            mark=member.CRC,
+        )
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Images that are named by a path inside a folder or a zip file.
+
+    Attributes:
+        location: the folder or zip file.
+        other_suffix: tried where an image is not there under its own name.
+    """
+
+    location: Path
+    other_suffix: str | None = None
+
+    def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile]]:
+        """Yield those of the wanted (image id, name) pairs that are there.
+
+        Raises:
+            UserError: the zip file is damaged.
+        """
+        if self.location.is_dir():
+            for image_id, name in wanted:
+                for candidate in self._candidates(name):
+                    found = ImageFile.of_path(self.location / candidate, candidate)
+                    if found is not None:
+                        yield image_id, found
+                        break
+            return
+        with open_zip(self.location) as archive:
+            for image_id, name in wanted:
+                for candidate in self._candidates(name):
+                    try:
+                        member = archive.getinfo(candidate)
+                    except KeyError:
+                        continue
+                    yield image_id, ImageFile.of_member(self.location, member)
+                    break
+
+    def _candidates(self, name: str) -> tuple[str, ...]:
+        return (name,) if self.other_suffix is None else (name, str(Path(name).with_suffix(self.other_suffix)))
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip file.
+
+    Raises:
+        UserError: it is damaged, as after a download that was cut off.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a whole zip file ({error}): download it again") from None
+
+
+def write_images(connection: sqlite3.Connection, source: str, found: Iterable[tuple[int, ImageFile]]) -> None:
+    """Note where the images of a source are."""
+    rows = ((source, image_id, *image) for image_id, image in found)
+    connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def read_images(connection: sqlite3.Connection, source: str, first: int, last: int) -> dict[int, ImageFile]:
+    """Return the images of a source with ids from `first` to `last`."""
+    rows = connection.execute(
+        "SELECT image_id, file, name, offset, stored, size, method, mark FROM images"
+        " WHERE source = ? AND image_id BETWEEN ? AND ?",
+        (source, first, last),
+    )
+    return {row[0]: ImageFile(*row[1:]) for row in rows}
+
+
+def fingerprint(images: dict[int, ImageFile]) -> str:
+    """Return a hash that changes when one of the raw images does."""
+    lines = (f"{image_id} {image.size} {image.mark}" for image_id, image in sorted(images.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_image(image: ImageFile) -> bytes:
+    """Return the bytes of an image file, having decoded all of it once.
+
+    Raises:
+        ValueError: the file cannot be read, is damaged or truncated, or is no image that PIL knows.
+    """
+    try:
+        content = _read_file(image)
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    return content
+
+
+def _read_file(image: ImageFile) -> bytes:
+    if image.offset is None:
+        return Path(image.file).read_bytes()
+    with open(image.file, "rb") as archive:
+        archive.seek(image.offset)
+        header = archive.read(30)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError("the zip file is damaged here")
+        # The local header's own lengths count: its extra field may differ from the one in the zip file's directory.
+        name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        archive.seek(name_length + extra_length, io.SEEK_CUR)
+        content = archive.read(image.stored)
+    if image.method == zipfile.ZIP_DEFLATED:
+        content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
+    elif image.method != zipfile.ZIP_STORED:
+        raise ValueError(f"zip compression method {image.method} is not supported")
+    if len(content) != image.size or zlib.crc32(content) != image.mark:
+        raise ValueError("the zip file is damaged here (checksum)")
+    return content

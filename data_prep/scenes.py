@@ -1,0 +1,359 @@
+"""The embedded corpus: rendered scenes of several objects, with questions, captions and instance masks.
+
+    python -m data_prep.scenes --size small --out-dir data/scenes
+
+writes the raw formats that the real data sets are downloaded in, so that the same preparation reads both:
+
+    v2_Questions_<Split>_mscoco.zip, v2_Annotations_<Split>_mscoco.zip    VQA v2, ten answers a question
+    <subset>.zip                                                          the images
+    dataset_scenes.json                                                   Karpathy's captions, five an image
+    annotations.zip                                                       COCO instances with visible masks
+    scenes.json                                                           what the corpus holds
+
+Beside train, val and test there are three splits that measure generalisation: `distractors` has more objects than
+training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
+asks longer questions. All answers are public. Every question and caption has one key more than the originals,
+`target_instances`: the COCO annotation ids of the objects it is about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from random import Random
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.question_only import format_table, question_only_accuracy
+from data_prep.scene_questions import Balance, Caption, Question, captions, possible_questions, ten_answers
+from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, render, sample_objects
+from vlabs.errors import UserError, run_cli
+
+ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
+ANSWER_TYPES = {"yes/no": "yes/no", "number": "number"}  # of a question type; every other is "other"
+FEWEST_QUESTIONS = 3  # possible ones, below which a scene is drawn again
+INFO = {"description": "rendered scenes of coloured shapes (vlabs data_prep.scenes)"}
+
+
+class Task(NamedTuple):
+    """Which image to make."""
+
+    size: str
+    split: str
+    number: int  # in the split, from 0
+    seed: int
+
+    @property
+    def image_id(self) -> int:
+        """Unique in the corpus, from 1."""
+        return SPLITS.index(self.split) * ID_STEP + self.number + 1
+
+    @property
+    def file_name(self) -> str:
+        """As in COCO, without the folder."""
+        return f"COCO_{subset_name(self.split)}_{self.image_id:012d}.jpg"
+
+    def random(self, purpose: str) -> Random:
+        """Randomness that depends on nothing but this image, the corpus's seed and what it is for."""
+        return Random(f"{self.seed}/{self.size}/{self.split}/{self.number}/{purpose}")
+
+
+class Scene(NamedTuple):
+    """One finished image and all that can be said about it."""
+
+    task: Task
+    jpeg: bytes
+    instances: list[str]  # COCO annotations, as JSON
+    questions: list[Question]
+    captions: list[Caption]
+
+
+def subset_name(split: str) -> str:
+    """The name of a split in file names, for example `val2014`."""
+    return split + ("2015" if split == "test" else "2014")
+
+
+def make_scenes(size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None) -> None:
+    """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
+
+    Every byte written is a function of size and seed, whatever the number of workers. The work is done in
+    `<out_dir>.partial`, which replaces what an interrupted run left there.
+
+    Args:
+        size: a key of `SIZES`.
+        num_workers: processes that render; every core by default.
+
+    Raises:
+        UserError: for an unknown size, fewer than one worker, or an `out_dir` that holds something else.
+    """
+    out_dir = Path(out_dir)
+    if size not in SIZES:
+        raise UserError(f"size is {size!r}, and has to be one of {', '.join(SIZES)}")
+    workers = _num_cores() if num_workers is None else num_workers
+    if workers < 1:
+        raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
+    if _is_finished(out_dir, size, seed):
+        print(f"{out_dir} holds the {size} scenes of seed {seed} already")
+        return
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    _write_corpus(size, partial, seed, workers)
+    partial.rename(out_dir)
+
+
+def _num_cores() -> int:
+    """The cores this process may use, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_finished(out_dir: Path, size: str, seed: int) -> bool:
+    if not out_dir.exists():
+        return False
+    try:
+        found = json.loads((out_dir / "scenes.json").read_text())
+        same = (found["size"], found["seed"]) == (size, seed)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out_dir} exists and holds no scenes; name a new folder with --out-dir") from None
+    if not same:
+        raise UserError(f"{out_dir} holds scenes of another size or seed; name a new folder with --out-dir")
+    return True
+
+
+# --- one image -----------------------------------------------------------------------------------------------------
+
+
+def make_scene(task: Task) -> Scene:
+    """Draw a scene until its objects show well enough and there is enough to ask and to say."""
+    rng = task.random("scene")
+    size = SIZES[task.size]
+    while True:
+        objects = sample_objects(size, task.split, rng)
+        questions = possible_questions(objects, size, task.split, rng)
+        sentences = captions(objects, rng)
+        if len(questions) < FEWEST_QUESTIONS or sentences is None:
+            continue
+        drawn = render(objects, size.image_size, rng)
+        if drawn is not None:
+            break
+    image, masks = drawn
+    jpeg = io.BytesIO()
+    Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0)
+    instances = [
+        json.dumps(_instance(item, mask, instance_id(task.image_id, index), task.image_id, size.shapes))
+        for index, (item, mask) in enumerate(zip(objects, masks, strict=True))
+    ]
+    return Scene(task, jpeg.getvalue(), instances, questions, sentences)
+
+
+def instance_id(image_id: int, index: int) -> int:
+    """The COCO annotation id of a scene's object."""
+    return image_id * 100 + index
+
+
+def _instance(
+    item: SceneObject, mask: Mask, annotation_id: int, image_id: int, shapes: tuple[str, ...]
+) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": shapes.index(item.shape) + 1,
+        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+        "area": int(np.count_nonzero(mask)),
+        "iscrowd": 0,
+        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
+        "attributes": {"shape": item.shape, "color": item.color, "size": item.size, "fill": item.fill},
+    }
+
+
+def run_lengths(mask: Mask) -> list[int]:
+    """COCO's uncompressed run lengths: down the columns, the first run being of zeros, perhaps none."""
+    pixels = np.concatenate(([False], mask.ravel(order="F")))
+    borders = np.flatnonzero(pixels[1:] != pixels[:-1])
+    lengths: list[int] = np.diff(borders, prepend=0, append=mask.size).tolist()
+    return lengths
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+def _write_corpus(size: str, folder: Path, seed: int, workers: int) -> None:
+    tasks = [Task(size, split, number, seed) for split in SPLITS for number in range(SIZES[size].num_images(split))]
+    start = time.perf_counter()
+    records: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    caption_images: list[str] = []
+    with _mapped(tasks, workers) as made, _new_zip(folder / "annotations.zip") as instances_zip:
+        scenes = tqdm(made, total=len(tasks), unit="image", desc=f"scenes {size}")
+        for split, of_split in groupby(scenes, key=lambda scene: scene.task.split):
+            records[split] = _write_split(split, size, of_split, folder, instances_zip, caption_images)
+    with (folder / "dataset_scenes.json").open("wb") as stream:
+        _write_json(stream, {"dataset": "scenes"}, "images", caption_images)
+    seconds = time.perf_counter() - start
+
+    blind = question_only_accuracy(*records["train"], *records["val"])
+    summary = {
+        "size": size,
+        "seed": seed,
+        "image_size": SIZES[size].image_size,
+        "splits": {
+            split: {
+                "subset": subset_name(split),
+                "images": SIZES[size].num_images(split),
+                "questions": len(records[split][0]),
+            }
+            for split in SPLITS
+        },
+        "held_out_pairs": sorted(SIZES[size].held_out),
+        "question_only_accuracy": {name: round(value, 2) for name, value in blind.items()},
+    }
+    (folder / "scenes.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(format_table(blind))
+    print(f"{len(tasks)} images in {seconds:.1f} s: {len(tasks) / seconds / workers:.0f} images/s a core")
+
+
+@contextmanager
+def _mapped(tasks: list[Task], workers: int) -> Iterator[Iterable[Scene]]:
+    """The scenes in the order of the tasks."""
+    if workers == 1:
+        yield map(make_scene, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap(make_scene, tasks, chunksize=16)
+
+
+def _write_split(
+    split: str,
+    size: str,
+    scenes: Iterable[Scene],
+    folder: Path,
+    instances_zip: zipfile.ZipFile,
+    caption_images: list[str],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write a split's images, instances, questions and answers; returns its (annotations, questions) records."""
+    subset, shapes = subset_name(split), SIZES[size].shapes
+    balance = Balance()
+    annotations: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    instances: list[str] = []
+    with _new_zip(folder / f"{subset}.zip") as images_zip:
+        for scene in scenes:
+            task = scene.task
+            images_zip.writestr(zipfile.ZipInfo(f"{subset}/{task.file_name}"), scene.jpeg)
+            side = SIZES[size].image_size
+            images.append({"id": task.image_id, "file_name": task.file_name, "width": side, "height": side})
+            instances += scene.instances
+            caption_images.append(json.dumps(_caption_image(scene, len(caption_images))))
+            rng = task.random("answers")
+            for number, question in enumerate(balance.choose(scene.questions, rng)):
+                question_id = task.image_id * 1000 + number
+                questions.append({"image_id": task.image_id, "question": question.text, "question_id": question_id})
+                annotations.append(_annotation(task, question, question_id, rng))
+
+    label = split.capitalize()
+    header: dict[str, Any] = {"info": INFO, "license": {"name": "CC0"}, "data_type": "mscoco", "data_subtype": subset}
+    with _new_zip(folder / f"v2_Questions_{label}_mscoco.zip") as archive:
+        name = f"v2_OpenEnded_mscoco_{subset}_questions.json"
+        _add_json(archive, name, {**header, "task_type": "Open-Ended"}, "questions", map(json.dumps, questions))
+    with _new_zip(folder / f"v2_Annotations_{label}_mscoco.zip") as archive:
+        name = f"v2_mscoco_{subset}_annotations.json"
+        _add_json(archive, name, header, "annotations", map(json.dumps, annotations))
+    categories = [{"id": index + 1, "name": shape, "supercategory": "shape"} for index, shape in enumerate(shapes)]
+    header = {"info": INFO, "categories": categories, "images": images}
+    _add_json(instances_zip, f"annotations/instances_{subset}.json", header, "annotations", instances)
+    return annotations, questions
+
+
+def _annotation(task: Task, question: Question, question_id: int, rng: Random) -> dict[str, Any]:
+    given = ten_answers(question.answer, SIZES[task.size], rng)
+    sure = "yes" if len(set(given)) == 1 else "maybe"
+    return {
+        "question_type": question.kind,
+        "multiple_choice_answer": question.answer,
+        "answers": [_answer(answer, sure, number) for number, answer in enumerate(given, 1)],
+        "image_id": task.image_id,
+        "answer_type": ANSWER_TYPES.get(question.kind, "other"),
+        "question_id": question_id,
+        "target_instances": [instance_id(task.image_id, index) for index in question.targets],
+    }
+
+
+@cache
+def _answer(answer: str, confidence: str, number: int) -> dict[str, Any]:
+    """One annotator's answer. There are few different ones, and millions in a large corpus: shared, never changed."""
+    return {"answer": answer, "answer_confidence": confidence, "answer_id": number}
+
+
+def _caption_image(scene: Scene, imgid: int) -> dict[str, Any]:
+    task = scene.task
+    sentids = range(imgid * len(scene.captions), (imgid + 1) * len(scene.captions))
+    return {
+        "filename": task.file_name,
+        "filepath": subset_name(task.split),
+        "imgid": imgid,
+        "cocoid": task.image_id,
+        "split": task.split,
+        "sentids": list(sentids),
+        "sentences": [
+            {
+                "raw": caption.text,
+                "tokens": re.findall(r"\w+", caption.text.lower()),
+                "imgid": imgid,
+                "sentid": sentid,
+                "target_instances": [instance_id(task.image_id, index) for index in caption.targets],
+            }
+            for sentid, caption in zip(sentids, scene.captions, strict=True)
+        ],
+    }
+
+
+def _new_zip(path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path, "w")
+
+
+def _add_json(archive: zipfile.ZipFile, name: str, header: dict[str, Any], key: str, items: Iterable[str]) -> None:
+    member = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend on nothing but the content
+    member.compress_type = zipfile.ZIP_DEFLATED
+    with archive.open(member, "w") as stream:
+        _write_json(stream, header, key, items)
+
+
+def _write_json(stream: IO[bytes], header: dict[str, Any], key: str, items: Iterable[str]) -> None:
+    """The header with one more key, a list of items that are JSON already: a large corpus's list is not built twice."""
+    stream.write(json.dumps(header)[:-1].encode() + b", " + json.dumps(key).encode() + b": [")
+    for number, item in enumerate(items):
+        stream.write((", " if number else "").encode() + item.encode())
+    stream.write(b"]}\n")
+
+
+def main() -> None:
+    """Make the corpus that the command line names."""
+    parser = argparse.ArgumentParser(description="render the embedded corpus of scenes, questions and captions")
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--out-dir", type=Path, required=True, help="a new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-workers", type=int, default=None, help="processes that render (default: every core)")
+    args = parser.parse_args()
+    make_scenes(args.size, args.out_dir, args.seed, args.num_workers)
+
+
+if __name__ == "__main__":
+    run_cli(main)

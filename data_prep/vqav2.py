@@ -1,0 +1,243 @@
+"""Prepare VQA v2 as it is downloaded: question, annotation and image zip files, none of which needs unpacking.
+
+    python -m data_prep.vqav2 --raw-dir downloads --out-dir data/vqav2
+
+Unpacked JSON files and image folders (`train2014/`) do as well. Every split that is there is prepared: `train` of
+train2014, `val` of val2014, `test` of test2015, `test-dev` of test-dev2015, and any other by its name. The answer
+vocabulary is METER's, in METER's order. A run that was stopped goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import ijson
+
+from data_prep.images import ImageStore, open_zip
+from data_prep.pipeline import QuestionIndex, add_options, check_split_name, prepare, read_options
+from vlabs.errors import UserError, run_cli
+from vlabs.metrics.vqa import normalize_answer
+
+_QUESTIONS = re.compile(r"v2_OpenEnded_mscoco_(.+)_questions\.json")
+_ANNOTATIONS = re.compile(r"v2_mscoco_(.+)_annotations\.json")
+_READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """A JSON file, or one inside a zip file, that is read as a stream."""
+
+    path: Path
+    member: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.member is None else f"{self.path} ({self.member})"
+
+    def entries(self, key: str) -> Iterator[dict[str, Any]]:
+        """Yield the entries of the list under a key.
+
+        Raises:
+            UserError: the file is damaged, or an entry is not an object.
+        """
+        for number, entry in enumerate(self._items(f"{key}.item")):
+            if not isinstance(entry, dict):
+                raise UserError(f"{self}: entry {number} of '{key}' is not an object")
+            yield entry
+
+    def text(self, key: str) -> str | None:
+        """Return the text under a key, or None."""
+        value = next(self._items(key), None)
+        return value if isinstance(value, str) else None
+
+    def _items(self, prefix: str) -> Iterator[Any]:
+        try:
+            with self._open() as stream:
+                yield from ijson.items(stream, prefix, buf_size=_READ_BYTES)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise UserError(f"{self} is not a whole JSON file ({error}): download it again") from None
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path} is not a whole zip file ({error}): download it again") from None
+
+    def _open(self) -> IO[bytes]:
+        if self.member is None:
+            return self.path.open("rb")
+        archive = open_zip(self.path)
+        stream = archive.open(self.member)
+        archive.close()  # the file stays open until the member is closed
+        return stream
+
+
+@dataclass(frozen=True)
+class Split:
+    """The raw files of one split; `release` is what its images are called, such as test2015 for test-dev."""
+
+    questions: JsonFile
+    annotations: JsonFile | None
+    release: str
+    store: ImageStore
+
+
+class VQAv2:
+    """The raw files of VQA v2 in one folder.
+
+    Raises:
+        UserError: files are missing; the message names all of them.
+    """
+
+    name = "vqav2"
+
+    def __init__(self, raw_dir: Path) -> None:
+        if not raw_dir.is_dir():
+            raise UserError(f"there is no folder {raw_dir}: --raw-dir is where the downloads of VQA v2 lie")
+        questions, annotations = _find(raw_dir, _QUESTIONS), _find(raw_dir, _ANNOTATIONS)
+        if not questions and not annotations:
+            raise UserError(
+                f"{raw_dir} holds no VQA v2: missing v2_Questions_Train_mscoco.zip, v2_Annotations_Train_mscoco.zip and"
+                " train2014.zip, the same for val with val2014.zip, and v2_Questions_Test_mscoco.zip with test2015.zip"
+                " (https://visualqa.org/download.html; any one split will do)"
+            )
+        missing = [
+            f"v2_Questions_{_zip_name(subset)}_mscoco.zip (v2_OpenEnded_mscoco_{subset}_questions.json)"
+            for subset in sorted(annotations.keys() - questions.keys())
+        ]
+        missing += [
+            f"v2_Annotations_{_zip_name(subset)}_mscoco.zip (v2_mscoco_{subset}_annotations.json)"
+            for subset in sorted(questions.keys() - annotations.keys())
+            if _split_name(subset) in ("train", "val")
+        ]
+        self.splits: dict[str, Split] = {}
+        for subset, file in sorted(questions.items()):
+            split = check_split_name(_split_name(subset), str(file))
+            if split in self.splits:
+                raise UserError(f"{raw_dir} holds two '{split}' splits, {self.splits[split].questions} and {file}")
+            release = file.text("data_subtype")
+            if release is None or not re.fullmatch(r"[\w-]+", release):
+                raise UserError(
+                    f"{file} does not say which images it is about: 'data_subtype' must be one like val2014"
+                )
+            archive, folder = raw_dir / f"{release}.zip", raw_dir / release
+            if not archive.is_file() and not folder.is_dir():
+                missing.append(f"{release}.zip (or the folder {release}/)")
+            store = ImageStore(archive if archive.is_file() else raw_dir, other_suffix=".png")
+            self.splits[split] = Split(file, annotations.get(subset), release, store)
+        if missing:
+            raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
+        json_files = [*questions.values(), *annotations.values()]
+        self.tables: Sequence[Path] = sorted({file.path for file in json_files})
+        places = {
+            split.store.location if split.store.location != raw_dir else raw_dir / split.release
+            for split in self.splits.values()
+        }
+        self.images: Sequence[Path] = sorted(places)
+
+    def image_store(self, split: str) -> tuple[str, ImageStore]:
+        """Return the name of the release that a split's images are of, and where they are."""
+        return self.splits[split].release, self.splits[split].store
+
+    def fill(self, index: QuestionIndex) -> None:
+        """Put all questions and annotations into the index, and count the answers of train and val."""
+        for name, split in self.splits.items():
+            self._fill_questions(index, name, split)
+        # METER's vocabulary is in order of first appearance, train before val.
+        for name in sorted(self.splits, key=lambda name: (name != "train", name != "val", name)):
+            self._fill_annotations(index, name, self.splits[name])
+
+    def _fill_questions(self, index: QuestionIndex, name: str, split: Split) -> None:
+        print(f"reading {split.questions}")
+        number = -1
+        for number, entry in enumerate(split.questions.entries("questions")):
+            where = f"{split.questions}, question {number}"
+            image_id = _get(entry, "image_id", where)
+            index.add_question(
+                where,
+                split=name,
+                image_id=image_id,
+                image_name=f"{split.release}/COCO_{split.release}_{image_id:0>12}.jpg",
+                question_id=_get(entry, "question_id", where),
+                question=_get(entry, "question", where),
+            )
+        if number < 0:
+            raise UserError(f"{split.questions} has no 'questions'")
+
+    def _fill_annotations(self, index: QuestionIndex, name: str, split: Split) -> None:
+        if split.annotations is None:
+            return
+        print(f"reading {split.annotations}")
+        number = -1
+        for number, entry in enumerate(split.annotations.entries("annotations")):
+            where = f"{split.annotations}, annotation {number}"
+            answers = _get(entry, "answers", where)
+            targets = entry.get("target_instances", [])
+            if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+                raise UserError(f"{where}: 'answers' must be a list of objects")
+            if not isinstance(targets, list):
+                raise UserError(f"{where}: 'target_instances' must be a list of whole numbers")
+            index.add_annotation(
+                where,
+                split=name,
+                question_id=_get(entry, "question_id", where),
+                answers=[_get(answer, "answer", where) for answer in answers],
+                answer_type=_get(entry, "answer_type", where),
+                question_type=_get(entry, "question_type", where),
+                target_instances=targets,
+            )
+            if name in ("train", "val"):
+                major = _get(entry, "multiple_choice_answer", where)
+                if not isinstance(major, str):
+                    raise UserError(f"{where}: 'multiple_choice_answer' must be text")
+                index.count_answer(normalize_answer(major))
+        if number < 0:
+            raise UserError(f"{split.annotations} has no 'annotations'")
+
+
+def _get(entry: dict[str, Any], key: str, where: str) -> Any:
+    if key not in entry:
+        raise UserError(f"{where} has no '{key}'")
+    return entry[key]
+
+
+def _split_name(subset: str) -> str:
+    return re.sub(r"\d{4}$", "", subset)
+
+
+def _zip_name(subset: str) -> str:
+    """Return how the official zip file calls a subset: Train for train2014."""
+    return _split_name(subset).split("-")[0].capitalize()
+
+
+def _find(raw_dir: Path, pattern: re.Pattern[str]) -> dict[str, JsonFile]:
+    """Return the JSON files, in zip files or not, whose name fits, by subset (`train2014`)."""
+    files = [JsonFile(path) for path in [*raw_dir.glob("v2_*.json"), *raw_dir.glob("v2_*/v2_*.json")]]
+    for path in sorted(raw_dir.glob("v2_*.zip")):
+        with open_zip(path) as archive:
+            files += [JsonFile(path, member) for member in archive.namelist()]
+    found = {}
+    for file in files:
+        match = pattern.fullmatch(Path(file.member or file.path).name)
+        # Archives made on a Mac hold shadow files (__MACOSX/._v2_...), which the pattern does not fit.
+        if match:
+            found[match[1]] = file
+    return found
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.vqav2", description="Prepare VQA v2 from the files as they are downloaded."
+    )
+    parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded zip files")
+    add_options(parser, min_answer_count=9)
+    arguments = parser.parse_args()
+    options = read_options(arguments)
+    prepare(VQAv2(arguments.raw_dir), arguments.out_dir, options)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,86 @@
+"""Pictures of where a model looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLORMAP = "cividis"  # readable with any colour vision
+
+
+class Panel(NamedTuple):
+    """One question about an image: a map (rows, columns), the lines under the picture, e.g. the answers."""
+
+    question: str
+    map: np.ndarray
+    lines: Sequence[str]
+
+
+def overlay(image: Image.Image, values: np.ndarray, strength: float = 0.75) -> np.ndarray:
+    """Darken an RGB picture where a map is low and tint it where it is high; (H, W, 3) uint8.
+
+    Args:
+        values: (rows, columns), non-negative; shown relative to its own maximum.
+        strength: 0 leaves the picture as it is, 1 leaves nothing where the map is lowest.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    smooth = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    weight = np.asarray(smooth, dtype=np.float32)[..., None] / 255
+    tint = matplotlib.colormaps[COLORMAP](weight[..., 0])[..., :3]
+    mixed = pixels * (1 - strength * (1 - weight)) * (1 - 0.25 * weight) + 0.25 * weight * tint
+    return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def question_figure(image: Image.Image, panels: Sequence[Panel], map_name: str) -> Figure:
+    """The image, and beside it one panel a question: where the model looked for it, and what it answered."""
+    columns = len(panels) + 1
+    figure = Figure(figsize=(3.1 * columns, 3.9), layout="constrained", dpi=150)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    shown = _enlarged(image)
+    axes[0].imshow(shown)
+    axes[0].set_title("image", fontsize=10)
+    for axis, panel in zip(axes[1:], panels, strict=True):
+        axis.imshow(overlay(shown, panel.map))
+        axis.set_title(_wrapped(panel.question, 34), fontsize=10)
+        axis.set_xlabel("\n".join(panel.lines), fontsize=9)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.supxlabel(f"bright: where the model looked ({map_name})", fontsize=8, color="0.4")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure whole or not at all: under a temporary name, then renamed. The suffix chooses the format."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix.lstrip(".") or "png")
+    partial.replace(path)
+    return path
+
+
+def _enlarged(image: Image.Image, side: int = 448) -> Image.Image:
+    """Small pictures are enlarged without smoothing, so that their own pixels stay visible."""
+    factor = side / max(image.size)
+    if factor <= 1:
+        return image
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.NEAREST)
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    # A lone $ would start mathematical text.
+    return "\n".join(lines).replace("$", r"\$")

@@ -1,0 +1,183 @@
+"""Checkpoint files: read without executing anything, rebuilt from the plain data they carry.
+
+A vlabs checkpoint is Lightning's, with one more entry, `"vlabs"`: format, task, architecture (a spec of
+`vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries the same as metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import vlabs.models  # noqa: F401  (fills the registry)
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.registry import build
+from vlabs.models.vlm import VisionLanguageModel
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """A trained model with what is needed to use it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        preprocessing: images and texts to tensors, and the answer vocabulary.
+        task: the task it was trained for, e.g. `vqa`.
+        data: the prepared folder it was trained on and the hash of its manifest.
+        path: the file it was read from.
+    """
+
+    model: VisionLanguageModel
+    preprocessing: Preprocessing
+    task: str
+    data: dict[str, Any]
+    path: Path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file that a path means: itself, or a run folder's best checkpoint, or its last.
+
+    Raises:
+        UserError: there is nothing there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("best.ckpt", "last.ckpt"):
+            if (path / "checkpoints" / name).is_file():
+                return path / "checkpoints" / name
+        raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Rebuild the model of a vlabs checkpoint or export.
+
+    Raises:
+        UserError: no such file, no checkpoint, or not one of vlabs'.
+    """
+    path = find_checkpoint(path)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    return rebuild(content["vlabs"], content["state_dict"], path)
+
+
+def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
+    """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
+    model = build(header["architecture"])
+    assert isinstance(model, VisionLanguageModel)
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the architecture that it names: {error}") from None
+    return Checkpoint(
+        model.eval(), Preprocessing.from_plain(header["preprocessing"]), header["task"], header["data"], path
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors; nothing in it is executed.
+
+    Safetensors come back in the shape of a checkpoint: `state_dict`, and `vlabs` if it is an export of ours.
+
+    Raises:
+        UserError: the file is damaged, not a checkpoint, or holds pickled objects other than inert ones.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            content: dict[str, Any] = {"state_dict": safetensors.torch.load_file(path)}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+        if "vlabs" in metadata:
+            content["vlabs"] = json.loads(metadata["vlabs"])
+        return content
+    try:
+        with _inert_globals(path):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        if "GLOBAL" in str(error):
+            reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
+            raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
+        raise UserError(f"{path} is not a checkpoint: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
+    return loaded
+
+
+class _Inert:
+    """Stands in for a class that a foreign checkpoint names (a callback, say); does nothing with what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
+
+
+@contextmanager
+def _inert_globals(path: Path) -> Iterator[None]:
+    """Allow `argparse.Namespace`, and stand-ins for whatever Lightning class the file names; nothing else."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip: torch.load itself then says what is wrong with the file
+        named = []
+    stand_ins: list[Any] = [(_Inert, name) for name in named if name.startswith(_INERT_MODULES)]
+    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        yield
+
+
+def header_of(
+    model: VisionLanguageModel, preprocessing: Preprocessing, task: str, data: dict[str, Any]
+) -> dict[str, Any]:
+    """The `"vlabs"` entry of a checkpoint."""
+    return {
+        "format": FORMAT,
+        "task": task,
+        "architecture": model.spec,
+        "preprocessing": preprocessing.to_plain(),
+        "data": data,
+    }
+
+
+def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
+
+    The file is written under a temporary name and renamed.
+    """
+    path, out = find_checkpoint(checkpoint), Path(out)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    tensors = {name: value.contiguous() for name, value in content["state_dict"].items() if name.startswith("model.")}
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(content["vlabs"])})
+    partial.replace(out)
+    return out

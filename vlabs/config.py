@@ -1,0 +1,84 @@
+"""Hydra programs that answer a wrong override with one sentence, and resumed runs in their own config."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vlabs.errors import UserError, run_cli
+
+
+def config_dir() -> str:
+    """Where the configs lie: `vlabs/conf` when installed, `conf` beside `vlabs` in a checkout."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "conf", here.parent / "conf"):
+        if (path / "train.yaml").is_file():
+            return str(path)
+    raise UserError(f"the configs are missing from the installation at {here}: install vlabs again")
+
+
+def run_hydra(main: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run `main(config)` as a Hydra program. Errors of the user's become one line and status 1."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours
+    program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(main)
+
+    def run() -> None:
+        try:
+            program()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
+
+    run_cli(run)
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for an error of Hydra or OmegaConf, with the valid choices where it is a wrong name."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in chain:
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
+            parent = cause.parent_node
+            key = cause.full_key or str(cause.key)
+            valid = sorted(str(name) for name in parent) if OmegaConf.is_dict(parent) else []
+            if valid:
+                where = key.rsplit(".", 1)[0] if "." in key else "the config"
+                return (
+                    f"there is no option '{key}': {where} has {', '.join(valid)} (a new one takes a plus: +{key}=...)"
+                )
+    message = str(chain[-1]) if isinstance(error, InstantiationException) else str(error)
+    return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A resolved config as plain data."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def save_config(config: DictConfig, path: Path) -> None:
+    """Write a resolved config, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    OmegaConf.save(OmegaConf.create(plain(config)), partial)
+    partial.replace(path)
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell would take it."""
+    module = Path(sys.argv[0]).stem
+    return shlex.join(["python", "-m", f"vlabs.{module}", *sys.argv[1:]])

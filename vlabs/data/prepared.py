@@ -1,0 +1,76 @@
+"""The prepared form of a data set: what `data_prep` writes and everything else reads.
+
+A folder holds `manifest.json`, `answers.json` (question answering), `tokenizer/tokenizer.json` where a tokenizer was
+trained, and one `datasets` folder a split. A row is an image with the lists of what is asked or said about it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vlabs.errors import UserError
+
+# Goes up when a reader of older folders would misread a newer one.
+FORMAT_VERSION = 1
+
+VQA_FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("int64"),
+        "image": datasets.Value("binary"),  # the file's bytes, unchanged
+        "question_id": datasets.List(datasets.Value("int64")),
+        "question": datasets.List(datasets.Value("string")),
+        # Ten human answers a question as they were written; empty in splits whose answers are kept back.
+        "answers": datasets.List(datasets.List(datasets.Value("string"))),
+        # The vocabulary's answers that score above 0, and the official accuracy of each, in [0, 1].
+        "answer_ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "answer_scores": datasets.List(datasets.List(datasets.Value("float32"))),
+        "answer_type": datasets.List(datasets.Value("string")),
+        "question_type": datasets.List(datasets.Value("string")),
+        # COCO instance annotation ids that a question is about; empty where nobody said.
+        "target_instances": datasets.List(datasets.List(datasets.Value("int64"))),
+    }
+)
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """Return `manifest.json` of a prepared folder.
+
+    Raises:
+        UserError: there is no such folder, or it is not a prepared one.
+    """
+    path = Path(directory) / "manifest.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory} holds no prepared data (no manifest.json): make it with `python -m data_prep.vqav2 "
+            f"--raw-dir RAW --out-dir {directory}` (or data_prep.own for a table), or name another folder"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): prepare the data again") from None
+    return manifest
+
+
+def read_answers(directory: str | Path) -> list[str]:
+    """Return the answer vocabulary of a prepared folder; an answer's index is its id."""
+    path = Path(directory) / "answers.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {directory} was not prepared for question answering")
+    answers: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return answers
+
+
+def load_split(directory: str | Path, split: str) -> datasets.Dataset:
+    """Open one split, memory-mapped.
+
+    Raises:
+        UserError: the folder has no such split; the message names those it has.
+    """
+    splits = sorted(read_manifest(directory)["splits"])
+    if split not in splits:
+        raise UserError(f"{directory} has no split '{split}': choose one of {', '.join(splits)}")
+    return datasets.load_from_disk(str(Path(directory) / split))

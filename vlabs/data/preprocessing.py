@@ -1,0 +1,114 @@
+"""From image bytes and text to tensors: what a checkpoint carries so that it can be used without its training config."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torchvision.transforms import v2
+
+from vlabs.errors import UserError
+
+# CLIP's, which METER uses for every image encoder.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything between raw input and tensors, as plain data.
+
+    Attributes:
+        image_size: side of the square input in pixels.
+        tokenizer: the `tokenizers` JSON of the text encoder's tokenizer.
+        max_length: tokens at most, special tokens included; longer text is cut.
+        pad_to_max_length: pad every text to `max_length` and not to the longest of its batch.
+        answers: the answer vocabulary, by answer id; empty for other tasks.
+        mean, std: of the image channels, for values in [0, 1].
+    """
+
+    image_size: int
+    tokenizer: str
+    max_length: int = 50
+    pad_to_max_length: bool = False
+    answers: tuple[str, ...] = ()
+    mean: tuple[float, ...] = IMAGE_MEAN
+    std: tuple[float, ...] = IMAGE_STD
+    pad_token_id: int = field(default=1)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
+        """Rebuild from `to_plain`'s dictionary."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a JSON-able dictionary."""
+        names = self.__dataclass_fields__
+        plain = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @cached_property
+    def resize(self) -> v2.Transform:
+        """Shorter side to `image_size`, bicubic, then the centre square."""
+        return v2.Compose(
+            [
+                v2.Resize(self.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.CenterCrop(self.image_size),
+            ]
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        tokenizer.enable_truncation(self.max_length)
+        tokenizer.no_padding()
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the text encoder needs an embedding for."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def image(self, image: Image.Image) -> Tensor:
+        """Resize, crop and normalise one RGB picture to (3, image_size, image_size)."""
+        return self.normalize(self.resize(image))
+
+    def normalize(self, image: Image.Image) -> Tensor:
+        """An RGB picture of the right size to a normalised float tensor (3, H, W)."""
+        tensor = v2.functional.pil_to_tensor(image).float().div_(255)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return tensor.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut to `max_length`, not padded."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Pad token ids to one length: `input_ids` and `attention_mask`, both int64 (n, T)."""
+        length = self.max_length if self.pad_to_max_length else max((len(row) for row in ids), default=0)
+        input_ids = torch.full((len(ids), length), self.pad_token_id)
+        attention_mask = torch.zeros((len(ids), length), dtype=torch.int64)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = torch.tensor(tokens)
+            attention_mask[row, : len(tokens)] = 1
+        return input_ids, attention_mask
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode image bytes to an RGB picture.
+
+    Raises:
+        UserError: not an image, or a truncated one; the message says `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is not a whole image that can be decoded: {error}") from None

@@ -1,0 +1,87 @@
+"""Which questions form a batch: grouped by image, a pure function of (seed, epoch), and shared out over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Group(NamedTuple):
+    """One image and some of its questions: row of the split, and positions in the row's lists."""
+
+    row: int
+    questions: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """One batch before it is read: the epoch (augmentation depends on it) and its groups."""
+
+    epoch: int
+    groups: list[Group]
+
+
+class GroupSampler(Sampler[Plan]):
+    """Yields the batches of an epoch as plans. Each question comes exactly once an epoch.
+
+    Args:
+        rows, positions: (Q,) for every question its row, ascending, and its position in the row.
+        questions_per_image: questions of one image that go into a batch together; 0 for all of them.
+        batch_size: questions a batch, at most (an image with more questions than that is a batch of its own).
+        shuffle: draw the questions of a group and the order of groups anew each epoch; else keep the stored order.
+        seed: of the shuffling.
+        rank, world_size: this process and how many there are. Training gives every rank the same number of batches.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        questions_per_image: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.rows, self.positions = rows, positions
+        self.start_of_row = np.searchsorted(rows, rows)  # index of the first question of the same row
+        self.per_image = questions_per_image or max(1, int(np.bincount(rows).max(initial=0)))
+        self.groups_per_batch = max(1, batch_size // self.per_image)
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.rank, self.world_size = rank, world_size
+        rank_in_row = np.arange(len(rows)) - self.start_of_row
+        self.num_groups = int((rank_in_row % self.per_image == 0).sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_step = self.groups_per_batch * self.world_size
+        full, rest = divmod(self.num_groups, per_step)
+        if self.shuffle:
+            return full + (rest >= self.world_size)
+        return full + (rest > self.rank)
+
+    def __iter__(self) -> Iterator[Plan]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = np.arange(len(self.rows))
+        if self.shuffle:
+            order = np.lexsort((rng.random(len(self.rows)), self.rows))
+        # `order` keeps rows together, so a group is a run of per_image questions of one row.
+        starts = np.flatnonzero((np.arange(len(order)) - self.start_of_row) % self.per_image == 0)
+        ends = np.append(starts[1:], len(order))
+        group_order = rng.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
+        per_step = self.groups_per_batch * self.world_size
+        for step in range(len(self)):
+            mine = group_order[step * per_step : (step + 1) * per_step][self.rank :: self.world_size]
+            groups = []
+            for index in mine:
+                questions = order[starts[index] : ends[index]]
+                groups.append(
+                    Group(int(self.rows[questions[0]]), tuple(int(p) for p in np.sort(self.positions[questions])))
+                )
+            yield Plan(self.epoch, groups)

@@ -1,0 +1,36 @@
+"""Where a text encoder's tokenizer comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlabs.errors import UserError
+
+
+def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
+    """The `tokenizers` JSON of a RoBERTa by hub name or local folder, or of the one trained with the prepared data.
+
+    Raises:
+        UserError: it is not there; the message says which local path to pass.
+    """
+    if name_or_path is None:
+        path = data_dir / "tokenizer" / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing: prepare the data with --vocab-size, or pass data.tokenizer=DIR of a RoBERTa"
+            )
+        return path.read_text(encoding="utf-8")
+    local = Path(name_or_path) / "tokenizer.json"
+    if local.is_file():
+        return local.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        raise UserError(
+            f"the tokenizer {name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: "
+            "download it where there is a network, with `hf download FacebookAI/roberta-base --local-dir DIR`, "
+            "and pass data.tokenizer=DIR"
+        ) from None
+    return str(tokenizer.backend_tokenizer.to_str())

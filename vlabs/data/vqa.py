@@ -1,0 +1,310 @@
+"""VQA batches from prepared data: images once, their questions beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlabs.data.prepared import load_split, read_answers, read_manifest
+from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.data.sampling import GroupSampler, Plan
+from vlabs.data.tokenizer import read_tokenizer
+from vlabs.errors import UserError
+
+
+class VQABatch(NamedTuple):
+    """n questions about B images.
+
+    Attributes:
+        images: (B, 3, H, W), normalised.
+        input_ids, attention_mask: (n, T).
+        image_index: (n,), the position in `images` of each question's image; None where question i is about image i.
+        image_ids: (n,), the data set's id of each question's image.
+        targets: (n, answers), the official accuracy of every vocabulary answer, in [0, 1].
+        question_ids, questions, answer_types, question_types: n each.
+        answers: n lists of human answers, empty where they are kept back.
+        skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
+    """
+
+    images: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_index: Tensor | None
+    image_ids: Tensor
+    targets: Tensor
+    question_ids: list[int]
+    questions: list[str]
+    answer_types: list[str]
+    question_types: list[str]
+    answers: list[list[str]]
+    skipped: list[int]
+
+
+class VQADataset(Dataset[VQABatch]):
+    """Reads whole batches: indexed by a `Plan`, gives a `VQABatch`.
+
+    Args:
+        rows: prepared rows (see `vlabs.data.prepared.VQA_FEATURES`).
+        preprocessing: images and texts to tensors, and the answer vocabulary.
+        rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
+        seed: of the augmentation, which is a function of (seed, epoch, image id).
+        on_bad: `error`, or `skip` to leave out images that cannot be decoded.
+        with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        preprocessing: Preprocessing,
+        rand_augment: str | None = None,
+        seed: int = 0,
+        on_bad: str = "error",
+        with_targets: bool = True,
+    ) -> None:
+        self.rows = rows
+        self.preprocessing = preprocessing
+        fill = tuple(round(255 * value) for value in preprocessing.mean)
+        self.augment = rand_augment_transform(rand_augment, {"img_mean": fill}) if rand_augment else None
+        self.seed = seed
+        self.on_bad = on_bad
+        self.with_targets = with_targets
+
+    def __getitem__(self, plan: Plan) -> VQABatch:
+        images: list[Tensor] = []
+        index: list[int] = []
+        chosen: list[tuple[dict[str, Any], int]] = []
+        skipped: list[int] = []
+        for group in plan.groups:
+            row = self.rows[group.row]
+            try:
+                image = decode_image(row["image"], f"image {row['image_id']}")
+            except UserError as error:
+                if self.on_bad != "skip":
+                    raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
+                print(f"left out: {error}", file=sys.stderr)
+                skipped.append(row["image_id"])
+                continue
+            images.append(self._tensor(image, plan.epoch, row["image_id"]))
+            for position in group.questions:
+                index.append(len(images) - 1)
+                chosen.append((row, position))
+        return self._batch(images, index, chosen, skipped)
+
+    def _tensor(self, image: Image.Image, epoch: int, image_id: int) -> Tensor:
+        image = self.preprocessing.resize(image)
+        if self.augment is not None:
+            with _seeded(self.seed, epoch, image_id):
+                image = self.augment(image)
+        return self.preprocessing.normalize(image)
+
+    def _batch(
+        self, images: list[Tensor], index: list[int], chosen: list[tuple[dict[str, Any], int]], skipped: list[int]
+    ) -> VQABatch:
+        size = self.preprocessing.image_size
+        texts = [row["question"][position] for row, position in chosen]
+        input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(texts))
+        targets = torch.zeros(len(chosen), len(self.preprocessing.answers))
+        for n, (row, position) in enumerate(chosen):
+            if self.with_targets and row["answer_ids"][position]:
+                targets[n, row["answer_ids"][position]] = torch.tensor(row["answer_scores"][position])
+        one_each = index == list(range(len(images)))
+        return VQABatch(
+            images=torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_index=None if one_each else torch.tensor(index),
+            image_ids=torch.tensor([row["image_id"] for row, _ in chosen], dtype=torch.int64),
+            targets=targets,
+            question_ids=[row["question_id"][position] for row, position in chosen],
+            questions=texts,
+            answer_types=[row["answer_type"][position] for row, position in chosen],
+            question_types=[row["question_type"][position] for row, position in chosen],
+            answers=[row["answers"][position] for row, position in chosen],
+            skipped=skipped,
+        )
+
+
+class VQADataModule(pl.LightningDataModule):
+    """Batches of a prepared VQA folder.
+
+    Args:
+        dir: the prepared folder.
+        image_size: side of the square input in pixels.
+        batch_size: questions a step on each device; the batch of an optimiser step is this times devices times
+            `trainer.accumulate_grad_batches`.
+        eval_batch_size: questions a step in evaluation; `batch_size` if not given.
+        questions_per_image: questions of one image that share its first pass in a training step.
+        train_split: `train`, or `train+val` without the images of `minival`.
+        val_split: a split, or `minival`: the last `minival_images` images of val.
+        max_length: tokens a question at most.
+        tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
+        rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
+        num_workers: loader processes.
+        on_bad: `error` or `skip`, for images that cannot be decoded.
+        seed: of shuffling and augmentation.
+        preprocessing: of a checkpoint, in place of `image_size`, `max_length`, `tokenizer` and the data's vocabulary.
+
+    Raises:
+        UserError: no prepared data there, an unknown split, no tokenizer.
+    """
+
+    def __init__(
+        self,
+        dir: str | Path,
+        image_size: int = 224,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        questions_per_image: int = 1,
+        train_split: str = "train",
+        val_split: str = "val",
+        minival_images: int = 1000,
+        max_length: int = 50,
+        tokenizer: str | None = None,
+        rand_augment: str | None = None,
+        num_workers: int = 2,
+        on_bad: str = "error",
+        seed: int = 0,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("train_split", train_split, ("train", "train+val")),
+            ("on_bad", on_bad, ("error", "skip")),
+        ):
+            if value not in choices:
+                raise UserError(f"data.{name}={value}: choose one of {', '.join(choices)}")
+        for name, number in (("image_size", image_size), ("batch_size", batch_size), ("max_length", max_length)):
+            if number < 1:
+                raise UserError(f"data.{name}={number} must be at least 1")
+        self.dir = Path(dir)
+        self.manifest = read_manifest(dir)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.questions_per_image = questions_per_image
+        self.train_split, self.val_split = train_split, val_split
+        self.minival_images = minival_images
+        self.rand_augment = rand_augment
+        self.num_workers = num_workers
+        self.on_bad = on_bad
+        self.seed = seed
+        self.preprocessing = preprocessing or Preprocessing(
+            image_size=image_size,
+            tokenizer=read_tokenizer(tokenizer, self.dir),
+            max_length=max_length,
+            answers=tuple(read_answers(dir)),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of its data: the folder and the hash of its manifest."""
+        manifest = (self.dir / "manifest.json").read_bytes()
+        return {"dir": str(self.dir.resolve()), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+
+    def rows(self, split: str) -> datasets.Dataset:
+        """The rows of a split, `minival` and `train+val` included.
+
+        Raises:
+            UserError: no such split, or too few images in val for a minival.
+        """
+        if split not in ("minival", "train+val"):
+            return load_split(self.dir, split)
+        val = load_split(self.dir, "val")
+        rest = len(val) - self.minival_images
+        if rest < 0 or (split == "train+val" and rest == 0):
+            raise UserError(
+                f"{self.dir} has {len(val)} images in val, too few for a minival of {self.minival_images}: "
+                "pass a smaller data.minival_images"
+            )
+        if split == "minival":
+            return val.select(range(rest, len(val)))
+        return datasets.concatenate_datasets([load_split(self.dir, "train"), val.select(range(rest))])
+
+    def answer_types(self, split: str) -> list[str]:
+        """The answer types that occur in a split, sorted."""
+        column = self.rows(split).data.column("answer_type")
+        return sorted(value for value in pc.unique(pc.list_flatten(column)).to_pylist() if value)
+
+    def train_dataloader(self) -> DataLoader[VQABatch]:
+        """Training batches: questions whose answers are all outside the vocabulary are left out."""
+        return self._loader(self.rows(self.train_split), training=True)
+
+    def val_dataloader(self) -> DataLoader[VQABatch]:
+        """Validation batches: every question."""
+        return self.eval_dataloader(self.val_split)
+
+    def eval_dataloader(self, split: str, with_targets: bool = True) -> DataLoader[VQABatch]:
+        """Every question of a split, in stored order, all questions of an image together."""
+        return self._loader(self.rows(split), training=False, with_targets=with_targets)
+
+    def _loader(self, rows: datasets.Dataset, training: bool, with_targets: bool = True) -> DataLoader[VQABatch]:
+        question_rows, positions = list_questions(rows, only_answerable=training)
+        if not len(question_rows):
+            raise UserError(f"{self.dir} has no question to {'train on' if training else 'evaluate'}")
+        distributed = dist.is_available() and dist.is_initialized()
+        sampler = GroupSampler(
+            question_rows,
+            positions,
+            self.questions_per_image if training else 0,
+            self.batch_size if training else self.eval_batch_size,
+            shuffle=training,
+            seed=self.seed,
+            rank=dist.get_rank() if distributed else 0,
+            world_size=dist.get_world_size() if distributed else 1,
+        )
+        dataset = VQADataset(
+            rows, self.preprocessing, self.rand_augment if training else None, self.seed, self.on_bad, with_targets
+        )
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=training and self.num_workers > 0,
+        )
+
+
+def list_questions(rows: datasets.Dataset, only_answerable: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Row and position in its row of every question, both (Q,); optionally only those with a vocabulary answer."""
+    table = rows.data
+    counts = pc.list_value_length(table.column("question_id")).to_numpy()
+    question_rows = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(len(question_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if only_answerable:
+        answers = pc.list_flatten(table.column("answer_ids"))
+        if isinstance(answers, pa.ChunkedArray):
+            answers = answers.combine_chunks()
+        keep = pc.list_value_length(answers).to_numpy(zero_copy_only=False) > 0
+        question_rows, positions = question_rows[keep], positions[keep]
+    return question_rows, positions
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Run timm's augmentation, which draws from the global generators of random and numpy, from a seed of its own."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,38 @@
+"""The embedded corpus as a data module: rendered and prepared on first use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pytorch_lightning.utilities import rank_zero_info
+
+from vlabs.data.vqa import VQADataModule
+
+
+def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
+    """The `scenes` corpus of a size, made in `dir` if it is not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        dir: the prepared folder; the raw files go to `dir` with `-raw` added.
+        options: of `VQADataModule`.
+    """
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scenes import make_scenes
+    from data_prep.vqav2 import VQAv2
+
+    directory = Path(dir)
+    real = "to use real data: data=vqav2 data.dir=FOLDER, made by `python -m data_prep.vqav2`"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / "manifest.json").is_file():
+            rank_zero_info(f"data: the embedded corpus scenes-{size} in {directory}; {real}")
+        else:
+            rank_zero_info(f"data: making the embedded corpus scenes-{size} in {directory}; {real}")
+            raw = directory.with_name(directory.name + "-raw")
+            make_scenes(size, raw)
+            prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+    return VQADataModule(directory, **options)

@@ -1,0 +1,82 @@
+"""Start a run from another run's weights: another resolution, another task's head, another top-down variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from vlabs.checkpoint import find_checkpoint, read_tensors
+from vlabs.errors import UserError
+from vlabs.models.vlm import VisionLanguageModel
+
+
+@dataclass
+class Initialized:
+    """What became of every parameter, by name.
+
+    Attributes:
+        source: the checkpoint.
+        loaded: taken as they were.
+        resampled: interpolated to another resolution or patch size.
+        left_out: in the checkpoint, but without a place of their shape in this model.
+        new: in this model, but not in the checkpoint: they keep their fresh values.
+    """
+
+    source: Path
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+
+    def report(self) -> str:
+        """A few lines: counts, and every name but those that were simply loaded."""
+        lines = [f"init: {len(self.loaded)} parameters loaded from {self.source}"]
+        for what, names in (("resampled", self.resampled), ("left out", self.left_out), ("newly made", self.new)):
+            if names:
+                lines.append(f"  {what} ({len(names)}): {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
+    """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
+
+    Raises:
+        UserError: no such checkpoint, or no parameter of it fits.
+    """
+    path = find_checkpoint(source)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"init={source}: {path} is not a vlabs checkpoint")
+    state = {
+        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
+    }
+    own: dict[str, Tensor] = dict(model.state_dict())
+    result = Initialized(path)
+    chosen: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in own and own[name].shape == value.shape:
+            chosen[name] = value
+            result.loaded.append(name)
+        elif name in own and (resampled := _resample(name, value, own[name], model)) is not None:
+            chosen[name] = resampled
+            result.resampled.append(name)
+        else:
+            result.left_out.append(name)
+    result.new = [name for name in own if name not in chosen]
+    if not chosen:
+        raise UserError(f"init={source}: no parameter of it fits this model")
+    nn.Module.load_state_dict(model, chosen, strict=False)
+    return result
+
+
+def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel) -> Tensor | None:
+    vision = model.vision
+    if name == "vision.vit.pos_embed" and value.shape[-1] == target.shape[-1]:
+        prefix = 0 if vision.vit.no_embed_class else vision.num_prefix_tokens
+        return resample_abs_pos_embed(value, list(vision.grid_size), num_prefix_tokens=prefix)
+    if name == "vision.vit.patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
+        return resample_patch_embed(value, list(target.shape[-2:]))
+    return None

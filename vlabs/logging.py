@@ -1,0 +1,83 @@
+"""Loggers of a run: metrics.csv always, W&B by default."""
+
+from __future__ import annotations
+
+import csv
+import netrc
+import os
+import warnings
+from pathlib import Path
+from urllib.parse import urlparse
+
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_info
+
+
+def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogger:
+    """Log to RUN_DIR/metrics.csv.
+
+    Args:
+        resumed_step: the optimiser step that a resumed run goes on from: rows before it are kept.
+    """
+    path = Path(run_dir) / "metrics.csv"
+    kept: list[dict[str, str]] = []
+    header: list[str] = []
+    if resumed_step is not None and path.is_file():
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            kept = [row for row in reader if int(row["step"]) < resumed_step]
+    logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory")
+        experiment = logger.experiment  # Lightning deletes an old metrics.csv here
+    if header:
+        experiment.metrics_keys = header
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=header)
+            writer.writeheader()
+            writer.writerows(kept)
+    return logger
+
+
+def wandb_logger(
+    project: str, save_dir: str | Path, name: str | None = None, group: str | None = None, mode: str | None = None
+) -> WandbLogger:
+    """Log to Weights & Biases: online when the user is logged in, else offline. Never asks, never waits.
+
+    Args:
+        mode: `online` or `offline` to decide it; W&B's own WANDB_MODE decides before that.
+    """
+    save_dir = Path(save_dir)
+    mode = os.environ.get("WANDB_MODE") or mode or ("online" if _logged_in() else "offline")
+    id_file = save_dir / "wandb" / "run_id"
+    run_id = id_file.read_text().strip() if id_file.is_file() else None
+    logger = WandbLogger(
+        project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow"
+    )
+    if mode == "offline":
+        rank_zero_info(
+            f"W&B: not logged in, so this run is recorded offline; upload it with `wandb sync {save_dir}/wandb/offline-run-*`"
+        )
+    return logger
+
+
+def remember_run_id(logger: WandbLogger) -> None:
+    """Keep the W&B run's id in the run folder, so that a resumed run goes on in the same W&B run."""
+    path = Path(logger.save_dir or ".") / "wandb" / "run_id"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(logger.experiment.id))
+
+
+def _logged_in() -> bool:
+    """Whether W&B would find credentials: its environment variables, or the netrc entry that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

@@ -1,0 +1,5 @@
+"""Models: tensors in, tensors out. Importing this package fills the registry that checkpoints are rebuilt from."""
+
+from vlabs.models import absvit, fusion, heads, prior, text, topdown, vlm
+
+__all__ = ["absvit", "fusion", "heads", "prior", "text", "topdown", "vlm"]

@@ -1,0 +1,265 @@
+"""The image encoder: a timm ViT that can be run a second time with a top-down signal inside its attention.
+
+"Top-Down Visual Attention from Analysis by Synthesis" (Shi, Darrell, Wang; CVPR 2023), section 5.1:
+
+    z = norm(block_L(… block_1(embed(x))))                      bottom-up pass
+    t ← A_l t, td_l = B_l t   from the modulated z downwards    feedback
+    v ← v + (W_v td_l + b_v) in the attention of every block    second pass; q and k stay as they are
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vlabs.errors import UserError
+from vlabs.models.registry import register
+from vlabs.models.topdown import FeedbackDecoder, TopDown
+
+
+@dataclass
+class BottomUp:
+    """The first pass over B images and all that no prior changes.
+
+    Attributes:
+        tokens: (B, N, D), z: the output tokens after the final norm (the mean-token classifier has no such norm).
+        hidden: (B, N, D), the output of the last block before the final norm.
+        embedded: (B, N, D), the input of the first block, which is the same in both passes.
+        first_qkv: (B, N, 3D), q, k, v of the first block, which sees the same input in both passes.
+        prepared: the top-down variant's own part, for every block (B, N, D); empty where it has none.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    embedded: Tensor
+    first_qkv: Tensor
+    prepared: list[Tensor]
+
+
+@dataclass
+class VisionTokens:
+    """What the encoder sees of an image under a prior, for n priors.
+
+    Attributes:
+        tokens: (n, N, D), after the final norm.
+        hidden: (n, N, D), before the final norm: its norm is the paper's attention map.
+        token_weights: (n, N) in [0, 1], the similarity of prior and token; None without feedback.
+        reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    token_weights: Tensor | None = None
+    reconstruction: Tensor | None = None
+
+
+@register
+class AbSViT(nn.Module):
+    """A ViT with feedback. Without a `topdown` it is the plain ViT, and a prior changes nothing.
+
+    Args:
+        architecture: the name of a timm `VisionTransformer` with a class token, e.g. `vit_base_patch16_224`.
+        img_size: side of the square input in pixels.
+        patch_size: side of a patch in pixels.
+        topdown: what a prior adds inside attention, or None.
+        global_pool: `token` ([cls], final norm on every token) or `avg` (mean token, norm after the mean).
+        num_classes: size of timm's classification head; 0 for none.
+        vit_options: any other argument of timm's `VisionTransformer` (`embed_dim`, `depth`, `num_heads`, …).
+
+    Raises:
+        UserError: timm does not know the architecture, or it is not a pre-norm ViT with a class token.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        img_size: int = 224,
+        patch_size: int = 16,
+        topdown: TopDown | None = None,
+        global_pool: str = "token",
+        num_classes: int = 0,
+        **vit_options: Any,
+    ) -> None:
+        super().__init__()
+        self.vit = create_vit(
+            architecture,
+            img_size=img_size,
+            patch_size=patch_size,
+            global_pool=global_pool,
+            num_classes=num_classes,
+            **vit_options,
+        )
+        self.topdown = topdown
+        depth = len(self.vit.blocks) if topdown is not None else 0
+        self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))
+
+    @property
+    def width(self) -> int:
+        """D, the size of a token."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: [cls] and registers."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    def encode(self, images: Tensor) -> BottomUp:
+        """The bottom-up pass, and what the top-down variant can prepare without a prior.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+        """
+        vit = self.vit
+        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        first: Attention = vit.blocks[0].attn
+        first_qkv = first.qkv(vit.blocks[0].norm1(embedded))
+        hidden = embedded
+        for index, block in enumerate(vit.blocks):
+            hidden = _run_block(block, hidden, qkv=first_qkv if index == 0 else None)
+        tokens = vit.norm(hidden)
+        prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
+        return BottomUp(tokens, hidden, embedded, first_qkv, prepared)
+
+    def attend(
+        self,
+        bottom_up: BottomUp,
+        prior: Tensor | None,
+        image_index: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+    ) -> VisionTokens:
+        """The second pass: the images again, each under a prior.
+
+        Args:
+            bottom_up: the first pass over B images.
+            prior: ξ, (n, D); not read without feedback.
+            image_index: (n,) the image of each prior; None means that prior i belongs to image i.
+            reconstruct: also compute the reconstruction loss (training).
+        """
+        if self.topdown is None:
+            return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index))
+        if prior is None:
+            raise ValueError("an encoder with feedback needs a prior")
+        tokens = _pick(bottom_up.tokens, image_index)
+        signal = self.topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
+        hidden = _pick(bottom_up.embedded, image_index)
+        reconstruction = hidden.new_zeros(()) if reconstruct else None
+        for index, block in enumerate(self.vit.blocks):
+            qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
+            output = _run_block(block, hidden, top_down=signal.value(index), qkv=qkv)
+            if reconstruction is not None:
+                decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
+                reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach())
+            hidden = output
+        return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
+
+    def feedback(self, tokens: Tensor) -> list[Tensor]:
+        """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v."""
+        signals = []
+        for decoder, block in zip(reversed(self.decoders), reversed(self.vit.blocks), strict=True):
+            tokens = decoder.linear(tokens)  # type: ignore[operator]
+            signals.append(F.linear(decoder.linear2(tokens), _value_weight(block.attn)))  # type: ignore[operator]
+        return signals[::-1]
+
+
+@register
+class AbSViTClassifier(nn.Module):
+    """AbSViT as an ImageNet classifier: without text, ξ is a trainable vector (paper, section 5.1).
+
+    Args:
+        encoder: an AbSViT with a classification head.
+    """
+
+    def __init__(self, encoder: AbSViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.prompt = nn.Parameter(torch.empty(encoder.width))
+        nn.init.trunc_normal_(self.prompt, std=0.02)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, VisionTokens]:
+        """Classify (B, 3, H, W): logits after feedback and of the bottom-up pass, both (B, K), and the second pass."""
+        bottom_up = self.encoder.encode(images)
+        prior = self.prompt.expand(images.shape[0], -1)
+        seen = self.encoder.attend(bottom_up, prior, reconstruct=True)
+        head = self.encoder.vit.forward_head
+        return head(seen.tokens), head(bottom_up.tokens), seen
+
+
+def create_vit(architecture: str, **options: Any) -> VisionTransformer:
+    """A timm `VisionTransformer` with fresh weights, checked to be one that feedback can be added to.
+
+    Raises:
+        UserError: see `AbSViT`.
+    """
+    if architecture not in timm.list_models():
+        near = ", ".join(timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8])
+        raise UserError(f"timm has no model '{architecture}' (near it: {near or 'vit_base_patch16_224'})")
+    try:
+        vit = timm.create_model(architecture, pretrained=False, **options)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        if type_error := _not_a_vit(architecture):
+            raise UserError(type_error) from None
+        raise UserError(f"timm cannot build {architecture} with {options}: {error}") from None
+    plain = (
+        type(vit) is VisionTransformer
+        and vit.has_class_token
+        and all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
+        and all(getattr(block.attn, "gate", None) is None for block in vit.blocks)
+    )
+    if not plain:
+        raise UserError(_refusal(architecture))
+    return vit
+
+
+def _refusal(architecture: str) -> str:
+    return (
+        f"{architecture} cannot be an AbSViT: it must be a timm VisionTransformer with a class token and pre-norm "
+        "blocks, such as vit_base_patch16_224"
+    )
+
+
+def _not_a_vit(architecture: str) -> str | None:
+    entry = timm.model_entrypoint(architecture)
+    return None if entry.__module__.endswith("vision_transformer") else _refusal(architecture)
+
+
+def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
+    return per_image if image_index is None else per_image.index_select(0, image_index)
+
+
+def _value_weight(attn: Attention) -> Tensor:
+    return attn.qkv.weight[2 * attn.attn_dim :]
+
+
+def _run_block(block: Block, x: Tensor, top_down: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
+    """timm's pre-norm block with `v ← v + (W_v td + b_v)`; `top_down` is W_v td without the bias, (n, N, D)."""
+    attn = block.attn
+    if qkv is None:
+        qkv = attn.qkv(block.norm1(x))
+    if top_down is not None:
+        if attn.qkv.bias is not None:
+            top_down = top_down + attn.qkv.bias[2 * attn.attn_dim :]
+        q, k, v = qkv.split(attn.attn_dim, dim=-1)
+        v = v + top_down
+    else:
+        q, k, v = qkv.split(attn.attn_dim, dim=-1)
+    q, k, v = (t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
+    mixed = F.scaled_dot_product_attention(
+        attn.q_norm(q), attn.k_norm(k), v, dropout_p=attn.attn_drop.p if attn.training else 0.0
+    )
+    mixed = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
+    x = x + block.drop_path1(block.ls1(mixed))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -1,0 +1,167 @@
+"""METER's co-attention: two streams of post-norm layers, each reading the other's previous state (Dou et al., 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlabs.models.registry import register
+
+
+class FusionAttention(nn.Module):
+    """Multi-head attention with residual and post-norm: `norm(x + out(attention(x, context)))`."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x (n, S, D) reads context (n, T, D); mask (n, T) is True where the context may be read."""
+        mixed = F.scaled_dot_product_attention(
+            self._heads(self.query(x)),
+            self._heads(self.key(context)),
+            self._heads(self.value(context)),
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        mixed = self.out(mixed.transpose(1, 2).flatten(2))
+        return self.norm(x + F.dropout(mixed, self.dropout, self.training))
+
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """How much each of x (n, S, D) reads of each of the context (n, T, D): (n, S, T), mean over heads."""
+        q, k = self._heads(self.query(x)), self._heads(self.key(context))
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
+
+
+class FusionLayer(nn.Module):
+    """Self-attention, cross-attention to the other stream, feed-forward; each with residual and post-norm."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = FusionAttention(width, num_heads, dropout)
+        self.cross_attention = FusionAttention(width, num_heads, dropout)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = dropout
+
+    def forward(
+        self, x: Tensor, other: Tensor, mask: Tensor | None, other_mask: Tensor | None, first_only: bool = False
+    ) -> Tensor:
+        """Update x (n, S, D), or with `first_only` just its first token (n, 1, D), which is all that a pooler reads."""
+        query = x[:, :1] if first_only else x
+        query = self.self_attention(query, x, mask)
+        query = self.cross_attention(query, other, other_mask)
+        update = self.contract(F.gelu(self.expand(query)))
+        return self.norm(query + F.dropout(update, self.dropout, self.training))
+
+
+@dataclass
+class Fused:
+    """What the fusion makes of n pairs.
+
+    Attributes:
+        pooled: (n, 2D), each stream's first token through dense and tanh, text first.
+        text: (n, T, D), image: (n, N, D): the streams' states; one token each when only the pooled output was asked.
+        image_read: (n, N), how much the text's first token reads of each image token in the last layer; when asked.
+    """
+
+    pooled: Tensor
+    text: Tensor
+    image: Tensor
+    image_read: Tensor | None = None
+
+
+@register
+class CoAttentionFusion(nn.Module):
+    """N pairs of layers over text and image tokens, each stream mapped to the fusion width and marked with its type.
+
+    Args:
+        text_dim, image_dim: widths of the two encoders.
+        width, depth, num_heads: of the fusion.
+        mlp_ratio: feed-forward width over `width`.
+        dropout: on attention, and on what each sub-layer adds.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        image_dim: int,
+        width: int = 768,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.text_map = nn.Linear(text_dim, width)
+        self.image_map = nn.Linear(image_dim, width)
+        self.token_type = nn.Embedding(2, width)  # 0 text, 1 image
+        hidden = round(width * mlp_ratio)
+        self.text_layers = nn.ModuleList(FusionLayer(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.image_layers = nn.ModuleList(FusionLayer(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.text_pooler = nn.Linear(width, width)
+        self.image_pooler = nn.Linear(width, width)
+        self.apply(_init_bert)
+
+    def forward(
+        self,
+        text: Tensor,
+        attention_mask: Tensor,
+        image: Tensor,
+        *,
+        pooled_only: bool = False,
+        read_image: bool = False,
+    ) -> Fused:
+        """Fuse n pairs.
+
+        Args:
+            text: (n, T, D_text); attention_mask: (n, T), 1 for text and 0 for padding.
+            image: (n, N, D_image); images have no mask.
+            pooled_only: the last layer computes only the two tokens that the poolers read.
+            read_image: also return how much the text reads of each image token.
+        """
+        mask = attention_mask.bool()
+        text = self.text_map(text) + self.token_type.weight[0]
+        image = self.image_map(image) + self.token_type.weight[1]
+        image_read = None
+        last = len(self.text_layers) - 1
+        for index, (text_layer, image_layer) in enumerate(zip(self.text_layers, self.image_layers, strict=True)):
+            first_only = pooled_only and index == last
+            if read_image and index == last:
+                image_read = _read_weights(text_layer, text, mask, image)
+            text, image = (
+                text_layer(text, image, mask, None, first_only),
+                image_layer(image, text, None, mask, first_only),
+            )
+        pooled = torch.cat(
+            [torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(image[:, 0]))], dim=-1
+        )
+        return Fused(pooled, text, image, image_read)
+
+
+def _read_weights(layer: nn.Module, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+    assert isinstance(layer, FusionLayer)
+    query = layer.self_attention(text[:, :1], text, mask)
+    return layer.cross_attention.weights(query, image)[:, 0]
+
+
+def _init_bert(module: nn.Module) -> None:
+    """METER starts the fusion as BERT does: normal with deviation 0.02, biases zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,62 @@
+"""Task heads over the fusion's pooled output."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vlabs.models.registry import register
+
+
+@register
+class VQAHead(nn.Module):
+    """METER's answer classifier: Linear(d, d), LayerNorm, GELU, Linear(d, answers), with d the pooled width.
+
+    Args:
+        in_features: width of the pooled output (twice the fusion width).
+        num_answers: size of the answer vocabulary.
+    """
+
+    def __init__(self, in_features: int, num_answers: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(
+            nn.Linear(in_features, in_features),
+            nn.LayerNorm(in_features),
+            nn.GELU(),
+            nn.Linear(in_features, num_answers),
+        )
+        for layer in self.classifier:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def num_answers(self) -> int:
+        """Size of the answer vocabulary."""
+        return int(self.classifier[-1].out_features)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Answer logits (n, answers) of pooled features (n, d)."""
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+@register
+class RankingHead(nn.Module):
+    """METER's retrieval heads: the ranking score of a pair, and the image-text-matching logits it is started from.
+
+    Args:
+        in_features: width of the pooled output (twice the fusion width).
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.rank = nn.Linear(in_features, 1)
+        self.match = nn.Linear(in_features, 2)
+        for layer in (self.rank, self.match):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """The ranking score (n,) of pooled features (n, d)."""
+        score: Tensor = self.rank(pooled)[:, 0]
+        return score

@@ -1,0 +1,93 @@
+"""ξ, the prior that steers the image encoder, and the CLIP-style loss that aligns it with what is seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlabs.models.registry import register
+
+PRIOR_TOKENS = ("cls", "mean", "eos")
+EOS_TOKEN_ID = 2
+
+
+@register
+class PriorMap(nn.Module):
+    """ξ = W · text state + b (paper, appendix C: a linear map of the text into the space of the visual tokens).
+
+    Args:
+        text_dim: width of the text encoder.
+        vision_dim: width of the image encoder.
+        token: which state is mapped. `cls`: the first token (paper). `mean`: the mean over all positions, padding
+            included (released VQA code; it depends on the padded length). `eos`: the first `</s>` (released retrieval).
+    """
+
+    def __init__(self, text_dim: int, vision_dim: int, token: str = "cls") -> None:
+        super().__init__()
+        if token not in PRIOR_TOKENS:
+            raise ValueError(f"prior_token '{token}': choose one of {', '.join(PRIOR_TOKENS)}")
+        self.token = token
+        self.project = nn.Linear(text_dim, vision_dim)
+        nn.init.trunc_normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, text_states: Tensor, input_ids: Tensor) -> Tensor:
+        """Map text states (n, T, D_text) of token ids (n, T) to priors (n, D_vision)."""
+        if self.token == "cls":
+            state = text_states[:, 0]
+        elif self.token == "mean":
+            state = text_states.mean(dim=1)
+        else:
+            # argmax returns the first of equal values, so this is the first `</s>`.
+            position = (input_ids == EOS_TOKEN_ID).to(torch.int8).argmax(dim=1)
+            state = text_states[torch.arange(len(text_states), device=text_states.device), position]
+        return self.project(state)
+
+
+class PriorLoss(nn.Module):
+    """−log p_ξ(z_L) of the paper's Eq. 15 in CLIP's form: cross-entropy over the batch of ξ · z / temperature.
+
+    Only matched pairs are positives. Outputs of the same image under another text are neither positive nor negative.
+
+    Args:
+        temperature: start of the temperature; the logit scale 1 / temperature is capped at 100.
+        learnable: whether the temperature is trained.
+        directions: `both` (text to image and image to text, averaged), `text` (each ξ against all z, as in Eq. 15)
+            or `image`.
+        normalize: cosine similarity; False gives the dot product of Eq. 15.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, learnable: bool = True, directions: str = "both", normalize: bool = True
+    ) -> None:
+        super().__init__()
+        if directions not in ("both", "text", "image"):
+            raise ValueError(f"directions '{directions}': choose one of both, text, image")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable)
+        self.directions = directions
+        self.normalize = normalize
+
+    def forward(self, prior: Tensor, seen: Tensor, image_ids: Tensor) -> Tensor:
+        """The loss of n matched pairs.
+
+        Args:
+            prior: ξ, (n, D).
+            seen: (n, D), the second pass's [cls] state under each prior.
+            image_ids: (n,), which image each pair is about.
+        """
+        if self.normalize:
+            prior, seen = F.normalize(prior, dim=-1), F.normalize(seen, dim=-1)
+        logits = self.log_scale.exp().clamp(max=100) * prior @ seen.T
+        matched = torch.eye(len(prior), dtype=torch.bool, device=prior.device)
+        same_image = image_ids[:, None] == image_ids[None, :]
+        logits = logits.masked_fill(same_image & ~matched, float("-inf"))
+        labels = torch.arange(len(prior), device=prior.device)
+        losses = []
+        if self.directions != "image":
+            losses.append(F.cross_entropy(logits, labels))
+        if self.directions != "text":
+            losses.append(F.cross_entropy(logits.T, labels))
+        return torch.stack(losses).mean()

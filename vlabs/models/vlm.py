@@ -1,0 +1,150 @@
+"""The whole model: image encoder told by the text what to look for, text encoder, fusion, task head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.prior import PriorMap
+from vlabs.models.registry import register
+from vlabs.models.text import RobertaEncoder
+
+
+@dataclass
+class VLMOutput:
+    """What the model says of n texts about their images.
+
+    Attributes:
+        logits: the task head's output: (n, answers), or (n,) for ranking.
+        pooled_features: (n, 2D) of the fusion.
+        text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
+        prior: ξ, (n, D_vision); None without feedback.
+        seen: the second pass over the images.
+        image_read: (n, N), the fusion's text-to-image attention; None unless asked for.
+        losses: unweighted losses that the model itself computes, by name: `reconstruction`, when asked for.
+    """
+
+    logits: Tensor
+    pooled_features: Tensor
+    text_features: Tensor
+    image_features: Tensor
+    prior: Tensor | None
+    seen: VisionTokens
+    image_read: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@register
+class VisionLanguageModel(nn.Module):
+    """METER with a steerable image encoder.
+
+    Args:
+        vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
+        prior: the map from text to ξ; None where the encoder has no feedback.
+    """
+
+    def __init__(
+        self,
+        vision: AbSViT,
+        text: RobertaEncoder,
+        fusion: CoAttentionFusion,
+        head: nn.Module,
+        prior: PriorMap | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.fusion = fusion
+        self.head = head
+        self.prior = prior
+
+    @property
+    def pads_to_fixed_length(self) -> bool:
+        """Whether ξ depends on the padding, so that every text must be padded to one length."""
+        return self.prior is not None and self.prior.token == "mean"
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+        all_features: bool = False,
+        read_image: bool = False,
+    ) -> VLMOutput:
+        """Encode images and texts, and join them.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            input_ids, attention_mask: (n, T).
+            image_index: (n,) the image of each text; None means that text i belongs to image i.
+            reconstruct: compute the reconstruction loss.
+            all_features: return every token's fused features, not the first alone.
+            read_image: return the fusion's text-to-image attention.
+        """
+        return self.join(
+            self.vision.encode(images),
+            self.text(input_ids, attention_mask),
+            input_ids,
+            attention_mask,
+            image_index,
+            reconstruct=reconstruct,
+            all_features=all_features,
+            read_image=read_image,
+        )
+
+    def join(
+        self,
+        bottom_up: BottomUp,
+        text_states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+        all_features: bool = False,
+        read_image: bool = False,
+    ) -> VLMOutput:
+        """Second pass, fusion and head for encoded images and texts; arguments as in `forward`."""
+        prior = self.prior(text_states, input_ids) if self.prior is not None else None
+        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
+        fused = self.fusion(
+            text_states, attention_mask, seen.tokens, pooled_only=not all_features, read_image=read_image
+        )
+        losses = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
+        return VLMOutput(
+            logits=self.head(fused.pooled),
+            pooled_features=fused.pooled,
+            text_features=fused.text,
+            image_features=fused.image,
+            prior=prior,
+            seen=seen,
+            image_read=fused.image_read,
+            losses=losses,
+        )
+
+
+def assemble(
+    vision: AbSViT,
+    text: RobertaEncoder,
+    fusion: Callable[..., CoAttentionFusion],
+    head: Callable[..., nn.Module],
+    prior_token: str = "cls",
+) -> VisionLanguageModel:
+    """Build the parts that depend on the encoders' widths, and the model of them all.
+
+    Args:
+        vision, text: the encoders.
+        fusion: makes the fusion, called with `text_dim` and `image_dim`.
+        head: makes the task head, called with `in_features`.
+        prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
+    """
+    joined = fusion(text_dim=text.width, image_dim=vision.width)
+    prior = PriorMap(text.width, vision.width, prior_token) if vision.topdown is not None else None
+    return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

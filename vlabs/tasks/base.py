@@ -1,0 +1,151 @@
+"""What every vision-language task shares: optimisation, frozen parts, the prior loss over all ranks, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlabs.checkpoint import header_of
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.prior import PriorLoss
+from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.tasks.optim import Recipe
+
+
+class VisionLanguageTask(pl.LightningModule):
+    """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
+
+    Args:
+        model: the model to train.
+        preprocessing: goes into the checkpoint, so that it can be used alone.
+        data: identity of the training data, for the checkpoint.
+        recipe: of optimisation.
+        reconstruction_weight: w_rec.
+        prior_weight: w_prior, on the second pass's [cls].
+        prior_bottom_up_weight: of the same loss on the bottom-up [cls].
+        prior_loss: form of the prior loss.
+        freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        preprocessing: Preprocessing,
+        data: dict[str, Any],
+        recipe: Recipe,
+        reconstruction_weight: float = 0.3,
+        prior_weight: float = 0.3,
+        prior_bottom_up_weight: float = 0.0,
+        prior_loss: PriorLoss | None = None,
+        freeze: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+        self.data = data
+        self.recipe = recipe
+        steered = model.prior is not None
+        self.reconstruction_weight = reconstruction_weight if steered else 0.0
+        self.prior_weight = prior_weight if steered else 0.0
+        self.prior_bottom_up_weight = prior_bottom_up_weight if steered else 0.0
+        uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
+        self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
+        self.frozen = _freeze(model, freeze)
+
+    def train(self, mode: bool = True) -> VisionLanguageTask:
+        """Frozen parts stay in eval mode: no dropout in what does not learn."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def prior_losses(
+        self, output: VLMOutput, text_states: Tensor, input_ids: Tensor, bottom_up_cls: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
+
+        Args:
+            output: of the model.
+            text_states: (n, T, D_text); detached here, so that this loss trains the map and not the text encoder.
+            bottom_up_cls: (n, D), the first pass's [cls] of each text's image.
+            image_ids: (n,).
+        """
+        if self.prior_loss is None or self.model.prior is None:
+            return {}
+        prior = self.model.prior(text_states.detach(), input_ids)
+        seen = {"prior": (self.prior_weight, output.seen.tokens[:, 0])}
+        seen["prior_bottom_up"] = (self.prior_bottom_up_weight, bottom_up_cls)
+        if self.training and dist.is_available() and dist.is_initialized():
+            prior, image_ids = gather(prior), gather(image_ids)
+            seen = {name: (weight, gather(state)) for name, (weight, state) in seen.items()}
+        return {
+            name: self.prior_loss(prior.float(), state.float(), image_ids)
+            for name, (weight, state) in seen.items()
+            if weight > 0
+        }
+
+    def total(self, task_loss: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of Eq. 14; `losses` by the names `reconstruction`, `prior`, `prior_bottom_up`."""
+        weights = {
+            "reconstruction": self.reconstruction_weight,
+            "prior": self.prior_weight,
+            "prior_bottom_up": self.prior_bottom_up_weight,
+        }
+        return task_loss + sum(weights[name] * loss for name, loss in losses.items())
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped once an optimiser step."""
+        optimizer = self.recipe.optimizer(self)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"},
+        }
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm over all parameters, before clipping."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""
+        checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
+
+
+def _freeze(model: nn.Module, prefixes: Sequence[str]) -> list[nn.Module]:
+    """Stop training parameters by the start of their name; returns the modules that are frozen whole."""
+    for prefix in prefixes:
+        names = [name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
+        if not names and prefix.split(".")[0] != "prior":  # a model without feedback has no ξ map to freeze
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"task.freeze names '{prefix}', which the model does not have: start with one of {parts}")
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+    return [module for name, module in model.named_modules() if name in prefixes]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Concatenate a tensor of every rank along the first dimension, with gradients; ranks may differ in length."""
+    world = dist.get_world_size()
+    sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor(len(local), device=local.device))
+    lengths = [int(size) for size in sizes]
+    padded = F.pad(local, [0, 0] * (local.ndim - 1) + [0, max(lengths) - len(local)])
+    if local.is_floating_point():
+        parts = list(dist_nn.all_gather(padded))
+    else:
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -1,0 +1,95 @@
+"""METER's recipe of optimisation: AdamW with a learning rate for each part, linear warm-up and decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from vlabs.errors import UserError
+
+PARTS = ("vision", "text", "fusion", "head", "feedback")
+
+
+def _default_lr() -> dict[str, float]:
+    return {"vision": 1e-5, "text": 1e-5, "fusion": 5e-5, "head": 5e-4, "feedback": 3e-5}
+
+
+@dataclass
+class Recipe:
+    """How the parts of a model are optimised.
+
+    Attributes:
+        lr: peak learning rate of `vision`, `text`, `fusion`, `head` and `feedback` (decoders, ξ map, temperature).
+        weight_decay: on matrices; biases and norms have none.
+        betas, eps: of AdamW.
+        warmup: share of the optimiser steps in which the rate rises from 0, in [0, 1).
+        schedule: a name of transformers' schedules after warm-up, e.g. `linear` (to 0), `cosine`.
+        fused: AdamW in one kernel.
+    """
+
+    lr: dict[str, float] = field(default_factory=_default_lr)
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup: float = 0.1
+    schedule: str = "linear"
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if set(self.lr) != set(PARTS):
+            raise UserError(f"task.recipe.lr has {', '.join(self.lr)}; it must name {', '.join(PARTS)}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"task.recipe.warmup={self.warmup} must be a share of the steps, in [0, 1)")
+
+    def optimizer(self, module: nn.Module) -> AdamW:
+        """AdamW over the trainable parameters of a task, in groups `part` and `part/no_decay`."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                part = part_of(name)
+                # As in METER, what has one dimension is a bias or a norm.
+                key = part if parameter.ndim > 1 else f"{part}/no_decay"
+                groups.setdefault(key, []).append(parameter)
+        if not groups:
+            raise UserError("task.freeze leaves nothing to train")
+        return AdamW(
+            [
+                {
+                    "params": parameters,
+                    "name": key,
+                    "lr": self.lr[key.split("/")[0]],
+                    "weight_decay": 0.0 if key.endswith("/no_decay") else self.weight_decay,
+                }
+                for key, parameters in groups.items()
+            ],
+            betas=self.betas,
+            eps=self.eps,
+            fused=self.fused,
+        )
+
+    def scheduler(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
+        """The rate's course over `total_steps` optimiser steps."""
+        try:
+            return get_scheduler(
+                self.schedule,
+                optimizer,
+                num_warmup_steps=round(self.warmup * total_steps),
+                num_training_steps=total_steps,
+            )
+        except ValueError as error:
+            raise UserError(f"task.recipe.schedule={self.schedule}: {error}") from None
+
+
+def part_of(name: str) -> str:
+    """Which learning rate a task's parameter has, by its name."""
+    name = name.removeprefix("model.")
+    if name.startswith(("vision.decoders.", "prior.", "prior_loss.")):
+        return "feedback"
+    part = name.split(".")[0]
+    if part not in PARTS:
+        raise KeyError(f"no learning rate for the parameter {name}")
+    return part

@@ -1,0 +1,130 @@
+"""Visual question answering: METER's soft-score classification over an answer vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from vlabs.data.vqa import VQABatch, VQADataModule
+from vlabs.errors import UserError
+from vlabs.models.vlm import VLMOutput
+from vlabs.tasks.base import VisionLanguageTask
+
+
+class Prediction(NamedTuple):
+    """One answered question: its id, the answer in words, and its probability (sigmoid of the logit)."""
+
+    question_id: int
+    answer: str
+    probability: float
+
+
+def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy on soft scores, mean over questions and answers, times the number of answers (METER).
+
+    Args:
+        logits, targets: (n, answers); targets in [0, 1].
+    """
+    return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
+
+
+class VQATask(VisionLanguageTask):
+    """VQA fine-tuning. Arguments as in `VisionLanguageTask`; logs `val/vqa_accuracy` and one for each answer type.
+
+    The accuracy is in percent and the official one: a vocabulary answer's target is its official accuracy.
+    """
+
+    name = "vqa"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accuracy = MeanMetric()
+        self.accuracy_by_type = torch.nn.ModuleDict()
+
+    def setup(self, stage: str) -> None:
+        """One accuracy for every answer type of the validation split."""
+        if stage in ("fit", "validate"):
+            data: VQADataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+            for answer_type in data.answer_types(data.val_split):
+                if answer_type not in self.accuracy_by_type:
+                    self.accuracy_by_type[answer_type] = MeanMetric()
+
+    def forward(self, batch: VQABatch, read_image: bool = False) -> VLMOutput:
+        """The model's output for a batch, without losses."""
+        output: VLMOutput = self.model(
+            batch.images, batch.input_ids, batch.attention_mask, batch.image_index, read_image=read_image
+        )
+        return output
+
+    def losses(self, batch: VQABatch) -> tuple[Tensor, dict[str, Tensor], VLMOutput]:
+        """Task loss, the other losses unweighted by name, and the output."""
+        model = self.model
+        bottom_up = model.vision.encode(batch.images)
+        text_states = model.text(batch.input_ids, batch.attention_mask)
+        output = model.join(
+            bottom_up,
+            text_states,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.image_index,
+            reconstruct=self.reconstruction_weight > 0,
+        )
+        bottom_up_cls = bottom_up.tokens[:, 0]
+        if batch.image_index is not None:
+            bottom_up_cls = bottom_up_cls[batch.image_index]
+        others = output.losses | self.prior_losses(output, text_states, batch.input_ids, bottom_up_cls, batch.image_ids)
+        return vqa_loss(output.logits, batch.targets), others, output
+
+    def training_step(self, batch: VQABatch, batch_idx: int) -> Tensor | None:
+        """The total loss of a batch."""
+        if batch.skipped:
+            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
+        if not batch.question_ids:
+            return None
+        task_loss, others, _ = self.losses(batch)
+        total = self.total(task_loss, others)
+        count = len(batch.question_ids)
+        self.log("train/loss", total, prog_bar=True, batch_size=count)
+        self.log("train/vqa_loss", task_loss, batch_size=count)
+        for name, loss in others.items():
+            self.log(f"train/{name}_loss", loss, batch_size=count)
+        return total
+
+    def validation_step(self, batch: VQABatch, batch_idx: int) -> None:
+        """Add a batch to the accuracies."""
+        if not batch.question_ids:
+            return
+        output = self(batch)
+        scores = batch.targets.gather(1, output.logits.argmax(dim=1, keepdim=True))[:, 0] * 100
+        self.accuracy.update(scores)
+        for answer_type, metric in self.accuracy_by_type.items():
+            chosen = torch.tensor([t == answer_type for t in batch.answer_types], device=scores.device)
+            if chosen.any():
+                metric.update(scores[chosen])  # type: ignore[operator]
+        loss = vqa_loss(output.logits.float(), batch.targets)
+        self.log("val/vqa_loss", loss, batch_size=len(scores), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies of the epoch."""
+        self.log("val/vqa_accuracy", self.accuracy.compute(), prog_bar=True)
+        self.accuracy.reset()
+        for answer_type, metric in self.accuracy_by_type.items():
+            self.log(f"val/vqa_accuracy/{answer_type}", metric.compute())  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
+    def predict_step(self, batch: VQABatch, batch_idx: int) -> list[Prediction]:
+        """The best answer to every question of a batch."""
+        if not batch.question_ids:
+            return []
+        answers = self.preprocessing.answers
+        if not answers:
+            raise UserError("the model has no answer vocabulary")
+        best, ids = self(batch).logits.sigmoid().max(dim=1)
+        return [
+            Prediction(question_id, answers[answer_id], probability)
+            for question_id, answer_id, probability in zip(batch.question_ids, ids.tolist(), best.tolist(), strict=True)
+        ]

@@ -1,0 +1,220 @@
+"""Train: `python -m vlabs.train task=vqa [group=choice] [key=value]`, with `-m` a sweep, with `resume=RUN_DIR` go on.
+
+A run folder holds config.yaml (resolved), metrics.csv, summary.json, checkpoints/, figures/ and wandb/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ThroughputMonitor,
+    TQDMProgressBar,
+)
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+
+from vlabs.callbacks import PredictionTable, WholeCheckpointIO
+from vlabs.checkpoint import read_tensors
+from vlabs.config import command_line, explain, run_hydra, save_config
+from vlabs.errors import UserError, one_line
+from vlabs.initialize import initialize
+from vlabs.logging import csv_logger, remember_run_id
+from vlabs.sweep import write_table
+
+_failed_runs: list[str] = []
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """One run, as Hydra calls it. In a sweep a failure is returned, not raised, so that the sweep goes on."""
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    overrides = [item for item in hydra.overrides.task if not item.startswith("hydra.")]
+    summary: dict[str, Any] = {"status": "running", "command": command_line(), "overrides": overrides}
+    started = time.perf_counter()
+    try:
+        summary |= train(config, run_dir, sweep=Path(hydra.sweep.dir) if sweeping else None)
+        summary["status"] = "done"
+    except Exception as error:
+        user_error = error if isinstance(error, UserError) else None
+        summary |= {"status": "failed", "error": one_line(explain(error))}
+        if not sweeping:
+            _write_summary(run_dir, summary, started)
+            raise
+        _failed_runs.append(run_dir.name)
+        print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
+        if user_error is None:
+            traceback.print_exc()
+    _write_summary(run_dir, summary, started)
+    if sweeping and rank_zero_only.rank == 0:
+        print(write_table(Path(hydra.sweep.dir)), flush=True)
+    return summary
+
+
+def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[str, Any]:
+    """Build everything that the config names, fit, and return what goes into summary.json."""
+    torch.set_float32_matmul_precision("high")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data)
+    with open_dict(config.model):
+        if config.model.text.get("vocab_size", 0) is None:
+            config.model.text.vocab_size = data.preprocessing.vocab_size
+        if config.model.head.get("num_answers", 0) is None:
+            config.model.head.num_answers = len(data.preprocessing.answers)
+    save_config(config, run_dir / "config.yaml")
+    model = instantiate(config.model)
+    data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
+    _check_fit(model, data)
+    if config.init is not None:
+        rank_zero_info(initialize(model, config.init).report())
+    # Partial, because Hydra would turn a dataclass among the arguments into a config.
+    make_task = instantiate(config.task, _partial_=True, _convert_="all")
+    task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity)
+    checkpoint = run_dir / "checkpoints" / "last.ckpt" if config.resume is not None else None
+    loggers = _loggers(config, run_dir, sweep, checkpoint)
+    best = ModelCheckpoint(
+        run_dir / "checkpoints",
+        filename="best",
+        monitor="val/vqa_accuracy",
+        mode="max",
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
+    callbacks: list[Callback] = [
+        best,
+        last,
+        ThroughputMonitor(batch_size_fn=lambda batch: len(batch.question_ids), window_size=20),
+        PredictionTable(run_dir / "figures", **config.predictions),
+    ]
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
+    if config.trainer.get("enable_progress_bar"):
+        callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+    trainer: pl.Trainer = instantiate(config.trainer, _partial_=True, _convert_="all")(
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[WholeCheckpointIO()],
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    rank_zero_info(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")
+    fit_started = time.perf_counter()
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    for logger in loggers:
+        logger.finalize("success" if not trainer.interrupted else "aborted")
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return {
+        "parameters": parameters,
+        "fit_seconds": round(time.perf_counter() - fit_started, 1),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "best/val/vqa_accuracy": None if best.best_model_score is None else float(best.best_model_score),
+        "metrics": metrics,
+        "checkpoint": str(Path(best.best_model_path or last.best_model_path).relative_to(run_dir)),
+    }
+
+
+def _check_fit(model: Any, data: Any) -> None:
+    """The text encoder must know every token that the tokenizer can make, and have a position for each."""
+    known = model.text.spec["vocab_size"]
+    if data.preprocessing.vocab_size > known:
+        raise UserError(
+            f"the tokenizer has {data.preprocessing.vocab_size} tokens and the text encoder {known}: "
+            "pass data.tokenizer=DIR of the text encoder's own"
+        )
+    if data.preprocessing.max_length > model.text.max_length:
+        raise UserError(
+            f"data.max_length={data.preprocessing.max_length} is more than the text encoder's {model.text.max_length}"
+        )
+
+
+def _loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Path | None) -> list[Logger]:
+    """metrics.csv, and the logger that was chosen."""
+    step = None
+    if resumed is not None:
+        if not resumed.is_file():
+            raise UserError(f"resume={config.resume}: {resumed} does not exist, so there is nothing to go on from")
+        step = int(read_tensors(resumed)["global_step"])
+    loggers: list[Logger] = [csv_logger(run_dir, step)]
+    if config.logger.get("_target_") is None:
+        return loggers
+    chosen = config.logger.copy()
+    if sweep is not None and "group" in chosen:
+        overrides = HydraConfig.get().job.override_dirname.replace(",", " ")
+        chosen.group = chosen.group or sweep.name
+        chosen.name = chosen.name or overrides or run_dir.name
+    logger = instantiate(chosen, save_dir=str(run_dir))
+    if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+        remember_run_id(logger)
+        logger.experiment.config.update(OmegaConf.to_container(config, resolve=True), allow_val_change=True)
+    return [*loggers, logger]
+
+
+def _write_summary(run_dir: Path, summary: dict[str, Any], started: float) -> None:
+    if rank_zero_only.rank != 0:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    partial = run_dir / "summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.replace(run_dir / "summary.json")
+
+
+def _resume_arguments(arguments: list[str]) -> list[str]:
+    """Turn `resume=RUN_DIR` into Hydra's arguments for that run's own config and folder."""
+    named = [item for item in arguments if item.startswith("resume=")]
+    if not named or named[-1] == "resume=null":
+        return arguments
+    run_dir = Path(named[-1].removeprefix("resume="))
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"resume={run_dir}: there is no config.yaml, so it is not a run folder")
+    others = [item for item in arguments if not item.startswith("resume=")]
+    return [
+        f"--config-dir={run_dir.resolve()}",
+        "--config-name=config",
+        f"++resume='{run_dir}'",
+        f"hydra.run.dir='{run_dir}'",
+        "hydra.output_subdir=null",
+        "hydra.job_logging.root.level=WARNING",
+        *others,
+    ]
+
+
+def main() -> None:
+    """Entry point of `python -m vlabs.train`."""
+    try:
+        sys.argv[1:] = _resume_arguments(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    run_hydra(run, "train")
+    if _failed_runs:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Score a results file with the official VQA accuracy.
+
+python -m vlabs.vqa_eval --annotations v2_mscoco_val2014_annotations.json --results results.json --out metrics.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlabs.errors import UserError, run_cli
+from vlabs.metrics.vqa import VqaAccuracy, vqa_accuracy
+
+
+def format_table(accuracy: VqaAccuracy) -> str:
+    """Return the accuracies as lines of text: overall, by answer type, by question type (best first)."""
+    width = max(map(len, ["overall", *accuracy["per_answer_type"], *accuracy["per_question_type"]])) + 4
+    lines = [f"{'overall':<{width}}{accuracy['overall']:>7.2f}   ({len(accuracy['per_question']):,} questions)"]
+
+    def section(title: str, values: Mapping[str, float]) -> None:
+        lines.extend(["", title])
+        for name, value in sorted(values.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  {name:<{width - 2}}{value:>7.2f}")
+
+    section("by answer type", accuracy["per_answer_type"])
+    section("by question type", accuracy["per_question_type"])
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m vlabs.vqa_eval", description="Official VQA accuracy, in percent.")
+    parser.add_argument("--annotations", type=Path, required=True, help="v2_mscoco_*_annotations.json")
+    parser.add_argument("--results", type=Path, required=True, help='a list of {"question_id": ..., "answer": ...}')
+    parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
+    arguments = parser.parse_args()
+    accuracy = vqa_accuracy(arguments.annotations, arguments.results)
+    print(format_table(accuracy))
+    if arguments.out is not None:
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {arguments.out}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)
