@@ -34,7 +34,7 @@ import tokenizers
 from tqdm import tqdm
 
 from data_prep.images import IMAGES_SCHEMA, ImageStore, fingerprint, read_images, write_images
-from data_prep.shards import BadItem, ShardRecord, ShardTask, build_shard, open_readonly, start_worker
+from data_prep.shards import BadItem, ShardBuilder, ShardRecord, ShardTask, build_shard, open_readonly, start_worker
 from vlabs.data.prepared import FORMAT_VERSION, VQA_FEATURES
 from vlabs.errors import UserError
 
@@ -456,41 +456,23 @@ class _Run:
             total = questions.execute(
                 "SELECT count(*) FROM (SELECT DISTINCT split, image_id FROM questions)"
             ).fetchone()
-            # Workers are forked from a server that has imported everything once.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.shards"])
             vocabulary = json.loads(self.answers_file.read_text(encoding="utf-8"))
-            with (
-                tqdm(total=total[0], unit="image", desc="images", smoothing=0.05) as progress,
-                concurrent.futures.ProcessPoolExecutor(
-                    self.options.num_workers,
-                    mp_context=context,
-                    initializer=start_worker,
-                    initargs=(self.questions_file, self.images_file, vocabulary, VQA_FEATURES.arrow_schema),
-                ) as pool,
-            ):
-                waiting: set[concurrent.futures.Future[int]] = set()
-                try:
+            arguments = (self.questions_file, self.images_file, vocabulary, VQA_FEATURES.arrow_schema)
+            with tqdm(total=total[0], unit="image", desc="images", smoothing=0.05) as progress:
+
+                def unfinished() -> Iterator[ShardTask]:
                     for task, size in self._tasks(questions):
                         if _is_done(task, images):
                             progress.update(size)
-                            continue
-                        waiting.add(pool.submit(build_shard, task))
-                        if len(waiting) > 2 * self.options.num_workers:
-                            done, waiting = concurrent.futures.wait(
-                                waiting, return_when=concurrent.futures.FIRST_COMPLETED
-                            )
-                            progress.update(sum(future.result() for future in done))
-                    for future in concurrent.futures.as_completed(waiting):
-                        progress.update(future.result())
-                except concurrent.futures.process.BrokenProcessPool:
-                    raise UserError(
-                        "a worker process was killed, perhaps for want of memory: run again with a smaller "
-                        "--num-workers; it goes on where it stopped"
-                    ) from None
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                        else:
+                            yield task
+
+                if self.options.num_workers == 1:
+                    sizes: Iterable[int] = map(ShardBuilder(*arguments).build, unfinished())
+                else:
+                    sizes = _build_in_pool(unfinished(), self.options.num_workers, arguments)
+                for size in sizes:
+                    progress.update(size)
 
     def _tasks(self, questions: sqlite3.Connection) -> Iterator[tuple[ShardTask, int]]:
         """Yield the shards of all splits, with the number of images in each."""
@@ -579,6 +561,32 @@ class _Run:
             f"{len(dropped):,} bad item{'s' if len(dropped) > 1 else ''} ({counted}), the first: {name(dropped[0])};"
             f" all are listed in {bad_file}: mend them and run again, or leave them out with --on-bad skip"
         )
+
+
+def _build_in_pool(tasks: Iterable[ShardTask], num_workers: int, arguments: tuple[Any, ...]) -> Iterator[int]:
+    """Build shards in worker processes, few of them waiting at a time; yield the number of images of each."""
+    # Workers are forked from a server that has imported everything once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.pipeline"])
+    waiting: set[concurrent.futures.Future[int]] = set()
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=start_worker, initargs=arguments
+    ) as pool:
+        try:
+            for task in tasks:
+                waiting.add(pool.submit(build_shard, task))
+                if len(waiting) > 2 * num_workers:
+                    done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                    yield sum(future.result() for future in done)
+            for future in concurrent.futures.as_completed(waiting):
+                yield future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: run again with a smaller --num-workers; it"
+                " goes on where it stopped"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _splits(questions: sqlite3.Connection) -> list[str]:

@@ -1,4 +1,4 @@
-"""One shard of a prepared split: rows of images with their questions, built in a worker process."""
+"""One shard of a prepared split: rows of images with their questions, built in one process of several."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ShardBuilder:
         self.schema = schema
         soft_scores = SoftScores.of_vocabulary(vocabulary)
         self.scores: Callable[[tuple[str, ...]], tuple[list[int], list[float]]]
-        self.scores = functools.lru_cache(maxsize=100_000)(soft_scores)
+        self.scores = functools.lru_cache(maxsize=4096)(soft_scores)
 
     def build(self, task: ShardTask) -> int:
         """Write the shard and its record, each under its name only once it is whole; return the number of images."""

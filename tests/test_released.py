@@ -73,7 +73,9 @@ def test_a_lightning_file_with_pickled_arguments_and_callbacks_loads(tmp_path):
     module = load_released(tmp_path / "released.ckpt", task="vqa", **HEADS)
     inputs = numbers["input"]
     with torch.no_grad():
-        assert_close(module(inputs["image"], inputs["text_ids"], inputs["text_masks"]).logits, numbers["out"]["vqa_logits"])
+        assert_close(
+            module(inputs["image"], inputs["text_ids"], inputs["text_masks"]).logits, numbers["out"]["vqa_logits"]
+        )
 
 
 def test_a_timm_style_file_and_a_dataparallel_prefix_load(tmp_path):
@@ -144,9 +146,7 @@ def test_widths_of_text_vision_and_fusion_may_differ():
     from vlabs.models.vlm import VisionLanguageModel
 
     torch.manual_seed(0)
-    vision = AbSViT(
-        "vit_base_patch16_224", 16, 8, ReleasedTopDown(), embed_dim=24, depth=2, num_heads=2, mlp_ratio=2
-    )
+    vision = AbSViT("vit_base_patch16_224", 16, 8, ReleasedTopDown(), embed_dim=24, depth=2, num_heads=2, mlp_ratio=2)
     text = RobertaEncoder(30, 32, 1, 2, 64, 20)
     fusion = CoAttentionFusion(32, 24, width=16, depth=2, num_heads=2, mlp_ratio=2)
     model = VisionLanguageModel(vision, text, fusion, VQAHead(32, 5), PriorMap(32, 24, "mean")).eval()
@@ -180,6 +180,10 @@ def released_name(name: str) -> str:
             return name.replace(f"{ours}out.", f"{theirs}output.dense.").replace(
                 f"{ours}norm.", f"{theirs}output.LayerNorm."
             )
-    for ours, theirs in [("expand.", "intermediate.dense."), ("contract.", "output.dense."), ("norm.", "output.LayerNorm.")]:
+    for ours, theirs in [
+        ("expand.", "intermediate.dense."),
+        ("contract.", "output.dense."),
+        ("norm.", "output.LayerNorm."),
+    ]:
         name = name.replace(ours, theirs)
     return name

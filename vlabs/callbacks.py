@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pytorch_lightning.loggers import WandbLogger
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
 from vlabs.attention.maps import attention_map
 from vlabs.data.preprocessing import decode_image
-from vlabs.data.vqa import VQADataModule, VQADataset
+from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
 from vlabs.tasks.vqa import VQATask
 
@@ -49,6 +50,28 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} could not be written: {reason}; the one before it is untouched, "
                 "make room and go on with resume=RUN_DIR"
             ) from None
+
+
+class SamplesPerSecond(pl.Callback):
+    """Log `train/samples_per_second`: questions of this process since the value before, loading included."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock anew, so that validation does not count."""
+        self.samples, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: VQABatch, batch_idx: int
+    ) -> None:
+        """Count a batch, and log as often as Lightning logs."""
+        self.samples += len(batch.question_ids)
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            now = time.perf_counter()
+            pl_module.log("train/samples_per_second", self.samples / (now - self.since))
+            self.samples, self.since = 0, now
 
 
 class PredictionTable(pl.Callback):

@@ -1,7 +1,7 @@
 """Checkpoint files: read without executing anything, rebuilt from the plain data they carry.
 
 A vlabs checkpoint is Lightning's, with one more entry, `"vlabs"`: format, task, architecture (a spec of
-`vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries the same as metadata.
+`vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries it as metadata.
 """
 
 from __future__ import annotations

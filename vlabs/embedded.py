@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pytorch_lightning.utilities import rank_zero_info
 
 from vlabs.data.vqa import VQADataModule
+from vlabs.logging import say
 
 
 def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
@@ -29,9 +29,9 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if (directory / "manifest.json").is_file():
-            rank_zero_info(f"data: the embedded corpus scenes-{size} in {directory}; {real}")
+            say(f"data: the embedded corpus scenes-{size} in {directory}; {real}")
         else:
-            rank_zero_info(f"data: making the embedded corpus scenes-{size} in {directory}; {real}")
+            say(f"data: making the embedded corpus scenes-{size} in {directory}; {real}")
             raw = directory.with_name(directory.name + "-raw")
             make_scenes(size, raw)
             prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))

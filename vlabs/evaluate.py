@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `python -m vlabs.evaluate ckpt=RUN split=val`.
 
-A split with answers gives the official accuracy (metrics.json, and results.json in the official form); one whose answers
-are kept back gives the EvalAI submission.
+A split with answers gives the official accuracy (metrics.json, and results.json in the official form); one whose
+answers are kept back gives the EvalAI submission.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vlabs.checkpoint import Checkpoint
 from vlabs.config import run_hydra, save_config
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
+from vlabs.logging import quiet_lightning
 from vlabs.metrics.vqa import vqa_accuracy
 from vlabs.predictor import load_any
 from vlabs.tasks.optim import Recipe
@@ -33,6 +34,7 @@ def run(config: DictConfig) -> None:
     """Answer every question of a split, and score or submit the answers."""
     out_dir = Path(HydraConfig.get().runtime.output_dir)
     torch.set_float32_matmul_precision("high")
+    quiet_lightning()
     checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer)
     data = VQADataModule(
         _data_dir(config, checkpoint),
@@ -76,11 +78,16 @@ def report(
     if annotations is None:
         return [_write_json(out_dir / f"vqa_{split}_submission.json", results)]
     accuracy = vqa_accuracy({"annotations": annotations}, results)
+    others = [accuracy["per_question"][a["question_id"]] for a in annotations if a["answer_type"] != "yes/no"]
+    not_yes_no = sum(others) / len(others) if others else None
     print(format_table(accuracy))
+    if not_yes_no is not None:
+        print(f"\nall that are not yes/no: {not_yes_no:.2f}")
     metrics = {
         "checkpoint": checkpoint,
         "split": split,
         "overall": accuracy["overall"],
+        "not_yes_no": not_yes_no,
         "per_answer_type": accuracy["per_answer_type"],
         "per_question_type": accuracy["per_question_type"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import netrc
 import os
 import warnings
@@ -10,7 +11,21 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_only
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print a line of a run's own, once whatever the number of processes."""
+    print(message, flush=True)
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's hints out of a run's output, and warnings about what vlabs does knowingly."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*infer the `batch_size`.*", ".*`isinstance.treespec.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogger:
@@ -56,8 +71,9 @@ def wandb_logger(
         project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow"
     )
     if mode == "offline":
-        rank_zero_info(
-            f"W&B: not logged in, so this run is recorded offline; upload it with `wandb sync {save_dir}/wandb/offline-run-*`"
+        say(
+            "W&B: not logged in, so this run is recorded offline; "
+            f"upload it with `wandb sync {save_dir}/wandb/offline-run-*`"
         )
     return logger
 

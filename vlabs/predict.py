@@ -1,6 +1,6 @@
 """Answer questions about a picture, and show where the model looked.
 
-python -m vlabs.predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?" --question "Is it open?"
+python -m vlabs.predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
 """
 
 from __future__ import annotations

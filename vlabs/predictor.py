@@ -16,6 +16,7 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
+from vlabs.models.heads import VQAHead
 from vlabs.released import ReleasedVLM, load_released
 
 
@@ -124,7 +125,8 @@ def load_any(path: str | Path, *, answers: str | Path | None = None, tokenizer: 
             "(evaluate: data.dir=FOLDER)"
         )
     vocabulary = read_answers(answers)
-    head_size = int(module.model.head.num_answers)
+    assert isinstance(module.model.head, VQAHead)
+    head_size = module.model.head.num_answers
     if len(vocabulary) != head_size:
         raise UserError(f"{file} has {head_size} answers and {answers} has {len(vocabulary)}: it is not its data")
     preprocessing = Preprocessing(

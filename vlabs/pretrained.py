@@ -42,8 +42,8 @@ def vit_from_timm(
     """An AbSViT that starts from a timm ViT; position and patch embeddings are resampled to the sizes given.
 
     Args:
-        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth` file
-            with timm's parameter names (then `architecture` says which model it is).
+        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth`
+            file with timm's parameter names (then `architecture` says which model it is).
         architecture: the timm architecture; the tag's own if not given.
         img_size, patch_size, topdown, vit_options: as for `AbSViT`.
 
@@ -112,7 +112,8 @@ def roberta_from_pretrained(name_or_path: str) -> RobertaEncoder:
             raise UserError(f"{name_or_path} holds no RoBERTa that transformers can load: {error}") from None
         raise UserError(
             f"{name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: download it where "
-            f"there is a network, with `hf download {name_or_path} --local-dir DIR`, and pass model.text.name_or_path=DIR"
+            f"there is a network, with `hf download {name_or_path} --local-dir DIR`, "
+            "and pass model.text.name_or_path=DIR"
         ) from None
     if source.config.model_type != "roberta":
         raise UserError(f"{name_or_path} is a {source.config.model_type}, not a RoBERTa")

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -149,11 +150,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _find_state(content: dict[str, object], name: str) -> State:
+def _find_state(content: dict[str, Any], name: str) -> State:
     """The tensors of a checkpoint, wherever the released scripts put them, without a DataParallel prefix."""
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
-            content = content[key]  # type: ignore[assignment]
+            content = content[key]
             break
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:

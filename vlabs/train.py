@@ -10,7 +10,6 @@ import json
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,17 @@ from pytorch_lightning.callbacks import (
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
-    ThroughputMonitor,
     TQDMProgressBar,
 )
 from pytorch_lightning.loggers import Logger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 
-from vlabs.callbacks import PredictionTable, WholeCheckpointIO
+from vlabs.callbacks import PredictionTable, SamplesPerSecond, WholeCheckpointIO
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, run_hydra, save_config
 from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize
-from vlabs.logging import csv_logger, remember_run_id
+from vlabs.logging import csv_logger, quiet_lightning, remember_run_id, say
 from vlabs.sweep import write_table
 
 _failed_runs: list[str] = []
@@ -63,7 +61,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         if user_error is None:
             traceback.print_exc()
     _write_summary(run_dir, summary, started)
-    if sweeping and rank_zero_only.rank == 0:
+    if sweeping and _is_rank_zero():
         print(write_table(Path(hydra.sweep.dir)), flush=True)
     return summary
 
@@ -71,8 +69,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[str, Any]:
     """Build everything that the config names, fit, and return what goes into summary.json."""
     torch.set_float32_matmul_precision("high")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    quiet_lightning()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data)
     with open_dict(config.model):
@@ -85,7 +82,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     _check_fit(model, data)
     if config.init is not None:
-        rank_zero_info(initialize(model, config.init).report())
+        say(initialize(model, config.init).report())
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity)
@@ -103,7 +100,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     callbacks: list[Callback] = [
         best,
         last,
-        ThroughputMonitor(batch_size_fn=lambda batch: len(batch.question_ids), window_size=20),
+        SamplesPerSecond(),
         PredictionTable(run_dir / "figures", **config.predictions),
     ]
     if loggers:
@@ -119,7 +116,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         enable_model_summary=False,
     )
     parameters = sum(p.numel() for p in model.parameters())
-    rank_zero_info(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")
+    say(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")
     fit_started = time.perf_counter()
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -134,7 +131,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "steps": trainer.global_step,
         "best/val/vqa_accuracy": None if best.best_model_score is None else float(best.best_model_score),
         "metrics": metrics,
-        "checkpoint": str(Path(best.best_model_path or last.best_model_path).relative_to(run_dir)),
+        "checkpoint": best.best_model_path or last.best_model_path or None,
     }
 
 
@@ -168,14 +165,18 @@ def _loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Pat
         chosen.group = chosen.group or sweep.name
         chosen.name = chosen.name or overrides or run_dir.name
     logger = instantiate(chosen, save_dir=str(run_dir))
-    if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+    if isinstance(logger, WandbLogger) and _is_rank_zero():
         remember_run_id(logger)
         logger.experiment.config.update(OmegaConf.to_container(config, resolve=True), allow_val_change=True)
     return [*loggers, logger]
 
 
+def _is_rank_zero() -> bool:
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
 def _write_summary(run_dir: Path, summary: dict[str, Any], started: float) -> None:
-    if rank_zero_only.rank != 0:
+    if not _is_rank_zero():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     summary["seconds"] = round(time.perf_counter() - started, 1)

@@ -46,7 +46,8 @@ class Preprocessing:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
         """Rebuild from `to_plain`'s dictionary."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
+        return cls(**values)
 
     def to_plain(self) -> dict[str, Any]:
         """As a JSON-able dictionary."""

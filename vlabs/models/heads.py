@@ -32,7 +32,9 @@ class VQAHead(nn.Module):
     @property
     def num_answers(self) -> int:
         """Size of the answer vocabulary."""
-        return int(self.classifier[-1].out_features)
+        last = self.classifier[-1]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Answer logits (n, answers) of pooled features (n, d)."""

@@ -1,8 +1,8 @@
 """Architectures as plain data: what a checkpoint carries, and the only classes it can name.
 
-A class under `@register` remembers the arguments it was built with as `module.spec`, a JSON-able dictionary with the class
-name under `"class"` and nested modules as nested specs. `build(spec)` makes the module again. Names are looked up in
-this registry alone: an import path written in a file is never followed.
+A class under `@register` remembers the arguments it was built with as `module.spec`, a JSON-able dictionary with the
+class name under `"class"` and nested modules as nested specs. `build(spec)` makes the module again. Names are looked up
+in this registry alone: an import path written in a file is never followed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
@@ -15,6 +17,8 @@ class RobertaEncoder(nn.Module):
     Positions count the non-padding tokens from `pad_token_id + 1`, so a text of T tokens needs
     `max_position_embeddings >= T + pad_token_id + 1`.
     """
+
+    spec: dict[str, Any]
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class RobertaEncoder(nn.Module):
             attention_probs_dropout_prob=attention_probs_dropout_prob,
             bos_token_id=0,
             eos_token_id=2,
+            # RoBERTa's deviation, 0.02 at width 768, scaled so that a layer's gain is the same at any width.
+            initializer_range=0.02 * (768 / hidden_size) ** 0.5,
             attn_implementation="sdpa",
         )
         self.roberta = RobertaModel(config, add_pooling_layer=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,6 +47,8 @@ class VisionLanguageModel(nn.Module):
         vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
         prior: the map from text to ξ; None where the encoder has no feedback.
     """
+
+    spec: dict[str, Any]
 
     def __init__(
         self,

@@ -1,0 +1,67 @@
+"""One tiny corpus and one tiny trained run for all tests, and the real command line in a fresh folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY_MODEL = [
+    "model.vision.patch_size=8", "model.vision.embed_dim=16", "model.vision.depth=2", "model.vision.num_heads=2",
+    "model.text.hidden_size=16", "model.text.num_hidden_layers=1", "model.text.num_attention_heads=2",
+    "model.text.intermediate_size=32", "model.fusion.width=16", "model.fusion.depth=1", "model.fusion.num_heads=2",
+]  # fmt: skip
+
+
+def command(module, *arguments, cwd, **environment):
+    """Run `python -m module` as a user without network, W&B account or GPU would."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def assert_one_line_error(result, *parts):
+    """Exit status not 0, and one `error:` line that has all parts and is no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The prepared folder of the tiny corpus, made by the real preparation."""
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scenes import make_scenes
+    from data_prep.vqav2 import VQAv2
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_scenes("tiny", folder / "raw", num_workers=1)
+    prepare(VQAv2(folder / "raw"), folder / "prepared", Options(min_answer_count=1))
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_data) -> list[str]:
+    """Overrides for a training of seconds."""
+    return [
+        "task=vqa", "data=scenes", "data.size=tiny", f"data.dir={tiny_data}", "data.image_size=32",
+        "data.batch_size=32", "data.questions_per_image=4", "data.num_workers=0", "data.minival_images=4",
+        "trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false", "predictions.num_images=1", *TINY_MODEL,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_options, tmp_path_factory):
+    """A finished run folder with W&B offline, and what its command printed."""
+    cwd = tmp_path_factory.mktemp("run")
+    result = command("vlabs.train", *tiny_options, "hydra.run.dir=run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "run", result

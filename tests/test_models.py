@@ -1,0 +1,252 @@
+"""The encoder and the model against plain slow computations and invariants."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import VQAHead
+from vlabs.models.prior import PriorLoss, PriorMap
+from vlabs.models.registry import build
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.vlm import VisionLanguageModel, assemble
+
+
+def make_vision(topdown=None, **options) -> AbSViT:
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2} | options
+    encoder = AbSViT("vit_base_patch16_224", img_size=16, patch_size=8, topdown=topdown, **options)
+    for decoder in encoder.decoders:  # far from zero, so that the feedback matters
+        torch.nn.init.normal_(decoder.linear.weight, std=0.3)
+        torch.nn.init.normal_(decoder.linear2.weight, std=0.3)
+    return encoder.eval()
+
+
+def make_model(topdown=None, prior_token="cls") -> VisionLanguageModel:
+    text = RobertaEncoder(30, 32, 2, 2, 64, 20)
+    fusion = partial(CoAttentionFusion, width=16, depth=2, num_heads=2)
+    return assemble(make_vision(topdown), text, fusion, partial(VQAHead, num_answers=5), prior_token).eval()
+
+
+def plain_second_pass(encoder: AbSViT, images: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's four steps written out, token by token: modulate whole tokens, decode them, qkv of the signal."""
+    vit = encoder.vit
+
+    def attention(block, x, top_down):
+        attn = block.attn
+        normed = block.norm1(x)
+        q, k, v = attn.qkv(normed).chunk(3, dim=-1)
+        if top_down is not None:
+            v = v + attn.qkv(top_down).chunk(3, dim=-1)[2]
+        heads = [t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        weights = (heads[0] @ heads[1].transpose(-1, -2) / heads[0].shape[-1] ** 0.5).softmax(-1)
+        x = x + attn.proj((weights @ heads[2]).transpose(1, 2).flatten(2))
+        return x + block.mlp(block.norm2(x))
+
+    embedded = vit._pos_embed(vit.patch_embed(images))
+    x = embedded
+    for block in vit.blocks:
+        x = attention(block, x, None)
+    z = vit.norm(x)
+    cosine = F.cosine_similarity(z, prior[:, None], dim=-1).clamp(0, 1)[..., None]
+    if isinstance(encoder.topdown, AbSTopDown):
+        t = encoder.topdown.alpha * cosine * z
+    else:
+        t = 5 * cosine * (z * prior[:, None]).sum(-1, keepdim=True) * prior[:, None]
+    signals = []
+    for decoder in reversed(encoder.decoders):
+        t = decoder.linear(t)
+        signals.insert(0, decoder.linear2(t))
+    x, reconstruction = embedded, torch.zeros(())
+    for block, decoder, signal in zip(vit.blocks, encoder.decoders, signals, strict=True):
+        output = attention(block, x, signal)
+        reconstruction = reconstruction + ((decoder.linear(output) - x) ** 2).mean()
+        x = output
+    return vit.norm(x), reconstruction
+
+
+VARIANTS = [AbSTopDown(10.0), AbSTopDown(1.0), ReleasedTopDown()]
+
+
+@pytest.mark.parametrize("topdown", VARIANTS, ids=["absvit", "absvit_alpha1", "released"])
+@torch.no_grad()
+def test_factored_feedback_equals_decoding_whole_tokens(topdown):
+    encoder = make_vision(topdown).double()
+    images, prior = torch.randn(3, 3, 16, 16).double(), torch.randn(3, 24).double()
+    seen = encoder.attend(encoder.encode(images), prior, reconstruct=True)
+    tokens, reconstruction = plain_second_pass(encoder, images, prior)
+    torch.testing.assert_close(seen.tokens, tokens, rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen.reconstruction, reconstruction.double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("topdown", [None, *VARIANTS], ids=["none", "absvit", "absvit_alpha1", "released"])
+def test_one_image_asked_many_things_gives_the_same_answers_and_gradients_as_one_by_one(topdown):
+    model = make_model(topdown).double()
+    images = torch.randn(2, 3, 16, 16).double()
+    ids, mask = torch.randint(3, 30, (5, 6)), torch.ones(5, 6, dtype=torch.long)
+    index = torch.tensor([0, 1, 1, 0, 1])
+
+    def gradients(*inputs):
+        model.zero_grad()
+        out = model(*inputs)
+        out.logits.square().sum().backward()
+        return out.logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    shared, shared_gradients = gradients(images, ids, mask, index)
+    single, single_gradients = gradients(images[index], ids, mask)
+    torch.testing.assert_close(shared, single)
+    assert shared_gradients.keys() == single_gradients.keys()
+    for name, gradient in single_gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_a_different_question_changes_what_the_encoder_sees_only_with_feedback():
+    images, ids, mask = torch.randn(1, 3, 16, 16), torch.randint(3, 30, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    index = torch.zeros(2, dtype=torch.long)
+    steered = make_model(AbSTopDown())(images, ids, mask, index).seen.tokens
+    plain = make_model(None)(images, ids, mask, index).seen.tokens
+    assert (steered[0] - steered[1]).abs().max() > 1e-3
+    assert torch.equal(plain[0], plain[1])
+
+
+@torch.no_grad()
+def test_plain_vit_equals_timm():
+    encoder = make_vision(None)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(encoder.encode(images).tokens, encoder.vit.forward_features(images))
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_values": 0.1}, {"reg_tokens": 2}, {"pre_norm": True}, {"qk_norm": True}, {"qkv_bias": False}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+@torch.no_grad()
+def test_bottom_up_pass_equals_timm_for_its_variants(options):
+    encoder = make_vision(AbSTopDown(), **options)
+    images = torch.randn(2, 3, 16, 16)
+    bottom_up = encoder.encode(images)
+    torch.testing.assert_close(bottom_up.tokens, encoder.vit.forward_features(images))
+    assert encoder.attend(bottom_up, torch.randn(2, 24)).tokens.shape == bottom_up.tokens.shape
+
+
+def test_reconstruction_trains_the_decoders_alone():
+    encoder = make_vision(AbSTopDown())
+    encoder.attend(
+        encoder.encode(torch.randn(2, 3, 16, 16)), torch.randn(2, 24), reconstruct=True
+    ).reconstruction.backward()
+    trained = {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained == {f"decoders.{block}.linear.weight" for block in range(3)}
+
+
+def test_a_zero_prior_leaves_the_value_bias_twice():
+    """With s = 0 the signal vanishes, but W_v's bias is added all the same: not the bottom-up pass."""
+    encoder = make_vision(AbSTopDown())
+    torch.nn.init.normal_(encoder.vit.blocks[0].attn.qkv.bias)
+    bottom_up = encoder.encode(torch.randn(2, 3, 16, 16))
+    assert not torch.allclose(encoder.attend(bottom_up, torch.zeros(2, 24)).tokens, bottom_up.tokens)
+    for block in encoder.vit.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.bias)
+    bottom_up = encoder.encode(torch.ones(2, 3, 16, 16))
+    torch.testing.assert_close(encoder.attend(bottom_up, torch.zeros(2, 24)).tokens, bottom_up.tokens)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_classifier_pools_cls_or_the_mean_token(pool):
+    classifier = AbSViTClassifier(make_vision(AbSTopDown(1.0), global_pool=pool, num_classes=7))
+    images = torch.randn(2, 3, 16, 16)
+    _, bottom_up, seen = classifier(images)
+    torch.testing.assert_close(bottom_up, classifier.encoder.vit(images))
+    assert isinstance(classifier.encoder.vit.norm, torch.nn.Identity) == (pool == "avg")
+    assert seen.token_weights.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224", "vit_base_resnet50d_224", "resnet18"]
+)
+def test_other_timm_models_are_refused_by_name(name):
+    with pytest.raises(UserError, match=name):
+        AbSViT(name, img_size=224)
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(UserError, match="vit_bse_patch16_224"):
+        AbSViT("vit_bse_patch16_224")
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_for_cls_and_eos_priors_and_something_for_the_mean():
+    ids = torch.tensor([[0, 7, 8, 2]])
+    padded = torch.tensor([[0, 7, 8, 2, 1, 1]])
+    images = torch.randn(1, 3, 16, 16)
+    for token, same in [("cls", True), ("eos", True), ("mean", False)]:
+        model = make_model(AbSTopDown(), token)
+        short = model(images, ids, (ids != 1).long()).logits
+        long = model(images, padded, (padded != 1).long()).logits
+        assert torch.allclose(short, long, atol=1e-5) == same
+        assert model.pads_to_fixed_length == (token == "mean")
+
+
+@torch.no_grad()
+def test_computing_only_what_the_poolers_read_changes_nothing():
+    model = make_model(AbSTopDown())
+    images, ids, mask = torch.randn(2, 3, 16, 16), torch.randint(3, 30, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    torch.testing.assert_close(model(images, ids, mask).logits, model(images, ids, mask, all_features=True).logits)
+
+
+def plain_prior_loss(prior, seen, image_ids, scale, directions):
+    prior, seen = F.normalize(prior, dim=-1), F.normalize(seen, dim=-1)
+    n, losses = len(prior), []
+    for rows, columns, direction in ((prior, seen, "text"), (seen, prior, "image")):
+        if directions in ("both", direction):
+            total = 0.0
+            for i in range(n):
+                others = [j for j in range(n) if j == i or image_ids[j] != image_ids[i]]
+                logits = torch.stack([scale * rows[i] @ columns[j] for j in others])
+                total = total - logits.log_softmax(0)[others.index(i)]
+            losses.append(total / n)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("directions", ["both", "text", "image"])
+def test_prior_loss_is_eq_15_over_pairs_of_other_images(directions):
+    torch.manual_seed(0)
+    prior, seen, image_ids = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([1, 1, 2, 3, 3, 3])
+    loss = PriorLoss(directions=directions)(prior, seen, image_ids)
+    torch.testing.assert_close(loss, plain_prior_loss(prior, seen, image_ids, 1 / 0.07, directions))
+
+
+def test_prior_loss_caps_its_scale_and_can_be_eq_15s_dot_product():
+    prior, seen, ids = torch.eye(3), torch.eye(3), torch.arange(3)
+    assert PriorLoss(temperature=1e-6)(prior, seen, ids) == PriorLoss(temperature=0.01)(prior, seen, ids)
+    loss = PriorLoss(temperature=1.0, normalize=False, learnable=False)(2 * prior, seen, ids)
+    torch.testing.assert_close(loss, torch.tensor([2.0, 0, 0]).log_softmax(0)[0].neg())
+    assert not PriorLoss(learnable=False).log_scale.requires_grad
+
+
+def test_prior_map_reads_the_first_end_of_text():
+    states = torch.randn(2, 4, 3)
+    ids = torch.tensor([[0, 5, 2, 2], [0, 2, 1, 1]])
+    prior = PriorMap(3, 3, "eos")
+    torch.testing.assert_close(prior(states, ids), prior.project(torch.stack([states[0, 2], states[1, 1]])))
+
+
+@pytest.mark.parametrize("topdown", [None, AbSTopDown(3.0), ReleasedTopDown()])
+@torch.no_grad()
+def test_a_model_is_rebuilt_from_its_spec(topdown):
+    model = make_model(topdown)
+    again = build(model.spec)
+    again.load_state_dict(model.state_dict())
+    images, ids, mask = torch.randn(1, 3, 16, 16), torch.randint(3, 30, (1, 6)), torch.ones(1, 6, dtype=torch.long)
+    assert torch.equal(again.eval()(images, ids, mask).logits, model(images, ids, mask).logits)
+
+
+def test_a_spec_cannot_name_anything_but_registered_classes():
+    with pytest.raises(UserError, match="os.system"):
+        build({"class": "os.system", "command": "true"})

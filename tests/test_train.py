@@ -1,0 +1,147 @@
+"""The training command: what a run folder holds, going on, starting from weights, sweeps."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import yaml
+from conftest import assert_one_line_error, command
+
+from vlabs.checkpoint import load_checkpoint
+
+
+def metrics_of(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_run):
+    run, _ = tiny_run
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]["num_answers"] > 1
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run / "figures").glob("val_step*.png"))
+    assert list((run / "wandb").glob("offline-run-*"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["steps"] == 6
+    assert "vlabs.train" in summary["command"]
+
+
+def test_wandb_is_offline_without_an_account_and_says_how_to_upload(tiny_run):
+    _, result = tiny_run
+    assert "wandb sync" in result.stderr + result.stdout
+
+
+def test_every_loss_accuracy_rate_norm_and_speed_is_logged(tiny_run):
+    logged = {key for row in metrics_of(tiny_run[0]) for key, value in row.items() if value}
+    wanted = {"train/loss", "train/vqa_loss", "train/reconstruction_loss", "train/prior_loss", "train/gradient_norm",
+              "val/vqa_accuracy", "val/vqa_accuracy/number", "val/vqa_accuracy/yes/no", "val/vqa_accuracy/other",
+              "train/samples_per_second"}  # fmt: skip
+    wanted |= {f"lr-AdamW/{part}" for part in ("vision", "text", "fusion", "head", "feedback")}
+    assert wanted <= logged
+
+
+def test_config_of_a_run_reproduces_it_bit_for_bit(tiny_run, tmp_path):
+    run, _ = tiny_run
+    shutil.copytree(run, tmp_path / "given")
+    result = command(
+        "vlabs.train", f"--config-dir={tmp_path / 'given'}", "--config-name=config", "hydra.run.dir=again", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    old, new = (
+        torch.load(r / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for r in (run, tmp_path / "again")
+    )
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tiny_options, tmp_path):
+    options = [*tiny_options, "trainer.max_epochs=6", "logger=csv"]
+    assert command("vlabs.train", *options, "hydra.run.dir=whole", cwd=tmp_path).returncode == 0
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "vlabs.train", *options, "hydra.run.dir=killed"],
+        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    last = tmp_path / "killed/checkpoints/last.ckpt"
+    while not last.is_file():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert torch.load(last, weights_only=True)["global_step"] < 18
+    result = command("vlabs.train", "resume=killed", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    whole = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 18
+    assert all(torch.equal(resumed["state_dict"][name], value) for name, value in whole["state_dict"].items())
+    steps = [row["step"] for row in metrics_of(tmp_path / "killed") if row["train/loss"]]
+    assert steps == [str(step) for step in range(18)]
+
+
+def test_unknown_run_folder_to_resume_is_named(tmp_path):
+    assert_one_line_error(command("vlabs.train", "resume=nowhere", cwd=tmp_path), "nowhere")
+
+
+def test_init_takes_another_resolution_and_another_head_and_says_what_it_did(tiny_run, tiny_options, tmp_path):
+    run, _ = tiny_run
+    result = command(
+        "vlabs.train", *tiny_options, f"init={run}", "data.image_size=48", "model.head.num_answers=9999",
+        "logger=csv", "hydra.run.dir=run", "model/topdown=none", "trainer.max_epochs=0", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = result.stderr + result.stdout
+    assert "resampled (1): vision.vit.pos_embed" in said
+    assert "left out" in said
+    assert "vision.decoders.0.linear.weight" in said
+    assert "newly made (2): head.classifier.3.weight, head.classifier.3.bias" in said
+
+
+def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
+    run, _ = tiny_run
+    result = command(
+        "vlabs.train", *tiny_options, f"init={run}", "task.freeze=[vision,text]", "logger=csv", "hydra.run.dir=run",
+        "predictions.every_n_validations=0", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before = load_checkpoint(run / "checkpoints/best.ckpt").model.state_dict()
+    after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in before.items():
+        same = torch.equal(after[f"model.{name}"], value)
+        assert same or not name.startswith(("vision.", "text."))
+    assert not torch.equal(after["model.fusion.text_map.weight"], before["fusion.text_map.weight"])
+
+
+def test_a_sweep_leaves_a_folder_a_run_and_a_table_with_the_failures(tiny_options, tmp_path):
+    result = command(
+        "vlabs.train", "-m", *tiny_options, "model/topdown=none,absvit_released", "model.fusion.num_heads=2,5",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "predictions.every_n_validations=0", "logger=csv",
+        "hydra.sweep.dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    with open(tmp_path / "sweep/runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["done", "failed", "done", "failed"]
+    assert [row["model/topdown"] for row in rows] == ["none", "none", "absvit_released", "absvit_released"]
+    assert float(rows[0]["best/val/vqa_accuracy"]) >= 0
+    assert rows[1]["error"]
+    assert all((tmp_path / f"sweep/{n}/config.yaml").is_file() for n in range(4))
+    assert "runs.csv" in result.stdout
+
+
+def test_train_val_leaves_the_minival_out(tiny_data):
+    from vlabs.data.vqa import VQADataModule
+
+    data = VQADataModule(tiny_data, image_size=32, train_split="train+val", val_split="minival", minival_images=4)
+    trained = set(data.rows("train+val")["image_id"])
+    checked = data.rows("minival")["image_id"]
+    assert len(checked) == 4
+    assert not trained & set(checked)
+    assert trained | set(checked) == set(data.rows("train")["image_id"]) | set(data.rows("val")["image_id"])
+    assert max(data.rows("val")["image_id"]) == checked[-1]
