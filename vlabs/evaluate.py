@@ -128,5 +128,10 @@ def _write_json(path: Path, content: Any) -> Path:
     return partial.replace(path)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point of `python -m vlabs.evaluate`."""
     run_hydra(run, "evaluate")
+
+
+if __name__ == "__main__":
+    main()

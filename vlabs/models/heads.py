@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from vlabs.models.registry import register
@@ -11,6 +13,9 @@ from vlabs.models.registry import register
 class VQAHead(nn.Module):
     """METER's answer classifier: Linear(d, d), LayerNorm, GELU, Linear(d, answers), with d the pooled width.
 
+    The last bias starts where every answer has the probability 1 / answers, so that training does not begin with
+    learning that most answers are wrong.
+
     Args:
         in_features: width of the pooled output (twice the fusion width).
         num_answers: size of the answer vocabulary.
@@ -18,16 +23,17 @@ class VQAHead(nn.Module):
 
     def __init__(self, in_features: int, num_answers: int) -> None:
         super().__init__()
+        last = nn.Linear(in_features, num_answers)
         self.classifier = nn.Sequential(
             nn.Linear(in_features, in_features),
             nn.LayerNorm(in_features),
             nn.GELU(),
-            nn.Linear(in_features, num_answers),
+            last,
         )
         for layer in self.classifier:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                nn.init.constant_(layer.bias, -math.log(max(1, num_answers - 1)) if layer is last else 0.0)
 
     @property
     def num_answers(self) -> int:

@@ -1,0 +1,146 @@
+"""Wrong input: one line that names it, a non-zero exit, nothing half-written."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_one_line_error, command
+from PIL import Image
+
+from vlabs.callbacks import WholeCheckpointIO
+from vlabs.checkpoint import load_checkpoint
+from vlabs.errors import UserError
+from vlabs.predictor import load
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model/topdown=absvitt", ["absvitt", "absvit, absvit_released, none"]),
+        ("data=vqa2", ["vqa2", "scenes", "vqav2"]),
+        ("trainer.max_epoch=3", ["trainer.max_epoch", "max_epochs"]),
+        ("optimiser=sgd", ["optimiser", "seed"]),
+        ("task.recipe.warmup=2", ["task.recipe.warmup=2"]),
+        ("data.train_split=val", ["data.train_split", "train+val"]),
+        ("task.prior_loss.directions=up", ["directions 'up'", "both, text, image"]),
+        ("model.prior_token=sep", ["prior_token 'sep'", "cls, mean, eos"]),
+        ("model.vision.architecture=swin_tiny_patch4_window7_224", ["swin_tiny_patch4_window7_224", "class token"]),
+        ("task.freeze=[visio]", ["visio", "vision"]),
+        ("init=nowhere.ckpt", ["nowhere.ckpt"]),
+        ("model=base", ["FacebookAI/roberta-base", "data.tokenizer"]),
+        ("model/vision=base", ["vit_base_patch16_224", "model.vision.weights=DIR"]),
+        ("model/text=roberta_base", ["FacebookAI/roberta-base", "data.tokenizer=DIR"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_override_is_answered_with_the_choices(override, parts, tiny_data, tmp_path, in_process):
+    result = in_process(
+        "vlabs.train", ["data=vqav2", f"data.dir={tiny_data}", "data.num_workers=0", "logger=csv", override], tmp_path
+    )
+    assert_one_line_error(result, *parts)
+    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
+
+
+def test_data_that_is_not_there_is_named(tmp_path, in_process):
+    assert_one_line_error(in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path), "data/vqav2", "data_prep")
+
+
+def test_unknown_split_is_answered_with_the_splits(tiny_run, tmp_path, in_process):
+    result = in_process("vlabs.evaluate", [f"ckpt={tiny_run[0]}", "split=vall"], tmp_path)
+    assert_one_line_error(result, "vall", "distractors", "test", "val")
+
+
+@pytest.mark.parametrize("name", ["text.ckpt", "text.safetensors", "half.ckpt", "half.safetensors", "list.ckpt"])
+def test_a_file_that_is_no_checkpoint_is_named(name, tiny_run, tmp_path):
+    from vlabs.export import export_safetensors
+
+    path = tmp_path / name
+    if name.startswith("text"):
+        path.write_text("this is not a checkpoint")
+    elif name == "list.ckpt":
+        torch.save([1, 2], path)
+    else:
+        whole = tiny_run[0] / "checkpoints/best.ckpt"
+        if path.suffix == ".safetensors":
+            whole = export_safetensors(whole, tmp_path / "whole.safetensors")
+        path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(UserError, match=name):
+        load(path)
+
+
+def test_a_checkpoint_of_another_task_is_named(tiny_run, tmp_path):
+    content = torch.load(tiny_run[0] / "checkpoints/best.ckpt", weights_only=True)
+    content["vlabs"]["task"] = "retrieval"
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="trained for the task 'retrieval', not for vqa"):
+        load(tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_of_another_size_is_named(tiny_run, tmp_path):
+    content = torch.load(tiny_run[0] / "checkpoints/best.ckpt", weights_only=True)
+    content["vlabs"]["architecture"]["fusion"]["width"] = 8
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="does not fit the architecture"):
+        load(tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_cannot_name_code(tiny_run, tmp_path):
+    content = torch.load(tiny_run[0] / "checkpoints/best.ckpt", weights_only=True)
+    content["vlabs"]["architecture"]["head"] = {"class": "subprocess.Popen", "args": "true"}
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match="subprocess.Popen"):
+        load_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_an_image_that_is_none_is_named_and_no_figure_is_left(tiny_run, tmp_path):
+    (tmp_path / "notes.png").write_text("not an image")
+    arguments = ["--ckpt", tiny_run[0], "--image", "notes.png", "--question", "What?", "--out", "out.png"]
+    assert_one_line_error(command("vlabs.predict", *arguments, cwd=tmp_path), "notes.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_missing_image_and_an_empty_question_are_named(tiny_run, picture):
+    predictor = load(tiny_run[0])
+    with pytest.raises(UserError, match="nowhere.png"):
+        predictor.answer("nowhere.png", ["What?"])
+    with pytest.raises(UserError, match="empty"):
+        predictor.answer(picture, ["What?", "  "])
+
+
+def test_an_image_that_rots_after_preparation_stops_training_or_is_counted(tiny_data, tiny_options, tmp_path, capfd):
+    import datasets
+
+    from vlabs.data.prepared import VQA_FEATURES
+    from vlabs.data.vqa import VQADataModule
+
+    rows = datasets.load_from_disk(str(tiny_data / "train")).to_list()
+    rows[3]["image"] = rows[3]["image"][:200]
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    data.rows = lambda split: datasets.Dataset.from_list(rows, features=VQA_FEATURES)
+    with pytest.raises(UserError, match=f"image {rows[3]['image_id']}"):
+        list(data.train_dataloader())
+    data.on_bad = "skip"
+    batches = list(data.train_dataloader())
+    assert {i for batch in batches for i in batch.skipped} == {rows[3]["image_id"]}
+    answered = {i for batch in batches for i in batch.question_ids}
+    assert answered.isdisjoint(rows[3]["question_id"])
+    assert f"left out: image {rows[3]['image_id']}" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    path = tmp_path / "last.ckpt"
+    writer = WholeCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    os.symlink("/dev/full", tmp_path / "last.ckpt.partial")
+    with pytest.raises(UserError, match=r"last\.ckpt could not be written: the disk is full"):
+        writer.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
