@@ -23,7 +23,7 @@ def picture(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model/topdown=absvitt", ["absvitt", "absvit, absvit_released, none"]),
+        ("model/topdown=absvitt", ["model/topdown=absvitt", "absvit, absvit_released, none"]),
         ("data=vqa2", ["vqa2", "scenes", "vqav2"]),
         ("trainer.max_epoch=3", ["trainer.max_epoch", "max_epochs"]),
         ("optimiser=sgd", ["optimiser", "seed"]),
@@ -35,14 +35,16 @@ def picture(tmp_path) -> Path:
         ("task.freeze=[visio]", ["visio", "vision"]),
         ("init=nowhere.ckpt", ["nowhere.ckpt"]),
         ("model=base", ["FacebookAI/roberta-base", "data.tokenizer"]),
-        ("model/vision=base", ["vit_base_patch16_224", "model.vision.weights=DIR"]),
+        ("model/vision=base +model.vision.embed_dim=24", ["vit_base_patch16_224", "model.vision.weights=DIR"]),
         ("model/text=roberta_base", ["FacebookAI/roberta-base", "data.tokenizer=DIR"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_override_is_answered_with_the_choices(override, parts, tiny_data, tmp_path, in_process):
     result = in_process(
-        "vlabs.train", ["data=vqav2", f"data.dir={tiny_data}", "data.num_workers=0", "logger=csv", override], tmp_path
+        "vlabs.train",
+        ["data=vqav2", f"data.dir={tiny_data}", "data.num_workers=0", "logger=csv", *override.split()],
+        tmp_path,
     )
     assert_one_line_error(result, *parts)
     assert not list(tmp_path.glob("outputs/**/*.ckpt"))

@@ -121,8 +121,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
             reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
             raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file makes the unpickler fail in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
     return loaded

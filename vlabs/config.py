@@ -59,6 +59,12 @@ def explain(error: BaseException) -> str:
                 return (
                     f"there is no option '{key}': {where} has {', '.join(valid)} (a new one takes a plus: +{key}=...)"
                 )
+    missing = re.search(
+        r"Could not find '(.+)/(.+?)'\s+Available options in '.+?':\s+(.+?)\s+Config search", str(error), re.S
+    )
+    if missing:
+        group, choice, valid = missing.groups()
+        return f"there is no {group}={choice}: choose one of {', '.join(valid.split())}"
     message = str(chain[-1]) if isinstance(error, InstantiationException) else str(error)
     return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 

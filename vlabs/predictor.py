@@ -132,6 +132,7 @@ def load_any(path: str | Path, *, answers: str | Path | None = None, tokenizer: 
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
         tokenizer=read_tokenizer(tokenizer or "FacebookAI/roberta-base", Path(answers)),
+        max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
         answers=tuple(vocabulary),
     )

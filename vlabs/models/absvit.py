@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -71,6 +71,8 @@ class AbSViT(nn.Module):
         topdown: what a prior adds inside attention, or None.
         global_pool: `token` ([cls], final norm on every token) or `avg` (mean token, norm after the mean).
         num_classes: size of timm's classification head; 0 for none.
+        sincos_positions: start the position embeddings of the patches from sines and cosines of unit size, not from
+            noise of deviation 0.02, which a small model from scratch takes long to grow out of.
         vit_options: any other argument of timm's `VisionTransformer` (`embed_dim`, `depth`, `num_heads`, …).
 
     Raises:
@@ -85,6 +87,7 @@ class AbSViT(nn.Module):
         topdown: TopDown | None = None,
         global_pool: str = "token",
         num_classes: int = 0,
+        sincos_positions: bool = False,
         **vit_options: Any,
     ) -> None:
         super().__init__()
@@ -96,6 +99,10 @@ class AbSViT(nn.Module):
             num_classes=num_classes,
             **vit_options,
         )
+        if sincos_positions:
+            with torch.no_grad():
+                positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
+                self.vit.pos_embed[:, -len(positions) :] = positions
         self.topdown = topdown
         depth = len(self.vit.blocks) if topdown is not None else 0
         self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))

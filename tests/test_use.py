@@ -1,0 +1,144 @@
+"""Checkpoints in use: evaluation is the official one, questions share a pass, exports and released files work."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import assert_one_line_error, command
+from PIL import Image
+
+import vlabs
+from vlabs.data.prepared import load_split
+from vlabs.export import export_safetensors
+from vlabs.metrics.vqa import vqa_accuracy
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_run, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("evaluation")
+    result = command("vlabs.evaluate", f"ckpt={tiny_run[0]}", "split=val", "data.num_workers=0",
+                     "trainer.enable_progress_bar=false", "hydra.run.dir=out", cwd=cwd)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return cwd / "out", result
+
+
+def test_evaluation_is_the_official_one_on_the_raw_annotations(evaluation, tiny_data):
+    out, result = evaluation
+    with zipfile.ZipFile(tiny_data.parent / "raw/v2_Annotations_Val_mscoco.zip") as archive:
+        annotations = json.loads(archive.read("v2_mscoco_val2014_annotations.json"))
+    official = vqa_accuracy(annotations, out / "results.json")
+    metrics = json.loads((out / "metrics.json").read_text())
+    for key in ("overall", "per_answer_type", "per_question_type"):
+        assert metrics[key] == official[key]
+    assert f"{official['overall']:.2f}" in result.stdout
+    others = [a["question_id"] for a in annotations["annotations"] if a["answer_type"] != "yes/no"]
+    assert metrics["not_yes_no"] == pytest.approx(np.mean([official["per_question"][q] for q in others]))
+
+
+def test_training_logs_the_accuracy_that_evaluation_finds(evaluation, tiny_run):
+    summary = json.loads((tiny_run[0] / "summary.json").read_text())
+    metrics = json.loads((evaluation[0] / "metrics.json").read_text())
+    assert summary["best/val/vqa_accuracy"] == pytest.approx(metrics["overall"], abs=1e-4)
+
+
+def test_a_split_without_answers_gives_a_submission_with_each_question_once(tiny_run, tiny_data, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(tiny_data.parent / "raw", raw)
+    (raw / "v2_Annotations_Test_mscoco.zip").unlink()
+    prepared = command("data_prep.vqav2", "--raw-dir", raw, "--out-dir", "data", "--min-answer-count", 1, cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    result = command("vlabs.evaluate", f"ckpt={tiny_run[0]}", "split=test", "data.dir=data", "data.num_workers=0",
+                     "hydra.run.dir=out", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    submission = json.loads((tmp_path / "out/vqa_test_submission.json").read_text())
+    asked = sum(load_split(tmp_path / "data", "test")["question_id"], [])
+    assert sorted(entry["question_id"] for entry in submission) == sorted(asked)
+    assert all(set(entry) == {"question_id", "answer"} for entry in submission)
+
+
+def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "street.png")
+    result = command(
+        "vlabs.predict", "--ckpt", tiny_run[0], "--image", "street.png",
+        "--question", "What's left of it, the red one?",
+        "--question", "Was ist das für ein Ding = $5?", "--out", "figure.png", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "What's left of it, the red one?"
+    assert sum(line.strip().split("%")[0].replace(".", "").isdigit() for line in lines) == 10
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > figure.height > 300
+
+
+@pytest.mark.parametrize("map_name", ["fusion", "weights", "norm"])
+def test_questions_asked_together_and_alone_get_the_same_answers(tiny_run, tiny_data, map_name):
+    predictor = vlabs.load(tiny_run[0])
+    row = load_split(tiny_data, "val")[0]
+    (tiny_data.parent / "picture.jpg").write_bytes(row["image"])
+    questions = [*row["question"][:2], "?" * 500, "Какого цвета звезда?"]
+    together = predictor.answer(tiny_data.parent / "picture.jpg", questions, map_name=map_name)
+    for question, answer in zip(questions, together, strict=True):
+        alone = predictor.answer(tiny_data.parent / "picture.jpg", [question], map_name=map_name)[0]
+        assert [a for a, _ in alone.answers] == [a for a, _ in answer.answers]
+        np.testing.assert_allclose([p for _, p in alone.answers], [p for _, p in answer.answers], atol=1e-5)
+        np.testing.assert_allclose(alone.map, answer.map, atol=1e-5)
+        assert answer.map.shape == (4, 4)
+        assert (answer.map >= 0).all()
+
+
+def test_prediction_agrees_with_evaluation(evaluation, tiny_run, tiny_data):
+    results = {r["question_id"]: r["answer"] for r in json.loads((evaluation[0] / "results.json").read_text())}
+    predictor = vlabs.load(tiny_run[0])
+    row = load_split(tiny_data, "val")[1]
+    (tiny_data.parent / "picture.jpg").write_bytes(row["image"])
+    answers = predictor.answer(tiny_data.parent / "picture.jpg", row["question"])
+    assert [a.answers[0][0] for a in answers] == [results[q] for q in row["question_id"]]
+
+
+def test_an_export_answers_as_its_checkpoint(tiny_run, tmp_path):
+    path = export_safetensors(tiny_run[0], tmp_path / "model.safetensors")
+    image = Image.new("RGB", (32, 32), "blue")
+    exported, original = (vlabs.load(p).answer(image, ["What color is it?"])[0] for p in (path, tiny_run[0]))
+    assert exported.answers == original.answers
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A released VQA file with its vocabulary of 11 answers and a tokenizer of 100 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", *["what", "color", "is", "the", "it"]]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "roberta").mkdir()
+    tokenizer.save(str(tmp_path / "roberta/tokenizer.json"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/answers.json").write_text(json.dumps([f"answer {n}" for n in range(11)]))
+    state = safetensors.torch.load_file(GOLDEN / "meter_absvit_vqa.safetensors")
+    state = {key.removeprefix("state/"): value for key, value in state.items() if key.startswith("state/")}
+    torch.save({"state_dict": state}, tmp_path / "released.ckpt")
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "picture.png")
+    return tmp_path
+
+
+def test_predict_takes_a_released_file_with_its_vocabulary(released):
+    arguments = ["--ckpt", "released.ckpt", "--image", "picture.png", "--question", "what color is it"]
+    result = command(
+        "vlabs.predict", *arguments, "--answers", "data", "--tokenizer", "roberta", "--map", "weights", cwd=released
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("answer ") == 5
+
+
+def test_a_released_file_without_its_vocabulary_is_asked_for_it(released):
+    arguments = ["--ckpt", "released.ckpt", "--image", "picture.png", "--question", "what color is it"]
+    assert_one_line_error(command("vlabs.predict", *arguments, cwd=released), "--answers")
