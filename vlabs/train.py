@@ -200,6 +200,7 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
         f"++resume='{run_dir}'",
         f"hydra.run.dir='{run_dir}'",
         "hydra.output_subdir=null",
+        "hydra/job_logging=stdout",
         "hydra.job_logging.root.level=WARNING",
         *others,
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.prepared import load_split, read_answers, read_manifest
-from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import GroupSampler, Plan
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
@@ -158,8 +158,10 @@ class VQADataModule(pl.LightningDataModule):
         rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
         num_workers: loader processes.
         on_bad: `error` or `skip`, for images that cannot be decoded.
+        image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
+            those of the data make training from scratch easier.
         seed: of shuffling and augmentation.
-        preprocessing: of a checkpoint, in place of `image_size`, `max_length`, `tokenizer` and the data's vocabulary.
+        preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
 
     Raises:
         UserError: no prepared data there, an unknown split, no tokenizer.
@@ -180,6 +182,8 @@ class VQADataModule(pl.LightningDataModule):
         rand_augment: str | None = None,
         num_workers: int = 2,
         on_bad: str = "error",
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
         seed: int = 0,
         preprocessing: Preprocessing | None = None,
     ) -> None:
@@ -209,6 +213,8 @@ class VQADataModule(pl.LightningDataModule):
             tokenizer=read_tokenizer(tokenizer, self.dir),
             max_length=max_length,
             answers=tuple(read_answers(dir)),
+            mean=tuple(image_mean),
+            std=tuple(image_std),
         )
 
     @property

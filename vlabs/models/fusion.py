@@ -115,9 +115,7 @@ class CoAttentionFusion(nn.Module):
         self.image_layers = nn.ModuleList(FusionLayer(width, num_heads, hidden, dropout) for _ in range(depth))
         self.text_pooler = nn.Linear(width, width)
         self.image_pooler = nn.Linear(width, width)
-        # BERT's deviation, 0.02 at width 768, scaled so that a layer's gain is the same at any width.
-        std = 0.02 * (768 / width) ** 0.5
-        self.apply(lambda module: _init_weights(module, std))
+        self.apply(_init_bert)
 
     def forward(
         self,
@@ -161,8 +159,9 @@ def _read_weights(layer: nn.Module, text: Tensor, mask: Tensor, image: Tensor) -
     return layer.cross_attention.weights(query, image)[:, 0]
 
 
-def _init_weights(module: nn.Module, std: float) -> None:
+def _init_bert(module: nn.Module) -> None:
+    """METER starts the fusion as BERT does: normal with deviation 0.02, biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -49,8 +49,6 @@ class RobertaEncoder(nn.Module):
             attention_probs_dropout_prob=attention_probs_dropout_prob,
             bos_token_id=0,
             eos_token_id=2,
-            # RoBERTa's deviation, 0.02 at width 768, scaled so that a layer's gain is the same at any width.
-            initializer_range=0.02 * (768 / hidden_size) ** 0.5,
             attn_implementation="sdpa",
         )
         self.roberta = RobertaModel(config, add_pooling_layer=False)

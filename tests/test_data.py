@@ -1,0 +1,90 @@
+"""From prepared rows to tensors: what a batch holds, and that augmentation is a function of seed, epoch and image."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlabs.data.prepared import load_split, read_answers
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from vlabs.data.sampling import Group, Plan
+from vlabs.data.vqa import VQADataModule, VQADataset, list_questions
+
+
+def make_data(tiny_data, **options):
+    return VQADataModule(tiny_data, image_size=32, num_workers=0, **options)
+
+
+def test_a_batch_is_the_rows_images_questions_and_soft_scores(tiny_data):
+    data = make_data(tiny_data)
+    rows = load_split(tiny_data, "train")
+    batch = VQADataset(rows, data.preprocessing)[Plan(0, [Group(2, (0, 3)), Group(5, (1,))])]
+    asked = [(2, 0), (2, 3), (5, 1)]
+    assert batch.image_index.tolist() == [0, 0, 1]
+    assert batch.question_ids == [rows[r]["question_id"][q] for r, q in asked]
+    assert batch.image_ids.tolist() == [rows[r]["image_id"] for r, _ in asked]
+    for n, (r, q) in enumerate(asked):
+        expected = np.zeros(len(read_answers(tiny_data)), dtype=np.float32)
+        expected[rows[r]["answer_ids"][q]] = rows[r]["answer_scores"][q]
+        np.testing.assert_array_equal(batch.targets[n].numpy(), expected)
+    pixels = np.asarray(Image.open(io.BytesIO(rows[5]["image"])).convert("RGB"), dtype=np.float32) / 255
+    expected = (pixels - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    np.testing.assert_allclose(batch.images[1].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_one_question_an_image_needs_no_index(tiny_data):
+    data = make_data(tiny_data)
+    batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[Plan(0, [Group(2, (0,)), Group(5, (1,))])]
+    assert batch.image_index is None
+
+
+def test_text_is_padded_to_the_longest_or_to_a_fixed_length_and_cut_at_the_limit(tiny_data):
+    plain = make_data(tiny_data, max_length=12).preprocessing
+    ids, mask = plain.pad(plain.token_ids(["Is it?", "What color is the star?"]))
+    assert ids.shape[1] == max(len(row) for row in plain.token_ids(["Is it?", "What color is the star?"])) < 12
+    assert (ids[mask == 0] == 1).all()
+    fixed = Preprocessing.from_plain(plain.to_plain() | {"pad_to_max_length": True})
+    assert fixed.pad(fixed.token_ids(["Is it?"]))[0].shape == (1, 12)
+    long = plain.token_ids(["star " * 100])[0]
+    assert len(long) == 12
+    assert (long[0], long[-1]) == (0, 2)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image(tiny_data):
+    data = make_data(tiny_data)
+    rows = load_split(tiny_data, "train")
+
+    def image(seed, epoch, row):
+        dataset = VQADataset(rows, data.preprocessing, "rand-m9-n2", seed)
+        return dataset[Plan(epoch, [Group(row, (0,))])].images[0]
+
+    assert torch.equal(image(1, 0, 3), image(1, 0, 3))
+    drawn = [image(seed, epoch, 3) for seed in range(2) for epoch in range(4)]
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) > 4
+    state = np.random.get_state()[1].copy()
+    image(1, 1, 1)
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_training_leaves_out_questions_without_a_vocabulary_answer_and_validation_keeps_them(tiny_data):
+    rows = load_split(tiny_data, "train")
+    some = [row | {"answer_ids": [[], *row["answer_ids"][1:]]} for row in rows.select(range(3))]
+    import datasets
+
+    from vlabs.data.prepared import VQA_FEATURES
+
+    rows = datasets.Dataset.from_list(some, features=VQA_FEATURES)
+    total = sum(len(row["question"]) for row in some)
+    trained_rows, trained_positions = list_questions(rows, only_answerable=True)
+    assert len(trained_rows) == total - 3
+    assert 0 not in trained_positions
+    assert len(list_questions(rows, only_answerable=False)[0]) == total
+
+
+def test_a_loader_with_workers_gives_what_one_without_gives(tiny_data):
+    alone, helped = make_data(tiny_data, rand_augment="rand-m9-n2"), make_data(tiny_data, rand_augment="rand-m9-n2")
+    helped.num_workers = 2
+    for a, b in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+        assert a.question_ids == b.question_ids
+        assert torch.equal(a.images, b.images)

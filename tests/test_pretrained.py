@@ -1,0 +1,143 @@
+"""Encoders from local weights: timm files at another size, RoBERTa folders; and the package as it is installed."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from timm.layers import resample_abs_pos_embed
+from transformers import RobertaConfig, RobertaModel
+
+from vlabs.config import config_dir
+from vlabs.errors import UserError
+from vlabs.models.topdown import AbSTopDown
+from vlabs.pretrained import roberta_from_pretrained, vit_from_timm
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def timm_file(tmp_path):
+    vit = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, num_classes=5, **SMALL)
+    path = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(vit.state_dict(), path)
+    return path, vit.eval()
+
+
+@torch.no_grad()
+def test_a_timm_file_loads_whole(timm_file):
+    path, vit = timm_file
+    encoder = vit_from_timm(
+        str(path), "vit_base_patch16_224", img_size=32, patch_size=8, topdown=AbSTopDown(), **SMALL
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder.encode(images).tokens, vit.forward_features(images))
+
+
+def test_position_embeddings_are_resampled_to_another_resolution(timm_file):
+    path, vit = timm_file
+    encoder = vit_from_timm(str(path), "vit_base_patch16_224", img_size=48, patch_size=8, **SMALL)
+    torch.testing.assert_close(encoder.vit.pos_embed, resample_abs_pos_embed(vit.pos_embed, [6, 6]))
+
+
+def test_a_timm_file_of_another_size_is_named(timm_file):
+    with pytest.raises(UserError, match=r"vit\.safetensors does not fit"):
+        vit_from_timm(str(timm_file[0]), "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL | {"depth": 3})
+
+
+def test_a_file_needs_its_architecture_and_must_be_there(timm_file):
+    with pytest.raises(UserError, match=r"model\.vision\.architecture"):
+        vit_from_timm(str(timm_file[0]))
+    with pytest.raises(UserError, match="does not exist"):
+        vit_from_timm("nowhere.safetensors", "vit_base_patch16_224")
+
+
+@torch.no_grad()
+def test_a_roberta_folder_loads_with_its_sizes(tmp_path):
+    config = RobertaConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+        max_position_embeddings=20, type_vocab_size=1,
+    )  # fmt: skip
+    source = RobertaModel(config, add_pooling_layer=True).eval()
+    source.save_pretrained(tmp_path)
+    encoder = roberta_from_pretrained(str(tmp_path)).eval()
+    ids, mask = torch.tensor([[0, 5, 6, 2, 1]]), torch.tensor([[1, 1, 1, 1, 0]])
+    expected = source(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(encoder(ids, mask), expected)
+    assert encoder.max_length == 18
+
+
+def test_a_folder_without_a_roberta_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no RoBERTa"):
+        roberta_from_pretrained(str(tmp_path))
+
+
+@pytest.mark.network
+@pytest.mark.skip(reason="downloads 340 MB from the hub: run it by hand where there is a network")
+def test_the_default_tag_of_vit_base_loads():
+    vit_from_timm("vit_base_patch16_224.augreg_in21k_ft_in1k", topdown=AbSTopDown())
+
+
+def test_the_recipe_of_vqav2_is_the_designs():
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", overrides=["experiment=vqav2_absvit_base"])
+        baseline = compose("train", overrides=["experiment=vqav2_vit_base"])
+    assert config.task.recipe.lr == {"vision": 1e-5, "text": 1e-5, "fusion": 5e-5, "head": 5e-4, "feedback": 3e-5}
+    assert config.data.batch_size * config.trainer.accumulate_grad_batches == 512
+    assert (config.data.image_size, config.data.rand_augment, config.data.max_length) == (224, "rand-m9-n2", 50)
+    assert (config.trainer.max_epochs, config.task.recipe.warmup, config.task.recipe.schedule) == (10, 0.1, "linear")
+    assert baseline.model.vision.topdown is None
+    assert baseline.trainer == config.trainer
+
+
+def test_the_released_form_is_one_switch_away():
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", overrides=["model/topdown=absvit_released"])
+    assert config.model.prior_token == "mean"
+    assert config.task.prior_weight == 0
+    assert config.task.freeze == ["prior.project.bias"]
+
+
+def test_every_parameter_of_the_wandb_sweep_is_an_option():
+    sweep = yaml.safe_load((Path(config_dir()) / "wandb_sweep.yaml").read_text())
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        for name, parameter in sweep["parameters"].items():
+            for value in parameter["values"]:
+                compose("train", overrides=[f"{name}={value}"])
+
+
+def test_the_wheel_carries_configs_and_data_prep_and_runs_from_any_folder(tmp_path):
+    root = Path(__file__).parent.parent
+    source = tmp_path / "source"  # a copy, because setuptools leaves a build folder behind
+    for name in ("vlabs", "conf", "data_prep"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("vlabs-*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import data_prep.vqav2
+import vlabs.config
+print(vlabs.config.config_dir(), data_prep.vqav2.__file__)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert found == [str(tmp_path / "site/vlabs/conf"), str(tmp_path / "site/data_prep/vqav2.py")]
+    ours = {p.relative_to(root / "conf") for p in (root / "conf").rglob("*.yaml")}
+    assert {p.relative_to(found[0]) for p in Path(found[0]).rglob("*.yaml")} == ours
