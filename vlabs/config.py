@@ -63,8 +63,8 @@ def explain(error: BaseException) -> str:
         r"Could not find '(.+)/(.+?)'\s+Available options in '.+?':\s+(.+?)\s+Config search", str(error), re.S
     )
     if missing:
-        group, choice, valid = missing.groups()
-        return f"there is no {group}={choice}: choose one of {', '.join(valid.split())}"
+        group, choice, names = missing.groups()
+        return f"there is no {group}={choice}: choose one of {', '.join(names.split())}"
     message = str(chain[-1]) if isinstance(error, InstantiationException) else str(error)
     return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
