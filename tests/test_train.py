@@ -106,10 +106,11 @@ def test_init_takes_another_resolution_and_another_head_and_says_what_it_did(tin
 def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
     run, _ = tiny_run
     result = command(
-        "vlabs.train", *tiny_options, f"init={run}", "task.freeze=[vision,text]", "logger=csv", "hydra.run.dir=run",
-        "predictions.every_n_validations=0", cwd=tmp_path,
+        "vlabs.train", *tiny_options, f"init={run}", "task.freeze=[vision,text]", "logger=tensorboard",
+        "predictions.every_n_validations=0", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
     before = load_checkpoint(run / "checkpoints/best.ckpt").model.state_dict()
     after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for name, value in before.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -60,6 +61,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
         if user_error is None:
             traceback.print_exc()
+    finally:
+        # The next run of a sweep, in this same process, is a W&B run of its own.
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(summary["status"] != "done"))
     _write_summary(run_dir, summary, started)
     if sweeping and _is_rank_zero():
         print(write_table(Path(hydra.sweep.dir)), flush=True)
@@ -88,23 +93,14 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity)
     checkpoint = run_dir / "checkpoints" / "last.ckpt" if config.resume is not None else None
     loggers = _loggers(config, run_dir, sweep, checkpoint)
-    best = ModelCheckpoint(
-        run_dir / "checkpoints",
-        filename="best",
-        monitor="val/vqa_accuracy",
-        mode="max",
-        save_weights_only=True,
-        enable_version_counter=False,
-    )
-    last = ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
+    best, last = _checkpoints(run_dir)
     callbacks: list[Callback] = [
         best,
         last,
         SamplesPerSecond(),
+        LearningRateMonitor("step"),
         PredictionTable(run_dir / "figures", **config.predictions),
     ]
-    if loggers:
-        callbacks.append(LearningRateMonitor("step"))
     if config.trainer.get("enable_progress_bar"):
         callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
     trainer: pl.Trainer = instantiate(config.trainer, _partial_=True, _convert_="all")(
@@ -121,9 +117,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     for logger in loggers:
-        logger.finalize("success" if not trainer.interrupted else "aborted")
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        logger.finalize("success")
     return {
         "parameters": parameters,
         "fit_seconds": round(time.perf_counter() - fit_started, 1),
@@ -133,6 +127,19 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "metrics": metrics,
         "checkpoint": best.best_model_path or last.best_model_path or None,
     }
+
+
+def _checkpoints(run_dir: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """best.ckpt, the weights with the best accuracy; last.ckpt, all that a resumed run needs."""
+    best = ModelCheckpoint(
+        run_dir / "checkpoints",
+        filename="best",
+        monitor="val/vqa_accuracy",
+        mode="max",
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    return best, ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
 
 
 def _check_fit(model: Any, data: Any) -> None:
