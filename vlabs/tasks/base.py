@@ -45,7 +45,7 @@ class VisionLanguageTask(pl.LightningModule):
         data: dict[str, Any],
         recipe: Recipe,
         reconstruction_weight: float = 0.3,
-        prior_weight: float = 0.3,
+        prior_weight: float = 0.1,
         prior_bottom_up_weight: float = 0.0,
         prior_loss: PriorLoss | None = None,
         freeze: Sequence[str] = (),
