@@ -42,14 +42,16 @@ def overlay(image: Image.Image, values: np.ndarray, strength: float = 0.75) -> n
 def question_figure(image: Image.Image, panels: Sequence[Panel], map_name: str) -> Figure:
     """The image, and beside it one panel a question: where the model looked for it, and what it answered."""
     columns = len(panels) + 1
-    figure = Figure(figsize=(3.1 * columns, 3.9), layout="constrained", dpi=150)
+    titles = [_wrapped(panel.question, 34) for panel in panels]
+    lines = max(title.count("\n") + len(panel.lines) for title, panel in zip(titles, panels, strict=True))
+    figure = Figure(figsize=(3.1 * columns, 3.7 + 0.22 * lines), layout="constrained", dpi=150)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     shown = _enlarged(image)
     axes[0].imshow(shown)
     axes[0].set_title("image", fontsize=10)
-    for axis, panel in zip(axes[1:], panels, strict=True):
+    for axis, panel, title in zip(axes[1:], panels, titles, strict=True):
         axis.imshow(overlay(shown, panel.map))
-        axis.set_title(_wrapped(panel.question, 34), fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("\n".join(panel.lines), fontsize=9)
     for axis in axes:
         axis.set_xticks([])
