@@ -26,6 +26,7 @@ def command(module, *arguments, cwd, **environment):
 
 def assert_one_line_error(result, *parts):
     """Exit status not 0, and one `error:` line that has all parts and is no traceback."""
+    assert "Error executing job" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode != 0
     assert "Traceback" not in result.stderr, result.stderr

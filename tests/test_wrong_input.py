@@ -54,6 +54,10 @@ def test_data_that_is_not_there_is_named(tmp_path, in_process):
     assert_one_line_error(in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path), "data/vqav2", "data_prep")
 
 
+def test_evaluation_without_a_checkpoint_asks_for_one(tmp_path, in_process):
+    assert_one_line_error(in_process("vlabs.evaluate", [], tmp_path), "pass ckpt=")
+
+
 def test_unknown_split_is_answered_with_the_splits(tiny_run, tmp_path, in_process):
     result = in_process("vlabs.evaluate", [f"ckpt={tiny_run[0]}", "split=vall"], tmp_path)
     assert_one_line_error(result, "vall", "distractors", "test", "val")

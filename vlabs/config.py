@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -13,9 +14,14 @@ from typing import Any
 import hydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, exit_with, run_cli
 
 
 def config_dir() -> str:
@@ -30,12 +36,21 @@ def config_dir() -> str:
 def run_hydra(main: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run `main(config)` as a Hydra program. Errors of the user's become one line and status 1."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours
-    program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(main)
+    ours = (UserError, HydraException, OmegaConfBaseException)
+
+    @functools.wraps(main)
+    def guarded(config: DictConfig) -> Any:
+        try:
+            return main(config)
+        except ours as error:
+            exit_with(explain(error))  # here, because Hydra adds lines of its own to an exception that reaches it
+
+    program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
         try:
             program()
-        except (HydraException, OmegaConfBaseException) as error:
+        except ours as error:
             raise UserError(explain(error)) from error
 
     run_cli(run)
@@ -59,6 +74,8 @@ def explain(error: BaseException) -> str:
                 return (
                     f"there is no option '{key}': {where} has {', '.join(valid)} (a new one takes a plus: +{key}=...)"
                 )
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: pass {error.full_key}=..."
     missing = re.search(
         r"Could not find '(.+)/(.+?)'\s+Available options in '.+?':\s+(.+?)\s+Config search", str(error), re.S
     )
