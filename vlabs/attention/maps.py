@@ -11,11 +11,6 @@ from vlabs.models.vlm import VLMOutput
 MAPS = ("fusion", "weights", "norm")
 
 
-def default_map(vision: AbSViT) -> str:
-    """The map that is shown when none is named: where the fusion reads, which every model has."""
-    return "fusion"
-
-
 def attention_map(output: VLMOutput, vision: AbSViT, name: str = "fusion") -> Tensor:
     """One map for each of n texts.
 
