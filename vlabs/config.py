@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import pytorch_lightning as pl
 from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,6 +22,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vlabs.errors import UserError, exit_with, run_cli
 
@@ -84,6 +87,24 @@ def explain(error: BaseException) -> str:
         return f"there is no {group}={choice}: choose one of {', '.join(names.split())}"
     message = str(chain[-1]) if isinstance(error, InstantiationException) else str(error)
     return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+
+
+def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
+    """Lightning's trainer from the group `trainer`; vlabs shares batches out over devices itself.
+
+    Raises:
+        UserError: Lightning does not take an option's value.
+    """
+    for name in ("max_epochs", "max_steps", "num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
+        if not isinstance(config.get(name), int | None):
+            raise UserError(f"trainer.{name}={config.get(name)} must be a whole number")
+    try:
+        trainer: pl.Trainer = instantiate(config, _partial_=True, _convert_="all")(
+            use_distributed_sampler=False, enable_model_summary=False, **parts
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from None
+    return trainer
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

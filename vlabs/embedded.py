@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from vlabs.data.vqa import VQADataModule
+from vlabs.errors import UserError
 from vlabs.logging import say
 
 
@@ -21,9 +22,12 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
         options: of `VQADataModule`.
     """
     from data_prep.pipeline import Options, prepare
+    from data_prep.scene_render import SIZES
     from data_prep.scenes import make_scenes
     from data_prep.vqav2 import VQAv2
 
+    if size not in SIZES:
+        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
     directory = Path(dir)
     real = "to use real data: data=vqav2 data.dir=FOLDER, made by `python -m data_prep.vqav2`"
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from vlabs.checkpoint import Checkpoint
-from vlabs.config import run_hydra, save_config
+from vlabs.config import make_trainer, run_hydra, save_config
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.logging import quiet_lightning
@@ -44,12 +42,11 @@ def run(config: DictConfig) -> None:
         preprocessing=checkpoint.preprocessing,
     )
     rows = data.rows(config.split)
-    trainer: pl.Trainer = instantiate(config.trainer, _partial_=True, _convert_="all")(
+    trainer = make_trainer(
+        config.trainer,
         logger=False,
         callbacks=[TQDMProgressBar()] if config.trainer.enable_progress_bar else None,
         enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     if trainer.world_size > 1:
         raise UserError("evaluate runs on one device: pass trainer.devices=1")

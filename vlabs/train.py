@@ -31,7 +31,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from vlabs.callbacks import PredictionTable, SamplesPerSecond, WholeCheckpointIO
 from vlabs.checkpoint import read_tensors
-from vlabs.config import command_line, explain, run_hydra, save_config
+from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize
 from vlabs.logging import csv_logger, quiet_lightning, remember_run_id, say
@@ -103,13 +103,12 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     ]
     if config.trainer.get("enable_progress_bar"):
         callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
-    trainer: pl.Trainer = instantiate(config.trainer, _partial_=True, _convert_="all")(
+    trainer = make_trainer(
+        config.trainer,
         callbacks=callbacks,
         logger=loggers,
         plugins=[WholeCheckpointIO()],
         default_root_dir=str(run_dir),
-        use_distributed_sampler=False,
-        enable_model_summary=False,
     )
     parameters = sum(p.numel() for p in model.parameters())
     say(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")

@@ -194,9 +194,17 @@ class VQADataModule(pl.LightningDataModule):
         ):
             if value not in choices:
                 raise UserError(f"data.{name}={value}: choose one of {', '.join(choices)}")
-        for name, number in (("image_size", image_size), ("batch_size", batch_size), ("max_length", max_length)):
-            if number < 1:
-                raise UserError(f"data.{name}={number} must be at least 1")
+        for name, number, least in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size or batch_size, 1),
+            ("max_length", max_length, 1),
+            ("minival_images", minival_images, 1),
+            ("questions_per_image", questions_per_image, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise UserError(f"data.{name}={number} must be a whole number, at least {least}")
         self.dir = Path(dir)
         self.manifest = read_manifest(dir)
         self.batch_size = batch_size

@@ -91,6 +91,8 @@ class AbSViT(nn.Module):
         **vit_options: Any,
     ) -> None:
         super().__init__()
+        if img_size % patch_size:
+            raise UserError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
         self.vit = create_vit(
             architecture,
             img_size=img_size,

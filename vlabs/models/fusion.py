@@ -106,6 +106,8 @@ class CoAttentionFusion(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if width % num_heads:
+            raise ValueError(f"the fusion's width {width} is not a multiple of its {num_heads} heads")
         self.width = width
         self.text_map = nn.Linear(text_dim, width)
         self.image_map = nn.Linear(image_dim, width)

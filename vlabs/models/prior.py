@@ -66,6 +66,8 @@ class PriorLoss(nn.Module):
         super().__init__()
         if directions not in ("both", "text", "image"):
             raise ValueError(f"directions '{directions}': choose one of both, text, image")
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} must be above 0")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable)
         self.directions = directions
         self.normalize = normalize

@@ -87,7 +87,7 @@ class AbSTopDown(nn.Module):
 
     def __init__(self, alpha: float = 10.0) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha = float(alpha)
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """What no prior changes: `C_l z` of every block, each (B, N, D)."""
@@ -114,7 +114,7 @@ class ReleasedTopDown(nn.Module):
 
     def __init__(self, alpha: float = 5.0) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha = float(alpha)
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """Nothing: no part of this signal belongs to the image alone."""

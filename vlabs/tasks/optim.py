@@ -42,6 +42,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if set(self.lr) != set(PARTS):
             raise UserError(f"task.recipe.lr has {', '.join(self.lr)}; it must name {', '.join(PARTS)}")
+        for part, rate in self.lr.items():
+            if not isinstance(rate, int | float) or rate < 0:
+                raise UserError(f"task.recipe.lr.{part}={rate} must be a number, at least 0")
         if not 0 <= self.warmup < 1:
             raise UserError(f"task.recipe.warmup={self.warmup} must be a share of the steps, in [0, 1)")
 
