@@ -155,8 +155,11 @@ class AbSViT(nn.Module):
         Args:
             bottom_up: the first pass over B images.
             prior: ξ, (n, D); not read without feedback.
-            image_index: (n,) the image of each prior; None means that prior i belongs to image i.
+            image_index: (n,) the image of each prior; None means that prior i belongs to image i, or that all priors
+                belong to the one image there is.
             reconstruct: also compute the reconstruction loss (training).
+
+        Without feedback and `image_index`, one image comes back as one, whatever the number of priors.
         """
         if self.topdown is None:
             return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index))
@@ -171,7 +174,7 @@ class AbSViT(nn.Module):
             output = _run_block(block, hidden, top_down=signal.value(index), qkv=qkv)
             if reconstruction is not None:
                 decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
-                reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach())
+                reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
             hidden = output
         return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
 
@@ -265,6 +268,8 @@ def _run_block(block: Block, x: Tensor, top_down: Tensor | None = None, qkv: Ten
         v = v + top_down
     else:
         q, k, v = qkv.split(attn.attn_dim, dim=-1)
+    # One image under many priors: q and k of the first block are one image's, v is not.
+    q, k = q.expand(len(v), -1, -1), k.expand(len(v), -1, -1)
     q, k, v = (t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
     mixed = F.scaled_dot_product_attention(
         attn.q_norm(q), attn.k_norm(k), v, dropout_p=attn.attn_drop.p if attn.training else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from vlabs.models.registry import register
@@ -68,3 +69,49 @@ class RankingHead(nn.Module):
         """The ranking score (n,) of pooled features (n, d)."""
         score: Tensor = self.rank(pooled)[:, 0]
         return score
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """What pairs are ranked by, (n,)."""
+        return self(pooled)
+
+    @torch.no_grad()
+    def start_from_matching(self) -> None:
+        """Set the ranking score to the logit of "they match", as METER does before fine-tuning."""
+        self.rank.weight.copy_(self.match.weight[1:])
+        self.rank.bias.copy_(self.match.bias[1:])
+
+
+@register
+class PretrainHead(nn.Module):
+    """METER's pre-training heads: image-text matching, and masked language modelling.
+
+    Args:
+        in_features: width of the pooled output (twice the fusion width).
+        vocab_size: tokens of the text encoder.
+    """
+
+    def __init__(self, in_features: int, vocab_size: int) -> None:
+        super().__init__()
+        width = in_features // 2
+        self.match = nn.Linear(in_features, 2)
+        self.mlm = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), nn.Linear(width, vocab_size)
+        )
+        for layer in (self.match, *self.mlm):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Matching logits (n, 2) of pooled features (n, d): index 1 means that image and text belong together."""
+        logits: Tensor = self.match(pooled)
+        return logits
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """What pairs are ranked by without fine-tuning, (n,): the logit of "they match" (METER's zero-shot)."""
+        return self(pooled)[:, 1]
+
+    def token_logits(self, text_features: Tensor) -> Tensor:
+        """Logits of the vocabulary (m, vocabulary) of the fused states (m, D) of masked tokens."""
+        logits: Tensor = self.mlm(text_features)
+        return logits

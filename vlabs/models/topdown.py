@@ -44,7 +44,7 @@ class TopDownSignal:
     Attributes:
         scale: (n, N, 1), the scalar w_i of every token of every prior.
         directions: for every block (B, N, D) where it depends on the image, (n, 1, D) where it depends on the prior.
-        image_index: (n,) the image of each prior where `directions` are per image, else None.
+        image_index: (n,) the image of each prior; None where `directions` are per prior, or B is n or 1.
         similarity: (n, N), cosine of prior and token clamped to [0, 1]: where the prior asks to look.
     """
 
@@ -66,7 +66,7 @@ def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         prior: (n, D).
-        tokens: (n, N, D).
+        tokens: (n, N, D), or (1, N, D) where all priors are about one image.
 
     Returns:
         (n, N).

@@ -114,8 +114,35 @@ class VisionLanguageModel(nn.Module):
         all_features: bool = False,
         read_image: bool = False,
     ) -> VLMOutput:
-        """Second pass, fusion and head for encoded images and texts; arguments as in `forward`."""
+        """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
+
+        Without `image_index`, one image may stand for all texts.
+        """
         prior = self.prior(text_states, input_ids) if self.prior is not None else None
+        return self.join_under(
+            bottom_up,
+            prior,
+            text_states,
+            attention_mask,
+            image_index,
+            reconstruct=reconstruct,
+            all_features=all_features,
+            read_image=read_image,
+        )
+
+    def join_under(
+        self,
+        bottom_up: BottomUp,
+        prior: Tensor | None,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+        all_features: bool = False,
+        read_image: bool = False,
+    ) -> VLMOutput:
+        """`join` with ξ, (n, D_vision), already computed."""
         seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
         fused = self.fusion(
             text_states, attention_mask, seen.tokens, pooled_only=not all_features, read_image=read_image

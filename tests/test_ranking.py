@@ -1,0 +1,80 @@
+"""Ranking: shared work gives the plain computation's numbers, and the measures count as METER counts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.models.absvit import AbSViT
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import PretrainHead, RankingHead
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.vlm import VisionLanguageModel, assemble
+from vlabs.ranking.texts import encode_texts, score_texts
+
+CAPTIONS = ["a dog", "two men in the rain", "one", "a red bus stops near a very old church", "a cat on a mat", "rain"]
+
+
+@pytest.fixture(scope="module")
+def preprocessing() -> Preprocessing:
+    from data_prep.pipeline import train_tokenizer
+
+    return Preprocessing(image_size=32, tokenizer=train_tokenizer(CAPTIONS * 3, 300).to_str(), max_length=16)
+
+
+def random_model(topdown: torch.nn.Module | None, prior_token: str, ranking: bool = True) -> VisionLanguageModel:
+    """A small model with weights far from its start, so that every term shows in the scores."""
+    torch.manual_seed(0)
+    model = assemble(
+        AbSViT("vit_tiny_patch16_224", 32, 16, topdown, embed_dim=32, depth=3, num_heads=2),
+        RobertaEncoder(400, 24, 2, 2, 48, max_position_embeddings=40),
+        partial(CoAttentionFusion, width=32, depth=2, num_heads=4),
+        RankingHead if ranking else partial(PretrainHead, vocab_size=400),
+        prior_token,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("prior_token", ["cls", "mean", "eos"])
+@pytest.mark.parametrize("topdown", [None, AbSTopDown(), ReleasedTopDown()], ids=["none", "absvit", "released"])
+@torch.no_grad()
+def test_shared_ranking_scores_equal_pair_by_pair_scores(
+    topdown: torch.nn.Module | None, prior_token: str, preprocessing: Preprocessing
+) -> None:
+    model = random_model(topdown, prior_token)
+    if model.pads_to_fixed_length:
+        preprocessing = Preprocessing.from_plain(preprocessing.to_plain() | {"pad_to_max_length": True})
+    images = torch.randn(2, 3, 32, 32)
+    texts = encode_texts(model, preprocessing, CAPTIONS, batch_size=4)
+    for image in images:
+        bottom_up = model.vision.encode(image[None])
+        which = torch.tensor([5, 0, 3, 1, 2])
+        ours = score_texts(model, bottom_up, texts, which, batch_size=2)
+        for n, text in enumerate(which.tolist()):
+            input_ids, mask = preprocessing.pad(preprocessing.token_ids([CAPTIONS[text]]))
+            plain = model(image[None], input_ids, mask).logits
+            torch.testing.assert_close(ours[n : n + 1], plain, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_zero_shot_score_is_the_logit_of_matching(preprocessing: Preprocessing) -> None:
+    model = random_model(AbSTopDown(), "cls", ranking=False)
+    image = torch.randn(1, 3, 32, 32)
+    texts = encode_texts(model, preprocessing, CAPTIONS)
+    scores = score_texts(model, model.vision.encode(image), texts, torch.arange(3))
+    input_ids, mask = preprocessing.pad(preprocessing.token_ids(CAPTIONS[:3]))
+    matching = model(image.expand(3, -1, -1, -1), input_ids, mask).logits
+    torch.testing.assert_close(scores, matching[:, 1], atol=1e-4, rtol=1e-4)
+
+
+def test_fine_tuning_starts_from_the_matching_heads_positive_row() -> None:
+    head = RankingHead(8)
+    head.start_from_matching()
+    pooled = torch.randn(5, 8)
+    torch.testing.assert_close(head(pooled), head.match(pooled)[:, 1])

@@ -1,0 +1,99 @@
+"""Scores of many texts with one image: what depends on a text alone is computed once a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.models.absvit import BottomUp
+from vlabs.models.vlm import VisionLanguageModel
+
+
+@dataclass
+class EncodedTexts:
+    """M texts as the text encoder leaves them.
+
+    Attributes:
+        states: (Σ lengths, D), the states of all texts in a row, without padding.
+        starts, lengths: (M,) where each text lies in `states`.
+        prior: ξ, (M, D_vision); None without feedback.
+    """
+
+    states: Tensor
+    starts: Tensor
+    lengths: Tensor
+    prior: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def padded(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """States (n, T, D) and mask (n, T) of some texts; padding is zeros, which nothing reads."""
+        lengths = self.lengths[which]
+        offset = torch.arange(int(lengths.max()), device=lengths.device)
+        mask = offset < lengths[:, None]
+        position = (self.starts[which][:, None] + offset).clamp(max=len(self.states) - 1)
+        return self.states[position] * mask.unsqueeze(-1), mask
+
+
+@torch.inference_mode()
+def encode_texts(
+    model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int = 256
+) -> EncodedTexts:
+    """Run the text encoder and the ξ map once over each text, those of similar length together.
+
+    Args:
+        model: on the device where the texts are to be.
+        batch_size: texts at a time.
+    """
+    device = next(model.parameters()).device
+    ids = preprocessing.token_ids(texts)
+    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
+    states: list[Tensor] = [torch.empty(0)] * len(ids)
+    priors: list[Tensor] = [torch.empty(0)] * len(ids)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        input_ids, attention_mask = (t.to(device) for t in preprocessing.pad([ids[n] for n in batch]))
+        encoded = model.text(input_ids, attention_mask)
+        prior = model.prior(encoded, input_ids) if model.prior is not None else None
+        for row, n in enumerate(batch):
+            states[n] = encoded[row, : len(ids[n])]
+            if prior is not None:
+                priors[n] = prior[row]
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    return EncodedTexts(
+        torch.cat(states),
+        lengths.cumsum(0) - lengths,
+        lengths,
+        torch.stack(priors) if model.prior is not None else None,
+    )
+
+
+@torch.inference_mode()
+def score_texts(
+    model: VisionLanguageModel, bottom_up: BottomUp, texts: EncodedTexts, which: Tensor, batch_size: int = 64
+) -> Tensor:
+    """The ranking score of one image with some texts; every pair goes through the second pass and the fusion.
+
+    Args:
+        model: whose head has a `score`.
+        bottom_up: the first pass over the one image.
+        which: (n,) the texts.
+        batch_size: pairs at a time.
+
+    Returns:
+        (n,), float32.
+    """
+    order = texts.lengths[which].argsort(stable=True)
+    scores = torch.empty(len(which), device=which.device)
+    for part in order.split(batch_size):
+        chosen = which[part]
+        states, mask = texts.padded(chosen)
+        prior = texts.prior[chosen] if texts.prior is not None else None
+        output = model.join_under(bottom_up, prior, states, mask)
+        scores[part] = model.head.score(output.pooled_features).float()  # type: ignore[operator]
+    return scores
