@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
 from vlabs.attention.maps import attention_map
+from vlabs.data.captions import CaptionBatch
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
@@ -53,7 +54,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class SamplesPerSecond(pl.Callback):
-    """Log `train/samples_per_second`: questions of this process since the value before, loading included."""
+    """Log `train/samples_per_second`: texts of this process since the value before, loading included."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -64,10 +65,15 @@ class SamplesPerSecond(pl.Callback):
         self.samples, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: VQABatch, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: VQABatch | CaptionBatch,
+        batch_idx: int,
     ) -> None:
         """Count a batch, and log as often as Lightning logs."""
-        self.samples += len(batch.question_ids)
+        self.samples += len(batch.input_ids)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now = time.perf_counter()
             pl_module.log("train/samples_per_second", self.samples / (now - self.since))

@@ -37,7 +37,8 @@ class Checkpoint:
         model: in eval mode, on the CPU.
         preprocessing: images and texts to tensors, and the answer vocabulary.
         task: the task it was trained for, e.g. `vqa`.
-        data: the prepared folder it was trained on and the hash of its manifest.
+        data: the prepared folder it was trained on and the hash of its manifest, and under `history` what its weights
+            were trained on before.
         path: the file it was read from.
     """
 
@@ -165,6 +166,16 @@ def header_of(
         "preprocessing": preprocessing.to_plain(),
         "data": data,
     }
+
+
+def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings that a checkpoint's weights have been through, oldest first, its own last.
+
+    Args:
+        task, data: of the checkpoint.
+    """
+    own = {name: value for name, value in data.items() if name != "history"}
+    return [*data.get("history", []), {"task": task, "data": own}]
 
 
 def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:

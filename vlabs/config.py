@@ -36,8 +36,14 @@ def config_dir() -> str:
     raise UserError(f"the configs are missing from the installation at {here}: install vlabs again")
 
 
-def run_hydra(main: Callable[[DictConfig], Any], config_name: str) -> None:
-    """Run `main(config)` as a Hydra program. Errors of the user's become one line and status 1."""
+def run_hydra(main: Callable[[DictConfig], Any], config_name: str, folder: str = "") -> None:
+    """Run `main(config)` as a Hydra program. Errors of the user's become one line and status 1.
+
+    Args:
+        main: what to run.
+        config_name: the file it is configured by.
+        folder: of the configs, where that file and its groups are; itself if not given.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours
     ours = (UserError, HydraException, OmegaConfBaseException)
 
@@ -48,7 +54,9 @@ def run_hydra(main: Callable[[DictConfig], Any], config_name: str) -> None:
         except ours as error:
             exit_with(explain(error))  # here, because Hydra adds lines of its own to an exception that reaches it
 
-    program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
+    program = hydra.main(version_base="1.3", config_path=str(Path(config_dir()) / folder), config_name=config_name)(
+        guarded
+    )
 
     def run() -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from vlabs.data.captions import CaptionDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.logging import say
@@ -40,3 +41,33 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
             make_scenes(size, raw)
             prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
     return VQADataModule(directory, **options)
+
+
+def scenes_captions(size: str, dir: str | Path, raw_dir: str | Path, **options: Any) -> CaptionDataModule:
+    """The captions of the `scenes` corpus of a size, made in `dir` if they are not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        dir: the prepared folder.
+        raw_dir: where the corpus is rendered to, or is already.
+        options: of `CaptionDataModule`.
+    """
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scene_render import SIZES
+    from data_prep.scenes import make_scenes
+    from data_prep.scenes_captions import ScenesCaptions
+
+    if size not in SIZES:
+        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
+    directory, raw = Path(dir), Path(raw_dir)
+    real = "to use real data: data=flickr30k or data=coco_captions"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / "manifest.json").is_file():
+            say(f"data: the captions of the embedded corpus scenes-{size} in {directory}; {real}")
+        else:
+            say(f"data: making the captions of the embedded corpus scenes-{size} in {directory}; {real}")
+            make_scenes(size, raw)
+            prepare(ScenesCaptions(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+    return CaptionDataModule({"scenes": directory}, **options)

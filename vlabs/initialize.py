@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from vlabs.checkpoint import find_checkpoint, read_tensors
+from vlabs.checkpoint import find_checkpoint, history_of, read_tensors
 from vlabs.errors import UserError
+from vlabs.models.heads import RankingHead
 from vlabs.models.vlm import VisionLanguageModel
 
 
@@ -23,6 +25,8 @@ class Initialized:
         resampled: interpolated to another resolution or patch size.
         left_out: in the checkpoint, but without a place of their shape in this model.
         new: in this model, but not in the checkpoint: they keep their fresh values.
+        derived: made from others.
+        history: the trainings that these weights have been through, oldest first: task and identity of the data.
     """
 
     source: Path
@@ -30,11 +34,18 @@ class Initialized:
     resampled: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    derived: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> str:
         """A few lines: counts, and every name but those that were simply loaded."""
         lines = [f"init: {len(self.loaded)} parameters loaded from {self.source}"]
-        for what, names in (("resampled", self.resampled), ("left out", self.left_out), ("newly made", self.new)):
+        for what, names in (
+            ("resampled", self.resampled),
+            ("left out", self.left_out),
+            ("newly made", self.new),
+            ("made from others", self.derived),
+        ):
             if names:
                 lines.append(f"  {what} ({len(names)}): {', '.join(names)}")
         return "\n".join(lines)
@@ -54,7 +65,7 @@ def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
         name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
     }
     own: dict[str, Tensor] = dict(model.state_dict())
-    result = Initialized(path)
+    result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))
     chosen: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in own and own[name].shape == value.shape:
@@ -69,6 +80,9 @@ def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)
+    if isinstance(model.head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
+        model.head.start_from_matching()
+        result.derived.append("head.rank, the matching head's row of the pairs that match")
     return result
 
 

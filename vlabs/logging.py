@@ -24,7 +24,13 @@ def quiet_lightning() -> None:
     """Keep Lightning's hints out of a run's output, and warnings about what vlabs does knowingly."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*infer the `batch_size`.*", ".*`isinstance.treespec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*infer the `batch_size`.*",
+        ".*`isinstance.treespec.*",
+        ".*predict returned None.*",
+        ".*is smaller than the logging interval.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

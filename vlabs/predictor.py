@@ -98,11 +98,18 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(data, str(path))
 
 
-def load_any(path: str | Path, *, answers: str | Path | None = None, tokenizer: str | None = None) -> Checkpoint:
-    """A vlabs checkpoint, export or run folder, or a VQA file of the released METER code.
+# Which trainings make a model that a task can be done with; a matching head ranks without fine-tuning.
+USABLE = {"vqa": ("vqa",), "retrieval": ("retrieval", "pretrain")}
+
+
+def load_any(
+    path: str | Path, *, answers: str | Path | None = None, tokenizer: str | None = None, task: str = "vqa"
+) -> Checkpoint:
+    """A vlabs checkpoint, export or run folder, or a file of the released METER code.
 
     Args:
-        answers: for a released file, the prepared folder whose vocabulary it was trained on.
+        answers: for a released VQA file, the prepared folder whose vocabulary it was trained on.
+        task: what the model is to do: `vqa` or `retrieval`.
         tokenizer: for a released file, the RoBERTa it was trained with, by hub name or local folder.
 
     Raises:
@@ -112,13 +119,16 @@ def load_any(path: str | Path, *, answers: str | Path | None = None, tokenizer: 
     content = read_tensors(file)
     if "vlabs" in content:
         checkpoint = rebuild(content["vlabs"], content["state_dict"], file)
-        if checkpoint.task != "vqa":
-            raise UserError(f"{file} was trained for the task '{checkpoint.task}', not for vqa")
+        if checkpoint.task not in USABLE[task]:
+            wanted = " or ".join(USABLE[task])
+            raise UserError(f"{file} was trained for the task '{checkpoint.task}', not for {wanted}")
         return checkpoint
     if not any("vit_model." in key for key in content.get("state_dict", content)):
         raise UserError(f"{file} is neither a vlabs checkpoint nor one of the released METER code")
-    module = load_released(file, task="vqa")
+    module = load_released(file, task=task)
     assert isinstance(module, ReleasedVLM)
+    if task == "retrieval":
+        return _released_checkpoint(module, file, tokenizer, (), answers, task)
     if answers is None:
         raise UserError(
             f"{file} is a released checkpoint, which holds no answers: pass --answers FOLDER of the prepared data "
@@ -129,16 +139,27 @@ def load_any(path: str | Path, *, answers: str | Path | None = None, tokenizer: 
     head_size = module.model.head.num_answers
     if len(vocabulary) != head_size:
         raise UserError(f"{file} has {head_size} answers and {answers} has {len(vocabulary)}: it is not its data")
+    return _released_checkpoint(module, file, tokenizer, tuple(vocabulary), answers, task)
+
+
+def _released_checkpoint(
+    module: ReleasedVLM,
+    file: Path,
+    tokenizer: str | None,
+    vocabulary: tuple[str, ...],
+    data_dir: str | Path | None,
+    task: str,
+) -> Checkpoint:
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
-        tokenizer=read_tokenizer(tokenizer or "FacebookAI/roberta-base", Path(answers)),
+        tokenizer=read_tokenizer(tokenizer or "FacebookAI/roberta-base", Path(data_dir or ".")),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
-        answers=tuple(vocabulary),
+        answers=vocabulary,
     )
     if preprocessing.vocab_size > module.model.text.spec["vocab_size"]:
         raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")
-    return Checkpoint(module.model, preprocessing, "vqa", {"dir": str(answers)}, file)
+    return Checkpoint(module.model, preprocessing, task, {} if data_dir is None else {"dir": str(data_dir)}, file)
 
 
 def load(

@@ -36,6 +36,7 @@ from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize
 from vlabs.logging import csv_logger, quiet_lightning, remember_run_id, say
 from vlabs.sweep import write_table
+from vlabs.tasks.vqa import VQATask
 
 _failed_runs: list[str] = []
 
@@ -82,25 +83,31 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
             config.model.text.vocab_size = data.preprocessing.vocab_size
         if config.model.head.get("num_answers", 0) is None:
             config.model.head.num_answers = len(data.preprocessing.answers)
+        if config.model.head.get("vocab_size", 0) is None:
+            config.model.head.vocab_size = config.model.text.get("vocab_size") or data.preprocessing.vocab_size
     save_config(config, run_dir / "config.yaml")
     model = instantiate(config.model)
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     _check_fit(model, data)
+    history: list[dict[str, Any]] = []
     if config.init is not None:
-        say(initialize(model, config.init).report())
+        initialized = initialize(model, config.init)
+        history = initialized.history
+        say(initialized.report())
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
-    task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity)
+    task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
     checkpoint = run_dir / "checkpoints" / "last.ckpt" if config.resume is not None else None
     loggers = _loggers(config, run_dir, sweep, checkpoint)
-    best, last = _checkpoints(run_dir)
+    best, last = _checkpoints(run_dir, task.monitor)
     callbacks: list[Callback] = [
         best,
         last,
         SamplesPerSecond(),
         LearningRateMonitor("step"),
-        PredictionTable(run_dir / "figures", **config.predictions),
     ]
+    if isinstance(task, VQATask):
+        callbacks.append(PredictionTable(run_dir / "figures", **config.predictions))
     if config.trainer.get("enable_progress_bar"):
         callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
     trainer = make_trainer(
@@ -122,18 +129,18 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "fit_seconds": round(time.perf_counter() - fit_started, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "best/val/vqa_accuracy": None if best.best_model_score is None else float(best.best_model_score),
+        f"best/{task.monitor}": None if best.best_model_score is None else float(best.best_model_score),
         "metrics": metrics,
         "checkpoint": best.best_model_path or last.best_model_path or None,
     }
 
 
-def _checkpoints(run_dir: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """best.ckpt, the weights with the best accuracy; last.ckpt, all that a resumed run needs."""
+def _checkpoints(run_dir: Path, monitor: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
     best = ModelCheckpoint(
         run_dir / "checkpoints",
         filename="best",
-        monitor="val/vqa_accuracy",
+        monitor=monitor,
         mode="max",
         save_weights_only=True,
         enable_version_counter=False,

@@ -22,6 +22,14 @@ class Panel(NamedTuple):
     lines: Sequence[str]
 
 
+class RankedImage(NamedTuple):
+    """An image that was found for a caption: the picture, a map (rows, columns), and whether it is the right one."""
+
+    image: Image.Image
+    map: np.ndarray
+    right: bool
+
+
 def overlay(image: Image.Image, values: np.ndarray, strength: float = 0.75) -> np.ndarray:
     """Darken an RGB picture where a map is low and tint it where it is high; (H, W, 3) uint8.
 
@@ -86,3 +94,22 @@ def _wrapped(text: str, width: int) -> str:
         lines[-1] = f"{lines[-1]} {word}".strip()
     # A lone $ would start mathematical text.
     return "\n".join(lines).replace("$", r"\$")
+
+
+def ranking_figure(rows: Sequence[tuple[str, Sequence[RankedImage]]]) -> Figure:
+    """A row a caption: its best images, best first, each with where the model looked; the right one is framed."""
+    columns = max(len(images) for _, images in rows)
+    figure = Figure(figsize=(1.9 * columns, 2.4 * len(rows)), layout="constrained", dpi=150)
+    for part, (caption, images) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        part.suptitle(_wrapped(caption, 80), fontsize=9)
+        for n, ax in enumerate(part.subplots(1, columns, squeeze=False)[0]):
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if n >= len(images):
+                ax.set_visible(False)
+                continue
+            ax.imshow(overlay(_enlarged(images[n].image), images[n].map))
+            for side in ax.spines.values():
+                side.set(color="#d55e00" if images[n].right else "#cccccc", linewidth=4 if images[n].right else 1)
+            ax.set_xlabel(f"{n + 1}" + (" (right)" if images[n].right else ""), fontsize=8)
+    return figure

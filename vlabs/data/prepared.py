@@ -35,6 +35,27 @@ VQA_FEATURES = datasets.Features(
     }
 )
 
+CAPTION_FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("int64"),
+        "image": datasets.Value("binary"),  # the file's bytes, unchanged
+        "caption_id": datasets.List(datasets.Value("int64")),
+        "caption": datasets.List(datasets.Value("string")),
+        # COCO instance annotation ids that a caption is about; empty where nobody said.
+        "target_instances": datasets.List(datasets.List(datasets.Value("int64"))),
+    }
+)
+
+# What a manifest's `kind` means, and which commands make such a folder.
+_KINDS = {
+    "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),
+    "captions": (
+        "captions",
+        "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, or data_prep.own for a table of"
+        " captions",
+    ),
+}
+
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """Return `manifest.json` of a prepared folder.
@@ -46,13 +67,30 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{directory} holds no prepared data (no manifest.json): make it with `python -m data_prep.vqav2 "
-            f"--raw-dir RAW --out-dir {directory}` (or data_prep.own for a table), or name another folder"
+            f"--raw-dir RAW --out-dir {directory}` (captions: data_prep.flickr30k or data_prep.coco_captions; a table "
+            "of your own: data_prep.own), or name another folder"
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): prepare the data again") from None
     return manifest
+
+
+def check_kind(directory: str | Path, kind: str) -> None:
+    """Check that a prepared folder holds questions (`vqa`) or captions (`captions`), as wanted.
+
+    Raises:
+        UserError: it holds the other kind, or is no prepared folder.
+    """
+    found = read_manifest(directory).get("kind")
+    if found != kind:
+        holds = _KINDS[found][0] if found in _KINDS else f"data of kind {found!r}"
+        wanted, commands = _KINDS[kind]
+        raise UserError(
+            f"{directory} holds {holds}, not {wanted}: make a folder of {wanted} with `python -m` {commands}, or name "
+            "another folder"
+        )
 
 
 def read_answers(directory: str | Path) -> list[str]:

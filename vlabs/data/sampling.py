@@ -17,10 +17,11 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One batch before it is read: the epoch (augmentation depends on it) and its groups."""
+    """One batch before it is read: the epoch (augmentation depends on it), its groups, and its number in the epoch."""
 
     epoch: int
     groups: list[Group]
+    number: int = 0
 
 
 class GroupSampler(Sampler[Plan]):
@@ -84,4 +85,4 @@ class GroupSampler(Sampler[Plan]):
                 groups.append(
                     Group(int(self.rows[questions[0]]), tuple(int(p) for p in np.sort(self.positions[questions])))
                 )
-            yield Plan(self.epoch, groups)
+            yield Plan(self.epoch, groups, step * self.world_size + self.rank)

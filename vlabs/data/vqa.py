@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlabs.data.prepared import load_split, read_answers, read_manifest
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
-from vlabs.data.sampling import GroupSampler, Plan
+from vlabs.data.images import ImageReader
+from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader
+from vlabs.data.prepared import check_kind, load_split, read_answers
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from vlabs.data.sampling import Plan
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
 
@@ -80,10 +75,7 @@ class VQADataset(Dataset[VQABatch]):
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
-        fill = tuple(round(255 * value) for value in preprocessing.mean)
-        self.augment = rand_augment_transform(rand_augment, {"img_mean": fill}) if rand_augment else None
-        self.seed = seed
-        self.on_bad = on_bad
+        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad)
         self.with_targets = with_targets
 
     def __getitem__(self, plan: Plan) -> VQABatch:
@@ -92,27 +84,15 @@ class VQADataset(Dataset[VQABatch]):
         chosen: list[tuple[dict[str, Any], int]] = []
         skipped: list[int] = []
         for group in plan.groups:
-            row = self.rows[group.row]
-            try:
-                image = decode_image(row["image"], f"image {row['image_id']}")
-            except UserError as error:
-                if self.on_bad != "skip":
-                    raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
-                print(f"left out: {error}", file=sys.stderr)
+            row, image = self.images.read(group.row, plan.epoch)
+            if image is None:
                 skipped.append(row["image_id"])
                 continue
-            images.append(self._tensor(image, plan.epoch, row["image_id"]))
+            images.append(image)
             for position in group.questions:
                 index.append(len(images) - 1)
                 chosen.append((row, position))
         return self._batch(images, index, chosen, skipped)
-
-    def _tensor(self, image: Image.Image, epoch: int, image_id: int) -> Tensor:
-        image = self.preprocessing.resize(image)
-        if self.augment is not None:
-            with _seeded(self.seed, epoch, image_id):
-                image = self.augment(image)
-        return self.preprocessing.normalize(image)
 
     def _batch(
         self, images: list[Tensor], index: list[int], chosen: list[tuple[dict[str, Any], int]], skipped: list[int]
@@ -188,25 +168,17 @@ class VQADataModule(pl.LightningDataModule):
         preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("train_split", train_split, ("train", "train+val")),
-            ("on_bad", on_bad, ("error", "skip")),
-        ):
-            if value not in choices:
-                raise UserError(f"data.{name}={value}: choose one of {', '.join(choices)}")
-        for name, number, least in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size or batch_size, 1),
-            ("max_length", max_length, 1),
-            ("minival_images", minival_images, 1),
-            ("questions_per_image", questions_per_image, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if not isinstance(number, int) or number < least:
-                raise UserError(f"data.{name}={number} must be a whole number, at least {least}")
+        check_choice("train_split", train_split, ("train", "train+val"))
+        check_choice("on_bad", on_bad, ("error", "skip"))
+        check_whole("image_size", image_size, 1)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("eval_batch_size", eval_batch_size or batch_size, 1)
+        check_whole("max_length", max_length, 1)
+        check_whole("minival_images", minival_images, 1)
+        check_whole("questions_per_image", questions_per_image, 1)
+        check_whole("num_workers", num_workers, 0)
         self.dir = Path(dir)
-        self.manifest = read_manifest(dir)
+        check_kind(dir, "vqa")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.questions_per_image = questions_per_image
@@ -227,9 +199,8 @@ class VQADataModule(pl.LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of its data: the folder and the hash of its manifest."""
-        manifest = (self.dir / "manifest.json").read_bytes()
-        return {"dir": str(self.dir.resolve()), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+        """What a checkpoint says of its data; see `identity_of`."""
+        return identity_of(self.dir)
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split, `minival` and `train+val` included.
@@ -271,54 +242,28 @@ class VQADataModule(pl.LightningDataModule):
         question_rows, positions = list_questions(rows, only_answerable=training)
         if not len(question_rows):
             raise UserError(f"{self.dir} has no question to {'train on' if training else 'evaluate'}")
-        distributed = dist.is_available() and dist.is_initialized()
-        sampler = GroupSampler(
+        dataset = VQADataset(
+            rows, self.preprocessing, self.rand_augment if training else None, self.seed, self.on_bad, with_targets
+        )
+        return make_loader(
+            dataset,
             question_rows,
             positions,
             self.questions_per_image if training else 0,
             self.batch_size if training else self.eval_batch_size,
-            shuffle=training,
-            seed=self.seed,
-            rank=dist.get_rank() if distributed else 0,
-            world_size=dist.get_world_size() if distributed else 1,
-        )
-        dataset = VQADataset(
-            rows, self.preprocessing, self.rand_augment if training else None, self.seed, self.on_bad, with_targets
-        )
-        return DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=training and self.num_workers > 0,
+            training,
+            self.seed,
+            self.num_workers,
         )
 
 
 def list_questions(rows: datasets.Dataset, only_answerable: bool) -> tuple[np.ndarray, np.ndarray]:
     """Row and position in its row of every question, both (Q,); optionally only those with a vocabulary answer."""
-    table = rows.data
-    counts = pc.list_value_length(table.column("question_id")).to_numpy()
-    question_rows = np.repeat(np.arange(len(counts)), counts)
-    positions = np.arange(len(question_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    question_rows, positions = list_texts(rows, "question_id")
     if only_answerable:
-        answers = pc.list_flatten(table.column("answer_ids"))
+        answers = pc.list_flatten(rows.data.column("answer_ids"))
         if isinstance(answers, pa.ChunkedArray):
             answers = answers.combine_chunks()
         keep = pc.list_value_length(answers).to_numpy(zero_copy_only=False) > 0
         question_rows, positions = question_rows[keep], positions[keep]
     return question_rows, positions
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Run timm's augmentation, which draws from the global generators of random and numpy, from a seed of its own."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

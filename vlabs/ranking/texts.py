@@ -89,7 +89,7 @@ def score_texts(
         (n,), float32.
     """
     order = texts.lengths[which].argsort(stable=True)
-    scores = torch.empty(len(which), device=which.device)
+    scores = torch.empty(len(which), device=which.device, dtype=torch.float32)
     for part in order.split(batch_size):
         chosen = which[part]
         states, mask = texts.padded(chosen)

@@ -17,7 +17,7 @@ from vlabs.checkpoint import header_of
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.prior import PriorLoss
-from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.models.vlm import VisionLanguageModel
 from vlabs.tasks.optim import Recipe
 
 
@@ -37,6 +37,8 @@ class VisionLanguageTask(pl.LightningModule):
     """
 
     name: str
+    monitor: str
+    """The metric by which the best checkpoint is chosen; more is better."""
 
     def __init__(
         self,
@@ -71,20 +73,19 @@ class VisionLanguageTask(pl.LightningModule):
         return self
 
     def prior_losses(
-        self, output: VLMOutput, text_states: Tensor, input_ids: Tensor, bottom_up_cls: Tensor, image_ids: Tensor
+        self, text_states: Tensor, input_ids: Tensor, seen_cls: Tensor, bottom_up_cls: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
         """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
 
         Args:
-            output: of the model.
             text_states: (n, T, D_text); detached here, so that this loss trains the map and not the text encoder.
-            bottom_up_cls: (n, D), the first pass's [cls] of each text's image.
+            seen_cls, bottom_up_cls: (n, D), the second and the first pass's [cls] of each text's image.
             image_ids: (n,).
         """
         if self.prior_loss is None or self.model.prior is None:
             return {}
         prior = self.model.prior(text_states.detach(), input_ids)
-        seen = {"prior": (self.prior_weight, output.seen.tokens[:, 0])}
+        seen = {"prior": (self.prior_weight, seen_cls)}
         seen["prior_bottom_up"] = (self.prior_bottom_up_weight, bottom_up_cls)
         if self.training and dist.is_available() and dist.is_initialized():
             prior, image_ids = gather(prior), gather(image_ids)

@@ -39,6 +39,7 @@ class VQATask(VisionLanguageTask):
     """
 
     name = "vqa"
+    monitor = "val/vqa_accuracy"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +77,9 @@ class VQATask(VisionLanguageTask):
         bottom_up_cls = bottom_up.tokens[:, 0]
         if batch.image_index is not None:
             bottom_up_cls = bottom_up_cls[batch.image_index]
-        others = output.losses | self.prior_losses(output, text_states, batch.input_ids, bottom_up_cls, batch.image_ids)
+        others = output.losses | self.prior_losses(
+            text_states, batch.input_ids, output.seen.tokens[:, 0], bottom_up_cls, batch.image_ids
+        )
         return vqa_loss(output.logits, batch.targets), others, output
 
     def training_step(self, batch: VQABatch, batch_idx: int) -> Tensor | None:

@@ -1,0 +1,349 @@
+"""Evaluation of retrieval: all images of a split against all captions, through the whole network.
+
+`exact` scores every pair; `shortlist` scores those that ξ finds promising. Both keep their scores on disk, and a run
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlabs.attention.figures import RankedImage, ranking_figure, save_figure
+from vlabs.attention.maps import attention_map
+from vlabs.checkpoint import Checkpoint, history_of
+from vlabs.config import make_trainer
+from vlabs.data.images import ImageReader
+from vlabs.data.loading import identity_of
+from vlabs.data.prepared import check_kind, load_split, read_manifest
+from vlabs.data.preprocessing import decode_image
+from vlabs.errors import UserError
+from vlabs.evaluation.output import progress_bar, write_json
+from vlabs.logging import say
+from vlabs.metrics.retrieval import RECALLS, check_enough_images, retrieval_ranks
+from vlabs.models.vlm import VisionLanguageModel
+from vlabs.ranking.scores import ScoreMatrix, file_sha256
+from vlabs.ranking.shortlist import shortlist
+from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
+
+RANKERS = ("exact", "shortlist")
+
+
+class Unit(NamedTuple):
+    """Work that is done at once: one image, and the captions from `first` on that are in memory together."""
+
+    image: int
+    first: int
+
+
+class _Images(Dataset[tuple[Unit, Tensor]]):
+    def __init__(self, images: ImageReader) -> None:
+        self.images = images
+
+    def __getitem__(self, unit: Unit) -> tuple[Unit, Tensor]:
+        _, image = self.images.read(unit.image, 0)
+        assert image is not None
+        return unit, image[None]
+
+
+class _Work(pl.LightningDataModule):
+    """The units that are not done yet, shared out over the processes."""
+
+    def __init__(self, units: Sequence[Unit], images: ImageReader, num_workers: int) -> None:
+        super().__init__()
+        self.units = units
+        self.images = images
+        self.num_workers = num_workers
+
+    def predict_dataloader(self) -> DataLoader[tuple[Unit, Tensor]]:
+        """This process's units, those of the same captions together."""
+        trainer = self.trainer
+        assert trainer is not None
+        mine = self.units[trainer.global_rank :: trainer.world_size]
+        return DataLoader(
+            _Images(self.images),
+            sampler=mine,
+            batch_size=None,
+            num_workers=self.num_workers if len(mine) > 1 else 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class _BottomUp(pl.LightningModule):
+    """Writes the bottom-up [cls] of every image."""
+
+    def __init__(self, model: VisionLanguageModel, seen: ScoreMatrix) -> None:
+        super().__init__()
+        self.model = model
+        self.seen = seen
+
+    def predict_step(self, batch: tuple[Unit, Tensor], batch_idx: int) -> None:
+        """One image."""
+        unit, image = batch
+        self.seen.values[unit.image] = self.model.vision.encode(image).tokens[0, 0].float().cpu().numpy()
+
+
+class _Scores(pl.LightningModule):
+    """Writes the scores of every image with its captions, or with those that are wanted of it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        captions: Sequence[str],
+        matrix: ScoreMatrix,
+        wanted: Sequence[np.ndarray] | None,
+        batch_size: int,
+        in_memory: int,
+    ) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        self.preprocessing = checkpoint.preprocessing
+        self.captions = captions
+        self.matrix = matrix
+        self.wanted = wanted
+        self.batch_size = batch_size
+        self.in_memory = in_memory
+        self.first = -1
+        self.texts: EncodedTexts | None = None
+
+    def captions_of(self, unit: Unit) -> np.ndarray:
+        """The captions that a unit is to be scored with."""
+        last = min(unit.first + self.in_memory, len(self.captions))
+        if self.wanted is None:
+            return np.arange(unit.first, last)
+        wanted = self.wanted[unit.image]
+        return wanted[(wanted >= unit.first) & (wanted < last)]
+
+    def units(self, images: int) -> list[Unit]:
+        """What is not done yet."""
+        everything = (Unit(n, first) for first in range(0, len(self.captions), self.in_memory) for n in range(images))
+        return [
+            unit
+            for unit in everything
+            if len(self.captions_of(unit)) and not self.matrix.done(unit.image, self.captions_of(unit))
+        ]
+
+    def predict_step(self, batch: tuple[Unit, Tensor], batch_idx: int) -> None:
+        """One image with the captions of one part."""
+        unit, image = batch
+        if self.texts is None or self.first != unit.first:
+            self.texts = None  # makes room before the next ones are there
+            part = self.captions[unit.first : unit.first + self.in_memory]
+            self.texts, self.first = encode_texts(self.model, self.preprocessing, part), unit.first
+        captions = self.captions_of(unit)
+        which = torch.from_numpy(captions - unit.first).to(self.device)
+        scores = score_texts(self.model, self.model.vision.encode(image), self.texts, which, self.batch_size)
+        self.matrix.values[unit.image, captions] = scores.cpu().numpy()
+
+
+class CaptionedImages:
+    """The images and captions of a split, as a ranking needs them.
+
+    Args:
+        directory: the prepared folder.
+        split: its split.
+
+    Raises:
+        UserError: the folder holds no captions, or an image has none.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        check_kind(directory, "captions")
+        self.rows: datasets.Dataset = load_split(directory, split)
+        self.split = split
+        self.name = str(read_manifest(directory).get("name", ""))
+        self.identity = identity_of(directory)
+        lists = self.rows.select_columns(["image_id", "caption"])
+        self.captions: list[str] = []
+        image_of_caption = []
+        for n, row in enumerate(lists):
+            if not row["caption"]:
+                raise UserError(f"split {split}: image {row['image_id']} has no caption, so it cannot be ranked")
+            self.captions += row["caption"]
+            image_of_caption += [n] * len(row["caption"])
+        self.image_of_caption = np.array(image_of_caption)
+        check_enough_images(len(self.rows), split)
+
+
+def evaluate_retrieval(
+    checkpoint: Checkpoint, config: DictConfig, data_dir: str, out_dir: Path, figure_queries: int
+) -> dict[str, Any]:
+    """Rank a split, print and write the recalls, and draw some queries with their best images; returns the metrics.
+
+    Args:
+        config: of `vlabs.evaluate`: split, ranker, loader and trainer.
+        data_dir: the prepared folder of captions.
+        figure_queries: captions in the figure; 0 for none.
+    """
+    ranker = config.ranker
+    _check(ranker, checkpoint)
+    data = CaptionedImages(data_dir, config.split)
+    identity = {
+        "checkpoint": file_sha256(checkpoint.path),
+        "data": data.identity["manifest_sha256"],
+        "split": str(config.split),
+        "precision": str(config.trainer.precision),
+    }
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    folder = Path(ranker.scores) if ranker.scores is not None else Path("outputs/scores") / key
+    trainer = make_trainer(config.trainer, logger=False, callbacks=progress_bar(config), enable_checkpointing=False)
+    if trainer.num_nodes > 1:
+        raise UserError("evaluate task=retrieval runs on the devices of one machine: pass trainer.num_nodes=1")
+    reader = ImageReader(data.rows, checkpoint.preprocessing)
+    shape = (len(data.rows), len(data.captions))
+    say(f"ranking {shape[0]:,} images x {shape[1]:,} captions of {data.name} ({config.split}); scores in {folder}")
+    wanted, similarity = None, None
+    if ranker.name == "shortlist":
+        seen = ScoreMatrix(folder, "bottom_up_cls", (shape[0], checkpoint.model.vision.width), identity)
+        pending = [Unit(n, 0) for n in range(shape[0]) if not seen.done(n, slice(None))]
+        if pending:
+            work = _Work(pending, reader, config.data.num_workers)
+            trainer.predict(_BottomUp(checkpoint.model, seen), work, return_predictions=False)
+            trainer.strategy.barrier()
+        prior = encode_texts(checkpoint.model, checkpoint.preprocessing, data.captions).prior
+        assert prior is not None
+        similarity = (torch.from_numpy(np.array(seen.values)), prior.float().cpu())
+        wanted = shortlist(*similarity, ranker.k)
+    name = "exact" if ranker.name == "exact" else f"shortlist-k{ranker.k}"
+    matrix = ScoreMatrix(folder, name, shape, identity)
+    scoring = _Scores(checkpoint, data.captions, matrix, wanted, int(ranker.batch_size), int(ranker.captions_in_memory))
+    units = scoring.units(shape[0])
+    if units:
+        trainer.predict(scoring, _Work(units, reader, config.data.num_workers), return_predictions=False)
+        trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        return {}
+    matrix.values.flush()  # type: ignore[attr-defined]
+    scores = matrix.values if similarity is None else _filled(matrix.values, *similarity)
+    metrics = _report(checkpoint, data, scores, str(config.split), str(ranker.name))
+    if wanted is not None:
+        metrics |= _kept(folder, shape, identity, wanted)
+    print(write_json(out_dir / "metrics.json", metrics))
+    if figure_queries:
+        figure = _figure(checkpoint, data, scores, figure_queries)
+        print(save_figure(figure, out_dir / "figures" / "ranking.png"))
+    return metrics
+
+
+def _check(ranker: DictConfig, checkpoint: Checkpoint) -> None:
+    if ranker.name not in RANKERS:
+        raise UserError(f"ranker.name={ranker.name}: choose one of {', '.join(RANKERS)}")
+    for name in ("batch_size", "captions_in_memory", "k"):
+        value = ranker.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"ranker.{name}={value} must be a whole number, at least 1")
+    if ranker.name == "shortlist" and checkpoint.model.prior is None:
+        raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
+
+
+def _filled(scores: np.ndarray, seen: Tensor, prior: Tensor) -> np.ndarray:
+    """The scores in memory, with pairs that have none below all others and in the order of their similarity."""
+    filled = np.array(scores)
+    floor = np.nanmin(filled) - 2  # a cosine is at most 1
+    for image, row in enumerate(filled):
+        missing = np.isnan(row)
+        cosine = F.cosine_similarity(seen[image][None].float(), prior[torch.from_numpy(missing)], dim=1)
+        row[missing] = floor + cosine.numpy()
+    return filled
+
+
+def _report(
+    checkpoint: Checkpoint, data: CaptionedImages, scores: np.ndarray, split: str, ranker: str
+) -> dict[str, Any]:
+    metrics = retrieval_ranks(scores, data.image_of_caption).metrics()
+    history = history_of(checkpoint.task, checkpoint.data)
+    trained_on = [
+        {"task": item["task"], "name": entry.get("name") or entry.get("dir", "unknown data")}
+        for item in history
+        for entry in item["data"].get("sets", [item["data"]])
+    ]
+    hashes = {entry.get("manifest_sha256") for item in history for entry in item["data"].get("sets", [item["data"]])}
+    known = None not in hashes
+    seen = data.identity["manifest_sha256"] in hashes or data.name in {item["name"] for item in trained_on}
+    images, captions = scores.shape
+    print(f"\n{data.name} {split}, {images:,} images, {captions:,} captions, {ranker}")
+    print("trained on: " + ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on))
+    print(
+        "not zero-shot: the model was trained on this data set"
+        if seen
+        else "zero-shot: nothing of this data set was trained on"
+        if known
+        else "the checkpoint does not say what it was trained on, so nobody knows whether this is zero-shot"
+    )
+    print(f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}")
+    for name, what in (("ir", "image retrieval"), ("tr", "text retrieval")):
+        recalls = "".join(f"{metrics[f'{name}@{k}']:8.2f}" for k in RECALLS)
+        print(f"{what:18}{recalls}{metrics[f'{name}_median_rank']:14.1f}")
+    return {
+        **metrics,
+        "checkpoint": str(checkpoint.path),
+        "data": data.name,
+        "split": split,
+        "ranker": ranker,
+        "images": images,
+        "captions": captions,
+        "trained_on": trained_on,
+        "zero_shot": None if not known and not seen else not seen,
+    }
+
+
+def _kept(
+    folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """How much of the exact top ten the shortlist has, in percent; nothing where exact is not known."""
+    if not (folder / "exact.npy").is_file():
+        return {}
+    exact = ScoreMatrix(folder, "exact", shape, identity).values
+    if np.isnan(exact).any():
+        return {}
+    chosen = np.zeros(shape, dtype=bool)
+    for image, captions in enumerate(wanted):
+        chosen[image, captions] = True
+    kept = {}
+    for name, axis in (("texts", 1), ("images", 0)):
+        top = np.argsort(-exact, axis=axis, kind="stable").take(range(10), axis=axis)
+        kept[f"shortlist_kept_{name}"] = 100 * float(np.take_along_axis(chosen, top, axis=axis).mean())
+        print(f"of the exact top ten {name} the shortlist has {kept[f'shortlist_kept_{name}']:.1f}%")
+    return kept
+
+
+@torch.inference_mode()
+def _figure(checkpoint: Checkpoint, data: CaptionedImages, scores: np.ndarray, queries: int) -> Any:
+    """Some captions, evenly spread, with their five best images and where the model looked in each."""
+    model = checkpoint.model.to("cpu").float()
+    reader = ImageReader(data.rows, checkpoint.preprocessing)
+    rows = []
+    for caption in np.linspace(0, len(data.captions) - 1, num=queries, dtype=int):
+        best = np.argsort(-scores[:, caption], kind="stable")[:5]
+        rows.append((data.captions[caption], list(_ranked(model, checkpoint, data, reader, int(caption), best))))
+    return ranking_figure(rows)
+
+
+def _ranked(
+    model: VisionLanguageModel,
+    checkpoint: Checkpoint,
+    data: CaptionedImages,
+    reader: ImageReader,
+    caption: int,
+    best: np.ndarray,
+) -> Iterator[RankedImage]:
+    input_ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([data.captions[caption]]))
+    for image in best.tolist():
+        row, tensor = reader.read(image, 0)
+        assert tensor is not None
+        output = model(tensor[None], input_ids, mask, read_image=True)
+        picture = checkpoint.preprocessing.resize(decode_image(row["image"], f"image {row['image_id']}"))
+        seen = attention_map(output, model.vision)[0].numpy()
+        yield RankedImage(picture, seen, bool(data.image_of_caption[caption] == image))

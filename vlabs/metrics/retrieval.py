@@ -1,0 +1,76 @@
+"""Recall of retrieval as METER counts it, from a matrix of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlabs.errors import UserError
+
+RECALLS = (1, 5, 10)
+
+
+@dataclass
+class Ranks:
+    """How far down a right answer comes, counted from 1.
+
+    Attributes:
+        image: (M,), for every caption the rank of its image among all images.
+        text: (N,), for every image the rank of the first of its captions among all captions.
+    """
+
+    image: np.ndarray
+    text: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """`ir@1`, `ir@5`, `ir@10` and the same as `tr@…` in percent, and the median ranks."""
+        values = {}
+        for name, ranks in (("ir", self.image), ("tr", self.text)):
+            for k in RECALLS:
+                values[f"{name}@{k}"] = 100 * float((ranks <= k).mean())
+            values[f"{name}_median_rank"] = float(np.median(ranks))
+        return values
+
+
+def retrieval_ranks(scores: np.ndarray, image_of_caption: np.ndarray) -> Ranks:
+    """Ranks of the right answers in both directions.
+
+    A caption is a query for images, and its one image is right. An image is a query for captions, and any of its own is
+    right: what counts is the best of them, as in METER. A tie counts against the right answer, so that equal scores are
+    no better than chance.
+
+    Args:
+        scores: (N, M), images by captions; it may be memory-mapped, and is read row by row.
+        image_of_caption: (M,), the row of each caption's image.
+
+    Raises:
+        UserError: an image without caption, or scores that are not finite.
+    """
+    images, captions = scores.shape
+    own_scores = scores[image_of_caption, np.arange(captions)]
+    better = np.zeros(captions, dtype=np.int64)  # images that score at least as high as the right one, itself included
+    text = np.empty(images, dtype=np.int64)
+    own_of_image = np.split(
+        np.argsort(image_of_caption, kind="stable"), np.bincount(image_of_caption, minlength=images).cumsum()[:-1]
+    )
+    for image in range(images):
+        row = np.asarray(scores[image])
+        if not np.isfinite(row).all():
+            raise UserError(f"the scores of image {image} are not all finite numbers: rank again")
+        if not len(own_of_image[image]):
+            raise UserError(f"image {image} has no caption, so its rank means nothing")
+        better += row >= own_scores
+        best = row[own_of_image[image]].max()
+        text[image] = 1 + (row >= best).sum() - (row[own_of_image[image]] >= best).sum()
+    return Ranks(better, text)
+
+
+def check_enough_images(images: int, split: str) -> None:
+    """Refuse to report a recall that nothing can miss.
+
+    Raises:
+        UserError: there are fewer images than the largest K of R@K.
+    """
+    if images < max(RECALLS):
+        raise UserError(f"split {split} has {images} images, and R@{max(RECALLS)} needs at least {max(RECALLS)}")

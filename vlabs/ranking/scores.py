@@ -1,0 +1,80 @@
+"""A matrix of scores on disk: images by captions, filled part by part, by several processes, over several runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from vlabs.errors import UserError
+
+
+class ScoreMatrix:
+    """`NAME.npy`, float32 (images, captions), NaN where nothing is known yet, and `NAME.json`, what it is of.
+
+    Several processes of one machine may write different parts. A process that is killed leaves what it wrote.
+
+    Args:
+        directory: where the files are, or are to be.
+        name: of the two files.
+        shape: images and captions.
+        identity: plain data that says what the scores are of: checkpoint, data, split, precision.
+
+    Raises:
+        UserError: there are scores of something else.
+    """
+
+    def __init__(self, directory: str | Path, name: str, shape: tuple[int, int], identity: dict[str, Any]) -> None:
+        self.path = Path(directory) / f"{name}.npy"
+        header = self.path.with_suffix(".json")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            if self.path.is_file() and header.is_file():
+                found = _read(header)
+                different = [key for key, value in identity.items() if found.get(key) != value]
+                if different:
+                    raise UserError(
+                        f"{self.path} holds the scores of another {', '.join(different)}: "
+                        "pass another ranker.scores, or remove it"
+                    )
+            else:
+                partial = self.path.with_name(self.path.name + ".partial")
+                matrix = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+                for row in matrix:
+                    row[:] = np.nan
+                matrix.flush()
+                del matrix
+                header.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+                partial.replace(self.path)
+        self.values: np.ndarray = self._open(shape)
+
+    def _open(self, shape: tuple[int, int]) -> np.ndarray:
+        try:
+            values = np.load(self.path, mmap_mode="r+", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path} is damaged ({error}): remove it and rank again") from None
+        if values.shape != shape or values.dtype != np.float32:
+            raise UserError(f"{self.path} is {values.dtype} {values.shape} and not float32 {shape}: remove it")
+        return values  # type: ignore[no-any-return]
+
+    def done(self, image: int, captions: np.ndarray | slice) -> bool:
+        """Whether the scores of an image with some captions are all there."""
+        return not bool(np.isnan(self.values[image, captions]).any())
+
+
+def _read(header: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(header.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{header} is damaged ({error}): remove it and the scores beside it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""What the tasks on image-caption pairs share: where false partners come from, logging, and a small ranking."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlabs.data.captions import CaptionBatch, CaptionDataModule, CaptionDataset
+from vlabs.errors import UserError
+from vlabs.metrics.retrieval import retrieval_ranks
+from vlabs.ranking.texts import encode_texts, score_texts
+from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.negatives import NEGATIVES
+
+
+class CaptionTask(VisionLanguageTask):
+    """A task on image-caption pairs.
+
+    Args:
+        args, kwargs: of `VisionLanguageTask`.
+        negatives: where false partners come from. `dataset`: any image or caption of the data at random, as in METER.
+            `batch`: captions of the other images of the batch, over all ranks, uniformly. `hard`: the same, drawn by
+            the prior's similarity, softmax of ξ · z / temperature with z the bottom-up [cls].
+        hard_temperature: of that softmax, on cosines.
+        ranking_images: images of the validation split that are ranked, exactly and in both directions, against all
+            their captions after each validation; 0 for none.
+        seed: of everything that is drawn.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        negatives: str = "dataset",
+        hard_temperature: float = 0.1,
+        ranking_images: int = 100,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if negatives not in NEGATIVES:
+            raise UserError(f"task.negatives={negatives}: choose one of {', '.join(NEGATIVES)}")
+        if negatives == "hard" and self.model.prior is None:
+            raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
+        self.negatives = negatives
+        self.hard_temperature = hard_temperature
+        self.ranking_images = ranking_images
+        self.seed = seed
+
+    @abstractmethod
+    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The task's losses, the other losses unweighted, and accuracies in percent; each by name."""
+
+    def generator(self, batch: CaptionBatch) -> torch.Generator:
+        """Randomness that is a function of the seed, the epoch and the batch's number in it."""
+        return torch.Generator().manual_seed(hash((self.seed, batch.epoch, batch.number)) % 2**63)
+
+    @torch.no_grad()
+    def pool_similarity(self, pool_ids: Tensor, pool_mask: Tensor, cls: Tensor) -> Tensor | None:
+        """What hard negatives are drawn by, (n, P): the cosine of [cls] states (n, D) and ξ of P texts, over T."""
+        if self.negatives != "hard" or self.model.prior is None:
+            return None
+        prior = self.model.prior(self.model.text(pool_ids, pool_mask), pool_ids)
+        return (
+            torch.nn.functional.normalize(cls, dim=1)
+            @ torch.nn.functional.normalize(prior, dim=1).T
+            / (self.hard_temperature)
+        )
+
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor | None:
+        """The total loss of a batch."""
+        if batch.skipped:
+            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
+        if not batch.caption_ids:
+            return None
+        task_losses, others, _ = self.losses(batch)
+        total = self.total(torch.stack(list(task_losses.values())).sum(), others)
+        count = len(batch.caption_ids)
+        self.log("train/loss", total, prog_bar=True, batch_size=count)
+        for name, loss in (task_losses | others).items():
+            self.log(f"train/{name}_loss", loss, batch_size=count)
+        return total
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        """Log losses and accuracies."""
+        if not batch.caption_ids:
+            return
+        task_losses, _, accuracies = self.losses(batch)
+        count = len(batch.caption_ids)
+        for name, loss in task_losses.items():
+            self.log(f"val/{name}_loss", loss, batch_size=count, sync_dist=True)
+        for name, value in accuracies.items():
+            self.log(f"val/{name}_accuracy", value, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the recalls of a small ranking."""
+        if self.ranking_images:
+            for name, value in self.rank_some().items():
+                self.log(f"val/{name}", value, prog_bar=name == "ir@1", sync_dist=False)
+
+    def rank_some(self) -> dict[str, float]:
+        """Recalls over the first images of the validation split that can be decoded; their work is shared by ranks."""
+        data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = data.rows(data.val_split)
+        rows = rows.select(range(min(self.ranking_images, len(rows))))
+        texts = [caption for captions in rows["caption"] for caption in captions]
+        image_of_caption = torch.tensor([n for n, captions in enumerate(rows["caption"]) for _ in captions])
+        encoded = encode_texts(self.model, self.preprocessing, texts)
+        images = CaptionDataset(rows, self.preprocessing, on_bad="error").images
+        everything = torch.arange(len(texts), device=self.device)
+        scores = torch.zeros(len(rows), len(texts), device=self.device)
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        for n in range(rank, len(rows), world):
+            _, image = images.read(n, 0)
+            assert image is not None
+            bottom_up = self.model.vision.encode(image[None].to(self.device))
+            scores[n] = score_texts(self.model, bottom_up, encoded, everything)
+        if world > 1:
+            dist.all_reduce(scores)
+        metrics = retrieval_ranks(scores.cpu().numpy(), image_of_caption.numpy()).metrics()
+        return {name: value for name, value in metrics.items() if name[-1] != "k" and int(name[3:]) < len(rows)}

@@ -1,0 +1,111 @@
+"""Pre-training on captions as METER does: masked language modelling and image-text matching, with the prior loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlabs.data.captions import CaptionBatch
+from vlabs.models.heads import PretrainHead
+from vlabs.tasks.captions import CaptionTask
+from vlabs.tasks.masking import IGNORED, TokenMasker
+from vlabs.tasks.negatives import draw_false, gather_captions
+
+
+class PretrainTask(CaptionTask):
+    """MLM + ITM. The loss is their sum, and the other losses of `VisionLanguageTask`.
+
+    For MLM every caption is masked and read with its own image. For ITM every second pair, by the toss of a coin, is a
+    false one, of which `negatives` says where it comes from. The prior loss is over the pairs that match.
+
+    Args:
+        args, kwargs: of `CaptionTask`.
+        mlm_probability: share of the tokens that are masked.
+        whole_words: mask whole words.
+    """
+
+    name = "pretrain"
+    monitor = "val/match_accuracy"
+
+    def __init__(self, *args: Any, mlm_probability: float = 0.15, whole_words: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self.model.head, PretrainHead)
+        self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
+
+    def setup(self, stage: str) -> None:
+        """Ask the data for false images, as METER draws them."""
+        self.trainer.datamodule.false_images = self.negatives == "dataset"  # type: ignore[attr-defined]
+
+    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The task's losses, the others unweighted, and accuracies in percent; each by name."""
+        model = self.model
+        head = model.head
+        assert isinstance(head, PretrainHead)
+        generator = self.generator(batch)
+        bottom_up = model.vision.encode(batch.images)
+        reconstruct = self.reconstruction_weight > 0
+
+        masked, labels = (t.to(batch.images.device) for t in self.masker(batch.input_ids.cpu(), generator))
+        guessed = model.join(
+            bottom_up,
+            model.text(masked, batch.attention_mask),
+            masked,
+            batch.attention_mask,
+            batch.image_index,
+            reconstruct=reconstruct,
+            all_features=True,
+        )
+        hidden = labels != IGNORED
+        token_logits = head.token_logits(guessed.text_features[hidden]).float()
+        # A sum over nothing keeps the head in the graph when no token was chosen.
+        mlm = F.cross_entropy(token_logits, labels[hidden]) if hidden.any() else token_logits.sum()
+
+        input_ids, attention_mask, image_index, matches = self._pairs(batch, bottom_up.tokens[:, 0], generator)
+        text_states = model.text(input_ids, attention_mask)
+        joined = model.join(bottom_up, text_states, input_ids, attention_mask, image_index, reconstruct=reconstruct)
+        match_logits = joined.logits.float()
+        itm = F.cross_entropy(match_logits, matches.long())
+
+        others = self.prior_losses(
+            text_states[matches],
+            input_ids[matches],
+            joined.seen.tokens[:, 0][matches],
+            bottom_up.tokens[:, 0][image_index[matches]],
+            batch.image_ids[matches],
+        )
+        if reconstruct and "reconstruction" in joined.losses:
+            others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2
+        accuracies = {
+            "match": 100 * (match_logits.argmax(dim=1) == matches).float().mean(),
+            "mlm": 100 * (token_logits.argmax(dim=1) == labels[hidden]).float().mean(),
+        }
+        return {"mlm": mlm, "itm": itm}, others, accuracies
+
+    def _pairs(
+        self, batch: CaptionBatch, bottom_up_cls: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pairs of ITM: token ids, masks, image index, and which of them match (n,)."""
+        n = len(batch.caption_ids)
+        matches = (torch.rand(n, generator=generator) < 0.5).to(batch.images.device)
+        if batch.false_image_index is not None:
+            index = torch.where(matches, batch.image_index, batch.false_image_index)
+            return batch.input_ids, batch.attention_mask, index, matches
+        pool_ids, pool_mask, pool_images = gather_captions(
+            batch.input_ids, batch.attention_mask, batch.image_ids, self.preprocessing.pad_token_id
+        )
+        similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up_cls[batch.image_index])
+        which, real = draw_false(batch.image_ids, pool_images, 1, generator, similarity)
+        matches = matches | ~real[:, 0]
+        extra = pool_ids.shape[1] - batch.input_ids.shape[1]
+        own_ids = F.pad(batch.input_ids, (0, extra), value=self.preprocessing.pad_token_id)
+        own_mask = F.pad(batch.attention_mask, (0, extra))
+        chosen = which[:, 0]
+        return (
+            torch.where(matches[:, None], own_ids, pool_ids[chosen]),
+            torch.where(matches[:, None], own_mask, pool_mask[chosen]),
+            batch.image_index,
+            matches,
+        )

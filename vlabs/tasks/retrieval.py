@@ -1,0 +1,97 @@
+"""Fine-tuning for retrieval as METER's `irtr`: the true caption of an image against false ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlabs.data.captions import CaptionBatch
+from vlabs.models.heads import RankingHead
+from vlabs.tasks.captions import CaptionTask
+from vlabs.tasks.negatives import draw_false, gather_captions
+
+
+class RetrievalTask(CaptionTask):
+    """Cross-entropy over the ranking scores of one true and m false captions of every image.
+
+    Args:
+        args, kwargs: of `CaptionTask`.
+        num_false: m, at most; a batch of few images has fewer.
+    """
+
+    name = "retrieval"
+    monitor = "val/ir@1"
+
+    def __init__(self, *args: Any, num_false: int = 15, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self.model.head, RankingHead)
+        self.num_false = num_false
+        self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
+
+    def setup(self, stage: str) -> None:
+        """Ask the data for false captions, as METER draws them."""
+        self.trainer.datamodule.false_captions = (  # type: ignore[attr-defined]
+            self.num_false if self.negatives == "dataset" else 0
+        )
+
+    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The task's loss, the others unweighted, and the accuracy in percent; each by name."""
+        model = self.model
+        bottom_up = model.vision.encode(batch.images)
+        cls = bottom_up.tokens[:, 0][batch.image_index]
+        input_ids, attention_mask, which, real = self._candidates(batch, cls)
+        n, candidates = which.shape
+        # Each text is encoded once, however many images it is a candidate of.
+        used, position = which.unique(return_inverse=True)
+        text_states = model.text(input_ids[used], attention_mask[used])
+        position = position.flatten()
+        output = model.join(
+            bottom_up,
+            text_states[position],
+            input_ids[used][position],
+            attention_mask[used][position],
+            batch.image_index.repeat_interleave(candidates),
+            reconstruct=self.reconstruction_weight > 0,
+        )
+        scores = output.logits.float().view(n, candidates).masked_fill(~real, float("-inf"))
+        loss = F.cross_entropy(scores, torch.zeros(n, dtype=torch.int64, device=scores.device))
+        true = slice(None, None, candidates)
+        others = output.losses | self.prior_losses(
+            text_states[position[true]],
+            input_ids[used][position[true]],
+            output.seen.tokens[true, 0],
+            cls,
+            batch.image_ids,
+        )
+        return {"ranking": loss}, others, {"ranking": 100 * (scores.argmax(dim=1) == 0).float().mean()}
+
+    def _candidates(self, batch: CaptionBatch, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Texts and masks (P, T); for every caption itself and m others: positions (n, 1 + m), and which are real."""
+        n = len(batch.caption_ids)
+        own = torch.arange(n, device=batch.images.device)[:, None]
+        if batch.false_input_ids is not None and batch.false_attention_mask is not None:
+            false_ids, false_mask = batch.false_input_ids.flatten(0, 1), batch.false_attention_mask.flatten(0, 1)
+            ids, masks = self._stack(batch.input_ids, batch.attention_mask, false_ids, false_mask)
+            m = batch.false_input_ids.shape[1]
+            which = torch.cat([own, n + torch.arange(n * m, device=own.device).view(n, m)], dim=1)
+            return ids, masks, which, torch.ones_like(which, dtype=torch.bool)
+        pool_ids, pool_mask, pool_images = gather_captions(
+            batch.input_ids, batch.attention_mask, batch.image_ids, self.preprocessing.pad_token_id
+        )
+        similarity = self.pool_similarity(pool_ids, pool_mask, cls)
+        others, real = draw_false(batch.image_ids, pool_images, self.num_false, self.generator(batch), similarity)
+        ids, masks = self._stack(batch.input_ids, batch.attention_mask, pool_ids, pool_mask)
+        keep = real.any(dim=0)  # a column of which no row is real costs nothing
+        return ids, masks, torch.cat([own, n + others[:, keep]], 1), torch.cat([own >= 0, real[:, keep]], 1)
+
+    def _stack(self, ids: Tensor, mask: Tensor, other_ids: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and masks of two batches of texts, padded to one length."""
+        length = max(ids.shape[1], other_ids.shape[1])
+        padding = self.preprocessing.pad_token_id
+        return (
+            torch.cat([F.pad(t, (0, length - t.shape[1]), value=padding) for t in (ids, other_ids)]),
+            torch.cat([F.pad(t, (0, length - t.shape[1])) for t in (mask, other_mask)]),
+        )
