@@ -34,7 +34,8 @@ from vlabs.evaluation.output import progress_bar, write_json
 from vlabs.logging import say
 from vlabs.metrics.retrieval import RECALLS, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.ranking.scores import ScoreMatrix, file_sha256
+from vlabs.ranking.index import content_sha256
+from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import shortlist
 from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
 
@@ -191,7 +192,7 @@ def evaluate_retrieval(
     _check(ranker, checkpoint)
     data = CaptionedImages(data_dir, config.split)
     identity = {
-        "checkpoint": file_sha256(checkpoint.path),
+        "checkpoint": content_sha256(checkpoint.path),
         "data": data.identity["manifest_sha256"],
         "split": str(config.split),
         "precision": str(config.trainer.precision),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,3 @@ def _read(header: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{header} is damaged ({error}): remove it and the scores beside it") from None
     return content if isinstance(content, dict) else {}
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

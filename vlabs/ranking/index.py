@@ -1,0 +1,77 @@
+"""What is kept of pictures between searches: their bottom-up [cls], by what is in the file and not by its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlabs.errors import UserError
+
+# Pictures between two saves, so that a search that is stopped goes on.
+_SAVE_EVERY = 200
+
+
+class ImageIndex:
+    """Vectors of pictures of one checkpoint, in one safetensors file.
+
+    Args:
+        path: of the file; made when the first pictures are added.
+
+    Raises:
+        UserError: the file is not an index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.vectors: dict[str, Tensor] = {}
+        if path.is_file():
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    names = json.loads((file.metadata() or {})["sha256"])
+                    self.vectors = dict(zip(names, file.get_tensor("cls"), strict=True))
+            except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+                raise UserError(f"{path} is not a search index ({error}): remove it") from None
+
+    def add(self, contents: Iterable[tuple[str, Path]], encode: Callable[[Path], Tensor]) -> None:
+        """Encode the pictures that are not there yet, with a progress bar.
+
+        Args:
+            contents: SHA-256 and path of each picture.
+            encode: gives the vector (D,) of a picture.
+        """
+        missing = {digest: path for digest, path in contents if digest not in self.vectors}
+        for n, (digest, path) in enumerate(tqdm(missing.items(), desc="indexing", unit="image", disable=not missing)):
+            self.vectors[digest] = encode(path)
+            if (n + 1) % _SAVE_EVERY == 0:
+                self.save()
+        if missing:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file under a temporary name and rename it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        tensors = {"cls": torch.stack(list(self.vectors.values()))}
+        safetensors.torch.save_file(tensors, partial, metadata={"sha256": json.dumps(list(self.vectors))})
+        partial.replace(self.path)
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
