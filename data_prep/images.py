@@ -7,12 +7,13 @@ import io
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vlabs.errors import UserError
 
@@ -60,42 +61,53 @@ class ImageFile(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageStore:
-    """Images that are named by a path inside a folder or a zip file.
+    """Images that are named by a path inside one of several folders and zip files.
 
     Attributes:
-        location: the folder or zip file.
+        locations: the folders and zip files.
         other_suffix: tried where an image is not there under its own name.
+        other_folders: tried then in place of the first folder of its name; an empty one is none.
     """
 
-    location: Path
+    locations: tuple[Path, ...]
     other_suffix: str | None = None
+    other_folders: tuple[str, ...] = ()
 
     def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile]]:
         """Yield those of the wanted (image id, name) pairs that are there.
 
         Raises:
-            UserError: the zip file is damaged.
+            UserError: a zip file is damaged.
         """
-        if self.location.is_dir():
+        with ExitStack() as opened:
+            finders = [_finder(location, opened) for location in self.locations]
             for image_id, name in wanted:
-                for candidate in self._candidates(name):
-                    found = ImageFile.of_path(self.location / candidate, candidate)
-                    if found is not None:
-                        yield image_id, found
-                        break
-            return
-        with open_zip(self.location) as archive:
-            for image_id, name in wanted:
-                for candidate in self._candidates(name):
-                    try:
-                        member = archive.getinfo(candidate)
-                    except KeyError:
-                        continue
-                    yield image_id, ImageFile.of_member(self.location, member)
-                    break
+                candidates = self._candidates(name)
+                found = next((image for c in candidates for find in finders if (image := find(c))), None)
+                if found is not None:
+                    yield image_id, found
 
-    def _candidates(self, name: str) -> tuple[str, ...]:
-        return (name,) if self.other_suffix is None else (name, str(Path(name).with_suffix(self.other_suffix)))
+    def _candidates(self, name: str) -> list[str]:
+        candidates = [name]
+        if self.other_suffix is not None:
+            candidates.append(str(Path(name).with_suffix(self.other_suffix)))
+        rest = name.partition("/")[2]
+        return candidates + [f"{folder}/{rest}" if folder else rest for folder in self.other_folders]
+
+
+def _finder(location: Path, opened: ExitStack) -> Callable[[str], ImageFile | None]:
+    """Return what looks a name up in a folder or zip file; the zip file is closed with `opened`."""
+    if location.is_dir():
+        return lambda name: ImageFile.of_path(location / name, name)
+    archive = opened.enter_context(open_zip(location))
+
+    def find(name: str) -> ImageFile | None:
+        try:
+            return ImageFile.of_member(location, archive.getinfo(name))
+        except KeyError:
+            return None
+
+    return find
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -142,6 +154,8 @@ def read_image(image: ImageFile) -> bytes:
         content = _read_file(image)
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
+    except UnidentifiedImageError:  # whose message holds an address in memory, different in every run
+        raise ValueError("not an image, or of no known format") from None
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return content

@@ -1,8 +1,8 @@
-"""Prepare your own questions about images, listed in a table.
+"""Prepare your own questions about images, or your own captions, listed in a table.
 
     python -m data_prep.own --table questions.jsonl --out-dir data/own
 
-The table is JSON lines or CSV (UTF-8, with a header line) with these columns:
+The table is JSON lines or CSV (UTF-8, with a header line). A table of questions has these columns:
 
 - `image`: path of an image, relative to the table's folder or to `--image-root`
 - `question`: text of any language and length
@@ -11,6 +11,12 @@ The table is JSON lines or CSV (UTF-8, with a header line) with these columns:
   image, so that no image is in both; which images go where depends on their paths alone.
 - `question_id` (whole number), `question_type`, `answer_type`, if wanted. Otherwise: the row's number from 1, the
   question's first two words, and one of yes/no, number, other.
+
+A table of captions has `caption` instead of `question`:
+
+- `image` and `split`, as above; several rows of one image are several captions of it
+- `caption`: text of any language and length
+- `caption_id` (whole number, once in the table), if wanted. Otherwise: the row's number from 1.
 
 Fewer than ten answers are repeated in turn until they are ten, because the official accuracy is made for ten: one
 answer counts as ten people agreeing, two as five against five (either is fully right), and of five different answers
@@ -26,15 +32,18 @@ import hashlib
 import itertools
 import json
 import re
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from data_prep.captions import CAPTIONS, CaptionIndex
 from data_prep.images import ImageStore
-from data_prep.pipeline import QuestionIndex, add_options, check_split_name, prepare, read_options
+from data_prep.pipeline import RawData, add_options, check_split_name, prepare, read_options
+from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import clean_answer, normalize_answer
 
@@ -49,20 +58,19 @@ CREATE TABLE table_images (
 
 @dataclass(frozen=True)
 class Row:
-    """A question of the table; what is None was left out."""
+    """A row of the table; what is None was left out."""
 
     where: str
+    item: str  # "question" or "caption"
     image: str
-    question: str
-    answers: list[str]
+    text: str
     split: str | None
-    question_id: int | None
-    question_type: str | None
-    answer_type: str | None
+    item_id: int | None
+    values: dict[str, Any]  # all columns, as they are
 
 
 class Table:
-    """A table of questions, and the images that it names.
+    """A table of questions or captions, and the images that it names.
 
     Args:
         path: a `.jsonl` or `.csv` file.
@@ -74,12 +82,9 @@ class Table:
     """
 
     name = "own"
+    item: ClassVar[str]
 
     def __init__(self, path: Path, image_root: Path, val_fraction: float) -> None:
-        if not path.is_file():
-            raise UserError(f"there is no table {path}")
-        if path.suffix not in (".jsonl", ".csv"):
-            raise UserError(f"{path}: a table is a .jsonl or a .csv file")
         if not image_root.is_dir():
             raise UserError(f"there is no folder {image_root} for the images")
         if not 0 <= val_fraction < 1:
@@ -92,64 +97,44 @@ class Table:
 
     def image_store(self, split: str) -> tuple[str, ImageStore]:
         """Return where the images are; ids are the table's, whatever the split."""
-        return "table", ImageStore(self.image_root)
+        return "table", ImageStore((self.image_root,))
 
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows of the table.
+    def placed_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[Row, str, int, int]]:
+        """Yield the rows, each with its split, image id and item id.
+
+        Args:
+            connection: of the index, where the images are numbered.
 
         Raises:
             UserError: the table cannot be read, or a row is not as it should be.
         """
-        try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:
-                read = _read_jsonl if self.path.suffix == ".jsonl" else _read_csv
-                for where, values in read(self.path, file):
-                    yield _as_row(where, values)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is not UTF-8 text: {error}") from None
-
-    def fill(self, index: QuestionIndex) -> None:
-        """Put all questions and answers into the index, and count the answers of train and val."""
         print(f"reading {self.path}")
-        self._number_images(index)
+        self._number_images(connection)
         numbered: bool | None = None
-        for number, row in enumerate(self.rows(), start=1):
+        for number, row in enumerate(self._rows(), start=1):
             if numbered is None:
-                numbered = row.question_id is not None
-            if numbered != (row.question_id is not None):
-                raise UserError(f"{row.where}: either all rows have a question_id or none has")
-            image_id, in_val = index.connection.execute(
+                numbered = row.item_id is not None
+            if numbered != (row.item_id is not None):
+                raise UserError(f"{row.where}: either all rows have a {self.item}_id or none has")
+            image_id, in_val = connection.execute(
                 "SELECT image_id, in_val FROM table_images WHERE name = ?", (row.image,)
             ).fetchone()
             split = row.split or ("val" if in_val else "train")
-            question_id = number if row.question_id is None else row.question_id
-            index.add_question(
-                row.where,
-                split=split,
-                image_id=image_id,
-                image_name=row.image,
-                question_id=question_id,
-                question=row.question,
-            )
-            if not row.answers:
-                continue
-            major = Counter(row.answers).most_common(1)[0][0]
-            index.add_annotation(
-                row.where,
-                split=split,
-                question_id=question_id,
-                answers=ten_answers(row.answers),
-                answer_type=row.answer_type or answer_type(major),
-                question_type=row.question_type or " ".join(row.question.lower().split()[:2]),
-            )
-            if split in ("train", "val"):
-                index.count_answer(major)
+            yield row, split, image_id, number if row.item_id is None else row.item_id
 
-    def _number_images(self, index: QuestionIndex) -> None:
+    def _rows(self) -> Iterator[Row]:
+        for row in read_rows(self.path):
+            if row.item != self.item:
+                raise UserError(
+                    f"{row.where} has a '{row.item}' where the rows before it have a '{self.item}': a table holds"
+                    " questions or captions, not both"
+                )
+            yield row
+
+    def _number_images(self, connection: sqlite3.Connection) -> None:
         """Give the images their ids and, where a row leaves it open, the split."""
-        connection = index.connection
         connection.execute(_IMAGES_OF_TABLE)
-        for row in self.rows():
+        for row in self._rows():
             try:
                 draw = hashlib.sha256(row.image.encode()).hexdigest()
             except UnicodeEncodeError:
@@ -166,6 +151,92 @@ class Table:
             " (SELECT image_id FROM table_images WHERE undecided ORDER BY draw LIMIT ?)",
             (in_val,),
         )
+
+
+class QuestionTable(Table):
+    """A table of questions about images."""
+
+    kind = QUESTIONS
+    item = "question"
+
+    def fill(self, index: QuestionIndex) -> None:
+        """Put all questions and answers into the index, and count the answers of train and val."""
+        for row, split, image_id, question_id in self.placed_rows(index.connection):
+            index.add_question(
+                row.where,
+                split=split,
+                image_id=image_id,
+                image_name=row.image,
+                question_id=question_id,
+                question=row.text,
+            )
+            answers = _answers(row.where, row.values.get("answers"))
+            types = [_text(row.where, row.values, name) for name in ("answer_type", "question_type")]
+            if not answers:
+                continue
+            major = Counter(answers).most_common(1)[0][0]
+            index.add_annotation(
+                row.where,
+                split=split,
+                question_id=question_id,
+                answers=ten_answers(answers),
+                answer_type=types[0] or answer_type(major),
+                question_type=types[1] or " ".join(row.text.lower().split()[:2]),
+            )
+            if split in ("train", "val"):
+                index.count_answer(major)
+
+
+class CaptionTable(Table):
+    """A table of captions of images."""
+
+    kind = CAPTIONS
+    item = "caption"
+
+    def fill(self, index: CaptionIndex) -> None:
+        """Put all captions into the index."""
+        for row, split, image_id, caption_id in self.placed_rows(index.connection):
+            index.add_caption(
+                row.where,
+                split=split,
+                image_id=image_id,
+                image_name=row.image,
+                caption_id=caption_id,
+                caption=row.text,
+            )
+
+
+def open_table(path: Path, image_root: Path, val_fraction: float) -> RawData[Any]:
+    """Return a table of questions or of captions, whichever its first row has.
+
+    Raises:
+        UserError: there is no such table or folder, it has no rows, or the fraction is out of range.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no table {path}")
+    if path.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"{path}: a table is a .jsonl or a .csv file")
+    first = next(read_rows(path), None)
+    if first is None:
+        raise UserError(f"{path} has no rows")
+    if first.item == CaptionTable.item:
+        return CaptionTable(path, image_root, val_fraction)
+    return QuestionTable(path, image_root, val_fraction)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a table.
+
+    Raises:
+        UserError: the table cannot be read, or a row is not as it should be.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            read = _read_jsonl if path.suffix == ".jsonl" else _read_csv
+            for where, values in read(path, file):
+                yield _as_row(where, values)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def ten_answers(answers: Sequence[str]) -> list[str]:
@@ -190,7 +261,7 @@ def _read_jsonl(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[st
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"{where} is not an object with 'image' and 'question'")
+            raise UserError(f"{where} is not an object with 'image' and 'question' or 'caption'")
         yield where, values
 
 
@@ -209,37 +280,45 @@ def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _as_row(where: str, values: dict[str, Any]) -> Row:
-    def text(name: str) -> str | None:
-        value = values.get(name)
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{where}: '{name}' must be text, not {value!r:.80}")
-        return value or None
-
-    image, question, split, question_id = (
-        text("image"),
-        values.get("question"),
-        text("split"),
-        values.get("question_id"),
-    )
-    if image is None or not isinstance(question, str):
-        raise UserError(f"{where} needs an 'image' and a 'question', both text")
-    if isinstance(question_id, str):
+    image = _text(where, values, "image")
+    item, text = _item(where, values)
+    if image is None or not isinstance(text, str):
+        raise UserError(f"{where} needs an 'image' and a 'question' or a 'caption', all text")
+    split, item_id = _text(where, values, "split"), values.get(f"{item}_id")
+    if isinstance(item_id, str):
         try:
-            question_id = int(question_id) if question_id.strip() else None
+            item_id = int(item_id) if item_id.strip() else None
         except ValueError:
-            raise UserError(f"{where}: 'question_id' must be a whole number, not {question_id!r:.80}") from None
-    if isinstance(question_id, bool) or not isinstance(question_id, int | None):
-        raise UserError(f"{where}: 'question_id' must be a whole number, not {question_id!r:.80}")
+            raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}") from None
+    if isinstance(item_id, bool) or not isinstance(item_id, int | None):
+        raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}")
     return Row(
         where=where,
+        item=item,
         image=image,
-        question=question,
-        answers=_answers(where, values.get("answers")),
+        text=text,
         split=None if split is None else check_split_name(split, where),
-        question_id=question_id,
-        question_type=text("question_type"),
-        answer_type=text("answer_type"),
+        item_id=item_id,
+        values=values,
     )
+
+
+def _item(where: str, values: dict[str, Any]) -> tuple[str, object]:
+    """Return what a row holds, question or caption, and its value, which is None where it holds neither."""
+    found = {name: values[name] for name in ("question", "caption") if values.get(name) is not None}
+    if len(found) == 2:
+        # CSV with both columns says with an empty field that there is none.
+        found = {name: value for name, value in found.items() if value != ""}
+    if len(found) == 2:
+        raise UserError(f"{where} has both a 'question' and a 'caption': a table holds questions or captions")
+    return next(iter(found.items()), ("question", None))
+
+
+def _text(where: str, values: dict[str, Any], name: str) -> str | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: '{name}' must be text, not {value!r:.80}")
+    return value or None
 
 
 def _answers(where: str, value: object) -> list[str]:
@@ -257,9 +336,12 @@ def _normal_form(answer: str) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.own", description="Prepare your own questions about images, listed in a table."
+        prog="python -m data_prep.own",
+        description="Prepare your own questions or captions of images, listed in a table.",
     )
-    parser.add_argument("--table", type=Path, required=True, help=".jsonl or .csv with image, question, answers, ...")
+    parser.add_argument(
+        "--table", type=Path, required=True, help=".jsonl or .csv with image, and question, answers, ... or caption"
+    )
     parser.add_argument(
         "--image-root", type=Path, help="what the images' paths are relative to (default: the table's folder)"
     )
@@ -269,10 +351,11 @@ def main() -> None:
         default=0.1,
         help="part of the images of rows without a split that goes into val (default %(default)s)",
     )
-    add_options(parser, min_answer_count=1)
+    add_answer_options(parser, min_answer_count=1)
+    add_options(parser)
     arguments = parser.parse_args()
     options = read_options(arguments, val_fraction=arguments.val_fraction)
-    table = Table(arguments.table, arguments.image_root or arguments.table.parent, arguments.val_fraction)
+    table = open_table(arguments.table, arguments.image_root or arguments.table.parent, arguments.val_fraction)
     prepare(table, arguments.out_dir, options)
 
 

@@ -11,67 +11,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import ijson
 
 from data_prep.images import ImageStore, open_zip
-from data_prep.pipeline import QuestionIndex, add_options, check_split_name, prepare, read_options
+from data_prep.json_file import JsonFile, get_value
+from data_prep.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import normalize_answer
 
 _QUESTIONS = re.compile(r"v2_OpenEnded_mscoco_(.+)_questions\.json")
 _ANNOTATIONS = re.compile(r"v2_mscoco_(.+)_annotations\.json")
-_READ_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class JsonFile:
-    """A JSON file, or one inside a zip file, that is read as a stream."""
-
-    path: Path
-    member: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.member is None else f"{self.path} ({self.member})"
-
-    def entries(self, key: str) -> Iterator[dict[str, Any]]:
-        """Yield the entries of the list under a key.
-
-        Raises:
-            UserError: the file is damaged, or an entry is not an object.
-        """
-        for number, entry in enumerate(self._items(f"{key}.item")):
-            if not isinstance(entry, dict):
-                raise UserError(f"{self}: entry {number} of '{key}' is not an object")
-            yield entry
-
-    def text(self, key: str) -> str | None:
-        """Return the text under a key, or None."""
-        value = next(self._items(key), None)
-        return value if isinstance(value, str) else None
-
-    def _items(self, prefix: str) -> Iterator[Any]:
-        try:
-            with self._open() as stream:
-                yield from ijson.items(stream, prefix, buf_size=_READ_BYTES)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise UserError(f"{self} is not a whole JSON file ({error}): download it again") from None
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path} is not a whole zip file ({error}): download it again") from None
-
-    def _open(self) -> IO[bytes]:
-        if self.member is None:
-            return self.path.open("rb")
-        archive = open_zip(self.path)
-        stream = archive.open(self.member)
-        archive.close()  # the file stays open until the member is closed
-        return stream
 
 
 @dataclass(frozen=True)
@@ -92,6 +44,7 @@ class VQAv2:
     """
 
     name = "vqav2"
+    kind = QUESTIONS
 
     def __init__(self, raw_dir: Path) -> None:
         if not raw_dir.is_dir():
@@ -125,15 +78,16 @@ class VQAv2:
             archive, folder = raw_dir / f"{release}.zip", raw_dir / release
             if not archive.is_file() and not folder.is_dir():
                 missing.append(f"{release}.zip (or the folder {release}/)")
-            store = ImageStore(archive if archive.is_file() else raw_dir, other_suffix=".png")
+            store = ImageStore((archive if archive.is_file() else raw_dir,), other_suffix=".png")
             self.splits[split] = Split(file, annotations.get(subset), release, store)
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
         json_files = [*questions.values(), *annotations.values()]
         self.tables: Sequence[Path] = sorted({file.path for file in json_files})
         places = {
-            split.store.location if split.store.location != raw_dir else raw_dir / split.release
+            location if location != raw_dir else raw_dir / split.release
             for split in self.splits.values()
+            for location in split.store.locations
         }
         self.images: Sequence[Path] = sorted(places)
 
@@ -154,14 +108,14 @@ class VQAv2:
         number = -1
         for number, entry in enumerate(split.questions.entries("questions")):
             where = f"{split.questions}, question {number}"
-            image_id = _get(entry, "image_id", where)
+            image_id = get_value(entry, "image_id", where)
             index.add_question(
                 where,
                 split=name,
                 image_id=image_id,
                 image_name=f"{split.release}/COCO_{split.release}_{image_id:0>12}.jpg",
-                question_id=_get(entry, "question_id", where),
-                question=_get(entry, "question", where),
+                question_id=get_value(entry, "question_id", where),
+                question=get_value(entry, "question", where),
             )
         if number < 0:
             raise UserError(f"{split.questions} has no 'questions'")
@@ -173,34 +127,26 @@ class VQAv2:
         number = -1
         for number, entry in enumerate(split.annotations.entries("annotations")):
             where = f"{split.annotations}, annotation {number}"
-            answers = _get(entry, "answers", where)
+            answers = get_value(entry, "answers", where)
             targets = entry.get("target_instances", [])
             if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
                 raise UserError(f"{where}: 'answers' must be a list of objects")
-            if not isinstance(targets, list):
-                raise UserError(f"{where}: 'target_instances' must be a list of whole numbers")
             index.add_annotation(
                 where,
                 split=name,
-                question_id=_get(entry, "question_id", where),
-                answers=[_get(answer, "answer", where) for answer in answers],
-                answer_type=_get(entry, "answer_type", where),
-                question_type=_get(entry, "question_type", where),
+                question_id=get_value(entry, "question_id", where),
+                answers=[get_value(answer, "answer", where) for answer in answers],
+                answer_type=get_value(entry, "answer_type", where),
+                question_type=get_value(entry, "question_type", where),
                 target_instances=targets,
             )
             if name in ("train", "val"):
-                major = _get(entry, "multiple_choice_answer", where)
+                major = get_value(entry, "multiple_choice_answer", where)
                 if not isinstance(major, str):
                     raise UserError(f"{where}: 'multiple_choice_answer' must be text")
                 index.count_answer(normalize_answer(major))
         if number < 0:
             raise UserError(f"{split.annotations} has no 'annotations'")
-
-
-def _get(entry: dict[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise UserError(f"{where} has no '{key}'")
-    return entry[key]
 
 
 def _split_name(subset: str) -> str:
@@ -233,7 +179,8 @@ def main() -> None:
         prog="python -m data_prep.vqav2", description="Prepare VQA v2 from the files as they are downloaded."
     )
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded zip files")
-    add_options(parser, min_answer_count=9)
+    add_answer_options(parser, min_answer_count=9)
+    add_options(parser)
     arguments = parser.parse_args()
     options = read_options(arguments)
     prepare(VQAv2(arguments.raw_dir), arguments.out_dir, options)
