@@ -98,6 +98,10 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
     checkpoint = run_dir / "checkpoints" / "last.ckpt" if config.resume is not None else None
+    if not isinstance(data, task.reads):
+        named = {"VQADataModule": "questions (data=scenes, vqav2)"}
+        wanted = named.get(task.reads.__name__, "captions (data=scenes_captions, flickr30k, coco_captions)")
+        raise UserError(f"task={task.name} trains on {wanted}, and data.dir={config.data.get('dir')} holds none")
     loggers = _loggers(config, run_dir, sweep, checkpoint)
     best, last = _checkpoints(run_dir, task.monitor)
     callbacks: list[Callback] = [

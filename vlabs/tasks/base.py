@@ -39,6 +39,8 @@ class VisionLanguageTask(pl.LightningModule):
     name: str
     monitor: str
     """The metric by which the best checkpoint is chosen; more is better."""
+    reads: type[pl.LightningDataModule]
+    """The kind of data that it trains on."""
 
     def __init__(
         self,

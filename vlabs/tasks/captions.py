@@ -31,6 +31,8 @@ class CaptionTask(VisionLanguageTask):
         seed: of everything that is drawn.
     """
 
+    reads = CaptionDataModule
+
     def __init__(
         self,
         *args: Any,

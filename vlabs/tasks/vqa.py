@@ -40,6 +40,7 @@ class VQATask(VisionLanguageTask):
 
     name = "vqa"
     monitor = "val/vqa_accuracy"
+    reads = VQADataModule
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

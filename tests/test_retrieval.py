@@ -1,0 +1,453 @@
+"""Captions: pre-training, fine-tuning and ranking from the command line, and what each draws and measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL, assert_one_line_error, command
+from torch.nn.functional import cosine_similarity
+
+from vlabs.checkpoint import load_checkpoint
+from vlabs.data.captions import CaptionDataModule
+from vlabs.data.prepared import load_split
+from vlabs.errors import UserError
+from vlabs.metrics.retrieval import retrieval_ranks
+from vlabs.ranking.scores import ScoreMatrix
+from vlabs.ranking.shortlist import shortlist
+from vlabs.tasks.masking import IGNORED, TokenMasker
+from vlabs.tasks.negatives import draw_false
+
+QUICK = ["data.num_workers=0", "trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="session")
+def tiny_captions(tiny_data):
+    """The prepared captions of the tiny corpus."""
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scenes_captions import ScenesCaptions
+
+    folder = tiny_data.parent / "captions"
+    prepare(ScenesCaptions(tiny_data.parent / "raw"), folder, Options())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def caption_options(tiny_captions):
+    """Overrides for a training of seconds."""
+    return [
+        "data=scenes_captions", "data.size=tiny", f"data.dir={tiny_captions}", "data.image_size=32",
+        "data.batch_size=16", "data.captions_per_image=2", "task.ranking_images=6", "trainer.max_epochs=1",
+        "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "logger=csv", *QUICK, *TINY_MODEL,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrained(caption_options, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("pretrain")
+    result = command("vlabs.train", "task=pretrain", *caption_options, "hydra.run.dir=run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "run"
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(pretrained, caption_options, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("retrieval")
+    result = command(
+        "vlabs.train",
+        "task=retrieval",
+        *caption_options,
+        f"init={pretrained}",
+        "task.num_false=3",
+        "hydra.run.dir=run",
+        cwd=cwd,
+    )
+    assert result.returncode == 0, result.stderr
+    return cwd / "run", result
+
+
+def rank(run, cwd, *options, ranker="exact"):
+    """Run the ranking of the test split; the metrics and the folder of the scores."""
+    result = command(
+        "vlabs.evaluate", "task=retrieval", f"ckpt={run}", "split=test", f"ranker={ranker}", "task.figure_queries=0",
+        *QUICK, *options, "hydra.run.dir=out", cwd=cwd,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads((cwd / "out/metrics.json").read_text()), next((cwd / "outputs/scores").iterdir()), result
+
+
+# Data
+
+
+def test_each_caption_comes_once_an_epoch_and_several_sets_are_trained_on_together(tiny_captions):
+    data = CaptionDataModule(
+        {"one": tiny_captions, "two": tiny_captions}, image_size=16, batch_size=8, captions_per_image=2, num_workers=0
+    )
+    seen = [caption for batch in data.train_dataloader() for caption in batch.caption_ids]
+    once = [caption for row in load_split(tiny_captions, "train") for caption in row["caption_id"]]
+    assert sorted(seen) == sorted(once * 2)
+
+
+def test_false_partners_are_of_other_images_and_a_function_of_seed_epoch_and_caption(tiny_captions):
+    data = CaptionDataModule({"one": tiny_captions}, image_size=16, batch_size=8, num_workers=0)
+    data.false_images, data.false_captions = True, 3
+    loader = data.train_dataloader()
+    first, again = next(iter(loader)), next(iter(loader))
+    assert torch.equal(first.false_input_ids, again.false_input_ids)
+    assert torch.equal(first.images, again.images)
+    rows = load_split(tiny_captions, "train")
+    tokenizer = data.preprocessing
+    for n, row in enumerate(first.image_ids.tolist()):
+        own = {tuple(ids) for ids in tokenizer.token_ids(rows[row]["caption"])}
+        for ids, mask in zip(first.false_input_ids[n], first.false_attention_mask[n], strict=True):
+            assert tuple(ids[mask.bool()].tolist()) not in own
+        false, true = first.images[first.false_image_index[n]], first.images[first.image_index[n]]
+        assert not torch.equal(false, true)
+
+
+# Masking and negatives
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_captions):
+    return (tiny_captions / "tokenizer/tokenizer.json").read_text()
+
+
+def test_masking_hides_the_wanted_share_and_never_special_tokens(tokenizer):
+    ids = torch.tensor([[0, *range(10, 60), 2, 1, 1]]).repeat(400, 1)
+    masked, labels = TokenMasker(tokenizer)(ids, torch.Generator().manual_seed(0))
+    chosen = labels != IGNORED
+    assert not chosen[:, [0, 51, 52, 53]].any()
+    assert chosen[:, 1:51].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert torch.equal(masked[~chosen], ids[~chosen])
+    hidden = masked[chosen] == TokenMasker(tokenizer).mask_id
+    assert hidden.float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (masked[chosen] == ids[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(labels[chosen], ids[chosen])
+
+
+def test_whole_words_are_masked_whole(tokenizer):
+    from vlabs.data.preprocessing import Preprocessing
+
+    preprocessing = Preprocessing(image_size=16, tokenizer=tokenizer)
+    text = " ".join(["unforeseeable striped purplish square"] * 4)
+    ids, _ = preprocessing.pad(preprocessing.token_ids([text] * 200))
+    masker = TokenMasker(tokenizer, share=0.3, whole_words=True)
+    _, labels = masker(ids, torch.Generator().manual_seed(0))
+    starts = masker.starts_word[ids[0]].clone()
+    starts[1] = True
+    word = starts.cumsum(0)
+    for row in (labels != IGNORED)[:50]:
+        for n in range(1, int(word.max()) + 1):
+            of_word = row[1:-1][word[1:-1] == n]
+            assert of_word.all() or not of_word.any()
+    assert (labels[:, 1:-1] != IGNORED).float().mean() == pytest.approx(0.3, abs=0.03)
+
+
+def test_false_captions_of_the_batch_are_of_other_images_and_hard_ones_are_drawn_by_similarity():
+    images = torch.tensor([7, 7, 8, 9])
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(4, 4)
+    similarity = torch.tensor([[0.0, 0, 3, 0]] * 4)
+    for _ in range(2000):
+        which, real = draw_false(images, images, 1, generator, similarity)
+        assert real.all()
+        counts[torch.arange(4), which[:, 0]] += 1
+    assert counts[0, :2].sum() == 0
+    assert counts[2, 2] == 0
+    weight = torch.tensor(3.0).exp()
+    assert counts[0, 2] / 2000 == pytest.approx(float(weight / (weight + 1)), abs=0.03)
+
+
+def test_a_pool_without_enough_other_images_says_which_draws_are_real():
+    images = torch.tensor([1, 1, 2])
+    which, real = draw_false(images, images, 2, torch.Generator().manual_seed(0))
+    assert real.tolist() == [[True, False], [True, False], [True, True]]
+    assert which[0, 0] == 2
+    assert sorted(which[2].tolist()) == [0, 1]
+
+
+# Measures
+
+
+def test_ranks_equal_a_plain_count():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(12, 30)).astype(np.float32)
+    owner = rng.permutation(np.repeat(np.arange(12), [3, 2] * 6))
+    ranks = retrieval_ranks(scores, owner)
+    for caption in range(30):
+        order = np.argsort(-scores[:, caption]).tolist()
+        assert ranks.image[caption] == 1 + order.index(owner[caption])
+    for image in range(12):
+        order = owner[np.argsort(-scores[image])].tolist()
+        assert ranks.text[image] == 1 + order.index(image)
+    assert ranks.metrics()["ir@5"] == pytest.approx(100 * np.mean(ranks.image <= 5))
+
+
+def test_equal_scores_are_no_better_than_the_last_place():
+    ranks = retrieval_ranks(np.zeros((10, 20), np.float32), np.repeat(np.arange(10), 2))
+    assert (ranks.image == 10).all()
+    assert (ranks.text == 19).all()
+
+
+def test_a_perfect_ranking_has_recall_one():
+    scores = np.kron(np.eye(10), np.ones((1, 5))).astype(np.float32)
+    metrics = retrieval_ranks(scores, np.repeat(np.arange(10), 5)).metrics()
+    assert {metrics[key] for key in ("ir@1", "ir@5", "ir@10", "tr@1", "tr@5", "tr@10")} == {100}
+
+
+def test_the_shortlist_is_the_union_of_both_directions_best():
+    torch.manual_seed(0)
+    seen, prior = torch.randn(9, 5), torch.randn(20, 5)
+    similarity = cosine_similarity(seen[:, None], prior[None], dim=2)
+    wanted = torch.zeros(9, 20, dtype=torch.bool)
+    for image in range(9):
+        wanted[image, similarity[image].argsort(descending=True)[:3]] = True
+    for caption in range(20):
+        wanted[similarity[:, caption].argsort(descending=True)[:3], caption] = True
+    for at_once in (1, 4, 100):
+        found = shortlist(seen, prior, 3, images_at_once=at_once)
+        assert [part.tolist() for part in found] == [row.nonzero()[:, 0].tolist() for row in wanted]
+
+
+# The command line
+
+
+def test_pretraining_logs_every_loss_and_a_small_zero_shot_ranking(pretrained):
+    metrics = json.loads((pretrained / "summary.json").read_text())["metrics"]
+    for name in ("mlm", "itm", "prior", "prior_bottom_up", "reconstruction"):
+        assert np.isfinite(metrics[f"train/{name}_loss"])
+    assert 0 <= metrics["val/ir@1"] <= 100
+
+
+@pytest.mark.parametrize("negatives", ["batch", "hard"])
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_false_partners_of_the_batch_train(task, negatives, caption_options, tmp_path, in_process):
+    result = in_process(
+        "vlabs.train", [f"task={task}", *caption_options, f"task.negatives={negatives}", "hydra.run.dir=run"], tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
+
+
+def test_fine_tuning_starts_from_the_pretrained_matching_head(fine_tuned, pretrained):
+    _, result = fine_tuned
+    assert "head.rank, the matching head's row" in result.stdout
+    before = load_checkpoint(pretrained).model.head.match.weight
+    assert torch.equal(load_checkpoint(fine_tuned[0]).model.head.match.weight, before)
+
+
+def test_a_checkpoint_remembers_all_that_its_weights_were_trained_on(fine_tuned, tmp_path):
+    metrics, _, result = rank(fine_tuned[0], tmp_path)
+    assert [item["task"] for item in metrics["trained_on"]] == ["pretrain", "retrieval"]
+    assert metrics["zero_shot"] is False
+    assert "not zero-shot" in result.stdout
+
+
+def test_exact_ranking_equals_the_whole_network_pair_by_pair(fine_tuned, tiny_captions, tmp_path):
+    metrics, folder, _ = rank(fine_tuned[0], tmp_path, "ranker.batch_size=7", "ranker.captions_in_memory=23")
+    scores = np.load(folder / "exact.npy")
+    checkpoint = load_checkpoint(fine_tuned[0])
+    rows = load_split(tiny_captions, "test")
+    from vlabs.data.preprocessing import decode_image
+
+    captions = [caption for row in rows for caption in row["caption"]]
+    assert scores.shape == (len(rows), len(captions))
+    plain = np.empty_like(scores)
+    input_ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids(captions))
+    with torch.no_grad():
+        for n, row in enumerate(rows):
+            image = checkpoint.preprocessing.image(decode_image(row["image"], "image"))[None]
+            plain[n] = checkpoint.model(image.expand(len(captions), -1, -1, -1), input_ids, mask).logits.numpy()
+    np.testing.assert_allclose(scores, plain, atol=1e-4)
+    owner = np.repeat(np.arange(len(rows)), [len(row["caption"]) for row in rows])
+    assert metrics["ir@5"] == pytest.approx(retrieval_ranks(plain, owner).metrics()["ir@5"])
+
+
+def test_a_shortlist_of_everything_is_exact_and_says_what_it_kept(fine_tuned, tmp_path):
+    exact, _, _ = rank(fine_tuned[0], tmp_path)
+    everything, folder, result = rank(fine_tuned[0], tmp_path, "ranker.k=1000", ranker="shortlist")
+    for key in ("ir@1", "ir@5", "ir@10", "tr@1", "tr@5", "tr@10"):
+        assert everything[key] == exact[key]
+    assert everything["shortlist_kept_texts"] == 100
+    few, _, _ = rank(fine_tuned[0], tmp_path, "ranker.k=2", ranker="shortlist")
+    scores = np.load(folder / "shortlist-k2.npy")
+    assert 0 < np.isnan(scores).mean() < 1
+    assert few["shortlist_kept_texts"] == pytest.approx(
+        100
+        * np.mean(
+            ~np.isnan(
+                np.take_along_axis(
+                    scores, np.argsort(-np.load(folder / "exact.npy"), axis=1, kind="stable")[:, :10], axis=1
+                )
+            )
+        )
+    )
+
+
+def test_a_ranking_that_was_killed_goes_on_where_it_was(fine_tuned, tmp_path):
+    _, folder, _ = rank(fine_tuned[0], tmp_path)
+    whole = np.load(folder / "exact.npy")
+    broken = np.lib.format.open_memmap(folder / "exact.npy", mode="r+")
+    broken[3:] = np.nan
+    broken[0] = 123  # would be overwritten if the work were done again
+    broken.flush()
+    rank(fine_tuned[0], tmp_path)
+    again = np.load(folder / "exact.npy")
+    assert (again[0] == 123).all()
+    np.testing.assert_allclose(again[1:], whole[1:], atol=1e-6)
+
+
+def test_two_processes_count_no_pair_twice(fine_tuned, tmp_path):
+    _, folder, _ = rank(fine_tuned[0], tmp_path)
+    alone = np.load(folder / "exact.npy")
+    together = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "ranker.scores=two"]
+    metrics, _, result = rank(fine_tuned[0], tmp_path, *together)
+    np.testing.assert_allclose(np.load(tmp_path / "two/exact.npy"), alone, atol=1e-5)
+    assert result.stdout.count("image retrieval") == 1
+
+
+def test_the_figure_shows_queries_with_their_best_images(fine_tuned, tmp_path):
+    result = command("vlabs.evaluate", "task=retrieval", f"ckpt={fine_tuned[0]}", "split=test", "task.figure_queries=2",
+                     *QUICK, "hydra.run.dir=out", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/figures/ranking.png").stat().st_size > 10_000
+
+
+# Search
+
+
+def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned, tiny_captions, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n, row in enumerate(load_split(tiny_captions, "test")):
+        (pictures / f"{n}.jpg").write_bytes(row["image"])
+    options = ["--ckpt", fine_tuned[0], "--images", pictures, "--index", tmp_path / "index", "--top", 3]
+    first = command("vlabs.search", *options, "--query", "what's left, the red one?", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count(".jpg") == 3
+    assert (tmp_path / "search.png").is_file()
+    assert "indexing" in first.stderr
+    (pictures / "0.jpg").rename(pictures / "renamed.jpg")
+    again = command("vlabs.search", *options, "--query", "what's left, the red one?", cwd=tmp_path)
+    assert "indexing" not in again.stderr
+    assert again.stdout.replace("renamed.jpg", "0.jpg") == first.stdout
+
+
+def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions, tmp_path):
+    from vlabs.search import Search
+
+    metrics, folder, _ = rank(fine_tuned[0], tmp_path)
+    rows = load_split(tiny_captions, "test")
+    for n, row in enumerate(rows):
+        (tmp_path / f"{n:02}.jpg").write_bytes(row["image"])
+    search = Search(load_checkpoint(fine_tuned[0]), sorted(tmp_path.glob("*.jpg")), tmp_path)
+    found = search.find(rows[0]["caption"][0], k=None)
+    scores = np.load(folder / "exact.npy")[:, 0]
+    by_name = [next(item.score for item in found if item.path.name == f"{n:02}.jpg") for n in range(len(rows))]
+    np.testing.assert_allclose(by_name, scores, atol=1e-4)
+    assert [item.score for item in found] == sorted(by_name, reverse=True)
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["task=pretrain", "data=scenes", "data.dir=VQA"], ["task=pretrain", "captions", "data.dir"]),
+        (["task=vqa", "data=scenes_captions", "data.dir=CAPTIONS"], ["task=vqa", "questions", "data=scenes, vqav2"]),
+        (["task=pretrain", "task.negatives=random"], ["task.negatives=random", "dataset, batch, hard"]),
+        (["task=pretrain", "task.negatives=hard", "model/topdown=none"], ["task.negatives=hard", "model/topdown"]),
+    ],
+)
+def test_wrong_training_options_are_one_line(
+    options, parts, caption_options, tiny_captions, tiny_data, tmp_path, in_process
+):
+    options = [o.replace("CAPTIONS", str(tiny_captions)).replace("VQA", str(tiny_data)) for o in options]
+    result = in_process("vlabs.train", ["data.dir=" + str(tiny_captions), "logger=csv", *QUICK, *options], tmp_path)
+    assert_one_line_error(result, *parts)
+
+
+def test_a_vqa_model_does_not_rank_and_questions_are_no_captions(tiny_run, fine_tuned, tiny_data, tmp_path, in_process):
+    result = in_process("vlabs.evaluate", ["task=retrieval", f"ckpt={tiny_run[0]}"], tmp_path)
+    assert_one_line_error(result, "trained for the task 'vqa'", "retrieval or pretrain")
+    result = in_process(
+        "vlabs.evaluate", ["task=retrieval", f"ckpt={fine_tuned[0]}", f"data.dir={tiny_data}"], tmp_path
+    )
+    assert_one_line_error(result, "holds questions, not captions")
+
+
+def test_a_score_file_of_another_checkpoint_is_refused(fine_tuned, pretrained, tmp_path, in_process):
+    rank(pretrained, tmp_path)
+    options = ["task=retrieval", f"ckpt={fine_tuned[0]}", "split=test", *QUICK]
+    folder = next((tmp_path / "outputs/scores").iterdir())
+    result = in_process("vlabs.evaluate", [*options, f"ranker.scores={folder}"], tmp_path)
+    assert_one_line_error(result, "exact.npy", "another checkpoint", "ranker.scores")
+
+
+def test_a_damaged_score_file_is_refused(tmp_path):
+    ScoreMatrix(tmp_path, "exact", (3, 4), {"split": "test"})
+    (tmp_path / "exact.npy").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"exact\.npy is damaged"):
+        ScoreMatrix(tmp_path, "exact", (3, 4), {"split": "test"})
+
+
+def test_fewer_than_ten_images_are_too_few_for_recall_at_ten(fine_tuned, tmp_path, in_process):
+    table = tmp_path / "few.jsonl"
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    table.write_text(
+        "".join(json.dumps({"image": "a.png", "caption": f"number {n}", "split": "test"}) + "\n" for n in range(3))
+    )
+    made = command("data_prep.own", "--table", table, "--out-dir", "few", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    result = in_process(
+        "vlabs.evaluate", ["task=retrieval", f"ckpt={fine_tuned[0]}", "split=test", "data.dir=few"], tmp_path
+    )
+    assert_one_line_error(result, "1 images", "R@10 needs at least 10")
+
+
+def test_the_shortlist_needs_a_prior(caption_options, tmp_path, in_process):
+    result = in_process(
+        "vlabs.train", ["task=pretrain", "model/topdown=none", *caption_options, "hydra.run.dir=run"], tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    result = in_process("vlabs.evaluate", ["task=retrieval", "ckpt=run", "split=test", "ranker=shortlist"], tmp_path)
+    assert_one_line_error(result, "ranker=shortlist", "plain ViT")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--images", "nowhere"], "there is no such folder"),
+        (["--images", "empty"], "there is no picture in it"),
+        (["--images", "bad"], "broken.png is not a whole image"),
+        (["--images", "bad", "--query", " "], "--query is empty"),
+        (["--images", "bad", "--out", "x.gif"], "name a .png or .svg file"),
+    ],
+)
+def test_wrong_searches_are_one_line(options, part, fine_tuned, tmp_path, monkeypatch, capsys):
+    from vlabs import search
+    from vlabs.errors import run_cli
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/broken.png").write_bytes(b"not a picture")
+    if "--query" in options:
+        from PIL import Image
+
+        Image.new("RGB", (8, 8)).save(tmp_path / "bad/broken.png")
+    monkeypatch.chdir(tmp_path)
+    query = [] if "--query" in options else ["--query", "a dog"]
+    monkeypatch.setattr(sys, "argv", ["search", "--ckpt", str(fine_tuned[0]), "--index", "i", *options, *query])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(search.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert part in error.splitlines()[-1]
+    assert "Traceback" not in error
