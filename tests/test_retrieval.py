@@ -240,6 +240,21 @@ def test_fine_tuning_starts_from_the_pretrained_matching_head(fine_tuned, pretra
     assert torch.equal(load_checkpoint(fine_tuned[0]).model.head.match.weight, before)
 
 
+def test_a_run_that_starts_from_weights_takes_their_tokenizer_along(
+    pretrained, tiny_data, tiny_options, tmp_path, in_process
+):
+    own, theirs = tiny_data / "tokenizer/tokenizer.json", load_checkpoint(pretrained).preprocessing.tokenizer
+    assert own.read_text() != theirs
+    options = [o for o in tiny_options if not o.startswith("trainer.max_epochs")]
+    result = in_process(
+        "vlabs.train",
+        [*options, "trainer.max_epochs=1", "logger=csv", f"init={pretrained}", "hydra.run.dir=run"],
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "run").preprocessing.tokenizer == theirs
+
+
 def test_a_checkpoint_remembers_all_that_its_weights_were_trained_on(fine_tuned, tmp_path):
     metrics, _, result = rank(fine_tuned[0], tmp_path)
     assert [item["task"] for item in metrics["trained_on"]] == ["pretrain", "retrieval"]

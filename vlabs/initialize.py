@@ -51,16 +51,26 @@ class Initialized:
         return "\n".join(lines)
 
 
+def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that `init=SOURCE` means, and its content.
+
+    Raises:
+        UserError: no such checkpoint, or not one of vlabs'.
+    """
+    path = find_checkpoint(source)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"init={source}: {path} is not a vlabs checkpoint")
+    return path, content
+
+
 def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
     """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
 
     Raises:
         UserError: no such checkpoint, or no parameter of it fits.
     """
-    path = find_checkpoint(source)
-    content = read_tensors(path)
-    if "vlabs" not in content:
-        raise UserError(f"init={source}: {path} is not a vlabs checkpoint")
+    path, content = read_source(source)
     state = {
         name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
     }

@@ -33,7 +33,7 @@ from vlabs.callbacks import PredictionTable, SamplesPerSecond, WholeCheckpointIO
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.errors import UserError, one_line
-from vlabs.initialize import initialize
+from vlabs.initialize import initialize, read_source
 from vlabs.logging import csv_logger, quiet_lightning, remember_run_id, say
 from vlabs.sweep import write_table
 from vlabs.tasks.vqa import VQATask
@@ -78,6 +78,10 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     quiet_lightning()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data)
+    if config.init is not None and config.data.get("tokenizer") is None:
+        # The text encoder's weights mean something for its own tokens only.
+        header = read_source(config.init)[1]["vlabs"]
+        data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=header["preprocessing"]["tokenizer"])
     with open_dict(config.model):
         if config.model.text.get("vocab_size", 0) is None:
             config.model.text.vocab_size = data.preprocessing.vocab_size
