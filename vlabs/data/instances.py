@@ -1,0 +1,327 @@
+"""Target masks of prepared data: COCO instances by their annotation ids, in the geometry that the model sees.
+
+Prepared rows name the instances that a question or caption is about (`target_instances`). Their masks stay in the raw
+corpus, in COCO's instances files: `annotations.zip` of the scenes, `annotations_trainval2014.zip` of COCO.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import ijson
+import numpy as np
+
+from vlabs.errors import UserError
+
+_READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One annotated object; its mask is decoded when it is asked for.
+
+    Attributes:
+        annotation_id: COCO's.
+        image_id: the picture that it is in.
+        area: of the mask, in pixels, as the file says.
+        height, width: of the picture.
+        segmentation: as in the file: run lengths, or a list of polygons.
+    """
+
+    annotation_id: int
+    image_id: int
+    area: float
+    height: int
+    width: int
+    segmentation: Any
+
+    def mask(self) -> np.ndarray:
+        """The object's pixels, (height, width) bool.
+
+        Raises:
+            UserError: the segmentation is in none of COCO's formats.
+        """
+        try:
+            if isinstance(self.segmentation, Mapping):
+                return decode_run_lengths(self.segmentation["counts"], self.height, self.width)
+            return fill_polygons(self.segmentation, self.height, self.width)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the segmentation of instance {self.annotation_id} cannot be read: {error}") from None
+
+
+def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Instance]:
+    """Find instances by their annotation ids in COCO's instances files, read as a stream.
+
+    Args:
+        path: a JSON file, or a zip file with any number of `instances_*.json`; the smallest is searched first, and
+            reading ends when everything is found. Sizes of pictures are read only where there are polygons.
+        wanted_ids: annotation ids, repeated or not.
+
+    Returns:
+        the instances by annotation id.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind, or lacks a wanted id.
+    """
+    path = Path(path)
+    missing = set(wanted_ids)
+    found: dict[int, Instance] = {}
+    for member in _members(path):
+        if not missing:
+            break
+        entries = _wanted_entries(path, member, missing)
+        of_polygons = {entry["image_id"] for entry in entries.values() if isinstance(entry["segmentation"], list)}
+        sizes = _image_sizes(path, member, of_polygons)
+        for annotation_id, entry in entries.items():
+            found[annotation_id] = _instance(entry, sizes, _name(path, member))
+        missing -= entries.keys()
+    if missing:
+        listed = ", ".join(str(annotation_id) for annotation_id in sorted(missing)[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{path} has no instance {listed}{more}: is it of the corpus that was prepared?")
+    return found
+
+
+def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> np.ndarray:
+    """COCO's run lengths as a mask: runs of 0 and 1 in turn, first 0, down the columns.
+
+    Args:
+        counts: the run lengths, or COCO's compressed string of them.
+        height, width: of the mask.
+
+    Returns:
+        (height, width) bool
+
+    Raises:
+        ValueError: the runs are not whole numbers of 0 or more that fill the mask exactly.
+    """
+    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else list(counts))
+    if runs.ndim != 1 or not np.issubdtype(runs.dtype, np.integer) or (runs < 0).any():
+        raise ValueError("run lengths are whole numbers, 0 or more")
+    if runs.sum() != height * width:
+        raise ValueError(f"the runs are {runs.sum()} pixels long, and the picture has {height}x{width}")
+    values = np.arange(len(runs)) % 2 == 1
+    return values.repeat(runs).reshape(width, height).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    """The run lengths in COCO's compressed string.
+
+    A character less 48 is six bits: five of a number, the lowest first, and 32 if the number goes on. The top bit of
+    the last five is the sign. From the fourth on, a number is the run's difference to the run two before it.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is no character of compressed run lengths")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = shift = 0
+    if shift:
+        raise ValueError("the compressed run lengths end within a number")
+    return runs
+
+
+def fill_polygons(polygons: Iterable[Iterable[float]], height: int, width: int) -> np.ndarray:
+    """The pixels whose centres lie inside any of the polygons (the even-odd rule within one).
+
+    Pixel (row, column) covers [column, column + 1) x [row, row + 1), as in COCO. Its own masks of polygons are rounded
+    otherwise and can differ from these in pixels on the border.
+
+    Args:
+        polygons: flat lists x1, y1, x2, y2, ..., in pixels; three corners or more.
+        height, width: of the mask.
+
+    Returns:
+        (height, width) bool
+
+    Raises:
+        ValueError: a polygon is not a list of at least three pairs of finite numbers.
+    """
+    # Not by Pillow: its polygons include their border, which makes an object of 20 pixels a tenth too large.
+    mask = np.zeros((height, width), dtype=bool)
+    row_centres, column_centres = np.arange(height) + 0.5, np.arange(width) + 0.5
+    for polygon in polygons:
+        corners = np.asarray(polygon, dtype=np.float64)
+        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
+            raise ValueError("a polygon is a list of three or more pairs of numbers")
+        inside = np.zeros_like(mask)
+        points = corners.reshape(-1, 2)
+        for (x, y), (next_x, next_y) in zip(points, np.roll(points, -1, axis=0), strict=True):
+            crossed = (y <= row_centres) != (next_y <= row_centres)
+            if crossed.any():
+                crossing = x + (row_centres[crossed] - y) * (next_x - x) / (next_y - y)
+                inside[crossed] ^= column_centres >= crossing[:, None]
+        mask |= inside
+    return mask
+
+
+# --- the geometry of the model's input -----------------------------------------------------------------------------
+
+
+def crop_map(values: np.ndarray, image_size: int) -> np.ndarray:
+    """A map over a whole picture, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
+
+    Args:
+        values: (H, W), over the picture's own pixels.
+        image_size: side of the model's input in pixels.
+
+    Returns:
+        (image_size, image_size), float64: every pixel is the mean over the area that it covers.
+    """
+    height, width = values.shape
+    short = min(height, width)
+    # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
+    new_height, new_width = image_size * height // short, image_size * width // short
+    top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
+    return resize_area(values, new_height, new_width)[top : top + image_size, left : left + image_size]
+
+
+def crop_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
+    """A mask over a whole picture, over the part of it that the model sees.
+
+    Args:
+        mask: (H, W) bool, over the picture's own pixels.
+        image_size: side of the model's input in pixels.
+
+    Returns:
+        (image_size, image_size) bool: the pixels of which the mask covers more than half. It can be empty, where the
+        target lies outside the centre square or is thinner than a pixel.
+    """
+    return crop_map(mask, image_size) > 0.5
+
+
+def resize_area(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize maps to any size, larger or smaller: every new pixel is the mean over the area that it covers.
+
+    Of whole numbers the sums are exact, and the result is rounded once.
+
+    Args:
+        values: (..., H, W).
+
+    Returns:
+        (..., height, width), float64
+    """
+    old_height, old_width = values.shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return values.astype(np.float64)
+    summed = _overlaps(old_height, height) @ values.astype(np.float64) @ _overlaps(old_width, width).T
+    return np.asarray(summed / (old_height * old_width))
+
+
+def _overlaps(old: int, new: int) -> np.ndarray:
+    """How much of each old pixel lies in each new one, (new, old), in whole units of 1 / new of an old pixel."""
+    new_edges, old_edges = np.arange(new + 1) * old, np.arange(old + 1) * new
+    ends = np.minimum(new_edges[1:, None], old_edges[None, 1:])
+    starts = np.maximum(new_edges[:-1, None], old_edges[None, :-1])
+    return np.asarray((ends - starts).clip(0).astype(np.float64))
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path) -> list[str | None]:
+    """The JSON files to read: of a zip file its instances files, the smallest first; None for a file of its own."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: name COCO's annotations, such as annotations.zip of a corpus")
+    if not zipfile.is_zipfile(path):
+        if path.suffix == ".zip":
+            raise UserError(f"{path} is not a whole zip file: make or download it again")
+        return [None]
+    with zipfile.ZipFile(path) as archive:
+        # Archives made on a Mac hold shadow files (__MACOSX/._instances_...), which do not start like this.
+        files = [file for file in archive.infolist() if PurePosixPath(file.filename).match("instances*.json")]
+    if not files:
+        raise UserError(f"{path} holds no COCO instances (no instances_*.json)")
+    return [file.filename for file in sorted(files, key=lambda file: file.file_size)]
+
+
+def _wanted_entries(path: Path, member: str | None, wanted: set[int]) -> dict[int, dict[str, Any]]:
+    """The annotations of the wanted ids in one file."""
+    entries: dict[int, dict[str, Any]] = {}
+    number = -1
+    with _stream(path, member) as stream:
+        for number, entry in enumerate(_items(stream, "annotations.item")):
+            if not _is_complete(entry):
+                raise UserError(
+                    f"{_name(path, member)}: annotation {number} needs 'id', 'image_id', 'area' and 'segmentation'"
+                )
+            if entry["id"] in wanted:
+                entries[entry["id"]] = entry
+                if len(entries) == len(wanted):
+                    break
+    if number < 0:
+        raise UserError(f"{_name(path, member)} has no 'annotations': it is no file of COCO instances")
+    return entries
+
+
+def _is_complete(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("id"), int)
+        and isinstance(entry.get("image_id"), int)
+        and isinstance(entry.get("area"), int | float)
+        and isinstance(entry.get("segmentation"), dict | list)
+    )
+
+
+def _image_sizes(path: Path, member: str | None, wanted: set[int]) -> dict[int, tuple[int, int]]:
+    """(height, width) of the wanted pictures in one file."""
+    sizes: dict[int, tuple[int, int]] = {}
+    if not wanted:
+        return sizes
+    with _stream(path, member) as stream:
+        for entry in _items(stream, "images.item"):
+            if isinstance(entry, dict) and entry.get("id") in wanted:
+                sizes[entry["id"]] = (entry.get("height", 0), entry.get("width", 0))
+                if len(sizes) == len(wanted):
+                    break
+    return sizes
+
+
+def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], name: str) -> Instance:
+    segmentation = entry["segmentation"]
+    size = segmentation.get("size") if isinstance(segmentation, dict) else sizes.get(entry["image_id"])
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise UserError(f"{name}: instance {entry['id']} has no picture with a height and a width")
+    return Instance(entry["id"], entry["image_id"], float(entry["area"]), size[0], size[1], segmentation)
+
+
+@contextmanager
+def _stream(path: Path, member: str | None) -> Iterator[IO[bytes]]:
+    """The bytes of a JSON file, in a zip file or not; what turns out damaged while it is read is the user's error."""
+    try:
+        if member is None:
+            with path.open("rb") as stream:
+                yield stream
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                yield stream
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{_name(path, member)} is not a whole JSON file ({error}): make or download it again"
+        ) from None
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole zip file ({error}): make or download it again") from None
+
+
+def _items(stream: IO[bytes], prefix: str) -> Iterator[Any]:
+    items: Iterator[Any] = ijson.items(stream, prefix, buf_size=_READ_BYTES, use_float=True)
+    return items
+
+
+def _name(path: Path, member: str | None) -> str:
+    return str(path) if member is None else f"{path} ({member})"

@@ -1,0 +1,268 @@
+"""Does a model look at what it was asked about: maps against target masks, and against where humans looked.
+
+A map is non-negative, (..., H, W), of any scale, and so are the masks and human maps it is compared with; every measure
+gives one value in float64 for each map, (...). A map over patches becomes one over pixels by `to_pixels`. Values do not
+depend on the scale of a map, and an all-zero map counts as a uniform one: a model that prefers no place.
+
+The first three measures have one chance level: a uniform map scores exactly the target's share of the picture
+(`area_share`), and so does a random one on average (a little more for `average_precision`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlabs.data.instances import resize_area
+from vlabs.errors import UserError
+
+HAT_GRID = (14, 14)
+_HAT_NAME = re.compile(r"(\d+)_(\d+)\.png")
+
+
+def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """A map over patches as a map over pixels: every patch becomes a block of its value.
+
+    Nothing is interpolated, so the share of the map's energy in any set of patches stays what it was.
+
+    Args:
+        patches: (..., rows, columns).
+        size: the side of the picture in pixels, or (height, width).
+
+    Returns:
+        (..., height, width)
+
+    Raises:
+        ValueError: the picture is not a whole number of patches high and wide.
+    """
+    if patches.ndim < 2:
+        raise ValueError(f"a map over patches has rows and columns, and not shape {patches.shape}")
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = patches.shape[-2:]
+    if not rows or not columns or height < 1 or width < 1 or height % rows or width % columns:
+        raise ValueError(f"{rows}x{columns} patches do not tile a picture of {height}x{width} pixels")
+    return patches.repeat(height // rows, axis=-2).repeat(width // columns, axis=-1)
+
+
+def area_share(mask: np.ndarray) -> np.ndarray:
+    """The target's share of the picture, in (0, 1]: what a uniform map scores.
+
+    Args:
+        mask: (..., H, W), bool.
+
+    Raises:
+        ValueError: the mask is not boolean, or has no pixel.
+    """
+    return np.asarray(_flat_mask(mask).mean(axis=-1))
+
+
+def energy_inside(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The share of the map's energy (its sum) that lies in the target, in [0, 1].
+
+    Args:
+        attention: (..., H, W), non-negative.
+        mask: (..., H, W), bool.
+
+    Raises:
+        ValueError: shapes differ, a value is negative or not finite, or a mask has no pixel.
+    """
+    values, target = _flat_pair(attention, mask)
+    return np.asarray(np.where(target, values, 0).sum(axis=-1) / values.sum(axis=-1))
+
+
+def pointing(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The pointing game (Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016), without tolerance.
+
+    1 if the map's maximum lies in the target, else 0; of several equal maxima, the share that lies in it.
+
+    Args and raises: as `energy_inside`.
+    """
+    values, target = _flat_pair(attention, mask)
+    highest = values == 1
+    return np.asarray((highest & target).sum(axis=-1) / highest.sum(axis=-1))
+
+
+def average_precision(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The average precision of the map as a score that a pixel belongs to the target, in (0, 1].
+
+    Σ (R_k − R_{k−1}) P_k over the map's different values as thresholds, highest first, without interpolation. Equal
+    pixels enter together, so their order does not matter.
+
+    Args and raises: as `energy_inside`.
+    """
+    # torchmetrics' binary average precision treats ties alike, but it puts scores beyond 1 through a sigmoid, so that
+    # the scale of a map would change its value.
+    hits, chosen, is_threshold = _thresholds(*_flat_pair(attention, mask))
+    reached = np.maximum.accumulate(np.where(is_threshold, hits, 0), axis=-1)
+    gained = np.diff(reached, axis=-1, prepend=0)
+    return np.asarray((gained * (hits / chosen)).sum(axis=-1) / hits[..., -1])
+
+
+def best_iou(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The best intersection over union of the target with the pixels above any threshold of the map, in (0, 1].
+
+    The threshold is chosen with the target in hand, so this is an upper bound of what the map can segment, and never
+    below the target's share of the picture.
+
+    Args and raises: as `energy_inside`.
+    """
+    hits, chosen, is_threshold = _thresholds(*_flat_pair(attention, mask))
+    overlaps = hits / (chosen + hits[..., -1:] - hits)
+    return np.asarray(np.where(is_threshold, overlaps, 0).max(axis=-1))
+
+
+def rank_correlation(attention: np.ndarray, human: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of a map with a human one, in [-1, 1], as in VQA-HAT (Das et al., EMNLP 2016).
+
+    Both are scaled to 14x14, their pixels ranked, and the ranks correlated. The paper does not say how it scales: here
+    a pixel of the 14x14 is the mean over the area that it covers. Equal pixels share their average rank, which matters
+    as most of a human map is 0. A map that is the same everywhere ranks nothing, and scores 0. The paper reports the
+    mean over questions.
+
+    Args:
+        attention: (..., H, W), non-negative; over patches or pixels.
+        human: (..., H', W'), non-negative; of the same part of the picture, see `vlabs.data.instances.crop_map`.
+
+    Raises:
+        ValueError: the leading shapes differ, or a value is negative or not finite.
+    """
+    _check_map(attention)
+    _check_map(human)
+    if attention.shape[:-2] != human.shape[:-2]:
+        raise ValueError(f"maps of shape {attention.shape} and human maps of shape {human.shape} are no pairs")
+    a, b = _centred_ranks(attention), _centred_ranks(human)
+    norm = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.asarray((a * b).sum(axis=-1) / np.where(norm > 0, norm, 1))
+
+
+class HumanMaps(NamedTuple):
+    """Where people looked for one question.
+
+    Attributes:
+        question_id: of VQA v1, which VQA-HAT was collected on; v2 numbers the same questions otherwise.
+        maps: (n, H, W), float32 in [0, 1], one map a person, of the size of the whole picture.
+    """
+
+    question_id: int
+    maps: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """One map for the question, (H, W)."""
+        return np.asarray(self.maps.mean(axis=0))
+
+
+def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> Iterator[HumanMaps]:
+    """Read the human attention maps of VQA-HAT as they are downloaded: `{question_id}_{n}.png`, up to three a question.
+
+    Files with other names are passed over.
+
+    Args:
+        folder: `vqahat_train` or `vqahat_val`.
+        question_ids: those that are wanted; all by default.
+
+    Yields:
+        One record a question, by question id.
+
+    Raises:
+        UserError: there is no such folder, it holds no maps, a file is no picture, or the maps of a question differ in
+            size.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name the one with the maps of VQA-HAT, such as vqahat_val")
+    found: defaultdict[int, list[tuple[int, Path]]] = defaultdict(list)
+    for path in folder.iterdir():
+        if match := _HAT_NAME.fullmatch(path.name):
+            found[int(match[1])].append((int(match[2]), path))
+    if not found:
+        raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png)")
+    wanted = sorted(question_id for question_id in found if question_ids is None or question_id in question_ids)
+    return (_human_maps(question_id, [path for _, path in sorted(found[question_id])]) for question_id in wanted)
+
+
+def _human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
+    maps = [_read_gray(path) for path in paths]
+    if len({one.shape for one in maps}) > 1:
+        raise UserError(f"{', '.join(str(path) for path in paths)}: the maps of one question differ in size")
+    return HumanMaps(question_id, np.stack(maps))
+
+
+def _read_gray(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L"), dtype=np.float32) / 255
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture: download VQA-HAT again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download VQA-HAT again") from None
+
+
+def _check_map(attention: np.ndarray) -> None:
+    if attention.ndim < 2 or not attention.size:
+        raise ValueError(f"a map has rows and columns, and not shape {attention.shape}")
+    if not np.isfinite(attention).all():
+        raise ValueError("the map has values that are not finite")
+    if (attention < 0).any():
+        raise ValueError("the map has negative values")
+
+
+def _flat_mask(mask: np.ndarray) -> np.ndarray:
+    """(..., H * W)"""
+    if mask.dtype != np.bool_ or mask.ndim < 2:
+        raise ValueError(f"a mask is boolean with rows and columns, and not {mask.dtype} of shape {mask.shape}")
+    flat = mask.reshape(*mask.shape[:-2], mask.shape[-2] * mask.shape[-1])
+    if not flat.any(axis=-1).all():
+        raise ValueError("the mask is empty: there is nothing to look at")
+    return flat
+
+
+def _flat_pair(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The map over its maximum, float64, and the mask, both (..., H * W); a map of zeros becomes one of ones.
+
+    A uniform map is exactly 1 everywhere then, and its sums are exact.
+    """
+    if attention.shape != mask.shape:
+        raise ValueError(f"the map has shape {attention.shape} and the mask {mask.shape}")
+    _check_map(attention)
+    target = _flat_mask(mask)
+    values = attention.reshape(target.shape).astype(np.float64)
+    peak = values.max(axis=-1, keepdims=True)
+    return np.where(peak > 0, values / np.where(peak > 0, peak, 1), 1), target
+
+
+def _thresholds(values: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Take the pixels in by falling value.
+
+    Returns:
+        how many of the first k are in the target, (..., P); k, (P,); whether a threshold ends there and not among
+        equal pixels, (..., P).
+    """
+    order = np.argsort(-values, axis=-1)
+    values = np.take_along_axis(values, order, axis=-1)
+    hits = np.take_along_axis(target, order, axis=-1).cumsum(axis=-1)
+    last = np.ones_like(target[..., :1])
+    is_threshold = np.concatenate([values[..., 1:] != values[..., :-1], last], axis=-1)
+    return hits, np.arange(1, values.shape[-1] + 1), is_threshold
+
+
+def _centred_ranks(attention: np.ndarray) -> np.ndarray:
+    """Average ranks of the 14x14 pixels, less their mean: (..., 196)."""
+    values = resize_area(attention, *HAT_GRID)
+    values = values.reshape(*values.shape[:-2], HAT_GRID[0] * HAT_GRID[1])
+    peak = values.max(axis=-1, keepdims=True)
+    # Means over equal values can differ in the last digit of a double, and would no longer be equal.
+    flat = (values / np.where(peak > 0, peak, 1)).astype(np.float32)
+    return np.apply_along_axis(_ranks, -1, flat) - (flat.shape[-1] + 1) / 2
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((counts.cumsum() - (counts - 1) / 2)[which])
