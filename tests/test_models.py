@@ -9,12 +9,20 @@ from torch import Tensor
 
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.film import FiLMViT
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import VQAHead
 from vlabs.models.prior import PriorLoss, PriorMap
 from vlabs.models.registry import build
 from vlabs.models.text import RobertaEncoder
-from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.topdown import (
+    AbSTopDown,
+    AbSTopDownQKV,
+    FeedbackOnly,
+    MaskAttention,
+    PerceiverIO,
+    ReleasedTopDown,
+)
 from vlabs.models.vlm import VisionLanguageModel, assemble
 
 
@@ -28,21 +36,36 @@ def make_vision(topdown=None, **options) -> AbSViT:
     return encoder.eval()
 
 
+def make_film() -> FiLMViT:
+    torch.manual_seed(0)
+    encoder = FiLMViT(
+        "vit_base_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=2, mlp_ratio=2
+    )
+    for layer in encoder.modulations:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return encoder.eval()
+
+
 def make_model(topdown=None, prior_token="cls") -> VisionLanguageModel:
     text = RobertaEncoder(30, 32, 2, 2, 64, 20)
     fusion = partial(CoAttentionFusion, width=16, depth=2, num_heads=2)
-    return assemble(make_vision(topdown), text, fusion, partial(VQAHead, num_answers=5), prior_token).eval()
+    vision = make_film() if topdown == "film" else make_vision(topdown)
+    return assemble(vision, text, fusion, partial(VQAHead, num_answers=5), prior_token).eval()
 
 
 def plain_second_pass(encoder: AbSViT, images: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """The paper's four steps written out, token by token: modulate whole tokens, decode them, qkv of the signal."""
-    vit = encoder.vit
+    vit, variant = encoder.vit, encoder.topdown
 
     def attention(block, x, top_down):
         attn = block.attn
         normed = block.norm1(x)
         q, k, v = attn.qkv(normed).chunk(3, dim=-1)
-        if top_down is not None:
+        if isinstance(variant, MaskAttention) and top_down is not None:
+            v = top_down * v
+        elif isinstance(variant, AbSTopDownQKV) and top_down is not None:
+            q, k, v = (own + added for own, added in zip((q, k, v), attn.qkv(top_down).chunk(3, dim=-1), strict=True))
+        elif top_down is not None:
             v = v + attn.qkv(top_down).chunk(3, dim=-1)[2]
         heads = [t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
         weights = (heads[0] @ heads[1].transpose(-1, -2) / heads[0].shape[-1] ** 0.5).softmax(-1)
@@ -55,37 +78,52 @@ def plain_second_pass(encoder: AbSViT, images: Tensor, prior: Tensor) -> tuple[T
         x = attention(block, x, None)
     z = vit.norm(x)
     cosine = F.cosine_similarity(z, prior[:, None], dim=-1).clamp(0, 1)[..., None]
-    if isinstance(encoder.topdown, AbSTopDown):
-        t = encoder.topdown.alpha * cosine * z
-    else:
+    if isinstance(variant, PerceiverIO):
+        return variant.alpha * cosine * z, torch.zeros(())
+    if isinstance(variant, AbSTopDown):
+        t = variant.alpha * cosine * z
+    elif isinstance(variant, FeedbackOnly):
+        t = variant.alpha * z
+    elif not isinstance(variant, MaskAttention):
         t = 5 * cosine * (z * prior[:, None]).sum(-1, keepdim=True) * prior[:, None]
-    signals = []
+    signals = [cosine] * len(vit.blocks) if isinstance(variant, MaskAttention) else []
     for decoder in reversed(encoder.decoders):
         t = decoder.linear(t)
         signals.insert(0, decoder.linear2(t))
     x, reconstruction = embedded, torch.zeros(())
-    for block, decoder, signal in zip(vit.blocks, encoder.decoders, signals, strict=True):
+    for n, (block, signal) in enumerate(zip(vit.blocks, signals, strict=True)):
         output = attention(block, x, signal)
-        reconstruction = reconstruction + ((decoder.linear(output) - x) ** 2).mean()
+        if variant.needs_decoders:
+            reconstruction = reconstruction + ((encoder.decoders[n].linear(output) - x) ** 2).mean()
         x = output
     return vit.norm(x), reconstruction
 
 
-VARIANTS = [AbSTopDown(10.0), AbSTopDown(1.0), ReleasedTopDown()]
+VARIANTS = {
+    "absvit": AbSTopDown(10.0),
+    "absvit_alpha1": AbSTopDown(1.0),
+    "released": ReleasedTopDown(),
+    "qkv": AbSTopDownQKV(),
+    "feedback": FeedbackOnly(2.0),
+    "mask_att": MaskAttention(),
+    "perceiver_io": PerceiverIO(3.0),
+}
 
 
-@pytest.mark.parametrize("topdown", VARIANTS, ids=["absvit", "absvit_alpha1", "released"])
+@pytest.mark.parametrize("topdown", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_factored_feedback_equals_decoding_whole_tokens(topdown):
+def test_every_variant_equals_its_definition_written_out_token_by_token(topdown):
     encoder = make_vision(topdown).double()
     images, prior = torch.randn(3, 3, 16, 16).double(), torch.randn(3, 24).double()
     seen = encoder.attend(encoder.encode(images), prior, reconstruct=True)
     tokens, reconstruction = plain_second_pass(encoder, images, prior)
     torch.testing.assert_close(seen.tokens, tokens, rtol=0, atol=1e-12)
-    torch.testing.assert_close(seen.reconstruction, reconstruction.double(), rtol=0, atol=1e-12)
+    assert (seen.reconstruction is not None) == topdown.needs_decoders
+    if seen.reconstruction is not None:
+        torch.testing.assert_close(seen.reconstruction, reconstruction.double(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("topdown", [None, *VARIANTS], ids=["none", "absvit", "absvit_alpha1", "released"])
+@pytest.mark.parametrize("topdown", [None, "film", *VARIANTS.values()], ids=["none", "film", *VARIANTS])
 def test_one_image_asked_many_things_gives_the_same_answers_and_gradients_as_one_by_one(topdown):
     model = make_model(topdown).double()
     images = torch.randn(2, 3, 16, 16).double()
@@ -114,6 +152,18 @@ def test_a_different_question_changes_what_the_encoder_sees_only_with_feedback()
     plain = make_model(None)(images, ids, mask, index).seen.tokens
     assert (steered[0] - steered[1]).abs().max() > 1e-3
     assert torch.equal(plain[0], plain[1])
+
+
+@torch.no_grad()
+def test_film_starts_as_the_plain_vit_and_is_steered_by_the_prior():
+    images, prior = torch.randn(2, 3, 16, 16), torch.randn(2, 24)
+    encoder = make_film()
+    steered = encoder.attend(encoder.encode(images), prior).tokens
+    for layer in encoder.modulations:
+        torch.nn.init.zeros_(layer.weight)
+    plain = encoder.vit.forward_features(images)
+    torch.testing.assert_close(encoder.attend(encoder.encode(images), prior).tokens, plain)
+    assert (steered - plain).abs().max() > 0.1
 
 
 @torch.no_grad()

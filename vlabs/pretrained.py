@@ -13,6 +13,7 @@ from transformers import RobertaModel
 from vlabs.checkpoint import read_tensors
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
+from vlabs.models.film import FiLMViT
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import TopDown
 
@@ -37,6 +38,7 @@ def vit_from_timm(
     img_size: int = 224,
     patch_size: int = 16,
     topdown: TopDown | None = None,
+    encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
     """An AbSViT that starts from a timm ViT; position and patch embeddings are resampled to the sizes given.
@@ -46,6 +48,7 @@ def vit_from_timm(
             file with timm's parameter names (then `architecture` says which model it is).
         architecture: the timm architecture; the tag's own if not given.
         img_size, patch_size, topdown, vit_options: as for `AbSViT`.
+        encoder_class: what is built around the ViT.
 
     Raises:
         UserError: not a plain ViT with a class token, or the weights cannot be had.
@@ -57,7 +60,7 @@ def vit_from_timm(
     if is_file and architecture is None:
         raise UserError(f"model.vision.weights={weights} is a file: say what it holds with model.vision.architecture")
     name = architecture or weights.split(".")[0]
-    encoder = AbSViT(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
+    encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
     state = _local_state(local) if is_file else _tag_state(weights, **vit_options)
     try:
         state = checkpoint_filter_fn(state, encoder.vit)
@@ -71,6 +74,15 @@ def vit_from_timm(
             f"{weights} does not fit {name}: missing {missing or 'none'}, unexpected {unexpected or 'none'}"
         )
     return encoder
+
+
+def film_vit(weights: str | None = None, architecture: str | None = None, **options: Any) -> AbSViT:
+    """A ViT whose norms ξ scales and shifts, fresh or from a timm ViT; arguments as in `vit_from_timm`."""
+    if weights is not None:
+        return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
+    if architecture is None:
+        raise UserError("model.vision.architecture must be given: a timm VisionTransformer")
+    return FiLMViT(architecture, **options)
 
 
 def _local_state(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
-from vlabs.models.topdown import FeedbackDecoder, TopDown
+from vlabs.models.topdown import FeedbackDecoder, PerceiverIO, TopDown, similarity
 
 
 @dataclass
@@ -106,13 +108,23 @@ class AbSViT(nn.Module):
                 positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
                 self.vit.pos_embed[:, -len(positions) :] = positions
         self.topdown = topdown
-        depth = len(self.vit.blocks) if topdown is not None else 0
+        depth = len(self.vit.blocks) if topdown is not None and topdown.needs_decoders else 0
         self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))
 
     @property
     def width(self) -> int:
         """D, the size of a token."""
         return int(self.vit.embed_dim)
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether ξ changes what this encoder sees."""
+        return self.topdown is not None and self.topdown.needs_prior
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether there are feedback decoders, which the reconstruction loss trains."""
+        return len(self.decoders) > 0
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -154,24 +166,42 @@ class AbSViT(nn.Module):
 
         Args:
             bottom_up: the first pass over B images.
-            prior: ξ, (n, D); not read without feedback.
+            prior: ξ, (n, D); not read where `needs_prior` is False.
             image_index: (n,) the image of each prior; None means that prior i belongs to image i, or that all priors
                 belong to the one image there is.
             reconstruct: also compute the reconstruction loss (training).
 
         Without feedback and `image_index`, one image comes back as one, whatever the number of priors.
         """
-        if self.topdown is None:
+        topdown = self.topdown
+        if topdown is None:
             return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index))
+        if not topdown.needs_prior:
+            # The same for all texts of an image, so once an image.
+            once = self._second_pass(topdown, bottom_up, bottom_up.tokens[:, 0], None, reconstruct)
+            return VisionTokens(
+                _pick(once.tokens, image_index), _pick(once.hidden, image_index), None, once.reconstruction
+            )
         if prior is None:
-            raise ValueError("an encoder with feedback needs a prior")
+            raise ValueError("an encoder that is steered by a prior needs one")
+        if not topdown.second_pass:
+            assert isinstance(topdown, PerceiverIO)
+            tokens, hidden = _pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index)
+            weights = similarity(prior, tokens)
+            scale = (topdown.alpha * weights).unsqueeze(-1)
+            return VisionTokens(scale * tokens, scale * hidden, weights)
+        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct)
+
+    def _second_pass(
+        self, topdown: TopDown, bottom_up: BottomUp, prior: Tensor, image_index: Tensor | None, reconstruct: bool
+    ) -> VisionTokens:
         tokens = _pick(bottom_up.tokens, image_index)
-        signal = self.topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
+        signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
         hidden = _pick(bottom_up.embedded, image_index)
-        reconstruction = hidden.new_zeros(()) if reconstruct else None
+        reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
         for index, block in enumerate(self.vit.blocks):
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = _run_block(block, hidden, top_down=signal.value(index), qkv=qkv)
+            output = _run_block(block, hidden, partial(signal.steer, index), qkv)
             if reconstruction is not None:
                 decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
@@ -179,11 +209,16 @@ class AbSViT(nn.Module):
         return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
 
     def feedback(self, tokens: Tensor) -> list[Tensor]:
-        """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v."""
+        """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v.
+
+        W_qkv and 3D in the place of W_v and D for a signal of q, k and v.
+        """
+        whole = self.topdown is not None and self.topdown.qkv_signal
         signals = []
         for decoder, block in zip(reversed(self.decoders), reversed(self.vit.blocks), strict=True):
             tokens = decoder.linear(tokens)  # type: ignore[operator]
-            signals.append(F.linear(decoder.linear2(tokens), _value_weight(block.attn)))  # type: ignore[operator]
+            weight = block.attn.qkv.weight if whole else _value_weight(block.attn)
+            signals.append(F.linear(decoder.linear2(tokens), weight))  # type: ignore[operator]
         return signals[::-1]
 
 
@@ -256,18 +291,19 @@ def _value_weight(attn: Attention) -> Tensor:
     return attn.qkv.weight[2 * attn.attn_dim :]
 
 
-def _run_block(block: Block, x: Tensor, top_down: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
-    """timm's pre-norm block with `v ← v + (W_v td + b_v)`; `top_down` is W_v td without the bias, (n, N, D)."""
+def _run_block(
+    block: Block,
+    x: Tensor,
+    steer: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] | None = None,
+    qkv: Tensor | None = None,
+) -> Tensor:
+    """timm's pre-norm block, whose q, k and v (n, N, D) go through `steer` (see `TopDownSignal.steer`)."""
     attn = block.attn
     if qkv is None:
         qkv = attn.qkv(block.norm1(x))
-    if top_down is not None:
-        if attn.qkv.bias is not None:
-            top_down = top_down + attn.qkv.bias[2 * attn.attn_dim :]
-        q, k, v = qkv.split(attn.attn_dim, dim=-1)
-        v = v + top_down
-    else:
-        q, k, v = qkv.split(attn.attn_dim, dim=-1)
+    q, k, v = qkv.split(attn.attn_dim, dim=-1)
+    if steer is not None:
+        q, k, v = steer(q, k, v, attn.qkv.bias)
     # One image under many priors: q and k of the first block are one image's, v is not.
     q, k = q.expand(len(v), -1, -1), k.expand(len(v), -1, -1)
     q, k, v = (t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for t in (q, k, v))

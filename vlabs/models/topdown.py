@@ -1,11 +1,11 @@
-"""What a prior adds inside the attention of every block of the image encoder.
+"""How a prior steers the image encoder: what it adds inside the attention of every block, or does to the tokens.
 
 The feedback decoders are linear and the modulation of the paper is one scalar a token, so the top-down signal in value
 space factors exactly: with `C_l = W_v B_l A_l A_{l+1} … A_L` (A_L acts first),
 
     W_v td_l = C_l (w_i z_i) = w_i · (C_l z)_i
 
-A variant says what the scalars `w_i` and the directions `C_l ·` are. It never sees a whole top-down token.
+A variant with feedback says what the scalars `w_i` and the directions `C_l ·` are. It sees no whole top-down token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from vlabs.models.registry import register
 
 Feedback = Callable[[Tensor], list[Tensor]]
-"""Takes tokens (…, D), returns `C_l tokens` for every block, first block first, without the bias of W_v."""
+"""Takes tokens (…, D), returns `C_l tokens` for every block, first block first, without the bias of W_v.
+
+With `qkv_signal` it is W_qkv in the place of W_v, and 3D in the place of D.
+"""
 
 
 class FeedbackDecoder(nn.Module):
@@ -43,22 +46,86 @@ class TopDownSignal:
 
     Attributes:
         scale: (n, N, 1), the scalar w_i of every token of every prior.
-        directions: for every block (B, N, D) where it depends on the image, (n, 1, D) where it depends on the prior.
+        directions: for every block (B, N, D) where it depends on the image, (n, 1, D) where it depends on the prior; 3D
+            for the signal of q, k and v.
         image_index: (n,) the image of each prior; None where `directions` are per prior, or B is n or 1.
-        similarity: (n, N), cosine of prior and token clamped to [0, 1]: where the prior asks to look.
+        similarity: (n, N), cosine of prior and token clamped to [0, 1]: where the prior asks to look; None without ξ.
     """
 
     scale: Tensor
     directions: Sequence[Tensor]
     image_index: Tensor | None
-    similarity: Tensor
+    similarity: Tensor | None
 
     def value(self, block: int) -> Tensor:
-        """`W_v td` of one block without the bias b_v, (n, N, D)."""
+        """`W_v td` of one block without the bias b_v, (n, N, D); `W_qkv td`, (n, N, 3D), for q, k and v."""
         direction = self.directions[block]
         if self.image_index is not None:
             direction = direction.index_select(0, self.image_index)
         return self.scale * direction
+
+    def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`v ← v + (W_v td + b_v)` in one block, and the same for q and k where the signal is for all three.
+
+        Args:
+            q, k, v: (n, N, D), or (1, N, D) where they are the same for all priors.
+            bias: (3D,), of W_qkv; None without.
+        """
+        value = self.value(block)
+        width = v.shape[-1]
+        if value.shape[-1] == width:
+            return q, k, v + (value if bias is None else value + bias[2 * width :])
+        parts = (value if bias is None else value + bias).split(width, dim=-1)
+        return q + parts[0], k + parts[1], v + parts[2]
+
+
+@dataclass
+class ValueMask:
+    """A soft mask on the values, in the place of a signal.
+
+    Attributes:
+        similarity: (n, N), cosine of prior and token clamped to [0, 1].
+    """
+
+    similarity: Tensor
+
+    def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
+        return q, k, self.similarity.unsqueeze(-1) * v
+
+
+class TopDown(nn.Module):
+    """A way to steer the encoder. Sub-classes say what they need, and give the signal of n priors.
+
+    Attributes:
+        needs_prior: it reads ξ. Without, the second pass is the same for every text, and is done once an image.
+        needs_decoders: it feeds tokens back.
+        second_pass: it changes the attention, so that the image goes through the blocks again.
+        qkv_signal: the signal is for q, k and v.
+    """
+
+    needs_prior = True
+    needs_decoders = True
+    second_pass = True
+    qkv_signal = False
+
+    def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
+        """What no prior changes, once an image, from z (B, N, D); (B, N, …) for every block."""
+        return []
+
+    def signal(
+        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+    ) -> TopDownSignal | ValueMask:
+        """The signal of n priors.
+
+        Args:
+            tokens: z of each prior's image, (n, N, D), or (1, N, D) of the one image.
+            prior: ξ, (n, D).
+            prepared: what `prepare` gave.
+            image_index: (n,) the image of each prior in `prepared`; None where it is the same or there is one image.
+            feedback: see `Feedback`.
+        """
+        raise NotImplementedError
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
@@ -76,7 +143,7 @@ def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
 
 
 @register
-class AbSTopDown(nn.Module):
+class AbSTopDown(TopDown):
     """The paper's modulation, `z_i → α · clamp(cos(ξ, z_i), 0, 1) · z_i` (section 5.1, "Design of token modulation").
 
     `C_l z` does not depend on the prior: it is computed once an image, and a prior costs N scalars.
@@ -90,19 +157,84 @@ class AbSTopDown(nn.Module):
         self.alpha = float(alpha)
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
-        """What no prior changes: `C_l z` of every block, each (B, N, D)."""
+        """`C_l z` of every block, each (B, N, D)."""
         return feedback(tokens)
 
     def signal(
         self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
     ) -> TopDownSignal:
-        """The signal of n priors. `tokens` (n, N, D) are z of each prior's image; `prior` is (n, D)."""
+        """See `TopDown`."""
         weights = similarity(prior, tokens)
         return TopDownSignal((self.alpha * weights).unsqueeze(-1), prepared, image_index, weights)
 
 
 @register
-class ReleasedTopDown(nn.Module):
+class AbSTopDownQKV(AbSTopDown):
+    """The same signal added to q, k and v (paper, Table 5): `C_l` has W_qkv in the place of W_v.
+
+    Args:
+        alpha: as in `AbSTopDown`.
+    """
+
+    qkv_signal = True
+
+
+@register
+class FeedbackOnly(TopDown):
+    """Feeds the output tokens back without reweighting (paper, section 6, baseline iii): no ξ, one map for all texts.
+
+    Args:
+        alpha: the scale of the top-down signal.
+    """
+
+    needs_prior = False
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = float(alpha)
+
+    def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
+        """`C_l z` of every block, each (B, N, D)."""
+        return feedback(tokens)
+
+    def signal(
+        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+    ) -> TopDownSignal:
+        """See `TopDown`; `prior` is not read."""
+        return TopDownSignal(torch.full_like(tokens[..., :1], self.alpha), prepared, image_index, None)
+
+
+@register
+class MaskAttention(TopDown):
+    """The soft mask on the values of the attention in every block, in the place of a signal (paper, baseline ii)."""
+
+    needs_decoders = False
+
+    def signal(
+        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+    ) -> ValueMask:
+        """See `TopDown`."""
+        return ValueMask(similarity(prior, tokens))
+
+
+@register
+class PerceiverIO(TopDown):
+    """Reweights the output tokens, `z_i → α · s_i · z_i`, and feeds nothing back (paper, section 6, baseline i).
+
+    Args:
+        alpha: the scale of the tokens.
+    """
+
+    needs_decoders = False
+    second_pass = False
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = float(alpha)
+
+
+@register
+class ReleasedTopDown(TopDown):
     """The modulation of the released vision-language code, `5 · clamp(cos(ξ, z_i), 0, 1) · (z_i · ξ) ξ`.
 
     Neither z nor ξ is normalised outside the cosine. The direction is ξ itself, so a text costs L vectors `C_l ξ`
@@ -123,10 +255,7 @@ class ReleasedTopDown(nn.Module):
     def signal(
         self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
     ) -> TopDownSignal:
-        """The signal of n priors. `tokens` (n, N, D) are z of each prior's image; `prior` is (n, D)."""
+        """See `TopDown`."""
         weights = similarity(prior, tokens)
         scale = self.alpha * weights * torch.einsum("nd,nid->ni", prior, tokens)
         return TopDownSignal(scale.unsqueeze(-1), feedback(prior.unsqueeze(1)), None, weights)
-
-
-TopDown = AbSTopDown | ReleasedTopDown

@@ -176,5 +176,5 @@ def assemble(
         prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
     """
     joined = fusion(text_dim=text.width, image_dim=vision.width)
-    prior = PriorMap(text.width, vision.width, prior_token) if vision.topdown is not None else None
+    prior = PriorMap(text.width, vision.width, prior_token) if vision.needs_prior else None
     return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

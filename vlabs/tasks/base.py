@@ -60,7 +60,7 @@ class VisionLanguageTask(pl.LightningModule):
         self.data = data
         self.recipe = recipe
         steered = model.prior is not None
-        self.reconstruction_weight = reconstruction_weight if steered else 0.0
+        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         self.prior_weight = prior_weight if steered else 0.0
         self.prior_bottom_up_weight = prior_bottom_up_weight if steered else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0

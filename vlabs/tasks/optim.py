@@ -23,7 +23,8 @@ class Recipe:
     """How the parts of a model are optimised.
 
     Attributes:
-        lr: peak learning rate of `vision`, `text`, `fusion`, `head` and `feedback` (decoders, ξ map, temperature).
+        lr: peak learning rate of `vision`, `text`, `fusion`, `head` and `feedback` (decoders, FiLM's maps, ξ map,
+            temperature).
         weight_decay: on matrices; biases and norms have none.
         betas, eps: of AdamW.
         warmup: share of the optimiser steps in which the rate rises from 0, in [0, 1).
@@ -90,7 +91,7 @@ class Recipe:
 def part_of(name: str) -> str:
     """Which learning rate a task's parameter has, by its name."""
     name = name.removeprefix("model.")
-    if name.startswith(("vision.decoders.", "prior.", "prior_loss.")):
+    if name.startswith(("vision.decoders.", "vision.modulations.", "prior.", "prior_loss.")):
         return "feedback"
     part = name.split(".")[0]
     if part not in PARTS:

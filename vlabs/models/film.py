@@ -1,0 +1,66 @@
+"""A rival that is steered another way: ξ scales and shifts what the norms of a plain ViT give (FiLM)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.registry import register
+
+
+@register
+class FiLMViT(AbSViT):
+    """Perez et al. (2018) inside a ViT: `norm(x) → norm(x) · (1 + γ_l(ξ)) + β_l(ξ)` for both norms of every block.
+
+    γ and β are linear in ξ and start at zero, so the encoder starts as the plain ViT. There is one pass, and all of it
+    depends on ξ: nothing but the embedding is shared by texts about one image.
+
+    Args:
+        architecture, options: as in `AbSViT`; there is no `topdown`.
+    """
+
+    def __init__(self, architecture: str, **options: Any) -> None:
+        super().__init__(architecture, **{"topdown": None} | options)
+        self.modulations = nn.ModuleList(nn.Linear(self.width, 4 * self.width) for _ in self.vit.blocks)
+        for layer in self.modulations:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    @property
+    def needs_prior(self) -> bool:
+        """ξ changes what this encoder sees."""
+        return True
+
+    def encode(self, images: Tensor) -> BottomUp:
+        """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
+        vit = self.vit
+        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        return BottomUp(embedded, embedded, embedded, embedded, [])
+
+    def attend(
+        self,
+        bottom_up: BottomUp,
+        prior: Tensor | None,
+        image_index: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+    ) -> VisionTokens:
+        """The pass over the images, each under a prior; arguments as in `AbSViT`."""
+        if prior is None:
+            raise ValueError("an encoder that is steered by a prior needs one")
+        hidden = bottom_up.embedded if image_index is None else bottom_up.embedded.index_select(0, image_index)
+        for block, modulation in zip(self.vit.blocks, self.modulations, strict=True):
+            scale, shift, mlp_scale, mlp_shift = modulation(prior).unsqueeze(1).chunk(4, dim=-1)
+            hidden = hidden + block.drop_path1(
+                block.ls1(_attention(block.attn, block.norm1(hidden) * (1 + scale) + shift))
+            )
+            hidden = hidden + block.drop_path2(block.ls2(block.mlp(block.norm2(hidden) * (1 + mlp_scale) + mlp_shift)))
+        return VisionTokens(self.vit.norm(hidden), hidden)
+
+
+def _attention(attn: Attention, x: Tensor) -> Tensor:
+    mixed: Tensor = attn(x)
+    return mixed
