@@ -32,10 +32,19 @@ class FusionAttention(nn.Module):
 
         One of x and context may be a single one, (1, …), that stands for all n.
         """
-        mixed = self._one_query(x, context, mask) if x.shape[1] == 1 else self._many_queries(x, context, mask)
-        return self.norm(x + F.dropout(self.out(mixed), self.dropout, self.training))
+        queries, keys, width = x.shape[1], context.shape[1], x.shape[2]
+        # Multiply-adds, both over 2 D. Folded ones are in smaller matrices, which run slower: half as many must do.
+        usual = (queries + keys) * width + queries * keys
+        folded = 2 * min(queries, keys) * width + self.num_heads * queries * keys
+        if 2 * folded > usual:
+            update = self.out(self._mix(x, context, mask))
+        elif queries < keys:
+            update = self.out(self._mix_few_queries(x, context, mask))
+        else:
+            update = self._update_from_few_keys(x, context, mask)
+        return self.norm(x + F.dropout(update, self.dropout, self.training))
 
-    def _many_queries(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         n = max(len(x), len(context))
         q, k, v = (
             self._heads(t).expand(n, -1, -1, -1) for t in (self.query(x), self.key(context), self.value(context))
@@ -49,24 +58,45 @@ class FusionAttention(nn.Module):
         )
         return mixed.transpose(1, 2).flatten(2)
 
-    def _one_query(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """The same for a single query (n, 1, D), without the keys and values of the context.
+    def _mix_few_queries(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """The same without keys and values of the context: their maps act on the few queries and on what these read.
 
         `q · (W_k c_j + b_k) = (W_kᵀ q) · c_j + q · b_k` and `Σ_j a_j (W_v c_j + b_v) = W_v Σ_j a_j c_j + b_v Σ_j a_j`,
-        head by head: a head costs 2 T D instead of 2 T D² / heads.
+        head by head.
         """
         heads = (self.num_heads, -1)
-        q = self.query(x)[:, 0].unflatten(-1, heads)  # (n, heads, d)
+        q = self.query(x).unflatten(-1, heads)  # (n, S, heads, d)
         key, value = (layer.weight.unflatten(0, heads) for layer in (self.key, self.value))  # (heads, d, D)
-        read = torch.einsum("nhd,hde->nhe", q, key)
-        bias = torch.einsum("nhd,hd->nh", q, self.key.bias.unflatten(0, heads))
-        scores = (read @ context.transpose(1, 2) + bias.unsqueeze(-1)) / q.shape[-1] ** 0.5
+        q = q / q.shape[-1] ** 0.5
+        read = torch.einsum("nshd,hde->nshe", q, key)
+        bias = torch.einsum("nshd,hd->nsh", q, self.key.bias.unflatten(0, heads))
+        scores = (read.flatten(1, 2) @ context.transpose(1, 2)).unflatten(1, q.shape[1:3])  # (n, S, heads, T)
+        scores = scores + bias.unsqueeze(-1)
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
-        share = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)  # (n, heads, T)
-        mixed = torch.einsum("nhe,hde->nhd", share @ context, value)
+            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+        share = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+        mixed = (share.flatten(1, 2) @ context).unflatten(1, q.shape[1:3])  # (n, S, heads, D)
+        mixed = torch.einsum("nshe,hde->nshd", mixed, value)
         mixed = mixed + self.value.bias.unflatten(0, heads) * share.sum(dim=-1, keepdim=True)
-        return mixed.flatten(1).unsqueeze(1)
+        return mixed.flatten(2)
+
+    def _update_from_few_keys(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """`out` of the same, without queries of x: their map acts on the few keys, and `out` on the few values.
+
+        `(W_q x_i + b_q) · k_j = x_i · (W_qᵀ k_j) + b_q · k_j` and `W_o Σ_j a_ij v_j = Σ_j a_ij (W_o v_j)`,
+        head by head.
+        """
+        heads = (self.num_heads, -1)
+        k, v = (layer(context).unflatten(-1, heads) for layer in (self.key, self.value))  # (n, T, heads, d)
+        k = k / k.shape[-1] ** 0.5
+        keys = torch.einsum("nthd,hde->nhte", k, self.query.weight.unflatten(0, heads)).flatten(1, 2)
+        values = torch.einsum("nthd,ehd->nhte", v, self.out.weight.unflatten(1, heads)).flatten(1, 2)
+        bias = torch.einsum("nthd,hd->nht", k, self.query.bias.unflatten(0, heads))
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, :], float("-inf"))
+        scores = (x @ keys.transpose(1, 2)).unflatten(-1, bias.shape[1:]) + bias.unsqueeze(1)  # (n, S, heads, T)
+        share = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+        return share.flatten(2) @ values + self.out.bias
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """How much each of x (n, S, D) reads of each of the context (n, T, D): (n, S, T), mean over heads."""
