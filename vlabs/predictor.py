@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlabs.attention.maps import attention_map
+from vlabs.attention.maps import look
 from vlabs.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing, decode_image
@@ -49,7 +49,6 @@ class Predictor:
         self.path = checkpoint.path
         self.device = device
 
-    @torch.inference_mode()
     def answer(
         self, image: str | Path | Image.Image, questions: Sequence[str], top: int = 5, map_name: str = "fusion"
     ) -> list[Answer]:
@@ -72,13 +71,12 @@ class Predictor:
         picture = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
         images = self.preprocessing.image(picture)[None].to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
-        index = torch.zeros(len(questions), dtype=torch.int64, device=self.device)
-        output = self.model(
-            images, input_ids.to(self.device), attention_mask.to(self.device), index, read_image=map_name == "fusion"
+        output, maps_by_name = look(
+            self.model, images, input_ids.to(self.device), attention_mask.to(self.device), [map_name]
         )
         answers = self.preprocessing.answers
-        best, ids = output.logits.float().sigmoid().topk(min(top, len(answers)), dim=1)
-        maps = attention_map(output, self.model.vision, map_name).cpu().numpy()
+        best, ids = output.logits.detach().float().sigmoid().topk(min(top, len(answers)), dim=1)
+        maps = maps_by_name[map_name].cpu().numpy()
         return [
             Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], maps[n])
             for n, (question, row_ids, row) in enumerate(zip(questions, ids.tolist(), best.tolist(), strict=True))
@@ -99,7 +97,11 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 # Which trainings make a model that a task can be done with; a matching head ranks without fine-tuning.
-USABLE = {"vqa": ("vqa",), "retrieval": ("retrieval", "pretrain")}
+USABLE = {
+    "vqa": ("vqa",),
+    "retrieval": ("retrieval", "pretrain"),
+    "grounding": ("vqa", "retrieval", "pretrain"),
+}
 
 
 def load_any(

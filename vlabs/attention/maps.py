@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vlabs.models.absvit import AbSViT
-from vlabs.models.vlm import VLMOutput
+from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-MAPS = ("fusion", "weights", "norm")
+MAPS = ("fusion", "weights", "norm", "cls", "rollout", "gradient")
+NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 
 
-def attention_map(output: VLMOutput, vision: AbSViT, name: str = "fusion") -> Tensor:
+def attention_map(
+    output: VLMOutput,
+    vision: AbSViT,
+    name: str = "fusion",
+    attention: Sequence[Tensor] = (),
+    image_index: Tensor | None = None,
+) -> Tensor:
     """One map for each of n texts.
 
     Args:
         output: of the model, with `read_image=True` for `fusion`.
         vision: its image encoder, for the grid of patches.
-        name: `fusion`, how much the question's [cls] reads of each image token in the last fusion layer; `weights`, the
-            top-down token weights s_i (zeros without feedback); `norm`, the norm of the second pass's output tokens
-            before the final norm (paper, section 6.1).
+        name: `fusion`: how much the text's [cls] reads of each image token in the last fusion layer. `weights`: the
+            top-down token weights s_i (zeros without a prior). `norm`: the norm of the output tokens before the final
+            norm (paper, section 6.1). `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
+            `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
+            of [cls]. `gradient`: gradient × attention in the last block, of the best answer or the ranking score,
+            positive part, summed over queries and heads.
+        attention: what `AbSViT.recording_attention` kept, for the last three; with gradients for `gradient`.
+        image_index: (n,) as given to the model.
 
     Returns:
         (n, rows, columns), non-negative.
@@ -30,10 +44,60 @@ def attention_map(output: VLMOutput, vision: AbSViT, name: str = "fusion") -> Te
         values = output.image_read
     elif name == "weights":
         weights = output.seen.token_weights
-        values = weights if weights is not None else torch.zeros(output.seen.hidden.shape[:2])
+        values = weights if weights is not None else torch.zeros(output.logits.shape[0], output.seen.hidden.shape[1])
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
+    elif name in NEEDS_ATTENTION:
+        if not attention:
+            raise ValueError(f"the {name} map needs the recorded attention")
+        values = _of_attention(name, output, attention)
+        if len(values) != len(output.logits):  # one pass for all texts of an image
+            values = values if image_index is None else values[image_index]
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
     rows, columns = vision.grid_size
-    return values[:, vision.num_prefix_tokens :].reshape(-1, rows, columns).float()
+    grid = values[:, vision.num_prefix_tokens :].reshape(-1, rows, columns).float()
+    return grid.expand(len(output.logits), -1, -1)
+
+
+def _of_attention(name: str, output: VLMOutput, attention: Sequence[Tensor]) -> Tensor:
+    """(n, N) from the attention of every block (n, heads, N, N)."""
+    if name == "cls":
+        return attention[-1][:, :, 0].mean(dim=1)
+    if name == "rollout":
+        rolled = torch.eye(attention[0].shape[-1], device=attention[0].device)
+        for weights in attention:
+            mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
+            rolled = mixed @ rolled
+        return rolled[:, 0]
+    score = output.logits.flatten(1).max(dim=1).values if output.logits.ndim > 1 else output.logits
+    gradient = torch.autograd.grad(score.sum(), attention[-1], retain_graph=True)[0]
+    return (gradient * attention[-1]).clamp(min=0).sum(dim=(1, 2))
+
+
+def look(
+    model: VisionLanguageModel, image: Tensor, input_ids: Tensor, attention_mask: Tensor, names: Sequence[str]
+) -> tuple[VLMOutput, dict[str, Tensor]]:
+    """Run a model on one image with n texts, and make maps of it.
+
+    Args:
+        model: in eval mode.
+        image: (1, 3, H, W), normalised.
+        input_ids, attention_mask: (n, T).
+        names: of `MAPS`.
+
+    Returns:
+        The output, and by name the maps (n, rows, columns), non-negative, without gradients.
+    """
+    read_image = "fusion" in names
+    if not set(names) & set(NEEDS_ATTENTION):
+        index = torch.zeros(len(input_ids), dtype=torch.int64, device=image.device)
+        with torch.no_grad():
+            output = model(image, input_ids, attention_mask, index, read_image=read_image)
+        return output, {name: attention_map(output, model.vision, name) for name in names}
+    # An image a text: where the passes are shared, a gradient would mix the texts.
+    images = image.expand(len(input_ids), -1, -1, -1)
+    with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:
+        output = model(images, input_ids, attention_mask, read_image=read_image)
+        maps = {name: attention_map(output, model.vision, name, recorded()).detach() for name in names}
+    return output, maps

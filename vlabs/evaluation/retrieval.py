@@ -155,14 +155,19 @@ class CaptionedImages:
     Args:
         directory: the prepared folder.
         split: its split.
+        images: only the first so many images, with their captions; None for all.
 
     Raises:
         UserError: the folder holds no captions, or an image has none.
     """
 
-    def __init__(self, directory: str | Path, split: str) -> None:
+    def __init__(self, directory: str | Path, split: str, images: int | None = None) -> None:
         check_kind(directory, "captions")
         self.rows: datasets.Dataset = load_split(directory, split)
+        if images is not None:
+            if not isinstance(images, int) or images < 1:
+                raise UserError(f"task.images={images} must be a whole number, at least 1")
+            self.rows = self.rows.select(range(min(images, len(self.rows))))
         self.split = split
         self.name = str(read_manifest(directory).get("name", ""))
         self.identity = identity_of(directory)
@@ -179,7 +184,12 @@ class CaptionedImages:
 
 
 def evaluate_retrieval(
-    checkpoint: Checkpoint, config: DictConfig, data_dir: str, out_dir: Path, figure_queries: int
+    checkpoint: Checkpoint,
+    config: DictConfig,
+    data_dir: str,
+    out_dir: Path,
+    figure_queries: int,
+    images: int | None = None,
 ) -> dict[str, Any]:
     """Rank a split, print and write the recalls, and draw some queries with their best images; returns the metrics.
 
@@ -187,14 +197,16 @@ def evaluate_retrieval(
         config: of `vlabs.evaluate`: split, ranker, loader and trainer.
         data_dir: the prepared folder of captions.
         figure_queries: captions in the figure; 0 for none.
+        images: rank only the first so many images of the split; None for all.
     """
     ranker = config.ranker
     _check(ranker, checkpoint)
-    data = CaptionedImages(data_dir, config.split)
+    data = CaptionedImages(data_dir, config.split, images)
     identity = {
         "checkpoint": content_sha256(checkpoint.path),
         "data": data.identity["manifest_sha256"],
         "split": str(config.split),
+        "images": len(data.rows),
         "precision": str(config.trainer.precision),
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,6 +109,7 @@ class AbSViT(nn.Module):
                 positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
                 self.vit.pos_embed[:, -len(positions) :] = positions
         self.topdown = topdown
+        self._recorded: list[Tensor] | None = None
         depth = len(self.vit.blocks) if topdown is not None and topdown.needs_decoders else 0
         self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))
 
@@ -148,8 +150,9 @@ class AbSViT(nn.Module):
         first: Attention = vit.blocks[0].attn
         first_qkv = first.qkv(vit.blocks[0].norm1(embedded))
         hidden = embedded
+        record = self._new_record()
         for index, block in enumerate(vit.blocks):
-            hidden = _run_block(block, hidden, qkv=first_qkv if index == 0 else None)
+            hidden = _run_block(block, hidden, qkv=first_qkv if index == 0 else None, record=record)
         tokens = vit.norm(hidden)
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
         return BottomUp(tokens, hidden, embedded, first_qkv, prepared)
@@ -199,14 +202,34 @@ class AbSViT(nn.Module):
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
         hidden = _pick(bottom_up.embedded, image_index)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
+        record = self._new_record()
         for index, block in enumerate(self.vit.blocks):
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = _run_block(block, hidden, partial(signal.steer, index), qkv)
+            output = _run_block(block, hidden, partial(signal.steer, index), qkv, record)
             if reconstruction is not None:
                 decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
             hidden = output
         return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
+
+    @contextmanager
+    def recording_attention(self) -> Iterator[Callable[[], list[Tensor]]]:
+        """Keep the attention of the last pass that runs inside the context; slower, because it is written out.
+
+        Yields:
+            A function that returns it: for every block the weights (n, heads, N, N), which carry gradients. n is the
+            number of images where the pass was the bottom-up one.
+        """
+        self._recorded = []
+        try:
+            yield lambda: list(self._recorded or [])
+        finally:
+            self._recorded = None
+
+    def _new_record(self) -> list[Tensor] | None:
+        if self._recorded is not None:
+            self._recorded.clear()
+        return self._recorded
 
     def feedback(self, tokens: Tensor) -> list[Tensor]:
         """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v.
@@ -291,25 +314,44 @@ def _value_weight(attn: Attention) -> Tensor:
     return attn.qkv.weight[2 * attn.attn_dim :]
 
 
+Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
 def _run_block(
     block: Block,
     x: Tensor,
-    steer: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] | None = None,
+    steer: Steer | None = None,
     qkv: Tensor | None = None,
+    record: list[Tensor] | None = None,
 ) -> Tensor:
-    """timm's pre-norm block, whose q, k and v (n, N, D) go through `steer` (see `TopDownSignal.steer`)."""
+    """timm's pre-norm block, its attention as in `attend_to`; `qkv` (n, N, 3D) where it is known already."""
+    x = attend_to(block, x, block.attn.qkv(block.norm1(x)) if qkv is None else qkv, steer, record)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def attend_to(
+    block: Block, x: Tensor, qkv: Tensor, steer: Steer | None = None, record: list[Tensor] | None = None
+) -> Tensor:
+    """The attention of timm's block with its residual.
+
+    Args:
+        x: (n, N, D), or (1, N, D) where `steer` makes n of one.
+        qkv: (n, N, 3D), of the normed x.
+        steer: changes q, k and v, see `TopDownSignal.steer`.
+        record: the attention weights are written out and appended to it, if it is there.
+    """
     attn = block.attn
-    if qkv is None:
-        qkv = attn.qkv(block.norm1(x))
     q, k, v = qkv.split(attn.attn_dim, dim=-1)
     if steer is not None:
         q, k, v = steer(q, k, v, attn.qkv.bias)
     # One image under many priors: q and k of the first block are one image's, v is not.
     q, k = q.expand(len(v), -1, -1), k.expand(len(v), -1, -1)
     q, k, v = (t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
-    mixed = F.scaled_dot_product_attention(
-        attn.q_norm(q), attn.k_norm(k), v, dropout_p=attn.attn_drop.p if attn.training else 0.0
-    )
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if record is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    else:
+        record.append((q @ k.transpose(-2, -1) * attn.head_dim**-0.5).softmax(dim=-1))
+        mixed = attn.attn_drop(record[-1]) @ v
     mixed = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
-    x = x + block.drop_path1(block.ls1(mixed))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x + block.drop_path1(block.ls1(mixed))

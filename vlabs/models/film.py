@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens, attend_to
 from vlabs.models.registry import register
 
 
@@ -52,15 +51,10 @@ class FiLMViT(AbSViT):
         if prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         hidden = bottom_up.embedded if image_index is None else bottom_up.embedded.index_select(0, image_index)
+        record = self._new_record()
         for block, modulation in zip(self.vit.blocks, self.modulations, strict=True):
             scale, shift, mlp_scale, mlp_shift = modulation(prior).unsqueeze(1).chunk(4, dim=-1)
-            hidden = hidden + block.drop_path1(
-                block.ls1(_attention(block.attn, block.norm1(hidden) * (1 + scale) + shift))
-            )
+            qkv = block.attn.qkv(block.norm1(hidden) * (1 + scale) + shift)
+            hidden = attend_to(block, hidden, qkv, record=record)
             hidden = hidden + block.drop_path2(block.ls2(block.mlp(block.norm2(hidden) * (1 + mlp_scale) + mlp_shift)))
         return VisionTokens(self.vit.norm(hidden), hidden)
-
-
-def _attention(attn: Attention, x: Tensor) -> Tensor:
-    mixed: Tensor = attn(x)
-    return mixed

@@ -1,0 +1,102 @@
+"""Grounding from the command line, and the maps that are measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line_error, command
+
+from vlabs.attention.maps import MAPS, look
+from vlabs.checkpoint import load_checkpoint
+from vlabs.data.instances import crop_mask, read_instances
+from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import decode_image
+from vlabs.metrics.grounding import energy_inside, to_pixels
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_run, tiny_data, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("grounding")
+    result = command(
+        "vlabs.evaluate", "task=grounding", f"ckpt={tiny_run[0]}", "split=val", "task.num_texts=30",
+        f"task.instances={tiny_data.parent / 'raw/annotations.zip'}", "hydra.run.dir=out", cwd=cwd,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (cwd / "out/grounding.jsonl").read_text().splitlines()]
+    return json.loads((cwd / "out/metrics.json").read_text()), records, result
+
+
+def test_the_table_has_every_map_and_measure_with_an_interval_around_the_mean(measured):
+    metrics, records, result = measured
+    for name in MAPS:
+        assert f"\n{name} " in result.stdout
+        for measure in ("energy", "pointing", "ap", "iou"):
+            low, high = metrics[f"{name}/{measure}_interval"]
+            mean = 100 * np.mean([record["maps"][name][measure] for record in records])
+            assert metrics[f"{name}/{measure}"] == pytest.approx(mean)
+            assert low <= mean <= high
+
+
+def test_a_record_is_what_the_map_and_the_mask_say(measured, tiny_run, tiny_data):
+    _, records, _ = measured
+    checkpoint = load_checkpoint(tiny_run[0])
+    record = records[0]
+    row = next(row for row in load_split(tiny_data, "val") if record["id"] in row["question_id"])
+    position = row["question_id"].index(record["id"])
+    targets = row["target_instances"][position]
+    found = read_instances(tiny_data.parent / "raw/annotations.zip", targets)
+    size = checkpoint.preprocessing.image_size
+    mask = crop_mask(np.logical_or.reduce([found[n].mask() for n in targets]), size)
+    image = checkpoint.preprocessing.image(decode_image(row["image"], "image"))[None]
+    ids, attention = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([record["text"]]))
+    _, maps = look(checkpoint.model, image, ids, attention, ["norm"])
+    energy = energy_inside(to_pixels(maps["norm"][0].numpy(), size), mask)
+    assert record["maps"]["norm"]["energy"] == pytest.approx(float(energy), abs=1e-6)
+
+
+def test_maps_of_recorded_attention_equal_their_definitions(tiny_run):
+    model = load_checkpoint(tiny_run[0]).model
+    image = torch.randn(1, 3, 32, 32)
+    ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    with model.vision.recording_attention() as recorded:
+        written_out = model(image.expand(2, -1, -1, -1), ids, mask)
+        attention = recorded()
+    assert len(attention) == len(model.vision.vit.blocks)
+    torch.testing.assert_close(attention[0].sum(-1), torch.ones_like(attention[0].sum(-1)))
+    plain = model(image.expand(2, -1, -1, -1), ids, mask)
+    torch.testing.assert_close(written_out.logits, plain.logits, atol=1e-5, rtol=1e-5)
+    _, maps = look(model, image, ids, mask, MAPS)
+    torch.testing.assert_close(maps["cls"].flatten(1), attention[-1].mean(1)[:, 0, 1:])
+    rolled = torch.eye(attention[0].shape[-1])
+    for weights in attention:
+        rolled = ((weights.mean(1) + torch.eye(weights.shape[-1])) / 2) @ rolled
+    torch.testing.assert_close(maps["rollout"].flatten(1), rolled[:, 0, 1:])
+    for name in MAPS:
+        assert (maps[name] >= 0).all()
+        assert not maps[name].requires_grad
+
+
+def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
+    model = load_checkpoint(tiny_run[0]).model
+    image = torch.randn(1, 3, 32, 32)
+    ids, mask = torch.randint(5, 50, (3, 6)), torch.ones(3, 6, dtype=torch.int64)
+    _, together = look(model, image, ids, mask, MAPS)
+    for name in MAPS:
+        _, alone = look(model, image, ids[1:2], mask[1:2], [name])
+        torch.testing.assert_close(together[name][1:2], alone[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["task.maps=[norm,heat]"], ["heat", "fusion"]),
+        (["task.instances=nowhere.zip"], ["nowhere.zip"]),
+        (["task=grounds"], ["grounds", "grounding, retrieval, vqa"]),
+    ],
+)
+def test_wrong_options_are_one_line(options, parts, tiny_run, tiny_data, tmp_path, in_process):
+    instances = f"task.instances={tiny_data.parent / 'raw/annotations.zip'}"
+    group = [] if options[0].startswith("task=") else ["task=grounding", instances]
+    result = in_process("vlabs.evaluate", [*group, f"ckpt={tiny_run[0]}", *options], tmp_path)
+    assert_one_line_error(result, *parts)

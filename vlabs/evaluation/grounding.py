@@ -1,0 +1,189 @@
+"""Evaluation of grounding: does the model look where the question or caption is about?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from vlabs.attention.maps import MAPS, look
+from vlabs.checkpoint import Checkpoint
+from vlabs.data.images import ImageReader
+from vlabs.data.instances import Instance, count_instances, crop_mask, read_instances
+from vlabs.data.prepared import load_split, read_manifest
+from vlabs.errors import UserError
+from vlabs.evaluation.output import write_json
+from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.metrics.grounding import area_share, average_precision, best_iou, energy_inside, pointing, to_pixels
+
+MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
+
+
+class Asked(NamedTuple):
+    """A question or caption whose target is known: its row, its position in it, its id, text, and instances."""
+
+    row: int
+    position: int
+    text_id: int
+    text: str
+    targets: list[int]
+
+
+def evaluate_grounding(
+    checkpoint: Checkpoint,
+    config: DictConfig,
+    data_dir: str,
+    out_dir: Path,
+    instances: str | None,
+    maps: Sequence[str],
+    num_texts: int | None,
+) -> dict[str, Any]:
+    """Measure every map against the targets; prints a table, writes metrics and a line a text; returns the means.
+
+    Texts whose target is not known, or not inside the centre square that the model sees, are counted and left out.
+
+    Args:
+        config: of `vlabs.evaluate`: split and device.
+        data_dir: the prepared folder.
+        instances: COCO's instances of the same corpus.
+        maps: of `vlabs.attention.maps.MAPS`.
+        num_texts: how many texts, evenly spread; None for all.
+    """
+    wrong = [name for name in maps if name not in MAPS]
+    if wrong or not maps:
+        raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
+    file = _instances_file(instances, data_dir)
+    kind = str(read_manifest(data_dir).get("kind", "vqa"))
+    rows = load_split(data_dir, str(config.split))
+    asked = list_targets(rows, "caption" if kind == "captions" else "question")
+    if not asked:
+        raise UserError(f"{data_dir}, split {config.split}: no question or caption says what it is about")
+    if num_texts is not None and num_texts < len(asked):
+        asked = [asked[n] for n in np.linspace(0, len(asked) - 1, num=num_texts, dtype=int)]
+    found = read_instances(file, {target for item in asked for target in item.targets})
+    objects = count_instances(file)
+    records, outside = [], 0
+    progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not config.trainer.enable_progress_bar)
+    for record in _measure(checkpoint, rows, asked, found, objects, maps):
+        progress.update()
+        if record is None:
+            outside += 1
+        else:
+            records.append(record)
+    progress.close()
+    if len(records) < 2:
+        raise UserError(f"{data_dir}, split {config.split}: fewer than two texts have a target that the model can see")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = out_dir / "grounding.jsonl"
+    partial = lines.with_name(lines.name + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    partial.replace(lines)
+    metrics = _table(records, maps)
+    metrics |= {
+        "checkpoint": str(checkpoint.path),
+        "split": str(config.split),
+        "texts": len(records),
+        "left_out": outside,
+    }
+    print(f"{outside} of {len(asked)} texts left out: their target is outside the centre square")
+    print(write_json(out_dir / "metrics.json", metrics))
+    print(lines)
+    return metrics
+
+
+def list_targets(rows: datasets.Dataset, column: str) -> list[Asked]:
+    """The texts of a split whose target is known, in stored order; `column` is `question` or `caption`."""
+    asked = []
+    for number, row in enumerate(rows.select_columns([column, f"{column}_id", "target_instances"])):
+        for position, targets in enumerate(row["target_instances"]):
+            if targets:
+                asked.append(Asked(number, position, row[f"{column}_id"][position], row[column][position], targets))
+    return asked
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    rows: datasets.Dataset,
+    asked: Sequence[Asked],
+    found: dict[int, Instance],
+    objects: dict[int, int],
+    maps: Sequence[str],
+) -> Iterator[dict[str, Any] | None]:
+    """One record a text: its measures by map; None for a target that cannot be seen."""
+    model, preprocessing = checkpoint.model, checkpoint.preprocessing
+    reader = ImageReader(rows, preprocessing)
+    size = preprocessing.image_size
+    start = 0
+    while start < len(asked):
+        end = start
+        while end < len(asked) and asked[end].row == asked[start].row:
+            end += 1
+        of_image = asked[start:end]
+        start = end
+        row, image = reader.read(of_image[0].row, 0)
+        assert image is not None
+        masks = [crop_mask(np.logical_or.reduce([found[n].mask() for n in item.targets]), size) for item in of_image]
+        input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids([item.text for item in of_image]))
+        _, by_name = look(model, image[None], input_ids, attention_mask, maps)
+        for n, (item, mask) in enumerate(zip(of_image, masks, strict=True)):
+            if not mask.any():
+                yield None
+                continue
+            values = {
+                name: {
+                    measure: float(function(to_pixels(by_name[name][n].numpy(), size), mask))
+                    for measure, function in MEASURES.items()
+                }
+                for name in maps
+            }
+            yield {
+                "id": item.text_id,
+                "text": item.text,
+                "objects": objects.get(row["image_id"], 0),
+                "area": float(area_share(mask)),
+                "maps": values,
+            }
+
+
+def _table(records: Sequence[dict[str, Any]], maps: Sequence[str]) -> dict[str, Any]:
+    """Print and return the means with 95% bootstrap intervals, and energy by the number of objects, in percent."""
+    area = 100 * np.mean([record["area"] for record in records])
+    print(f"\n{len(records)} texts; a map that looks everywhere alike scores {area:.1f} for energy, pointing and ap\n")
+    print(f"{'map':10}" + "".join(f"{measure:>22}" for measure in MEASURES))
+    metrics: dict[str, Any] = {"area": area}
+    for name in maps:
+        cells = []
+        for measure in MEASURES:
+            interval = bootstrap_interval([100 * record["maps"][name][measure] for record in records])
+            metrics[f"{name}/{measure}"] = interval.mean
+            metrics[f"{name}/{measure}_interval"] = [interval.low, interval.high]
+            cells.append(f"{interval.mean:8.1f} [{interval.low:.1f}, {interval.high:.1f}]".rjust(22))
+        print(f"{name:10}" + "".join(cells))
+    counts = sorted({record["objects"] for record in records})
+    print("\nenergy by the number of objects in the picture")
+    print(f"{'map':10}" + "".join(f"{count:>8}" for count in counts))
+    for name in ["area", *maps]:
+        means = {}
+        for count in counts:
+            chosen = [record for record in records if record["objects"] == count]
+            values = [record["area"] if name == "area" else record["maps"][name]["energy"] for record in chosen]
+            means[str(count)] = 100 * float(np.mean(values))
+        metrics[f"{name}/energy_by_objects" if name != "area" else "area_by_objects"] = means
+        print(f"{name:10}" + "".join(f"{value:8.1f}" for value in means.values()))
+    return metrics
+
+
+def _instances_file(instances: str | None, data_dir: str) -> Path:
+    """The instances file that was named, or `annotations.zip` of the raw corpus beside a prepared folder."""
+    if instances is not None:
+        return Path(instances)
+    beside = Path(f"{data_dir}-raw") / "annotations.zip"
+    if not beside.is_file():
+        raise UserError("task=grounding needs the masks: pass task.instances=FILE, COCO's annotations zip or JSON")
+    return beside
