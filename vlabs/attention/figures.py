@@ -30,16 +30,34 @@ class RankedImage(NamedTuple):
     right: bool
 
 
-def overlay(image: Image.Image, values: np.ndarray, strength: float = 0.75) -> np.ndarray:
+class Cell(NamedTuple):
+    """One picture of a grid.
+
+    Attributes:
+        image: the pixels.
+        map: (rows, columns), non-negative; None for the picture as it is.
+        title, note: lines above and below.
+    """
+
+    image: Image.Image
+    map: np.ndarray | None = None
+    title: str = ""
+    note: str = ""
+
+
+def overlay(
+    image: Image.Image, values: np.ndarray, strength: float = 0.75, scale: tuple[float, float] | None = None
+) -> np.ndarray:
     """Darken an RGB picture where a map is low and tint it where it is high; (H, W, 3) uint8.
 
     Args:
-        values: (rows, columns), non-negative; shown relative to its own maximum.
+        values: (rows, columns), non-negative.
         strength: 0 leaves the picture as it is, 1 leaves nothing where the map is lowest.
+        scale: the values that are shown darkest and brightest; the map's own if not given.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    low, high = scale or (float(values.min()), float(values.max()))
+    scaled = ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
     smooth = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     weight = np.asarray(smooth, dtype=np.float32)[..., None] / 255
     tint = matplotlib.colormaps[COLORMAP](weight[..., 0])[..., :3]
@@ -65,6 +83,38 @@ def question_figure(image: Image.Image, panels: Sequence[Panel], map_name: str) 
         axis.set_xticks([])
         axis.set_yticks([])
     figure.supxlabel(f"bright: where the model looked ({map_name})", fontsize=8, color="0.4")
+    return figure
+
+
+def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figure:
+    """Rows of pictures with maps, each row with one scale, so that its pictures can be compared.
+
+    Args:
+        rows: a label and the cells of each row, all of one length.
+        legend: what bright means.
+    """
+    columns = max(len(cells) for _, cells in rows)
+    figure = Figure(figsize=(2.5 * columns + 1.1, 2.95 * len(rows) + 0.3), layout="constrained", dpi=150)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, cells) in zip(axes, rows, strict=True):
+        maps = [cell.map for cell in cells if cell.map is not None]
+        scale = (min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)) if maps else None
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        for axis, cell in zip(row, cells, strict=False):
+            shown = _enlarged(cell.image)
+            axis.imshow(shown if cell.map is None else overlay(shown, cell.map, scale=scale))
+            axis.set_title(_wrapped(cell.title, 30), fontsize=9)
+            axis.set_xlabel(_wrapped(cell.note, 34), fontsize=8)
+        row[0].set_ylabel(_wrapped(label, 28), fontsize=9)
+        if scale is not None:
+            drawn = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*scale), COLORMAP)
+            bar = figure.colorbar(drawn, ax=list(row), shrink=0.7, pad=0.01)
+            bar.set_ticks([scale[0], scale[1]], labels=["low", "high"], fontsize=7)
+            bar.outline.set_visible(False)
+    figure.supxlabel(legend, fontsize=8, color="0.4")
     return figure
 
 

@@ -212,6 +212,20 @@ class AbSViT(nn.Module):
             hidden = output
         return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
 
+    def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
+        """The top-down signal td of the first block, (n, N, D), before W_v: what feedback makes of the picture.
+
+        Args:
+            bottom_up: the first pass over one image.
+            prior: ξ, (n, D).
+        """
+        assert self.topdown is not None
+        tokens = self.topdown.modulate(bottom_up.tokens, prior)
+        for decoder in reversed(self.decoders):
+            tokens = decoder.linear(tokens)  # type: ignore[operator]
+        signal: Tensor = self.decoders[0].linear2(tokens)  # type: ignore[operator]
+        return signal
+
     @contextmanager
     def recording_attention(self) -> Iterator[Callable[[], list[Tensor]]]:
         """Keep the attention of the last pass that runs inside the context; slower, because it is written out.

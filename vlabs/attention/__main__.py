@@ -1,0 +1,102 @@
+"""Figures of where a model looks.
+
+python -m vlabs.attention --ckpt RUN --image street.jpg --question "What's left of it?" --question "Is it open?"
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vlabs.attention.figures import save_figure
+from vlabs.attention.maps import MAPS
+from vlabs.attention.pictures import (
+    alpha_figure,
+    checkpoints_figure,
+    pathway_figure,
+    questions_figure,
+    reconstruction_figure,
+    side_by_side_figure,
+)
+from vlabs.checkpoint import Checkpoint
+from vlabs.errors import UserError, run_cli
+from vlabs.predictor import load_any, open_image
+
+FIGURES = {
+    "questions": "pictures by questions",
+    "pathway": "bottom-up attention, token weights and top-down attention side by side",
+    "alpha": "one prior at several strengths of the top-down signal",
+    "side-by-side": "two pictures pasted into one, with a text for each",
+    "checkpoints": "one picture seen by several models",
+    "reconstruction": "what a linear decoder sees in the bottom-up and top-down signals of the first block",
+}
+
+
+def main() -> None:
+    """Entry point of `python -m vlabs.attention`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlabs.attention",
+        description=__doc__.splitlines()[0],
+        epilog="figures: " + "; ".join(f"{name}: {what}" for name, what in FIGURES.items()),
+    )
+    parser.add_argument("--ckpt", required=True, action="append", help="run folder, checkpoint or export; several for "
+                        "--figure checkpoints, as NAME=PATH to name them")  # fmt: skip
+    parser.add_argument("--image", required=True, action="append", help="a picture; may be given several times")
+    parser.add_argument("--question", required=True, action="append", help="a question or caption; several times too")
+    parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
+    parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: norm where a prior steers the "
+                        "encoder, else fusion)")  # fmt: skip
+    parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10)")
+    parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
+    parser.add_argument("--out", default="attention.png", help="where the figure goes (.png or .svg)")
+    arguments = parser.parse_args()
+    if Path(arguments.out).suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    if any(not question.strip() for question in arguments.question):
+        raise UserError("a --question is empty: give it some text")
+    if len(arguments.ckpt) > 1 and arguments.figure != "checkpoints":
+        raise UserError(f"--figure {arguments.figure} is of one model: give --ckpt once, or --figure checkpoints")
+    wanted = {"questions": None, "side-by-side": 2}.get(arguments.figure, 1)
+    if wanted is not None and len(arguments.image) != wanted:
+        raise UserError(f"--figure {arguments.figure} takes --image {wanted} times, not {len(arguments.image)}")
+    images = [open_image(path) for path in arguments.image]
+    checkpoints = [_load(text) for text in arguments.ckpt]
+    figure = _figure(arguments, checkpoints, images)
+    print(save_figure(figure, arguments.out))
+
+
+def _figure(
+    arguments: argparse.Namespace, checkpoints: list[tuple[str, Checkpoint]], images: list[Image.Image]
+) -> Figure:
+    _, checkpoint = checkpoints[0]
+    questions = arguments.question
+    steered = all(one.model.vision.needs_prior for _, one in checkpoints)
+    map_name = arguments.map or ("norm" if steered else "fusion")
+    if arguments.figure == "questions":
+        return questions_figure(checkpoint, images, questions, map_name)
+    if arguments.figure == "pathway":
+        return pathway_figure(checkpoint, images[0], questions)
+    if arguments.figure == "alpha":
+        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], map_name)
+    if arguments.figure == "side-by-side":
+        return side_by_side_figure(checkpoint, images[0], images[1], questions, map_name)
+    if arguments.figure == "checkpoints":
+        return checkpoints_figure(checkpoints, images[0], questions, map_name)
+    data = arguments.data or checkpoint.data.get("dir")
+    if data is None or not Path(data).is_dir():
+        raise UserError(f"the data that {checkpoint.path} was trained on is not at {data}: pass --data FOLDER")
+    return reconstruction_figure(checkpoint, images[0], questions, data)
+
+
+def _load(text: str) -> tuple[str, Checkpoint]:
+    name, separator, path = text.partition("=")
+    if separator and not Path(text).exists():
+        return name, load_any(path, task="grounding")
+    return Path(text).name, load_any(text, task="grounding")
+
+
+if __name__ == "__main__":
+    run_cli(main)

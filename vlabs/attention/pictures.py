@@ -1,0 +1,248 @@
+"""The paper's figures, for a model and pictures of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vlabs.attention.figures import Cell, grid_figure
+from vlabs.attention.maps import look
+from vlabs.checkpoint import Checkpoint
+from vlabs.data.images import ImageReader
+from vlabs.data.prepared import load_split
+from vlabs.errors import UserError
+
+LEGENDS = {
+    "fusion": "bright: what the text reads of the picture (fusion attention)",
+    "weights": "bright: like the prior ξ (token weights)",
+    "norm": "bright: large output tokens (their norm, as in the paper)",
+    "cls": "bright: what the encoder's [cls] reads in its last block",
+    "rollout": "bright: what the encoder's [cls] reads through all blocks (rollout)",
+    "gradient": "bright: what the best answer hangs on (gradient × attention)",
+}
+
+
+@dataclass
+class Picture:
+    """A picture as the model sees it: the square that is shown, and the tensor (1, 3, H, W)."""
+
+    shown: Image.Image
+    tensor: Tensor
+
+
+def as_picture(checkpoint: Checkpoint, image: Image.Image) -> Picture:
+    """Resize, crop and normalise one picture."""
+    shown = checkpoint.preprocessing.resize(image)
+    return Picture(shown, checkpoint.preprocessing.normalize(shown)[None])
+
+
+def questions_figure(
+    checkpoint: Checkpoint, images: Sequence[Image.Image], texts: Sequence[str], map_name: str
+) -> Figure:
+    """Pictures by questions: where the model looks for each (paper, Fig. 6)."""
+    rows = []
+    for number, image in enumerate(images):
+        picture = as_picture(checkpoint, image)
+        maps, answers = _maps(checkpoint, picture, texts, map_name)
+        cells = [Cell(picture.shown, title="picture" if number == 0 else "")]
+        for text, one, answer in zip(texts, maps, answers, strict=True):
+            cells.append(Cell(picture.shown, one, text if number == 0 else "", answer))
+        rows.append(("", cells))
+    return grid_figure(rows, LEGENDS[map_name])
+
+
+def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str]) -> Figure:
+    """Bottom-up attention, token weights and top-down attention side by side, a row a text (paper, Fig. 7).
+
+    Raises:
+        UserError: the model has no prior.
+    """
+    model = checkpoint.model
+    if model.prior is None:
+        raise UserError("--figure pathway shows what a prior does, and this model has none")
+    picture = as_picture(checkpoint, image)
+    output, maps = look(model, picture.tensor, *_tokens(checkpoint, texts), ["weights", "norm"])
+    with torch.no_grad():
+        bottom_up = model.vision.encode(picture.tensor).hidden.norm(dim=-1)[0]
+    rows_of_grid, columns = model.vision.grid_size
+    before = bottom_up[model.vision.num_prefix_tokens :].reshape(rows_of_grid, columns).numpy()
+    rows = []
+    for n, text in enumerate(texts):
+        # Weights are a scale of their own, so each map is shown within its own range.
+        cells = [
+            Cell(picture.shown, title="picture" if n == 0 else ""),
+            Cell(picture.shown, _unit(before), "bottom-up" if n == 0 else ""),
+            Cell(picture.shown, _unit(maps["weights"][n].numpy()), "token weights" if n == 0 else ""),
+            Cell(picture.shown, _unit(maps["norm"][n].numpy()), "top-down" if n == 0 else ""),
+        ]
+        rows.append((text, cells))
+    return grid_figure(rows, "bright: large output tokens, in the middle like the prior ξ; each within its own range")
+
+
+def alpha_figure(
+    checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], alphas: Sequence[float], map_name: str
+) -> Figure:
+    """One prior at several strengths of the top-down signal, a row a text (paper, Fig. 8).
+
+    Raises:
+        UserError: the model has no α.
+    """
+    picture = as_picture(checkpoint, image)
+    by_alpha = []
+    for alpha in alphas:
+        with _alpha(checkpoint, alpha):
+            by_alpha.append(_maps(checkpoint, picture, texts, map_name))
+    rows = []
+    for n, text in enumerate(texts):
+        cells = [Cell(picture.shown, title="picture" if n == 0 else "")]
+        for alpha, (maps, answers) in zip(alphas, by_alpha, strict=True):
+            cells.append(Cell(picture.shown, maps[n], f"α = {alpha:g}" if n == 0 else "", answers[n]))
+        rows.append((text, cells))
+    return grid_figure(rows, LEGENDS[map_name])
+
+
+def side_by_side_figure(
+    checkpoint: Checkpoint, left: Image.Image, right: Image.Image, texts: Sequence[str], map_name: str
+) -> Figure:
+    """Two pictures pasted into one, and where the model looks for each text (paper, Fig. 4)."""
+    size = checkpoint.preprocessing.image_size
+    both = Image.new("RGB", (size, size), (127, 127, 127))
+    half = size // 2
+    for image, corner in ((left, 0), (right, size - half)):
+        small = image.convert("RGB").resize((half, half), Image.Resampling.BICUBIC)
+        both.paste(small, (corner, (size - half) // 2))
+    return questions_figure(checkpoint, [both], texts, map_name)
+
+
+def checkpoints_figure(
+    checkpoints: Sequence[tuple[str, Checkpoint]], image: Image.Image, texts: Sequence[str], map_name: str
+) -> Figure:
+    """One picture seen by several models, a row a text (paper, Fig. 5); each map within its own range."""
+    rows: list[tuple[str, list[Cell]]] = [(text, []) for text in texts]
+    for number, (name, checkpoint) in enumerate(checkpoints):
+        picture = as_picture(checkpoint, image)
+        maps, answers = _maps(checkpoint, picture, texts, map_name)
+        for n, (_, cells) in enumerate(rows):
+            if number == 0:
+                cells.append(Cell(picture.shown, title="picture" if n == 0 else ""))
+            cells.append(Cell(picture.shown, _unit(maps[n]), name if n == 0 else "", answers[n]))
+    return grid_figure(rows, LEGENDS[map_name])
+
+
+def reconstruction_figure(
+    checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], data_dir: str | Path, num_images: int = 200
+) -> Figure:
+    """What a linear decoder sees in the signals of the first block, a row a text (paper, Fig. 9).
+
+    The decoder maps a token of the first block's bottom-up input to the pixels of its patch; it is fitted by least
+    squares on training images, and then applied to the bottom-up signal, the top-down signal and their sum.
+
+    Raises:
+        UserError: the model feeds nothing back.
+    """
+    model = checkpoint.model
+    if model.prior is None or not model.vision.reconstructs:
+        raise UserError("--figure reconstruction shows what is fed back, and this model has no feedback with a prior")
+    tokens, pixels = [], []
+    rows = load_split(data_dir, "train")
+    reader = ImageReader(rows, checkpoint.preprocessing)
+    for n in np.linspace(0, len(rows) - 1, num=min(num_images, len(rows)), dtype=int).tolist():
+        _, tensor = reader.read(n, 0)
+        assert tensor is not None
+        tokens.append(_first_input(checkpoint, tensor[None])[0])
+        pixels.append(_to_patches(checkpoint, tensor[None])[0])
+    decoder = _fit(torch.cat(tokens), torch.cat(pixels))
+    picture = as_picture(checkpoint, image)
+    prefix = model.vision.num_prefix_tokens
+    with torch.no_grad():
+        bottom_up = model.vision.encode(picture.tensor)
+        input_ids, mask = _tokens(checkpoint, texts)
+        prior = model.prior(model.text(input_ids, mask), input_ids)
+        top_down = model.vision.first_signal(bottom_up, prior)[:, prefix:]
+    own = bottom_up.embedded[:, prefix:]
+    shown = []
+    for n, text in enumerate(texts):
+        cells = [Cell(picture.shown, title="picture" if n == 0 else "")]
+        for title, signal in (
+            ("bottom-up", own[0]),
+            ("top-down", top_down[n]),
+            ("their sum", own[0] + top_down[n]),
+        ):
+            cells.append(Cell(_to_image(checkpoint, signal, decoder), title=title if n == 0 else ""))
+        shown.append((text, cells))
+    return grid_figure(shown, f"a linear decoder of the first block's input, fitted on {len(tokens)} training images")
+
+
+def _tokens(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    return checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids(texts))
+
+
+def _maps(
+    checkpoint: Checkpoint, picture: Picture, texts: Sequence[str], map_name: str
+) -> tuple[list[np.ndarray], list[str]]:
+    """A map for every text, and the best answer or the ranking score as a line."""
+    output, maps = look(checkpoint.model, picture.tensor, *_tokens(checkpoint, texts), [map_name])
+    answers = checkpoint.preprocessing.answers
+    if answers:
+        best, ids = output.logits.detach().sigmoid().max(dim=1)
+        lines = [f"{answers[i]} {p:.0%}" for i, p in zip(ids.tolist(), best.tolist(), strict=True)]
+    else:
+        scores = checkpoint.model.head.score(output.pooled_features.detach())  # type: ignore[operator]
+        lines = [f"score {score:.2f}" for score in scores.tolist()]
+    return [one.numpy() for one in maps[map_name]], lines
+
+
+@contextmanager
+def _alpha(checkpoint: Checkpoint, alpha: float) -> Iterator[None]:
+    topdown = checkpoint.model.vision.topdown
+    if topdown is None or not hasattr(topdown, "alpha"):
+        raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
+    before = topdown.alpha
+    topdown.alpha = float(alpha)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        topdown.alpha = before
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return scaled
+
+
+@torch.no_grad()
+def _first_input(checkpoint: Checkpoint, tensor: Tensor) -> Tensor:
+    vision = checkpoint.model.vision
+    return vision.encode(tensor).embedded[:, vision.num_prefix_tokens :]
+
+
+def _to_patches(checkpoint: Checkpoint, tensor: Tensor) -> Tensor:
+    """(B, patches, 3 p p), row by row as the tokens are."""
+    side = checkpoint.model.vision.vit.patch_embed.patch_size[0]
+    return torch.nn.functional.unfold(tensor, side, stride=side).transpose(1, 2)
+
+
+def _fit(tokens: Tensor, pixels: Tensor) -> Tensor:
+    """Least squares with an offset: (D + 1, 3 p p)."""
+    ones = torch.ones(len(tokens), 1)
+    solution: Tensor = torch.linalg.lstsq(torch.cat([tokens, ones], dim=1).double(), pixels.double()).solution
+    return solution.float()
+
+
+def _to_image(checkpoint: Checkpoint, tokens: Tensor, decoder: Tensor) -> Image.Image:
+    size = checkpoint.preprocessing.image_size
+    side = checkpoint.model.vision.vit.patch_embed.patch_size[0]
+    patches = torch.cat([tokens, torch.ones(len(tokens), 1)], dim=1) @ decoder
+    tensor = torch.nn.functional.fold(patches.T[None], (size, size), side, stride=side)[0]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (checkpoint.preprocessing.mean, checkpoint.preprocessing.std))
+    pixels = ((tensor * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
