@@ -1,0 +1,526 @@
+"""How much faster vlabs ranks one image with many captions, exactly, than the released arithmetic does.
+
+    python benchmarks/ranking.py                        both sides, interleaved; the last line is JSON with the ratios
+    python benchmarks/ranking.py --table --size small   seconds and hours of whole rankings, exact and shortlist
+    python benchmarks/ranking.py --device cuda          pairs a second in bfloat16, share of the card's peak
+
+Weights, image and captions are random; the captions have lengths as Flickr30K's do. The released arithmetic is the one
+of `released_ranking.py`, in float32. Our time has everything in it: the image's bottom-up pass, the text encoder over
+every caption, second pass and fusion of every pair. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from released_ranking import ReleasedRanking
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.models.absvit import AbSViT
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import RankingHead
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.vlm import VisionLanguageModel, assemble
+from vlabs.ranking.shortlist import shortlist
+from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
+
+CAPTION_LENGTH = 40  # the released code pads captions to this many tokens
+MEAN_LENGTH, SHORTEST = 16, 6
+PARTS = ("text", "bottom-up", "signal", "second pass", "reconstruction", "fusion")
+FLICKR30K = (1000, 5000)  # images and captions of its test split
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of a model: ViT of 16 px patches, RoBERTa, fusion."""
+
+    pixels: int
+    width: int
+    vision_depth: int
+    text_depth: int
+    fusion_depth: int
+    heads: int
+    vocabulary: int
+
+
+SIZES = {
+    "base": Size(224, 768, 12, 12, 6, 12, 50265),
+    "small": Size(224, 384, 12, 6, 6, 6, 50265),
+    "mini": Size(64, 64, 2, 2, 2, 4, 1000),
+}
+ALPHA = {"absvit_released": 5.0, "absvit": 10.0}
+PRIOR_TOKEN = {"absvit_released": "eos", "absvit": "cls"}
+
+
+def make_model(size: str, topdown: str) -> VisionLanguageModel:
+    """A model of that size with random weights, for ranking."""
+    torch.manual_seed(0)
+    s = SIZES[size]
+    variant = ReleasedTopDown if topdown == "absvit_released" else AbSTopDown
+    vision = AbSViT(
+        "vit_base_patch16_224",
+        img_size=s.pixels,
+        topdown=variant(ALPHA[topdown]),
+        embed_dim=s.width,
+        depth=s.vision_depth,
+        num_heads=s.heads,
+    )
+    text = RobertaEncoder(s.vocabulary, s.width, s.text_depth, s.heads, 4 * s.width)
+    fusion = partial(CoAttentionFusion, width=s.width, depth=s.fusion_depth, num_heads=s.heads)
+    return assemble(vision, text, fusion, RankingHead, PRIOR_TOKEN[topdown]).eval()
+
+
+def make_rival(model: VisionLanguageModel, topdown: str) -> ReleasedRanking:
+    """The released arithmetic with the same weights."""
+    return ReleasedRanking(model, ALPHA[topdown], topdown, PRIOR_TOKEN[topdown], CAPTION_LENGTH)
+
+
+def draw_captions(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of captions with special tokens: lengths log-normal around 16 tokens, from 6 to 40."""
+    draw = random.Random(seed)
+    deviation = 0.4
+    centre = math.log(MEAN_LENGTH) - deviation**2 / 2
+    captions = []
+    for _ in range(count):
+        length = min(max(round(draw.lognormvariate(centre, deviation)), SHORTEST), CAPTION_LENGTH)
+        captions.append([0, *(draw.randrange(3, vocabulary) for _ in range(length - 2)), 2])
+    return captions
+
+
+class NumberTexts(Preprocessing):
+    """Preprocessing of "texts" that are token ids written as numbers, so that no tokenizer is needed."""
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[int(number) for number in text.split()] for text in texts]
+
+
+class Ledger:
+    """Seconds and FLOPs of the parts of a computation; a part within a part is counted in the inner one alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops: dict[str, int] = defaultdict(int)
+        self._open: list[str] = []
+        self._time = 0.0
+        self._count = 0
+        self._counter: FlopCounterMode | None = None
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        """Book what a method of this one object takes under `part`."""
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            with self.part(part):
+                return original(*arguments, **options)
+
+        # Not through nn.Module, whose state these are no part of.
+        owner.__dict__[method] = watched
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Book what runs inside under `name`."""
+        self._book()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def _book(self) -> None:
+        now, count = time.perf_counter(), self._counter.get_total_flops() if self._counter else 0
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._time
+            self.flops[self._open[-1]] += count - self._count
+        self._time, self._count = now, count
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count FLOPs too, which takes time: not where seconds are read."""
+        with FlopCounterMode(display=False) as counter:
+            self._counter, self._count = counter, 0
+            yield
+            self._counter = None
+
+    def clear_seconds(self) -> None:
+        """Forget the time of a warm-up."""
+        self.seconds.clear()
+
+
+@dataclass
+class Side:
+    """One of the computations that are compared.
+
+    Attributes:
+        name: as printed.
+        run: gives the scores of the captions, (M,).
+        ledger: where its parts are booked.
+        times: seconds of every repetition.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    ledger: Ledger
+    times: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def our_scores(
+    model: VisionLanguageModel, image: Tensor, captions: list[list[int]], text_batch: int, batch_size: int
+) -> Tensor:
+    """vlabs' scores of one image (1, 3, H, W) with M captions, from pixels and token ids: (M,)."""
+    texts = our_texts(model, captions, text_batch)
+    with torch.inference_mode():
+        bottom_up = model.vision.encode(image)
+    return score_texts(model, bottom_up, texts, torch.arange(len(captions), device=image.device), batch_size)
+
+
+def our_texts(model: VisionLanguageModel, captions: list[list[int]], text_batch: int) -> EncodedTexts:
+    """`encode_texts` of token ids."""
+    preprocessing = NumberTexts(image_size=0, tokenizer="", max_length=CAPTION_LENGTH)
+    return encode_texts(model, preprocessing, [" ".join(map(str, ids)) for ids in captions], text_batch)
+
+
+def our_side(name: str, model: VisionLanguageModel, image: Tensor, captions: list[list[int]], options: Options) -> Side:
+    """Ours, with its parts watched."""
+    ledger = Ledger()
+    ledger.watch(model.text, "forward", "text")
+    ledger.watch(model.vision, "encode", "bottom-up")
+    ledger.watch(model.vision, "attend", "second pass")
+    ledger.watch(model.vision.topdown, "prepare", "signal")
+    ledger.watch(model.vision.topdown, "signal", "signal")
+    ledger.watch(model.fusion, "forward", "fusion")
+    image = image.to(next(model.parameters()).dtype)
+    return Side(
+        name, lambda: our_scores(model, image, captions, options.text_batch_size, options.batch_size), ledger, []
+    )
+
+
+def rival_side(rival: ReleasedRanking, image: Tensor, captions: list[list[int]], options: Options) -> Side:
+    """The released arithmetic, with its parts watched."""
+    ledger = Ledger()
+    for method, part in (
+        ("encode_text", "text"),
+        ("bottom_up", "bottom-up"),
+        ("feedback", "signal"),
+        ("top_down_value", "signal"),
+        ("second_pass", "second pass"),
+        ("reconstruct", "reconstruction"),
+        ("fuse", "fusion"),
+    ):
+        ledger.watch(rival, method, part)
+    return Side("released", lambda: rival.scores(image, captions, options.rival_batch_size), ledger, [])
+
+
+def compare(options: Options) -> dict[str, Any]:
+    """Time the released arithmetic and ours in turn; print where the work and the time go; return the ratios."""
+    size = SIZES[options.size]
+    image = torch.randn(1, 3, size.pixels, size.pixels)
+    captions = draw_captions(options.captions, size.vocabulary)
+    lengths = [len(ids) for ids in captions]
+    print(
+        f"{options.size}, {options.topdown}: 1 image x {len(captions)} captions of {statistics.mean(lengths):.1f} "
+        f"tokens on average ({min(lengths)} to {max(lengths)}), {options.repetitions} repetitions, "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    )
+    sides = [
+        rival_side(make_rival(make_model(options.size, options.topdown), options.topdown), image, captions, options),
+        our_side("ours", make_model(options.size, options.topdown), image, captions, options),
+        our_side("ours bf16", make_model(options.size, options.topdown).bfloat16(), image, captions, options),
+    ]
+    scores = []
+    for side in sides:  # the warm-up
+        with side.ledger.counting():
+            scores.append(side.run())
+        side.ledger.clear_seconds()
+    for _ in range(options.repetitions):
+        for side in sides:
+            started = time.perf_counter()
+            side.run()
+            side.times.append(time.perf_counter() - started)
+    print_parts(sides, len(captions))
+    released, ours, ours_bf16 = sides
+    return {
+        "ratio_float32": round(released.median / ours.median, 3),
+        "ratio_bfloat16": round(released.median / ours_bf16.median, 3),
+        "difference_float32": float((scores[1] - scores[0]).abs().max()),
+        "difference_bfloat16": float((scores[2] - scores[1]).abs().max()),
+        "correlation_bfloat16": float(torch.corrcoef(torch.stack(scores[1:]))[0, 1]),
+        "deviation_of_scores": float(scores[1].std()),
+        "spread_of_times": [round(max(side.times) / min(side.times), 2) for side in sides],
+        "size": options.size,
+        "topdown": options.topdown,
+        "captions": len(captions),
+        "repetitions": options.repetitions,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def print_parts(sides: Sequence[Side], pairs: int) -> None:
+    """Multiply-adds a pair and share of the released time, part by part, and the rate at which each side works."""
+    whole = statistics.mean(sides[0].times)
+    print("\n" + f"{'':16}" + "".join(f"{side.name:>22}" for side in sides))
+    print(f"{'':16}" + f"{'GMAC/pair':>12}{'time':>10}" * len(sides))
+    for part in PARTS:
+        cells = ""
+        for side in sides:
+            seconds = side.ledger.seconds[part] / len(side.times)
+            cells += f"{gmac(side.ledger.flops[part]) / pairs:12.3f}{seconds / whole:10.1%}"
+        print(f"{part:16}{cells}")
+    totals = [sum(side.ledger.flops.values()) for side in sides]
+    print(
+        f"{'all':16}"
+        + "".join(
+            f"{gmac(total) / pairs:12.3f}{statistics.mean(side.times) / whole:10.1%}"
+            for side, total in zip(sides, totals, strict=True)
+        )
+    )
+    print(
+        f"{'GFLOP/s':16}"
+        + "".join(f"{total / side.median / 1e9:22.0f}" for side, total in zip(sides, totals, strict=True))
+    )
+    arithmetic = totals[0] / totals[1]
+    kernels = [totals[n] / sides[n].median / (totals[0] / sides[0].median) for n in (1, 2)]
+    print(
+        f"\nThe times are shares of the released time. Ratio = {arithmetic:.2f} (less arithmetic) "
+        f"x {kernels[0]:.2f} (rate) in float32, x {kernels[1]:.2f} in bfloat16.\n"
+    )
+
+
+def gmac(flops: int) -> float:
+    """FLOPs as 10⁹ multiply-adds."""
+    return flops / 2e9
+
+
+@dataclass
+class Rates:
+    """Seconds that a ranking takes for each thing in it."""
+
+    image: float
+    text: float
+    pair: float
+
+    def hours(self, images: int, texts: int, pairs: int, encodings: int = 1) -> float:
+        """Hours for so many; `encodings` is how often an image is encoded."""
+        return (encodings * images * self.image + texts * self.text + pairs * self.pair) / 3600
+
+
+@torch.inference_mode()
+def rank(
+    model: VisionLanguageModel, images: Tensor, captions: list[list[int]], options: Options, k: int | None = None
+) -> tuple[Rates, float, int]:
+    """Score N images (N, 3, H, W) with M captions: the rates, all seconds, and the pairs that were scored.
+
+    Args:
+        k: score only the shortlist, each image's k best captions and each caption's k best images by the cosine of ξ
+            and the bottom-up [cls]. The images are then encoded a second time, so that only one is held.
+    """
+    synchronize = torch.cuda.synchronize if images.device.type == "cuda" else lambda: None
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        synchronize()
+        marks.append(time.perf_counter())
+
+    texts = our_texts(model, captions, options.text_batch_size)
+    mark()
+    wanted = [np.arange(len(captions))] * len(images)
+    if k is not None:
+        seen = torch.cat([model.vision.encode(image[None]).tokens[:, 0] for image in images])
+        assert texts.prior is not None
+        wanted = shortlist(seen, texts.prior, k)
+    mark()
+    encoding = 0.0
+    for image, chosen in zip(images, wanted, strict=True):
+        started = time.perf_counter()
+        bottom_up = model.vision.encode(image[None])
+        synchronize()
+        encoding += time.perf_counter() - started
+        score_texts(model, bottom_up, texts, torch.from_numpy(chosen).to(image.device), options.batch_size)
+    mark()
+    pairs = sum(map(len, wanted))
+    rates = Rates(
+        encoding / len(images), (marks[1] - marks[0]) / len(captions), (marks[3] - marks[2] - encoding) / pairs
+    )
+    return rates, marks[3] - marks[0], pairs
+
+
+def table(options: Options) -> dict[str, Any]:
+    """Print seconds of whole rankings, and what their rates give for Flickr30K's 1,000 images and 5,000 captions."""
+    model = make_model(options.size, options.topdown).to(options.torch_dtype)
+    size = SIZES[options.size]
+    images, captions = FLICKR30K
+    at_most = min(images * captions, (images + captions) * options.k)
+    print(
+        f"{options.size}, {options.topdown}, {options.dtype}, k = {options.k}, on this machine's {os.cpu_count()} CPU "
+        f"cores ({torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f})\n"
+        f"hours: {images:,} images x {captions:,} captions at the row's rates, all {images * captions:,} pairs or at "
+        f"most {at_most:,} of a shortlist\n"
+    )
+    print(
+        f"{'size':>10}{'exact s':>10}{'pairs':>8}{'shortlist s':>13}{'pairs':>8}{'s/image':>10}{'s/text':>10}"
+        f"{'s/pair':>10}{'exact h':>10}{'shortlist h':>13}"
+    )
+    rows = []
+    for index, (n, m) in enumerate(options.sizes):
+        pictures = torch.randn(n, 3, size.pixels, size.pixels, dtype=options.torch_dtype)
+        drawn = draw_captions(m, size.vocabulary)
+        if index == 0:
+            rank(model, pictures[:1], drawn[: options.batch_size], options)  # the warm-up
+        rates, exact, pairs = rank(model, pictures, drawn, options)
+        _, short, kept = rank(model, pictures, drawn, options, options.k)
+        hours = rates.hours(images, captions, images * captions), rates.hours(images, captions, at_most, encodings=2)
+        print(
+            f"{f'{n}x{m}':>10}{exact:10.2f}{pairs:8}{short:13.2f}{kept:8}{rates.image:10.4f}{rates.text:10.4f}"
+            f"{rates.pair:10.4f}{hours[0]:10.1f}{hours[1]:13.2f}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "images": n,
+                "captions": m,
+                "exact_s": exact,
+                "shortlist_s": short,
+                "exact_h": hours[0],
+                "shortlist_h": hours[1],
+            }
+        )
+    return {"table": rows, "cpu_cores": os.cpu_count(), "size": options.size, "dtype": options.dtype, "k": options.k}
+
+
+def throughput(options: Options, device: torch.device) -> dict[str, Any]:
+    """Pairs a second over at least `options.pairs` pairs, the share of the peak, and minutes for Flickr30K's test."""
+    model = make_model(options.size, options.topdown).to(device, options.torch_dtype)
+    size = SIZES[options.size]
+    captions = draw_captions(min(FLICKR30K[1], options.pairs), size.vocabulary)
+    count = -(-options.pairs // len(captions))
+    images = torch.randn(count, 3, size.pixels, size.pixels, dtype=options.torch_dtype, device=device)
+    with FlopCounterMode(display=False) as counter:  # the warm-up: every length that comes has been seen
+        rank(model, images[:1], captions, options)
+    rates, _, pairs = rank(model, images, captions, options)
+    # Every image after the first costs the same; its texts are encoded once for all.
+    with FlopCounterMode(display=False) as text_counter:
+        our_texts(model, captions, options.text_batch_size)
+    per_pair = (counter.get_total_flops() - text_counter.get_total_flops()) / len(captions)
+    seconds_a_pair = rates.pair + rates.image / len(captions)
+    flops = per_pair / seconds_a_pair
+    minutes = 60 * rates.hours(*FLICKR30K, FLICKR30K[0] * FLICKR30K[1])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"{name}: {options.size}, {options.topdown}, {options.dtype}, {pairs:,} pairs, {len(captions):,} texts an image"
+    )
+    print(f"{1 / seconds_a_pair:,.0f} pairs/s at {gmac(per_pair):.1f} GMAC a pair: {flops / 1e12:.2f} TFLOP/s")
+    print(f"{flops / 1e12 / options.peak_tflops:.1%} of {options.peak_tflops:g} TFLOP/s")
+    print(f"{minutes:.1f} minutes for {FLICKR30K[0]:,} images x {FLICKR30K[1]:,} captions")
+    return {
+        "device": name,
+        "pairs": pairs,
+        "pairs_per_second": 1 / seconds_a_pair,
+        "tflops": flops / 1e12,
+        "share_of_peak": flops / 1e12 / options.peak_tflops,
+        "minutes_1000x5000": minutes,
+        "size": options.size,
+        "topdown": options.topdown,
+        "dtype": options.dtype,
+    }
+
+
+@dataclass
+class Options:
+    """The command line, see `parse`."""
+
+    size: str
+    topdown: str
+    captions: int
+    repetitions: int
+    threads: int | None
+    batch_size: int
+    text_batch_size: int
+    rival_batch_size: int
+    table: bool
+    sizes: list[tuple[int, int]]
+    k: int
+    dtype: str
+    device: str
+    pairs: int
+    peak_tflops: float
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="base", help="base: ViT-B/16 at 224 px, RoBERTa-base, 6 fusion layers")
+    add("--topdown", choices=ALPHA, default="absvit_released", help="modulation of both sides")
+    add("--captions", type=int, default=32, help="captions of the one image")
+    add("--repetitions", type=int, default=5)
+    add("--threads", type=int, help="of torch; its own choice if not given")
+    add("--batch-size", type=int, help="our pairs at a time (default 8, on a GPU 256)")
+    add("--text-batch-size", type=int, help="our texts at a time (default 16, on a GPU 256)")
+    add("--rival-batch-size", type=int, default=16, help="the released side's pairs at a time")
+    add("--table", action="store_true", help="seconds of whole rankings instead, exact and shortlist")
+    sizes = [(1, 32), (2, 64), (4, 64), (8, 128)]
+    add("--sizes", nargs="+", type=images_by_captions, default=sizes, help="of --table, e.g. 1x32 8x128")
+    add("--k", type=int, default=32, help="of --table: length of the shortlist")
+    add("--dtype", choices=["float32", "bfloat16"], help="of --table (default float32) and --device cuda (bfloat16)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: pairs a second instead")
+    add("--pairs", type=int, default=50_000, help="of --device cuda: at least so many")
+    add("--peak-tflops", type=float, default=989.0, help="of --device cuda: dense bfloat16 peak (989: H100)")
+    options = Options(**vars(parser.parse_args(arguments)))
+    cuda = options.device == "cuda"
+    if cuda and options.table:
+        parser.error("--table is of the CPU")
+    options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
+    options.batch_size = options.batch_size or (256 if cuda else 8)
+    options.text_batch_size = options.text_batch_size or (256 if cuda else 16)
+    return options
+
+
+def images_by_captions(text: str) -> tuple[int, int]:
+    """Read `8x128`."""
+    images, captions = text.split("x")
+    return int(images), int(captions)
+
+
+def main() -> None:
+    options = parse()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        result = throughput(options, torch.device("cuda"))
+    elif options.table:
+        result = table(options)
+    else:
+        result = compare(options)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The benchmarks' rival computes what vlabs computes, and their command lines run and end in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_ranking import random_model
+
+from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.released import ReleasedVLM, load_released
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(BENCHMARKS))
+
+import ranking  # type: ignore[import-not-found]  # noqa: E402
+from released_ranking import ReleasedRanking  # type: ignore[import-not-found]  # noqa: E402
+
+
+@pytest.mark.parametrize("prior_token", ["eos", "cls"])
+@pytest.mark.parametrize("topdown", ["absvit_released", "absvit"])
+@torch.no_grad()
+def test_the_released_arithmetic_gives_our_scores(topdown: str, prior_token: str) -> None:
+    variant = ReleasedTopDown() if topdown == "absvit_released" else AbSTopDown()
+    model = random_model(variant, prior_token)
+    image, captions = torch.randn(1, 3, 32, 32), ranking.draw_captions(7, 400)
+    rival = ReleasedRanking(model, variant.alpha, topdown, prior_token)
+    ours = ranking.our_scores(model, image, captions, text_batch=3, batch_size=2)
+    assert ours.std() > 0.01
+    torch.testing.assert_close(rival.scores(image, captions, batch_size=4), ours, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_released_arithmetic_computes_the_reconstruction_loss() -> None:
+    model = random_model(AbSTopDown(), "cls")
+    rival = ReleasedRanking(model, 10.0, "absvit", "cls")
+    images = torch.randn(4, 3, 32, 32)
+    ids, mask = rival.pad(ranking.draw_captions(4, 400))
+    rival.pairs(images, ids, mask)
+    plain = model(images, ids, mask.long(), reconstruct=True)
+    torch.testing.assert_close(rival.reconstruction, plain.losses["reconstruction"])
+
+
+@torch.no_grad()
+def test_the_released_arithmetic_gives_the_released_numbers() -> None:
+    numbers = safetensors.torch.load_file(GOLDEN / "meter_absvit_irtr.safetensors")
+    state = {name.removeprefix("state/"): value for name, value in numbers.items() if name.startswith("state/")}
+    released = load_released(state, task="retrieval", vision_heads=3, text_heads=3, fusion_heads=3)
+    assert isinstance(released, ReleasedVLM)
+    rival = ReleasedRanking(released.model, 5.0)
+    scores = rival.pairs(numbers["input/image"], numbers["input/text_ids"], numbers["input/text_masks"].bool())
+    torch.testing.assert_close(scores, numbers["out/rank_score"].reshape(-1), atol=5e-6, rtol=0)
+
+
+def test_the_last_line_is_json_with_both_ratios() -> None:
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "ranking.py"), "--size", "mini", "--repetitions", "2", "--captions", "5"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    assert numbers["ratio_float32"] > 0
+    assert numbers["ratio_bfloat16"] > 0
+    assert numbers["difference_float32"] < 1e-5
+
+
+def test_the_parts_of_both_sides_are_all_their_work(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ranking.parse(["--size", "mini", "--repetitions", "1", "--captions", "5", "--topdown", "absvit"])
+    assert ranking.compare(options)["difference_float32"] < 1e-5
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    for side in range(3):
+        macs = [float(rows[part][2 * side]) for part in (*ranking.PARTS, "all")]
+        assert sum(macs[:-1]) == pytest.approx(macs[-1], abs=0.005)
+
+
+def test_the_table_says_which_machine_its_seconds_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ranking.table(ranking.parse(["--size", "mini", "--table", "--sizes", "1x6", "3x8", "--k", "2"]))
+    assert "CPU cores" in capsys.readouterr().out
+    assert [(row["images"], row["captions"]) for row in result["table"]] == [(1, 6), (3, 8)]
+
+
+def test_the_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> None:
+    options = ranking.parse(["--size", "mini", "--pairs", "9", "--batch-size", "4"])
+    result = ranking.throughput(options, torch.device("cpu"))
+    assert result["pairs"] >= 9
+    assert 0 < result["share_of_peak"] < 1
+
+
+def test_work_within_work_is_booked_once() -> None:
+    ledger = ranking.Ledger()
+    matrix = torch.ones(4, 4)
+    with ledger.counting(), ledger.part("outer"):
+        matrix @ matrix
+        with ledger.part("inner"):
+            matrix @ matrix @ matrix
+    assert ledger.flops == {"outer": 2 * 4**3, "inner": 4 * 4**3}
+    assert set(ledger.seconds) == {"outer", "inner"}
