@@ -22,11 +22,20 @@ from vlabs.predictor import load_any
 
 
 def run(config: DictConfig) -> None:
-    """Load the checkpoint and measure it."""
-    out_dir = Path(HydraConfig.get().runtime.output_dir)
+    """One evaluation, as Hydra calls it."""
+    hydra = HydraConfig.get()
+    evaluate_checkpoint(config, hydra.runtime.choices.task, Path(hydra.runtime.output_dir))
+
+
+def evaluate_checkpoint(config: DictConfig, task: str, out_dir: Path) -> dict[str, Any]:
+    """Load a checkpoint, measure it, write what comes out to a folder, and return the metrics.
+
+    Args:
+        config: of `vlabs.evaluate`.
+        task: `vqa`, `retrieval` or `grounding`.
+    """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
-    task = HydraConfig.get().runtime.choices.task
     checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, task=task)
     evaluate = instantiate(config.task)
     metrics: dict[str, Any] = evaluate(
@@ -41,6 +50,7 @@ def run(config: DictConfig) -> None:
             for figure in sorted((out_dir / "figures").glob("*.png")):
                 logger.log_image(f"{config.split}/{figure.stem}", [str(figure)])
         logger.finalize("success")
+    return metrics
 
 
 def _data_dir(config: DictConfig, checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_SHOWN = ("best/val/vqa_accuracy", "fit_seconds", "parameters")
+_SHOWN = ("fit_seconds", "parameters")
 
 
 def write_table(sweep_dir: Path) -> str:
@@ -20,6 +20,7 @@ def write_table(sweep_dir: Path) -> str:
         summary = json.loads(path.read_text())
         row: dict[str, Any] = {"run": path.parent.name, "status": summary["status"]}
         row |= dict(item.lstrip("+").split("=", 1) for item in summary["overrides"] if "=" in item)
+        row |= {key: value for key, value in summary.items() if key.startswith("best/")}
         row |= {key: summary.get(key) for key in _SHOWN}
         row["error"] = summary.get("error", "")
         rows.append(row)

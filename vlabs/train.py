@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import wandb
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -77,6 +79,8 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.init is not None and config.init_by:
+        _make_start(Path(config.init), list(config.init_by))
     data = instantiate(config.data)
     if config.init is not None and config.data.get("tokenizer") is None:
         # The text encoder's weights mean something for its own tokens only.
@@ -141,6 +145,23 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "metrics": metrics,
         "checkpoint": best.best_model_path or last.best_model_path or None,
     }
+
+
+def _make_start(folder: Path, overrides: list[str]) -> None:
+    """Train the run that this one starts from, unless it is finished; processes of one machine wait for each other.
+
+    Raises:
+        UserError: its training failed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        summary = folder / "summary.json"
+        if summary.is_file() and json.loads(summary.read_text())["status"] == "done":
+            return
+        say(f"init: {folder} is not there yet, so it is trained first: {' '.join(overrides)}")
+        command = [sys.executable, "-m", "vlabs.train", *overrides, f"hydra.run.dir={folder}"]
+        if subprocess.run(command).returncode:
+            raise UserError(f"init={folder}: its training (init_by) failed, see above")
 
 
 def _checkpoints(run_dir: Path, monitor: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:

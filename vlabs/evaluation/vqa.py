@@ -82,7 +82,13 @@ def report(
         "per_answer_type": accuracy["per_answer_type"],
         "per_question_type": accuracy["per_question_type"],
     }
-    return [write_json(out_dir / "metrics.json", metrics), write_json(out_dir / "results.json", results)], metrics
+    per_question = {str(question_id): value for question_id, value in accuracy["per_question"].items()}
+    paths = [
+        write_json(out_dir / "metrics.json", metrics),
+        write_json(out_dir / "results.json", results),
+        write_json(out_dir / "per_question.json", per_question),
+    ]
+    return paths, metrics
 
 
 def _annotations(rows: datasets.Dataset) -> list[dict[str, Any]] | None:

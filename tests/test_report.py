@@ -1,0 +1,72 @@
+"""A sweep from one shared start, and the page about it."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, command
+
+from vlabs.report import build_report, read_runs
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_options, tiny_data, tmp_path_factory):
+    """Two variants, two seeds of one of them, all started from a run that the sweep trains first."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    start = [o for o in tiny_options if not o.startswith("trainer.max_epochs")] + ["trainer.max_epochs=1", "logger=csv"]
+    quoted = ",".join(f"'{option}'" for option in [*start, "model/topdown=none"])
+    options = [o for o in start if not o.startswith("task=")]
+    result = command(
+        "vlabs.train", "-m", *options, "model/topdown=none,film", "seed=0,1", "init=start", f"init_by=[{quoted}]",
+        "hydra.sweep.dir=sweep", cwd=cwd,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return cwd, result
+
+
+def test_the_common_start_is_trained_once(sweep):
+    cwd, result = sweep
+    assert result.stdout.count("is not there yet, so it is trained first") == 1
+    assert json.loads((cwd / "start/summary.json").read_text())["status"] == "done"
+    assert (
+        result.stdout.count(f"parameters loaded from {cwd / 'start'}")
+        + result.stdout.count("parameters loaded from start")
+        == 4
+    )
+
+
+def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
+    cwd, _ = sweep
+    instances = tiny_data.parent / "raw/annotations.zip"
+    files = build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20, instances)
+    text = (cwd / "report/report.md").read_text()
+    assert {file.name for file in files} == {"report.md", "report.html", "attention.png"}
+    runs = read_runs(cwd / "sweep")
+    assert {run.variant for run in runs} == {"model/topdown=none", "model/topdown=film"}
+    found = [
+        json.loads((run.path / "evaluation/val/metrics.json").read_text())["overall"]
+        for run in runs
+        if "film" in run.variant
+    ]
+    row = next(line for line in text.splitlines() if line.startswith("| model/topdown=film | 2 |"))
+    assert f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}" in row
+    for part in (
+        "distractors",
+        "systematic",
+        "productive",
+        "Grounding",
+        "Against model/topdown=none",
+        "vlabs.train -m",
+    ):
+        assert part in text
+
+
+def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):
+    cwd, _ = sweep
+    build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20)
+    monkeypatch.setattr("vlabs.report.evaluate_checkpoint", lambda *_: pytest.fail("evaluated again"))
+    build_report(cwd / "sweep", cwd / "again", "model/topdown=none", 20)
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path):
+    assert_one_line_error(command("vlabs.report", tmp_path, cwd=tmp_path), "holds no finished run")

@@ -1,0 +1,302 @@
+"""One page about a sweep: what every variant is worth, how sure that is, and what it costs.
+
+python -m vlabs.report outputs/sweeps/DATE
+
+Every run is evaluated on the splits that its data has, and for grounding; what is there already is not done again, so
+a report that was stopped goes on. Runs that differ in their seed alone are one row, mean ± standard deviation; each
+variant is compared with the baseline by a paired bootstrap over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import html
+import io
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from vlabs.attention.figures import save_figure
+from vlabs.attention.pictures import checkpoints_figure
+from vlabs.checkpoint import load_checkpoint
+from vlabs.config import config_dir
+from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.preprocessing import decode_image
+from vlabs.errors import UserError, run_cli
+from vlabs.evaluate import evaluate_checkpoint
+from vlabs.metrics.bootstrap import paired_bootstrap
+
+SPLITS = ("val", "distractors", "systematic", "productive")
+GROUNDING_MAPS = ("norm", "rollout", "fusion")
+
+
+@dataclass
+class Run:
+    """A finished run of a sweep.
+
+    Attributes:
+        path: its folder.
+        variant: the overrides in which it differs from other runs, without the seed, or `default`.
+        summary: of summary.json.
+        data_dir: the prepared folder that it was trained on.
+    """
+
+    path: Path
+    variant: str
+    summary: dict[str, Any]
+    data_dir: str
+
+
+def read_runs(sweep: Path) -> list[Run]:
+    """The finished runs of a sweep, by name.
+
+    Raises:
+        UserError: there is no such folder, or no finished run in it.
+    """
+    if not sweep.is_dir():
+        raise UserError(f"{sweep}: there is no such folder")
+    runs = []
+    for folder in sorted(sweep.iterdir(), key=lambda path: (len(path.name), path.name)):
+        if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
+            continue
+        summary = json.loads((folder / "summary.json").read_text())
+        if summary.get("status") != "done":
+            print(f"left out: {folder} ({summary.get('status')}: {summary.get('error', '')})", file=sys.stderr)
+            continue
+        config = OmegaConf.load(folder / "config.yaml")
+        runs.append(Run(folder, "", summary, str(config.data.dir)))  # type: ignore[union-attr]
+    if not runs:
+        raise UserError(f"{sweep} holds no finished run (a folder with config.yaml and summary.json)")
+    common = set.intersection(*(set(run.summary["overrides"]) for run in runs))
+    for run in runs:
+        own = [item for item in run.summary["overrides"] if item not in common and not item.startswith("seed=")]
+        run.variant = " ".join(own) or "default"
+    return runs
+
+
+def evaluate_run(run: Run, splits: Sequence[str], instances: Path | None, num_texts: int) -> None:
+    """Evaluate a run where that was not done yet, as `vlabs.evaluate` would."""
+    wanted = {split: [f"split={split}"] for split in splits}
+    if instances is not None:
+        wanted["grounding"] = [
+            "task=grounding", "split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'",
+            f"task.maps=[{','.join(GROUNDING_MAPS)}]",
+        ]  # fmt: skip
+    for name, options in wanted.items():
+        out = run.path / "evaluation" / name
+        if (out / "metrics.json").is_file():
+            continue
+        fixed = [f"ckpt='{run.path}'", f"data.dir='{run.data_dir}'", "data.num_workers=0"]
+        with initialize_config_dir(str(Path(config_dir()) / "evaluation"), version_base="1.3"):
+            composed = compose(
+                "evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"], return_hydra_config=True
+            )
+        task = composed.hydra.runtime.choices.task
+        config = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluate_checkpoint(config, task, out)
+
+
+def build_report(
+    sweep: Path, out: Path, baseline: str, num_texts: int = 500, instances: Path | None = None
+) -> list[Path]:
+    """Evaluate what is missing, and write report.md, report.html and the figures.
+
+    Args:
+        sweep: the sweep's folder.
+        out: where the report goes.
+        baseline: what the variants are compared with: a part of its overrides.
+        num_texts: questions that grounding is measured on.
+        instances: COCO's instances of the corpus; `annotations.zip` of the raw corpus beside the data if not given.
+            Without either there is nothing about grounding.
+
+    Returns:
+        The files.
+    """
+    runs = read_runs(sweep)
+    splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
+    beside = Path(f"{runs[0].data_dir}-raw") / "annotations.zip"
+    instances = instances or (beside if beside.is_file() else None)
+    for run in tqdm(runs, desc="evaluating", unit="run"):
+        evaluate_run(run, splits, instances, num_texts)
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.variant].append(run)
+    base = next((name for name in groups if baseline in name), None)
+    sections = [_accuracy(groups, splits)]
+    sections.append(_by_type(groups, "val"))
+    if instances is not None:
+        sections.append(_grounding(groups))
+    if base is not None:
+        sections.append(_against(groups, base, splits))
+    sections.append(_cost(groups))
+    out.mkdir(parents=True, exist_ok=True)
+    figure = _figure(groups, out / "attention.png")
+    commands = list(dict.fromkeys(run.summary["command"] for run in runs))
+    files = [out / "report.md", out / "report.html"]
+    title = f"{sweep.name}: {len(runs)} runs, {len(groups)} variants"
+    _write(files[0], _markdown(title, sections, figure.name, commands))
+    _write(files[1], _html(title, sections, figure.name, commands))
+    return [*files, figure]
+
+
+@dataclass
+class Section:
+    """A table: title, what it says, header and rows."""
+
+    title: str
+    text: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _metrics(run: Run, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run.path / "evaluation" / name / "metrics.json").read_text())
+    return content
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _accuracy(groups: dict[str, list[Run]], splits: Sequence[str]) -> Section:
+    rows = []
+    for name, runs in groups.items():
+        cells = [_mean([_metrics(run, split)["overall"] for run in runs]) for split in splits]
+        rows.append([name, str(len(runs)), *cells])
+    text = "Official VQA accuracy in percent, mean ± standard deviation over seeds."
+    return Section("Accuracy", text, ["variant", "seeds", *splits], rows)
+
+
+def _by_type(groups: dict[str, list[Run]], split: str) -> Section:
+    first = next(iter(groups.values()))[0]
+    types = list(_metrics(first, split)["per_question_type"])
+    rows = [
+        [name, *[_mean([_metrics(run, split)["per_question_type"][kind] for run in runs]) for kind in types]]
+        for name, runs in groups.items()
+    ]
+    return Section(f"Accuracy by question type ({split})", "In percent.", ["variant", *types], rows)
+
+
+def _grounding(groups: dict[str, list[Run]]) -> Section:
+    header = ["variant", *[f"{name} {measure}" for name in GROUNDING_MAPS for measure in ("energy", "pointing", "ap")]]
+    rows = []
+    for name, runs in groups.items():
+        found = [_metrics(run, "grounding") for run in runs]
+        rows.append([name, *[_mean([one[column.replace(" ", "/")] for one in found]) for column in header[1:]]])
+    area = _metrics(next(iter(groups.values()))[0], "grounding")["area"]
+    text = f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores {area:.1f}."
+    return Section("Grounding (val)", text, header, rows)
+
+
+def _against(groups: dict[str, list[Run]], base: str, splits: Sequence[str]) -> Section:
+    rows = []
+    for name, runs in groups.items():
+        if name == base:
+            continue
+        cells = []
+        for split in splits:
+            ours, theirs = (_per_question(group, split) for group in (runs, groups[base]))
+            asked = sorted(ours.keys() & theirs.keys())
+            interval = paired_bootstrap([ours[q] for q in asked], [theirs[q] for q in asked])
+            sure = "" if interval.low <= 0 <= interval.high else " *"
+            cells.append(f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]{sure}")
+        rows.append([name, *cells])
+    text = (
+        "Difference of accuracy in points, with its 95% interval by a paired bootstrap over questions (seeds averaged"
+        " first); * marks intervals without 0. It says nothing of the spread between seeds, which is above."
+    )
+    return Section(f"Against {base}", text, ["variant", *splits], rows)
+
+
+def _per_question(runs: Sequence[Run], split: str) -> dict[str, float]:
+    found = [json.loads((run.path / "evaluation" / split / "per_question.json").read_text()) for run in runs]
+    return {question: float(np.mean([one[question] for one in found])) for question in found[0]}
+
+
+def _cost(groups: dict[str, list[Run]]) -> Section:
+    rows = [
+        [
+            name,
+            f"{runs[0].summary['parameters'] / 1e6:.2f}",
+            _mean([run.summary["fit_seconds"] / 60 for run in runs]),
+        ]
+        for name, runs in groups.items()
+    ]
+    text = "Minutes of training on the machine of the sweep: to be compared only if nothing else ran beside it."
+    return Section("Cost", text, ["variant", "million parameters", "minutes"], rows)
+
+
+def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
+    """The first validation image that has two questions, as the first run of every variant sees it."""
+    named = [(name, load_checkpoint(runs[0].path)) for name, runs in groups.items()]
+    row = next(row for row in load_split(next(iter(groups.values()))[0].data_dir, "val") if len(row["question"]) > 1)
+    image = decode_image(row["image"], f"image {row['image_id']}")
+    return save_figure(checkpoints_figure(named, image, row["question"][:2], "norm"), path)
+
+
+def _markdown(title: str, sections: Sequence[Section], figure: str, commands: Sequence[str]) -> str:
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", "", section.text, ""]
+        lines.append("| " + " | ".join(section.header) + " |")
+        lines.append("| " + " | ".join("---" for _ in section.header) + " |")
+        lines += ["| " + " | ".join(row) + " |" for row in section.rows]
+        lines.append("")
+    lines += ["## Where they look", "", f"![norm of the output tokens]({figure})", "", "## Commands", "", "```"]
+    return "\n".join([*lines, *commands, "```", ""])
+
+
+def _html(title: str, sections: Sequence[Section], figure: str, commands: Sequence[str]) -> str:
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+        "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child"
+        "{text-align:left}img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1em}"
+    )
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p><table>")
+        for tag, row in [("th", section.header), *[("td", row) for row in section.rows]]:
+            parts.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
+        parts.append("</table>")
+    parts.append(f"<h2>Where they look</h2><img src='{figure}' alt='norm of the output tokens'>")
+    parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
+    return "\n".join(parts) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    """Entry point of `python -m vlabs.report`."""
+    parser = argparse.ArgumentParser(prog="python -m vlabs.report", description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path, help="folder of a sweep of VQA runs")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: SWEEP/report)")
+    parser.add_argument("--baseline", default="model/topdown=none", help="what to compare with (default %(default)s)")
+    parser.add_argument("--grounding-texts", type=int, default=500, help="questions measured (default %(default)s)")
+    parser.add_argument("--instances", type=Path, help="COCO's instances (default: annotations.zip of DATA-raw)")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.sweep / "report"
+    for path in build_report(arguments.sweep, out, arguments.baseline, arguments.grounding_texts, arguments.instances):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)
