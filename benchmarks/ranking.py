@@ -484,7 +484,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--threads", type=int, help="of torch; its own choice if not given")
     add("--batch-size", type=int, help="our pairs at a time (default 8, on a GPU 256)")
     add("--text-batch-size", type=int, help="our texts at a time (default 16, on a GPU 256)")
-    add("--rival-batch-size", type=int, default=4, help="the released side's pairs at a time")
+    add("--rival-batch-size", type=int, default=16, help="the released side's pairs at a time")
     add("--table", action="store_true", help="seconds of whole rankings instead, exact and shortlist")
     sizes = [(1, 32), (2, 64), (4, 64), (8, 128)]
     add("--sizes", nargs="+", type=images_by_captions, default=sizes, help="of --table, e.g. 1x32 8x128")
