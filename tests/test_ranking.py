@@ -91,6 +91,15 @@ def test_zero_shot_score_is_the_logit_of_matching(preprocessing: Preprocessing) 
     torch.testing.assert_close(scores, matching[:, 1], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_scores_in_bfloat16_are_not_rounded_to_bfloat16(preprocessing: Preprocessing) -> None:
+    model = random_model(AbSTopDown(), "cls").bfloat16()
+    texts = encode_texts(model, preprocessing, CAPTIONS)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
+    scores = score_texts(model, model.vision.encode(image), texts, torch.arange(len(CAPTIONS)))
+    assert (scores != scores.bfloat16().float()).any()
+
+
 def test_fine_tuning_starts_from_the_matching_heads_positive_row() -> None:
     head = RankingHead(8)
     head.start_from_matching()

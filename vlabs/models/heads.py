@@ -71,8 +71,8 @@ class RankingHead(nn.Module):
         return score
 
     def score(self, pooled: Tensor) -> Tensor:
-        """What pairs are ranked by, (n,)."""
-        return self(pooled)
+        """What pairs are ranked by, (n,), in float32 whatever the precision of the rest."""
+        return _in_float32(self.rank, 0, pooled)
 
     @torch.no_grad()
     def start_from_matching(self) -> None:
@@ -108,10 +108,19 @@ class PretrainHead(nn.Module):
         return logits
 
     def score(self, pooled: Tensor) -> Tensor:
-        """What pairs are ranked by without fine-tuning, (n,): the logit of "they match" (METER's zero-shot)."""
-        return self(pooled)[:, 1]
+        """What pairs are ranked by without fine-tuning, (n,): the logit of "they match" (METER's zero-shot).
+
+        In float32 whatever the precision of the rest.
+        """
+        return _in_float32(self.match, 1, pooled)
 
     def token_logits(self, text_features: Tensor) -> Tensor:
         """Logits of the vocabulary (m, vocabulary) of the fused states (m, D) of masked tokens."""
         logits: Tensor = self.mlm(text_features)
         return logits
+
+
+def _in_float32(layer: nn.Linear, row: int, pooled: Tensor) -> Tensor:
+    """One output of a linear layer: in bfloat16, thousands of pairs would have the same score."""
+    with torch.autocast(pooled.device.type, enabled=False):
+        return pooled.float() @ layer.weight[row].float() + layer.bias[row].float()
