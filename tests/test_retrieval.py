@@ -375,6 +375,8 @@ def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions
     [
         (["task=pretrain", "data=scenes", "data.dir=VQA"], ["task=pretrain", "captions", "data.dir"]),
         (["task=vqa", "data=scenes_captions", "data.dir=CAPTIONS"], ["task=vqa", "questions", "data=scenes, vqav2"]),
+        (["task=pretrain", "task.mlm_probability=2"], ["task.mlm_probability=2", "share of the tokens"]),
+        (["task=retrieval", "task.num_false=0"], ["task.num_false=0", "at least 1"]),
         (["task=pretrain", "task.negatives=random"], ["task.negatives=random", "dataset, batch, hard"]),
         (["task=pretrain", "task.negatives=hard", "model/topdown=none"], ["task.negatives=hard", "model/topdown"]),
     ],

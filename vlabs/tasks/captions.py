@@ -47,6 +47,10 @@ class CaptionTask(VisionLanguageTask):
             raise UserError(f"task.negatives={negatives}: choose one of {', '.join(NEGATIVES)}")
         if negatives == "hard" and self.model.prior is None:
             raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
+        if not isinstance(ranking_images, int) or ranking_images < 0:
+            raise UserError(f"task.ranking_images={ranking_images} must be a whole number, at least 0")
+        if not isinstance(hard_temperature, int | float) or hard_temperature <= 0:
+            raise UserError(f"task.hard_temperature={hard_temperature} must be a number above 0")
         self.negatives = negatives
         self.hard_temperature = hard_temperature
         self.ranking_images = ranking_images

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch
+from vlabs.errors import UserError
 from vlabs.models.heads import PretrainHead
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.masking import IGNORED, TokenMasker
@@ -33,6 +34,8 @@ class PretrainTask(CaptionTask):
     def __init__(self, *args: Any, mlm_probability: float = 0.15, whole_words: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self.model.head, PretrainHead)
+        if not isinstance(mlm_probability, int | float) or not 0 < mlm_probability < 1:
+            raise UserError(f"task.mlm_probability={mlm_probability} must be a share of the tokens, in (0, 1)")
         self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
 
     def setup(self, stage: str) -> None:

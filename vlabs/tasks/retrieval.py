@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch
+from vlabs.errors import UserError
 from vlabs.models.heads import RankingHead
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.negatives import draw_false, gather_captions
@@ -28,6 +29,8 @@ class RetrievalTask(CaptionTask):
     def __init__(self, *args: Any, num_false: int = 15, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self.model.head, RankingHead)
+        if not isinstance(num_false, int) or num_false < 1:
+            raise UserError(f"task.num_false={num_false} must be a whole number, at least 1")
         self.num_false = num_false
         self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
 
