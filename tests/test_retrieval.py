@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -15,11 +16,15 @@ from vlabs.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
+from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
+from vlabs.models.prior import PriorLoss
 from vlabs.ranking.scores import ScoreMatrix
-from vlabs.ranking.shortlist import shortlist
+from vlabs.ranking.shortlist import best_both_ways, share_kept, shortlist
 from vlabs.tasks.masking import IGNORED, TokenMasker
 from vlabs.tasks.negatives import draw_false
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.pretrain import PretrainTask
 
 QUICK = ["data.num_workers=0", "trainer.enable_progress_bar=false"]
 
@@ -213,6 +218,64 @@ def test_the_shortlist_is_the_union_of_both_directions_best():
         assert [part.tolist() for part in found] == [row.nonzero()[:, 0].tolist() for row in wanted]
 
 
+def test_the_best_of_rows_and_columns_equal_a_sort_however_the_matrix_is_cut():
+    matrix = torch.randn(13, 21, generator=torch.Generator().manual_seed(0))
+    for at_once in (1, 5, 13):
+        columns, rows = best_both_ways(matrix.split(at_once), 4)
+        assert torch.equal(columns, matrix.argsort(dim=1, descending=True)[:, :4])
+        assert torch.equal(rows, matrix.argsort(dim=0, descending=True)[:4])
+
+
+def test_what_a_shortlist_kept_equals_a_plain_count():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=(15, 40)).astype(np.float32)
+    chosen = rng.random(exact.shape) < 0.3
+    kept = share_kept([np.flatnonzero(row) for row in chosen], exact, k=4, images_at_once=6)
+    texts = [chosen[n, c] for n in range(15) for c in np.argsort(-exact[n])[:4]]
+    images = [chosen[n, c] for c in range(40) for n in np.argsort(-exact[:, c])[:4]]
+    assert kept == {"texts": pytest.approx(100 * np.mean(texts)), "images": pytest.approx(100 * np.mean(images))}
+
+
+def test_pairs_without_a_score_come_after_all_others_in_the_order_of_their_similarity():
+    torch.manual_seed(0)
+    seen, prior = torch.randn(4, 5), torch.randn(9, 5)
+    scores = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    unknown = np.random.default_rng(1).random(scores.shape) < 0.5
+    filled = FilledScores(np.where(unknown, np.nan, scores), seen, prior)
+    whole = np.stack([filled[n] for n in range(4)])
+    assert (whole[~unknown] == scores[~unknown]).all()
+    assert whole[unknown].max() < scores[~unknown].min()
+    similarity = cosine_similarity(seen[:, None], prior[None], dim=2).numpy()
+    assert (np.argsort(whole[unknown]) == np.argsort(similarity[unknown])).all()
+
+
+def test_a_prior_loss_of_no_pairs_is_zero_and_trains_nothing():
+    loss = PriorLoss()
+    prior, seen = torch.randn(0, 6, requires_grad=True), torch.randn(0, 6, requires_grad=True)
+    value = loss(prior, seen, torch.zeros(0, dtype=torch.int64))
+    value.backward()
+    assert value == 0
+    assert loss.log_scale.grad == 0
+
+
+def test_a_batch_of_one_caption_gives_finite_losses_whether_or_not_it_matches(pretrained, tiny_captions):
+    checkpoint = load_checkpoint(pretrained)
+    task = PretrainTask(checkpoint.model, checkpoint.preprocessing, {}, Recipe(), mlm_probability=0.01).train()
+    data = CaptionDataModule(
+        {"one": tiny_captions}, batch_size=1, preprocessing=checkpoint.preprocessing, num_workers=0
+    )
+    data.false_images = True
+    guessed = 0
+    batches = list(itertools.islice(data.train_dataloader(), 8))
+    for batch in batches:
+        losses, others, right = task.losses(batch)
+        assert all(torch.isfinite(value) for value in (losses | others).values())
+        guessed += len(right["mlm"])
+    assert guessed < len(batches)  # so at least one had no token hidden
+    matches = [float(task._pairs(batch, torch.zeros(2, 1), task.generator(batch))[3]) for batch in batches]
+    assert 0 < sum(matches) < len(batches)
+
+
 # The command line
 
 
@@ -377,6 +440,7 @@ def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions
         (["task=vqa", "data=scenes_captions", "data.dir=CAPTIONS"], ["task=vqa", "questions", "data=scenes, vqav2"]),
         (["task=pretrain", "task.mlm_probability=2"], ["task.mlm_probability=2", "share of the tokens"]),
         (["task=retrieval", "task.num_false=0"], ["task.num_false=0", "at least 1"]),
+        (["task=retrieval", "task.ranking_images=0"], ["task.ranking_images=0", "at least 2"]),
         (["task=pretrain", "task.negatives=random"], ["task.negatives=random", "dataset, batch, hard"]),
         (["task=pretrain", "task.negatives=hard", "model/topdown=none"], ["task.negatives=hard", "model/topdown"]),
     ],

@@ -88,25 +88,12 @@ class CaptionDataset(Dataset[CaptionBatch]):
             raise UserError("false partners need at least two images in the data: pass task.negatives=batch")
 
     def __getitem__(self, plan: Plan) -> CaptionBatch:
-        images: list[Tensor] = []
-        index: list[int] = []
-        chosen: list[tuple[int, dict[str, Any], int]] = []
-        skipped: list[int] = []
-        for group in plan.groups:
-            row, image = self.images.read(group.row, plan.epoch)
-            if image is None:
-                skipped.append(row["image_id"])
-                continue
-            images.append(image)
-            for position in group.questions:
-                index.append(len(images) - 1)
-                chosen.append((group.row, row, position))
+        images, index, chosen, skipped = self.images.read_plan(plan)
         false_index = self._false_images(chosen, plan.epoch, images, skipped) if self.false_images else None
         input_ids, attention_mask = self._tokens([row["caption"][position] for _, row, position in chosen])
-        size = self.preprocessing.image_size
         false_ids, false_mask = self._false_captions(chosen, plan.epoch) if self.false_captions else (None, None)
         return CaptionBatch(
-            images=torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            images=self.images.stack(images),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_index=torch.tensor(index, dtype=torch.int64),
@@ -154,7 +141,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
                 captions = self.texts[other]["caption"]
                 texts.append(captions[random_generator(self.seed, epoch, number, position, other).integers(len(captions))])
         ids, mask = self._tokens(texts)
-        shape = (len(chosen), self.false_captions, -1)
+        shape = (len(chosen), self.false_captions, ids.shape[1])
         return ids.view(shape), mask.view(shape)
 
 

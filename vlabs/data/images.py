@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import torch
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.data.sampling import Plan
 from vlabs.errors import UserError
+
+
+class PlannedTexts(NamedTuple):
+    """The texts of a batch with their images.
+
+    Attributes:
+        images: B tensors (3, H, W).
+        image_index: n, the position in `images` of each text's image.
+        texts: n times the number of the row, the row, and the text's position in the row's lists.
+        skipped: ids of images that were left out, with their texts.
+    """
+
+    images: list[Tensor]
+    image_index: list[int]
+    texts: list[tuple[int, dict[str, Any], int]]
+    skipped: list[int]
 
 
 class ImageReader:
@@ -62,6 +80,26 @@ class ImageReader:
             with _seeded(self.seed, epoch, row["image_id"]):
                 image = self.augment(image)
         return row, self.preprocessing.normalize(image)
+
+
+    def read_plan(self, plan: Plan) -> PlannedTexts:
+        """The images of a batch and which texts go with them."""
+        planned = PlannedTexts([], [], [], [])
+        for group in plan.groups:
+            row, image = self.read(group.row, plan.epoch)
+            if image is None:
+                planned.skipped.append(row["image_id"])
+                continue
+            planned.images.append(image)
+            for position in group.questions:
+                planned.image_index.append(len(planned.images) - 1)
+                planned.texts.append((group.row, row, position))
+        return planned
+
+    def stack(self, images: Sequence[Tensor]) -> Tensor:
+        """Images as one tensor (B, 3, H, W); B may be 0."""
+        size = self.preprocessing.image_size
+        return torch.stack(list(images)) if images else torch.zeros(0, 3, size, size)
 
 
 def random_generator(*key: int) -> np.random.Generator:

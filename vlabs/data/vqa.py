@@ -79,44 +79,26 @@ class VQADataset(Dataset[VQABatch]):
         self.with_targets = with_targets
 
     def __getitem__(self, plan: Plan) -> VQABatch:
-        images: list[Tensor] = []
-        index: list[int] = []
-        chosen: list[tuple[dict[str, Any], int]] = []
-        skipped: list[int] = []
-        for group in plan.groups:
-            row, image = self.images.read(group.row, plan.epoch)
-            if image is None:
-                skipped.append(row["image_id"])
-                continue
-            images.append(image)
-            for position in group.questions:
-                index.append(len(images) - 1)
-                chosen.append((row, position))
-        return self._batch(images, index, chosen, skipped)
-
-    def _batch(
-        self, images: list[Tensor], index: list[int], chosen: list[tuple[dict[str, Any], int]], skipped: list[int]
-    ) -> VQABatch:
-        size = self.preprocessing.image_size
-        texts = [row["question"][position] for row, position in chosen]
+        images, index, chosen, skipped = self.images.read_plan(plan)
+        texts = [row["question"][position] for _, row, position in chosen]
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(texts))
         targets = torch.zeros(len(chosen), len(self.preprocessing.answers))
-        for n, (row, position) in enumerate(chosen):
+        for n, (_, row, position) in enumerate(chosen):
             if self.with_targets and row["answer_ids"][position]:
                 targets[n, row["answer_ids"][position]] = torch.tensor(row["answer_scores"][position])
         one_each = index == list(range(len(images)))
         return VQABatch(
-            images=torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            images=self.images.stack(images),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_index=None if one_each else torch.tensor(index),
-            image_ids=torch.tensor([row["image_id"] for row, _ in chosen], dtype=torch.int64),
+            image_ids=torch.tensor([row["image_id"] for _, row, _ in chosen], dtype=torch.int64),
             targets=targets,
-            question_ids=[row["question_id"][position] for row, position in chosen],
+            question_ids=[row["question_id"][position] for _, row, position in chosen],
             questions=texts,
-            answer_types=[row["answer_type"][position] for row, position in chosen],
-            question_types=[row["question_type"][position] for row, position in chosen],
-            answers=[row["answers"][position] for row, position in chosen],
+            answer_types=[row["answer_type"][position] for _, row, position in chosen],
+            question_types=[row["question_type"][position] for _, row, position in chosen],
+            answers=[row["answers"][position] for _, row, position in chosen],
             skipped=skipped,
         )
 

@@ -32,12 +32,12 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.evaluation.output import progress_bar, write_json
 from vlabs.logging import say
-from vlabs.metrics.retrieval import RECALLS, check_enough_images, retrieval_ranks
+from vlabs.metrics.retrieval import RECALLS, Rows, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.index import content_sha256
 from vlabs.ranking.scores import ScoreMatrix
-from vlabs.ranking.shortlist import shortlist
-from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
+from vlabs.ranking.shortlist import share_kept, shortlist
+from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
 
 RANKERS = ("exact", "shortlist")
 
@@ -217,7 +217,7 @@ def evaluate_retrieval(
     reader = ImageReader(data.rows, checkpoint.preprocessing)
     shape = (len(data.rows), len(data.captions))
     say(f"ranking {shape[0]:,} images x {shape[1]:,} captions of {data.name} ({config.split}); scores in {folder}")
-    wanted, similarity = None, None
+    wanted, cls, prior = None, None, None
     if ranker.name == "shortlist":
         seen = ScoreMatrix(folder, "bottom_up_cls", (shape[0], checkpoint.model.vision.width), identity)
         pending = [Unit(n, 0) for n in range(shape[0]) if not seen.done(n, slice(None))]
@@ -225,10 +225,11 @@ def evaluate_retrieval(
             work = _Work(pending, reader, config.data.num_workers)
             trainer.predict(_BottomUp(checkpoint.model, seen), work, return_predictions=False)
             trainer.strategy.barrier()
-        prior = encode_texts(checkpoint.model, checkpoint.preprocessing, data.captions).prior
-        assert prior is not None
-        similarity = (torch.from_numpy(np.array(seen.values)), prior.float().cpu())
-        wanted = shortlist(*similarity, ranker.k)
+        # Lightning leaves the model on the CPU.
+        checkpoint.model.to(trainer.strategy.root_device)
+        prior = encode_priors(checkpoint.model, checkpoint.preprocessing, data.captions)
+        cls = torch.from_numpy(np.array(seen.values))
+        wanted = shortlist(cls, prior, ranker.k)
     name = "exact" if ranker.name == "exact" else f"shortlist-k{ranker.k}"
     matrix = ScoreMatrix(folder, name, shape, identity)
     scoring = _Scores(checkpoint, data.captions, matrix, wanted, int(ranker.batch_size), int(ranker.captions_in_memory))
@@ -239,7 +240,7 @@ def evaluate_retrieval(
     if not trainer.is_global_zero:
         return {}
     matrix.values.flush()  # type: ignore[attr-defined]
-    scores = matrix.values if similarity is None else _filled(matrix.values, *similarity)
+    scores = matrix.values if cls is None or prior is None else FilledScores(matrix.values, cls, prior)
     metrics = _report(checkpoint, data, scores, str(config.split), str(ranker.name))
     if wanted is not None:
         metrics |= _kept(folder, shape, identity, wanted)
@@ -261,20 +262,32 @@ def _check(ranker: DictConfig, checkpoint: Checkpoint) -> None:
         raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
 
 
-def _filled(scores: np.ndarray, seen: Tensor, prior: Tensor) -> np.ndarray:
-    """The scores in memory, with pairs that have none below all others and in the order of their similarity."""
-    filled = np.array(scores)
-    floor = np.nanmin(filled) - 2  # a cosine is at most 1
-    for image, row in enumerate(filled):
+class FilledScores:
+    """The scores of a shortlist, row by row: a pair without one is below all others, in the order of its similarity.
+
+    Args:
+        scores: (N, M), NaN for pairs without a score; it may be memory-mapped.
+        seen: (N, D), the bottom-up [cls] of every image.
+        prior: ξ, (M, D), of every caption.
+    """
+
+    def __init__(self, scores: np.ndarray, seen: Tensor, prior: Tensor) -> None:
+        self.scores = scores
+        self.shape = scores.shape
+        self.seen = F.normalize(seen.float(), dim=1)
+        self.prior = F.normalize(prior.float(), dim=1)
+        self.floor = min(float(np.nanmin(row)) for row in scores if not np.isnan(row).all()) - 2
+
+    def __getitem__(self, image: int) -> np.ndarray:
+        """The scores (M,) of an image."""
+        row = np.array(self.scores[image])
         missing = np.isnan(row)
-        cosine = F.cosine_similarity(seen[image][None].float(), prior[torch.from_numpy(missing)], dim=1)
-        row[missing] = floor + cosine.numpy()
-    return filled
+        cosine = self.prior @ self.seen[image]  # at most 1, so all of these are below the lowest score
+        row[missing] = self.floor + cosine.numpy()[missing]
+        return row
 
 
-def _report(
-    checkpoint: Checkpoint, data: CaptionedImages, scores: np.ndarray, split: str, ranker: str
-) -> dict[str, Any]:
+def _report(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, split: str, ranker: str) -> dict[str, Any]:
     metrics = retrieval_ranks(scores, data.image_of_caption).metrics()
     history = history_of(checkpoint.task, checkpoint.data)
     trained_on = [
@@ -312,34 +325,29 @@ def _report(
     }
 
 
-def _kept(
-    folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted: Sequence[np.ndarray]
-) -> dict[str, float]:
+def _kept(folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted: list[np.ndarray]) -> dict[str, float]:
     """How much of the exact top ten the shortlist has, in percent; nothing where exact is not known."""
     if not (folder / "exact.npy").is_file():
         return {}
     exact = ScoreMatrix(folder, "exact", shape, identity).values
     if np.isnan(exact).any():
         return {}
-    chosen = np.zeros(shape, dtype=bool)
-    for image, captions in enumerate(wanted):
-        chosen[image, captions] = True
-    kept = {}
-    for name, axis in (("texts", 1), ("images", 0)):
-        top = np.argsort(-exact, axis=axis, kind="stable").take(range(10), axis=axis)
-        kept[f"shortlist_kept_{name}"] = 100 * float(np.take_along_axis(chosen, top, axis=axis).mean())
-        print(f"of the exact top ten {name} the shortlist has {kept[f'shortlist_kept_{name}']:.1f}%")
-    return kept
+    kept = share_kept(wanted, exact)
+    for name, percent in kept.items():
+        print(f"of the exact top ten {name} the shortlist has {percent:.1f}%")
+    return {f"shortlist_kept_{name}": percent for name, percent in kept.items()}
 
 
 @torch.inference_mode()
-def _figure(checkpoint: Checkpoint, data: CaptionedImages, scores: np.ndarray, queries: int) -> Any:
+def _figure(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, queries: int) -> Any:
     """Some captions, evenly spread, with their five best images and where the model looked in each."""
     model = checkpoint.model.to("cpu").float()
     reader = ImageReader(data.rows, checkpoint.preprocessing)
     rows = []
-    for caption in np.linspace(0, len(data.captions) - 1, num=queries, dtype=int):
-        best = np.argsort(-scores[:, caption], kind="stable")[:5]
+    drawn = np.linspace(0, len(data.captions) - 1, num=queries, dtype=int)
+    columns = np.stack([scores[image][drawn] for image in range(scores.shape[0])])
+    for caption, column in zip(drawn, columns.T, strict=True):
+        best = np.argsort(-column, kind="stable")[:5]
         rows.append((data.captions[caption], list(_ranked(model, checkpoint, data, reader, int(caption), best))))
     return ranking_figure(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -33,7 +34,18 @@ class Ranks:
         return values
 
 
-def retrieval_ranks(scores: np.ndarray, image_of_caption: np.ndarray) -> Ranks:
+class Rows(Protocol):
+    """A matrix (N, M) of which a row can be asked for: an array, memory-mapped or not, or what computes its rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N and M."""
+
+    def __getitem__(self, row: int, /) -> np.ndarray:
+        """One row, (M,)."""
+
+
+def retrieval_ranks(scores: Rows, image_of_caption: np.ndarray) -> Ranks:
     """Ranks of the right answers in both directions.
 
     A caption is a query for images, and its one image is right. An image is a query for captions, and any of its own is
@@ -41,28 +53,31 @@ def retrieval_ranks(scores: np.ndarray, image_of_caption: np.ndarray) -> Ranks:
     no better than chance.
 
     Args:
-        scores: (N, M), images by captions; it may be memory-mapped, and is read row by row.
+        scores: (N, M), images by captions; read row by row, twice.
         image_of_caption: (M,), the row of each caption's image.
 
     Raises:
         UserError: an image without caption, or scores that are not finite.
     """
     images, captions = scores.shape
-    own_scores = scores[image_of_caption, np.arange(captions)]
-    better = np.zeros(captions, dtype=np.int64)  # images that score at least as high as the right one, itself included
-    text = np.empty(images, dtype=np.int64)
     own_of_image = np.split(
         np.argsort(image_of_caption, kind="stable"), np.bincount(image_of_caption, minlength=images).cumsum()[:-1]
     )
-    for image in range(images):
-        row = np.asarray(scores[image])
+    own_scores = np.empty(captions)
+    for image, own in enumerate(own_of_image):
+        if not len(own):
+            raise UserError(f"image {image} has no caption, so its rank means nothing")
+        row = scores[image]
         if not np.isfinite(row).all():
             raise UserError(f"the scores of image {image} are not all finite numbers: rank again")
-        if not len(own_of_image[image]):
-            raise UserError(f"image {image} has no caption, so its rank means nothing")
+        own_scores[own] = row[own]
+    better = np.zeros(captions, dtype=np.int64)  # images that score at least as high as the right one, itself included
+    text = np.empty(images, dtype=np.int64)
+    for image, own in enumerate(own_of_image):
+        row = scores[image]
         better += row >= own_scores
-        best = row[own_of_image[image]].max()
-        text[image] = 1 + (row >= best).sum() - (row[own_of_image[image]] >= best).sum()
+        best = row[own].max()
+        text[image] = 1 + (row >= best).sum() - (row[own] >= best).sum()
     return Ranks(better, text)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
-from vlabs.models.topdown import FeedbackDecoder, PerceiverIO, TopDown, similarity
+from vlabs.models.topdown import FeedbackDecoder, PerceiverIO, TopDown, TopDownSignal, similarity
 
 
 @dataclass
@@ -220,11 +220,17 @@ class AbSViT(nn.Module):
             prior: ξ, (n, D).
         """
         assert self.topdown is not None
-        tokens = self.topdown.modulate(bottom_up.tokens, prior)
+        tokens = bottom_up.tokens
+        prepared = self.topdown.prepare(tokens, self._first_feedback)
+        signal = self.topdown.signal(tokens, prior, prepared, None, self._first_feedback)
+        assert isinstance(signal, TopDownSignal)
+        return signal.value(0)
+
+    def _first_feedback(self, tokens: Tensor) -> list[Tensor]:
+        """`B_1 A_1 … A_L tokens` of the first block alone, without W_v."""
         for decoder in reversed(self.decoders):
             tokens = decoder.linear(tokens)  # type: ignore[operator]
-        signal: Tensor = self.decoders[0].linear2(tokens)  # type: ignore[operator]
-        return signal
+        return [self.decoders[0].linear2(tokens)]  # type: ignore[operator]
 
     @contextmanager
     def recording_attention(self) -> Iterator[Callable[[], list[Tensor]]]:

@@ -79,7 +79,12 @@ class PriorLoss(nn.Module):
             prior: ξ, (n, D).
             seen: (n, D), the second pass's [cls] state under each prior.
             image_ids: (n,), which image each pair is about.
+
+        Without pairs it is zero.
         """
+        if not len(prior):
+            # A mean over nothing is NaN; the sum keeps every parameter in the graph, which DDP asks for.
+            return prior.sum() + seen.sum() + 0 * self.log_scale
         if self.normalize:
             prior, seen = F.normalize(prior, dim=-1), F.normalize(seen, dim=-1)
         logits = self.log_scale.exp().clamp(max=100) * prior @ seen.T

@@ -113,10 +113,6 @@ class TopDown(nn.Module):
         """What no prior changes, once an image, from z (B, N, D); (B, N, …) for every block."""
         return []
 
-    def modulate(self, tokens: Tensor, prior: Tensor) -> Tensor:
-        """The tokens that are fed back, (n, N, D), whole: for figures, not on the way of the computation."""
-        raise NotImplementedError
-
     def signal(
         self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
     ) -> TopDownSignal | ValueMask:
@@ -171,10 +167,6 @@ class AbSTopDown(TopDown):
         weights = similarity(prior, tokens)
         return TopDownSignal((self.alpha * weights).unsqueeze(-1), prepared, image_index, weights)
 
-    def modulate(self, tokens: Tensor, prior: Tensor) -> Tensor:
-        """`α s_i z_i`."""
-        return self.alpha * similarity(prior, tokens).unsqueeze(-1) * tokens
-
 
 @register
 class AbSTopDownQKV(AbSTopDown):
@@ -210,10 +202,6 @@ class FeedbackOnly(TopDown):
     ) -> TopDownSignal:
         """See `TopDown`; `prior` is not read."""
         return TopDownSignal(torch.full_like(tokens[..., :1], self.alpha), prepared, image_index, None)
-
-    def modulate(self, tokens: Tensor, prior: Tensor) -> Tensor:
-        """`α z_i`."""
-        return self.alpha * tokens
 
 
 @register
@@ -260,10 +248,6 @@ class ReleasedTopDown(TopDown):
         super().__init__()
         self.alpha = float(alpha)
 
-    def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
-        """Nothing: no part of this signal belongs to the image alone."""
-        return []
-
     def signal(
         self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
     ) -> TopDownSignal:
@@ -271,8 +255,3 @@ class ReleasedTopDown(TopDown):
         weights = similarity(prior, tokens)
         scale = self.alpha * weights * torch.einsum("nd,nid->ni", prior, tokens)
         return TopDownSignal(scale.unsqueeze(-1), feedback(prior.unsqueeze(1)), None, weights)
-
-    def modulate(self, tokens: Tensor, prior: Tensor) -> Tensor:
-        """`α s_i (z_i · ξ) ξ`."""
-        scale = self.alpha * similarity(prior, tokens) * torch.einsum("nd,nid->ni", prior, tokens)
-        return scale.unsqueeze(-1) * prior.unsqueeze(1)

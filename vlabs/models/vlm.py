@@ -91,37 +91,10 @@ class VisionLanguageModel(nn.Module):
             all_features: return every token's fused features, not the first alone.
             read_image: return the fusion's text-to-image attention.
         """
+        text_states = self.text(input_ids, attention_mask)
         return self.join(
             self.vision.encode(images),
-            self.text(input_ids, attention_mask),
-            input_ids,
-            attention_mask,
-            image_index,
-            reconstruct=reconstruct,
-            all_features=all_features,
-            read_image=read_image,
-        )
-
-    def join(
-        self,
-        bottom_up: BottomUp,
-        text_states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        image_index: Tensor | None = None,
-        *,
-        reconstruct: bool = False,
-        all_features: bool = False,
-        read_image: bool = False,
-    ) -> VLMOutput:
-        """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
-
-        Without `image_index`, one image may stand for all texts.
-        """
-        prior = self.prior(text_states, input_ids) if self.prior is not None else None
-        return self.join_under(
-            bottom_up,
-            prior,
+            self.prior_of(text_states, input_ids),
             text_states,
             attention_mask,
             image_index,
@@ -130,7 +103,11 @@ class VisionLanguageModel(nn.Module):
             read_image=read_image,
         )
 
-    def join_under(
+    def prior_of(self, text_states: Tensor, input_ids: Tensor) -> Tensor | None:
+        """ξ, (n, D_vision), of the states (n, T, D_text) of token ids (n, T); None where nothing reads it."""
+        return self.prior(text_states, input_ids) if self.prior is not None else None
+
+    def join(
         self,
         bottom_up: BottomUp,
         prior: Tensor | None,
@@ -142,7 +119,10 @@ class VisionLanguageModel(nn.Module):
         all_features: bool = False,
         read_image: bool = False,
     ) -> VLMOutput:
-        """`join` with ξ, (n, D_vision), already computed."""
+        """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
+
+        Without `image_index`, one image may stand for all texts.
+        """
         seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
         fused = self.fusion(
             text_states, attention_mask, seen.tokens, pooled_only=not all_features, read_image=read_image

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of every row and of every column of a matrix, of which no more than a block is held.
+
+    Args:
+        blocks: rows (n, M) of the matrix, from the first to the last.
+        k: at least 1; fewer come back where there are fewer.
+
+    Returns:
+        Columns (N, k) of every row's best, and rows (k, M) of every column's best, best first.
+    """
+    of_row: list[Tensor] = []
+    best = place = None
+    first = 0
+    for block in blocks:
+        of_row.append(block.topk(min(k, block.shape[1]), dim=1).indices.cpu())
+        block = block.cpu()
+        rows = torch.arange(first, first + len(block))[:, None].expand_as(block)
+        first += len(block)
+        together = block if best is None else torch.cat([best, block])
+        rows = rows if place is None else torch.cat([place, rows])
+        best, order = together.topk(min(k, len(together)), dim=0)
+        place = rows.gather(0, order)
+    assert place is not None
+    return torch.cat(of_row), place
 
 
 def shortlist(seen: Tensor, prior: Tensor, k: int, images_at_once: int = 256) -> list[np.ndarray]:
@@ -21,25 +49,34 @@ def shortlist(seen: Tensor, prior: Tensor, k: int, images_at_once: int = 256) ->
     Returns:
         For every image the captions, ascending.
     """
-    captions = len(prior)
     prior = F.normalize(prior.float(), dim=1)
-    of_image = []
-    best = torch.full((0, captions), 0.0)
-    best_image = torch.zeros((0, captions), dtype=torch.int64)
-    for start in range(0, len(seen), images_at_once):
-        similarity = F.normalize(seen[start : start + images_at_once].float(), dim=1) @ prior.T
-        of_image.append(similarity.topk(min(k, captions), dim=1).indices.cpu())
-        rows = torch.arange(start, start + len(similarity))[:, None].expand(-1, captions)
-        together = torch.cat([best, similarity.cpu()])
-        best, place = together.topk(min(k, len(together)), dim=0)
-        best_image = torch.cat([best_image, rows]).gather(0, place)
-    chosen = torch.cat(of_image)
+    parts = seen.split(images_at_once)
+    captions, images = best_both_ways((F.normalize(part.float(), dim=1) @ prior.T for part in parts), k)
     pairs = torch.cat(
         [
-            torch.stack([torch.arange(len(chosen))[:, None].expand_as(chosen).flatten(), chosen.flatten()]),
-            torch.stack([best_image.flatten(), torch.arange(captions).expand_as(best_image).flatten()]),
+            torch.stack([torch.arange(len(captions))[:, None].expand_as(captions).flatten(), captions.flatten()]),
+            torch.stack([images.flatten(), torch.arange(len(prior)).expand_as(images).flatten()]),
         ],
         dim=1,
     ).unique(dim=1)  # sorted by image, then caption
     counts = torch.bincount(pairs[0], minlength=len(seen))
     return [part.numpy() for part in pairs[1].split(counts.tolist())]
+
+
+def share_kept(wanted: list[np.ndarray], exact: np.ndarray, k: int = 10, images_at_once: int = 256) -> dict[str, float]:
+    """How much of the exact top k a shortlist has, in percent: of the `texts` of every image, the `images` of a text.
+
+    Args:
+        wanted: of `shortlist`.
+        exact: (N, M), images by captions; read `images_at_once` rows at a time.
+    """
+    starts = range(0, len(exact), images_at_once)
+    texts, images = best_both_ways((torch.from_numpy(exact[n : n + images_at_once].copy()) for n in starts), k)
+    width = exact.shape[1]
+    listed = np.concatenate([image * width + captions for image, captions in enumerate(wanted)])
+    of_images = np.arange(len(texts))[:, None] * width + texts.numpy()
+    of_texts = images.numpy() * width + np.arange(width)
+    return {
+        "texts": 100 * float(np.isin(of_images, listed).mean()),
+        "images": 100 * float(np.isin(of_texts, listed).mean()),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,27 +50,50 @@ def encode_texts(
         model: on the device where the texts are to be.
         batch_size: texts at a time.
     """
+    lengths = [0] * len(texts)
+    states: list[Tensor] = [torch.empty(0)] * len(texts)
+    priors: list[Tensor] = [torch.empty(0)] * len(texts)
+    for which, length, encoded, prior in _in_batches(model, preprocessing, texts, batch_size):
+        for row, n in enumerate(which):
+            lengths[n] = length[row]
+            states[n] = encoded[row, : length[row]]
+            if prior is not None:
+                priors[n] = prior[row]
+    ends = torch.tensor(lengths, device=states[0].device)
+    return EncodedTexts(
+        torch.cat(states), ends.cumsum(0) - ends, ends, torch.stack(priors) if model.prior is not None else None
+    )
+
+
+@torch.inference_mode()
+def encode_priors(
+    model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int = 256
+) -> Tensor:
+    """ξ of M texts, (M, D_vision), float32 on the CPU; of the states no more than a batch is held.
+
+    Args:
+        model: with a prior.
+        batch_size: texts at a time.
+    """
+    priors = torch.empty(len(texts), model.vision.width)
+    for which, _, _, prior in _in_batches(model, preprocessing, texts, batch_size):
+        assert prior is not None
+        priors[which] = prior.float().cpu()
+    return priors
+
+
+def _in_batches(
+    model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], list[int], Tensor, Tensor | None]]:
+    """Texts of similar length together: their positions, lengths, states and ξ."""
     device = next(model.parameters()).device
     ids = preprocessing.token_ids(texts)
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-    states: list[Tensor] = [torch.empty(0)] * len(ids)
-    priors: list[Tensor] = [torch.empty(0)] * len(ids)
     for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        input_ids, attention_mask = (t.to(device) for t in preprocessing.pad([ids[n] for n in batch]))
-        encoded = model.text(input_ids, attention_mask)
-        prior = model.prior(encoded, input_ids) if model.prior is not None else None
-        for row, n in enumerate(batch):
-            states[n] = encoded[row, : len(ids[n])]
-            if prior is not None:
-                priors[n] = prior[row]
-    lengths = torch.tensor([len(row) for row in ids], device=device)
-    return EncodedTexts(
-        torch.cat(states),
-        lengths.cumsum(0) - lengths,
-        lengths,
-        torch.stack(priors) if model.prior is not None else None,
-    )
+        which = order[start : start + batch_size]
+        input_ids, attention_mask = (t.to(device) for t in preprocessing.pad([ids[n] for n in which]))
+        states = model.text(input_ids, attention_mask)
+        yield which, [len(ids[n]) for n in which], states, model.prior_of(states, input_ids)
 
 
 @torch.inference_mode()
@@ -94,6 +117,6 @@ def score_texts(
         chosen = which[part]
         states, mask = texts.padded(chosen)
         prior = texts.prior[chosen] if texts.prior is not None else None
-        output = model.join_under(bottom_up, prior, states, mask)
+        output = model.join(bottom_up, prior, states, mask)
         scores[part] = model.head.score(output.pooled_features).float()  # type: ignore[operator]
     return scores

@@ -14,7 +14,7 @@ from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.tasks.base import VisionLanguageTask
-from vlabs.tasks.negatives import NEGATIVES
+from vlabs.tasks.negatives import NEGATIVES, gather_captions
 
 
 class CaptionTask(VisionLanguageTask):
@@ -58,11 +58,23 @@ class CaptionTask(VisionLanguageTask):
 
     @abstractmethod
     def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """The task's losses, the other losses unweighted, and accuracies in percent; each by name."""
+        """What a batch gives, each by name.
+
+        Returns:
+            The task's losses; the other losses, unweighted; and what was guessed right, as vectors of truth values.
+        """
 
     def generator(self, batch: CaptionBatch) -> torch.Generator:
         """Randomness that is a function of the seed, the epoch and the batch's number in it."""
         return torch.Generator().manual_seed(hash((self.seed, batch.epoch, batch.number)) % 2**63)
+
+    def caption_pool(self, batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (P, T), masks and image ids (P,) that false captions can be drawn from: in training, all ranks'.
+
+        In validation ranks may have unequal numbers of batches, and one would wait for another for ever.
+        """
+        own = batch.input_ids, batch.attention_mask, batch.image_ids
+        return gather_captions(*own, self.preprocessing.pad_token_id) if self.training else own
 
     @torch.no_grad()
     def pool_similarity(self, pool_ids: Tensor, pool_mask: Tensor, cls: Tensor) -> Tensor | None:
@@ -94,12 +106,14 @@ class CaptionTask(VisionLanguageTask):
         """Log losses and accuracies."""
         if not batch.caption_ids:
             return
-        task_losses, _, accuracies = self.losses(batch)
+        task_losses, _, guesses = self.losses(batch)
         count = len(batch.caption_ids)
         for name, loss in task_losses.items():
             self.log(f"val/{name}_loss", loss, batch_size=count, sync_dist=True)
-        for name, value in accuracies.items():
-            self.log(f"val/{name}_accuracy", value, prog_bar=True, batch_size=count, sync_dist=True)
+        for name, right in guesses.items():
+            # Nothing guessed is a weight of 0, and not a NaN.
+            percent = 100 * right.float().sum() / max(len(right), 1)
+            self.log(f"val/{name}_accuracy", percent, prog_bar=True, batch_size=len(right), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the recalls of a small ranking."""

@@ -12,7 +12,9 @@ from vlabs.tasks.base import gather
 NEGATIVES = ("dataset", "batch", "hard")
 
 
-def gather_captions(input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, padding: int) -> tuple[Tensor, ...]:
+def gather_captions(
+    input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The captions of all ranks: token ids (P, T), masks (P, T) and image ids (P,); T is the longest of all."""
     if not (dist.is_available() and dist.is_initialized()):
         return input_ids, attention_mask, image_ids

@@ -13,7 +13,7 @@ from vlabs.errors import UserError
 from vlabs.models.heads import PretrainHead
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.masking import IGNORED, TokenMasker
-from vlabs.tasks.negatives import draw_false, gather_captions
+from vlabs.tasks.negatives import draw_false
 
 
 class PretrainTask(CaptionTask):
@@ -43,7 +43,7 @@ class PretrainTask(CaptionTask):
         self.trainer.datamodule.false_images = self.negatives == "dataset"  # type: ignore[attr-defined]
 
     def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """The task's losses, the others unweighted, and accuracies in percent; each by name."""
+        """See `CaptionTask`."""
         model = self.model
         head = model.head
         assert isinstance(head, PretrainHead)
@@ -52,10 +52,11 @@ class PretrainTask(CaptionTask):
         reconstruct = self.reconstruction_weight > 0
 
         masked, labels = (t.to(batch.images.device) for t in self.masker(batch.input_ids.cpu(), generator))
+        masked_states = model.text(masked, batch.attention_mask)
         guessed = model.join(
             bottom_up,
-            model.text(masked, batch.attention_mask),
-            masked,
+            model.prior_of(masked_states, masked),
+            masked_states,
             batch.attention_mask,
             batch.image_index,
             reconstruct=reconstruct,
@@ -68,7 +69,8 @@ class PretrainTask(CaptionTask):
 
         input_ids, attention_mask, image_index, matches = self._pairs(batch, bottom_up.tokens[:, 0], generator)
         text_states = model.text(input_ids, attention_mask)
-        joined = model.join(bottom_up, text_states, input_ids, attention_mask, image_index, reconstruct=reconstruct)
+        prior = model.prior_of(text_states, input_ids)
+        joined = model.join(bottom_up, prior, text_states, attention_mask, image_index, reconstruct=reconstruct)
         match_logits = joined.logits.float()
         itm = F.cross_entropy(match_logits, matches.long())
 
@@ -81,11 +83,11 @@ class PretrainTask(CaptionTask):
         )
         if reconstruct and "reconstruction" in joined.losses:
             others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2
-        accuracies = {
-            "match": 100 * (match_logits.argmax(dim=1) == matches).float().mean(),
-            "mlm": 100 * (token_logits.argmax(dim=1) == labels[hidden]).float().mean(),
+        right = {
+            "match": match_logits.argmax(dim=1) == matches,
+            "mlm": token_logits.argmax(dim=1) == labels[hidden],
         }
-        return {"mlm": mlm, "itm": itm}, others, accuracies
+        return {"mlm": mlm, "itm": itm}, others, right
 
     def _pairs(
         self, batch: CaptionBatch, bottom_up_cls: Tensor, generator: torch.Generator
@@ -96,9 +98,7 @@ class PretrainTask(CaptionTask):
         if batch.false_image_index is not None:
             index = torch.where(matches, batch.image_index, batch.false_image_index)
             return batch.input_ids, batch.attention_mask, index, matches
-        pool_ids, pool_mask, pool_images = gather_captions(
-            batch.input_ids, batch.attention_mask, batch.image_ids, self.preprocessing.pad_token_id
-        )
+        pool_ids, pool_mask, pool_images = self.caption_pool(batch)
         similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up_cls[batch.image_index])
         which, real = draw_false(batch.image_ids, pool_images, 1, generator, similarity)
         matches = matches | ~real[:, 0]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlabs.data.captions import CaptionBatch
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.errors import UserError
 from vlabs.models.heads import RankingHead
 from vlabs.tasks.captions import CaptionTask
-from vlabs.tasks.negatives import draw_false, gather_captions
+from vlabs.tasks.negatives import draw_false
 
 
 class RetrievalTask(CaptionTask):
@@ -31,17 +31,27 @@ class RetrievalTask(CaptionTask):
         assert isinstance(self.model.head, RankingHead)
         if not isinstance(num_false, int) or num_false < 1:
             raise UserError(f"task.num_false={num_false} must be a whole number, at least 1")
+        if self.ranking_images < 2:
+            raise UserError(
+                f"task.ranking_images={self.ranking_images}: the best checkpoint is chosen by the ranking of these "
+                "images, so there must be at least 2"
+            )
         self.num_false = num_false
         self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
 
     def setup(self, stage: str) -> None:
-        """Ask the data for false captions, as METER draws them."""
-        self.trainer.datamodule.false_captions = (  # type: ignore[attr-defined]
-            self.num_false if self.negatives == "dataset" else 0
-        )
+        """Ask the data for false captions, as METER draws them.
+
+        Raises:
+            UserError: nothing can be ranked in validation.
+        """
+        data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.false_captions = self.num_false if self.negatives == "dataset" else 0
+        if len(data.rows(data.val_split)) < 2:
+            raise UserError(f"data.val_split={data.val_split} has one image, and ranking needs at least 2")
 
     def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """The task's loss, the others unweighted, and the accuracy in percent; each by name."""
+        """See `CaptionTask`."""
         model = self.model
         bottom_up = model.vision.encode(batch.images)
         cls = bottom_up.tokens[:, 0][batch.image_index]
@@ -51,10 +61,11 @@ class RetrievalTask(CaptionTask):
         used, position = which.unique(return_inverse=True)
         text_states = model.text(input_ids[used], attention_mask[used])
         position = position.flatten()
+        prior = model.prior_of(text_states, input_ids[used])
         output = model.join(
             bottom_up,
+            prior[position] if prior is not None else None,
             text_states[position],
-            input_ids[used][position],
             attention_mask[used][position],
             batch.image_index.repeat_interleave(candidates),
             reconstruct=self.reconstruction_weight > 0,
@@ -69,7 +80,7 @@ class RetrievalTask(CaptionTask):
             cls,
             batch.image_ids,
         )
-        return {"ranking": loss}, others, {"ranking": 100 * (scores.argmax(dim=1) == 0).float().mean()}
+        return {"ranking": loss}, others, {"ranking": scores.argmax(dim=1) == 0}
 
     def _candidates(self, batch: CaptionBatch, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Texts and masks (P, T); for every caption itself and m others: positions (n, 1 + m), and which are real."""
@@ -81,9 +92,7 @@ class RetrievalTask(CaptionTask):
             m = batch.false_input_ids.shape[1]
             which = torch.cat([own, n + torch.arange(n * m, device=own.device).view(n, m)], dim=1)
             return ids, masks, which, torch.ones_like(which, dtype=torch.bool)
-        pool_ids, pool_mask, pool_images = gather_captions(
-            batch.input_ids, batch.attention_mask, batch.image_ids, self.preprocessing.pad_token_id
-        )
+        pool_ids, pool_mask, pool_images = self.caption_pool(batch)
         similarity = self.pool_similarity(pool_ids, pool_mask, cls)
         others, real = draw_false(batch.image_ids, pool_images, self.num_false, self.generator(batch), similarity)
         ids, masks = self._stack(batch.input_ids, batch.attention_mask, pool_ids, pool_mask)

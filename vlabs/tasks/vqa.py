@@ -69,8 +69,8 @@ class VQATask(VisionLanguageTask):
         text_states = model.text(batch.input_ids, batch.attention_mask)
         output = model.join(
             bottom_up,
+            model.prior_of(text_states, batch.input_ids),
             text_states,
-            batch.input_ids,
             batch.attention_mask,
             batch.image_index,
             reconstruct=self.reconstruction_weight > 0,
