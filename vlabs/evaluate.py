@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from vlabs.checkpoint import Checkpoint
 from vlabs.config import run_hydra, save_config
@@ -41,6 +42,8 @@ def evaluate_checkpoint(config: DictConfig, task: str, out_dir: Path) -> dict[st
     metrics: dict[str, Any] = evaluate(
         checkpoint=checkpoint, config=config, data_dir=_data_dir(config, checkpoint), out_dir=out_dir
     )
+    if getattr(rank_zero_only, "rank", 0):
+        return metrics  # what is written is written once
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
         logger = instantiate(config.logger, save_dir=str(out_dir))
