@@ -38,6 +38,22 @@ def test_the_table_has_every_map_and_measure_with_an_interval_around_the_mean(me
             assert low <= mean <= high
 
 
+def test_grounding_in_validation_is_what_evaluation_finds(tiny_run, tiny_data, tmp_path, in_process):
+    run = tiny_run[0]
+    result = in_process(
+        "vlabs.evaluate",
+        ["task=grounding", f"ckpt={run / 'checkpoints/last.ckpt'}", "split=val", "task.num_texts=30",
+         f"task.instances={tiny_data.parent / 'raw/annotations.zip'}", "task.maps=[norm,fusion]", "hydra.run.dir=out"],
+        tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    logged = json.loads((run / "summary.json").read_text())["metrics"]
+    for name in ("norm", "fusion"):
+        assert logged[f"val/grounding/{name}_energy"] == pytest.approx(found[f"{name}/energy"], rel=1e-4)
+    assert logged["val/grounding/area"] == pytest.approx(found["area"], rel=1e-4)
+
+
 def test_a_record_is_what_the_map_and_the_mask_say(measured, tiny_run, tiny_data):
     _, records, _ = measured
     checkpoint = load_checkpoint(tiny_run[0])

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from vlabs.logging import _logged_in, csv_logger
+from vlabs.logging import csv_logger, logged_in
 
 
 @pytest.fixture
@@ -16,17 +16,17 @@ def nobody(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("nobody")
 def test_nobody_is_logged_in_without_credentials():
-    assert not _logged_in()
+    assert not logged_in()
 
 
 @pytest.mark.usefixtures("nobody")
 def test_an_api_key_or_the_netrc_of_wandb_login_counts(monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert _logged_in()
+    assert logged_in()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not _logged_in()
+    assert not logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert _logged_in()
+    assert logged_in()
 
 
 def test_a_resumed_csv_keeps_the_rows_before_the_checkpoint(tmp_path):

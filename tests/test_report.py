@@ -35,6 +35,13 @@ def test_the_common_start_is_trained_once(sweep):
     )
 
 
+def test_a_start_that_is_missing_is_not_trained_by_every_process(tiny_options, tmp_path, in_process, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = [*tiny_options, "logger=csv", "init=start", "init_by=['task=vqa']", "hydra.run.dir=run"]
+    result = in_process("vlabs.train", options, tmp_path)
+    assert_one_line_error(result, "init=start is not there yet", "python -m vlabs.train task=vqa hydra.run.dir=start")
+
+
 def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     cwd, _ = sweep
     instances = tiny_data.parent / "raw/annotations.zip"

@@ -25,7 +25,8 @@ def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_ru
     run, _ = tiny_run
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]["num_answers"] > 1
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert list((run / "figures").glob("val_step*.png"))
+    for figure in ("val", "questions", "pathway", "alpha"):
+        assert list((run / "figures").glob(f"{figure}_step*.png"))
     assert list((run / "wandb").glob("offline-run-*"))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "done"

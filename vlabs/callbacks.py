@@ -5,20 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
-from vlabs.attention.maps import attention_map
-from vlabs.data.captions import CaptionBatch
+from vlabs.attention.maps import MAPS, attention_map
+from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure
+from vlabs.checkpoint import Checkpoint
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.instances import Instance, count_instances, read_instances
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
+from vlabs.evaluation.grounding import Asked, find_instances, list_targets, measure, spread
+from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.vqa import VQATask
 
 
@@ -133,6 +141,8 @@ class PredictionTable(pl.Callback):
                 table.append((overlay(picture, maps[n]), question, true, *top, *[""] * (3 - len(top))))
             figure = question_figure(picture, panels, "fusion attention")
             save_figure(figure, self.directory / f"val_step{trainer.global_step:06d}_{shown}.png")
+            if shown == 0:
+                self._paper_figures(trainer, pl_module, picture, batch.questions)
             if shown + 1 == self.num_images:
                 break
         for logger in trainer.loggers:
@@ -142,3 +152,79 @@ class PredictionTable(pl.Callback):
                 rows = [[wandb.Image(image), *rest] for image, *rest in table]
                 columns = ["where it looked", "question", "true", "1st", "2nd", "3rd"]
                 logger.log_table("val/predictions", columns=columns, data=rows, step=trainer.global_step)
+
+    def _paper_figures(
+        self, trainer: pl.Trainer, task: VQATask, picture: Image.Image, questions: Sequence[str]
+    ) -> None:
+        """The figures of `vlabs.attention` that are of one picture and one model, as files and in W&B."""
+        model = task.model
+        checkpoint = Checkpoint(model, task.preprocessing, task.name, {}, self.directory)
+        figures = {"questions": questions_figure(checkpoint, [picture], questions, "norm")}
+        if model.prior is not None:
+            figures["pathway"] = pathway_figure(checkpoint, picture, questions)
+        if hasattr(model.vision.topdown, "alpha"):
+            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "norm")
+        for name, figure in figures.items():
+            path = save_figure(figure, self.directory / f"{name}_step{trainer.global_step:06d}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
+
+
+class GroundingCurve(pl.Callback):
+    """Every N validations: does it look where the questions or captions are about? Logs `val/grounding/MAP_energy`.
+
+    The share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share that a map which
+    looks everywhere alike would have; on texts of the validation split whose target is known, evenly spread. Where no
+    instances are known, nothing is measured.
+
+    Args:
+        every_n_validations: how often; 0 for never.
+        num_texts: how many texts.
+        maps: of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances; `annotations.zip` of the raw corpus beside the data if not given.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        num_texts: int = 100,
+        maps: Sequence[str] = ("norm", "fusion"),
+        instances: str | None = None,
+    ) -> None:
+        self.every = every_n_validations
+        self.num_texts = num_texts
+        self.maps = list(maps)
+        self.instances = instances
+        self.validations = 0
+        self.targets: tuple[datasets.Dataset, list[Asked], dict[int, Instance], dict[int, int]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the targets once."""
+        if wrong := [name for name in self.maps if name not in MAPS]:
+            raise UserError(f"grounding.maps names {', '.join(wrong)}: choose of {', '.join(MAPS)}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        captions = isinstance(data, CaptionDataModule)
+        file = find_instances(self.instances, next(iter(data.sets.values())) if captions else data.dir)
+        if file is None or not self.every or self.targets is not None:
+            return
+        rows = data.rows(data.val_split)
+        asked = spread(list_targets(rows, "caption" if captions else "question"), self.num_texts)
+        found = read_instances(file, {target for item in asked for target in item.targets})
+        self.targets = rows, asked, found, count_instances(file)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log."""
+        self.validations += 1
+        if self.targets is None or trainer.sanity_checking or self.validations % self.every:
+            return
+        assert isinstance(pl_module, VisionLanguageTask)
+        values: dict[str, list[float]] = {}
+        if trainer.is_global_zero:
+            for record in measure(pl_module.model, pl_module.preprocessing, *self.targets, self.maps):
+                if record is not None:
+                    values.setdefault("area", []).append(record["area"])
+                    for name in self.maps:
+                        values.setdefault(f"{name}_energy", []).append(record["maps"][name]["energy"])
+        for name, shares in values.items():
+            pl_module.log(f"val/grounding/{name}", 100 * sum(shares) / len(shares), rank_zero_only=True)

@@ -6,10 +6,14 @@ import csv
 import logging
 import netrc
 import os
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
+import wandb
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -70,7 +74,7 @@ def wandb_logger(
         mode: `online` or `offline` to decide it; W&B's own WANDB_MODE decides before that.
     """
     save_dir = Path(save_dir)
-    mode = os.environ.get("WANDB_MODE") or mode or ("online" if _logged_in() else "offline")
+    mode = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
     id_file = save_dir / "wandb" / "run_id"
     run_id = id_file.read_text().strip() if id_file.is_file() else None
     logger = WandbLogger(
@@ -91,7 +95,32 @@ def remember_run_id(logger: WandbLogger) -> None:
     path.write_text(str(logger.experiment.id))
 
 
-def _logged_in() -> bool:
+def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
+    """Say in W&B which prepared data a run uses, as artifacts that hold the manifest and the folder's path.
+
+    Args:
+        run: of W&B; nothing is said where it is offline, which has no artifacts to use.
+        sets: of `vlabs.data.loading.identity_of`.
+    """
+    if run.offline:
+        return
+    for item in sets:
+        name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
+        artifact = wandb.Artifact(name, "dataset", metadata=item)
+        artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
+        run.use_artifact(artifact)
+
+
+def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> None:
+    """Write what a finished run cost into its W&B summary and, online, its best checkpoint as an artifact."""
+    run.summary.update({key: summary[key] for key in ("parameters", "fit_seconds", "epochs", "steps")})
+    if checkpoint is not None and not run.offline:
+        artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
+        artifact.add_file(checkpoint)
+        run.log_artifact(artifact, aliases=["best"])
+
+
+def logged_in() -> bool:
     """Whether W&B would find credentials: its environment variables, or the netrc entry that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -35,6 +35,7 @@ from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.evaluate import evaluate_checkpoint
+from vlabs.evaluation.grounding import find_instances
 from vlabs.metrics.bootstrap import paired_bootstrap
 
 SPLITS = ("val", "distractors", "systematic", "productive")
@@ -126,8 +127,7 @@ def build_report(
     """
     runs = read_runs(sweep)
     splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
-    beside = Path(f"{runs[0].data_dir}-raw") / "annotations.zip"
-    instances = instances or (beside if beside.is_file() else None)
+    instances = find_instances(instances, runs[0].data_dir)
     for run in tqdm(runs, desc="evaluating", unit="run"):
         evaluate_run(run, splits, instances, num_texts)
     groups: dict[str, list[Run]] = defaultdict(list)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,12 +32,12 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from vlabs.callbacks import PredictionTable, SamplesPerSecond, WholeCheckpointIO
+from vlabs.callbacks import GroundingCurve, PredictionTable, SamplesPerSecond, WholeCheckpointIO
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize, read_source
-from vlabs.logging import csv_logger, quiet_lightning, remember_run_id, say
+from vlabs.logging import csv_logger, log_data, log_outcome, quiet_lightning, remember_run_id, say
 from vlabs.sweep import write_table
 from vlabs.tasks.vqa import VQATask
 
@@ -118,6 +119,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         SamplesPerSecond(),
         LearningRateMonitor("step"),
     ]
+    callbacks.append(GroundingCurve(**config.grounding))
     if isinstance(task, VQATask):
         callbacks.append(PredictionTable(run_dir / "figures", **config.predictions))
     if config.trainer.get("enable_progress_bar"):
@@ -131,12 +133,13 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     )
     parameters = sum(p.numel() for p in model.parameters())
     say(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")
+    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger) and _is_rank_zero()]
+    for wandb_run in runs:
+        log_data(wandb_run, data.identity.get("sets", [data.identity]))
     fit_started = time.perf_counter()
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    for logger in loggers:
-        logger.finalize("success")
-    return {
+    summary = {
         "parameters": parameters,
         "fit_seconds": round(time.perf_counter() - fit_started, 1),
         "epochs": trainer.current_epoch,
@@ -145,6 +148,11 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "metrics": metrics,
         "checkpoint": best.best_model_path or last.best_model_path or None,
     }
+    for wandb_run in runs:
+        log_outcome(wandb_run, summary, summary["checkpoint"])
+    for logger in loggers:
+        logger.finalize("success")
+    return summary
 
 
 def _make_start(folder: Path, overrides: list[str]) -> None:
@@ -158,6 +166,11 @@ def _make_start(folder: Path, overrides: list[str]) -> None:
         summary = folder / "summary.json"
         if summary.is_file() and json.loads(summary.read_text())["status"] == "done":
             return
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+            raise UserError(
+                f"init={folder} is not there yet, and only a run of one process trains it by itself: first run "
+                f"python -m vlabs.train {' '.join(overrides)} hydra.run.dir={folder}"
+            )
         say(f"init: {folder} is not there yet, so it is trained first: {' '.join(overrides)}")
         command = [sys.executable, "-m", "vlabs.train", *overrides, f"hydra.run.dir={folder}"]
         if subprocess.run(command).returncode:
@@ -209,7 +222,12 @@ def _loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Pat
     logger = instantiate(chosen, save_dir=str(run_dir))
     if isinstance(logger, WandbLogger) and _is_rank_zero():
         remember_run_id(logger)
-        logger.experiment.config.update(OmegaConf.to_container(config, resolve=True), allow_val_change=True)
+        logged = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(logged, dict)
+        # A resumed run reads its config from its folder, and no choices are made; W&B has the variant already.
+        if (variant := HydraConfig.get().runtime.choices.get("model/topdown")) is not None:
+            logged["variant"] = variant
+        logger.experiment.config.update(logged, allow_val_change=True)
     return [*loggers, logger]
 
 

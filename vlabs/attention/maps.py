@@ -44,7 +44,11 @@ def attention_map(
         values = output.image_read
     elif name == "weights":
         weights = output.seen.token_weights
-        values = weights if weights is not None else torch.zeros(output.logits.shape[0], output.seen.hidden.shape[1])
+        values = (
+            weights
+            if weights is not None
+            else output.seen.hidden.new_zeros(len(output.logits), output.seen.hidden.shape[1])
+        )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
     elif name in NEEDS_ATTENTION:
@@ -82,22 +86,24 @@ def look(
 
     Args:
         model: in eval mode.
-        image: (1, 3, H, W), normalised.
+        image: (1, 3, H, W), normalised; on any device.
         input_ids, attention_mask: (n, T).
         names: of `MAPS`.
 
     Returns:
-        The output, and by name the maps (n, rows, columns), non-negative, without gradients.
+        The output, and by name the maps (n, rows, columns), non-negative, without gradients, on the CPU.
     """
+    weight = next(model.parameters())
+    image, input_ids, attention_mask = image.to(weight), input_ids.to(weight.device), attention_mask.to(weight.device)
     read_image = "fusion" in names
     if not set(names) & set(NEEDS_ATTENTION):
         index = torch.zeros(len(input_ids), dtype=torch.int64, device=image.device)
         with torch.no_grad():
             output = model(image, input_ids, attention_mask, index, read_image=read_image)
-        return output, {name: attention_map(output, model.vision, name) for name in names}
+        return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
     # An image a text: where the passes are shared, a gradient would mix the texts.
     images = image.expand(len(input_ids), -1, -1, -1)
     with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:
         output = model(images, input_ids, attention_mask, read_image=read_image)
-        maps = {name: attention_map(output, model.vision, name, recorded()).detach() for name in names}
+        maps = {name: attention_map(output, model.vision, name, recorded()).detach().cpu() for name in names}
     return output, maps

@@ -71,7 +71,8 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
     picture = as_picture(checkpoint, image)
     output, maps = look(model, picture.tensor, *_tokens(checkpoint, texts), ["weights", "norm"])
     with torch.no_grad():
-        bottom_up = model.vision.encode(picture.tensor).hidden.norm(dim=-1)[0]
+        encoded = model.vision.encode(picture.tensor.to(next(model.parameters())))
+        bottom_up = encoded.hidden.norm(dim=-1)[0].float().cpu()
     rows_of_grid, columns = model.vision.grid_size
     before = bottom_up[model.vision.num_prefix_tokens :].reshape(rows_of_grid, columns).numpy()
     rows = []

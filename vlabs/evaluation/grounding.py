@@ -17,10 +17,12 @@ from vlabs.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import Instance, count_instances, crop_mask, read_instances
 from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.output import write_json
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.grounding import area_share, average_precision, best_iou, energy_inside, pointing, to_pixels
+from vlabs.models.vlm import VisionLanguageModel
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
 
@@ -58,19 +60,20 @@ def evaluate_grounding(
     wrong = [name for name in maps if name not in MAPS]
     if wrong or not maps:
         raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
-    file = _instances_file(instances, data_dir)
+    file = find_instances(instances, data_dir)
+    if file is None:
+        raise UserError("task=grounding needs the masks: pass task.instances=FILE, COCO's annotations zip or JSON")
     kind = str(read_manifest(data_dir).get("kind", "vqa"))
     rows = load_split(data_dir, str(config.split))
     asked = list_targets(rows, "caption" if kind == "captions" else "question")
     if not asked:
         raise UserError(f"{data_dir}, split {config.split}: no question or caption says what it is about")
-    if num_texts is not None and num_texts < len(asked):
-        asked = [asked[n] for n in np.linspace(0, len(asked) - 1, num=num_texts, dtype=int)]
+    asked = spread(asked, num_texts)
     found = read_instances(file, {target for item in asked for target in item.targets})
     objects = count_instances(file)
     records, outside = [], 0
     progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not config.trainer.enable_progress_bar)
-    for record in _measure(checkpoint, rows, asked, found, objects, maps):
+    for record in measure(checkpoint.model, checkpoint.preprocessing, rows, asked, found, objects, maps):
         progress.update()
         if record is None:
             outside += 1
@@ -107,16 +110,31 @@ def list_targets(rows: datasets.Dataset, column: str) -> list[Asked]:
     return asked
 
 
-def _measure(
-    checkpoint: Checkpoint,
+def spread(asked: list[Asked], count: int | None) -> list[Asked]:
+    """So many of the texts, evenly spread; all of them for None."""
+    if count is None or count >= len(asked):
+        return asked
+    return [asked[n] for n in np.linspace(0, len(asked) - 1, num=count, dtype=int)]
+
+
+def measure(
+    model: VisionLanguageModel,
+    preprocessing: Preprocessing,
     rows: datasets.Dataset,
     asked: Sequence[Asked],
     found: dict[int, Instance],
     objects: dict[int, int],
     maps: Sequence[str],
 ) -> Iterator[dict[str, Any] | None]:
-    """One record a text: its measures by map; None for a target that cannot be seen."""
-    model, preprocessing = checkpoint.model, checkpoint.preprocessing
+    """One record a text: its measures by map; None for a target that cannot be seen.
+
+    Args:
+        rows: prepared rows.
+        asked: texts of these rows, those of an image together.
+        found: the instances that they are about, by id.
+        objects: how many instances an image has, by its id.
+        maps: of `vlabs.attention.maps.MAPS`.
+    """
     reader = ImageReader(rows, preprocessing)
     size = preprocessing.image_size
     start = 0
@@ -179,11 +197,9 @@ def _table(records: Sequence[dict[str, Any]], maps: Sequence[str]) -> dict[str, 
     return metrics
 
 
-def _instances_file(instances: str | None, data_dir: str) -> Path:
-    """The instances file that was named, or `annotations.zip` of the raw corpus beside a prepared folder."""
+def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:
+    """The instances file that was named, or `annotations.zip` of the raw corpus beside a prepared folder, if any."""
     if instances is not None:
         return Path(instances)
     beside = Path(f"{data_dir}-raw") / "annotations.zip"
-    if not beside.is_file():
-        raise UserError("task=grounding needs the masks: pass task.instances=FILE, COCO's annotations zip or JSON")
-    return beside
+    return beside if beside.is_file() else None

@@ -1,0 +1,75 @@
+"""The W&B workspace of a project, from code: `python -m vlabs.dashboard --project vlabs`.
+
+Accuracy by variant, grounding over training, the figures and prediction tables, and cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import wandb
+from wandb_workspaces import workspaces as ws
+from wandb_workspaces.reports import v2 as wr
+
+from vlabs.errors import UserError, run_cli
+from vlabs.logging import logged_in
+
+# What `vlabs.train` writes into a W&B run's config: the choice of model/topdown.
+VARIANT = "variant"
+
+
+def build_workspace(entity: str, project: str) -> ws.Workspace:
+    """The workspace, not yet saved; runs are grouped by variant."""
+    by_variant = {"groupby": wr.Config(VARIANT), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+
+    def lines(title: str, *metrics: str) -> wr.LinePlot:
+        return wr.LinePlot(title=title, x="trainer/global_step", y=list(metrics), **by_variant)
+
+    def bars(title: str, metric: str) -> wr.BarPlot:
+        return wr.BarPlot(title=title, metrics=[wr.SummaryMetric(metric)], **by_variant)
+
+    accuracy = [
+        bars("VQA accuracy (val), %", "val/vqa_accuracy"),
+        lines("VQA accuracy (val), %", "val/vqa_accuracy"),
+        *[lines(f"{kind}, %", f"val/vqa_accuracy/{kind}") for kind in ("yes/no", "number", "other")],
+        lines("image retrieval R@1 (val), %", "val/ir@1"),
+        lines("text retrieval R@1 (val), %", "val/tr@1"),
+    ]
+    grounding = [
+        lines(f"share of the {name} map inside the target, %", f"val/grounding/{name}_energy")
+        for name in ("norm", "fusion")
+    ]
+    seen = [
+        wr.WeavePanelSummaryTable(table_name="val/predictions"),
+        wr.MediaBrowser(media_keys=[f"figures/{name}" for name in ("questions", "pathway", "alpha")]),
+    ]
+    cost = [
+        bars("training, s", "fit_seconds"),
+        bars("parameters", "parameters"),
+        lines("texts a second", "train/samples_per_second"),
+        lines("training loss", "train/loss"),
+    ]
+    sections = [
+        ws.Section(name="Accuracy by variant", panels=accuracy, is_open=True),
+        ws.Section(name="Grounding over training", panels=grounding, is_open=True),
+        ws.Section(name="What it answers, and where it looks", panels=seen, is_open=True),
+        ws.Section(name="Cost", panels=cost),
+    ]
+    return ws.Workspace(entity=entity, project=project, name="vlabs", sections=sections)
+
+
+def main() -> None:
+    """Entry point of `python -m vlabs.dashboard`."""
+    parser = argparse.ArgumentParser(prog="python -m vlabs.dashboard", description=__doc__.splitlines()[0])
+    parser.add_argument("--project", required=True, help="the W&B project, as in logger.project")
+    parser.add_argument("--entity", help="the user or team that it belongs to (default: your own)")
+    arguments = parser.parse_args()
+    if not logged_in():
+        raise UserError("W&B: not logged in, so there is no place for a workspace: run `wandb login`")
+    workspace = build_workspace(arguments.entity or str(wandb.Api().default_entity), arguments.project)
+    workspace.save()
+    print(workspace.url)
+
+
+if __name__ == "__main__":
+    run_cli(main)
