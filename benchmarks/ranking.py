@@ -12,33 +12,23 @@ every caption, second pass and fusion of every pair. See README.md beside this f
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import math
 import os
-import random
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from common import ALPHA, PRIOR_TOKEN, SIZES, Ledger, draw_texts, gmac, make_model
 from released_ranking import ReleasedRanking
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.models.absvit import AbSViT
-from vlabs.models.fusion import CoAttentionFusion
-from vlabs.models.heads import RankingHead
-from vlabs.models.text import RobertaEncoder
-from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
-from vlabs.models.vlm import VisionLanguageModel, assemble
+from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.shortlist import shortlist
 from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
 
@@ -48,44 +38,9 @@ PARTS = ("text", "bottom-up", "signal", "second pass", "reconstruction", "fusion
 FLICKR30K = (1000, 5000)  # images and captions of its test split
 
 
-@dataclass(frozen=True)
-class Size:
-    """Widths and depths of a model: ViT of 16 px patches, RoBERTa, fusion."""
-
-    pixels: int
-    width: int
-    vision_depth: int
-    text_depth: int
-    fusion_depth: int
-    heads: int
-    vocabulary: int
-
-
-SIZES = {
-    "base": Size(224, 768, 12, 12, 6, 12, 50265),
-    "small": Size(224, 384, 12, 6, 6, 6, 50265),
-    "mini": Size(64, 64, 2, 2, 2, 4, 1000),
-}
-ALPHA = {"absvit_released": 5.0, "absvit": 10.0}
-PRIOR_TOKEN = {"absvit_released": "eos", "absvit": "cls"}
-
-
-def make_model(size: str, topdown: str) -> VisionLanguageModel:
-    """A model of that size with random weights, for ranking."""
-    torch.manual_seed(0)
-    s = SIZES[size]
-    variant = ReleasedTopDown if topdown == "absvit_released" else AbSTopDown
-    vision = AbSViT(
-        "vit_base_patch16_224",
-        img_size=s.pixels,
-        topdown=variant(ALPHA[topdown]),
-        embed_dim=s.width,
-        depth=s.vision_depth,
-        num_heads=s.heads,
-    )
-    text = RobertaEncoder(s.vocabulary, s.width, s.text_depth, s.heads, 4 * s.width)
-    fusion = partial(CoAttentionFusion, width=s.width, depth=s.fusion_depth, num_heads=s.heads)
-    return assemble(vision, text, fusion, RankingHead, PRIOR_TOKEN[topdown]).eval()
+def draw_captions(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of captions: lengths log-normal around 16 tokens, from 6 to 40."""
+    return draw_texts(count, vocabulary, MEAN_LENGTH, SHORTEST, CAPTION_LENGTH, 0.4, seed)
 
 
 def make_rival(model: VisionLanguageModel, topdown: str) -> ReleasedRanking:
@@ -93,77 +48,11 @@ def make_rival(model: VisionLanguageModel, topdown: str) -> ReleasedRanking:
     return ReleasedRanking(model, ALPHA[topdown], topdown, PRIOR_TOKEN[topdown], CAPTION_LENGTH)
 
 
-def draw_captions(count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of captions with special tokens: lengths log-normal around 16 tokens, from 6 to 40."""
-    draw = random.Random(seed)
-    deviation = 0.4
-    centre = math.log(MEAN_LENGTH) - deviation**2 / 2
-    captions = []
-    for _ in range(count):
-        length = min(max(round(draw.lognormvariate(centre, deviation)), SHORTEST), CAPTION_LENGTH)
-        captions.append([0, *(draw.randrange(3, vocabulary) for _ in range(length - 2)), 2])
-    return captions
-
-
 class NumberTexts(Preprocessing):
     """Preprocessing of "texts" that are token ids written as numbers, so that no tokenizer is needed."""
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [[int(number) for number in text.split()] for text in texts]
-
-
-class Ledger:
-    """Seconds and FLOPs of the parts of a computation; a part within a part is counted in the inner one alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.flops: dict[str, int] = defaultdict(int)
-        self._open: list[str] = []
-        self._time = 0.0
-        self._count = 0
-        self._counter: FlopCounterMode | None = None
-
-    def watch(self, owner: Any, method: str, part: str) -> None:
-        """Book what a method of this one object takes under `part`."""
-        original = getattr(owner, method)
-
-        @functools.wraps(original)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            with self.part(part):
-                return original(*arguments, **options)
-
-        # Not through nn.Module, whose state these are no part of.
-        owner.__dict__[method] = watched
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Book what runs inside under `name`."""
-        self._book()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._book()
-            self._open.pop()
-
-    def _book(self) -> None:
-        now, count = time.perf_counter(), self._counter.get_total_flops() if self._counter else 0
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._time
-            self.flops[self._open[-1]] += count - self._count
-        self._time, self._count = now, count
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count FLOPs too, which takes time: not where seconds are read."""
-        with FlopCounterMode(display=False) as counter:
-            self._counter, self._count = counter, 0
-            yield
-            self._counter = None
-
-    def clear_seconds(self) -> None:
-        """Forget the time of a warm-up."""
-        self.seconds.clear()
 
 
 @dataclass
@@ -308,11 +197,6 @@ def print_parts(sides: Sequence[Side], pairs: int) -> None:
         f"\nThe times are shares of the released time. Ratio = {arithmetic:.2f} (less arithmetic) "
         f"x {kernels[0]:.2f} (rate) in float32, x {kernels[1]:.2f} in bfloat16.\n"
     )
-
-
-def gmac(flops: int) -> float:
-    """FLOPs as 10⁹ multiply-adds."""
-    return flops / 2e9
 
 
 @dataclass

@@ -65,7 +65,7 @@ class ReleasedRanking:
     def pad(self, captions: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (n, caption_length)."""
         ids = torch.tensor([row + [PAD] * (self.caption_length - len(row)) for row in captions])
-        ids = ids.to(self.weights["head.rank.weight"].device)
+        ids = ids.to(self.weights["fusion.text_map.weight"].device)
         return ids, ids != PAD
 
     def pairs(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -178,9 +178,9 @@ class ReleasedRanking:
         """Σ_l mse(A_l · output of block l, input of block l). The decoder's second map runs too, and is not read."""
         total = torch.zeros((), device=outputs[0][0].device)
         for index, (x, output) in enumerate(outputs):
-            decoded = self.linear(output, f"vision.decoders.{index}.linear")
+            decoded = self.linear(output.detach(), f"vision.decoders.{index}.linear")
             self.linear(decoded, f"vision.decoders.{index}.linear2")
-            total = total + F.mse_loss(decoded, x)
+            total = total + F.mse_loss(decoded, x.detach())
         return total
 
     # Fusion

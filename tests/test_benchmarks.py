@@ -20,7 +20,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(BENCHMARKS))
 
+import common  # type: ignore[import-not-found]  # noqa: E402
 import ranking  # type: ignore[import-not-found]  # noqa: E402
+import train_step  # type: ignore[import-not-found]  # noqa: E402
 from released_ranking import ReleasedRanking  # type: ignore[import-not-found]  # noqa: E402
 
 
@@ -95,7 +97,7 @@ def test_the_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> Non
 
 
 def test_work_within_work_is_booked_once() -> None:
-    ledger = ranking.Ledger()
+    ledger = common.Ledger()
     matrix = torch.ones(4, 4)
     with ledger.counting(), ledger.part("outer"):
         matrix @ matrix
@@ -103,3 +105,58 @@ def test_work_within_work_is_booked_once() -> None:
             matrix @ matrix @ matrix
     assert ledger.flops == {"outer": 2 * 4**3, "inner": 4 * 4**3}
     assert set(ledger.seconds) == {"outer", "inner"}
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("topdown", ["absvit", "absvit_released"])
+def test_the_released_training_step_has_our_loss_and_gradients(topdown: str, k: int) -> None:
+    options = train_step.parse(["--size", "mini", "--topdown", topdown])
+    batch = train_step.make_batch("mini", 6, k)
+    sides = [make(name, options, batch) for make, name in ((train_step.our_side, "a"), (train_step.rival_side, "b"))]
+    losses = [side.loss() for side in sides]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    task = losses_owner(sides[0])
+    rival = sides[1].loss.func.__self__
+    ours = {name: value.grad for name, value in task.model.named_parameters()}
+    assert ours.keys() == {name for name, value in rival.weights.items() if value.requires_grad}
+    trained = {name for name, gradient in ours.items() if gradient is not None and gradient.abs().max() > 0}
+    assert trained == {name for name, value in rival.weights.items() if value.grad is not None and value.grad.any()}
+    for name in trained:
+        torch.testing.assert_close(ours[name], rival.weights[name].grad, atol=2e-6, rtol=1e-3, msg=name)
+    torch.testing.assert_close(task.prior_loss.log_scale.grad, rival.log_scale.grad)
+
+
+def losses_owner(side):  # type: ignore[no-untyped-def]
+    """The task in the closure of our side's loss."""
+    return next(cell.cell_contents for cell in side.loss.__closure__ if hasattr(cell.cell_contents, "model"))
+
+
+def test_the_training_benchmark_ends_in_json_with_all_ratios() -> None:
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "train_step.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    for name in ("ratio_float32_k1", "ratio_float32_k4", "ratio_bfloat16_k4", "memory_ratio_k1"):
+        assert numbers[name] > 0
+    assert numbers["difference_of_loss"] < 1e-5
+
+
+def test_cost_by_size_batch_and_depth_is_a_table_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--size", "mini", "--table", "--pixels", "32", "64", "--batches", "1", "2", "--depths", "1", "2"]
+    options = train_step.parse([*arguments, "--repetitions", "1", "--plot", str(tmp_path / "cost.png")])
+    rows = train_step.table(options)["table"]
+    assert "CPU cores" in capsys.readouterr().out
+    by_pixels = [row["gmac"] for row in rows if row["what"] == "pixels"]
+    assert by_pixels[1] > 2 * by_pixels[0]
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_training_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> None:
+    options = train_step.parse(["--size", "mini", "--batches", "4", "--repetitions", "1"])
+    rows = train_step.throughput(options, torch.device("cpu"))["rows"]
+    assert [(row["side"], row["k"]) for row in rows] == [("ours", 1), ("released", 1), ("ours", 4), ("released", 4)]
+    assert all(0 < row["share_of_peak"] < 1 for row in rows)

@@ -1,0 +1,352 @@
+"""How much faster vlabs trains on VQA than the released arithmetic does.
+
+    python benchmarks/train_step.py                 both sides, interleaved; the last line is JSON with the ratios
+    python benchmarks/train_step.py --table         cost by image size, batch and fusion depth, and a plot
+    python benchmarks/train_step.py --device cuda   questions a second, share of the card's peak, memory
+
+A step is forward, backward and AdamW, on random weights, images and questions of real lengths, without dropout. The
+released arithmetic is the one of `released_training.py`. k is `data.questions_per_image`: k questions of an image share
+its first pass. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ALPHA, PRIOR_TOKEN, SIZES, draw_texts, gmac, make_model
+from released_training import ReleasedTraining
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.vqa import VQABatch
+from vlabs.models.heads import VQAHead
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.vqa import VQATask
+
+# Tokens of VQA v2's questions with RoBERTa's vocabulary, <s> and </s> included.
+MEAN_LENGTH, SHORTEST, LONGEST, DEVIATION = 9.2, 5, 25, 0.27
+ANSWERS = {"base": 3129, "small": 3129, "mini": 50}
+PAD = 1
+
+
+def make_batch(size: str, questions: int, k: int, pixels: int | None = None, device: str = "cpu") -> VQABatch:
+    """`questions` questions, k about each image."""
+    torch.manual_seed(1)
+    side, vocabulary, answers = pixels or SIZES[size].pixels, SIZES[size].vocabulary, ANSWERS[size]
+    images = torch.randn(-(-questions // k), 3, side, side)
+    texts = draw_texts(questions, vocabulary, MEAN_LENGTH, SHORTEST, LONGEST, DEVIATION)
+    longest = max(map(len, texts))
+    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in texts])
+    index = torch.arange(questions) // k
+    targets = torch.zeros(questions, answers)
+    targets[torch.arange(questions), torch.randint(answers, (questions,))] = 1.0
+    targets[torch.arange(questions), torch.randint(answers, (questions,))] = 0.3
+    batch = VQABatch(images, ids, (ids != PAD).long(), index if k > 1 else None, index, targets, [], [], [], [], [], [])
+    moved = {name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**moved)
+
+
+@dataclass
+class Side:
+    """One of the computations that are compared.
+
+    Attributes:
+        name: as printed.
+        loss: of one batch.
+        optimizer: of its weights.
+        autocast: bfloat16 as Lightning's `bf16-mixed` has it.
+        flops: of forward and backward.
+        times: seconds of every repetition.
+    """
+
+    name: str
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+    autocast: bool = False
+    flops: int = 0
+    times: list[float] = field(default_factory=list)
+
+    def step(self) -> Tensor:
+        """Forward, backward, optimiser."""
+        device = self.optimizer.param_groups[0]["params"][0].device.type
+        with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
+            loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def our_side(name: str, options: Options, batch: VQABatch, autocast: bool = False, **sizes: int) -> Side:
+    """vlabs' task on one batch."""
+    head = partial(VQAHead, num_answers=ANSWERS[options.size])
+    model = make_model(options.size, options.topdown, head, dropout=0.0, **sizes).to(batch.images.device)
+    task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, Recipe()).to(batch.images.device).train()
+
+    def loss() -> Tensor:
+        answers, others, _ = task.losses(batch)
+        return task.total(answers, others)
+
+    return Side(name, loss, Recipe().optimizer(task), autocast)
+
+
+def rival_side(name: str, options: Options, batch: VQABatch, autocast: bool = False) -> Side:
+    """The released arithmetic on the same questions: an image for each of them, text padded to 50."""
+    head = partial(VQAHead, num_answers=ANSWERS[options.size])
+    model = make_model(options.size, options.topdown, head, dropout=0.0).to(batch.images.device)
+    rival = ReleasedTraining(model, ALPHA[options.topdown], options.topdown, PRIOR_TOKEN[options.topdown])
+    texts = [row[mask].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
+    ids, mask = rival.pad(texts)
+    images = batch.images if batch.image_index is None else batch.images[batch.image_index]
+    loss = partial(rival.loss, images, ids, mask, batch.image_ids, batch.targets)
+    optimizer = torch.optim.AdamW(rival.parameters(), lr=1e-5)
+    return Side(name, loss, optimizer, autocast)
+
+
+def compare(options: Options) -> dict[str, Any]:
+    """Time both sides in turn; print the work and the time; return the ratios."""
+    batches = {k: make_batch(options.size, options.questions, k) for k in (1, 4)}
+    lengths = batches[1].attention_mask.sum(dim=1).float()
+    print(
+        f"{options.size}, {options.topdown}: {options.questions} questions a step, of {lengths.mean():.1f} tokens on "
+        f"average, {options.repetitions} repetitions, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    )
+    sides = [
+        rival_side("released k=1", options, batches[1]),
+        our_side("ours k=1", options, batches[1]),
+        rival_side("released k=4", options, batches[4]),
+        our_side("ours k=4", options, batches[4]),
+        our_side("ours k=4 bf16", options, batches[4], autocast=True),
+    ]
+    losses = []
+    for side in sides:  # the warm-up
+        with FlopCounterMode(display=False) as counter:
+            losses.append(float(side.step()))
+        side.flops = counter.get_total_flops()
+    for _ in range(options.repetitions):
+        for side in sides:
+            started = time.perf_counter()
+            side.step()
+            side.times.append(time.perf_counter() - started)
+    slowest = max(side.median for side in sides)
+    print(f"\n{'':16}{'GMAC/question':>16}{'time':>8}{'GFLOP/s':>10}{'first loss':>12}")
+    for side, loss in zip(sides, losses, strict=True):
+        print(
+            f"{side.name:16}{gmac(side.flops) / options.questions:16.1f}{side.median / slowest:8.1%}"
+            f"{side.flops / side.median / 1e9:10.0f}{loss:12.4f}"
+        )
+    released, ours, released_4, ours_4, ours_4_bf16 = sides
+    print(
+        f"\nratio = less arithmetic x rate: {released.flops / ours.flops:.2f} x "
+        f"{ours.flops / ours.median / (released.flops / released.median):.2f} at k=1, "
+        f"{released_4.flops / ours_4.flops:.2f} x "
+        f"{ours_4.flops / ours_4.median / (released_4.flops / released_4.median):.2f} at k=4"
+    )
+    del sides, released.loss, ours.loss, released_4.loss, ours_4.loss, ours_4_bf16.loss
+    peaks = {side: peak_memory(side, options) for side in ("ours", "released")}
+    print(f"peak memory at k=1: {peaks['ours']:.2f} GiB ours, {peaks['released']:.2f} GiB released\n")
+    return {
+        "ratio_float32_k1": round(released.median / ours.median, 3),
+        "ratio_float32_k4": round(released_4.median / ours_4.median, 3),
+        "ratio_bfloat16_k4": round(released_4.median / ours_4_bf16.median, 3),
+        "memory_ratio_k1": round(peaks["ours"] / peaks["released"], 3),
+        "difference_of_loss": max(abs(losses[0] - losses[1]), abs(losses[2] - losses[3])),
+        "size": options.size,
+        "topdown": options.topdown,
+        "questions": options.questions,
+        "repetitions": options.repetitions,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def peak_memory(side: str, options: Options) -> float:
+    """Peak resident memory in GiB of a process that makes two steps of one side."""
+    command = [sys.executable, __file__, "--memory-of", side, "--size", options.size, "--topdown", options.topdown]
+    command += ["--questions", str(options.questions), "--threads", str(torch.get_num_threads())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr}")
+    return float(result.stdout.splitlines()[-1])
+
+
+def measure_memory(options: Options) -> float:
+    """Two steps at k = 1 of the side that `--memory-of` names, and the peak of this process in GiB."""
+    make = our_side if options.memory_of == "ours" else rival_side
+    side = make(options.memory_of or "", options, make_batch(options.size, options.questions, 1))
+    side.step()
+    side.step()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def table(options: Options) -> dict[str, Any]:
+    """Cost of our step as the work grows: by image size, by batch, by fusion depth; prints a table, draws a plot."""
+    print(
+        f"{options.size}, {options.topdown}, {options.dtype}, k=1, {torch.get_num_threads()} threads of "
+        f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}\n"
+    )
+    print(f"{'':14}{'value':>8}{'GMAC/question':>16}{'s/question':>12}{'GFLOP/s':>10}")
+    rows = []
+    sweeps: list[tuple[str, Sequence[int]]] = [
+        ("pixels", options.pixels),
+        ("batch", options.batches),
+        ("fusion_depth", options.depths),
+    ]
+    for name, values in sweeps:
+        for value in values:
+            sizes = {} if name == "batch" else {name: value}
+            questions = value if name == "batch" else options.questions
+            batch = make_batch(options.size, questions, 1, sizes.get("pixels"))
+            side = our_side("ours", options, batch, options.dtype == "bfloat16", **sizes)
+            with FlopCounterMode(display=False) as counter:
+                side.step()
+            for _ in range(options.repetitions):
+                started = time.perf_counter()
+                side.step()
+                side.times.append(time.perf_counter() - started)
+            flops, seconds = counter.get_total_flops() / questions, side.median / questions
+            rows.append({"what": name, "value": value, "gmac": gmac(int(flops)), "seconds": seconds})
+            print(f"{name:14}{value:8}{gmac(int(flops)):16.1f}{seconds:12.4f}{flops / seconds / 1e9:10.0f}", flush=True)
+    if options.plot is not None:
+        plot(rows, options.plot)
+        print(f"\n{options.plot}")
+    return {"table": rows, "size": options.size, "topdown": options.topdown, "dtype": options.dtype}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds a question against image size, batch and fusion depth, each against its first value."""
+    from matplotlib.figure import Figure
+
+    titles = {"pixels": "image size (px)", "batch": "questions a step", "fusion_depth": "fusion layers"}
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        chosen = [row for row in rows if row["what"] == name]
+        for key, label in (("seconds", "time"), ("gmac", "arithmetic")):
+            if chosen:
+                values = [row[key] / chosen[0][key] for row in chosen]
+                axis.plot([row["value"] for row in chosen], values, marker="o", label=label)
+        axis.set_xlabel(title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("a question, first value = 1")
+    figure.axes[0].legend(frameon=False)
+    partial_path = path.with_suffix(f".partial{path.suffix}")
+    figure.savefig(partial_path, dpi=150)
+    partial_path.replace(path)
+
+
+def throughput(options: Options, device: torch.device) -> dict[str, Any]:
+    """Questions a second of both sides in bfloat16 for several batches, share of the peak, and memory."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else "CPU"
+    print(f"{name}: {options.size}, {options.topdown}, bfloat16 autocast\n")
+    print(f"{'':14}{'batch':>7}{'k':>4}{'questions/s':>13}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
+    rows = []
+    for batch_size in options.batches:
+        for k in (1, 4):
+            batch = make_batch(options.size, batch_size, k, device=str(device))
+            for side_name, make in (("ours", our_side), ("released", rival_side)):
+                if cuda:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                side = make(side_name, options, batch, True)
+                with FlopCounterMode(display=False) as counter:
+                    side.step()
+                for _ in range(options.repetitions):
+                    started = time.perf_counter()
+                    side.step()
+                    if cuda:
+                        torch.cuda.synchronize()
+                    side.times.append(time.perf_counter() - started)
+                flops = counter.get_total_flops() / side.median / 1e12
+                memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+                row = {
+                    "side": side_name, "batch": batch_size, "k": k, "questions_per_second": batch_size / side.median,
+                    "tflops": flops, "share_of_peak": flops / options.peak_tflops, "gib": memory,
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"{side_name:14}{batch_size:7}{k:4}{batch_size / side.median:13.1f}{flops:9.1f}"
+                    f"{flops / options.peak_tflops:9.1%}{memory:7.1f}",
+                    flush=True,
+                )
+                del side
+    return {"device": name, "size": options.size, "topdown": options.topdown, "rows": rows}
+
+
+@dataclass
+class Options:
+    """The command line, see `parse`."""
+
+    size: str
+    topdown: str
+    questions: int
+    repetitions: int
+    threads: int | None
+    memory_of: str | None
+    table: bool
+    pixels: list[int]
+    batches: list[int]
+    depths: list[int]
+    dtype: str
+    plot: Path | None
+    device: str
+    peak_tflops: float
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="base", help="base: ViT-B/16 at 224 px, RoBERTa-base, 6 fusion layers")
+    add("--topdown", choices=ALPHA, default="absvit", help="modulation of both sides")
+    add("--questions", type=int, default=4, help="questions a step")
+    add("--repetitions", type=int, default=5)
+    add("--threads", type=int, help="of torch; its own choice if not given")
+    add("--memory-of", choices=["ours", "released"], help="print the peak memory of one side instead")
+    add("--table", action="store_true", help="cost as the work grows instead")
+    add("--pixels", type=int, nargs="*", default=[224, 288, 384, 576], help="of --table")
+    add("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="of --table and --device cuda")
+    add("--depths", type=int, nargs="*", default=[2, 4, 6, 8], help="of --table")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table")
+    add("--plot", type=Path, help="of --table: where the plot goes")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: questions a second instead")
+    add("--peak-tflops", type=float, default=989.0, help="of --device cuda: dense bfloat16 peak (989: H100)")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main() -> None:
+    options = parse()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.memory_of is not None:
+        print(measure_memory(options))
+        return
+    if options.device == "cuda":
+        result = throughput(options, torch.device("cuda"))
+    else:
+        result = table(options) if options.table else compare(options)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
