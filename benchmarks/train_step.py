@@ -55,9 +55,20 @@ def make_batch(size: str, questions: int, k: int, pixels: int | None = None, dev
     targets = torch.zeros(questions, answers)
     targets[torch.arange(questions), torch.randint(answers, (questions,))] = 1.0
     targets[torch.arange(questions), torch.randint(answers, (questions,))] = 0.3
-    batch = VQABatch(images, ids, (ids != PAD).long(), index if k > 1 else None, index, targets, [], [], [], [], [], [])
-    moved = {name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-    return batch._replace(**moved)
+    return VQABatch(
+        images=images.to(device),
+        input_ids=ids.to(device),
+        attention_mask=(ids != PAD).long().to(device),
+        image_index=index.to(device) if k > 1 else None,
+        image_ids=index.to(device),
+        targets=targets.to(device),
+        question_ids=[],
+        questions=[],
+        answer_types=[],
+        question_types=[],
+        answers=[],
+        skipped=[],
+    )
 
 
 @dataclass
@@ -99,7 +110,8 @@ def our_side(name: str, options: Options, batch: VQABatch, autocast: bool = Fals
     """vlabs' task on one batch."""
     head = partial(VQAHead, num_answers=ANSWERS[options.size])
     model = make_model(options.size, options.topdown, head, dropout=0.0, **sizes).to(batch.images.device)
-    task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, Recipe()).to(batch.images.device).train()
+    task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, Recipe())
+    task.to(batch.images.device).train()
 
     def loss() -> Tensor:
         answers, others, _ = task.losses(batch)
@@ -115,7 +127,8 @@ def rival_side(name: str, options: Options, batch: VQABatch, autocast: bool = Fa
     rival = ReleasedTraining(model, ALPHA[options.topdown], options.topdown, PRIOR_TOKEN[options.topdown])
     texts = [row[mask].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
     ids, mask = rival.pad(texts)
-    images = batch.images if batch.image_index is None else batch.images[batch.image_index]
+    index = batch.image_index
+    images = batch.images if index is None else batch.images[index]
     loss = partial(rival.loss, images, ids, mask, batch.image_ids, batch.targets)
     optimizer = torch.optim.AdamW(rival.parameters(), lr=1e-5)
     return Side(name, loss, optimizer, autocast)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from test_ranking import random_model
 
+from vlabs.data.sampling import Group, Plan
 from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
 from vlabs.released import ReleasedVLM, load_released
 
@@ -21,6 +22,7 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # type: ignore[import-not-found]  # noqa: E402
+import loader  # type: ignore[import-not-found]  # noqa: E402
 import ranking  # type: ignore[import-not-found]  # noqa: E402
 import train_step  # type: ignore[import-not-found]  # noqa: E402
 from released_ranking import ReleasedRanking  # type: ignore[import-not-found]  # noqa: E402
@@ -160,3 +162,40 @@ def test_training_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -
     rows = train_step.throughput(options, torch.device("cpu"))["rows"]
     assert [(row["side"], row["k"]) for row in rows] == [("ours", 1), ("released", 1), ("ours", 4), ("released", 4)]
     assert all(0 < row["share_of_peak"] < 1 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(loader.make_data(tmp_path_factory.mktemp("loader"), 6))
+
+
+def test_both_loaders_give_the_same_questions_and_nearly_the_same_pictures(pictures: Path) -> None:
+    options = loader.parse(["--image-size", "64", "--batch-size", "5"])
+    ours = loader.our_loader(pictures, options, 1).train_dataloader().dataset
+    ours.images.augment = None
+    plain = loader.PlainLoader(pictures, 64, 5)
+    plain.augment = lambda image: image
+    for row, position in plain.questions[:5]:
+        sample = plain.sample(row, position)
+        batch = ours[Plan(0, [Group(row, (position,))])]
+        length = batch.input_ids.shape[1]
+        assert sample["input_ids"][:length].tolist() == batch.input_ids[0].tolist()
+        assert sample["attention_mask"].sum() == batch.attention_mask.sum()
+        torch.testing.assert_close(sample["target"], batch.targets[0])
+        # Ours is decoded at half the size first; a deviation is 1.
+        assert (sample["image"] - batch.images[0]).abs().mean() < 0.05
+
+
+def test_the_loader_benchmark_measures_both_sides(pictures: Path) -> None:
+    options = loader.parse(
+        ["--image-size", "32", "--batch-size", "4", "--batches", "1", "--repetitions", "1", "--gpu-rate", "100"]
+    )
+    result = loader.compare(pictures, options)
+    assert result["ratio_k1"] > 0
+    assert result["ratio_k4"] > 0
+
+
+def test_memory_of_the_loader_is_read_in_the_course_of_an_epoch(pictures: Path) -> None:
+    result = loader.memory(pictures, loader.parse(["--image-size", "32", "--batch-size", "5"]))
+    assert len(result["mib"]) == 3
+    assert all(mib > 50 for mib in result["mib"])

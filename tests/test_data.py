@@ -3,11 +3,12 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from vlabs.data.prepared import load_split, read_answers
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import Group, Plan
 from vlabs.data.vqa import VQADataModule, VQADataset, list_questions
 
@@ -88,3 +89,27 @@ def test_a_loader_with_workers_gives_what_one_without_gives(tiny_data):
     for a, b in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
         assert a.question_ids == b.question_ids
         assert torch.equal(a.images, b.images)
+
+
+def jpeg(width, height, kind="JPEG"):
+    """A smooth picture."""
+    pixels = np.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("at_least", "size"), [(None, (640, 480)), (240, (320, 240)), (241, (640, 480)), (50, (80, 60))]
+)
+def test_a_jpeg_is_decoded_no_smaller_than_is_needed(at_least, size):
+    assert decode_image(jpeg(640, 480), "picture", at_least).size == size
+    assert decode_image(jpeg(640, 480, "PNG"), "picture", at_least).size == (640, 480)
+
+
+def test_pictures_are_decoded_smaller_in_training_alone(tiny_data):
+    data = VQADataModule(tiny_data, image_size=16, num_workers=0)
+    assert data.train_dataloader().dataset.images.at_least == 16
+    assert data.val_dataloader().dataset.images.at_least is None
+    whole = VQADataModule(tiny_data, image_size=16, num_workers=0, scaled_decoding=False)
+    assert whole.train_dataloader().dataset.images.at_least is None

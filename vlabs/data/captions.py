@@ -65,6 +65,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         false_images: draw an image that does not belong to it for every caption.
         false_captions: captions of other images to draw for every caption.
+        scaled_decoding: as in `ImageReader`.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class CaptionDataset(Dataset[CaptionBatch]):
         on_bad: str = "error",
         false_images: bool = False,
         false_captions: int = 0,
+        scaled_decoding: bool = False,
     ) -> None:
         self.rows = rows
         self.texts = rows.select_columns(["caption"])
         self.preprocessing = preprocessing
-        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad)
+        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding)
         self.seed = seed
         self.false_images = false_images
         self.false_captions = false_captions
@@ -160,6 +162,8 @@ class CaptionDataModule(pl.LightningDataModule):
         rand_augment: timm's RandAugment string for training; None for none.
         num_workers: loader processes.
         on_bad: `error` or `skip`, for images that cannot be decoded.
+        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`; evaluation always
+            decodes whole pictures.
         image_mean, image_std: by which channels in [0, 1] are normalised.
         seed: of shuffling, augmentation and false partners.
         preprocessing: of a checkpoint, in place of all options of images and text.
@@ -181,6 +185,7 @@ class CaptionDataModule(pl.LightningDataModule):
         rand_augment: str | None = None,
         num_workers: int = 2,
         on_bad: str = "error",
+        scaled_decoding: bool = True,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         seed: int = 0,
@@ -206,6 +211,7 @@ class CaptionDataModule(pl.LightningDataModule):
         self.rand_augment = rand_augment
         self.num_workers = num_workers
         self.on_bad = on_bad
+        self.scaled_decoding = scaled_decoding
         self.seed = seed
         # Set by the task, which knows what it compares with what.
         self.false_images = False
@@ -256,6 +262,7 @@ class CaptionDataModule(pl.LightningDataModule):
             self.on_bad,
             self.false_images,
             self.false_captions,
+            scaled_decoding=training and self.scaled_decoding,
         )
         return make_loader(
             dataset,

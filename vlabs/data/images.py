@@ -44,6 +44,7 @@ class ImageReader:
         rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
         seed: of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
+        scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ImageReader:
         rand_augment: str | None = None,
         seed: int = 0,
         on_bad: str = "error",
+        scaled_decoding: bool = False,
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
@@ -60,6 +62,7 @@ class ImageReader:
         self.augment = rand_augment_transform(rand_augment, {"img_mean": fill}) if rand_augment else None
         self.seed = seed
         self.on_bad = on_bad
+        self.at_least = preprocessing.image_size if scaled_decoding else None
 
     def read(self, index: int, epoch: int) -> tuple[dict[str, Any], Tensor | None]:
         """The row and its image (3, H, W), normalised; None for an image that is left out.
@@ -69,7 +72,7 @@ class ImageReader:
         """
         row = self.rows[index]
         try:
-            image = decode_image(row["image"], f"image {row['image_id']}")
+            image = decode_image(row["image"], f"image {row['image_id']}", self.at_least)
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None

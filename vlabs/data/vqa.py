@@ -62,6 +62,7 @@ class VQADataset(Dataset[VQABatch]):
         seed: of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
+        scaled_decoding: as in `ImageReader`.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class VQADataset(Dataset[VQABatch]):
         seed: int = 0,
         on_bad: str = "error",
         with_targets: bool = True,
+        scaled_decoding: bool = False,
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
-        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad)
+        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding)
         self.with_targets = with_targets
 
     def __getitem__(self, plan: Plan) -> VQABatch:
@@ -120,6 +122,8 @@ class VQADataModule(pl.LightningDataModule):
         rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
         num_workers: loader processes.
         on_bad: `error` or `skip`, for images that cannot be decoded.
+        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`; evaluation always
+            decodes whole pictures.
         image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
             those of the data make training from scratch easier.
         seed: of shuffling and augmentation.
@@ -144,6 +148,7 @@ class VQADataModule(pl.LightningDataModule):
         rand_augment: str | None = None,
         num_workers: int = 2,
         on_bad: str = "error",
+        scaled_decoding: bool = True,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         seed: int = 0,
@@ -169,6 +174,7 @@ class VQADataModule(pl.LightningDataModule):
         self.rand_augment = rand_augment
         self.num_workers = num_workers
         self.on_bad = on_bad
+        self.scaled_decoding = scaled_decoding
         self.seed = seed
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
@@ -225,7 +231,13 @@ class VQADataModule(pl.LightningDataModule):
         if not len(question_rows):
             raise UserError(f"{self.dir} has no question to {'train on' if training else 'evaluate'}")
         dataset = VQADataset(
-            rows, self.preprocessing, self.rand_augment if training else None, self.seed, self.on_bad, with_targets
+            rows,
+            self.preprocessing,
+            self.rand_augment if training else None,
+            self.seed,
+            self.on_bad,
+            with_targets,
+            scaled_decoding=training and self.scaled_decoding,
         )
         return make_loader(
             dataset,
