@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -22,16 +26,21 @@ from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_fig
 from vlabs.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.data.instances import Instance, count_instances, read_instances
+from vlabs.data.loading import GroupLoader
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
 from vlabs.evaluation.grounding import Asked, find_instances, list_targets, measure, spread
+from vlabs.logging import say
 from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.vqa import VQATask
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name and renames it, so that a stop leaves the one before."""
+    """Writes a checkpoint under a temporary name and renames it, so that a stop leaves the one before.
+
+    The one before is kept beside it with `.previous` added to its name.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`.
@@ -47,6 +56,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.is_file():
+                # A second name of the old file first: at no time is there no checkpoint.
+                older = path.with_name(path.name + ".older")
+                older.unlink(missing_ok=True)
+                older.hardlink_to(path)
+                older.replace(previous_of(path))
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
@@ -59,6 +74,108 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} could not be written: {reason}; the one before it is untouched, "
                 "make room and go on with resume=RUN_DIR"
             ) from None
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before this one is."""
+    return path.with_name(path.name + ".previous")
+
+
+class GoOn(pl.Callback):
+    """Makes a run that goes on the run that it would have been: generators and place in the epoch as they were."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, Any] | None = None
+        self.loader: dict[str, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data and tensors, which load without executing anything."""
+        version, internal, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        return {
+            "python": [version, list(internal), gauss],
+            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training really begins, because getting there may draw."""
+        self.saved = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the place in the epoch. Lightning keeps it too, but loads it before it has read the checkpoint where the
+        schedule asks for the number of steps.
+        """
+        assert isinstance(trainer.train_dataloader, GroupLoader)
+        checkpoint["train_loader"] = trainer.train_dataloader.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Kept until there is a loader."""
+        self.loader = checkpoint.get("train_loader")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go to the place in the epoch."""
+        if self.loader is not None:
+            assert isinstance(trainer.train_dataloader, GroupLoader)
+            trainer.train_dataloader.load_state_dict(self.loader)
+            self.loader = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A whole epoch begins with its first batch, also where `limit_train_batches` ended the one before early."""
+        assert isinstance(trainer.train_dataloader, GroupLoader)
+        trainer.train_dataloader.first = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore, before the first batch after a stop."""
+        if self.saved is None:
+            return
+        state, self.saved = self.saved, None
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"].cpu())
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+class SaveOnSignal(pl.Callback):
+    """Saves the run after the batch in which SIGTERM (then it stops) or SIGUSR1 (then it goes on) comes.
+
+    SLURM sends either before it takes a job's machine, as `--signal` says. In validation there is nothing new to save.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen, before Lightning does: it would look for its own kind of checkpoint after a requeue."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, on all ranks if one of them was asked to."""
+        if not trainer.strategy.reduce_boolean_decision(self.asked or trainer.received_sigterm, all=False):
+            return
+        self.asked = False
+        trainer.save_checkpoint(self.path)
+        say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
 
 
 class SamplesPerSecond(pl.Callback):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,17 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.callbacks import GroundingCurve, PredictionTable, SamplesPerSecond, WholeCheckpointIO
+from vlabs.callbacks import (
+    GoOn,
+    GroundingCurve,
+    PredictionTable,
+    SamplesPerSecond,
+    SaveOnSignal,
+    WholeCheckpointIO,
+    previous_of,
+)
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.errors import UserError, one_line
@@ -55,6 +66,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     try:
         summary |= train(config, run_dir, sweep=Path(hydra.sweep.dir) if sweeping else None)
         summary["status"] = "done"
+    except SIGTERMException:
+        # Not a failure of this run, and no next run of a sweep is to begin.
+        summary |= {"status": "stopped", "error": f"SIGTERM; go on with resume={run_dir}"}
+        _write_summary(run_dir, summary, started)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         user_error = error if isinstance(error, UserError) else None
         summary |= {"status": "failed", "error": one_line(explain(error))}
@@ -106,16 +122,19 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
-    checkpoint = run_dir / "checkpoints" / "last.ckpt" if config.resume is not None else None
+    checkpoint = _last_whole(run_dir, config.resume) if config.resume is not None else None
     if not isinstance(data, task.reads):
         named = {"VQADataModule": "questions (data=scenes, vqav2)"}
         wanted = named.get(task.reads.__name__, "captions (data=scenes_captions, flickr30k, coco_captions)")
         raise UserError(f"task={task.name} trains on {wanted}, and data.dir={config.data.get('dir')} holds none")
     loggers = _loggers(config, run_dir, sweep, checkpoint)
-    best, last = _checkpoints(run_dir, task.monitor)
+    best, last, often = _checkpoints(run_dir, task.monitor, config.checkpoints)
     callbacks: list[Callback] = [
         best,
         last,
+        often,
+        GoOn(),
+        SaveOnSignal(run_dir / "checkpoints" / "last.ckpt"),
         SamplesPerSecond(),
         LearningRateMonitor("step"),
     ]
@@ -177,8 +196,19 @@ def _make_start(folder: Path, overrides: list[str]) -> None:
             raise UserError(f"init={folder}: its training (init_by) failed, see above")
 
 
-def _checkpoints(run_dir: Path, monitor: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
+def _checkpoints(
+    run_dir: Path, monitor: str, often: DictConfig
+) -> tuple[ModelCheckpoint, ModelCheckpoint, ModelCheckpoint]:
+    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs, twice.
+
+    The last is saved after every validation, and in between as `often` says.
+    """
+    minutes, steps = often.every_minutes, often.every_n_steps
+    for name, value in (("every_minutes", minutes), ("every_n_steps", steps)):
+        if value is not None and (not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"checkpoints.{name}={value} must be a number above 0, or null")
+    if minutes is not None and steps is not None:
+        raise UserError("checkpoints: every_minutes and every_n_steps exclude each other; set one of them to null")
     best = ModelCheckpoint(
         run_dir / "checkpoints",
         filename="best",
@@ -187,7 +217,36 @@ def _checkpoints(run_dir: Path, monitor: str) -> tuple[ModelCheckpoint, ModelChe
         save_weights_only=True,
         enable_version_counter=False,
     )
-    return best, ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
+    last = ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
+    in_between = ModelCheckpoint(
+        run_dir / "checkpoints",
+        filename="last",
+        enable_version_counter=False,
+        train_time_interval=None if minutes is None else timedelta(minutes=minutes),
+        every_n_train_steps=steps or 0,
+    )
+    return best, last, in_between
+
+
+def _last_whole(run_dir: Path, resume: str) -> Path:
+    """The last checkpoint of a run, or the one before it where the last is damaged.
+
+    Raises:
+        UserError: there is none, or neither can be read.
+    """
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(f"resume={resume}: {last} does not exist, so there is nothing to go on from")
+    try:
+        read_tensors(last)
+        return last
+    except UserError as error:
+        older = previous_of(last)
+        if not older.is_file():
+            raise
+        say(f"{error}; going on from the one before, {older}")
+        read_tensors(older)
+        return older
 
 
 def _check_fit(model: Any, data: Any) -> None:
@@ -208,8 +267,6 @@ def _loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Pat
     """metrics.csv, and the logger that was chosen."""
     step = None
     if resumed is not None:
-        if not resumed.is_file():
-            raise UserError(f"resume={config.resume}: {resumed} does not exist, so there is nothing to go on from")
         step = int(read_tensors(resumed)["global_step"])
     loggers: list[Logger] = [csv_logger(run_dir, step)]
     if config.logger.get("_target_") is None:

@@ -38,6 +38,44 @@ def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.n
     return text_rows, np.arange(len(text_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+class GroupLoader(DataLoader[Any]):
+    """A loader that knows how far it is, so that a run goes on in mid-epoch with the next batch.
+
+    Lightning keeps `state_dict` in the checkpoint. Randomness of its own leaves the global generator alone.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: GroupSampler, num_workers: int, persistent_workers: bool) -> None:
+        super().__init__(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=persistent_workers,
+            generator=torch.Generator().manual_seed(sampler.seed),
+        )
+        self.groups = sampler
+        self.first = self.given = 0
+
+    def __iter__(self) -> Any:
+        # A generator, so that workers start on an epoch only when its first batch is asked for: Lightning makes the
+        # iterator before it says which epoch it is.
+        self.groups.first = self.given = self.first
+        self.first = 0
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of which epoch were given."""
+        return {"epoch": self.groups.epoch, "given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that were given; with the next epoch, if that was all."""
+        self.groups.epoch = state["epoch"]
+        self.first = state["given"] if state["given"] < len(self.groups) else 0
+
+
 def make_loader(
     dataset: Dataset[Any],
     rows: np.ndarray,
@@ -60,14 +98,7 @@ def make_loader(
         rank=dist.get_rank() if distributed else 0,
         world_size=dist.get_world_size() if distributed else 1,
     )
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=training and num_workers > 0,
-    )
+    return GroupLoader(dataset, sampler, num_workers, persistent_workers=training and num_workers > 0)
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class GroupSampler(Sampler[Plan]):
         shuffle: draw the questions of a group and the order of groups anew each epoch; else keep the stored order.
         seed: of the shuffling.
         rank, world_size: this process and how many there are. Training gives every rank the same number of batches.
+
+    Attributes:
+        epoch: which epoch is next.
+        first: the batch of it to begin with, of this rank's; a run that was stopped in mid-epoch goes on there.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class GroupSampler(Sampler[Plan]):
         self.start_of_row = np.searchsorted(rows, rows)  # index of the first question of the same row
         self.per_image = questions_per_image or max(1, int(np.bincount(rows).max(initial=0)))
         self.groups_per_batch = max(1, batch_size // self.per_image)
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.first = shuffle, seed, 0, 0
         self.rank, self.world_size = rank, world_size
         rank_in_row = np.arange(len(rows)) - self.start_of_row
         self.num_groups = int((rank_in_row % self.per_image == 0).sum())
@@ -77,7 +81,7 @@ class GroupSampler(Sampler[Plan]):
         ends = np.append(starts[1:], len(order))
         group_order = rng.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
         per_step = self.groups_per_batch * self.world_size
-        for step in range(len(self)):
+        for step in range(self.first, len(self)):
             mine = group_order[step * per_step : (step + 1) * per_step][self.rank :: self.world_size]
             groups = []
             for index in mine:

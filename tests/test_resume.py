@@ -1,0 +1,192 @@
+"""Runs that are killed, stopped or damaged go on, and end as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line_error, command
+
+from vlabs.callbacks import WholeCheckpointIO, previous_of
+from vlabs.data.vqa import VQADataModule
+
+STEPS = 20  # two epochs of ten
+
+
+@pytest.fixture(scope="module")
+def long_options(tiny_options):
+    """Epochs of ten steps, two workers, a checkpoint after every step, and dropout."""
+    left_out = ("trainer.limit_train_batches", "data.num_workers", "trainer.log_every_n_steps")
+    return [
+        *[option for option in tiny_options if not option.startswith(left_out)],
+        "data.num_workers=2", "data.rand_augment=rand-m9-n2", "trainer.log_every_n_steps=1", "logger=csv",
+        "checkpoints.every_minutes=null", "checkpoints.every_n_steps=1", "predictions.every_n_validations=0",
+        "grounding.every_n_validations=0", "model.fusion.dropout=0.1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(long_options, tmp_path_factory):
+    """The last checkpoint of a run that nothing stopped."""
+    cwd = tmp_path_factory.mktemp("whole")
+    result = command("vlabs.train", *long_options, "hydra.run.dir=run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return read(cwd / "run/checkpoints/last.ckpt")
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def start(options, cwd):
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlabs.train", *options, "hydra.run.dir=run"],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(process, path, step):
+    """Wait until a checkpoint of that step is there."""
+    while True:
+        assert process.poll() is None, process.stdout.read()
+        if path.is_file():
+            try:
+                if read(path)["global_step"] >= step:
+                    return
+            except FileNotFoundError:
+                continue
+        time.sleep(0.005)
+
+
+def assert_same_end(found, wanted):
+    assert found["global_step"] == wanted["global_step"] == STEPS
+    for name, value in wanted["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+    for ours, theirs in zip(found["optimizer_states"], wanted["optimizer_states"], strict=True):
+        for key, state in theirs["state"].items():
+            assert all(torch.equal(ours["state"][key][name], value) for name, value in state.items())
+    assert found["lr_schedulers"] == wanted["lr_schedulers"]
+
+
+@pytest.mark.parametrize("step", [3, 14])
+def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long_options, whole, tmp_path):
+    process = start(long_options, tmp_path)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    wait_for_step(process, last, step)
+    process.kill()
+    process.wait()
+    assert read(last)["global_step"] < STEPS
+    result = command("vlabs.train", "resume=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(read(last), whole)
+
+
+def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, whole, tmp_path):
+    options = [option for option in long_options if not option.startswith("checkpoints.every_n_steps")]
+    process = start([*options, "checkpoints.every_n_steps=null", "trainer.max_epochs=2"], tmp_path)
+    metrics, last = tmp_path / "run/metrics.csv", tmp_path / "run/checkpoints/last.ckpt"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    while not last.is_file():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    first = read(last)["global_step"]
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
+    assert output.count("because of a signal; go on with resume=") == 2, output
+    assert first <= read(last)["global_step"] < STEPS
+    assert command("vlabs.train", "resume=run", cwd=tmp_path).returncode == 0
+    assert_same_end(read(last), whole)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, whole, tmp_path):
+    process = start(long_options, tmp_path)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    wait_for_step(process, last, 5)
+    process.kill()
+    process.wait()
+    assert read(previous_of(last))["global_step"] == read(last)["global_step"] - 1
+    last.write_bytes(last.read_bytes()[:1000])
+    result = command("vlabs.train", "resume=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "last.ckpt" in result.stdout
+    assert "going on from the one before" in result.stdout
+    assert_same_end(read(last), whole)
+
+
+def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path, in_process):
+    process = start(long_options, tmp_path)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    wait_for_step(process, last, 2)
+    process.kill()
+    process.wait()
+    for path in (last, previous_of(last)):
+        path.write_bytes(b"not a checkpoint")
+    assert_one_line_error(command("vlabs.train", "resume=run", cwd=tmp_path), "last.ckpt.previous")
+
+
+def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):
+    io, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+    seen = []
+    replace = type(path).replace
+
+    def watched(self, target):
+        seen.append(path.is_file())
+        replace(self, target)
+        seen.append(path.is_file())
+
+    monkeypatch.setattr(type(path), "replace", watched)
+    io.save_checkpoint({"step": 2}, path)
+    assert all(seen)
+    assert (read(path)["step"], read(previous_of(path))["step"]) == (2, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_loader_goes_on_with_the_next_batch_of_the_same_epoch(given, workers, tiny_data):
+    data = VQADataModule(tiny_data, image_size=16, batch_size=32, num_workers=workers)
+    whole, part, resumed = (data.train_dataloader() for _ in range(3))
+    for loader in (whole, part):
+        loader.sampler.set_epoch(5)
+    questions = [batch.question_ids for batch in whole]
+    iterator = iter(part)
+    for _ in range(given):
+        next(iterator)
+    resumed.load_state_dict(part.state_dict())
+    assert [batch.question_ids for batch in resumed] == questions[given:]
+    assert [batch.question_ids for batch in resumed] == questions  # the next epoch is whole
+
+
+def test_loading_leaves_the_global_generators_alone(tiny_data):
+    data = VQADataModule(tiny_data, image_size=16, rand_augment="rand-m9-n2", num_workers=0)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    next(iter(data.train_dataloader()))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
+    assert states[2] == random.getstate()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["checkpoints.every_minutes=0"], ["checkpoints.every_minutes=0", "above 0"]),
+        (["checkpoints.every_n_steps=5"], ["every_minutes and every_n_steps exclude each other"]),
+    ],
+)
+def test_wrong_intervals_are_one_line(options, parts, tiny_options, tmp_path, in_process):
+    result = in_process("vlabs.train", [*tiny_options, "logger=csv", *options, "hydra.run.dir=run"], tmp_path)
+    assert_one_line_error(result, *parts)
