@@ -115,7 +115,7 @@ def our_side(name: str, options: Options, batch: VQABatch, autocast: bool = Fals
 
     def loss() -> Tensor:
         answers, others, _ = task.losses(batch)
-        return task.total(answers, others)
+        return task.total(answers, others, len(batch.input_ids))
 
     return Side(name, loss, Recipe().optimizer(task), autocast)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line_error, command
 
-from vlabs.callbacks import WholeCheckpointIO, previous_of
+from vlabs.callbacks import FiniteGradients, WholeCheckpointIO, previous_of
 from vlabs.data.vqa import VQADataModule
+from vlabs.errors import UserError
 
 STEPS = 20  # two epochs of ten
 
@@ -136,6 +140,40 @@ def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path, in_process
     for path in (last, previous_of(last)):
         path.write_bytes(b"not a checkpoint")
     assert_one_line_error(command("vlabs.train", "resume=run", cwd=tmp_path), "last.ckpt.previous")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_questions(tiny_options, tmp_path):
+    options = [*tiny_options, "logger=csv", "task.recipe.lr.vision=1e30", "hydra.run.dir=run"]
+    result = command("vlabs.train", *options, cwd=tmp_path)
+    assert_one_line_error(result, "the gradient is not finite at step", "texts ", "max_bad_steps")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+
+
+def test_steps_that_are_not_finite_can_be_left_out(tiny_data, monkeypatch, capsys):
+    callback = FiniteGradients(1, Path("run/checkpoints/last.ckpt"))
+    layer = torch.nn.Linear(2, 1)
+    trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None)
+    batch = SimpleNamespace(caption_ids=[7, 8])
+    for expected in ("left out, 1 of at most 1", None):
+        callback.on_train_batch_start(trainer, layer, batch, 0)
+        layer.weight.grad = torch.full_like(layer.weight, float("nan"))
+        if expected is None:
+            with pytest.raises(UserError, match="texts 7, 8.*no checkpoint yet"):
+                callback.on_before_optimizer_step(trainer, layer, None)
+        else:
+            callback.on_before_optimizer_step(trainer, layer, None)
+            assert expected in capsys.readouterr().out
+            assert layer.weight.grad is None
+
+
+def test_a_loader_process_that_dies_is_one_line(tiny_data):
+    data = VQADataModule(tiny_data, image_size=16, batch_size=8, num_workers=1)
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a loader process died.*data.num_workers"):
+        list(iterator)
 
 
 def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def metrics_of(run):
 def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_run):
     run, _ = tiny_run
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]["num_answers"] > 1
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "last.ckpt.previous"}
     for figure in ("val", "questions", "pathway", "alpha"):
         assert list((run / "figures").glob(f"{figure}_step*.png"))
     assert list((run / "wandb").glob("offline-run-*"))

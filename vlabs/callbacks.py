@@ -19,6 +19,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
+from torch import nn
 
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
 from vlabs.attention.maps import MAPS, attention_map
@@ -39,7 +40,7 @@ from vlabs.tasks.vqa import VQATask
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it, so that a stop leaves the one before.
 
-    The one before is kept beside it with `.previous` added to its name.
+    Of `last.ckpt`, which a run goes on from, the one before is kept too, as `last.ckpt.previous`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -56,7 +57,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if path.is_file():
+            if path.name == "last.ckpt" and path.is_file():
                 # A second name of the old file first: at no time is there no checkpoint.
                 older = path.with_name(path.name + ".older")
                 older.unlink(missing_ok=True)
@@ -144,6 +145,59 @@ class GoOn(pl.Callback):
         torch.set_rng_state(state["torch"].cpu())
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+class FiniteGradients(pl.Callback):
+    """Stops a run before a step whose gradient is not finite, or leaves some such steps out. Logs the gradient's norm.
+
+    With 16-bit float precision and its scaler such steps are part of the search for a scale, and left to it.
+
+    Args:
+        max_bad_steps: how many may be left out.
+        checkpoint: named in the message.
+    """
+
+    def __init__(self, max_bad_steps: int, checkpoint: Path) -> None:
+        if not isinstance(max_bad_steps, int) or max_bad_steps < 0:
+            raise UserError(f"max_bad_steps={max_bad_steps} must be a whole number, at least 0")
+        self.max_bad_steps = max_bad_steps
+        self.checkpoint = checkpoint
+        self.bad_steps = 0
+        self.seen: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: VQABatch | CaptionBatch, batch_idx: int
+    ) -> None:
+        """Remember which texts go into the step."""
+        self.seen += batch.question_ids if isinstance(batch, VQABatch) else batch.caption_ids
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the gradient, which is the same on all ranks.
+
+        Raises:
+            UserError: it is not finite, and no more steps may be left out.
+        """
+        texts, self.seen = self.seen, []
+        norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/gradient_norm", norm)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None or torch.isfinite(norm):
+            return
+        self.bad_steps += 1
+        named = ", ".join(map(str, texts[:20])) + (", …" if len(texts) > 20 else "")
+        what = f"the gradient is not finite at step {trainer.global_step} (texts {named})"
+        if self.bad_steps > self.max_bad_steps:
+            go_on = (
+                f"{self.checkpoint} is from before it: go on with resume={self.checkpoint.parent.parent}"
+                if self.checkpoint.is_file()
+                else "there is no checkpoint yet"
+            )
+            raise UserError(f"{what}; {go_on}; lower task.recipe.lr, or allow some such steps with max_bad_steps=N")
+        say(f"{what}: left out, {self.bad_steps} of at most {self.max_bad_steps}")
+        for parameter in pl_module.parameters():
+            parameter.grad = None  # the optimiser leaves alone what has none
 
 
 class SaveOnSignal(pl.Callback):

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
@@ -83,16 +83,30 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
     """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
-    model = build(header["architecture"])
-    assert isinstance(model, VisionLanguageModel)
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
+        with torch.device("meta"):
+            # Shapes alone: a header that asks for more memory than its file has weights for gets none.
+            _check_shapes(build(header["architecture"]), weights)
+        model = build(header["architecture"])
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the architecture that it names: {error}") from None
-    return Checkpoint(
-        model.eval(), Preprocessing.from_plain(header["preprocessing"]), header["task"], header["data"], path
-    )
+        preprocessing = Preprocessing.from_plain(header["preprocessing"])
+        checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)  # type: ignore[arg-type]
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
+    if not isinstance(model, VisionLanguageModel):
+        raise UserError(f"{path} holds a {type(model).__name__}, not a vision-language model")
+    return checkpoint
+
+
+def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise a RuntimeError that names the first weights that are missing, left over or of another shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name]]
+    wrong += [name for name in weights if name not in wanted]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

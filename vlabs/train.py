@@ -5,6 +5,7 @@ A run folder holds config.yaml (resolved), metrics.csv, summary.json, checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import (
     Callback,
     LearningRateMonitor,
@@ -36,6 +37,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.callbacks import (
+    FiniteGradients,
     GoOn,
     GroundingCurve,
     PredictionTable,
@@ -49,6 +51,7 @@ from vlabs.config import command_line, explain, make_trainer, run_hydra, save_co
 from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize, read_source
 from vlabs.logging import csv_logger, log_data, log_outcome, quiet_lightning, remember_run_id, say
+from vlabs.plan import plan_run
 from vlabs.sweep import write_table
 from vlabs.tasks.vqa import VQATask
 
@@ -61,6 +64,15 @@ def run(config: DictConfig) -> dict[str, Any]:
     run_dir = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = [item for item in hydra.overrides.task if not item.startswith("hydra.")]
+    if sweeping:
+        _check_sweep(config, hydra)
+    if config.plan:
+        if sweeping:
+            raise UserError("plan=true is of one training, not of a sweep: leave out -m")
+        found = train(config, run_dir)
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # Hydra made it; what is not empty stays
+        return found
     summary: dict[str, Any] = {"status": "running", "command": command_line(), "overrides": overrides}
     started = time.perf_counter()
     try:
@@ -86,6 +98,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         if wandb.run is not None:
             wandb.finish(exit_code=int(summary["status"] != "done"))
     _write_summary(run_dir, summary, started)
+    if not _is_rank_zero():
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # Hydra makes one in every process; the run's is rank zero's
     if sweeping and _is_rank_zero():
         print(write_table(Path(hydra.sweep.dir)), flush=True)
     return summary
@@ -110,7 +125,8 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
             config.model.head.num_answers = len(data.preprocessing.answers)
         if config.model.head.get("vocab_size", 0) is None:
             config.model.head.vocab_size = config.model.text.get("vocab_size") or data.preprocessing.vocab_size
-    save_config(config, run_dir / "config.yaml")
+    if not config.plan and _is_rank_zero():
+        save_config(config, run_dir / "config.yaml")
     model = instantiate(config.model)
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     _check_fit(model, data)
@@ -122,11 +138,13 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
-    checkpoint = _last_whole(run_dir, config.resume) if config.resume is not None else None
     if not isinstance(data, task.reads):
         named = {"VQADataModule": "questions (data=scenes, vqav2)"}
         wanted = named.get(task.reads.__name__, "captions (data=scenes_captions, flickr30k, coco_captions)")
         raise UserError(f"task={task.name} trains on {wanted}, and data.dir={config.data.get('dir')} holds none")
+    if config.plan:
+        return plan_run(config, task, data)
+    checkpoint = _last_whole(run_dir, config.resume) if config.resume is not None else None
     loggers = _loggers(config, run_dir, sweep, checkpoint)
     best, last, often = _checkpoints(run_dir, task.monitor, config.checkpoints)
     callbacks: list[Callback] = [
@@ -134,6 +152,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         last,
         often,
         GoOn(),
+        FiniteGradients(config.max_bad_steps, run_dir / "checkpoints" / "last.ckpt"),
         SaveOnSignal(run_dir / "checkpoints" / "last.ckpt"),
         SamplesPerSecond(),
         LearningRateMonitor("step"),
@@ -172,6 +191,23 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     for logger in loggers:
         logger.finalize("success")
     return summary
+
+
+def _check_sweep(config: DictConfig, hydra: Any) -> None:
+    """Runs of a sweep that Hydra starts in this process use one device: another process would start the sweep again.
+
+    Raises:
+        UserError: they would use more.
+    """
+    devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
+    several = {"auto": torch.cuda.device_count(), -1: torch.cuda.device_count(), "-1": torch.cuda.device_count()}
+    count = len(devices) if isinstance(devices, ListConfig) else several.get(devices, devices)
+    launcher = str(hydra.launcher._target_)
+    if (int(count) > 1 or int(nodes) > 1) and "submitit" not in launcher:
+        raise UserError(
+            f"trainer.devices={devices} in a sweep: its runs use one device, or are jobs of their own "
+            "(hydra/launcher=slurm, hydra/launcher=submitit_local): pass trainer.devices=1"
+        )
 
 
 def _make_start(folder: Path, overrides: list[str]) -> None:

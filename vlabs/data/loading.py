@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.prepared import read_manifest
 from vlabs.data.sampling import GroupSampler
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -62,9 +62,17 @@ class GroupLoader(DataLoader[Any]):
         # iterator before it says which epoch it is.
         self.groups.first = self.given = self.first
         self.first = 0
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.given += 1
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; go "
+                "on with resume=RUN_DIR"
+            ) from None
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of which epoch were given."""

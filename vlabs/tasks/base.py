@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from vlabs.checkpoint import header_of
 from vlabs.data.preprocessing import Preprocessing
@@ -98,14 +97,43 @@ class VisionLanguageTask(pl.LightningModule):
             if weight > 0
         }
 
-    def total(self, task_loss: Tensor, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of Eq. 14; `losses` by the names `reconstruction`, `prior`, `prior_bottom_up`."""
+    def total(self, task_loss: Tensor, losses: dict[str, Tensor], count: int) -> Tensor:
+        """Weighted sum of Eq. 14; `losses` by the names `reconstruction`, `prior`, `prior_bottom_up`.
+
+        Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n texts are therefore
+        weighted by n, so that every text counts the same where ranks have unequal numbers of them. The prior losses are
+        over all ranks' texts on every rank already.
+
+        Args:
+            count: n.
+        """
+        share = self._share(count)
         weights = {
-            "reconstruction": self.reconstruction_weight,
+            "reconstruction": share * self.reconstruction_weight,
             "prior": self.prior_weight,
             "prior_bottom_up": self.prior_bottom_up_weight,
         }
-        return task_loss + sum(weights[name] * loss for name, loss in losses.items())
+        return share * task_loss + sum(weights[name] * loss for name, loss in losses.items())
+
+    def leave_out(self, what: str) -> None:
+        """Note that a whole batch was left out.
+
+        Raises:
+            UserError: there are several ranks: the others would wait for this one's gradients.
+        """
+        if dist.is_available() and dist.is_initialized() and self.training:
+            raise UserError(
+                f"no image of a batch can be decoded ({what}), which one of several processes cannot leave out: "
+                "prepare the data again with --on-bad skip"
+            )
+
+    def _share(self, count: int) -> float | Tensor:
+        """A rank's number of texts over the mean number of all ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1.0
+        everyone = torch.tensor(float(count), device=self.device)
+        dist.all_reduce(everyone)
+        return count * dist.get_world_size() / everyone
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped once an optimiser step."""
@@ -115,12 +143,6 @@ class VisionLanguageTask(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"},
         }
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient's norm over all parameters, before clipping."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""

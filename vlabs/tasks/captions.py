@@ -93,10 +93,11 @@ class CaptionTask(VisionLanguageTask):
         if batch.skipped:
             self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
         if not batch.caption_ids:
+            self.leave_out(", ".join(map(str, batch.skipped)))
             return None
         task_losses, others, _ = self.losses(batch)
-        total = self.total(torch.stack(list(task_losses.values())).sum(), others)
         count = len(batch.caption_ids)
+        total = self.total(torch.stack(list(task_losses.values())).sum(), others, count)
         self.log("train/loss", total, prog_bar=True, batch_size=count)
         for name, loss in (task_losses | others).items():
             self.log(f"train/{name}_loss", loss, batch_size=count)

@@ -88,10 +88,11 @@ class VQATask(VisionLanguageTask):
         if batch.skipped:
             self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
         if not batch.question_ids:
+            self.leave_out(", ".join(map(str, batch.skipped)))
             return None
         task_loss, others, _ = self.losses(batch)
-        total = self.total(task_loss, others)
         count = len(batch.question_ids)
+        total = self.total(task_loss, others, count)
         self.log("train/loss", total, prog_bar=True, batch_size=count)
         self.log("train/vqa_loss", task_loss, batch_size=count)
         for name, loss in others.items():

@@ -1,0 +1,199 @@
+"""Several processes train as one does with the same global batch, and what they share is weighted by count."""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import assert_one_line_error, command
+from test_ranking import random_model
+
+from vlabs.data.captions import CaptionBatch
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.vqa import VQABatch
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import VQAHead
+from vlabs.models.topdown import AbSTopDown
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.retrieval import RetrievalTask
+from vlabs.tasks.vqa import VQATask
+
+TWO = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"]
+
+
+# Losses and gradients of two ranks, without Lightning
+
+
+def make_vqa_task():
+    model = random_model(AbSTopDown(), "cls")
+    torch.manual_seed(1)
+    model.head = VQAHead(2 * model.fusion.width, 7)
+    return VQATask(without_dropout(model), Preprocessing(32, ""), {}, Recipe(), prior_bottom_up_weight=0.2)
+
+
+def make_retrieval_task():
+    model = without_dropout(random_model(AbSTopDown(), "cls"))
+    # The reconstruction loss is a mean over pairs, of which captions have unequal numbers here.
+    options = {"negatives": "batch", "num_false": 99, "reconstruction_weight": 0.0}
+    return RetrievalTask(model, Preprocessing(32, ""), {}, Recipe(), **options)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, CoAttentionFusion) or hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    for layer in model.text.roberta.encoder.layer:
+        layer.attention.self.dropout.p = 0.0
+    return model
+
+
+def vqa_batch(chosen):
+    """Some of 7 questions about 4 images."""
+    torch.manual_seed(0)
+    images, targets = torch.randn(4, 3, 32, 32), torch.rand(7, 7)
+    ids, index = torch.randint(5, 300, (7, 9)), torch.tensor([0, 0, 1, 1, 2, 3, 3])
+    used, local = index[chosen].unique(return_inverse=True)
+    mask = torch.ones(len(chosen), 9, dtype=torch.int64)
+    return VQABatch(images[used], ids[chosen], mask, local, index[chosen], targets[chosen],
+                    list(chosen), [], [], [], [], [])  # fmt: skip
+
+
+def caption_batch(chosen):
+    full = vqa_batch(chosen)
+    return CaptionBatch(full.images, full.input_ids, full.attention_mask, full.image_index, full.image_ids,
+                        list(chosen), None, None, None, 0, 0, [])  # fmt: skip
+
+
+def vqa_total(task, chosen):
+    loss, others, _ = task.losses(vqa_batch(chosen))
+    return task.total(loss, others, len(chosen))
+
+
+def retrieval_total(task, chosen):
+    losses, others, _ = task.losses(caption_batch(chosen))
+    return task.total(losses["ranking"], others, len(chosen))
+
+
+TASKS = {"vqa": (make_vqa_task, vqa_total), "retrieval": (make_retrieval_task, retrieval_total)}
+
+
+def gradients(task, total):
+    total.backward()
+    return {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
+
+
+def work(rank, name, parts, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(parts))
+    make, total_of = TASKS[name]
+    task = make().train()
+    total = total_of(task, parts[rank])
+    found = gradients(task, total)
+    for value in found.values():  # as DDP does
+        dist.all_reduce(value)
+        value /= len(parts)
+    mean = total.detach().clone()
+    dist.all_reduce(mean)
+    if rank == 0:
+        torch.save({"loss": mean / len(parts), "gradients": found}, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3], [4, 5, 6]], [[0], [1, 2, 3, 4, 5, 6]]])
+@pytest.mark.parametrize("name", TASKS)
+def test_two_uneven_ranks_have_the_loss_and_gradients_of_one(name, parts, tmp_path):
+    mp.spawn(partial(work, name=name, parts=parts, folder=str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    make, total_of = TASKS[name]
+    task = make().train()
+    total = total_of(task, [0, 1, 2, 3, 4, 5, 6])
+    torch.testing.assert_close(found["loss"], total.detach(), atol=1e-5, rtol=1e-5)
+    plain = gradients(task, total)
+    assert found["gradients"].keys() == plain.keys()
+    assert any("prior" in key for key in plain)
+    for key, value in plain.items():
+        torch.testing.assert_close(found["gradients"][key], value, atol=2e-5, rtol=1e-3, msg=key)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def options(tiny_options):
+    left_out = ("data.batch_size", "trainer.max_epochs", "trainer.limit_train_batches", "data.questions_per_image")
+    return [
+        *[option for option in tiny_options if not option.startswith(left_out)],
+        "data.questions_per_image=2", "logger=csv", "trainer.max_epochs=1", "predictions.every_n_validations=0",
+        "grounding.every_n_validations=0", "trainer.gradient_clip_val=null",
+    ]  # fmt: skip
+
+
+def made(cwd):
+    """What a command left in its folder; W&B and matplotlib keep their own things in hidden ones."""
+    return {path.name for path in cwd.iterdir() if not path.name.startswith(".")}
+
+
+def train(options, cwd):
+    result = command("vlabs.train", *options, "hydra.run.dir=run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    with open(cwd / "run/metrics.csv", newline="") as file:
+        norms = [float(row["train/gradient_norm"]) for row in csv.DictReader(file) if row["train/gradient_norm"]]
+    return json.loads((cwd / "run/summary.json").read_text()), norms
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory):
+    return train([*options, "data.batch_size=32", "trainer.limit_train_batches=4"], tmp_path_factory.mktemp("alone"))
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(options, alone, tmp_path):
+    summary, norms = train([*options, *TWO, "data.batch_size=16", "trainer.limit_train_batches=4"], tmp_path)
+    assert summary["steps"] == alone[0]["steps"] == 4
+    assert norms == pytest.approx(alone[1], rel=1e-3)
+    for name in ("val/vqa_loss", "val/vqa_accuracy"):
+        assert summary["metrics"][name] == pytest.approx(alone[0]["metrics"][name], rel=1e-2)
+    assert made(tmp_path) == {"run"}
+
+
+def test_accumulated_batches_train_as_one_large_one_without_contrastive_losses(options, tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").mkdir()
+    plain = [*options, "task.prior_weight=0"]
+    large = train([*plain, "data.batch_size=32", "trainer.limit_train_batches=4"], tmp_path / "large")
+    accumulated = ["data.batch_size=16", "trainer.limit_train_batches=8", "trainer.accumulate_grad_batches=2"]
+    small = train([*plain, *accumulated], tmp_path / "small")
+    assert small[0]["steps"] == large[0]["steps"] == 4
+    assert small[1] == pytest.approx(large[1], rel=1e-3)
+
+
+def test_a_sweep_over_several_devices_is_refused(options, tmp_path):
+    result = command("vlabs.train", "-m", *options, *TWO, "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert_one_line_error(result, "trainer.devices=2 in a sweep", "trainer.devices=1")
+
+
+# What a run will cost
+
+
+def test_a_plan_says_batch_steps_and_hours_and_leaves_nothing_behind(options, tmp_path):
+    given = ["data.batch_size=16", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=7"]
+    result = command("vlabs.train", *options, *given, "plan=true", "hydra.run.dir=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "32 = 16 x 1 devices x 2 accumulated" in result.stdout
+    assert "70 = 10 an epoch x 7 epochs" in result.stdout
+    for word in ("GiB at the peak", "texts/s", "hours"):
+        assert word in result.stdout
+    assert not made(tmp_path)
+
+
+def test_a_plan_has_the_steps_that_the_run_then_has(options, tmp_path):
+    given = [*options, "data.batch_size=24", "trainer.accumulate_grad_batches=3", "trainer.max_epochs=1"]
+    planned = command("vlabs.train", *given, "plan=true", "hydra.run.dir=run", cwd=tmp_path)
+    summary, _ = train(given, tmp_path)
+    assert f"steps         {summary['steps']:,} =" in planned.stdout
