@@ -24,7 +24,7 @@ from vlabs.errors import UserError
 from vlabs.metrics.vqa import vqa_accuracy
 
 OFFSETS = 200
-FEW = settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=50, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),

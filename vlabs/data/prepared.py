@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 
 # Goes up when a reader of older folders would misread a newer one.
 FORMAT_VERSION = 1
@@ -70,10 +70,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"--raw-dir RAW --out-dir {directory}` (captions: data_prep.flickr30k or data_prep.coco_captions; a table "
             "of your own: data_prep.own), or name another folder"
         )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): prepare the data again") from None
+    manifest = _read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+        raise UserError(f"{path} is no manifest (it names no splits): prepare the data again")
     return manifest
 
 
@@ -98,8 +97,17 @@ def read_answers(directory: str | Path) -> list[str]:
     path = Path(directory) / "answers.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: {directory} was not prepared for question answering")
-    answers: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    answers = _read_json(path)
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"{path} is no list of answers: prepare the data again")
     return answers
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): prepare the data again") from None
 
 
 def load_split(directory: str | Path, split: str) -> datasets.Dataset:
@@ -111,4 +119,7 @@ def load_split(directory: str | Path, split: str) -> datasets.Dataset:
     splits = sorted(read_manifest(directory)["splits"])
     if split not in splits:
         raise UserError(f"{directory} has no split '{split}': choose one of {', '.join(splits)}")
-    return datasets.load_from_disk(str(Path(directory) / split))
+    try:
+        return datasets.load_from_disk(str(Path(directory) / split))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(directory) / split} is damaged ({one_line(str(error))}): prepare the data again") from None
