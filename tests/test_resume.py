@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -166,14 +165,17 @@ def test_steps_that_are_not_finite_can_be_left_out(tiny_data, monkeypatch, capsy
             assert layer.weight.grad is None
 
 
-def test_a_loader_process_that_dies_is_one_line(tiny_data):
-    data = VQADataModule(tiny_data, image_size=16, batch_size=8, num_workers=1)
-    iterator = iter(data.train_dataloader())
-    next(iterator)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="a loader process died.*data.num_workers"):
-        list(iterator)
+def test_a_loader_process_that_dies_is_one_line(long_options, tmp_path):
+    process = start([*long_options, "trainer.max_epochs=50"], tmp_path)
+    wait_for_step(process, tmp_path / "run/checkpoints/last.ckpt", 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    lines = [line for line in process.communicate()[0].splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1
+    assert len(lines) == 1
+    assert "a loader process died" in lines[0]
+    assert "data.num_workers" in lines[0]
+    assert "resume=" in lines[0]
 
 
 def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):

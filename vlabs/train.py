@@ -84,11 +84,17 @@ def run(config: DictConfig) -> dict[str, Any]:
         _write_summary(run_dir, summary, started)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
+        if "DataLoader worker" in str(error):
+            # torch raises it wherever the main process happens to be.
+            error = UserError(
+                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; "
+                f"go on with resume={run_dir}"
+            )
         user_error = error if isinstance(error, UserError) else None
         summary |= {"status": "failed", "error": one_line(explain(error))}
         if not sweeping:
             _write_summary(run_dir, summary, started)
-            raise
+            raise error
         _failed_runs.append(run_dir.name)
         print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
         if user_error is None:

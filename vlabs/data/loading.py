@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.prepared import read_manifest
 from vlabs.data.sampling import GroupSampler
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -39,19 +39,19 @@ def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.n
 
 
 class GroupLoader(DataLoader[Any]):
-    """A loader that knows how far it is, so that a run goes on in mid-epoch with the next batch.
+    """A loader for training that knows how far it is, so that a run goes on in mid-epoch with the next batch.
 
     Lightning keeps `state_dict` in the checkpoint. Randomness of its own leaves the global generator alone.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: GroupSampler, num_workers: int, persistent_workers: bool) -> None:
+    def __init__(self, dataset: Dataset[Any], sampler: GroupSampler, num_workers: int) -> None:
         super().__init__(
             dataset,
             sampler=sampler,
             batch_size=None,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=persistent_workers,
+            persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(sampler.seed),
         )
         self.groups = sampler
@@ -62,17 +62,9 @@ class GroupLoader(DataLoader[Any]):
         # iterator before it says which epoch it is.
         self.groups.first = self.given = self.first
         self.first = 0
-        try:
-            for batch in super().__iter__():
-                self.given += 1
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; go "
-                "on with resume=RUN_DIR"
-            ) from None
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of which epoch were given."""
@@ -106,7 +98,16 @@ def make_loader(
         rank=dist.get_rank() if distributed else 0,
         world_size=dist.get_world_size() if distributed else 1,
     )
-    return GroupLoader(dataset, sampler, num_workers, persistent_workers=training and num_workers > 0)
+    if training:
+        return GroupLoader(dataset, sampler, num_workers)
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:
