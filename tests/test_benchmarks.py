@@ -130,6 +130,27 @@ def test_the_released_training_step_has_our_loss_and_gradients(topdown: str, k: 
     torch.testing.assert_close(task.prior_loss.log_scale.grad, rival.log_scale.grad)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_recomputed_activations_change_no_loss_and_no_gradient(k: int) -> None:
+    batch = train_step.make_batch("mini", 6, k)
+    kept, again = (train_step.our_side("", train_step.parse(["--size", "mini"]), batch) for _ in range(2))
+    losses_owner(again).model.recompute_activations()
+    losses = [side.loss() for side in (kept, again)]
+    torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        kept.loss()
+        everything = sum(saved)
+        saved.clear()
+        again.loss()
+    assert sum(saved) < everything / 2
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(*(losses_owner(side).parameters() for side in (kept, again)), strict=True):
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def losses_owner(side):  # type: ignore[no-untyped-def]
     """The task in the closure of our side's loss."""
     return next(cell.cell_contents for cell in side.loss.__closure__ if hasattr(cell.cell_contents, "model"))

@@ -300,3 +300,26 @@ def test_a_model_is_rebuilt_from_its_spec(topdown):
 def test_a_spec_cannot_name_anything_but_registered_classes():
     with pytest.raises(UserError, match="os.system"):
         build({"class": "os.system", "command": "true"})
+
+
+@pytest.mark.parametrize("topdown", [AbSTopDown(), AbSTopDownQKV()])
+def test_feedback_of_many_tokens_is_that_of_few(topdown):
+    """Maps are multiplied first where there are many tokens."""
+    torch.manual_seed(0)
+    vision = AbSViT("vit_tiny_patch16_224", 32, 16, topdown, embed_dim=32, depth=3, num_heads=2)
+    tokens = torch.randn(40, 5, 32, requires_grad=True)
+    assert tokens[..., 0].numel() > 2 * vision.width >= tokens[0, ..., 0].numel()
+    together = vision.feedback(tokens)
+    alone = [torch.stack(parts) for parts in zip(*(vision.feedback(one) for one in tokens), strict=True)]
+    for ours, plain in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, plain)
+    wanted = [tokens, *vision.decoders.parameters(), vision.vit.blocks[0].attn.qkv.weight]
+    weights = [torch.randn_like(one) for one in together]
+    for ours, plain in zip(
+        *(
+            torch.autograd.grad(sum((w * s).sum() for w, s in zip(weights, signals, strict=True)), wanted)
+            for signals in (together, alone)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)

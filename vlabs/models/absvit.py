@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
@@ -109,6 +110,7 @@ class AbSViT(nn.Module):
                 positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
                 self.vit.pos_embed[:, -len(positions) :] = positions
         self.topdown = topdown
+        self.recompute = False
         self._recorded: list[Tensor] | None = None
         depth = len(self.vit.blocks) if topdown is not None and topdown.needs_decoders else 0
         self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))
@@ -152,7 +154,7 @@ class AbSViT(nn.Module):
         hidden = embedded
         record = self._new_record()
         for index, block in enumerate(vit.blocks):
-            hidden = _run_block(block, hidden, qkv=first_qkv if index == 0 else None, record=record)
+            hidden = self._run(block, hidden, None, first_qkv if index == 0 else None, record)
         tokens = vit.norm(hidden)
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
         return BottomUp(tokens, hidden, embedded, first_qkv, prepared)
@@ -205,12 +207,19 @@ class AbSViT(nn.Module):
         record = self._new_record()
         for index, block in enumerate(self.vit.blocks):
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = _run_block(block, hidden, partial(signal.steer, index), qkv, record)
+            output = self._run(block, hidden, partial(signal.steer, index), qkv, record)
             if reconstruction is not None:
                 decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
             hidden = output
         return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """`_run_block`, its inner activations kept for the backward pass or not."""
+        if self.recompute and torch.is_grad_enabled():
+            output: Tensor = checkpoint(_run_block, block, *arguments, use_reentrant=False)
+            return output
+        return _run_block(block, *arguments)  # type: ignore[arg-type]
 
     def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
         """The top-down signal td of the first block, (n, N, D), before W_v: what feedback makes of the picture.
@@ -257,11 +266,14 @@ class AbSViT(nn.Module):
         W_qkv and 3D in the place of W_v and D for a signal of q, k and v.
         """
         whole = self.topdown is not None and self.topdown.qkv_signal
+        # Of many tokens it is cheaper to multiply the two maps first; a product of maps costs as much as D tokens.
+        many = tokens[..., 0].numel() > 2 * self.width
         signals = []
         for decoder, block in zip(reversed(self.decoders), reversed(self.vit.blocks), strict=True):
             tokens = decoder.linear(tokens)  # type: ignore[operator]
             weight = block.attn.qkv.weight if whole else _value_weight(block.attn)
-            signals.append(F.linear(decoder.linear2(tokens), weight))  # type: ignore[operator]
+            out: nn.Linear = decoder.linear2  # type: ignore[assignment]
+            signals.append(F.linear(tokens, weight @ out.weight) if many else F.linear(out(tokens), weight))
         return signals[::-1]
 
 

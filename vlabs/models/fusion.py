@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlabs.models.registry import register
 
@@ -168,6 +170,7 @@ class CoAttentionFusion(nn.Module):
         if width % num_heads:
             raise ValueError(f"the fusion's width {width} is not a multiple of its {num_heads} heads")
         self.width = width
+        self.recompute = False
         self.text_map = nn.Linear(text_dim, width)
         self.image_map = nn.Linear(image_dim, width)
         self.token_type = nn.Embedding(2, width)  # 0 text, 1 image
@@ -205,13 +208,22 @@ class CoAttentionFusion(nn.Module):
             if read_image and index == last:
                 image_read = _read_weights(text_layer, text, mask, image)
             text, image = (
-                text_layer(text, image, mask, None, first_only),
-                image_layer(image, text, None, mask, first_only),
+                self._run(text_layer, text, image, mask, None, first_only),
+                self._run(image_layer, image, text, None, mask, first_only),
             )
         pooled = torch.cat(
             [torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(image[:, 0]))], dim=-1
         )
         return Fused(pooled, text, image, image_read)
+
+    def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:
+        """A layer, its inner activations kept for the backward pass or not."""
+        output: Tensor
+        if self.recompute and torch.is_grad_enabled():
+            output = checkpoint(layer, *arguments, use_reentrant=False)
+        else:
+            output = layer(*arguments)
+        return output
 
 
 def _read_weights(layer: nn.Module, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class VisionLanguageTask(pl.LightningModule):
         prior_weight: w_prior, on the second pass's [cls].
         prior_bottom_up_weight: of the same loss on the bottom-up [cls].
         prior_loss: form of the prior loss.
+        recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
         freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
     """
 
@@ -52,6 +53,7 @@ class VisionLanguageTask(pl.LightningModule):
         prior_bottom_up_weight: float = 0.0,
         prior_loss: PriorLoss | None = None,
         freeze: Sequence[str] = (),
+        recompute_activations: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,6 +67,8 @@ class VisionLanguageTask(pl.LightningModule):
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
         self.frozen = _freeze(model, freeze)
+        if recompute_activations:
+            model.recompute_activations()
 
     def train(self, mode: bool = True) -> VisionLanguageTask:
         """Frozen parts stay in eval mode: no dropout in what does not learn."""
