@@ -178,6 +178,28 @@ def test_a_sweep_over_several_devices_is_refused(options, tmp_path):
     assert_one_line_error(result, "trainer.devices=2 in a sweep", "trainer.devices=1")
 
 
+def test_the_runs_of_a_sweep_can_be_processes_of_their_own(options, tmp_path):
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer.limit_train_batches=2"]
+    result = command(
+        "vlabs.train", "-m", *options, *launcher, "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "sweep/runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["status"], row["seed"]) for row in rows] == [("0", "done", "0"), ("1", "done", "1")]
+
+
+def test_the_slurm_launcher_is_a_choice_that_composes():
+    from hydra import compose, initialize_config_dir
+
+    from vlabs.config import config_dir
+
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", ["hydra/launcher=slurm"], return_hydra_config=True)
+    assert config.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert config.hydra.launcher.additional_parameters.signal == "USR1@300"
+
+
 # What a run will cost
 
 

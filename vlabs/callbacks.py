@@ -110,8 +110,8 @@ class GoOn(pl.Callback):
         """Keep the place in the epoch. Lightning keeps it too, but loads it before it has read the checkpoint where the
         schedule asks for the number of steps.
         """
-        assert isinstance(trainer.train_dataloader, GroupLoader)
-        checkpoint["train_loader"] = trainer.train_dataloader.state_dict()
+        if isinstance(trainer.train_dataloader, GroupLoader):
+            checkpoint["train_loader"] = trainer.train_dataloader.state_dict()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -121,15 +121,14 @@ class GoOn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go to the place in the epoch."""
-        if self.loader is not None:
-            assert isinstance(trainer.train_dataloader, GroupLoader)
+        if self.loader is not None and isinstance(trainer.train_dataloader, GroupLoader):
             trainer.train_dataloader.load_state_dict(self.loader)
-            self.loader = None
+        self.loader = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A whole epoch begins with its first batch, also where `limit_train_batches` ended the one before early."""
-        assert isinstance(trainer.train_dataloader, GroupLoader)
-        trainer.train_dataloader.first = 0
+        if isinstance(trainer.train_dataloader, GroupLoader):
+            trainer.train_dataloader.first = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -375,9 +374,11 @@ class GroundingCurve(pl.Callback):
         if wrong := [name for name in self.maps if name not in MAPS]:
             raise UserError(f"grounding.maps names {', '.join(wrong)}: choose of {', '.join(MAPS)}")
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self.every or self.targets is not None or not isinstance(data, VQADataModule | CaptionDataModule):
+            return
         captions = isinstance(data, CaptionDataModule)
         file = find_instances(self.instances, next(iter(data.sets.values())) if captions else data.dir)
-        if file is None or not self.every or self.targets is not None:
+        if file is None:
             return
         rows = data.rows(data.val_split)
         asked = spread(list_targets(rows, "caption" if captions else "question"), self.num_texts)

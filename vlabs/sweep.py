@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def write_table(sweep_dir: Path) -> str:
         row["error"] = summary.get("error", "")
         rows.append(row)
     header = list(dict.fromkeys(key for row in rows for key in row if key != "error")) + ["error"]
-    partial = sweep_dir / "runs.csv.partial"
+    partial = sweep_dir / f"runs.csv.partial-{os.getpid()}"  # runs may be processes side by side
     with open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=header)
         writer.writeheader()
