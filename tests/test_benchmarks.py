@@ -119,8 +119,8 @@ def test_the_released_training_step_has_our_loss_and_gradients(topdown: str, k: 
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
         loss.backward()
-    task = losses_owner(sides[0])
-    rival = sides[1].loss.func.__self__
+    task = sides[0].owner
+    rival = sides[1].owner
     ours = {name: value.grad for name, value in task.model.named_parameters()}
     assert ours.keys() == {name for name, value in rival.weights.items() if value.requires_grad}
     trained = {name for name, gradient in ours.items() if gradient is not None and gradient.abs().max() > 0}
@@ -134,7 +134,7 @@ def test_the_released_training_step_has_our_loss_and_gradients(topdown: str, k: 
 def test_recomputed_activations_change_no_loss_and_no_gradient(k: int) -> None:
     batch = train_step.make_batch("mini", 6, k)
     kept, again = (train_step.our_side("", train_step.parse(["--size", "mini"]), batch) for _ in range(2))
-    losses_owner(again).model.recompute_activations()
+    again.owner.model.recompute_activations()
     losses = [side.loss() for side in (kept, again)]
     torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=0)
     saved = []
@@ -146,14 +146,9 @@ def test_recomputed_activations_change_no_loss_and_no_gradient(k: int) -> None:
     assert sum(saved) < everything / 2
     for loss in losses:
         loss.backward()
-    for ours, theirs in zip(*(losses_owner(side).parameters() for side in (kept, again)), strict=True):
+    for ours, theirs in zip(*(side.owner.parameters() for side in (kept, again)), strict=True):
         if ours.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def losses_owner(side):  # type: ignore[no-untyped-def]
-    """The task in the closure of our side's loss."""
-    return next(cell.cell_contents for cell in side.loss.__closure__ if hasattr(cell.cell_contents, "model"))
 
 
 def test_the_training_benchmark_ends_in_json_with_all_ratios() -> None:

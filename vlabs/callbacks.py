@@ -377,7 +377,8 @@ class GroundingCurve(pl.Callback):
         if not self.every or self.targets is not None or not isinstance(data, VQADataModule | CaptionDataModule):
             return
         captions = isinstance(data, CaptionDataModule)
-        file = find_instances(self.instances, next(iter(data.sets.values())) if captions else data.dir)
+        directory = next(iter(data.sets.values())) if isinstance(data, CaptionDataModule) else data.dir
+        file = find_instances(self.instances, directory)
         if file is None:
             return
         rows = data.rows(data.val_split)
