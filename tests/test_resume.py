@@ -70,6 +70,16 @@ def wait_for_step(process, path, step):
         time.sleep(0.005)
 
 
+def killed_at(step, options, cwd):
+    """The last checkpoint of a run that was killed when it had one of that step."""
+    process = start(options, cwd)
+    last = cwd / "run/checkpoints/last.ckpt"
+    wait_for_step(process, last, step)
+    process.kill()
+    process.wait()
+    return last
+
+
 def assert_same_end(found, wanted):
     assert found["global_step"] == wanted["global_step"] == STEPS
     for name, value in wanted["state_dict"].items():
@@ -82,11 +92,7 @@ def assert_same_end(found, wanted):
 
 @pytest.mark.parametrize("step", [3, 14])
 def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long_options, whole, tmp_path):
-    process = start(long_options, tmp_path)
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    wait_for_step(process, last, step)
-    process.kill()
-    process.wait()
+    last = killed_at(step, long_options, tmp_path)
     assert read(last)["global_step"] < STEPS
     result = command("vlabs.train", "resume=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -116,11 +122,7 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, whole, tmp_path):
-    process = start(long_options, tmp_path)
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    wait_for_step(process, last, 5)
-    process.kill()
-    process.wait()
+    last = killed_at(5, long_options, tmp_path)
     assert read(previous_of(last))["global_step"] == read(last)["global_step"] - 1
     last.write_bytes(last.read_bytes()[:1000])
     result = command("vlabs.train", "resume=run", cwd=tmp_path)
@@ -130,12 +132,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, wh
     assert_same_end(read(last), whole)
 
 
-def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path, in_process):
-    process = start(long_options, tmp_path)
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    wait_for_step(process, last, 2)
-    process.kill()
-    process.wait()
+def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path):
+    last = killed_at(2, long_options, tmp_path)
     for path in (last, previous_of(last)):
         path.write_bytes(b"not a checkpoint")
     assert_one_line_error(command("vlabs.train", "resume=run", cwd=tmp_path), "last.ckpt.previous")

@@ -165,10 +165,11 @@ class FiniteGradients(pl.Callback):
         self.seen: list[int] = []
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: VQABatch | CaptionBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember which texts go into the step."""
-        self.seen += batch.question_ids if isinstance(batch, VQABatch) else batch.caption_ids
+        # A batch of a task of one's own may have neither.
+        self.seen += getattr(batch, "question_ids", None) or getattr(batch, "caption_ids", [])
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

@@ -108,7 +108,7 @@ def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.I
     Args:
         name: of the image, for messages.
         at_least: decode a JPEG at the smallest of its scales (1, 1/2, 1/4, 1/8) at which no side is below so many
-            pixels: half of 640×480 takes half the time. None for the whole picture.
+            pixels. Decoding becomes a little faster, and resizing much. None for the whole picture.
 
     Raises:
         UserError: not an image, or a truncated one; the message says `name`.
