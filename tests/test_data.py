@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
@@ -38,6 +39,24 @@ def test_one_question_an_image_needs_no_index(tiny_data):
     data = make_data(tiny_data)
     batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[Plan(0, [Group(2, (0,)), Group(5, (1,))])]
     assert batch.image_index is None
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (333, 500), (224, 224), (100, 31), (37, 300), (500, 223)])
+def test_resizing_gives_the_square_that_torchvision_gives_but_for_rounding(shape):
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 256, (shape[1] // 4, shape[0] // 4, 3), dtype=np.uint8))
+    picture = rough.resize(shape, Image.Resampling.BICUBIC)
+    size = 112
+    theirs = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
+    expected, found = (np.asarray(resize(picture)).astype(int) for resize in (theirs, Preprocessing(size, "").resize))
+    assert found.shape == expected.shape
+    difference = found - expected
+    assert np.abs(difference).max() <= 3  # the two passes, across and down, round in between
+    assert abs(difference.mean()) < 0.01
+
+
+def test_a_very_long_picture_takes_no_more_memory_than_its_square():
+    assert Preprocessing(224, "").resize(Image.new("RGB", (1, 100_000))).size == (224, 224)
 
 
 def test_text_is_padded_to_the_longest_or_to_a_fixed_length_and_cut_at_the_limit(tiny_data):
