@@ -1,19 +1,24 @@
 """The training command: what a run folder holds, going on, starting from weights, sweeps."""
 
 import csv
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import torch
 import yaml
 from conftest import assert_one_line_error, command
 
 from vlabs.checkpoint import load_checkpoint
+from vlabs.environment import write_environment
 
 
 def metrics_of(run):
@@ -32,6 +37,29 @@ def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_ru
     assert summary["status"] == "done"
     assert summary["steps"] == 6
     assert "vlabs.train" in summary["command"]
+
+
+def test_a_run_folder_names_code_packages_device_and_data(tiny_run, tiny_data):
+    found = json.loads((tiny_run[0] / "environment.json").read_text())
+    assert found["packages"]["torch"] == version("torch")
+    assert found["data"][0]["manifest_sha256"] == hashlib.sha256((tiny_data / "manifest.json").read_bytes()).hexdigest()
+    assert found["code"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found["code"])
+    assert found["python"] == platform.python_version()
+    assert found["device"]
+
+
+def test_going_on_with_other_packages_or_data_is_said_and_the_first_are_kept(tmp_path):
+    def environment(torch_version, data):
+        return {
+            "code": "a", "python": "3.12", "device": "CPU", "packages": {"torch": torch_version},
+            "data": [{"manifest_sha256": data}],
+        }  # fmt: skip
+
+    path = tmp_path / "environment.json"
+    assert write_environment(path, environment("1", "x")) == []
+    assert write_environment(path, environment("1", "x")) == []
+    assert write_environment(path, environment("2", "y")) == ["torch 2, was 1", "the prepared data"]
+    assert json.loads(path.read_text()) == environment("1", "x")
 
 
 def test_wandb_is_offline_without_an_account_and_says_how_to_upload(tiny_run):

@@ -1,6 +1,6 @@
 """Train: `python -m vlabs.train task=vqa [group=choice] [key=value]`, with `-m` a sweep, with `resume=RUN_DIR` go on.
 
-A run folder holds config.yaml (resolved), metrics.csv, summary.json, checkpoints/, figures/ and wandb/.
+A run folder holds config.yaml (resolved), environment.json, metrics.csv, summary.json, checkpoints/, figures/, wandb/.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from vlabs.callbacks import (
 )
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
+from vlabs.environment import describe_environment, write_environment
 from vlabs.errors import UserError, one_line
 from vlabs.initialize import initialize, read_source
 from vlabs.logging import csv_logger, log_data, log_outcome, quiet_lightning, remember_run_id, say
@@ -151,6 +152,9 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     if config.plan:
         return plan_run(config, task, data)
     checkpoint = _last_whole(run_dir, config.resume) if config.resume is not None else None
+    sets = data.identity.get("sets", [data.identity])
+    if _is_rank_zero() and (changed := write_environment(run_dir / "environment.json", describe_environment(sets))):
+        say(f"not as when this run began: {'; '.join(changed)}")
     loggers = _loggers(config, run_dir, sweep, checkpoint)
     best, last, often = _checkpoints(run_dir, task.monitor, config.checkpoints)
     callbacks: list[Callback] = [
@@ -179,7 +183,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     say(f"run: {run_dir} · {parameters / 1e6:.1f} M parameters · seed {config.seed}")
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger) and _is_rank_zero()]
     for wandb_run in runs:
-        log_data(wandb_run, data.identity.get("sets", [data.identity]))
+        log_data(wandb_run, sets)
     fit_started = time.perf_counter()
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
