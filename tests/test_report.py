@@ -63,9 +63,25 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         "productive",
         "Grounding",
         "Against model/topdown=none",
+        "Grounding against model/topdown=none",
         "vlabs.train -m",
     ):
         assert part in text
+
+
+def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
+    cwd, _ = sweep
+    build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20, tiny_data.parent / "raw/annotations.zip")
+    means = {"none": [], "film": []}
+    for run in read_runs(cwd / "sweep"):
+        metrics = json.loads((run.path / "evaluation/grounding/metrics.json").read_text())
+        means[run.variant.removeprefix("model/topdown=")].append(metrics["fusion/energy"])
+    text = (cwd / "report/report.md").read_text()
+    lines = text[text.index("## Grounding against") :].splitlines()
+    row = next(line for line in lines if line.startswith("| model/topdown=film"))
+    column = lines[4].split(" | ").index("fusion energy")
+    shown = float(row.split(" | ")[column].split()[0])
+    assert shown == pytest.approx(np.mean(means["film"]) - np.mean(means["none"]), abs=0.051)
 
 
 def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):

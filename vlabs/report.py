@@ -140,6 +140,8 @@ def build_report(
         sections.append(_grounding(groups))
     if base is not None:
         sections.append(_against(groups, base, splits))
+        if instances is not None:
+            sections.append(_grounding_against(groups, base))
     sections.append(_cost(groups))
     out.mkdir(parents=True, exist_ok=True)
     figure = _figure(groups, out / "attention.png")
@@ -207,19 +209,45 @@ def _against(groups: dict[str, list[Run]], base: str, splits: Sequence[str]) -> 
     for name, runs in groups.items():
         if name == base:
             continue
-        cells = []
-        for split in splits:
-            ours, theirs = (_per_question(group, split) for group in (runs, groups[base]))
-            asked = sorted(ours.keys() & theirs.keys())
-            interval = paired_bootstrap([ours[q] for q in asked], [theirs[q] for q in asked])
-            sure = "" if interval.low <= 0 <= interval.high else " *"
-            cells.append(f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]{sure}")
-        rows.append([name, *cells])
+        rows.append(
+            [name, *[_difference(*(_per_question(group, split) for group in (runs, groups[base]))) for split in splits]]
+        )
     text = (
         "Difference of accuracy in points, with its 95% interval by a paired bootstrap over questions (seeds averaged"
         " first); * marks intervals without 0. It says nothing of the spread between seeds, which is above."
     )
     return Section(f"Against {base}", text, ["variant", *splits], rows)
+
+
+def _grounding_against(groups: dict[str, list[Run]], base: str) -> Section:
+    columns = [(name, measure) for name in GROUNDING_MAPS for measure in ("energy", "pointing")]
+    rows = []
+    for name, runs in groups.items():
+        if name != base:
+            pairs = [[_per_text(group, *column) for group in (runs, groups[base])] for column in columns]
+            rows.append([name, *[_difference(*pair) for pair in pairs]])
+    text = "The same for grounding, over the questions that it was measured on."
+    return Section(
+        f"Grounding against {base}", text, ["variant", *[f"{name} {measure}" for name, measure in columns]], rows
+    )
+
+
+def _difference(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    """Mean difference over what both were asked, with its interval; * where that is without 0."""
+    asked = sorted(ours.keys() & theirs.keys())
+    interval = paired_bootstrap([ours[key] for key in asked], [theirs[key] for key in asked])
+    sure = "" if interval.low <= 0 <= interval.high else " *"
+    return f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]{sure}"
+
+
+def _per_text(runs: Sequence[Run], name: str, measure: str) -> dict[str, float]:
+    """A measure of a map in percent by id of the text, mean over runs."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        for line in (run.path / "evaluation" / "grounding" / "grounding.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            found[str(record["id"])].append(100 * record["maps"][name][measure])
+    return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def _per_question(runs: Sequence[Run], split: str) -> dict[str, float]:
