@@ -67,7 +67,9 @@ def test_without_an_account_there_is_one_line(monkeypatch, capsys):
 def test_data_and_checkpoint_of_an_online_run_are_its_lineage(tiny_data, tiny_run):
     run = Online()
     identity = identity_of(tiny_data)
-    log_data(run, [identity])
+    thread = log_data(run, [identity])
+    assert thread is not None
+    thread.join(60)
     summary = {"parameters": 3, "fit_seconds": 1.5, "epochs": 1, "steps": 2, "status": "done"}
     log_outcome(run, summary, str(tiny_run[0] / "checkpoints/best.ckpt"))
     (used,) = run.used
@@ -81,7 +83,7 @@ def test_data_and_checkpoint_of_an_online_run_are_its_lineage(tiny_data, tiny_ru
 
 def test_an_offline_run_has_no_artifacts(tiny_data):
     run = Online(offline=True)
-    log_data(run, [identity_of(tiny_data)])
+    assert log_data(run, [identity_of(tiny_data)]) is None
     log_outcome(run, dict.fromkeys(("parameters", "fit_seconds", "epochs", "steps"), 1), "missing.ckpt")
     assert not run.used
     assert not run.logged

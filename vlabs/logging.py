@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from urllib.parse import urlparse
 import wandb
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+
+from vlabs.errors import one_line
 
 
 @rank_zero_only
@@ -68,7 +71,10 @@ def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogge
 def wandb_logger(
     project: str, save_dir: str | Path, name: str | None = None, group: str | None = None, mode: str | None = None
 ) -> WandbLogger:
-    """Log to Weights & Biases: online when the user is logged in, else offline. Never asks, never waits.
+    """Log to Weights & Biases: online when the user is logged in and W&B answers, else offline. Never asks.
+
+    A connection that is lost later is W&B's to mend: it goes on trying, what it could not send stays in the run folder,
+    and a run waits five minutes for it at its end (WANDB_FINISH_TIMEOUT, in seconds).
 
     Args:
         mode: `online` or `offline` to decide it; W&B's own WANDB_MODE decides before that.
@@ -77,14 +83,30 @@ def wandb_logger(
     mode = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
     id_file = save_dir / "wandb" / "run_id"
     run_id = id_file.read_text().strip() if id_file.is_file() else None
-    logger = WandbLogger(
-        project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow"
-    )
+    # A lost connection must not hold a run at its end: what was not sent by then is on disk.
+    waits = {
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
+        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", 300)),
+    }
+
+    def make(mode: str) -> WandbLogger:
+        settings = wandb.Settings(**waits)
+        return WandbLogger(
+            project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow",
+            settings=settings,
+        )  # fmt: skip
+
+    logger = make(mode)
+    why = "not logged in"
+    if mode == "online" and rank_zero_only.rank == 0:
+        try:
+            logger.experiment  # noqa: B018  it connects
+        except wandb.errors.Error as error:
+            why, mode = f"cannot be reached or refuses ({one_line(str(error))})", "offline"
+            wandb.teardown()
+            logger = make(mode)
     if mode == "offline":
-        say(
-            "W&B: not logged in, so this run is recorded offline; "
-            f"upload it with `wandb sync {save_dir}/wandb/offline-run-*`"
-        )
+        say(f"W&B: {why}, so this run is recorded offline; upload it with `wandb sync {save_dir}/wandb/offline-run-*`")
     return logger
 
 
@@ -95,20 +117,33 @@ def remember_run_id(logger: WandbLogger) -> None:
     path.write_text(str(logger.experiment.id))
 
 
-def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
+def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | None:
     """Say in W&B which prepared data a run uses, as artifacts that hold the manifest and the folder's path.
 
     Args:
         run: of W&B; nothing is said where it is offline, which has no artifacts to use.
         sets: of `vlabs.data.loading.identity_of`.
+
+    Returns:
+        The thread that says it, beside the run; None where the run is offline.
     """
-    if run.offline:
-        return
-    for item in sets:
-        name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
-        artifact = wandb.Artifact(name, "dataset", metadata=item)
-        artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
-        run.use_artifact(artifact)
+    if not run.offline:
+        # W&B waits for its server here, for ever if need be, and a run must not.
+        thread = threading.Thread(target=_use_data, args=(run, list(sets)), daemon=True)
+        thread.start()
+        return thread
+    return None
+
+
+def _use_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
+    try:
+        for item in sets:
+            name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
+            artifact = wandb.Artifact(name, "dataset", metadata=item)
+            artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
+            run.use_artifact(artifact)
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        say(f"W&B: this run's data could not be recorded as an artifact: {one_line(str(error))}")
 
 
 def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> None:
@@ -117,7 +152,10 @@ def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> No
     if checkpoint is not None and not run.offline:
         artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
         artifact.add_file(checkpoint)
-        run.log_artifact(artifact, aliases=["best"])
+        try:
+            run.log_artifact(artifact, aliases=["best"])
+        except (wandb.errors.Error, OSError, ValueError) as error:
+            say(f"W&B: the best checkpoint could not be recorded as an artifact: {one_line(str(error))}")
 
 
 def logged_in() -> bool:
