@@ -98,7 +98,7 @@ def wandb_logger(
 
     logger = make(mode)
     why = "not logged in"
-    if mode == "online" and rank_zero_only.rank == 0:
+    if mode == "online" and getattr(rank_zero_only, "rank", 0) == 0:
         try:
             logger.experiment  # noqa: B018  it connects
         except wandb.errors.Error as error:
