@@ -203,6 +203,33 @@ def compare(options: Options) -> dict[str, Any]:
     }
 
 
+def compiled(options: Options) -> dict[str, Any]:
+    """Our step with and without `task.compile`, in turn, and what compiling takes at the start."""
+    batch = make_batch(options.size, options.questions, 4)
+    plain = our_side("plain", options, batch, options.dtype == "bfloat16")
+    other = our_side("compiled", options, batch, options.dtype == "bfloat16")
+    other.owner.model.compile_parts()
+    losses = [float(plain.step())]
+    started = time.perf_counter()
+    losses.append(float(other.step()))
+    start = time.perf_counter() - started
+    for _ in range(options.repetitions):
+        for side in (plain, other):
+            started = time.perf_counter()
+            side.step()
+            side.times.append(time.perf_counter() - started)
+    print(
+        f"{options.size}, {options.topdown}, {options.dtype}, k=4, {options.questions} questions a step, "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}: the first compiled step takes as long as "
+        f"{start / plain.median:.0f} plain ones\n"
+    )
+    return {
+        "ratio_compiled": round(plain.median / other.median, 3),
+        "start_in_steps": round(start / plain.median, 1),
+        "difference_of_loss": abs(losses[0] - losses[1]),
+    }
+
+
 def peak_memory(side: str, options: Options) -> float:
     """Peak resident memory in GiB of a process that makes two steps of one side."""
     command = [sys.executable, __file__, "--memory-of", side, "--size", options.size, "--topdown", options.topdown]
@@ -332,6 +359,7 @@ class Options:
     pixels: list[int]
     batches: list[int]
     depths: list[int]
+    compile: bool
     dtype: str
     plot: Path | None
     device: str
@@ -352,7 +380,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--pixels", type=int, nargs="*", default=[224, 288, 384, 576], help="of --table")
     add("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="of --table and --device cuda")
     add("--depths", type=int, nargs="*", default=[2, 4, 6, 8], help="of --table")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table")
+    add("--compile", action="store_true", help="with and without task.compile instead")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table and --compile")
     add("--plot", type=Path, help="of --table: where the plot goes")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: questions a second instead")
     add("--peak-tflops", type=float, default=989.0, help="of --device cuda: dense bfloat16 peak (989: H100)")
@@ -369,7 +398,7 @@ def main() -> None:
     if options.device == "cuda":
         result = throughput(options, torch.device("cuda"))
     else:
-        result = table(options) if options.table else compare(options)
+        result = table(options) if options.table else compiled(options) if options.compile else compare(options)
     print(json.dumps(result))
 
 

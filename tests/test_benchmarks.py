@@ -130,6 +130,22 @@ def test_the_released_training_step_has_our_loss_and_gradients(topdown: str, k: 
     torch.testing.assert_close(task.prior_loss.log_scale.grad, rival.log_scale.grad)
 
 
+def test_compiled_parts_change_no_loss_and_no_gradient_and_no_name() -> None:
+    batch = train_step.make_batch("mini", 6, 3)
+    plain, compiled = (train_step.our_side("", train_step.parse(["--size", "mini"]), batch) for _ in range(2))
+    names = list(compiled.owner.state_dict())
+    compiled.owner.model.compile_parts(backend="eager")  # traced as for any backend; kernels take minutes
+    losses = [side.loss() for side in (plain, compiled)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(*(side.owner.parameters() for side in (plain, compiled)), strict=True):
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    assert list(compiled.owner.state_dict()) == names
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_recomputed_activations_change_no_loss_and_no_gradient(k: int) -> None:
     batch = train_step.make_batch("mini", 6, k)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
@@ -77,6 +79,19 @@ class VisionLanguageModel(nn.Module):
         """
         self.vision.recompute = self.fusion.recompute = True
         self.text.roberta.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Let `torch.compile` make kernels of both passes and of the fusion; numbers stay within rounding.
+
+        The text encoder is left as it is: it takes a few tokens, and its lengths change from batch to batch.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compiled = partial(torch.compile, backend=backend, dynamic=True)
+        self.vision.encode = compiled(self.vision.encode)  # type: ignore[method-assign]
+        self.vision.attend = compiled(self.vision.attend)  # type: ignore[method-assign]
+        self.fusion.forward = compiled(self.fusion.forward)  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -33,6 +33,7 @@ class VisionLanguageTask(pl.LightningModule):
         prior_bottom_up_weight: of the same loss on the bottom-up [cls].
         prior_loss: form of the prior loss.
         recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
+        compile: let `torch.compile` make the kernels, see `VisionLanguageModel.compile_parts`: a slow start.
         freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
     """
 
@@ -54,6 +55,7 @@ class VisionLanguageTask(pl.LightningModule):
         prior_loss: PriorLoss | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -69,6 +71,8 @@ class VisionLanguageTask(pl.LightningModule):
         self.frozen = _freeze(model, freeze)
         if recompute_activations:
             model.recompute_activations()
+        if compile:
+            model.compile_parts()
 
     def train(self, mode: bool = True) -> VisionLanguageTask:
         """Frozen parts stay in eval mode: no dropout in what does not learn."""
