@@ -1,6 +1,8 @@
 """Wrong input: one line that names it, a non-zero exit, nothing half-written."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from vlabs.callbacks import WholeCheckpointIO
 from vlabs.checkpoint import load_checkpoint
+from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
 from vlabs.predictor import load
 
@@ -149,6 +152,23 @@ def test_an_image_that_rots_after_preparation_stops_training_or_is_counted(tiny_
     answered = {i for batch in batches for i in batch.question_ids}
     assert answered.isdisjoint(rows[3]["question_id"])
     assert f"left out: image {rows[3]['image_id']}" in capfd.readouterr().err
+
+
+def test_a_rotten_image_in_a_loader_process_is_one_line_that_names_it(tiny_data, tiny_options, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    (shard,) = (tmp_path / "data/train").glob("*.arrow")
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"\xff\xd8\xff")  # of the first JPEG
+    content[start : start + 100] = bytes(100)
+    shard.write_bytes(content)
+    first = load_split(tiny_data, "train")[0]["image_id"]
+    options = [*tiny_options, f"data.dir={tmp_path / 'data'}", "data.num_workers=1", "trainer.limit_train_batches=1.0"]
+    result = command("vlabs.train", *options, "logger=csv", "hydra.run.dir=run", cwd=tmp_path)
+    assert_one_line_error(result, f"image {first} is not a whole image", "data.on_bad=skip")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+    skipping = command("vlabs.train", *options, "logger=csv", "data.on_bad=skip", "hydra.run.dir=again", cwd=tmp_path)
+    assert skipping.returncode == 0, skipping.stderr
+    assert f"left out: image {first}" in skipping.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
