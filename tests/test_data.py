@@ -132,3 +132,16 @@ def test_pictures_are_decoded_smaller_in_training_alone(tiny_data):
     assert data.val_dataloader().dataset.images.at_least is None
     whole = VQADataModule(tiny_data, image_size=16, num_workers=0, scaled_decoding=False)
     assert whole.train_dataloader().dataset.images.at_least is None
+
+
+@pytest.mark.parametrize("split", ["train", "train+val"])
+def test_buckets_pad_less_and_leave_no_question_out(tiny_data, split):
+    def tokens(**options):
+        data = make_data(tiny_data, batch_size=8, train_split=split, minival_images=4, **options)
+        batches = list(data.train_dataloader())
+        return sorted(q for batch in batches for q in batch.question_ids), sum(b.input_ids.numel() for b in batches)
+
+    everything, plain = tokens()
+    bucketed, fewer = tokens(bucket_batches=8)
+    assert bucketed == everything
+    assert fewer < 0.95 * plain

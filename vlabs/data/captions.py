@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import ImageReader, random_generator
-from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader
+from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader, text_lengths
 from vlabs.data.prepared import check_kind, load_split, read_manifest
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import Plan
@@ -162,6 +162,8 @@ class CaptionDataModule(pl.LightningDataModule):
         rand_augment: timm's RandAugment string for training; None for none.
         num_workers: loader processes.
         on_bad: `error` or `skip`, for images that cannot be decoded.
+        bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and sorted.
+            Less padding, but in-batch negatives of similar length; 0 for none.
         scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`; evaluation always
             decodes whole pictures.
         image_mean, image_std: by which channels in [0, 1] are normalised.
@@ -186,6 +188,7 @@ class CaptionDataModule(pl.LightningDataModule):
         num_workers: int = 2,
         on_bad: str = "error",
         scaled_decoding: bool = True,
+        bucket_batches: int = 0,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         seed: int = 0,
@@ -197,6 +200,7 @@ class CaptionDataModule(pl.LightningDataModule):
         check_whole("batch_size", batch_size, 1)
         check_whole("eval_batch_size", eval_batch_size or batch_size, 1)
         check_whole("captions_per_image", captions_per_image, 1)
+        check_whole("bucket_batches", bucket_batches, 0)
         check_whole("max_length", max_length, 1)
         check_whole("num_workers", num_workers, 0)
         if not sets:
@@ -212,6 +216,7 @@ class CaptionDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.on_bad = on_bad
         self.scaled_decoding = scaled_decoding
+        self.bucket_batches = bucket_batches
         self.seed = seed
         # Set by the task, which knows what it compares with what.
         self.false_images = False
@@ -273,4 +278,6 @@ class CaptionDataModule(pl.LightningDataModule):
             training,
             self.seed,
             self.num_workers,
+            text_lengths(rows, "caption", caption_rows, positions) if training and self.bucket_batches else None,
+            self.bucket_batches,
         )

@@ -38,6 +38,14 @@ def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.n
     return text_rows, np.arange(len(text_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+def text_lengths(rows: datasets.Dataset, column: str, text_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Characters of the texts at these rows and positions in their rows: how many tokens they will be, cheaply."""
+    texts = rows.data.column(column)
+    counts = pc.list_value_length(texts).to_numpy()
+    characters: np.ndarray = pc.utf8_length(pc.list_flatten(texts)).to_numpy()
+    return characters[(np.cumsum(counts) - counts)[text_rows] + positions]
+
+
 class GroupLoader(DataLoader[Any]):
     """A loader for training that knows how far it is, so that a run goes on in mid-epoch with the next batch.
 
@@ -85,6 +93,8 @@ def make_loader(
     training: bool,
     seed: int,
     num_workers: int,
+    lengths: np.ndarray | None = None,
+    bucket_batches: int = 0,
 ) -> DataLoader[Any]:
     """A loader of whole batches, this process's part of them; arguments as in `GroupSampler`."""
     distributed = dist.is_available() and dist.is_initialized()
@@ -97,6 +107,8 @@ def make_loader(
         seed=seed,
         rank=dist.get_rank() if distributed else 0,
         world_size=dist.get_world_size() if distributed else 1,
+        lengths=lengths,
+        bucket_batches=bucket_batches,
     )
     if training:
         return GroupLoader(dataset, sampler, num_workers)

@@ -34,6 +34,9 @@ class GroupSampler(Sampler[Plan]):
         shuffle: draw the questions of a group and the order of groups anew each epoch; else keep the stored order.
         seed: of the shuffling.
         rank, world_size: this process and how many there are. Training gives every rank the same number of batches.
+        lengths: (Q,) of the texts, in any unit; None to leave lengths alone.
+        bucket_batches: with `lengths`, the groups of so many steps are sorted by length before they are cut into
+            batches, so that a batch is padded less; the order of those batches stays random.
 
     Attributes:
         epoch: which epoch is next.
@@ -50,7 +53,10 @@ class GroupSampler(Sampler[Plan]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        lengths: np.ndarray | None = None,
+        bucket_batches: int = 0,
     ) -> None:
+        self.lengths, self.bucket_batches = lengths, bucket_batches
         self.rows, self.positions = rows, positions
         self.start_of_row = np.searchsorted(rows, rows)  # index of the first question of the same row
         self.per_image = questions_per_image or max(1, int(np.bincount(rows).max(initial=0)))
@@ -81,6 +87,9 @@ class GroupSampler(Sampler[Plan]):
         ends = np.append(starts[1:], len(order))
         group_order = rng.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
         per_step = self.groups_per_batch * self.world_size
+        if self.lengths is not None and self.bucket_batches and len(starts):
+            longest = np.maximum.reduceat(self.lengths[order], starts)
+            group_order = _sort_within(group_order, longest, per_step, self.bucket_batches, rng)
         for step in range(self.first, len(self)):
             mine = group_order[step * per_step : (step + 1) * per_step][self.rank :: self.world_size]
             groups = []
@@ -90,3 +99,16 @@ class GroupSampler(Sampler[Plan]):
                     Group(int(self.rows[questions[0]]), tuple(int(p) for p in np.sort(self.positions[questions])))
                 )
             yield Plan(self.epoch, groups, step * self.world_size + self.rank)
+
+
+def _sort_within(
+    order: np.ndarray, lengths: np.ndarray, per_step: int, steps: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Sort every `steps` steps of an order by length, and shuffle those steps; a last one that is not full stays last."""
+    parts = []
+    for start in range(0, len(order), steps * per_step):
+        part = order[start : start + steps * per_step]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        full = len(part) // per_step * per_step
+        parts += [rng.permutation(part[:full].reshape(-1, per_step)).ravel(), part[full:]]
+    return np.concatenate(parts)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import ImageReader
-from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader
+from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader, text_lengths
 from vlabs.data.prepared import check_kind, load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import Plan
@@ -122,6 +122,8 @@ class VQADataModule(pl.LightningDataModule):
         rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
         num_workers: loader processes.
         on_bad: `error` or `skip`, for images that cannot be decoded.
+        bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and sorted.
+            Less padding, but in-batch negatives of similar length; 0 for none.
         scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`; evaluation always
             decodes whole pictures.
         image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
@@ -149,6 +151,7 @@ class VQADataModule(pl.LightningDataModule):
         num_workers: int = 2,
         on_bad: str = "error",
         scaled_decoding: bool = True,
+        bucket_batches: int = 0,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         seed: int = 0,
@@ -163,6 +166,7 @@ class VQADataModule(pl.LightningDataModule):
         check_whole("max_length", max_length, 1)
         check_whole("minival_images", minival_images, 1)
         check_whole("questions_per_image", questions_per_image, 1)
+        check_whole("bucket_batches", bucket_batches, 0)
         check_whole("num_workers", num_workers, 0)
         self.dir = Path(dir)
         check_kind(dir, "vqa")
@@ -175,6 +179,7 @@ class VQADataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.on_bad = on_bad
         self.scaled_decoding = scaled_decoding
+        self.bucket_batches = bucket_batches
         self.seed = seed
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
@@ -248,6 +253,8 @@ class VQADataModule(pl.LightningDataModule):
             training,
             self.seed,
             self.num_workers,
+            text_lengths(rows, "question", question_rows, positions) if training and self.bucket_batches else None,
+            self.bucket_batches,
         )
 
 
