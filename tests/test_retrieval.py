@@ -44,6 +44,7 @@ def tiny_captions(tiny_data):
 def caption_options(tiny_captions):
     """Overrides for a training of seconds."""
     return [
+        f"grounding.instances={tiny_captions.parent / 'raw/annotations.zip'}", "grounding.num_texts=20",
         "data=scenes_captions", "data.size=tiny", f"data.dir={tiny_captions}", "data.image_size=32",
         "data.batch_size=16", "data.captions_per_image=2", "task.ranking_images=6", "trainer.max_epochs=1",
         "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "logger=csv", *QUICK, *TINY_MODEL,
@@ -82,6 +83,21 @@ def rank(run, cwd, *options, ranker="exact"):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads((cwd / "out/metrics.json").read_text()), next((cwd / "outputs/scores").iterdir()), result
+
+
+def test_grounding_of_captions_is_logged_in_validation_as_evaluation_finds_it(pretrained, tiny_captions, tmp_path):
+    logged = json.loads((pretrained / "summary.json").read_text())["metrics"]
+    result = command(
+        "vlabs.evaluate", "task=grounding", f"ckpt={pretrained / 'checkpoints/last.ckpt'}", "split=val",
+        "data=scenes_captions", f"data.dir={tiny_captions}", "data.num_workers=0", "task.num_texts=20",
+        f"task.instances={tiny_captions.parent / 'raw/annotations.zip'}", "task.maps=[norm,fusion]",
+        "hydra.run.dir=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    for name in ("norm", "fusion"):
+        assert logged[f"val/grounding/{name}_energy"] == pytest.approx(found[f"{name}/energy"], rel=1e-4)
+    assert logged["val/grounding/area"] == pytest.approx(found["area"], rel=1e-4)
 
 
 # Data
