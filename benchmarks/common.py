@@ -18,10 +18,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.models.absvit import AbSViT
+from vlabs.models.film import FiLMViT
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
 from vlabs.models.text import RobertaEncoder
-from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.topdown import (
+    AbSTopDown,
+    AbSTopDownQKV,
+    FeedbackOnly,
+    MaskAttention,
+    PerceiverIO,
+    ReleasedTopDown,
+    TopDown,
+)
 from vlabs.models.vlm import VisionLanguageModel, assemble
 
 
@@ -43,8 +52,20 @@ SIZES = {
     "small": Size(224, 384, 12, 6, 6, 6, 50265),
     "mini": Size(64, 64, 2, 2, 2, 4, 1000),
 }
+# The two that the released arithmetic is written out for.
 ALPHA = {"absvit_released": 5.0, "absvit": 10.0}
 PRIOR_TOKEN = {"absvit_released": "eos", "absvit": "cls"}
+# All choices of model/topdown.
+VARIANTS: dict[str, Callable[[], TopDown] | None] = {
+    "none": None,
+    "perceiver_io": PerceiverIO,
+    "feedback": FeedbackOnly,
+    "mask_att": MaskAttention,
+    "absvit_released": partial(ReleasedTopDown, ALPHA["absvit_released"]),
+    "absvit": partial(AbSTopDown, ALPHA["absvit"]),
+    "absvit_qkv": AbSTopDownQKV,
+    "film": None,
+}
 
 
 def make_model(
@@ -53,11 +74,11 @@ def make_model(
     """A model of that size with random weights; `head` is called with `in_features`, `sizes` replace some of `Size`."""
     torch.manual_seed(0)
     s = replace(SIZES[size], **sizes)
-    variant = ReleasedTopDown if topdown == "absvit_released" else AbSTopDown
-    vision = AbSViT(
+    variant = VARIANTS[topdown]
+    vision = (FiLMViT if topdown == "film" else AbSViT)(
         "vit_base_patch16_224",
         img_size=s.pixels,
-        topdown=variant(ALPHA[topdown]),
+        topdown=None if variant is None else variant(),
         embed_dim=s.width,
         depth=s.vision_depth,
         num_heads=s.heads,
@@ -72,7 +93,7 @@ def make_model(
         attention_probs_dropout_prob=dropout,
     )
     fusion = partial(CoAttentionFusion, width=s.width, depth=s.fusion_depth, num_heads=s.heads, dropout=dropout)
-    return assemble(vision, text, fusion, head, PRIOR_TOKEN[topdown]).eval()
+    return assemble(vision, text, fusion, head, PRIOR_TOKEN.get(topdown, "cls")).eval()
 
 
 def draw_texts(

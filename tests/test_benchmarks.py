@@ -231,3 +231,18 @@ def test_memory_of_the_loader_is_read_in_the_course_of_an_epoch(pictures: Path) 
     result = loader.memory(pictures, loader.parse(["--image-size", "32", "--batch-size", "5"]))
     assert len(result["mib"]) == 3
     assert all(mib > 50 for mib in result["mib"])
+
+
+def test_the_cost_of_every_variant_is_printed(tmp_path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "variants.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])["time_against_vit"]
+    choices = {path.stem for path in (BENCHMARKS.parent / "conf/model/topdown").glob("*.yaml")}
+    assert found.keys() == choices
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line and line.split()[0] in choices}
+    plain, full = rows["none"], rows["absvit"]
+    assert float(full[1]) > float(plain[1])  # decoders
+    assert float(full[2]) > 1.05 * float(plain[2])  # a second pass
