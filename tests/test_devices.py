@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -143,9 +147,12 @@ def made(cwd):
 def train(options, cwd):
     result = command("vlabs.train", *options, "hydra.run.dir=run", cwd=cwd)
     assert result.returncode == 0, result.stderr
-    with open(cwd / "run/metrics.csv", newline="") as file:
-        norms = [float(row["train/gradient_norm"]) for row in csv.DictReader(file) if row["train/gradient_norm"]]
-    return json.loads((cwd / "run/summary.json").read_text()), norms
+    return json.loads((cwd / "run/summary.json").read_text()), gradient_norms(cwd / "run")
+
+
+def gradient_norms(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [float(row["train/gradient_norm"]) for row in csv.DictReader(file) if row["train/gradient_norm"]]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,34 @@ def test_two_processes_train_as_one_with_the_same_global_batch(options, alone, t
     assert norms == pytest.approx(alone[1], rel=1e-3)
     for name in ("val/vqa_loss", "val/vqa_accuracy"):
         assert summary["metrics"][name] == pytest.approx(alone[0]["metrics"][name], rel=1e-2)
+    assert made(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_trains_as_one_process_too_on_one_node_or_two(options, alone, tmp_path, nodes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    each = 2 // nodes
+    trained = [
+        *options, "data.batch_size=16", "trainer.limit_train_batches=4", "hydra.run.dir=run",
+        "trainer.accelerator=cpu", "trainer.strategy=ddp", f"trainer.devices={each}", f"trainer.num_nodes={nodes}",
+    ]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}",
+             f"--nproc-per-node={each}", "--master-addr=127.0.0.1", f"--master-port={port}",
+             "-m", "vlabs.train", *trained],
+            cwd=tmp_path, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
+    for process in started:
+        printed, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, printed
+    assert gradient_norms(tmp_path / "run") == pytest.approx(alone[1], rel=1e-3)
     assert made(tmp_path) == {"run"}
 
 
