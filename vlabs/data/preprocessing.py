@@ -130,6 +130,7 @@ def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.I
         with Image.open(io.BytesIO(data)) as image:
             if at_least is not None:
                 image.draft("RGB", (at_least, at_least))  # what is no JPEG ignores it
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} is not a whole image that can be decoded: {error}") from None
