@@ -227,7 +227,7 @@ def memory(folder: Path, options: Options) -> dict[str, Any]:
     """Memory of this process and its 4 workers in the course of an epoch, shared pages once."""
     loader = our_loader(folder, options, 1, num_workers=4).train_dataloader()
     batches = len(loader)
-    marks = {max(1, batches * share // 100) for share in (10, 50, 100)}
+    marks = {max(1, batches * share // 100) for share in (25, 50, 75, 100)}
     peaks = []
     for number, _ in enumerate(loader, 1):
         if number in marks:
