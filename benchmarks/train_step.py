@@ -251,7 +251,7 @@ def measure_memory(options: Options) -> float:
 
 
 def table(options: Options) -> dict[str, Any]:
-    """Cost of our step as the work grows: by image size, by batch, by fusion depth; prints a table, draws a plot."""
+    """Cost of our step as the work grows: by image, batch, fusion depth and text; prints a table, draws a plot."""
     print(
         f"{options.size}, {options.topdown}, {options.dtype}, k=1, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}\n"
@@ -262,12 +262,16 @@ def table(options: Options) -> dict[str, Any]:
         ("pixels", options.pixels),
         ("batch", options.batches),
         ("fusion_depth", options.depths),
+        ("tokens", options.tokens),
     ]
     for name, values in sweeps:
         for value in values:
-            sizes = {} if name == "batch" else {name: value}
+            sizes = {} if name in ("batch", "tokens") else {name: value}
             questions = value if name == "batch" else options.questions
             batch = make_batch(options.size, questions, 1, sizes.get("pixels"))
+            if name == "tokens":
+                ids = torch.full((questions, value), 7)
+                batch = batch._replace(input_ids=ids, attention_mask=torch.ones_like(ids))
             side = our_side("ours", options, batch, options.dtype == "bfloat16", None, **sizes)
             with FlopCounterMode(display=False) as counter:
                 side.step()
@@ -285,12 +289,13 @@ def table(options: Options) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds a question against image size, batch and fusion depth, each against its first value."""
+    """Seconds a question against image size, batch, fusion depth and text length, each against its first value."""
     from matplotlib.figure import Figure
 
     titles = {"pixels": "image size (px)", "batch": "questions a step", "fusion_depth": "fusion layers"}
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    titles["tokens"] = "tokens a question, padding included"
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, 4), titles.items(), strict=True):
         chosen = [row for row in rows if row["what"] == name]
         for key, label in (("seconds", "time"), ("gmac", "arithmetic")):
             if chosen:
@@ -359,6 +364,7 @@ class Options:
     pixels: list[int]
     batches: list[int]
     depths: list[int]
+    tokens: list[int]
     compile: bool
     dtype: str
     plot: Path | None
@@ -379,6 +385,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--table", action="store_true", help="cost as the work grows instead")
     add("--pixels", type=int, nargs="*", default=[224, 288, 384, 576], help="of --table")
     add("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="of --table and --device cuda")
+    add("--tokens", type=int, nargs="*", default=[9, 16, 32, 50], help="of --table")
     add("--depths", type=int, nargs="*", default=[2, 4, 6, 8], help="of --table")
     add("--compile", action="store_true", help="with and without task.compile instead")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table and --compile")
