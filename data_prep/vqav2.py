@@ -22,8 +22,8 @@ from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import normalize_answer
 
-_QUESTIONS = re.compile(r"v2_OpenEnded_mscoco_(.+)_questions\.json")
-_ANNOTATIONS = re.compile(r"v2_mscoco_(.+)_annotations\.json")
+_QUESTIONS = re.compile(r"(?:v2_)?OpenEnded_mscoco_(.+)_questions\.json")
+_ANNOTATIONS = re.compile(r"(?:v2_)?mscoco_(.+)_annotations\.json")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Split:
 
 
 class VQAv2:
-    """The raw files of VQA v2 in one folder.
+    """The raw files of VQA v2 in one folder; those of v1, where there are none of v2.
 
     Raises:
         UserError: files are missing; the message names all of them.
@@ -160,8 +160,12 @@ def _zip_name(subset: str) -> str:
 
 def _find(raw_dir: Path, pattern: re.Pattern[str]) -> dict[str, JsonFile]:
     """Return the JSON files, in zip files or not, whose name fits, by subset (`train2014`)."""
-    files = [JsonFile(path) for path in [*raw_dir.glob("v2_*.json"), *raw_dir.glob("v2_*/v2_*.json")]]
-    for path in sorted(raw_dir.glob("v2_*.zip")):
+    # The files of VQA v1 are called the same but for the v2_, and are of the same form.
+    names = ["v2_*"] if any(raw_dir.glob("v2_*")) else ["OpenEnded_*", "mscoco_*", "Questions_*", "Annotations_*"]
+    files = [
+        JsonFile(path) for name in names for path in [*raw_dir.glob(f"{name}.json"), *raw_dir.glob(f"{name}/*.json")]
+    ]
+    for path in sorted(path for name in names for path in raw_dir.glob(f"{name}.zip")):
         with open_zip(path) as archive:
             files += [JsonFile(path, member) for member in archive.namelist()]
     found = {}

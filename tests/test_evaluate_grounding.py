@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line_error, command
+from PIL import Image
 
 from vlabs.attention.maps import MAPS, look
 from vlabs.checkpoint import load_checkpoint
-from vlabs.data.instances import crop_mask, read_instances
+from vlabs.data.instances import crop_map, crop_mask, read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
-from vlabs.metrics.grounding import energy_inside, to_pixels
+from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,46 @@ def test_wrong_options_are_one_line(options, parts, tiny_run, tiny_data, tmp_pat
     group = [] if options[0].startswith("task=") else ["task=grounding", instances]
     result = in_process("vlabs.evaluate", [*group, f"ckpt={tiny_run[0]}", *options], tmp_path)
     assert_one_line_error(result, *parts)
+
+
+@pytest.fixture(scope="module")
+def people(tiny_data, tmp_path_factory):
+    """Made-up human maps of six questions of val in VQA-HAT's form, two people each."""
+    folder = tmp_path_factory.mktemp("hat")
+    rows = load_split(tiny_data, "val")
+    rng = np.random.default_rng(0)
+    for row in (rows[0], rows[2]):
+        for question_id in row["question_id"][:3]:
+            for n in (1, 2):
+                pixels = rng.integers(0, 256, (14, 14), dtype=np.uint8)
+                Image.fromarray(pixels).resize((64, 64)).save(folder / f"{question_id}_{n}.png")
+    return folder
+
+
+def test_maps_are_compared_with_where_people_looked(tiny_run, tiny_data, people, tmp_path):
+    result = command(
+        "vlabs.evaluate", "task=grounding", f"ckpt={tiny_run[0]}", "split=val", f"task.human_maps={people}",
+        "task.maps=[norm,fusion]", "hydra.run.dir=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "out/grounding.jsonl").read_text().splitlines()]
+    assert metrics["texts"] == len(records) == 6
+    checkpoint = load_checkpoint(tiny_run[0])
+    row = next(row for row in load_split(tiny_data, "val") if records[0]["id"] in row["question_id"])
+    image = checkpoint.preprocessing.image(decode_image(row["image"], ""))
+    ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([records[0]["text"]]))
+    _, maps = look(checkpoint.model, image[None], ids, mask, ["norm", "fusion"])
+    (human,) = read_hat(people, {records[0]["id"]})
+    expected = rank_correlation(maps["norm"][0].numpy(), crop_map(human.mean, 32))
+    assert records[0]["maps"]["norm"] == pytest.approx(float(expected), abs=1e-5)
+    mean = np.mean([record["maps"]["fusion"] for record in records])
+    assert metrics["fusion/rank_correlation"] == pytest.approx(mean)
+    assert "fusion " in result.stdout
+
+
+def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):
+    (tmp_path / "hat").mkdir()
+    Image.new("L", (14, 14)).save(tmp_path / "hat/1_1.png")
+    options = ["task=grounding", f"ckpt={tiny_run[0]}", "split=val", "task.human_maps=hat"]
+    assert_one_line_error(command("vlabs.evaluate", *options, cwd=tmp_path), "task.human_maps=hat", "VQA v1")

@@ -173,6 +173,23 @@ def copy_of_test_questions(raw: Raw) -> dict[str, Any]:
     return {**test, "questions": test["questions"][:6]}
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_files_of_vqa_v1_are_read_alike(tmp_path: Path, packed: bool) -> None:
+    raw = Raw(images=4, splits=("train", "val"))
+    newer = prepared(raw.unpacked(tmp_path / "v2"), tmp_path / "out2")
+    raw.json = {name.removeprefix("v2_"): value for name, value in raw.json.items()}
+    raw.json["MultipleChoice_mscoco_val2014_questions.json"] = {"questions": []}  # lies beside them, and is not read
+    if packed:
+        folder = raw.zipped(tmp_path / "v1")
+        for path in folder.glob("v2_*"):
+            path.rename(folder / path.name.removeprefix("v2_"))
+    else:
+        folder = raw.unpacked(tmp_path / "v1")
+    older = prepared(folder, tmp_path / "out1")
+    for split in ("train", "val"):
+        assert load_split(older, split).to_list() == load_split(newer, split).to_list()
+
+
 def test_rows_hold_what_the_raw_files_say(example: tuple[Raw, Path, Path]) -> None:
     raw, _, out = example
     for split in ("train", "val", "test", "test-dev"):

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from omegaconf import DictConfig
+from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.attention.maps import MAPS, look
 from vlabs.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
-from vlabs.data.instances import Instance, count_instances, crop_mask, read_instances
+from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask, read_instances
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.output import write_json
 from vlabs.metrics.bootstrap import bootstrap_interval
-from vlabs.metrics.grounding import area_share, average_precision, best_iou, energy_inside, pointing, to_pixels
+from vlabs.metrics.grounding import (
+    area_share,
+    average_precision,
+    best_iou,
+    energy_inside,
+    list_hat,
+    pointing,
+    rank_correlation,
+    read_human_maps,
+    to_pixels,
+)
 from vlabs.models.vlm import VisionLanguageModel
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
@@ -45,6 +57,7 @@ def evaluate_grounding(
     instances: str | None,
     maps: Sequence[str],
     num_texts: int | None,
+    human_maps: str | None = None,
 ) -> dict[str, Any]:
     """Measure every map against the targets; prints a table, writes metrics and a line a text; returns the means.
 
@@ -56,10 +69,13 @@ def evaluate_grounding(
         instances: COCO's instances of the same corpus.
         maps: of `vlabs.attention.maps.MAPS`.
         num_texts: how many texts, evenly spread; None for all.
+        human_maps: a folder of VQA-HAT's maps: rank correlation with them, in the place of all other measures.
     """
     wrong = [name for name in maps if name not in MAPS]
     if wrong or not maps:
         raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
+    if human_maps is not None:
+        return _evaluate_against_people(checkpoint, config, data_dir, out_dir, human_maps, maps, num_texts)
     file = find_instances(instances, data_dir)
     if file is None:
         raise UserError("task=grounding needs the masks: pass task.instances=FILE, COCO's annotations zip or JSON")
@@ -82,11 +98,7 @@ def evaluate_grounding(
     progress.close()
     if len(records) < 2:
         raise UserError(f"{data_dir}, split {config.split}: fewer than two texts have a target that the model can see")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lines = out_dir / "grounding.jsonl"
-    partial = lines.with_name(lines.name + ".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(lines)
+    lines = _write_lines(out_dir, records)
     metrics = _table(records, maps)
     metrics |= {
         "checkpoint": str(checkpoint.path),
@@ -98,6 +110,83 @@ def evaluate_grounding(
     print(write_json(out_dir / "metrics.json", metrics))
     print(lines)
     return metrics
+
+
+def _write_lines(out_dir: Path, records: Sequence[dict[str, Any]]) -> Path:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = out_dir / "grounding.jsonl"
+    partial = lines.with_name(lines.name + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    partial.replace(lines)
+    return lines
+
+
+def _evaluate_against_people(
+    checkpoint: Checkpoint,
+    config: DictConfig,
+    data_dir: str,
+    out_dir: Path,
+    folder: str,
+    maps: Sequence[str],
+    num_texts: int | None,
+) -> dict[str, Any]:
+    """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
+
+    A question's human map is the mean over the people who were asked, of the part of the picture that the model sees.
+    """
+    rows = load_split(data_dir, str(config.split))
+    if "question" not in rows.column_names:
+        raise UserError(f"task.human_maps={folder} is about questions, and {data_dir} holds none")
+    asked = [
+        Asked(number, position, question_id, row["question"][position], [])
+        for number, row in enumerate(rows.select_columns(["question", "question_id"]))
+        for position, question_id in enumerate(row["question_id"])
+    ]
+    people = list_hat(folder)
+    asked = spread([item for item in asked if item.text_id in people], num_texts)
+    if len(asked) < 2:
+        raise UserError(
+            f"task.human_maps={folder} has maps of fewer than two questions of {data_dir}, split {config.split}: "
+            "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (data_prep.vqav2 takes them too)"
+        )
+    size = checkpoint.preprocessing.image_size
+    records: list[dict[str, Any]] = []
+    progress = tqdm(asked, unit="text", desc="human maps", disable=not config.trainer.enable_progress_bar)
+    for (item,), by_name in _look_at(
+        checkpoint.model, checkpoint.preprocessing, rows, [[item] for item in progress], maps
+    ):
+        human = crop_map(read_human_maps(item.text_id, people[item.text_id]).mean, size)
+        correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
+        records.append({"id": item.text_id, "text": item.text, "maps": correlations})
+    lines = _write_lines(out_dir, records)
+    metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": str(config.split), "texts": len(records)}
+    print(f"\n{len(records)} questions; a map that looks everywhere alike scores 0\n")
+    print(f"{'map':10}{'rank correlation':>26}")
+    for name in maps:
+        interval = bootstrap_interval([record["maps"][name] for record in records])
+        metrics[f"{name}/rank_correlation"] = interval.mean
+        metrics[f"{name}/rank_correlation_interval"] = [interval.low, interval.high]
+        print(f"{name:10}" + f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]".rjust(26))
+    print(write_json(out_dir / "metrics.json", metrics))
+    print(lines)
+    return metrics
+
+
+def _look_at(
+    model: VisionLanguageModel,
+    preprocessing: Preprocessing,
+    rows: datasets.Dataset,
+    groups: Iterable[list[Asked]],
+    maps: Sequence[str],
+) -> Iterator[tuple[list[Asked], dict[str, Tensor]]]:
+    """The maps of groups of texts, each about one image."""
+    reader = ImageReader(rows, preprocessing)
+    for group in groups:
+        _, image = reader.read(group[0].row, 0)
+        assert image is not None
+        input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids([item.text for item in group]))
+        _, by_name = look(model, image[None], input_ids, attention_mask, maps)
+        yield group, by_name
 
 
 def list_targets(rows: datasets.Dataset, column: str) -> list[Asked]:
@@ -135,20 +224,12 @@ def measure(
         objects: how many instances an image has, by its id.
         maps: of `vlabs.attention.maps.MAPS`.
     """
-    reader = ImageReader(rows, preprocessing)
     size = preprocessing.image_size
-    start = 0
-    while start < len(asked):
-        end = start
-        while end < len(asked) and asked[end].row == asked[start].row:
-            end += 1
-        of_image = asked[start:end]
-        start = end
-        row, image = reader.read(of_image[0].row, 0)
-        assert image is not None
+    image_ids = rows.select_columns(["image_id"])
+    groups = (list(of_image) for _, of_image in groupby(asked, key=lambda item: item.row))
+    for of_image, by_name in _look_at(model, preprocessing, rows, groups, maps):
+        image_id = image_ids[of_image[0].row]["image_id"]
         masks = [crop_mask(np.logical_or.reduce([found[n].mask() for n in item.targets]), size) for item in of_image]
-        input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids([item.text for item in of_image]))
-        _, by_name = look(model, image[None], input_ids, attention_mask, maps)
         for n, (item, mask) in enumerate(zip(of_image, masks, strict=True)):
             if not mask.any():
                 yield None
@@ -163,7 +244,7 @@ def measure(
             yield {
                 "id": item.text_id,
                 "text": item.text,
-                "objects": objects.get(row["image_id"], 0),
+                "objects": objects.get(image_id, 0),
                 "area": float(area_share(mask)),
                 "maps": values,
             }

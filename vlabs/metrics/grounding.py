@@ -174,6 +174,13 @@ def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> 
         UserError: there is no such folder, it holds no maps, a file is no picture, or the maps of a question differ in
             size.
     """
+    found = list_hat(folder)
+    wanted = sorted(question_id for question_id in found if question_ids is None or question_id in question_ids)
+    return (read_human_maps(question_id, found[question_id]) for question_id in wanted)
+
+
+def list_hat(folder: str | Path) -> dict[int, list[Path]]:
+    """The files of VQA-HAT by question id, those of a question in order; see `read_hat`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one with the maps of VQA-HAT, such as vqahat_val")
@@ -183,11 +190,11 @@ def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> 
             found[int(match[1])].append((int(match[2]), path))
     if not found:
         raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png)")
-    wanted = sorted(question_id for question_id in found if question_ids is None or question_id in question_ids)
-    return (_human_maps(question_id, [path for _, path in sorted(found[question_id])]) for question_id in wanted)
+    return {question_id: [path for _, path in sorted(paths)] for question_id, paths in found.items()}
 
 
-def _human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
+def read_human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
+    """The maps of one question, from its files; see `read_hat`."""
     maps = [_read_gray(path) for path in paths]
     if len({one.shape for one in maps}) > 1:
         raise UserError(f"{', '.join(str(path) for path in paths)}: the maps of one question differ in size")
