@@ -136,6 +136,17 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, wh
     assert_same_end(read(last), whole)
 
 
+def test_a_rank_whose_part_is_finite_leaves_the_step_out_with_the_others(tmp_path):
+    check = FiniteGradients(1, tmp_path / "last.ckpt")
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision: False)  # another rank's part is not
+    trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None, strategy=strategy)
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad = torch.ones(1, 1)
+    check.on_before_optimizer_step(trainer, model, None)
+    assert model.weight.grad is None
+    assert check.bad_steps == 1
+
+
 def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path):
     last = killed_at(2, long_options, tmp_path)
     for path in (last, previous_of(last)):
@@ -153,7 +164,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_questions(tin
 def test_steps_that_are_not_finite_can_be_left_out(tiny_data, monkeypatch, capsys):
     callback = FiniteGradients(1, Path("run/checkpoints/last.ckpt"))
     layer = torch.nn.Linear(2, 1)
-    trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None)
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision: decision)  # of one process
+    trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None, strategy=strategy)
     batch = SimpleNamespace(caption_ids=[7, 8])
     for expected in ("left out, 1 of at most 1", None):
         callback.on_train_batch_start(trainer, layer, batch, 0)

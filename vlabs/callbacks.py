@@ -174,7 +174,7 @@ class FiniteGradients(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradient, which is the same on all ranks.
+        """Look at the gradient. Ranks agree on it, as each sees only its part where the model is sharded (FSDP).
 
         Raises:
             UserError: it is not finite, and no more steps may be left out.
@@ -183,7 +183,9 @@ class FiniteGradients(pl.Callback):
         norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/gradient_norm", norm)
-        if getattr(trainer.precision_plugin, "scaler", None) is not None or torch.isfinite(norm):
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        if trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm))):
             return
         self.bad_steps += 1
         named = ", ".join(map(str, texts[:20])) + (", …" if len(texts) > 20 else "")
