@@ -204,8 +204,8 @@ def _grounding(groups: dict[str, list[Run]]) -> Section:
         rows.append([name, *[_mean([one[column.replace(" ", "/")] for one in found]) for column in header[1:]]])
     area = _metrics(next(iter(groups.values()))[0], "grounding")["area"]
     text = (
-        f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores {area:.1f}, as do"
-        " the token weights of a variant without any."
+        f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores {area:.1f},"
+        " as do the token weights of a variant without any."
     )
     return Section("Grounding (val)", text, header, rows)
 
