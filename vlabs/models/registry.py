@@ -33,6 +33,8 @@ def register(cls: type[ModuleT]) -> type[ModuleT]:
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name))
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                del arguments[name]  # of nn.Module's own __init__, which takes none
         self.spec = {"class": cls.__name__} | {name: _to_plain(value) for name, value in arguments.items()}
 
     cls.__init__ = init  # type: ignore[method-assign]
