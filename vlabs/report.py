@@ -137,6 +137,7 @@ def build_report(
     for run in runs:
         groups[run.variant].append(run)
     base = next((name for name in groups if baseline in name), None)
+    groups = dict(sorted(groups.items(), key=lambda item: item[0] != base))  # what is compared with comes first
     sections = [_accuracy(groups, splits)]
     sections.append(_by_type(groups, "val"))
     if instances is not None:
