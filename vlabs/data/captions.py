@@ -91,11 +91,15 @@ class CaptionDataset(Dataset[CaptionBatch]):
 
     def __getitem__(self, plan: Plan) -> CaptionBatch:
         images, index, chosen, skipped = self.images.read_plan(plan)
-        false_index = self._false_images(chosen, plan.epoch, images, skipped) if self.false_images else None
+        false_index = None
+        if self.false_images:
+            false = self._false_images(chosen, plan.epoch, skipped)
+            false_index = len(images) + torch.arange(len(false))
+            images = torch.cat([images, *(image[None] for image in false)])
         input_ids, attention_mask = self._tokens([row["caption"][position] for _, row, position in chosen])
         false_ids, false_mask = self._false_captions(chosen, plan.epoch) if self.false_captions else (None, None)
         return CaptionBatch(
-            images=self.images.stack(images),
+            images=images,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_index=torch.tensor(index, dtype=torch.int64),
@@ -119,9 +123,10 @@ class CaptionDataset(Dataset[CaptionBatch]):
         return drawn + (drawn >= row)
 
     def _false_images(
-        self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int, images: list[Tensor], skipped: list[int]
-    ) -> Tensor:
-        index = []
+        self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int, skipped: list[int]
+    ) -> list[Tensor]:
+        """An image of another row for every caption."""
+        images = []
         for number, _, position in chosen:
             for other in self._others(number, position, epoch, _REDRAWS).tolist():
                 row, image = self.images.read(other, epoch)
@@ -130,9 +135,8 @@ class CaptionDataset(Dataset[CaptionBatch]):
                 skipped.append(row["image_id"])
             else:
                 raise UserError(f"{_REDRAWS} images in a row cannot be decoded: prepare the data again")
-            index.append(len(images))
             images.append(image)
-        return torch.tensor(index, dtype=torch.int64)
+        return images
 
     def _false_captions(
         self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ class PlannedTexts(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
-        images: B tensors (3, H, W).
+        images: (B, 3, H, W), normalised; B may be 0.
         image_index: n, the position in `images` of each text's image.
         texts: n times the number of the row, the row, and the text's position in the row's lists.
         skipped: ids of images that were left out, with their texts.
     """
 
-    images: list[Tensor]
+    images: Tensor
     image_index: list[int]
     texts: list[tuple[int, dict[str, Any], int]]
     skipped: list[int]
@@ -63,9 +63,13 @@ class ImageReader:
         self.seed = seed
         self.on_bad = on_bad
         self.at_least = preprocessing.image_size if scaled_decoding else None
+        self._kept = False
 
-    def read(self, index: int, epoch: int) -> tuple[dict[str, Any], Tensor | None]:
+    def read(self, index: int, epoch: int, out: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
         """The row and its image (3, H, W), normalised; None for an image that is left out.
+
+        Args:
+            out: where the image is to be written, for one copy less.
 
         Raises:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
@@ -80,29 +84,43 @@ class ImageReader:
             return row, None
         image = self.preprocessing.resize(image)
         if self.augment is not None:
-            with _seeded(self.seed, epoch, row["image_id"]):
+            with self._generators_kept():
+                _seed(self.seed, epoch, row["image_id"])
                 image = self.augment(image)
-        return row, self.preprocessing.normalize(image)
-
+        return row, self.preprocessing.normalize(image, out)
 
     def read_plan(self, plan: Plan) -> PlannedTexts:
         """The images of a batch and which texts go with them."""
-        planned = PlannedTexts([], [], [], [])
-        for group in plan.groups:
-            row, image = self.read(group.row, plan.epoch)
-            if image is None:
-                planned.skipped.append(row["image_id"])
-                continue
-            planned.images.append(image)
-            for position in group.questions:
-                planned.image_index.append(len(planned.images) - 1)
-                planned.texts.append((group.row, row, position))
-        return planned
-
-    def stack(self, images: Sequence[Tensor]) -> Tensor:
-        """Images as one tensor (B, 3, H, W); B may be 0."""
+        index: list[int] = []
+        texts: list[tuple[int, dict[str, Any], int]] = []
+        skipped: list[int] = []
         size = self.preprocessing.image_size
-        return torch.stack(list(images)) if images else torch.zeros(0, 3, size, size)
+        images, count = torch.empty(len(plan.groups), 3, size, size), 0
+        with self._generators_kept():
+            for group in plan.groups:
+                row, image = self.read(group.row, plan.epoch, images[count])
+                if image is None:
+                    skipped.append(row["image_id"])
+                    continue
+                index += [count] * len(group.questions)
+                texts += [(group.row, row, position) for position in group.questions]
+                count += 1
+        return PlannedTexts(images[:count], index, texts, skipped)
+
+    @contextmanager
+    def _generators_kept(self) -> Iterator[None]:
+        """Leave the global generators of random and numpy, which timm draws from, as they are; once for a batch."""
+        if self._kept or self.augment is None:
+            yield
+            return
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        self._kept = True
+        try:
+            yield
+        finally:
+            self._kept = False
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def random_generator(*key: int) -> np.random.Generator:
@@ -110,15 +128,8 @@ def random_generator(*key: int) -> np.random.Generator:
     return np.random.default_rng([value % 2**32 for value in key])
 
 
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Run timm's augmentation, which draws from the global generators of random and numpy, from a seed of its own."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+def _seed(*key: int) -> None:
+    """Seed the global generators of random and numpy with some whole numbers."""
     seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -86,9 +86,9 @@ class Preprocessing:
         """Resize, crop and normalise one RGB picture to (3, image_size, image_size)."""
         return self.normalize(self.resize(image))
 
-    def normalize(self, image: Image.Image) -> Tensor:
-        """An RGB picture of the right size to a normalised float tensor (3, H, W)."""
-        tensor = torch.empty(3, image.height, image.width)
+    def normalize(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
+        """An RGB picture of the right size to a normalised float tensor (3, H, W), which is `out` where given."""
+        tensor = torch.empty(3, image.height, image.width) if out is None else out
         # One copy that reorders and converts; the arithmetic is then in place, on values that lie in order.
         tensor.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         scale, shift = self._scale_and_shift

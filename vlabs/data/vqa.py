@@ -90,7 +90,7 @@ class VQADataset(Dataset[VQABatch]):
                 targets[n, row["answer_ids"][position]] = torch.tensor(row["answer_scores"][position])
         one_each = index == list(range(len(images)))
         return VQABatch(
-            images=self.images.stack(images),
+            images=images,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_index=None if one_each else torch.tensor(index),
