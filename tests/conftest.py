@@ -14,6 +14,18 @@ TINY_MODEL = [
 ]  # fmt: skip
 
 
+# Files whose tests take longest: they go first, so that at the end no process is left alone with one of them.
+LONG = [
+    "test_retrieval", "test_devices", "test_resume", "test_train", "test_docs", "test_wandb", "test_prepare_vqa",
+    "test_wrong_input", "test_report", "test_benchmarks", "test_evaluate_grounding", "test_use", "test_prepare_captions",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 def command(module, *arguments, cwd, **environment):
     """Run `python -m module` as a user without network, W&B account or GPU would."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
