@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before anything of the hub is imported, which reads it once: no test waits for hosts that it must not need.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 TINY_MODEL = [
     "model.vision.patch_size=8", "model.vision.embed_dim=16", "model.vision.depth=2", "model.vision.num_heads=2",
     "model.text.hidden_size=16", "model.text.num_hidden_layers=1", "model.text.num_attention_heads=2",

@@ -80,7 +80,7 @@ def test_a_folder_without_a_roberta_is_named(tmp_path):
 
 
 @pytest.mark.network
-@pytest.mark.skip(reason="downloads 340 MB from the hub: run it by hand where there is a network")
+@pytest.mark.skip(reason="downloads 340 MB from the hub: run it by hand with HF_HUB_OFFLINE=0 where there is a network")
 def test_the_default_tag_of_vit_base_loads():
     vit_from_timm("vit_base_patch16_224.augreg_in21k_ft_in1k", topdown=AbSTopDown())
 

@@ -115,7 +115,9 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
-    assert output.count("because of a signal; go on with resume=") == 2, output
+    # SIGTERM in the hook that saved for SIGUSR1 finds all saved already.
+    again = read(last)["global_step"] > first
+    assert output.count("because of a signal; go on with resume=") == 1 + again, output
     assert first <= read(last)["global_step"] < STEPS
     assert command("vlabs.train", "resume=run", cwd=tmp_path).returncode == 0
     assert_same_end(read(last), whole)
