@@ -56,10 +56,12 @@ def test_going_on_with_other_packages_or_data_is_said_and_the_first_are_kept(tmp
         }  # fmt: skip
 
     path = tmp_path / "environment.json"
-    assert write_environment(path, environment("1", "x")) == []
-    assert write_environment(path, environment("1", "x")) == []
-    assert write_environment(path, environment("2", "y")) == ["torch 2, was 1", "the prepared data"]
+    assert write_environment(path, environment("1", "x"), going_on=False) == []
+    assert write_environment(path, environment("1", "x"), going_on=True) == []
+    assert write_environment(path, environment("2", "y"), going_on=True) == ["torch 2, was 1", "the prepared data"]
     assert json.loads(path.read_text()) == environment("1", "x")
+    assert write_environment(path, environment("2", "y"), going_on=False) == []  # a new run in the same folder
+    assert json.loads(path.read_text()) == environment("2", "y")
 
 
 def test_wandb_is_offline_without_an_account_and_says_how_to_upload(tiny_run):

@@ -50,14 +50,19 @@ def code_version() -> str | None:
         return None
 
 
-def write_environment(path: str | Path, found: dict[str, Any]) -> list[str]:
+def write_environment(path: str | Path, found: dict[str, Any], going_on: bool) -> list[str]:
     """Write `environment.json` of a new run; of a run that goes on keep it, and say what has changed since.
+
+    Args:
+        path: of the file.
+        found: what `describe_environment` gave.
+        going_on: the run was begun before; the file of a new run replaces one that lies in its folder.
 
     Returns:
         A line for each difference: `torch 2.9.0, was 2.8.0`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not (going_on and path.is_file()):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -153,8 +153,10 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         return plan_run(config, task, data)
     checkpoint = _last_whole(run_dir, config.resume) if config.resume is not None else None
     sets = data.identity.get("sets", [data.identity])
-    if _is_rank_zero() and (changed := write_environment(run_dir / "environment.json", describe_environment(sets))):
-        say(f"not as when this run began: {'; '.join(changed)}")
+    if _is_rank_zero():
+        found = describe_environment(sets)
+        if changed := write_environment(run_dir / "environment.json", found, going_on=checkpoint is not None):
+            say(f"not as when this run began: {'; '.join(changed)}")
     loggers = _loggers(config, run_dir, sweep, checkpoint)
     best, last, often = _checkpoints(run_dir, task.monitor, config.checkpoints)
     callbacks: list[Callback] = [

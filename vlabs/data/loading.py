@@ -60,12 +60,8 @@ class GroupLoader(DataLoader[Any]):
         super().__init__(
             dataset,
             sampler=sampler,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_keep_memory_flat,
             persistent_workers=num_workers > 0,
-            generator=torch.Generator().manual_seed(sampler.seed),
+            **_loader_options(num_workers, sampler.seed),
         )
         self.groups = sampler
         self.first = self.given = 0
@@ -89,11 +85,22 @@ class GroupLoader(DataLoader[Any]):
         self.first = state["given"] if state["given"] < len(self.groups) else 0
 
 
+def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
+    """What loaders of whole batches have in common."""
+    return {
+        "batch_size": None,
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _keep_memory_flat,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+
+
 def _keep_memory_flat(worker: int) -> None:
     """Let a loader process give the memory of every picture and batch back to the system at once.
 
     glibc raises the size from which it does so with every large block that is freed, and keeps the holes between smaller
-    ones: a process of 200 MiB grew to 640 MiB within an epoch (`benchmarks/loader.py --memory`).
+    ones, so that a process grows to several times its size within an epoch (`benchmarks/loader.py --memory` shows it).
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
@@ -127,15 +134,7 @@ def make_loader(
     )
     if training:
         return GroupLoader(dataset, sampler, num_workers)
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_keep_memory_flat,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return DataLoader(dataset, sampler=sampler, **_loader_options(num_workers, seed))
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:

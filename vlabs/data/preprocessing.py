@@ -58,7 +58,7 @@ class Preprocessing:
     def resize(self, image: Image.Image) -> Image.Image:
         """Shorter side to `image_size`, bicubic, then the centre square: torchvision's `Resize` and `CenterCrop`.
 
-        Only the square is computed, so a picture of 640×480 takes three quarters of the time, and a very long one no
+        Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
         """
         size = self.image_size
