@@ -64,7 +64,7 @@ def train(options, cwd, port):
 
 
 def test_wandb_that_goes_away_in_mid_run_costs_nothing_but_its_upload(tiny_options, tmp_path, server):
-    options = [*tiny_options, "trainer.max_epochs=4", "predictions.every_n_validations=0"]
+    options = [*tiny_options, "trainer.max_epochs=4"]  # pictures and tables of predictions too
     found, thread = server
     result = train(options, tmp_path, found.server_port)
     assert result.returncode == 0, result.stderr

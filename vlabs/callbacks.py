@@ -32,7 +32,7 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
 from vlabs.evaluation.grounding import Asked, find_instances, list_targets, measure, spread
-from vlabs.logging import say
+from vlabs.logging import say, sending
 from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.vqa import VQATask
 
@@ -324,7 +324,8 @@ class PredictionTable(pl.Callback):
 
                 rows = [[wandb.Image(image), *rest] for image, *rest in table]
                 columns = ["where it looked", "question", "true", "1st", "2nd", "3rd"]
-                logger.log_table("val/predictions", columns=columns, data=rows, step=trainer.global_step)
+                with sending("the table of predictions"):
+                    logger.log_table("val/predictions", columns=columns, data=rows, step=trainer.global_step)
 
     def _paper_figures(
         self, trainer: pl.Trainer, task: VQATask, picture: Image.Image, questions: Sequence[str]
@@ -341,7 +342,8 @@ class PredictionTable(pl.Callback):
             path = save_figure(figure, self.directory / f"{name}_step{trainer.global_step:06d}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
+                    with sending(f"the figure {name}"):
+                        logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
 
 
 class GroundingCurve(pl.Callback):

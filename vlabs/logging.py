@@ -9,7 +9,8 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +18,7 @@ from urllib.parse import urlparse
 import wandb
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from vlabs.errors import one_line
 
@@ -117,6 +119,15 @@ def remember_run_id(logger: WandbLogger) -> None:
     path.write_text(str(logger.experiment.id))
 
 
+@contextmanager
+def sending(what: str) -> Iterator[None]:
+    """Say in a line that W&B does not take something, and go on: a run does not end because its log cannot be sent."""
+    try:
+        yield
+    except (wandb.errors.Error, WandbApiFailedError, OSError, ValueError) as error:
+        say(f"W&B does not take {what}: {one_line(str(error))}")
+
+
 def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | None:
     """Say in W&B which prepared data a run uses, as artifacts that hold the manifest and the folder's path.
 
@@ -136,26 +147,22 @@ def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | Non
 
 
 def _use_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
-    try:
-        for item in sets:
+    for item in sets:
+        with sending("this run's data as an artifact"):
             name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
             artifact = wandb.Artifact(name, "dataset", metadata=item)
             artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
             run.use_artifact(artifact)
-    except (wandb.errors.Error, OSError, ValueError) as error:
-        say(f"W&B: this run's data could not be recorded as an artifact: {one_line(str(error))}")
 
 
 def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> None:
     """Write what a finished run cost into its W&B summary and, online, its best checkpoint as an artifact."""
     run.summary.update({key: summary[key] for key in ("parameters", "fit_seconds", "epochs", "steps")})
     if checkpoint is not None and not run.offline:
-        artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
-        artifact.add_file(checkpoint)
-        try:
+        with sending("the best checkpoint as an artifact"):
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
+            artifact.add_file(checkpoint)
             run.log_artifact(artifact, aliases=["best"])
-        except (wandb.errors.Error, OSError, ValueError) as error:
-            say(f"W&B: the best checkpoint could not be recorded as an artifact: {one_line(str(error))}")
 
 
 def logged_in() -> bool:
