@@ -143,6 +143,11 @@ class Ledger:
             self._book()
             self._open.pop()
 
+    def switch(self, name: str) -> None:
+        """Book what the open part does from now on under `name`."""
+        self._book()
+        self._open[-1] = name
+
     def _book(self) -> None:
         now, count = time.perf_counter(), self._counter.get_total_flops() if self._counter else 0
         if self._open:

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                 both sides, interleaved; the last line is JSON with the ratios
     python benchmarks/train_step.py --table         cost by image size, batch and fusion depth, and a plot
+    python benchmarks/train_step.py --parts         where the time of our step goes
     python benchmarks/train_step.py --device cuda   questions a second, share of the card's peak, memory
 
 A step is forward, backward and AdamW, on random weights, images and questions of real lengths, without dropout. The
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ALPHA, PRIOR_TOKEN, SIZES, draw_texts, gmac, make_model
+from common import ALPHA, PRIOR_TOKEN, SIZES, Ledger, draw_texts, gmac, make_model
 from released_training import ReleasedTraining
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,7 +84,7 @@ class Side:
         optimizer: of its weights.
         owner: of the weights: the task or the released arithmetic.
         autocast: bfloat16 as Lightning's `bf16-mixed` has it.
-        flops: of forward and backward.
+        flops: of forward and backward, once warmed up.
         times: seconds of every repetition.
     """
 
@@ -95,15 +96,43 @@ class Side:
     flops: int = 0
     times: list[float] = field(default_factory=list)
 
-    def step(self) -> Tensor:
-        """Forward, backward, optimiser."""
+    def forward(self) -> Tensor:
+        """The loss."""
         device = self.optimizer.param_groups[0]["params"][0].device.type
         with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
-            loss = self.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+            return self.loss()
+
+    def update(self) -> None:
+        """The optimiser's part."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def step(self) -> Tensor:
+        """Forward, backward, optimiser."""
+        loss = self.forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.update()
         return loss.detach()
+
+    def warm_up(self) -> Tensor:
+        """The loss of a first step, whose arithmetic is counted."""
+        with FlopCounterMode(display=False) as counter:
+            loss = self.step()
+        self.flops = counter.get_total_flops()
+        return loss
+
+    def repeat(self) -> None:
+        """Time one more step."""
+        started = time.perf_counter()
+        if self.step().is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - started)
+
+    def measure(self, repetitions: int) -> None:
+        """A warm-up and so many timed steps."""
+        self.warm_up()
+        for _ in range(repetitions):
+            self.repeat()
 
     @property
     def median(self) -> float:
@@ -161,16 +190,10 @@ def compare(options: Options) -> dict[str, Any]:
     ours_4 = our_side("ours k=4", options, batches[4], other=ours)
     ours_4_bf16 = our_side("ours k=4 bf16", options, batches[4], autocast=True, other=ours)
     sides = [released, ours, released_4, ours_4, ours_4_bf16]
-    losses = []
-    for side in sides:  # the warm-up
-        with FlopCounterMode(display=False) as counter:
-            losses.append(float(side.step()))
-        side.flops = counter.get_total_flops()
+    losses = [float(side.warm_up()) for side in sides]
     for _ in range(options.repetitions):
         for side in sides:
-            started = time.perf_counter()
-            side.step()
-            side.times.append(time.perf_counter() - started)
+            side.repeat()
     slowest = max(side.median for side in sides)
     print(f"\n{'':16}{'GMAC/question':>16}{'time':>8}{'GFLOP/s':>10}{'first loss':>12}")
     for side, loss in zip(sides, losses, strict=True):
@@ -203,6 +226,58 @@ def compare(options: Options) -> dict[str, Any]:
     }
 
 
+def parts(options: Options) -> dict[str, Any]:
+    """Where the time of our step goes: forward and backward of every part, and the optimiser; k = 4, on a CPU.
+
+    Autograd goes through the parts in the reverse order of the forward pass: in the backward pass a part's time begins
+    when the gradient of its output is there, and ends when that of the part before it is.
+    """
+    batch = make_batch(options.size, options.questions, 4)
+    side = our_side("ours", options, batch, options.dtype == "bfloat16")
+    model, ledger = side.owner.model, Ledger()
+
+    def watch(owner: Any, method: str, part: str, state: Callable[[Any], Tensor]) -> None:
+        original = getattr(owner, method)
+
+        def watched(*arguments: Any, **choices: Any) -> Any:
+            with ledger.part(f"{part}, forward"):
+                output = original(*arguments, **choices)
+            state(output).register_hook(lambda _: ledger.switch(f"{part}, backward"))
+            return output
+
+        owner.__dict__[method] = watched
+
+    watch(model.vision, "encode", "first pass", lambda bottom_up: bottom_up.tokens)
+    watch(model.text, "forward", "text", lambda states: states)
+    watch(model.vision, "attend", "second pass", lambda seen: seen.tokens)
+    watch(model.fusion, "forward", "fusion", lambda fused: fused.pooled)
+
+    def step() -> None:
+        with ledger.part("head and losses, forward"):
+            loss = side.forward()
+        with ledger.part("head and losses, backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        with ledger.part("optimiser"):
+            side.update()
+
+    with ledger.counting():
+        step()
+    ledger.clear_seconds()
+    for _ in range(options.repetitions):
+        step()
+    whole, work = sum(ledger.seconds.values()), sum(ledger.flops.values())
+    print(
+        f"{options.size}, {options.topdown}, {options.dtype}, k=4, {options.questions} questions a step, "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n\n{'':28}{'GMAC/question':>16}{'time':>8}"
+    )
+    for name in [*ledger.seconds]:
+        count = gmac(ledger.flops[name]) / options.questions
+        print(f"{name:28}{count:16.1f}{ledger.seconds[name] / whole:8.1%}")
+    print(f"{'all':28}{gmac(work) / options.questions:16.1f}{1:8.1%}\n")
+    shares = {name: round(seconds / whole, 4) for name, seconds in ledger.seconds.items()}
+    return {"share_of_time": shares, "gmac": {name: gmac(count) for name, count in ledger.flops.items()}}
+
+
 def compiled(options: Options) -> dict[str, Any]:
     """Our step with and without `task.compile`, in turn, and what compiling takes at the start."""
     batch = make_batch(options.size, options.questions, 4)
@@ -215,9 +290,7 @@ def compiled(options: Options) -> dict[str, Any]:
     start = time.perf_counter() - started
     for _ in range(options.repetitions):
         for side in (plain, other):
-            started = time.perf_counter()
-            side.step()
-            side.times.append(time.perf_counter() - started)
+            side.repeat()
     print(
         f"{options.size}, {options.topdown}, {options.dtype}, k=4, {options.questions} questions a step, "
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}: the first compiled step takes as long as "
@@ -273,13 +346,8 @@ def table(options: Options) -> dict[str, Any]:
                 ids = torch.full((questions, value), 7)
                 batch = batch._replace(input_ids=ids, attention_mask=torch.ones_like(ids))
             side = our_side("ours", options, batch, options.dtype == "bfloat16", None, **sizes)
-            with FlopCounterMode(display=False) as counter:
-                side.step()
-            for _ in range(options.repetitions):
-                started = time.perf_counter()
-                side.step()
-                side.times.append(time.perf_counter() - started)
-            flops, seconds = counter.get_total_flops() / questions, side.median / questions
+            side.measure(options.repetitions)
+            flops, seconds = side.flops / questions, side.median / questions
             rows.append({"what": name, "value": value, "gmac": gmac(int(flops)), "seconds": seconds})
             print(f"{name:14}{value:8}{gmac(int(flops)):16.1f}{seconds:12.4f}{flops / seconds / 1e9:10.0f}", flush=True)
     if options.plot is not None:
@@ -326,15 +394,8 @@ def throughput(options: Options, device: torch.device) -> dict[str, Any]:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 side = make(side_name, options, batch, True)
-                with FlopCounterMode(display=False) as counter:
-                    side.step()
-                for _ in range(options.repetitions):
-                    started = time.perf_counter()
-                    side.step()
-                    if cuda:
-                        torch.cuda.synchronize()
-                    side.times.append(time.perf_counter() - started)
-                flops = counter.get_total_flops() / side.median / 1e12
+                side.measure(options.repetitions)
+                flops = side.flops / side.median / 1e12
                 memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
                 row = {
                     "side": side_name, "batch": batch_size, "k": k, "questions_per_second": batch_size / side.median,
@@ -366,6 +427,7 @@ class Options:
     depths: list[int]
     tokens: list[int]
     compile: bool
+    parts: bool
     dtype: str
     plot: Path | None
     device: str
@@ -388,7 +450,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--tokens", type=int, nargs="*", default=[9, 16, 32, 50], help="of --table")
     add("--depths", type=int, nargs="*", default=[2, 4, 6, 8], help="of --table")
     add("--compile", action="store_true", help="with and without task.compile instead")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table and --compile")
+    add("--parts", action="store_true", help="where the time of our step goes instead")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table, --compile and --parts")
     add("--plot", type=Path, help="of --table: where the plot goes")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: questions a second instead")
     add("--peak-tflops", type=float, default=989.0, help="of --device cuda: dense bfloat16 peak (989: H100)")
@@ -405,7 +468,8 @@ def main() -> None:
     if options.device == "cuda":
         result = throughput(options, torch.device("cuda"))
     else:
-        result = table(options) if options.table else compiled(options) if options.compile else compare(options)
+        chosen = table if options.table else compiled if options.compile else parts if options.parts else compare
+        result = chosen(options)
     print(json.dumps(result))
 
 

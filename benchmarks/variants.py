@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 import train_step
 from common import SIZES, VARIANTS, gmac
-from torch.utils.flop_counter import FlopCounterMode
 
 PLAIN = "none"
 
@@ -29,15 +26,9 @@ def measure(variant: str, options: argparse.Namespace, k: int) -> tuple[int, flo
     base = train_step.parse(["--size", options.size])
     base.topdown = variant
     side = train_step.our_side(variant, base, train_step.make_batch(options.size, options.questions, k))
-    with FlopCounterMode(display=False) as counter:
-        side.step()
-    for _ in range(options.repetitions):
-        started = time.perf_counter()
-        side.step()
-        side.times.append(time.perf_counter() - started)
+    side.measure(options.repetitions)
     parameters = sum(parameter.numel() for parameter in side.owner.model.parameters())
-    flops = counter.get_total_flops()
-    return parameters, gmac(flops) / options.questions, statistics.median(side.times) / options.questions
+    return parameters, gmac(side.flops) / options.questions, side.median / options.questions
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

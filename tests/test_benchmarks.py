@@ -189,6 +189,20 @@ def test_cost_by_size_batch_and_depth_is_a_table_and_a_plot(tmp_path: Path, caps
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
+def test_the_parts_of_a_step_have_all_of_its_time_and_arithmetic() -> None:
+    options = train_step.parse(["--size", "mini", "--parts", "--dtype", "float32", "--repetitions", "1"])
+    side = train_step.our_side("ours", options, train_step.make_batch("mini", options.questions, 4))
+    side.warm_up()
+    found = train_step.parts(options)
+    work = found["gmac"]
+    assert sum(work.values()) == pytest.approx(train_step.gmac(side.flops))
+    assert sum(found["share_of_time"].values()) == pytest.approx(1, abs=0.01)
+    for part in ("text", "first pass", "second pass", "fusion"):
+        # A matrix product has two in the backward pass, of its input and of its weights; pixels need no gradient, and
+        # attention is computed again.
+        assert 1.4 < work[f"{part}, backward"] / work[f"{part}, forward"] < 2.5
+
+
 def test_training_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> None:
     options = train_step.parse(["--size", "mini", "--batches", "4", "--repetitions", "1"])
     rows = train_step.throughput(options, torch.device("cpu"))["rows"]
