@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import assert_one_line_error, command
 
-from vlabs.callbacks import FiniteGradients, WholeCheckpointIO, previous_of
+from vlabs.callbacks import FiniteGradients, GoOn, KeepLast, WholeCheckpointIO, previous_of
+from vlabs.data.loading import make_loader
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 
@@ -88,6 +90,143 @@ def assert_same_end(found, wanted):
         for key, state in theirs["state"].items():
             assert all(torch.equal(ours["state"][key][name], value) for name, value in state.items())
     assert found["lr_schedulers"] == wanted["lr_schedulers"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """The rows of a plan, as numbers."""
+
+    def __getitem__(self, plan):
+        return torch.tensor([[float(group.row)] for group in plan.groups])
+
+
+class Small(pl.LightningModule):
+    """A model of two numbers whose every step draws from torch's generator."""
+
+    def __init__(self, signal_in=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.validated = []
+        self.signal_in = signal_in
+
+    def signal(self, *place):
+        if place == self.signal_in:
+            signal.raise_signal(signal.SIGTERM)
+
+    def training_step(self, rows, batch_idx):
+        self.signal("training", self.trainer.current_epoch, batch_idx)
+        return (self.layer(rows) * torch.rand_like(rows)).square().mean()
+
+    def validation_step(self, rows, batch_idx):
+        self.signal("validation", self.trainer.current_epoch, batch_idx)
+        self.log("val/loss", self.layer(rows).square().mean() * torch.rand(()))
+
+    def on_validation_end(self):
+        self.validated.append((self.trainer.global_step, float(self.trainer.callback_metrics["val/loss"])))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Recording(WholeCheckpointIO):
+    """Keeps every last checkpoint that was written."""
+
+    def __init__(self, folder):
+        self.folder, self.paths = folder, []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path)
+        if Path(path).name == "last.ckpt":
+            self.paths.append(self.folder / f"{len(self.paths)}.ckpt")
+            self.paths[-1].write_bytes(Path(path).read_bytes())
+
+
+def fit(folder, options, start_from=None, signal_in=None):
+    """Train the small model for three epochs of five batches; its checkpoints, validations and itself."""
+    folder.mkdir()
+    pl.seed_everything(1, verbose=False)
+    rows = np.arange(15)
+    loaders = [make_loader(Rows(), rows, rows * 0, 1, 3, training, 0, 0) for training in (True, False)]
+    model, io = Small(signal_in), Recording(folder)
+    # In one folder for all, or Lightning would not take over what was best.
+    best = pl.callbacks.ModelCheckpoint(folder.parent, "best", "val/loss", enable_version_counter=False)
+    trainer = pl.Trainer(
+        **{"max_epochs": 3, "check_val_every_n_epoch": 1, **options}, accelerator="cpu", logger=False, plugins=[io],
+        callbacks=[best, KeepLast(folder / "last.ckpt", every_n_steps=None if signal_in else 1), GoOn()],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(model, *loaders, ckpt_path=start_from, weights_only=True)
+    return io.paths, model.validated
+
+
+def differences(ours, theirs, name=""):
+    """The names under which two nested states differ."""
+    if isinstance(ours, dict):
+        ours, theirs = ({str(key): value for key, value in state.items()} for state in (ours, theirs))
+        keys = ours.keys() | theirs.keys()
+        return [found for key in keys for found in differences(ours.get(key), theirs.get(key), f"{name}/{key}")]
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [found for key, pair in pairs for found in differences(*pair, f"{name}/{key}")]
+    if name.endswith("current_score"):  # of the last validation, for people to read
+        return []
+    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    return [] if same else [f"{name}: {ours}, not {theirs}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "validations"),
+    [
+        ({}, [5, 10, 15]),
+        ({"val_check_interval": 2}, [2, 4, 7, 9, 12, 14]),
+        ({"val_check_interval": 0.5, "limit_train_batches": 4}, [2, 4, 6, 8, 10, 12]),
+        ({"check_val_every_n_epoch": 2}, [10]),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 3}, [3, 6, 9, 12, 15]),
+        ({"limit_val_batches": 0}, []),
+        ({"accumulate_grad_batches": 2}, [3, 6, 9]),
+        ({"max_epochs": None, "max_steps": 7}, [5]),
+        ({"max_epochs": None, "max_steps": 10}, [5, 10]),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_the_same_from_every_checkpoint_that_it_ever_wrote(options, validations, tmp_path):
+    """So however often it is stopped, by induction: each checkpoint leads to the next, alike in all that it holds."""
+    paths, validated = fit(tmp_path / "whole", options)
+    assert [step for step, _ in validated] == validations
+    for number, path in enumerate(paths):
+        again, validated_again = fit(tmp_path / str(number), options, path)
+        steps, steps_again = ([read(one)["global_step"] for one in found] for found in (paths, again))
+        assert steps_again == steps[number + 1 :]
+        assert validated_again == validated[len(validated) - len(validated_again) :]
+        if again:
+            assert not differences(read(again[0]), read(paths[number + 1])), number
+            assert not differences(read(again[-1]), read(paths[-1])), number
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "step"),
+    [
+        (("training", 1, 2), {}, 8),
+        (("training", 1, 4), {}, 10),
+        (("training", 1, 4), {"limit_val_batches": 0}, 10),
+        (("training", 0, 2), {"accumulate_grad_batches": 2}, 2),
+        (("validation", 1, 1), {}, 10),
+        (("validation", 1, 4), {}, 10),
+        (("validation", 1, 1), {"val_check_interval": 2}, 7),
+        (("validation", 1, 1), {"max_epochs": None, "max_steps": 14}, 10),
+    ],
+    ids=str,
+)
+def test_sigterm_anywhere_in_an_epoch_loses_nothing(place, options, step, tmp_path):
+    whole, validated = fit(tmp_path / "whole", options)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "stopped", options, signal_in=place)
+    last = tmp_path / "stopped/last.ckpt"
+    assert read(last)["global_step"] == step
+    again, validated_again = fit(tmp_path / "again", options, last)
+    assert not differences(read(again[-1]), read(whole[-1]))
+    assert validated_again == validated[len(validated) - len(validated_again) :]
 
 
 @pytest.mark.parametrize("step", [3, 14])

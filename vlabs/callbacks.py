@@ -19,6 +19,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
@@ -83,7 +84,10 @@ def previous_of(path: Path) -> Path:
 
 
 class GoOn(pl.Callback):
-    """Makes a run that goes on the run that it would have been: generators and place in the epoch as they were."""
+    """Makes a run that goes on the run that it would have been: generators and place in the epoch as they were.
+
+    Goes with `KeepLast`, which saves where that can be done.
+    """
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] | None = None
@@ -110,6 +114,9 @@ class GoOn(pl.Callback):
         """Keep the place in the epoch. Lightning keeps it too, but loads it before it has read the checkpoint where the
         schedule asks for the number of steps.
         """
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if batches["completed"] < batches["processed"] and _validation_follows(trainer):
+            _go_on_with_validation(checkpoint["loops"])
         if isinstance(trainer.train_dataloader, GroupLoader):
             checkpoint["train_loader"] = trainer.train_dataloader.state_dict()
 
@@ -134,6 +141,17 @@ class GoOn(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore, before the first batch after a stop."""
+        self._restore()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore, where a validation is the first thing after a stop."""
+        if not trainer.sanity_checking and self.saved is not None:
+            self._restore()
+            # The batch with which it is said to have begun is counted again.
+            batches: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            batches.ready = batches.started = batches.completed
+
+    def _restore(self) -> None:
         if self.saved is None:
             return
         state, self.saved = self.saved, None
@@ -202,36 +220,124 @@ class FiniteGradients(pl.Callback):
             parameter.grad = None  # the optimiser leaves alone what has none
 
 
-class SaveOnSignal(pl.Callback):
-    """Saves the run after the batch in which SIGTERM (then it stops) or SIGUSR1 (then it goes on) comes.
+class KeepLast(pl.callbacks.Checkpoint):
+    """Keeps `last.ckpt`, all that a run needs to go on.
 
-    SLURM sends either before it takes a job's machine, as `--signal` says. In validation there is nothing new to save.
+    It is saved before and after every validation, at the end of every epoch, at intervals, and when SIGTERM (then the
+    run stops) or SIGUSR1 (then it goes on) comes, as SLURM sends them before it takes a job's machine. It is saved
+    between two optimiser steps only: the gradients of a step that is half accumulated are not in it.
 
     Args:
         path: of the checkpoint.
+        every_minutes: save so often, at least.
+        every_n_steps: save after so many optimiser steps.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, every_minutes: float | None = None, every_n_steps: int | None = None) -> None:
         self.path = path
-        self.asked = False
+        self.every_minutes = every_minutes
+        self.every_n_steps = every_n_steps
+        self.saved_at = time.monotonic()
+        self.save_asked = False
+        self.stop_asked = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen, before Lightning does: it would look for its own kind of checkpoint after a requeue."""
+        """Listen for SIGUSR1 before Lightning does: it would look for its own kind of checkpoint after a requeue."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._ask)
+            signal.signal(signal.SIGUSR1, self._ask_save)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen for SIGTERM in the place of Lightning, which would stop in mid-validation and in half a step."""
+        self.saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask_stop)
+
+    def _ask_save(self, *_: Any) -> None:
+        self.save_asked = True
+
+    def _ask_stop(self, *_: Any) -> None:
+        self.save_asked = self.stop_asked = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, on all ranks if one of them was asked to."""
-        if not trainer.strategy.reduce_boolean_decision(self.asked or trainer.received_sigterm, all=False):
+        """Save if it is time, on all ranks if one of them was asked to or has its clock ahead."""
+        ends_epoch = trainer.is_last_batch
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not ends_epoch:
             return
-        self.asked = False
+        if trainer.global_step == trainer.max_steps:  # Lightning would not do what is left after the last step
+            return
+        late = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
+        due = trainer.strategy.reduce_boolean_decision(self.save_asked or late, all=False)
+        due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # An epoch that ends without validation is saved once it has ended.
+        if _validation_follows(trainer) or (due and not ends_epoch):
+            self._save(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop if asked to: all is saved. Several ranks end the validation first, as they may have unequal batches."""
+        if self.stop_asked and trainer.world_size == 1:
+            raise SIGTERMException
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save after a validation in mid-epoch, so that it is not done again."""
+        if not trainer.sanity_checking and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save. Where steps are counted and not epochs, Lightning would end the epoch a second time if it went on from
+        here; the checkpoint from before its validation does as well.
+        """
+        if trainer.max_steps == -1 or trainer.global_step >= trainer.max_steps:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Save, and stop if one of the ranks was asked to.
+
+        Raises:
+            SIGTERMException: it was.
+        """
         trainer.save_checkpoint(self.path)
-        say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
+        self.saved_at = time.monotonic()
+        if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
+            self.save_asked = False
+            say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
+        if trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False):
+            raise SIGTERMException
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the batch that has just ended. It tells nobody, so its own loop is asked."""
+    fit = trainer.fit_loop
+    return (
+        trainer.enable_validation
+        and fit._data_fetcher is not None
+        and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
+    )
+
+
+def _go_on_with_validation(loops: dict[str, Any]) -> None:
+    """Write into the state of Lightning's loops that a batch is over and that the validation after it has begun.
+
+    Lightning's own state between the two stands for a batch that is not over: it leaves the validation out when it goes
+    on, and where the epoch was over too, loses count of the epochs when that run is stopped in its turn.
+    """
+    fit = loops["fit_loop"]
+    for part in ("total", "current"):
+        batches = fit["epoch_loop.batch_progress"][part]
+        batches["completed"] = batches["processed"]
+        first = fit["epoch_loop.val_loop.batch_progress"][part]
+        if part == "current":
+            first.update(processed=0, completed=0)
+        first["ready"] = first["started"] = first["completed"] + 1
 
 
 class SamplesPerSecond(pl.Callback):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ from vlabs.callbacks import (
     FiniteGradients,
     GoOn,
     GroundingCurve,
+    KeepLast,
     PredictionTable,
     SamplesPerSecond,
-    SaveOnSignal,
     WholeCheckpointIO,
     previous_of,
 )
@@ -158,14 +157,12 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         if changed := write_environment(run_dir / "environment.json", found, going_on=checkpoint is not None):
             say(f"not as when this run began: {'; '.join(changed)}")
     loggers = _loggers(config, run_dir, sweep, checkpoint)
-    best, last, often = _checkpoints(run_dir, task.monitor, config.checkpoints)
+    best, last = _checkpoints(run_dir, task.monitor, config.checkpoints)
     callbacks: list[Callback] = [
         best,
         last,
-        often,
         GoOn(),
-        FiniteGradients(config.max_bad_steps, run_dir / "checkpoints" / "last.ckpt"),
-        SaveOnSignal(run_dir / "checkpoints" / "last.ckpt"),
+        FiniteGradients(config.max_bad_steps, last.path),
         SamplesPerSecond(),
         LearningRateMonitor("step"),
     ]
@@ -196,7 +193,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         "steps": trainer.global_step,
         f"best/{task.monitor}": None if best.best_model_score is None else float(best.best_model_score),
         "metrics": metrics,
-        "checkpoint": best.best_model_path or last.best_model_path or None,
+        "checkpoint": best.best_model_path or (str(last.path) if last.path.is_file() else None),
     }
     for wandb_run in runs:
         log_outcome(wandb_run, summary, summary["checkpoint"])
@@ -244,13 +241,8 @@ def _make_start(folder: Path, overrides: list[str]) -> None:
             raise UserError(f"init={folder}: its training (init_by) failed, see above")
 
 
-def _checkpoints(
-    run_dir: Path, monitor: str, often: DictConfig
-) -> tuple[ModelCheckpoint, ModelCheckpoint, ModelCheckpoint]:
-    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs, twice.
-
-    The last is saved after every validation, and in between as `often` says.
-    """
+def _checkpoints(run_dir: Path, monitor: str, often: DictConfig) -> tuple[ModelCheckpoint, KeepLast]:
+    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
     minutes, steps = often.every_minutes, often.every_n_steps
     for name, value in (("every_minutes", minutes), ("every_n_steps", steps)):
         if value is not None and (not isinstance(value, int | float) or value <= 0):
@@ -265,15 +257,7 @@ def _checkpoints(
         save_weights_only=True,
         enable_version_counter=False,
     )
-    last = ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False)
-    in_between = ModelCheckpoint(
-        run_dir / "checkpoints",
-        filename="last",
-        enable_version_counter=False,
-        train_time_interval=None if minutes is None else timedelta(minutes=minutes),
-        every_n_train_steps=steps or 0,
-    )
-    return best, last, in_between
+    return best, KeepLast(run_dir / "checkpoints" / "last.ckpt", minutes, steps)
 
 
 def _last_whole(run_dir: Path, resume: str) -> Path:

@@ -82,6 +82,7 @@ class GroupLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that were given; with the next epoch, if that was all."""
         self.groups.epoch = state["epoch"]
+        self.given = state["given"]
         self.first = state["given"] if state["given"] < len(self.groups) else 0
 
 
