@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -236,6 +237,9 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long
     result = command("vlabs.train", "resume=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_end(read(last), whole)
+    with open(tmp_path / "run/metrics.csv") as file:
+        logged = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert logged == [str(step) for step in range(STEPS)]
 
 
 def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, whole, tmp_path):
