@@ -39,6 +39,7 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
         ".*is smaller than the logging interval.*",
+        r".*on epoch level in distributed setting.*",  # a metric's value is of all ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
 

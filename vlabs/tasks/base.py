@@ -8,7 +8,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -169,6 +168,22 @@ def _freeze(model: nn.Module, prefixes: Sequence[str]) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name in prefixes]
 
 
+class _AllGather(torch.autograd.Function):
+    """The tensors of all ranks, of one shape; backward, every rank's gradient of this rank's tensor is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
 def gather(local: Tensor) -> Tensor:
     """Concatenate a tensor of every rank along the first dimension, with gradients; ranks may differ in length."""
     world = dist.get_world_size()
@@ -176,9 +191,5 @@ def gather(local: Tensor) -> Tensor:
     dist.all_gather(sizes, torch.tensor(len(local), device=local.device))
     lengths = [int(size) for size in sizes]
     padded = F.pad(local, [0, 0] * (local.ndim - 1) + [0, max(lengths) - len(local)])
-    if local.is_floating_point():
-        parts = list(dist_nn.all_gather(padded))
-    else:
-        parts = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(parts, padded)
+    parts = _AllGather.apply(padded)  # type: ignore[no-untyped-call]
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
