@@ -209,7 +209,7 @@ def profile(folder: Path, options: Options) -> None:
         "decode, whole": lambda n: decode_image(rows[n]["image"], ""),
         "decode, scaled": lambda n: decode_image(rows[n]["image"], "", options.image_size),
         "resize, whole": lambda n: preprocessing.resize(whole[n]),
-        "resize, scaled": lambda n: preprocessing.resize(scaled[n]),
+        "resize, scaled": lambda n: preprocessing.resize_for_training(scaled[n]),
         "RandAugment": lambda n: reader.augment(small[n]),
         "to tensor": lambda n: preprocessing.normalize(small[n]),
         "tokenise one": lambda n: preprocessing.token_ids(rows[n]["question"][:1]),
@@ -272,7 +272,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--image-size", type=int, default=224)
     add("--batch-size", type=int, default=32, help="questions a batch")
     add("--batches", type=int, default=4, help="batches a repetition")
-    add("--repetitions", type=int, default=5)
+    add("--repetitions", type=int, default=25)
     add("--memory", action="store_true", help="memory over an epoch instead")
     add("--gpu-rate", type=float, default=0.0, help="questions/s of a GPU: print how many workers feed it")
     return Options(**vars(parser.parse_args(arguments)))

@@ -228,8 +228,8 @@ def test_both_loaders_give_the_same_questions_and_nearly_the_same_pictures(pictu
         assert sample["input_ids"][:length].tolist() == batch.input_ids[0].tolist()
         assert sample["attention_mask"].sum() == batch.attention_mask.sum()
         torch.testing.assert_close(sample["target"], batch.targets[0])
-        # Ours is decoded at half the size first; a deviation is 1.
-        assert (sample["image"] - batch.images[0]).abs().mean() < 0.05
+        # Ours is decoded at a smaller size first, and moved by less than a pixel of that; a deviation is 1.
+        assert (sample["image"] - batch.images[0]).abs().mean() < 0.2
 
 
 def test_the_loader_benchmark_measures_both_sides(pictures: Path) -> None:

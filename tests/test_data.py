@@ -134,6 +134,22 @@ def test_pictures_are_decoded_smaller_in_training_alone(tiny_data):
     assert whole.train_dataloader().dataset.images.at_least is None
 
 
+@pytest.mark.parametrize("shape", [(240, 320), (241, 318), (100, 60), (224, 224), (40, 400)])
+def test_resizing_for_training_moves_a_picture_by_less_than_a_pixel(shape):
+    smooth = np.random.default_rng(0).uniform(0, 255, (8, 8, 3)).astype(np.uint8)
+    picture = Image.fromarray(smooth).resize(shape[::-1], Image.Resampling.BICUBIC)
+    preprocessing = Preprocessing(image_size=96, tokenizer="")
+    exact, quick = (np.asarray(resize(picture), dtype=int)
+                    for resize in (preprocessing.resize, preprocessing.resize_for_training))  # fmt: skip
+    assert quick.shape == exact.shape == (96, 96, 3)
+    # One pixel of the picture is so many of the result; the exact one moved by them bounds the difference.
+    pixel = max(1, round(96 / min(shape)))
+    moved = [np.abs(np.roll(exact, (y, x), (0, 1)) - exact)[8:-8, 8:-8].mean() for y, x in ((0, pixel), (pixel, 0))]
+    assert np.abs(quick - exact)[8:-8, 8:-8].mean() < max(moved)
+    if shape[0] == shape[1]:  # the same square
+        assert np.abs(quick - exact).max() <= 1
+
+
 @pytest.mark.parametrize("split", ["train", "train+val"])
 def test_buckets_pad_less_and_leave_no_question_out(tiny_data, split):
     def tokens(**options):

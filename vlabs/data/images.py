@@ -44,7 +44,7 @@ class ImageReader:
         rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
         seed: of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
-        scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`.
+        scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`, and resize as for training.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class ImageReader:
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
             print(f"left out: {error}", file=sys.stderr)
             return row, None
-        image = self.preprocessing.resize(image)
+        exact = self.at_least is None
+        image = self.preprocessing.resize(image) if exact else self.preprocessing.resize_for_training(image)
         if self.augment is not None:
             with self._generators_kept():
                 _seed(self.seed, epoch, row["image_id"])

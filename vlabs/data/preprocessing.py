@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -69,6 +70,19 @@ class Preprocessing:
         x, y = width / resized[0], height / resized[1]
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
         return image.resize((size, size), Image.Resampling.BICUBIC, box)
+
+    def resize_for_training(self, image: Image.Image) -> Image.Image:
+        """`resize` with torch's kernel, about twice as fast, of a square that begins at a whole pixel.
+
+        The picture is moved by less than a pixel of the one that is given; augmentation moves it by more.
+        """
+        size, side = self.image_size, min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        # The batch of one comes first, so that torch sees channels that lie side by side, for which it has its kernel.
+        pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+        square = pixels[..., top : top + side, left : left + side]
+        resized = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
+        return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

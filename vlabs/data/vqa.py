@@ -124,8 +124,8 @@ class VQADataModule(pl.LightningDataModule):
         on_bad: `error` or `skip`, for images that cannot be decoded.
         bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and sorted.
             Less padding, but in-batch negatives of similar length; 0 for none.
-        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`; evaluation always
-            decodes whole pictures.
+        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`, and resize to
+            within a pixel; evaluation always decodes whole pictures and resizes exactly.
         image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
             those of the data make training from scratch easier.
         seed: of shuffling and augmentation.
