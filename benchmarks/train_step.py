@@ -324,12 +324,15 @@ def measure_memory(options: Options) -> float:
 
 
 def table(options: Options) -> dict[str, Any]:
-    """Cost of our step as the work grows: by image, batch, fusion depth and text; prints a table, draws a plot."""
+    """Cost of our step as the work grows: by image, batch, fusion depth and text; prints a table, draws a plot.
+
+    Times are those of the first value of their kind = 1.
+    """
     print(
         f"{options.size}, {options.topdown}, {options.dtype}, k=1, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}\n"
     )
-    print(f"{'':14}{'value':>8}{'GMAC/question':>16}{'s/question':>12}{'GFLOP/s':>10}")
+    print(f"{'':14}{'value':>8}{'GMAC/question':>16}{'time/question':>16}{'GFLOP/s':>10}")
     rows = []
     sweeps: list[tuple[str, Sequence[int]]] = [
         ("pixels", options.pixels),
@@ -338,6 +341,7 @@ def table(options: Options) -> dict[str, Any]:
         ("tokens", options.tokens),
     ]
     for name, values in sweeps:
+        first = 0.0
         for value in values:
             sizes = {} if name in ("batch", "tokens") else {name: value}
             questions = value if name == "batch" else options.questions
@@ -348,8 +352,12 @@ def table(options: Options) -> dict[str, Any]:
             side = our_side("ours", options, batch, options.dtype == "bfloat16", None, **sizes)
             side.measure(options.repetitions)
             flops, seconds = side.flops / questions, side.median / questions
-            rows.append({"what": name, "value": value, "gmac": gmac(int(flops)), "seconds": seconds})
-            print(f"{name:14}{value:8}{gmac(int(flops)):16.1f}{seconds:12.4f}{flops / seconds / 1e9:10.0f}", flush=True)
+            first = first or seconds
+            rows.append({"what": name, "value": value, "gmac": gmac(int(flops)), "time": seconds / first})
+            print(
+                f"{name:14}{value:8}{gmac(int(flops)):16.1f}{seconds / first:16.2f}{flops / seconds / 1e9:10.0f}",
+                flush=True,
+            )
     if options.plot is not None:
         plot(rows, options.plot)
         print(f"\n{options.plot}")
@@ -357,7 +365,7 @@ def table(options: Options) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds a question against image size, batch, fusion depth and text length, each against its first value."""
+    """Cost of a question against image size, batch, fusion depth and text length, each against its first value."""
     from matplotlib.figure import Figure
 
     titles = {"pixels": "image size (px)", "batch": "questions a step", "fusion_depth": "fusion layers"}
@@ -365,10 +373,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, 4), titles.items(), strict=True):
         chosen = [row for row in rows if row["what"] == name]
-        for key, label in (("seconds", "time"), ("gmac", "arithmetic")):
+        for key, label in (("time", "time"), ("gmac", "arithmetic")):
             if chosen:
                 values = [row[key] / chosen[0][key] for row in chosen]
                 axis.plot([row["value"] for row in chosen], values, marker="o", label=label)
+        if name == "batch":
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel(title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import assert_one_line_error, command
 
-from vlabs.callbacks import FiniteGradients, GoOn, KeepLast, WholeCheckpointIO, previous_of
+from vlabs.callbacks import EveryNValidations, FiniteGradients, GoOn, KeepLast, WholeCheckpointIO, previous_of
 from vlabs.data.loading import make_loader
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
@@ -186,6 +186,7 @@ def differences(ours, theirs, name=""):
         ({"check_val_every_n_epoch": None, "val_check_interval": 3}, [3, 6, 9, 12, 15]),
         ({"limit_val_batches": 0}, []),
         ({"accumulate_grad_batches": 2}, [3, 6, 9]),
+        ({"accumulate_grad_batches": 2, "val_check_interval": 3}, [1, 4, 7]),
         ({"max_epochs": None, "max_steps": 7}, [5]),
         ({"max_epochs": None, "max_steps": 10}, [5, 10]),
     ],
@@ -215,6 +216,7 @@ def test_a_run_goes_on_the_same_from_every_checkpoint_that_it_ever_wrote(options
         (("validation", 1, 1), {}, 10),
         (("validation", 1, 4), {}, 10),
         (("validation", 1, 1), {"val_check_interval": 2}, 7),
+        (("validation", 1, 1), {"val_check_interval": 3, "accumulate_grad_batches": 2}, 5),
         (("validation", 1, 1), {"max_epochs": None, "max_steps": 14}, 10),
     ],
     ids=str,
@@ -290,6 +292,16 @@ def test_a_rank_whose_part_is_finite_leaves_the_step_out_with_the_others(tmp_pat
     check.on_before_optimizer_step(trainer, model, None)
     assert model.weight.grad is None
     assert check.bad_steps == 1
+
+
+def test_validations_are_counted_over_a_stop():
+    trainer = SimpleNamespace(sanity_checking=False)
+    whole, first, second = (EveryNValidations(3) for _ in range(3))
+    wanted = [whole.is_due(trainer) for _ in range(7)]
+    found = [first.is_due(trainer) for _ in range(2)]
+    second.load_state_dict(first.state_dict())
+    assert found + [second.is_due(trainer) for _ in range(5)] == wanted
+    assert wanted.count(True) == 2
 
 
 def test_two_damaged_checkpoints_are_one_line(long_options, tmp_path):

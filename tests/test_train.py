@@ -168,3 +168,9 @@ def test_a_compiled_run_learns_and_leaves_the_same(tiny_run, tiny_options, tmp_p
     folders = [{path.name for path in (run / "figures").iterdir()} for run in (tmp_path / "run", tiny_run[0])]
     assert folders[0] == folders[1]
     assert load_checkpoint(tmp_path / "run/checkpoints/best.ckpt").model is not None
+
+
+def test_a_profile_of_a_run_lies_in_its_folder(tiny_options, tmp_path, in_process):
+    options = [*tiny_options, "logger=csv", "trainer.profiler=simple", "trainer.max_epochs=1", "hydra.run.dir=run"]
+    assert in_process("vlabs.train", options, tmp_path).returncode == 0
+    assert "train_dataloader_next" in (tmp_path / "run/fit-profile.txt").read_text()

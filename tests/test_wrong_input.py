@@ -45,6 +45,7 @@ def picture(tmp_path) -> Path:
         ("task.recipe.lr.vision=fast", ["task.recipe.lr.vision=fast"]),
         ("trainer.max_epochs=abc", ["trainer.max_epochs=abc"]),
         ("trainer.precision=12", ["Precision", "bf16-mixed"]),
+        ("trainer.profiler=fast", ["trainer.profiler=fast", "simple, advanced"]),
         ("data=scenes data.size=huge", ["data.size=huge", "tiny, small, medium, large"]),
         ("task.freeze=[visio]", ["visio", "vision"]),
         ("init=nowhere.ckpt", ["nowhere.ckpt"]),

@@ -263,7 +263,7 @@ class KeepLast(pl.callbacks.Checkpoint):
     ) -> None:
         """Save if it is time, on all ranks if one of them was asked to or has its clock ahead."""
         ends_epoch = trainer.is_last_batch
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not ends_epoch:
+        if _in_half_a_step(trainer):
             return
         if trainer.global_step == trainer.max_steps:  # Lightning would not do what is left after the last step
             return
@@ -284,12 +284,12 @@ class KeepLast(pl.callbacks.Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if asked to: all is saved. Several ranks end the validation first, as they may have unequal batches."""
-        if self.stop_asked and trainer.world_size == 1:
+        if self.stop_asked and trainer.world_size == 1 and not _in_half_a_step(trainer):
             raise SIGTERMException
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save after a validation in mid-epoch, so that it is not done again."""
-        if not trainer.sanity_checking and not trainer.is_last_batch:
+        if not (trainer.sanity_checking or trainer.is_last_batch or _in_half_a_step(trainer)):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -312,6 +312,11 @@ class KeepLast(pl.callbacks.Checkpoint):
             say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
         if trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False):
             raise SIGTERMException
+
+
+def _in_half_a_step(trainer: pl.Trainer) -> bool:
+    """Whether gradients of some batches are waiting for those of others."""
+    return trainer.fit_loop._should_accumulate()
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
@@ -367,7 +372,34 @@ class SamplesPerSecond(pl.Callback):
             self.samples, self.since = 0, now
 
 
-class PredictionTable(pl.Callback):
+class EveryNValidations(pl.Callback):
+    """What is done after every N validations, counted over stops of the run too.
+
+    Args:
+        every: N; 0 for never.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.validations = 0
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Count a validation; whether it is the N-th."""
+        if trainer.sanity_checking:
+            return False
+        self.validations += 1
+        return bool(self.every) and self.validations % self.every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many there were."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.validations = state_dict["validations"]
+
+
+class PredictionTable(EveryNValidations):
     """Every N validations: some images with questions, true answers, the top 3 answers and where the model looked.
 
     Args:
@@ -380,18 +412,16 @@ class PredictionTable(pl.Callback):
     def __init__(
         self, directory: str | Path, every_n_validations: int = 1, num_images: int = 4, questions_per_image: int = 2
     ) -> None:
+        super().__init__(every_n_validations)
         self.directory = Path(directory)
-        self.every = every_n_validations
         self.num_images = num_images
         self.questions_per_image = questions_per_image
-        self.validations = 0
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the figures, and the table to W&B."""
         assert isinstance(pl_module, VQATask)
-        self.validations += 1
-        if not self.every or self.validations % self.every or trainer.sanity_checking or not trainer.is_global_zero:
+        if not self.is_due(trainer) or not trainer.is_global_zero:
             return
         data: VQADataModule = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.val_dataloader()
@@ -452,7 +482,7 @@ class PredictionTable(pl.Callback):
                         logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
 
 
-class GroundingCurve(pl.Callback):
+class GroundingCurve(EveryNValidations):
     """Every N validations: does it look where the questions or captions are about? Logs `val/grounding/MAP_energy`.
 
     The share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share that a map which
@@ -473,11 +503,10 @@ class GroundingCurve(pl.Callback):
         maps: Sequence[str] = ("norm", "fusion"),
         instances: str | None = None,
     ) -> None:
-        self.every = every_n_validations
+        super().__init__(every_n_validations)
         self.num_texts = num_texts
         self.maps = list(maps)
         self.instances = instances
-        self.validations = 0
         self.targets: tuple[datasets.Dataset, list[Asked], dict[int, Instance], dict[int, int]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -499,8 +528,7 @@ class GroundingCurve(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
-        self.validations += 1
-        if self.targets is None or trainer.sanity_checking or self.validations % self.every:
+        if not self.is_due(trainer) or self.targets is None:
             return
         assert isinstance(pl_module, VisionLanguageTask)
         values: dict[str, list[float]] = {}

@@ -22,6 +22,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vlabs.errors import UserError, exit_with, run_cli
@@ -97,6 +98,9 @@ def explain(error: BaseException) -> str:
     return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 
+_PROFILERS: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+
+
 def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
     """Lightning's trainer from the group `trainer`; vlabs shares batches out over devices itself.
 
@@ -106,6 +110,11 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
     for name in ("max_epochs", "max_steps", "num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
         if not isinstance(config.get(name), int | None):
             raise UserError(f"trainer.{name}={config.get(name)} must be a whole number")
+    profiler = config.get("profiler")
+    if isinstance(profiler, str):
+        if profiler not in _PROFILERS:
+            raise UserError(f"trainer.profiler={profiler} must be one of {', '.join(_PROFILERS)}, or null")
+        parts["profiler"] = _PROFILERS[profiler](parts.get("default_root_dir"), "profile")
     try:
         trainer: pl.Trainer = instantiate(config, _partial_=True, _convert_="all")(
             use_distributed_sampler=False, enable_model_summary=False, **parts
