@@ -41,3 +41,16 @@ def test_a_resumed_csv_keeps_the_rows_before_the_checkpoint(tmp_path):
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert [float(row["train/loss"]) for row in rows] == [0, 1, 2, 30]
     assert rows[3]["val/new"] == "1.0"
+
+
+def test_a_validation_that_is_done_again_is_logged_once(tmp_path):
+    logger = csv_logger(tmp_path)
+    for step, metrics in enumerate([{"train/loss": 1.0, "val/loss": 5.0}, {"train/loss": 2.0}]):
+        logger.log_metrics(metrics, step=step)
+    logger.log_metrics({"val/loss": 6.0}, step=1)
+    again = csv_logger(tmp_path, resumed_step=2, validates=True)
+    again.log_metrics({"val/loss": 6.0}, step=1)
+    again.save()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "1.0", "5.0"), ("1", "2.0", ""), ("1", "", "6.0")]

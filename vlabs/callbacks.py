@@ -240,6 +240,7 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.saved_at = time.monotonic()
         self.save_asked = False
         self.stop_asked = False
+        self.stops = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen for SIGUSR1 before Lightning does: it would look for its own kind of checkpoint after a requeue."""
@@ -299,19 +300,32 @@ class KeepLast(pl.callbacks.Checkpoint):
         if trainer.max_steps == -1 or trainer.global_step >= trainer.max_steps:
             self._save(trainer)
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        """Save, and stop if one of the ranks was asked to.
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if asked to, now that the batch before has been logged."""
+        self._stop_if_saved()
 
-        Raises:
-            SIGTERMException: it was.
-        """
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `on_train_batch_start`."""
+        self._stop_if_saved()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `on_train_batch_start`."""
+        self._stop_if_saved()
+
+    def _stop_if_saved(self) -> None:
+        if self.stops:
+            raise SIGTERMException
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Save; nothing more is to be done if one of the ranks was asked to stop."""
         trainer.save_checkpoint(self.path)
         self.saved_at = time.monotonic()
         if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
             self.save_asked = False
             say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
-        if trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False):
-            raise SIGTERMException
+        self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
 
 
 def _in_half_a_step(trainer: pl.Trainer) -> bool:
@@ -343,6 +357,12 @@ def _go_on_with_validation(loops: dict[str, Any]) -> None:
         if part == "current":
             first.update(processed=0, completed=0)
         first["ready"] = first["started"] = first["completed"] + 1
+
+
+def validation_is_next(loops: dict[str, Any]) -> bool:
+    """Whether a run that goes on from this state of Lightning's loops begins with a validation."""
+    batches = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    return bool(batches["processed"] < batches["started"])
 
 
 class SamplesPerSecond(pl.Callback):

@@ -44,11 +44,12 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogger:
+def csv_logger(run_dir: str | Path, resumed_step: int | None = None, validates: bool = False) -> CSVLogger:
     """Log to RUN_DIR/metrics.csv.
 
     Args:
         resumed_step: the optimiser step that a resumed run goes on from: rows before it are kept.
+        validates: the resumed run begins with the validation after the step before, whose row is then not kept.
     """
     path = Path(run_dir) / "metrics.csv"
     kept: list[dict[str, str]] = []
@@ -58,6 +59,8 @@ def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogge
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
             kept = [row for row in reader if int(row["step"]) < resumed_step]
+        if validates:
+            kept = [row for row in kept if int(row["step"]) < resumed_step - 1 or not _is_of_validation(row)]
     logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Experiment logs directory")
@@ -69,6 +72,10 @@ def csv_logger(run_dir: str | Path, resumed_step: int | None = None) -> CSVLogge
             writer.writeheader()
             writer.writerows(kept)
     return logger
+
+
+def _is_of_validation(row: dict[str, str]) -> bool:
+    return any(value for key, value in row.items() if key.startswith("val/"))
 
 
 def wandb_logger(

@@ -44,6 +44,7 @@ from vlabs.callbacks import (
     SamplesPerSecond,
     WholeCheckpointIO,
     previous_of,
+    validation_is_next,
 )
 from vlabs.checkpoint import read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
@@ -297,10 +298,11 @@ def _check_fit(model: Any, data: Any) -> None:
 
 def _loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Path | None) -> list[Logger]:
     """metrics.csv, and the logger that was chosen."""
-    step = None
+    step, validates = None, False
     if resumed is not None:
-        step = int(read_tensors(resumed)["global_step"])
-    loggers: list[Logger] = [csv_logger(run_dir, step)]
+        state = read_tensors(resumed)
+        step, validates = int(state["global_step"]), validation_is_next(state["loops"])
+    loggers: list[Logger] = [csv_logger(run_dir, step, validates)]
     if config.logger.get("_target_") is None:
         return loggers
     chosen = config.logger.copy()
