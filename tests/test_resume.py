@@ -237,6 +237,14 @@ def test_sigterm_anywhere_in_an_epoch_loses_nothing(place, options, step, tmp_pa
     assert validated_again == validated[len(validated) - len(validated_again) :]
 
 
+def test_sigterm_after_the_last_step_lets_a_run_end(tmp_path):
+    options = {"max_epochs": None, "max_steps": 10}
+    whole, validated = fit(tmp_path / "whole", options)
+    again, validated_again = fit(tmp_path / "again", options, signal_in=("validation", 1, 1))
+    assert validated_again == validated
+    assert not differences(read(again[-1]), read(whole[-1]))
+
+
 @pytest.mark.parametrize("step", [3, 14])
 def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long_options, whole, tmp_path):
     last = killed_at(step, long_options, tmp_path)

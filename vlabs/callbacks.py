@@ -263,16 +263,13 @@ class KeepLast(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, on all ranks if one of them was asked to or has its clock ahead."""
-        ends_epoch = trainer.is_last_batch
-        if _in_half_a_step(trainer):
-            return
-        if trainer.global_step == trainer.max_steps:  # Lightning would not do what is left after the last step
+        if not _can_go_on(trainer):
             return
         late = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
         due = trainer.strategy.reduce_boolean_decision(self.save_asked or late, all=False)
         due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # An epoch that ends without validation is saved once it has ended.
-        if _validation_follows(trainer) or (due and not ends_epoch):
+        if _validation_follows(trainer) or (due and not trainer.is_last_batch):
             self._save(trainer)
 
     def on_validation_batch_end(
@@ -285,12 +282,12 @@ class KeepLast(pl.callbacks.Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if asked to: all is saved. Several ranks end the validation first, as they may have unequal batches."""
-        if self.stop_asked and trainer.world_size == 1 and not _in_half_a_step(trainer):
+        if self.stop_asked and trainer.world_size == 1 and _can_go_on(trainer):
             raise SIGTERMException
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save after a validation in mid-epoch, so that it is not done again."""
-        if not (trainer.sanity_checking or trainer.is_last_batch or _in_half_a_step(trainer)):
+        if _can_go_on(trainer) and not (trainer.sanity_checking or trainer.is_last_batch):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -328,9 +325,11 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
 
 
-def _in_half_a_step(trainer: pl.Trainer) -> bool:
-    """Whether gradients of some batches are waiting for those of others."""
-    return trainer.fit_loop._should_accumulate()
+def _can_go_on(trainer: pl.Trainer) -> bool:
+    """Whether a run could go on from a checkpoint of now: no gradients wait for those of the next batch, and steps are
+    left; of a run that has made its last step, Lightning would not do the validation after it.
+    """
+    return not trainer.fit_loop._should_accumulate() and trainer.global_step != trainer.max_steps
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
