@@ -280,6 +280,25 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
     assert logged_steps(tmp_path / "run") == list(range(STEPS))
 
 
+def test_sigterm_to_one_process_saves_and_stops_all(long_options, tmp_path):
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "data.num_workers=0"]
+    process = start([*long_options, *two, "trainer.max_epochs=400"], tmp_path)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    wait_for_step(process, last, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
+    assert output.count("because of a signal; go on with resume=") == 1
+    assert read(last)["global_step"] >= 3
+    assert children
+    until = time.monotonic() + 60  # the first process does not wait for the others
+    while left := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, whole, tmp_path):
     last = killed_at(5, long_options, tmp_path)
     step = read(last)["global_step"]
