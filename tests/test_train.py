@@ -167,7 +167,10 @@ def test_a_compiled_run_learns_and_leaves_the_same(tiny_run, tiny_options, tmp_p
         assert found == pytest.approx(wanted, rel=1e-3), key
     folders = [{path.name for path in (run / "figures").iterdir()} for run in (tmp_path / "run", tiny_run[0])]
     assert folders[0] == folders[1]
-    assert load_checkpoint(tmp_path / "run/checkpoints/best.ckpt").model is not None
+    weights = [
+        load_checkpoint(run / "checkpoints/best.ckpt").model.state_dict() for run in (tmp_path / "run", tiny_run[0])
+    ]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_a_profile_of_a_run_lies_in_its_folder(tiny_options, tmp_path, in_process):

@@ -169,7 +169,10 @@ def _freeze(model: nn.Module, prefixes: Sequence[str]) -> list[nn.Module]:
 
 
 class _AllGather(torch.autograd.Function):
-    """The tensors of all ranks, of one shape; backward, every rank's gradient of this rank's tensor is added up."""
+    """The tensors of all ranks, of one shape; backward, every rank's gradient of this rank's tensor is added up.
+
+    Torch's own with gradients, which Lightning uses too, is deprecated in favour of a private one.
+    """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
