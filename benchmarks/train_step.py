@@ -65,6 +65,7 @@ def make_batch(size: str, questions: int, k: int, pixels: int | None = None, dev
         image_index=index.to(device) if k > 1 else None,
         image_ids=index.to(device),
         targets=targets.to(device),
+        coverage=None,
         question_ids=[],
         questions=[],
         answer_types=[],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ class CaptionIndex(Index):
         caption_id: int,
         caption: str,
         target_instances: Sequence[int] = (),
+        regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Add one caption; `where` names its place in the raw data.
+        """Add one caption; `where` names its place in the raw data, `regions` are as in `data_prep.regions`.
 
         Raises:
             UserError: a value is of the wrong kind.
@@ -46,6 +47,7 @@ class CaptionIndex(Index):
             item_id=caption_id,
             text=caption,
             target_instances=target_instances,
+            regions=regions,
         )
 
 
@@ -57,23 +59,24 @@ class CaptionRows:
     """
 
     features = CAPTION_FEATURES
-    columns: tuple[str, ...] = ("item_id", "text", "target_instances")
+    columns: tuple[str, ...] = ("item_id", "text", "target_instances", "regions")
 
     def __init__(self, prepared: Path) -> None:
         pass
 
     def entry(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return a caption's entry in every list of its image's row."""
-        caption_id, caption, targets = values
+        caption_id, caption, targets, regions = values
         return {
             "caption_id": caption_id,
             "caption": caption,
             "target_instances": json.loads(targets) if targets else [],
+            "region": json.loads(regions) if regions else [],
         }
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         """Return what a row adds to the counts of its split."""
-        return {"captions": len(row["caption_id"])}
+        return {"captions": len(row["caption_id"]), "captions_with_region": sum(map(bool, row["region"]))}
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of the whole folder."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from vlabs.errors import UserError
 
 _SCHEMA = """
 CREATE TABLE items (
     split TEXT, item_id INTEGER, image_id INTEGER, image_name TEXT, text TEXT, target_instances TEXT,
-    dropped INTEGER DEFAULT 0, {more}
+    regions TEXT, dropped INTEGER DEFAULT 0, {more}
     PRIMARY KEY (split, item_id)
 ) WITHOUT ROWID;
 CREATE TABLE bad (reason TEXT, split TEXT, item TEXT);
@@ -72,6 +73,7 @@ class Index:
         item_id: int,
         text: str,
         target_instances: Sequence[int] = (),
+        regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         check_value(where, "image_id", image_id, int)
         check_value(where, f"{self.item}_id", item_id, int)
@@ -81,9 +83,18 @@ class Index:
             self.add_bad(f"empty {self.item}", split, f"{self.item} {item_id}")
         try:
             self.connection.execute(
-                "INSERT INTO items (split, item_id, image_id, image_name, text, target_instances, dropped)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (split, item_id, image_id, image_name, text, as_json(where, target_instances), dropped),
+                "INSERT INTO items (split, item_id, image_id, image_name, text, target_instances, regions, dropped)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    split,
+                    item_id,
+                    image_id,
+                    image_name,
+                    text,
+                    as_json(where, target_instances),
+                    json.dumps(list(regions)) if regions else None,
+                    dropped,
+                ),
             )
         except sqlite3.IntegrityError:
             self.add_bad(f"duplicate {self.item} id", split, f"{self.item} {item_id}")

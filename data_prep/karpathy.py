@@ -16,6 +16,7 @@ from data_prep.images import ImageStore, open_zip
 from data_prep.index import check_value
 from data_prep.json_file import JsonFile, get_value
 from data_prep.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.regions import add_instances, find_instances
 from vlabs.errors import UserError
 
 # COCO's `restval` is the part of val2014 that is in neither val nor test; everybody trains on it.
@@ -85,7 +86,8 @@ class KarpathyCaptions:
             tuple(dict.fromkeys(locations)),
             other_folders=(*layout.other_folders, "") if layout.other_folders else (),
         )
-        self.tables: Sequence[Path] = [json_file.path]
+        self.instances = find_instances(raw_dir)
+        self.tables: Sequence[Path] = [json_file.path, *self.instances]
         self.images: Sequence[Path] = sorted(places)
 
     def image_store(self, split: str) -> tuple[str, ImageStore]:
@@ -101,6 +103,7 @@ class KarpathyCaptions:
             self._fill_image(index, f"{self.json_file}, image {number}", entry)
         if number < 0:
             raise UserError(f"{self.json_file} has no 'images'")
+        add_instances(index, self.instances)
 
     def _fill_image(self, index: CaptionIndex, where: str, entry: dict[str, Any]) -> None:
         split, image_id = get_value(entry, "split", where), get_value(entry, self.layout.image_id, where)
@@ -120,16 +123,17 @@ class KarpathyCaptions:
             return
         if not sentences:
             index.add_bad("image without captions", split, f"image {image_id} ({image_name})")
+        for text in self._texts(where, image_name, sentences):
+            index.add_caption(where, split=split, image_id=image_id, image_name=image_name, **text)
+
+    def _texts(self, where: str, image_name: str, sentences: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield what is to be a caption of an image, by the names of what `CaptionIndex.add_caption` takes."""
         for sentence in sentences:
-            index.add_caption(
-                where,
-                split=split,
-                image_id=image_id,
-                image_name=image_name,
-                caption_id=get_value(sentence, "sentid", where),
-                caption=get_value(sentence, "raw", where),
-                target_instances=sentence.get("target_instances", []),
-            )
+            yield {
+                "caption_id": get_value(sentence, "sentid", where),
+                "caption": get_value(sentence, "raw", where),
+                "target_instances": sentence.get("target_instances", []),
+            }
 
     def _image_name(self, where: str, entry: dict[str, Any]) -> str:
         name = get_value(entry, "filename", where)

@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,41 @@ class QuestionIndex(Index):
         self._major_answers: Counter[str] = Counter()
 
     def add_question(
-        self, where: str, *, split: str, image_id: int, image_name: str, question_id: int, question: str
+        self,
+        where: str,
+        *,
+        split: str,
+        image_id: int,
+        image_name: str,
+        question_id: int,
+        question: str,
+        regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Add one question; `where` names its place in the raw data.
+        """Add one question; `where` names its place in the raw data, `regions` are as in `data_prep.regions`.
 
         Raises:
             UserError: a value is of the wrong kind.
         """
-        self._add(where, split=split, image_id=image_id, image_name=image_name, item_id=question_id, text=question)
+        self._add(
+            where,
+            split=split,
+            image_id=image_id,
+            image_name=image_name,
+            item_id=question_id,
+            text=question,
+            regions=regions,
+        )
+
+    def replace_regions(self, regions: Mapping[int, Sequence[Mapping[str, Any]]]) -> int:
+        """Give questions these regions, by their ids in any split, in place of others; return how many were found."""
+        splits = [split for (split,) in self.connection.execute("SELECT DISTINCT split FROM items")]
+        update = "UPDATE items SET regions = ? WHERE split = ? AND item_id = ?"
+        found = 0
+        for question_id, values in regions.items():
+            if question_id < 2**63:  # sqlite takes no larger ones
+                rows = [(json.dumps(list(values)), split, question_id) for split in splits]
+                found += sum(self.connection.execute(update, row).rowcount for row in rows) > 0
+        return found
 
     def add_annotation(
         self,
@@ -51,8 +78,11 @@ class QuestionIndex(Index):
         answer_type: str,
         question_type: str,
         target_instances: Sequence[int] = (),
+        regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Add the human answers to a question of the index.
+
+        `regions`, as in `data_prep.regions`, replace those that the question was added with, where there are any.
 
         Raises:
             UserError: a value is of the wrong kind.
@@ -68,13 +98,15 @@ class QuestionIndex(Index):
         try:
             changed = self.connection.execute(
                 "UPDATE items SET annotated = 1, dropped = max(dropped, ?), answers = ?, answer_type = ?,"
-                " question_type = ?, target_instances = ? WHERE split = ? AND item_id = ? AND NOT annotated",
+                " question_type = ?, target_instances = ?, regions = coalesce(?, regions)"
+                " WHERE split = ? AND item_id = ? AND NOT annotated",
                 (
                     not answers,
                     json.dumps(list(answers), ensure_ascii=False),
                     answer_type,
                     question_type,
                     targets,
+                    json.dumps(list(regions)) if regions else None,
                     split,
                     question_id,
                 ),
@@ -176,7 +208,15 @@ class QuestionRows:
     """
 
     features = VQA_FEATURES
-    columns: tuple[str, ...] = ("item_id", "text", "answers", "answer_type", "question_type", "target_instances")
+    columns: tuple[str, ...] = (
+        "item_id",
+        "text",
+        "answers",
+        "answer_type",
+        "question_type",
+        "target_instances",
+        "regions",
+    )
 
     def __init__(self, prepared: Path) -> None:
         self.vocabulary = read_answers(prepared)
@@ -185,7 +225,7 @@ class QuestionRows:
 
     def entry(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return a question's entry in every list of its image's row."""
-        question_id, question, answers, answer_type, question_type, targets = values
+        question_id, question, answers, answer_type, question_type, targets, regions = values
         answer_list: list[str] = json.loads(answers) if answers else []
         answer_ids, answer_scores = self.scores(tuple(answer_list)) if answer_list else ([], [])
         return {
@@ -197,6 +237,7 @@ class QuestionRows:
             "answer_type": answer_type or "",
             "question_type": question_type or "",
             "target_instances": json.loads(targets) if targets else [],
+            "region": json.loads(regions) if regions else [],
         }
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
@@ -205,6 +246,7 @@ class QuestionRows:
             "questions": len(row["question_id"]),
             "answers": sum(map(len, row["answers"])),
             "questions_with_vocabulary_answer": sum(map(bool, row["answer_ids"])),
+            "questions_with_region": sum(map(bool, row["region"])),
         }
 
     def summary(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -20,8 +21,10 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
+from PIL import Image
 
 from data_prep.images import fingerprint, read_image, read_images
+from data_prep.regions import draw_regions
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
 _BATCH_BYTES = 16 * 2**20
@@ -129,6 +132,10 @@ class ShardBuilder:
                 except ValueError as error:
                     bad.append(BadItem("unreadable image", task.split, f"{image.name} ({error})"))
                     continue
+                row["region"] = [
+                    self._region(regions, row["image"], f"{name}, text {number}", task.split, bad)
+                    for number, regions in enumerate(row["region"], 1)
+                ]
                 counts.update({"images": 1, **self.rows.count(row)})
                 rows.append(row)
                 waiting_bytes += len(row["image"])
@@ -144,6 +151,19 @@ class ShardBuilder:
             task.record_file
         )
         return seen
+
+    @staticmethod
+    def _region(regions: list[dict[str, Any]], image: bytes, where: str, split: str, bad: list[BadItem]) -> bytes:
+        """The prepared form of a text's region; a bad one is noted, and the text then has none."""
+        if not regions:
+            return b""
+        with Image.open(io.BytesIO(image)) as picture:
+            width, height = picture.size
+        try:
+            return draw_regions(regions, width, height)
+        except ValueError as error:
+            bad.append(BadItem("unusable region", split, f"{where} ({error})"))
+            return b""
 
     def _rows(self, task: ShardTask) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the shard's rows by image id, without the image but with its name, their items by item id."""

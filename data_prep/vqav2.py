@@ -5,6 +5,10 @@
 Unpacked JSON files and image folders (`train2014/`) do as well. Every split that is there is prepared: `train` of
 train2014, `val` of val2014, `test` of test2015, `test-dev` of test-dev2015, and any other by its name. The answer
 vocabulary is METER's, in METER's order. A run that was stopped goes on where it was when it is started again.
+
+What part of the picture a question is about comes from its `target_instances`, where its annotation names them and
+COCO's instances lie in the same folder, or from people: `--human-maps vqahat_train --human-maps vqahat_val` takes the
+maps of VQA-HAT (files `QUESTION_NUMBER.png`), of which a question gets the mean, in place of what its instances are.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.images import ImageStore, open_zip
 from data_prep.json_file import JsonFile, get_value
 from data_prep.pipeline import add_options, check_split_name, prepare, read_options
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.regions import add_instances, describe_files, find_instances
 from vlabs.errors import UserError, run_cli
+from vlabs.metrics.grounding import list_hat
 from vlabs.metrics.vqa import normalize_answer
 
 _QUESTIONS = re.compile(r"(?:v2_)?OpenEnded_mscoco_(.+)_questions\.json")
@@ -39,14 +46,21 @@ class Split:
 class VQAv2:
     """The raw files of VQA v2 in one folder; those of v1, where there are none of v2.
 
+    Args:
+        raw_dir: the folder.
+        human_maps: folders with the maps of VQA-HAT, if wanted.
+
+    Attributes:
+        options: what the command line's options have to say of the maps, so that others start anew.
+
     Raises:
-        UserError: files are missing; the message names all of them.
+        UserError: files are missing, and the message names all of them; or a folder of maps is not what it should be.
     """
 
     name = "vqav2"
     kind = QUESTIONS
 
-    def __init__(self, raw_dir: Path) -> None:
+    def __init__(self, raw_dir: Path, human_maps: Sequence[Path] = ()) -> None:
         if not raw_dir.is_dir():
             raise UserError(f"there is no folder {raw_dir}: --raw-dir is where the downloads of VQA v2 lie")
         questions, annotations = _find(raw_dir, _QUESTIONS), _find(raw_dir, _ANNOTATIONS)
@@ -83,13 +97,19 @@ class VQAv2:
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
         json_files = [*questions.values(), *annotations.values()]
-        self.tables: Sequence[Path] = sorted({file.path for file in json_files})
+        self.instances = find_instances(raw_dir)
+        self.tables: Sequence[Path] = sorted({*(file.path for file in json_files), *self.instances})
         places = {
             location if location != raw_dir else raw_dir / split.release
             for split in self.splits.values()
             for location in split.store.locations
         }
         self.images: Sequence[Path] = sorted(places)
+        self.human_maps = _find_human_maps(human_maps)
+        self.options: dict[str, Any] = {}
+        if self.human_maps:
+            files = {path.name: path for paths in self.human_maps.values() for path in paths}
+            self.options["human_maps"] = describe_files(files)
 
     def image_store(self, split: str) -> tuple[str, ImageStore]:
         """Return the name of the release that a split's images are of, and where they are."""
@@ -102,6 +122,24 @@ class VQAv2:
         # METER's vocabulary is in order of first appearance, train before val.
         for name in sorted(self.splits, key=lambda name: (name != "train", name != "val", name)):
             self._fill_annotations(index, name, self.splits[name])
+        add_instances(index, self.instances)
+        if self.human_maps:
+            self._fill_human_maps(index)
+
+    def _fill_human_maps(self, index: QuestionIndex) -> None:
+        found = index.replace_regions(
+            {
+                question_id: [{"maps": [[str(path.absolute()), None] for path in paths]}]
+                for question_id, paths in self.human_maps.items()
+            }
+        )
+        print(f"{found:,} of {len(self.human_maps):,} questions with human maps are prepared")
+        if not found:
+            folder = next(iter(self.human_maps.values()))[0].parent
+            raise UserError(
+                f"--human-maps: none of the maps, such as those of {folder}, is of a question that is prepared: name"
+                " the folders for the splits that are there"
+            )
 
     def _fill_questions(self, index: QuestionIndex, name: str, split: Split) -> None:
         print(f"reading {split.questions}")
@@ -149,6 +187,23 @@ class VQAv2:
             raise UserError(f"{split.annotations} has no 'annotations'")
 
 
+def _find_human_maps(folders: Sequence[Path]) -> dict[int, list[Path]]:
+    """The maps of some folders of VQA-HAT by question id, those of a question by their names."""
+    maps: dict[int, list[Path]] = {}
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        for question_id, paths in list_hat(folder).items():
+            for path in paths:
+                if path.name in seen:
+                    raise UserError(
+                        f"--human-maps: {path} is in {seen[path.name].parent} as well: name each folder once"
+                    )
+                seen[path.name] = path
+            # Their order, and with it how their mean is rounded, must not be that of the folders.
+            maps[question_id] = sorted([*maps.get(question_id, []), *paths], key=lambda path: path.name)
+    return maps
+
+
 def _split_name(subset: str) -> str:
     return re.sub(r"\d{4}$", "", subset)
 
@@ -183,11 +238,19 @@ def main() -> None:
         prog="python -m data_prep.vqav2", description="Prepare VQA v2 from the files as they are downloaded."
     )
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded zip files")
+    parser.add_argument(
+        "--human-maps",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="folder with maps of VQA-HAT, of where people looked; may be given several times",
+    )
     add_answer_options(parser, min_answer_count=9)
     add_options(parser)
     arguments = parser.parse_args()
-    options = read_options(arguments)
-    prepare(VQAv2(arguments.raw_dir), arguments.out_dir, options)
+    raw = VQAv2(arguments.raw_dir, arguments.human_maps)
+    prepare(raw, arguments.out_dir, read_options(arguments, **raw.options))
 
 
 if __name__ == "__main__":

@@ -489,7 +489,7 @@ class PredictionTable(EveryNValidations):
         model = task.model
         checkpoint = Checkpoint(model, task.preprocessing, task.name, {}, self.directory)
         figures = {"questions": questions_figure(checkpoint, [picture], questions, "norm")}
-        if model.prior is not None:
+        if model.vision.needs_prior:
             figures["pathway"] = pathway_figure(checkpoint, picture, questions)
         if hasattr(model.vision.topdown, "alpha"):
             figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "norm")

@@ -66,7 +66,7 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
         UserError: the model has no prior.
     """
     model = checkpoint.model
-    if model.prior is None:
+    if model.prior is None or not model.vision.needs_prior:
         raise UserError("--figure pathway shows what a prior does, and this model has none")
     picture = as_picture(checkpoint, image)
     output, maps = look(model, picture.tensor, *_tokens(checkpoint, texts), ["weights", "norm"])

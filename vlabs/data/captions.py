@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import ImageReader, random_generator
 from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader, text_lengths
-from vlabs.data.prepared import check_kind, load_split, read_manifest
+from vlabs.data.prepared import check_kind, count_regions, load_split, read_manifest
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import Plan
 from vlabs.data.tokenizer import read_tokenizer
@@ -34,6 +34,8 @@ class CaptionBatch(NamedTuple):
         image_index: (n,), the position in `images` of each caption's image.
         image_ids: (n,), the row of each caption's image in the data: the same number for the same image.
         caption_ids: n, the data's own ids.
+        coverage: (n, patches) in [0, 1], how much of every patch a caption is about; zeros where nobody said; None
+            where nobody asked.
         false_image_index: (n,), the position in `images` of an image that the caption does not belong to; or None.
         false_input_ids, false_attention_mask: (n, m, T), captions of other images; or None.
         epoch, number: which epoch and which batch of it this is, for randomness that is a function of them.
@@ -46,6 +48,7 @@ class CaptionBatch(NamedTuple):
     image_index: Tensor
     image_ids: Tensor
     caption_ids: list[int]
+    coverage: Tensor | None
     false_image_index: Tensor | None
     false_input_ids: Tensor | None
     false_attention_mask: Tensor | None
@@ -65,7 +68,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         false_images: draw an image that does not belong to it for every caption.
         false_captions: captions of other images to draw for every caption.
-        scaled_decoding: as in `ImageReader`.
+        scaled_decoding, region_grid: as in `ImageReader`.
     """
 
     def __init__(
@@ -78,11 +81,12 @@ class CaptionDataset(Dataset[CaptionBatch]):
         false_images: bool = False,
         false_captions: int = 0,
         scaled_decoding: bool = False,
+        region_grid: tuple[int, int] | None = None,
     ) -> None:
         self.rows = rows
         self.texts = rows.select_columns(["caption"])
         self.preprocessing = preprocessing
-        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding)
+        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding, region_grid)
         self.seed = seed
         self.false_images = false_images
         self.false_captions = false_captions
@@ -105,6 +109,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
             image_index=torch.tensor(index, dtype=torch.int64),
             image_ids=torch.tensor([number for number, _, _ in chosen], dtype=torch.int64),
             caption_ids=[row["caption_id"][position] for _, row, position in chosen],
+            coverage=self.images.coverage(chosen, plan.epoch),
             false_image_index=false_index,
             false_input_ids=false_ids,
             false_attention_mask=false_mask,
@@ -225,6 +230,7 @@ class CaptionDataModule(pl.LightningDataModule):
         # Set by the task, which knows what it compares with what.
         self.false_images = False
         self.false_captions = 0
+        self.region_grid: tuple[int, int] | None = None
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
             tokenizer=read_tokenizer(tokenizer, next(iter(self.sets.values()))),
@@ -239,6 +245,11 @@ class CaptionDataModule(pl.LightningDataModule):
         sets = [identity_of(directory) for directory in self.sets.values()]
         return sets[0] | {"sets": sets}
 
+    @property
+    def regions_known(self) -> int:
+        """Of how many training captions it is known what part of the picture they are about."""
+        return sum(count_regions(directory, "train") for directory in self.sets.values())
+
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split of all sets that have it.
 
@@ -248,6 +259,8 @@ class CaptionDataModule(pl.LightningDataModule):
         having = [directory for directory in self.sets.values() if split in read_manifest(directory)["splits"]]
         # With one set, or none that has it, load_split says which splits there are.
         parts = [load_split(directory, split) for directory in having or list(self.sets.values())[:1]]
+        if any(part.features != parts[0].features for part in parts):
+            raise UserError(f"data.sets: {', '.join(map(str, having))} were prepared by different versions: prepare again")
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def train_dataloader(self) -> DataLoader[CaptionBatch]:
@@ -272,6 +285,7 @@ class CaptionDataModule(pl.LightningDataModule):
             self.false_images,
             self.false_captions,
             scaled_decoding=training and self.scaled_decoding,
+            region_grid=self.region_grid if training else None,
         )
         return make_loader(
             dataset,

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 
+from vlabs.data.instances import crop_map
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import Plan
 from vlabs.errors import UserError
+
+
+# RandAugment's that move pixels; all others change colours only.
+_MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
 class PlannedTexts(NamedTuple):
@@ -45,6 +52,7 @@ class ImageReader:
         seed: of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`, and resize as for training.
+        region_grid: rows and columns of patches that `coverage` is over; None where nobody asks for it.
     """
 
     def __init__(
@@ -55,11 +63,14 @@ class ImageReader:
         seed: int = 0,
         on_bad: str = "error",
         scaled_decoding: bool = False,
+        region_grid: tuple[int, int] | None = None,
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
+        self.region_grid = region_grid
         fill = tuple(round(255 * value) for value in preprocessing.mean)
         self.augment = rand_augment_transform(rand_augment, {"img_mean": fill}) if rand_augment else None
+        self.move = _moves_only(rand_augment) if rand_augment else None
         self.seed = seed
         self.on_bad = on_bad
         self.at_least = preprocessing.image_size if scaled_decoding else None
@@ -108,6 +119,39 @@ class ImageReader:
                 count += 1
         return PlannedTexts(images[:count], index, texts, skipped)
 
+    def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
+        """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
+
+        A region moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
+
+        Args:
+            texts: as in `PlannedTexts`.
+
+        Returns:
+            None without a `region_grid`.
+        """
+        if self.region_grid is None:
+            return None
+        rows, columns = self.region_grid
+        shares = torch.zeros(len(texts), rows * columns)
+        if texts and "region" not in self.rows.column_names:
+            raise UserError("the data were prepared before texts had regions: prepare them again")
+        with self._generators_kept():
+            for n, (_, row, position) in enumerate(texts):
+                if row["region"][position]:
+                    region = decode_region(row["region"][position], f"image {row['image_id']}")
+                    shares[n] = torch.from_numpy(self._patch_shares(region, row["image_id"], epoch).ravel())
+        return shares
+
+    def _patch_shares(self, region: np.ndarray, image_id: int, epoch: int) -> np.ndarray:
+        size = self.preprocessing.image_size
+        assert self.region_grid is not None
+        if self.move is None:
+            return crop_map(region, size, self.region_grid)
+        square = Image.fromarray(np.round(255 * crop_map(region, size)).astype(np.uint8))
+        _seed(self.seed, epoch, image_id)
+        return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
+
     @contextmanager
     def _generators_kept(self) -> Iterator[None]:
         """Leave the global generators of random and numpy, which timm draws from, as they are; once for a batch."""
@@ -122,6 +166,35 @@ class ImageReader:
             self._kept = False
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def decode_region(png: bytes, name: str) -> np.ndarray:
+    """A prepared region as a map over its whole picture, (H, W) float64 in [0, 1].
+
+    Args:
+        name: of the image, for messages.
+
+    Raises:
+        UserError: it is no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(png)) as picture:
+            return np.asarray(picture.convert("L"), dtype=np.float64) / 255
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"the region of a text about {name} cannot be decoded ({error}): prepare the data again") from None
+
+
+def _moves_only(rand_augment: str) -> RandAugment:
+    """A RandAugment of gray pictures that draws the same random numbers, and leaves out all that is not a move."""
+    transform = rand_augment_transform(rand_augment, {"img_mean": 0})
+    for op in transform.ops:
+        if op.name not in _MOVES:
+            op.aug_fn = _unchanged
+    return transform
+
+
+def _unchanged(image: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+    return image
 
 
 def random_generator(*key: int) -> np.random.Generator:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -87,6 +88,20 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{path} has no instance {listed}{more}: is it of the corpus that was prepared?")
     return found
+
+
+def list_annotations(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield all annotations of COCO's instances files as they stand there, read as a stream.
+
+    Args:
+        path: as in `read_instances`.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    for member in _members(path):
+        yield from _annotations(path, member)
 
 
 def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> np.ndarray:
@@ -173,22 +188,40 @@ def fill_polygons(polygons: Iterable[Iterable[float]], height: int, width: int) 
 # --- the geometry of the model's input -----------------------------------------------------------------------------
 
 
-def crop_map(values: np.ndarray, image_size: int) -> np.ndarray:
+def crop_map(values: np.ndarray, image_size: int, grid: tuple[int, int] | None = None) -> np.ndarray:
     """A map over a whole picture, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
 
     Args:
-        values: (H, W), over the picture's own pixels.
+        values: (H, W), over the picture's own pixels, or over a smaller or larger copy of the picture.
         image_size: side of the model's input in pixels.
+        grid: rows and columns of patches of that input; its pixels if not given.
 
     Returns:
-        (image_size, image_size), float64: every pixel is the mean over the area that it covers.
+        (rows, columns), float64: every pixel or patch is the mean over the area that it covers.
+
+    Raises:
+        ValueError: the input is not a whole number of patches high and wide.
     """
     height, width = values.shape
+    rows, columns = grid or (image_size, image_size)
+    if image_size % rows or image_size % columns:
+        raise ValueError(f"{rows}x{columns} patches do not tile an input of {image_size} pixels")
+    down, across = _crop_weights(height, width, image_size, rows, columns)
+    # Whole numbers until the end, so that a mask's half is exactly a half.
+    area = height * width * (image_size // rows) * (image_size // columns)
+    return np.asarray(down @ values @ across / area)
+
+
+@lru_cache(maxsize=256)  # pictures of one data set have few sizes
+def _crop_weights(height: int, width: int, image_size: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `crop_map` multiplies a map with from the left, (rows, H), and from the right, (W, columns): whole numbers."""
     short = min(height, width)
     # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
     new_height, new_width = image_size * height // short, image_size * width // short
     top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
-    return resize_area(values, new_height, new_width)[top : top + image_size, left : left + image_size]
+    down = _overlaps(height, new_height, top, image_size // rows, rows)
+    across = _overlaps(width, new_width, left, image_size // columns, columns)
+    return down, across.T.copy()
 
 
 def crop_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -223,9 +256,17 @@ def resize_area(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(summed / (old_height * old_width))
 
 
-def _overlaps(old: int, new: int) -> np.ndarray:
-    """How much of each old pixel lies in each new one, (new, old), in whole units of 1 / new of an old pixel."""
-    new_edges, old_edges = np.arange(new + 1) * old, np.arange(old + 1) * new
+def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | None = None) -> np.ndarray:
+    """How much of each old pixel lies in each new cell, (count, old), in whole units of 1 / new of an old pixel.
+
+    Args:
+        old, new: pixels of one length before and after.
+        first: the new pixel where the first cell begins.
+        step: new pixels a cell.
+        count: cells; as many as there are new pixels if not given.
+    """
+    new_edges = (first + step * np.arange((new if count is None else count) + 1)) * old
+    old_edges = np.arange(old + 1) * new
     ends = np.minimum(new_edges[1:, None], old_edges[None, 1:])
     starts = np.maximum(new_edges[:-1, None], old_edges[None, :-1])
     return np.asarray((ends - starts).clip(0).astype(np.float64))
@@ -253,6 +294,16 @@ def _members(path: Path) -> list[str | None]:
 def _wanted_entries(path: Path, member: str | None, wanted: set[int]) -> dict[int, dict[str, Any]]:
     """The annotations of the wanted ids in one file."""
     entries: dict[int, dict[str, Any]] = {}
+    for entry in _annotations(path, member):
+        if entry["id"] in wanted:
+            entries[entry["id"]] = entry
+            if len(entries) == len(wanted):
+                break
+    return entries
+
+
+def _annotations(path: Path, member: str | None) -> Iterator[dict[str, Any]]:
+    """The annotations of one file, one after the other."""
     number = -1
     with _stream(path, member) as stream:
         for number, entry in enumerate(_items(stream, "annotations.item")):
@@ -260,13 +311,9 @@ def _wanted_entries(path: Path, member: str | None, wanted: set[int]) -> dict[in
                 raise UserError(
                     f"{_name(path, member)}: annotation {number} needs 'id', 'image_id', 'area' and 'segmentation'"
                 )
-            if entry["id"] in wanted:
-                entries[entry["id"]] = entry
-                if len(entries) == len(wanted):
-                    break
+            yield entry
     if number < 0:
         raise UserError(f"{_name(path, member)} has no 'annotations': it is no file of COCO instances")
-    return entries
 
 
 def _is_complete(entry: Any) -> bool:

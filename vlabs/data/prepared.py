@@ -15,7 +15,7 @@ import datasets
 from vlabs.errors import UserError, one_line
 
 # Goes up when a reader of older folders would misread a newer one.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 VQA_FEATURES = datasets.Features(
     {
@@ -32,6 +32,8 @@ VQA_FEATURES = datasets.Features(
         "question_type": datasets.List(datasets.Value("string")),
         # COCO instance annotation ids that a question is about; empty where nobody said.
         "target_instances": datasets.List(datasets.List(datasets.Value("int64"))),
+        # What part of the picture: a PNG of all of it, white (or bright) where; empty bytes where nobody said.
+        "region": datasets.List(datasets.Value("binary")),
     }
 )
 
@@ -43,6 +45,8 @@ CAPTION_FEATURES = datasets.Features(
         "caption": datasets.List(datasets.Value("string")),
         # COCO instance annotation ids that a caption is about; empty where nobody said.
         "target_instances": datasets.List(datasets.List(datasets.Value("int64"))),
+        # What part of the picture: a PNG of all of it, white (or bright) where; empty bytes where nobody said.
+        "region": datasets.List(datasets.Value("binary")),
     }
 )
 
@@ -101,6 +105,12 @@ def read_answers(directory: str | Path) -> list[str]:
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{path} is no list of answers: prepare the data again")
     return answers
+
+
+def count_regions(directory: str | Path, split: str) -> int:
+    """Of how many texts of a split it is known what part of the picture they are about; 0 without such a split."""
+    counts = read_manifest(directory)["splits"].get(split, {})
+    return int(counts.get("questions_with_region", 0) + counts.get("captions_with_region", 0))
 
 
 def _read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import ImageReader
 from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader, text_lengths
-from vlabs.data.prepared import check_kind, load_split, read_answers
+from vlabs.data.prepared import check_kind, count_regions, load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import Plan
 from vlabs.data.tokenizer import read_tokenizer
@@ -33,6 +33,8 @@ class VQABatch(NamedTuple):
         image_index: (n,), the position in `images` of each question's image; None where question i is about image i.
         image_ids: (n,), the data set's id of each question's image.
         targets: (n, answers), the official accuracy of every vocabulary answer, in [0, 1].
+        coverage: (n, patches) in [0, 1], how much of every patch a question is about; zeros where nobody said; None
+            where nobody asked.
         question_ids, questions, answer_types, question_types: n each.
         answers: n lists of human answers, empty where they are kept back.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
@@ -44,6 +46,7 @@ class VQABatch(NamedTuple):
     image_index: Tensor | None
     image_ids: Tensor
     targets: Tensor
+    coverage: Tensor | None
     question_ids: list[int]
     questions: list[str]
     answer_types: list[str]
@@ -62,7 +65,7 @@ class VQADataset(Dataset[VQABatch]):
         seed: of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
-        scaled_decoding: as in `ImageReader`.
+        scaled_decoding, region_grid: as in `ImageReader`.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class VQADataset(Dataset[VQABatch]):
         on_bad: str = "error",
         with_targets: bool = True,
         scaled_decoding: bool = False,
+        region_grid: tuple[int, int] | None = None,
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
-        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding)
+        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding, region_grid)
         self.with_targets = with_targets
 
     def __getitem__(self, plan: Plan) -> VQABatch:
@@ -96,6 +100,7 @@ class VQADataset(Dataset[VQABatch]):
             image_index=None if one_each else torch.tensor(index),
             image_ids=torch.tensor([row["image_id"] for _, row, _ in chosen], dtype=torch.int64),
             targets=targets,
+            coverage=self.images.coverage(chosen, plan.epoch),
             question_ids=[row["question_id"][position] for _, row, position in chosen],
             questions=texts,
             answer_types=[row["answer_type"][position] for _, row, position in chosen],
@@ -181,6 +186,8 @@ class VQADataModule(pl.LightningDataModule):
         self.scaled_decoding = scaled_decoding
         self.bucket_batches = bucket_batches
         self.seed = seed
+        # Set by the task, where it learns what a question is about.
+        self.region_grid: tuple[int, int] | None = None
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
             tokenizer=read_tokenizer(tokenizer, self.dir),
@@ -194,6 +201,11 @@ class VQADataModule(pl.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of its data; see `identity_of`."""
         return identity_of(self.dir)
+
+    @property
+    def regions_known(self) -> int:
+        """Of how many training questions it is known what part of the picture they are about."""
+        return count_regions(self.dir, "train")
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split, `minival` and `train+val` included.
@@ -243,6 +255,7 @@ class VQADataModule(pl.LightningDataModule):
             self.on_bad,
             with_targets,
             scaled_decoding=training and self.scaled_decoding,
+            region_grid=self.region_grid if training else None,
         )
         return make_loader(
             dataset,

@@ -54,7 +54,7 @@ class VisionTokens:
     Attributes:
         tokens: (n, N, D), after the final norm.
         hidden: (n, N, D), before the final norm: its norm is the paper's attention map.
-        token_weights: (n, N) in [0, 1], the similarity of prior and token; None without feedback.
+        token_weights: (n, N) in [0, 1], the similarity of prior and token; None without a prior.
         reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
     """
 

@@ -1,4 +1,8 @@
-"""ξ, the prior that steers the image encoder, and the CLIP-style loss that aligns it with what is seen."""
+"""ξ, the prior that steers the image encoder, and the losses that align it with what is seen.
+
+`PriorLoss` is the paper's, on whole pictures. The other two are ours, on patches: the top-down signal is α · sᵢ · zᵢ
+with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by which patch tokens ξ is close to.
+"""
 
 from __future__ import annotations
 
@@ -98,3 +102,78 @@ class PriorLoss(nn.Module):
         if self.directions != "text":
             losses.append(F.cross_entropy(logits.T, labels))
         return torch.stack(losses).mean()
+
+
+class RegionPriorLoss(nn.Module):
+    """ξ points at a region: cross-entropy of softmax_i(cos(ξ, z_i) / τ) against the share of the region in patch i.
+
+    Args:
+        temperature: τ, fixed.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _checked(temperature)
+
+    def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor) -> Tensor:
+        """The mean over n texts; one without a region adds zero, so it does not depend on how they are batched.
+
+        Args:
+            prior: ξ, (n, D).
+            tokens: z of the patches, (B, N, D): of the bottom-up pass, which ξ is compared with.
+            image_index: (n,), the image of each text; None where text i is about image i.
+            coverage: (n, N), how much of every patch a text's region covers; zeros where nobody said what it is about.
+        """
+        tokens = F.normalize(tokens.float(), dim=-1)
+        if image_index is not None:
+            tokens = tokens.index_select(0, image_index)
+        cosines = torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), tokens)
+        pointed = (cosines / self.temperature).log_softmax(dim=1)
+        size = coverage.sum(dim=1, keepdim=True)
+        target = coverage / size.clamp_min(1e-6)
+        return -(target * pointed).sum() / max(1, len(prior))
+
+
+class TokenPriorLoss(nn.Module):
+    """Texts alone teach ξ to point: the patches that it likes best must tell its image from the others of the batch.
+
+    The similarity of text n and image b is a soft maximum over patches, `logsumexp_i(cos(ξ_n, z_bi) / τ)`, so that an
+    image belongs to a text if some of it does, whatever the rest shows; cross-entropy over the batch, in both
+    directions as in `PriorLoss`. Which patches are the best is left to learning, as in multiple-instance learning.
+
+    Args:
+        temperature: τ, fixed.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _checked(temperature)
+
+    def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
+        """The loss of n texts about B images; zero without texts. An image without a text is only a wrong choice.
+
+        Args:
+            prior: ξ, (n, D).
+            tokens: z of the patches, (B, N, D), of the bottom-up pass.
+            image_index: (n,), the image of each text; None where text i is about image i.
+        """
+        n = len(prior)
+        if not n:
+            return prior.sum() + 0 * tokens.sum()
+        index = torch.arange(n, device=prior.device) if image_index is None else image_index
+        prior, tokens = F.normalize(prior.float(), dim=-1), F.normalize(tokens.float(), dim=-1)
+        logits = (torch.einsum("nd,bid->nbi", prior, tokens) / self.temperature).logsumexp(dim=-1)
+        to_image = F.cross_entropy(logits, index)
+        # Each text against those of other images: the texts of one image are neither right nor wrong for one another.
+        own = index[:, None] == torch.arange(len(tokens), device=index.device)
+        # No infinity: where all texts are of one image, its gradient would be NaN.
+        others = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).logsumexp(dim=0)[index]
+        chosen = logits.gather(1, index[:, None])[:, 0]
+        to_text = (torch.logaddexp(chosen, others) - chosen).mean()
+        return (to_image + to_text) / 2
+
+
+def _checked(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} must be above 0")
+    return float(temperature)

@@ -15,6 +15,7 @@ from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import similarity
 
 
 @dataclass
@@ -25,7 +26,7 @@ class VLMOutput:
         logits: the task head's output: (n, answers), or (n,) for ranking.
         pooled_features: (n, 2D) of the fusion.
         text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
-        prior: ξ, (n, D_vision); None without feedback.
+        prior: ξ, (n, D_vision); None where there is none.
         seen: the second pass over the images.
         image_read: (n, N), the fusion's text-to-image attention; None unless asked for.
         losses: unweighted losses that the model itself computes, by name: `reconstruction`, when asked for.
@@ -47,7 +48,7 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
-        prior: the map from text to ξ; None where the encoder has no feedback.
+        prior: the map from text to ξ; None where there is no ξ. The encoder need not read it, see `assemble`.
     """
 
     spec: dict[str, Any]
@@ -147,6 +148,10 @@ class VisionLanguageModel(nn.Module):
         Without `image_index`, one image may stand for all texts.
         """
         seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
+        if prior is not None and not self.vision.needs_prior:
+            # Where ξ steers nothing, what it points at is still worth knowing.
+            z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
+            seen.token_weights = similarity(prior, z)
         fused = self.fusion(
             text_states, attention_mask, seen.tokens, pooled_only=not all_features, read_image=read_image
         )
@@ -169,6 +174,7 @@ def assemble(
     fusion: Callable[..., CoAttentionFusion],
     head: Callable[..., nn.Module],
     prior_token: str = "cls",
+    unused_prior: bool = False,
 ) -> VisionLanguageModel:
     """Build the parts that depend on the encoders' widths, and the model of them all.
 
@@ -177,7 +183,9 @@ def assemble(
         fusion: makes the fusion, called with `text_dim` and `image_dim`.
         head: makes the task head, called with `in_features`.
         prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
+        unused_prior: make ξ also for an encoder that does not read it. Its losses then teach the encoders as much as
+            they do where ξ steers, which makes it the control of steering itself.
     """
     joined = fusion(text_dim=text.width, image_dim=vision.width)
-    prior = PriorMap(text.width, vision.width, prior_token) if vision.needs_prior else None
+    prior = PriorMap(text.width, vision.width, prior_token) if vision.needs_prior or unused_prior else None
     return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from vlabs.checkpoint import header_of
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.models.prior import PriorLoss
+from vlabs.logging import say
+from vlabs.models.absvit import BottomUp
+from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.tasks.optim import Recipe
 
@@ -31,6 +33,11 @@ class VisionLanguageTask(pl.LightningModule):
         prior_weight: w_prior, on the second pass's [cls].
         prior_bottom_up_weight: of the same loss on the bottom-up [cls].
         prior_loss: form of the prior loss.
+        region_prior_weight: of the loss that puts ξ on the patches which a text is about; without effect where the
+            data say of no text what it is about.
+        region_prior_temperature: its τ.
+        token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
+        token_prior_temperature: its τ.
         recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
         compile: let `torch.compile` make the kernels, see `VisionLanguageModel.compile_parts`: a slow start.
         freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
@@ -52,6 +59,10 @@ class VisionLanguageTask(pl.LightningModule):
         prior_weight: float = 0.1,
         prior_bottom_up_weight: float = 0.0,
         prior_loss: PriorLoss | None = None,
+        region_prior_weight: float = 0.0,
+        region_prior_temperature: float = 0.1,
+        token_prior_weight: float = 0.0,
+        token_prior_temperature: float = 0.1,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
@@ -67,11 +78,31 @@ class VisionLanguageTask(pl.LightningModule):
         self.prior_bottom_up_weight = prior_bottom_up_weight if steered else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
+        self.region_prior_weight = _weight("region_prior_weight", region_prior_weight) if steered else 0.0
+        self.token_prior_weight = _weight("token_prior_weight", token_prior_weight) if steered else 0.0
+        self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
+        self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
         self.frozen = _freeze(model, freeze)
         if recompute_activations:
             model.recompute_activations()
         if compile:
             model.compile_parts()
+
+    def setup(self, stage: str) -> None:
+        """Ask the data what every text is about, where that is learnt and known."""
+        if stage != "fit" or not self.region_prior_weight:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        known = data.regions_known
+        if known:
+            data.region_grid = self.model.vision.grid_size
+        else:
+            self.region_prior_weight = 0.0
+        if self.trainer.is_global_zero:
+            what = (
+                f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
+            )
+            say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
 
     def train(self, mode: bool = True) -> VisionLanguageTask:
         """Frozen parts stay in eval mode: no dropout in what does not learn."""
@@ -104,8 +135,31 @@ class VisionLanguageTask(pl.LightningModule):
             if weight > 0
         }
 
+    def pointing_losses(
+        self, prior: Tensor | None, bottom_up: BottomUp, image_index: Tensor | None, coverage: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses of ξ on patches, as far as they have a weight. They train both encoders and the map.
+
+        The patches are those of the bottom-up pass, whose similarity to ξ is what steers the second one. Texts are
+        compared with the images of their own device.
+
+        Args:
+            prior: ξ of n texts, (n, D).
+            image_index: (n,), the image of each text in `bottom_up`; None where text i is about image i.
+            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it.
+        """
+        if prior is None:
+            return {}
+        losses = {}
+        patches = bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
+        if self.region_prior_weight and coverage is not None:
+            losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
+        if self.token_prior_weight:
+            losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
+        return losses
+
     def total(self, task_loss: Tensor, losses: dict[str, Tensor], count: int) -> Tensor:
-        """Weighted sum of Eq. 14; `losses` by the names `reconstruction`, `prior`, `prior_bottom_up`.
+        """Weighted sum of Eq. 14; `losses` by the names of `task.NAME_weight`.
 
         Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n texts are therefore
         weighted by n, so that every text counts the same where ranks have unequal numbers of them. The prior losses are
@@ -119,6 +173,8 @@ class VisionLanguageTask(pl.LightningModule):
             "reconstruction": share * self.reconstruction_weight,
             "prior": self.prior_weight,
             "prior_bottom_up": self.prior_bottom_up_weight,
+            "region_prior": share * self.region_prior_weight,
+            "token_prior": share * self.token_prior_weight,
         }
         return share * task_loss + sum(weights[name] * loss for name, loss in losses.items())
 
@@ -154,6 +210,18 @@ class VisionLanguageTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
+
+
+def _weight(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not value >= 0:
+        raise UserError(f"task.{name}={value} must be a number, at least 0")
+    return float(value)
+
+
+def _temperature(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"task.{name}_temperature={value} must be a number above 0")
+    return float(value)
 
 
 def _freeze(model: nn.Module, prefixes: Sequence[str]) -> list[nn.Module]:

@@ -39,7 +39,8 @@ class PretrainTask(CaptionTask):
         self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
 
     def setup(self, stage: str) -> None:
-        """Ask the data for false images, as METER draws them."""
+        """Ask the data for false images, as METER draws them; and see `VisionLanguageTask`."""
+        super().setup(stage)
         self.trainer.datamodule.false_images = self.negatives == "dataset"  # type: ignore[attr-defined]
 
     def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -53,9 +54,10 @@ class PretrainTask(CaptionTask):
 
         masked, labels = (t.to(batch.images.device) for t in self.masker(batch.input_ids.cpu(), generator))
         masked_states = model.text(masked, batch.attention_mask)
+        masked_prior = model.prior_of(masked_states, masked)
         guessed = model.join(
             bottom_up,
-            model.prior_of(masked_states, masked),
+            masked_prior,
             masked_states,
             batch.attention_mask,
             batch.image_index,
@@ -81,6 +83,8 @@ class PretrainTask(CaptionTask):
             bottom_up.tokens[:, 0][image_index[matches]],
             batch.image_ids[matches],
         )
+        # Every caption is read with its own image here, while of the pairs below some are false.
+        others |= self.pointing_losses(masked_prior, bottom_up, batch.image_index, batch.coverage)
         if reconstruct and "reconstruction" in joined.losses:
             others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2
         right = {

@@ -40,11 +40,12 @@ class RetrievalTask(CaptionTask):
         self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
 
     def setup(self, stage: str) -> None:
-        """Ask the data for false captions, as METER draws them.
+        """Ask the data for false captions, as METER draws them; and see `VisionLanguageTask`.
 
         Raises:
             UserError: nothing can be ranked in validation.
         """
+        super().setup(stage)
         data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         data.false_captions = self.num_false if self.negatives == "dataset" else 0
         if len(data.rows(data.val_split)) < 2:
@@ -80,6 +81,8 @@ class RetrievalTask(CaptionTask):
             cls,
             batch.image_ids,
         )
+        own = prior[position[true]] if prior is not None else None
+        others |= self.pointing_losses(own, bottom_up, batch.image_index, batch.coverage)
         return {"ranking": loss}, others, {"ranking": scores.argmax(dim=1) == 0}
 
     def _candidates(self, batch: CaptionBatch, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -48,7 +48,8 @@ class VQATask(VisionLanguageTask):
         self.accuracy_by_type = torch.nn.ModuleDict()
 
     def setup(self, stage: str) -> None:
-        """One accuracy for every answer type of the validation split."""
+        """One accuracy for every answer type of the validation split; and see `VisionLanguageTask`."""
+        super().setup(stage)
         if stage in ("fit", "validate"):
             data: VQADataModule = self.trainer.datamodule  # type: ignore[attr-defined]
             for answer_type in data.answer_types(data.val_split):
@@ -81,6 +82,7 @@ class VQATask(VisionLanguageTask):
         others = output.losses | self.prior_losses(
             text_states, batch.input_ids, output.seen.tokens[:, 0], bottom_up_cls, batch.image_ids
         )
+        others |= self.pointing_losses(output.prior, bottom_up, batch.image_index, batch.coverage)
         return vqa_loss(output.logits, batch.targets), others, output
 
     def training_step(self, batch: VQABatch, batch_idx: int) -> Tensor | None:

@@ -1,0 +1,192 @@
+"""What part of a picture a text is about: from boxes, instances and mask files to one map a text.
+
+On its way through the index a region is one of these, as JSON:
+
+    {"box": [x, y, width, height]}           in pixels, from the picture's top left corner; perhaps with
+                                             "size": [height, width] of the picture that it is meant for
+    {"segmentation": ...}                    COCO's: polygons, or run lengths with their size
+    {"maps": [[file, member or null], ...]}  pictures of where it is, bright or not, of which the mean is taken
+
+A prepared row keeps, for every text, a PNG of the whole picture, in which white is what the text is about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.index import Index
+from vlabs.data.instances import Instance, list_annotations
+from vlabs.errors import UserError
+
+# In the order in which they are looked for: of the scenes, of COCO 2014, and COCO's unpacked.
+_INSTANCES = ("annotations.zip", "annotations_trainval2014.zip")
+_SAME_ASPECT = 0.02
+
+
+def find_instances(raw_dir: Path) -> list[Path]:
+    """The files of COCO's instances in a folder of raw data, zipped or not; they may be none."""
+    for name in _INSTANCES:
+        if (raw_dir / name).is_file():
+            return [raw_dir / name]
+    return sorted([*raw_dir.glob("instances_*.json"), *raw_dir.glob("annotations/instances_*.json")])
+
+
+def add_instances(index: Index, files: Sequence[Path]) -> None:
+    """Give every item of the index that names target instances their masks, from COCO's instances files.
+
+    Nothing is read where no item does, or where there are no files: then the items have no regions.
+
+    Raises:
+        UserError: a file is damaged, or has not all instances that are named.
+    """
+    connection = index.connection
+    connection.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, region TEXT)")
+    connection.execute(
+        "INSERT OR IGNORE INTO instances (id) SELECT value FROM items, json_each(items.target_instances)"
+    )
+    (wanted,) = connection.execute("SELECT count(*) FROM instances").fetchone()
+    if not wanted or not files:
+        return
+    found = 0
+    for file in files:
+        print(f"reading {file}")
+        for entry in list_annotations(file):
+            region = json.dumps({"segmentation": entry["segmentation"]})
+            changed = connection.execute(
+                "UPDATE instances SET region = ? WHERE id = ? AND region IS NULL", (region, entry["id"])
+            )
+            found += changed.rowcount
+            if found == wanted:
+                break
+    missing = [
+        str(n) for (n,) in connection.execute("SELECT id FROM instances WHERE region IS NULL ORDER BY id LIMIT 5")
+    ]
+    if missing:
+        raise UserError(
+            f"{', '.join(map(str, files))}: no instance {', '.join(missing)}, which {wanted - found} target_instances"
+            " name: is it of the corpus that is prepared?"
+        )
+    connection.execute(
+        "UPDATE items SET regions = (SELECT json_group_array(json(instances.region)) FROM json_each(target_instances)"
+        " AS target JOIN instances ON instances.id = target.value) WHERE target_instances IS NOT NULL"
+    )
+
+
+def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
+    """The number and the hash of files with regions, by their names: an option that changes when one of them does.
+
+    A file that is not there counts as one: when its region is drawn, it is noted as bad.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (OSError, ValueError):  # ValueError: no file system takes such a name
+            content = "missing"
+        digest.update(f"{content} {name!r}\n".encode())
+    return {"files": len(files), "sha256": digest.hexdigest()}
+
+
+def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) -> bytes:
+    """The union of some regions of a picture, as a PNG: 1 bit a pixel for masks, 8 for maps.
+
+    Args:
+        regions: see the module.
+        width, height: of the picture.
+
+    Raises:
+        ValueError: a region is not as it should be, is not of this picture, or nothing of it is in the picture.
+    """
+    union: np.ndarray = np.zeros((height, width), dtype=np.uint8)
+    for region in regions:
+        drawn = _draw(region, width, height)
+        if drawn.shape != union.shape:
+            if len(regions) > 1:
+                raise ValueError("maps of another size than their picture cannot be joined with other regions")
+            union = np.zeros_like(drawn)
+        union = np.maximum(union, drawn)
+    if not union.any():
+        raise ValueError("nothing of the region is in the picture")
+    picture = Image.fromarray(union)
+    if set(np.unique(union)) <= {0, 255}:
+        picture = picture.convert("1", dither=Image.Dither.NONE)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return png.getvalue()
+
+
+def _draw(region: Mapping[str, Any], width: int, height: int) -> np.ndarray:
+    """One region as (H, W) uint8."""
+    if "box" in region:
+        if list(region.get("size") or (height, width)) != [height, width]:
+            raise ValueError(f"a box in {region['size']}, and the picture has {[height, width]} (height, width)")
+        return _fill_box(region["box"], width, height)
+    if "maps" in region:
+        return _mean_map(region["maps"], width, height)
+    segmentation = region["segmentation"]
+    size = segmentation.get("size") if isinstance(segmentation, Mapping) else [height, width]
+    if list(size or ()) != [height, width]:
+        raise ValueError(f"a mask of size {size}, and the picture has {[height, width]} (height, width)")
+    try:
+        return np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
+    except UserError as error:
+        raise ValueError(str(error).partition(": ")[2]) from None
+
+
+def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
+    """Pixels whose centres are in the box; at least one, of a box that is in the picture."""
+    x, y, box_width, box_height = box
+    if not (box_width > 0 and box_height > 0):
+        raise ValueError(f"a box of {box_width} x {box_height} pixels")
+    mask = np.zeros((height, width), dtype=np.uint8)
+    if x < width and y < height and x + box_width > 0 and y + box_height > 0:
+        columns, rows = _pixels(x, box_width, width), _pixels(y, box_height, height)
+        mask[rows, columns] = 255
+    return mask
+
+
+def _pixels(start: float, length: float, side: int) -> slice:
+    # Pixel n has its centre at n + 0.5; one that is on the border belongs to the box that begins there.
+    first, end = math.ceil(start - 0.5), math.ceil(start + length - 0.5)
+    if first >= end:  # between two centres
+        first = math.floor(start)
+    first = min(max(first, 0), side - 1)
+    return slice(first, max(first + 1, min(end, side)))
+
+
+def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) -> np.ndarray:
+    """The mean of some gray pictures, scaled so that its brightest is white."""
+    maps = [_read_gray(Path(str(file)), member) for file, member in files]
+    if len({one.shape for one in maps}) > 1:
+        raise ValueError(f"{files[0][0]} and the other maps of the same text differ in size")
+    mean = np.mean(maps, axis=0)
+    if not math.isclose(mean.shape[1] / mean.shape[0], width / height, rel_tol=_SAME_ASPECT):
+        raise ValueError(
+            f"{files[0][0]} has {mean.shape[1]} x {mean.shape[0]} pixels, and its picture {width} x {height}"
+        )
+    return np.asarray(np.round(255 * mean / max(float(mean.max()), 1e-6)), dtype=np.uint8)
+
+
+def _read_gray(path: Path, member: str | None) -> np.ndarray:
+    try:
+        if member is None:
+            data = path.read_bytes()
+        else:
+            with closing(zipfile.ZipFile(path)) as archive:
+                data = archive.read(member)
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("L"), dtype=np.float32)
+    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+        reason = "is no picture" if isinstance(error, Image.UnidentifiedImageError) else f"cannot be read ({error})"
+        raise ValueError(f"{path}{f' ({member})' if member else ''} {reason}") from None

@@ -1,0 +1,244 @@
+"""ξ learns to point: the losses on patches, what a batch says of regions, and the control that is fed to nothing."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command
+from PIL import Image
+from test_models import make_model
+from test_train import metrics_of
+
+from vlabs.data.images import ImageReader, _seed
+from vlabs.data.instances import read_instances
+from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.sampling import Group, Plan
+from vlabs.data.vqa import VQADataModule, VQADataset
+from vlabs.errors import UserError
+from vlabs.models.prior import RegionPriorLoss, TokenPriorLoss
+from vlabs.models.topdown import AbSTopDown
+from vlabs.models.vlm import assemble
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.vqa import VQATask
+
+GRID = (4, 4)
+
+
+def some_texts(n=5, images=3, patches=6, width=4):
+    torch.manual_seed(0)
+    return torch.randn(n, width), torch.randn(images, patches, width), torch.tensor([0, 0, 1, 2, 2])
+
+
+def test_region_loss_is_the_cross_entropy_of_the_shares_written_out():
+    prior, tokens, index = some_texts()
+    coverage = torch.rand(5, 6)
+    coverage[1] = 0  # nobody said
+    expected = []
+    for n in (0, 2, 3, 4):
+        z = tokens[index[n]]
+        cosine = torch.stack([F.cosine_similarity(prior[n], patch, dim=0) for patch in z])
+        expected.append(-(coverage[n] / coverage[n].sum() * torch.log_softmax(cosine / 0.2, 0)).sum())
+    found = RegionPriorLoss(0.2)(prior, tokens, index, coverage)
+    torch.testing.assert_close(found, torch.stack(expected).sum() / 5)
+
+
+def test_region_loss_is_least_where_xi_is_on_the_region():
+    tokens = torch.eye(4)[None]
+    coverage = torch.tensor([[0.0, 0.5, 0.0, 0.0]])
+    loss = RegionPriorLoss()
+    values = [float(loss(torch.eye(4)[n][None], tokens, None, coverage)) for n in range(4)]
+    assert min(values) == values[1] < 0.01
+    assert min(values[0], values[2], values[3]) > 9
+
+
+def test_region_loss_is_zero_with_a_gradient_where_no_text_has_a_region():
+    prior, tokens, index = some_texts()
+    prior.requires_grad_()
+    value = RegionPriorLoss()(prior, tokens, index, torch.zeros(5, 6))
+    value.backward()
+    assert value == 0
+    assert torch.equal(prior.grad, torch.zeros_like(prior))
+
+
+def test_token_loss_compares_soft_maxima_with_other_images_alone():
+    prior, tokens, index = some_texts()
+    similar = torch.zeros(5, 3)
+    for n in range(5):
+        for b in range(3):
+            cosine = torch.stack([F.cosine_similarity(prior[n], patch, dim=0) for patch in tokens[b]])
+            similar[n, b] = torch.log(torch.exp(cosine / 0.1).sum())
+    to_image = torch.stack([-torch.log_softmax(similar[n], 0)[index[n]] for n in range(5)]).mean()
+    to_text = []
+    for n in range(5):
+        rivals = [n, *[m for m in range(5) if index[m] != index[n]]]
+        to_text.append(-torch.log_softmax(similar[rivals, index[n]], 0)[0])
+    expected = (to_image + torch.stack(to_text).mean()) / 2
+    torch.testing.assert_close(TokenPriorLoss(0.1)(prior, tokens, index), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_token_loss_asks_for_one_patch_and_not_for_the_whole_picture():
+    """An image of which one patch is what the text says beats one that is a little like it everywhere."""
+    prior = torch.eye(3)[:2]
+    half = F.normalize(torch.tensor([0.4, 0.0, 1.0]), dim=0).expand(4, 3)
+    one = torch.stack([torch.eye(3)[0], *[torch.eye(3)[2]] * 3])
+    right = TokenPriorLoss()(prior, torch.stack([one, half]), torch.tensor([0, 1]))
+    wrong = TokenPriorLoss()(prior, torch.stack([one, half]), torch.tensor([1, 0]))
+    assert right < wrong
+
+
+def test_one_text_alone_or_none_gives_finite_losses():
+    for n in (0, 1):
+        prior, tokens = torch.randn(n, 4, requires_grad=True), torch.randn(1, 6, 4)
+        value = TokenPriorLoss()(prior, tokens, torch.zeros(n, dtype=torch.int64))
+        value.backward()
+        assert value == 0
+        assert torch.isfinite(prior.grad).all()
+
+
+def test_a_temperature_must_be_above_zero():
+    with pytest.raises(ValueError, match="above 0"):
+        RegionPriorLoss(0)
+
+
+# Regions of a batch
+
+
+def reader_of(tiny_data, **options):
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    return VQADataset(load_split(tiny_data, "train"), data.preprocessing, region_grid=GRID, **options)
+
+
+def test_coverage_is_the_share_of_each_patch_in_the_masks_of_the_targets(tiny_data):
+    rows = load_split(tiny_data, "train")
+    batch = reader_of(tiny_data)[Plan(0, [Group(0, tuple(range(len(rows[0]["question"]))))])]
+    targets = rows[0]["target_instances"]
+    found = read_instances(tiny_data.parent / "raw/annotations.zip", {n for one in targets for n in one})
+    assert any(targets)
+    for n, wanted in enumerate(targets):
+        mask = np.logical_or.reduce([found[i].mask() for i in wanted]) if wanted else np.zeros((32, 32))
+        expected = mask.astype(float).reshape(4, 8, 4, 8).mean(axis=(1, 3)).ravel()
+        np.testing.assert_allclose(batch.coverage[n].numpy(), expected, atol=1e-6)
+
+
+def test_without_a_grid_nothing_is_read_of_regions(tiny_data):
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[Plan(0, [Group(0, (0,))])]
+    assert batch.coverage is None
+
+
+def test_a_region_moves_with_its_picture(tiny_data):
+    """A picture that is white where its region is, augmented as any picture, stays bright (or dark) where that says."""
+    black_beyond_the_edge = replace(VQADataModule(tiny_data, image_size=32).preprocessing, mean=(0.0, 0.0, 0.0))
+    images = ImageReader(load_split(tiny_data, "train"), black_beyond_the_edge, "rand-m9-n2", region_grid=GRID)
+    region = np.zeros((32, 32), dtype=np.uint8)
+    region[4:20, 10:26] = 255
+    still = region.reshape(4, 8, 4, 8).mean(axis=(1, 3)) / 255
+    moved = 0
+    for epoch in range(40):
+        found = images._patch_shares(region / 255, 7, epoch)
+        with images._generators_kept():
+            _seed(images.seed, epoch, 7)
+            picture = images.augment(Image.merge("RGB", [Image.fromarray(region)] * 3))
+        seen = np.asarray(picture.convert("L"), dtype=float).reshape(4, 8, 4, 8).mean(axis=(1, 3))
+        if seen.std() < 1:
+            continue  # colours that came out all alike
+        assert abs(np.corrcoef(seen.ravel(), found.ravel())[0, 1]) > 0.9, epoch
+        moved += not np.allclose(found, still, atol=0.02)
+    assert moved > 10
+
+
+def test_augmentation_leaves_the_same_pictures_with_and_without_regions(tiny_data):
+    plan = Plan(3, [Group(0, (0, 1)), Group(4, (0,))])
+    with_regions = reader_of(tiny_data, rand_augment="rand-m9-n2")[plan]
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    without = VQADataset(load_split(tiny_data, "train"), data.preprocessing, rand_augment="rand-m9-n2")[plan]
+    assert torch.equal(with_regions.images, without.images)
+
+
+# The control
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_xi_that_is_fed_to_nothing_changes_nothing_and_learns(steered):
+    """The control has a trained ξ and the answers of the plain ViT; a steered model's answers follow its ξ."""
+    model = make_model(AbSTopDown() if steered else None)
+    if not steered:
+        torch.manual_seed(0)
+        model = assemble(
+            model.vision, model.text, lambda **_: model.fusion, lambda **_: model.head, unused_prior=True
+        ).eval()
+    images, ids = torch.randn(2, 3, 16, 16), torch.randint(5, 30, (2, 6))
+    mask = torch.ones_like(ids)
+    before = model(images, ids, mask)
+    assert before.prior is not None
+    z = model.vision.encode(images).tokens
+    cosine = F.cosine_similarity(before.prior[:, None], z, dim=2).clamp(0, 1)
+    torch.testing.assert_close(before.seen.token_weights, cosine)
+    loss = RegionPriorLoss()(before.prior, z[:, 1:], None, torch.eye(4)[:2])
+    loss.backward()
+    assert float(model.prior.project.weight.grad.abs().sum()) > 0
+    with torch.no_grad():
+        model.prior.project.weight.mul_(-3)
+        model.prior.project.bias.add_(1)
+    after = model(images, ids, mask)
+    assert torch.equal(after.logits, before.logits) != steered
+
+
+def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, tmp_path):
+    result = command(
+        "vlabs.train", *tiny_options, "logger=csv", "model/topdown=none", "model.unused_prior=true",
+        "task.token_prior_weight=0.5", "trainer.max_epochs=1", "data.rand_augment=rand-m9-n2",
+        "grounding.maps=[weights]", "hydra.run.dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "training texts it is known what they are about, so its weight is 1" in result.stdout + result.stderr
+    logged = {key: float(value) for row in metrics_of(tmp_path / "run") for key, value in row.items() if value}
+    assert logged["train/region_prior_loss"] > 0
+    assert logged["train/token_prior_loss"] > 0
+    assert logged["val/grounding/weights_energy"] > 0
+
+
+def make_task(**options):
+    model = make_model(AbSTopDown())
+    return VQATask(model, Preprocessing(16, ""), {}, Recipe(), **options)
+
+
+def set_up(task, known):
+    """What Lightning does before training; the data, as the task leaves them."""
+    data = SimpleNamespace(regions_known=known, region_grid=None, val_split="val", answer_types=lambda split: [])
+    task._trainer = SimpleNamespace(datamodule=data, is_global_zero=True)
+    task.setup("fit")
+    return data
+
+
+def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
+    task = make_task(region_prior_weight=0.5)
+    assert set_up(task, known=0).region_grid is None
+    assert task.region_prior_weight == 0
+    assert "the data have no regions, so its weight is 0" in "".join(capsys.readouterr())
+    task = make_task(region_prior_weight=0.5)
+    assert set_up(task, known=7).region_grid == (2, 2)
+    assert task.region_prior_weight == 0.5
+
+
+def test_a_model_without_xi_asks_for_no_regions():
+    task = VQATask(make_model(None), Preprocessing(16, ""), {}, Recipe(), region_prior_weight=1.0)
+    assert set_up(task, known=7).region_grid is None
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"region_prior_weight": -1.0},
+        {"token_prior_weight": float("nan")},
+        {"region_prior_temperature": 0},
+        {"token_prior_temperature": "hot"},
+    ],
+)
+def test_a_weight_or_temperature_out_of_range_is_named(option):
+    with pytest.raises(UserError, match=f"task.{next(iter(option))}="):
+        make_task(**option)
