@@ -6,16 +6,43 @@
 https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, in the folder `flickr30k-images/` or
 `flickr30k_images/` or in a zip file of one of these names. The splits are train, val and test; an image's id is its
 `imgid`, a caption's its `sentid`. A run that was stopped goes on where it was when it is started again.
+
+Where the folder also holds Flickr30K Entities (see `data_prep.entities`), what part of its picture a caption is about
+are the boxes of all phrases of its sentence. With `--phrases`, the phrases that have boxes are the captions, in place
+of the sentences: a phrase's words, about its own boxes, with 100 * `sentid` + its place in the sentence, from 1, as
+its id.
 """
 
 from __future__ import annotations
 
-from data_prep.karpathy import KarpathyCaptions, Layout, run_command
-from vlabs.errors import run_cli
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_prep.captions import CaptionIndex
+from data_prep.entities import find_entities, match_sentences
+from data_prep.index import check_value
+from data_prep.karpathy import KarpathyCaptions, Layout
+from data_prep.pipeline import add_options, prepare, read_options
+from vlabs.errors import UserError, run_cli
+
+_PHRASES_A_SENTENCE = 100  # more than any has
 
 
 class Flickr30k(KarpathyCaptions):
-    """The raw files of Flickr30k in one folder."""
+    """The raw files of Flickr30k in one folder, with or without Flickr30K Entities.
+
+    Args:
+        raw_dir: the folder.
+        phrases: whether phrases that have boxes are the captions, and not sentences.
+
+    Attributes:
+        options: what the command line's options have to say of this, so that a run with other ones starts anew.
+
+    Raises:
+        UserError: files are missing; the message names all of them.
+    """
 
     layout = Layout(
         name="flickr30k",
@@ -28,10 +55,72 @@ class Flickr30k(KarpathyCaptions):
         other_folders=("flickr30k_images",),
     )
 
+    def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
+        super().__init__(raw_dir)
+        self.phrases = phrases
+        self.entities = find_entities(raw_dir)
+        self.options: dict[str, Any] = {}
+        self.unmatched = 0
+        if phrases:
+            if self.entities is None:
+                raise UserError(
+                    f"--phrases needs Flickr30K Entities in {raw_dir}: annotations.zip of"
+                    " https://github.com/BryanPlummer/flickr30k_entities, or its folders Annotations/ and Sentences/"
+                )
+            self.options["phrases"] = True
+        if self.entities is not None:
+            # The Entities' annotations.zip is called like the file of instances of another corpus.
+            self.instances = [path for path in self.instances if path not in self.entities.tables]
+            self.tables = [self.json_file.path, *self.entities.tables, *self.instances]
+            self.options |= self.entities.options
+
+    def fill(self, index: CaptionIndex) -> None:
+        """Put all captions into the index, and say how many have no sentence among the Entities."""
+        if self.entities is not None:
+            print(f"reading {self.entities.place}")
+        super().fill(index)
+        if self.entities is not None:
+            print(f"{self.unmatched:,} captions match no sentence of {self.entities.place}, and have no region")
+
+    def _texts(self, where: str, image_name: str, sentences: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        texts = list(super()._texts(where, image_name, sentences))
+        if self.entities is None:
+            yield from texts
+            return
+        for text in texts:
+            check_value(where, "raw", text["caption"], str)
+            check_value(where, "sentid", text["caption_id"], int)
+        found = self.entities.sentences(PurePosixPath(image_name).stem)
+        for text, sentence in zip(texts, match_sentences([text["caption"] for text in texts], found), strict=True):
+            self.unmatched += sentence is None
+            if not self.phrases:
+                yield {**text, "regions": sentence.regions if sentence else []}
+                continue
+            phrases = sentence.phrases if sentence else []
+            if len(phrases) >= _PHRASES_A_SENTENCE:
+                raise UserError(f"{where}: a sentence has {len(phrases)} phrases among the Entities, which is too many")
+            for place, phrase in enumerate(phrases, 1):
+                if phrase.regions and phrase.text:
+                    caption_id = _PHRASES_A_SENTENCE * text["caption_id"] + place
+                    yield {"caption_id": caption_id, "caption": phrase.text, "regions": phrase.regions}
+
 
 def main() -> None:
     """Run the command line."""
-    run_command(Flickr30k, "data_prep.flickr30k", "Prepare Flickr30k's images and captions in Karpathy's splits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.flickr30k",
+        description="Prepare Flickr30k's images and captions in Karpathy's splits.",
+    )
+    parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded files")
+    parser.add_argument(
+        "--phrases",
+        action="store_true",
+        help="take the phrases of Flickr30K Entities that have boxes as captions, in place of the sentences",
+    )
+    add_options(parser)
+    arguments = parser.parse_args()
+    raw = Flickr30k(arguments.raw_dir, arguments.phrases)
+    prepare(raw, arguments.out_dir, read_options(arguments, **raw.options))
 
 
 if __name__ == "__main__":

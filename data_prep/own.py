@@ -11,10 +11,14 @@ The table is JSON lines or CSV (UTF-8, with a header line). A table of questions
   image, so that no image is in both; which images go where depends on their paths alone.
 - `question_id` (whole number), `question_type`, `answer_type`, if wanted. Otherwise: the row's number from 1, the
   question's first two words, and one of yes/no, number, other.
+- `boxes` or `mask`, if wanted, not both: what part of the picture the row is about, whether it has answers or not.
+  `boxes` is a list of boxes, each `[x, y, width, height]` in pixels from the top left corner, or a single such box; in
+  CSV, `x y width height`, several separated by `|`. `mask` is the path of a gray or black and white picture, relative
+  like the image and of the same aspect, in which white is what the row is about.
 
 A table of captions has `caption` instead of `question`:
 
-- `image` and `split`, as above; several rows of one image are several captions of it
+- `image`, `split`, `boxes` and `mask`, as above; several rows of one image are several captions of it
 - `caption`: text of any language and length
 - `caption_id` (whole number, once in the table), if wanted. Otherwise: the row's number from 1.
 
@@ -44,6 +48,7 @@ from data_prep.captions import CAPTIONS, CaptionIndex
 from data_prep.images import ImageStore
 from data_prep.pipeline import RawData, add_options, check_split_name, prepare, read_options
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.regions import describe_files
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import clean_answer, normalize_answer
 
@@ -66,6 +71,8 @@ class Row:
     text: str
     split: str | None
     item_id: int | None
+    boxes: list[list[float]]  # x, y, width and height of each
+    mask: str | None
     values: dict[str, Any]  # all columns, as they are
 
 
@@ -98,6 +105,21 @@ class Table:
     def image_store(self, split: str) -> tuple[str, ImageStore]:
         """Return where the images are; ids are the table's, whatever the split."""
         return "table", ImageStore((self.image_root,))
+
+    def options(self) -> dict[str, Any]:
+        """Return what the options have to say of the masks that the table names, so that others start anew.
+
+        Raises:
+            UserError: the table cannot be read, or a row is not as it should be.
+        """
+        masks = {row.mask: self.image_root / row.mask for row in self._rows() if row.mask is not None}
+        return {"masks": describe_files(masks)} if masks else {}
+
+    def regions(self, row: Row) -> list[dict[str, Any]]:
+        """Return what part of the picture a row is about, as in `data_prep.regions`."""
+        if row.mask is not None:
+            return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
+        return [{"box": box} for box in row.boxes]
 
     def placed_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[Row, str, int, int]]:
         """Yield the rows, each with its split, image id and item id.
@@ -169,6 +191,7 @@ class QuestionTable(Table):
                 image_name=row.image,
                 question_id=question_id,
                 question=row.text,
+                regions=self.regions(row),
             )
             answers = _answers(row.where, row.values.get("answers"))
             types = [_text(row.where, row.values, name) for name in ("answer_type", "question_type")]
@@ -203,10 +226,11 @@ class CaptionTable(Table):
                 image_name=row.image,
                 caption_id=caption_id,
                 caption=row.text,
+                regions=self.regions(row),
             )
 
 
-def open_table(path: Path, image_root: Path, val_fraction: float) -> RawData[Any]:
+def open_table(path: Path, image_root: Path, val_fraction: float) -> QuestionTable | CaptionTable:
     """Return a table of questions or of captions, whichever its first row has.
 
     Raises:
@@ -274,6 +298,7 @@ def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
             if None in values:
                 raise UserError(f"{where} has more columns than the header")
             values["answers"] = (values.get("answers") or "").split("|")
+            values["boxes"] = _split_boxes(where, values.get("boxes") or "")
             yield where, values
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
@@ -292,6 +317,9 @@ def _as_row(where: str, values: dict[str, Any]) -> Row:
             raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}") from None
     if isinstance(item_id, bool) or not isinstance(item_id, int | None):
         raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}")
+    boxes, mask = _boxes(where, values.get("boxes")), _text(where, values, "mask")
+    if boxes and mask is not None:
+        raise UserError(f"{where} has both 'boxes' and a 'mask': leave one out")
     return Row(
         where=where,
         item=item,
@@ -299,6 +327,8 @@ def _as_row(where: str, values: dict[str, Any]) -> Row:
         text=text,
         split=None if split is None else check_split_name(split, where),
         item_id=item_id,
+        boxes=boxes,
+        mask=mask,
         values=values,
     )
 
@@ -319,6 +349,31 @@ def _text(where: str, values: dict[str, Any], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: '{name}' must be text, not {value!r:.80}")
     return value or None
+
+
+def _split_boxes(where: str, text: str) -> list[list[float]]:
+    """The boxes of a CSV field."""
+    try:
+        return [[float(number) for number in box.split()] for box in text.split("|")] if text.strip() else []
+    except ValueError:
+        raise UserError(f"{where}: 'boxes' must be like 10 20 30 40|50 60 70 80, not {text!r:.80}") from None
+
+
+def _boxes(where: str, value: object) -> list[list[float]]:
+    boxes: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if boxes and not any(isinstance(box, list) for box in boxes):
+        boxes = [boxes]
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) <= 0:
+            raise UserError(
+                f"{where}: a box in 'boxes' must be 4 numbers, x, y, width and height, the last two above 0, not"
+                f" {box!r:.80}"
+            )
+    return boxes
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _answers(where: str, value: object) -> list[str]:
@@ -354,9 +409,10 @@ def main() -> None:
     add_answer_options(parser, min_answer_count=1)
     add_options(parser)
     arguments = parser.parse_args()
-    options = read_options(arguments, val_fraction=arguments.val_fraction)
     table = open_table(arguments.table, arguments.image_root or arguments.table.parent, arguments.val_fraction)
-    prepare(table, arguments.out_dir, options)
+    options = read_options(arguments, val_fraction=arguments.val_fraction, **table.options())
+    raw: RawData[Any] = table
+    prepare(raw, arguments.out_dir, options)
 
 
 if __name__ == "__main__":
