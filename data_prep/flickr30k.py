@@ -57,9 +57,8 @@ class Flickr30k(KarpathyCaptions):
 
     def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
         super().__init__(raw_dir)
-        self.phrases = phrases
+        self.of_entities = phrases
         self.entities = find_entities(raw_dir)
-        self.options: dict[str, Any] = {}
         self.unmatched = 0
         if phrases:
             if self.entities is None:
@@ -93,7 +92,7 @@ class Flickr30k(KarpathyCaptions):
         found = self.entities.sentences(PurePosixPath(image_name).stem)
         for text, sentence in zip(texts, match_sentences([text["caption"] for text in texts], found), strict=True):
             self.unmatched += sentence is None
-            if not self.phrases:
+            if not self.of_entities:
                 yield {**text, "regions": sentence.regions if sentence else []}
                 continue
             phrases = sentence.phrases if sentence else []

@@ -17,6 +17,7 @@ from data_prep.index import check_value
 from data_prep.json_file import JsonFile, get_value
 from data_prep.pipeline import add_options, check_split_name, prepare, read_options
 from data_prep.regions import add_instances, find_instances
+from vlabs.data.instances import list_annotations, list_categories
 from vlabs.errors import UserError
 
 # COCO's `restval` is the part of val2014 that is in neither val nor test; everybody trains on it.
@@ -51,6 +52,10 @@ class KarpathyCaptions:
 
     Args:
         raw_dir: folder with the JSON file and the images, zipped or not.
+        phrases: whether phrases are the captions, and not sentences: for each of COCO's instances what it is.
+
+    Attributes:
+        options: what the command line's options have to say of this, so that a run with other ones starts anew.
 
     Raises:
         UserError: files are missing; the message names all of them.
@@ -59,7 +64,7 @@ class KarpathyCaptions:
     layout: ClassVar[Layout]
     kind = CAPTIONS
 
-    def __init__(self, raw_dir: Path) -> None:
+    def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
         layout = self.layout
         if not raw_dir.is_dir():
             raise UserError(f"there is no folder {raw_dir}: --raw-dir is where the downloads of {layout.name} lie")
@@ -87,6 +92,13 @@ class KarpathyCaptions:
             other_folders=(*layout.other_folders, "") if layout.other_folders else (),
         )
         self.instances = find_instances(raw_dir)
+        if phrases and not self.instances:
+            raise UserError(
+                f"--phrases needs COCO's instances in {raw_dir}: annotations_trainval2014.zip of"
+                " https://cocodataset.org/#download, or annotations.zip of a rendered corpus"
+            )
+        self.phrases = phrases
+        self.options: dict[str, Any] = {"phrases": True} if phrases else {}
         self.tables: Sequence[Path] = [json_file.path, *self.instances]
         self.images: Sequence[Path] = sorted(places)
 
@@ -97,13 +109,41 @@ class KarpathyCaptions:
     def fill(self, index: CaptionIndex) -> None:
         """Put all captions into the index."""
         print(f"reading {self.json_file}")
-        index.connection.execute("CREATE TABLE known_images (image_id INTEGER PRIMARY KEY)")
+        index.connection.execute("CREATE TABLE known_images (image_id INTEGER PRIMARY KEY, split TEXT, name TEXT)")
         number = -1
         for number, entry in enumerate(self.json_file.entries("images")):
             self._fill_image(index, f"{self.json_file}, image {number}", entry)
         if number < 0:
             raise UserError(f"{self.json_file} has no 'images'")
-        add_instances(index, self.instances)
+        if self.phrases:
+            self._fill_phrases(index)
+        else:
+            add_instances(index, self.instances)
+
+    def _fill_phrases(self, index: CaptionIndex) -> None:
+        """Put a caption for every instance into the index that is one object: `red solid star`, `traffic light`."""
+        for file in self.instances:
+            print(f"reading {file}")
+            categories = list_categories(file)
+            for entry in list_annotations(file):
+                if entry.get("iscrowd"):
+                    continue
+                where = f"{file}, instance {entry['id']}"
+                image = index.connection.execute(
+                    "SELECT split, name FROM known_images WHERE image_id = ?", (entry["image_id"],)
+                ).fetchone()
+                if image is None:
+                    continue
+                index.add_caption(
+                    where,
+                    split=image[0],
+                    image_id=entry["image_id"],
+                    image_name=image[1],
+                    caption_id=entry["id"],
+                    caption=_phrase(where, entry, categories),
+                    target_instances=[entry["id"]],
+                    regions=[{"segmentation": entry["segmentation"]}],
+                )
 
     def _fill_image(self, index: CaptionIndex, where: str, entry: dict[str, Any]) -> None:
         split, image_id = get_value(entry, "split", where), get_value(entry, self.layout.image_id, where)
@@ -115,11 +155,15 @@ class KarpathyCaptions:
         if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
             raise UserError(f"{where}: 'sentences' must be a list of objects")
         try:
-            added = index.connection.execute("INSERT OR IGNORE INTO known_images VALUES (?)", (image_id,))
+            added = index.connection.execute(
+                "INSERT OR IGNORE INTO known_images VALUES (?, ?, ?)", (image_id, split, image_name)
+            )
         except OverflowError as error:
             raise UserError(f"{where} cannot be stored: {error}") from None
         if not added.rowcount:
             index.add_bad("duplicate image id", split, f"image {image_id} ({image_name})")
+            return
+        if self.phrases:
             return
         if not sentences:
             index.add_bad("image without captions", split, f"image {image_id} ({image_name})")
@@ -161,11 +205,28 @@ class KarpathyCaptions:
                         yield JsonFile(path, member)
 
 
+def _phrase(where: str, entry: dict[str, Any], categories: dict[int, str]) -> str:
+    """What an instance is: the category, after the attributes where there are any, as in the rendered corpus."""
+    category = categories.get(entry.get("category_id", -1))
+    if not category:
+        raise UserError(f"{where}: its category {entry.get('category_id')!r} has no name in the file")
+    attributes = entry.get("attributes") or {}
+    if not isinstance(attributes, dict):
+        raise UserError(f"{where}: 'attributes' must be an object")
+    words = [value for value in attributes.values() if isinstance(value, str) and value != category]
+    return " ".join([*words, category])
+
+
 def run_command(raw_class: type[KarpathyCaptions], program: str, description: str) -> None:
     """Run the command line that prepares one data set."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded files")
+    parser.add_argument(
+        "--phrases",
+        action="store_true",
+        help="take what each of COCO's instances is, with its mask, as captions, in place of the sentences",
+    )
     add_options(parser)
     arguments = parser.parse_args()
-    options = read_options(arguments)
-    prepare(raw_class(arguments.raw_dir), arguments.out_dir, options)
+    raw = raw_class(arguments.raw_dir, arguments.phrases)
+    prepare(raw, arguments.out_dir, read_options(arguments, **raw.options))

@@ -88,18 +88,21 @@ def subset_name(split: str) -> str:
     return split + ("2015" if split == "test" else "2014")
 
 
-def make_scenes(size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None) -> None:
+def make_scenes(
+    size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None, train_images: int | None = None
+) -> None:
     """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
 
-    Every byte written is a function of size and seed, whatever the number of workers. The work is done in
+    Every byte written is a function of size, seed and train_images, whatever the number of workers. The work is done in
     `<out_dir>.partial`, which replaces what an interrupted run left there.
 
     Args:
         size: a key of `SIZES`.
         num_workers: processes that render; every core by default.
+        train_images: images of the training split, if not as many as the size has; the other splits stay as they are.
 
     Raises:
-        UserError: for an unknown size, fewer than one worker, or an `out_dir` that holds something else.
+        UserError: for an unknown size, fewer than one worker or image, or an `out_dir` that holds something else.
     """
     out_dir = Path(out_dir)
     if size not in SIZES:
@@ -107,14 +110,18 @@ def make_scenes(size: str, out_dir: str | Path, seed: int = 0, num_workers: int 
     workers = _num_cores() if num_workers is None else num_workers
     if workers < 1:
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
-    if _is_finished(out_dir, size, seed):
+    if train_images is not None and train_images < 1:
+        raise UserError(f"--train-images is {train_images}, and has to be 1 or more")
+    images = {split: SIZES[size].num_images(split) for split in SPLITS}
+    images["train"] = train_images or images["train"]
+    if _is_finished(out_dir, size, seed, images["train"]):
         print(f"{out_dir} holds the {size} scenes of seed {seed} already")
         return
     partial = out_dir.with_name(out_dir.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _write_corpus(size, partial, seed, workers)
+    _write_corpus(size, images, partial, seed, workers)
     partial.rename(out_dir)
 
 
@@ -123,16 +130,18 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _is_finished(out_dir: Path, size: str, seed: int) -> bool:
+def _is_finished(out_dir: Path, size: str, seed: int, train_images: int) -> bool:
     if not out_dir.exists():
         return False
     try:
         found = json.loads((out_dir / "scenes.json").read_text())
-        same = (found["size"], found["seed"]) == (size, seed)
+        there = found["size"], found["seed"], found["splits"]["train"]["images"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} exists and holds no scenes; name a new folder with --out-dir") from None
-    if not same:
-        raise UserError(f"{out_dir} holds scenes of another size or seed; name a new folder with --out-dir")
+    if there != (size, seed, train_images):
+        raise UserError(
+            f"{out_dir} holds scenes of another size, seed or number of images; name a new folder with --out-dir"
+        )
     return True
 
 
@@ -195,8 +204,8 @@ def run_lengths(mask: Mask) -> list[int]:
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
-def _write_corpus(size: str, folder: Path, seed: int, workers: int) -> None:
-    tasks = [Task(size, split, number, seed) for split in SPLITS for number in range(SIZES[size].num_images(split))]
+def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, workers: int) -> None:
+    tasks = [Task(size, split, number, seed) for split in SPLITS for number in range(images[split])]
     start = time.perf_counter()
     records: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     caption_images: list[str] = []
@@ -216,7 +225,7 @@ def _write_corpus(size: str, folder: Path, seed: int, workers: int) -> None:
         "splits": {
             split: {
                 "subset": subset_name(split),
-                "images": SIZES[size].num_images(split),
+                "images": images[split],
                 "questions": len(records[split][0]),
             }
             for split in SPLITS
@@ -350,9 +359,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out-dir", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-images", type=int, default=None, help="images to train on, if not the size's number")
     parser.add_argument("--num-workers", type=int, default=None, help="processes that render (default: every core)")
     args = parser.parse_args()
-    make_scenes(args.size, args.out_dir, args.seed, args.num_workers)
+    make_scenes(args.size, args.out_dir, args.seed, args.num_workers, args.train_images)
 
 
 if __name__ == "__main__":

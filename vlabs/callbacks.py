@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -27,12 +26,11 @@ from vlabs.attention.maps import MAPS, attention_map
 from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure
 from vlabs.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
-from vlabs.data.instances import Instance, count_instances, read_instances
 from vlabs.data.loading import GroupLoader
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
-from vlabs.evaluation.grounding import Asked, find_instances, list_targets, measure, spread
+from vlabs.evaluation.grounding import Targets, find_targets, measure
 from vlabs.logging import say, sending
 from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.vqa import VQATask
@@ -505,14 +503,14 @@ class GroundingCurve(EveryNValidations):
     """Every N validations: does it look where the questions or captions are about? Logs `val/grounding/MAP_energy`.
 
     The share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share that a map which
-    looks everywhere alike would have; on texts of the validation split whose target is known, evenly spread. Where no
-    instances are known, nothing is measured.
+    looks everywhere alike would have; on texts of the validation split whose target is known, evenly spread. Where none
+    is known, nothing is measured.
 
     Args:
         every_n_validations: how often; 0 for never.
         num_texts: how many texts.
         maps: of `vlabs.attention.maps.MAPS`.
-        instances: COCO's instances; `annotations.zip` of the raw corpus beside the data if not given.
+        instances: COCO's instances; what the data were prepared with if not given.
     """
 
     def __init__(
@@ -526,7 +524,7 @@ class GroundingCurve(EveryNValidations):
         self.num_texts = num_texts
         self.maps = list(maps)
         self.instances = instances
-        self.targets: tuple[datasets.Dataset, list[Asked], dict[int, Instance], dict[int, int]] | None = None
+        self.targets: Targets | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the targets once."""
@@ -535,15 +533,8 @@ class GroundingCurve(EveryNValidations):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self.every or self.targets is not None or not isinstance(data, VQADataModule | CaptionDataModule):
             return
-        captions = isinstance(data, CaptionDataModule)
         directory = next(iter(data.sets.values())) if isinstance(data, CaptionDataModule) else data.dir
-        file = find_instances(self.instances, directory)
-        if file is None:
-            return
-        rows = data.rows(data.val_split)
-        asked = spread(list_targets(rows, "caption" if captions else "question"), self.num_texts)
-        found = read_instances(file, {target for item in asked for target in item.targets})
-        self.targets = rows, asked, found, count_instances(file)
+        self.targets = find_targets(data.rows(data.val_split), directory, self.instances, self.num_texts)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
@@ -552,7 +543,7 @@ class GroundingCurve(EveryNValidations):
         assert isinstance(pl_module, VisionLanguageTask)
         values: dict[str, list[float]] = {}
         if trainer.is_global_zero:
-            for record in measure(pl_module.model, pl_module.preprocessing, *self.targets, self.maps):
+            for record in measure(pl_module.model, pl_module.preprocessing, self.targets, self.maps):
                 if record is not None:
                     values.setdefault("area", []).append(record["area"])
                     for name in self.maps:

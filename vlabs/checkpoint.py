@@ -49,12 +49,23 @@ class Checkpoint:
     path: Path
 
 
+def packaged_starts() -> dict[str, Path]:
+    """The trained models that come with vlabs, by name; each has a model card (`.md`) beside it."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "starts").glob("*.safetensors"))}
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that a path means: itself, or a run folder's best checkpoint, or its last.
+    """The file that a path means: itself, a run folder's best checkpoint, or its last, or what comes with vlabs.
+
+    Args:
+        path: of a file or folder, or a name of `packaged_starts` where there is no such file or folder.
 
     Raises:
         UserError: there is nothing there.
     """
+    starts = packaged_starts()
+    if str(path) in starts and not Path(path).exists():
+        return starts[str(path)]
     path = Path(path)
     if path.is_dir():
         for name in ("best.ckpt", "last.ckpt"):
@@ -62,7 +73,8 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / "checkpoints" / name
         raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        named = f" (with vlabs come: {', '.join(starts)})" if starts else ""
+        raise UserError(f"checkpoint {path} does not exist{named}")
     return path
 
 

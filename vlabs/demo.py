@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -20,6 +21,8 @@ from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.predictor import load
+
+TRAINING = ("experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1")
 
 
 def main() -> None:
@@ -34,14 +37,19 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     _step(
-        "1/3 training a small AbSViT, RoBERTa and fusion from scratch on the embedded corpus",
-        "vlabs.train", "task=vqa", "logger=csv", f"hydra.run.dir={out / 'run'}", *arguments.overrides,
+        "1/4 fine-tuning a small AbSViT, RoBERTa and fusion on the embedded corpus, from vlabs' own start",
+        "vlabs.train", *TRAINING, "logger=csv", f"hydra.run.dir={out / 'run'}", *arguments.overrides,
     )  # fmt: skip
     _step(
-        "2/3 evaluating the best checkpoint on the validation split",
+        "2/4 evaluating the best checkpoint on the validation split",
         "vlabs.evaluate", f"ckpt={out / 'run'}", "split=val", f"hydra.run.dir={out / 'evaluation'}",
     )  # fmt: skip
-    print("== 3/3 one image, two questions, and where the model looked for each", flush=True)
+    _step(
+        "3/4 measuring whether it looks at what the questions are about",
+        "vlabs.evaluate", "task=grounding", f"ckpt={out / 'run'}", "split=val", "task.maps=[weights,norm,fusion]",
+        f"hydra.run.dir={out / 'grounding'}",
+    )  # fmt: skip
+    print("== 4/4 one image, three questions, and where the model looked for each", flush=True)
     data_dir = _data_dir(out)
     picture = draw(out / "run", data_dir, out / "picture.png")
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
@@ -50,7 +58,12 @@ def main() -> None:
     if raw.is_file():
         alone = json.loads(raw.read_text())["question_only_accuracy"]
         print(f" (the best answer to the question alone: {alone['not yes/no']:.1f}%)", end="")
-    print(f"\n{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
+    looked = json.loads((out / "grounding" / "metrics.json").read_text())
+    print(
+        f"\nthe object in question has {looked['weights/energy']:.1f}% of the prior's map, whose maximum is on it for "
+        f"{looked['weights/pointing']:.1f}% of the questions (a map that looks everywhere alike: {looked['area']:.1f}%)"
+    )
+    print(f"{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
 
 
 def _step(title: str, module: str, *arguments: str) -> None:
@@ -69,29 +82,36 @@ def _data_dir(out: Path) -> str:
 
 
 def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
-    """The picture of the demo: the first validation image with two questions about different objects."""
-    row, positions = _two_questions(load_split(data_dir, "val"))
+    """The picture of the demo: the image of `three_questions`, and for each where ξ points and what was answered."""
+    row, positions = three_questions(load_split(data_dir, "val"))
     predictor = load(ckpt)
     image = decode_image(row["image"], f"image {row['image_id']}")
-    answers = predictor.answer(image, [row["question"][position] for position in positions])
+    answers = predictor.answer(image, [row["question"][position] for position in positions], map_name="weights")
     panels = []
     for position, answer in zip(positions, answers, strict=True):
         human = row["answers"][position]
         top = ", ".join(f"{text} {probability:.0%}" for text, probability in answer.answers[:3])
         panels.append(Panel(answer.question, answer.map, [top, f"true: {max(human, key=human.count)}"]))
-    return save_figure(question_figure(predictor.preprocessing.resize(image), panels, "fusion attention"), path)
+    return save_figure(question_figure(predictor.preprocessing.resize(image), panels, "token weights of ξ"), path)
 
 
-def _two_questions(rows: datasets.Dataset) -> tuple[dict, tuple[int, int]]:
+def three_questions(rows: datasets.Dataset) -> tuple[dict[str, Any], list[int]]:
+    """A row, and where in it are three questions about different objects: a rule that looks at no answer.
+
+    It is the first row that has three questions, neither yes/no nor a number, each about one object and no two about
+    the same; of several such questions about an object, the first. Where no row has three, the row with the most.
+    """
+    best: tuple[dict[str, Any], list[int]] = (rows[0], [0])
     for row in rows:
-        targets = [frozenset(instances) for instances in row["target_instances"]]
-        about = [n for n, t in enumerate(targets) if len(t) == 1 and row["answer_type"][n] == "other"]
-        for first in about:
-            for second in about:
-                if targets[first].isdisjoint(targets[second]):
-                    return row, (first, second)
-    row = rows[0]
-    return row, (0, min(1, len(row["question"]) - 1))
+        about: dict[int, int] = {}
+        for position, targets in enumerate(row["target_instances"]):
+            if len(targets) == 1 and row["answer_type"][position] == "other":
+                about.setdefault(targets[0], position)
+        if len(about) > len(best[1]):
+            best = row, sorted(about.values())[:3]
+        if len(best[1]) == 3:
+            break
+    return best
 
 
 if __name__ == "__main__":

@@ -43,13 +43,16 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
     return VQADataModule(directory, **options)
 
 
-def scenes_captions(size: str, dir: str | Path, raw_dir: str | Path, **options: Any) -> CaptionDataModule:
+def scenes_captions(
+    size: str, dir: str | Path, raw_dir: str | Path, phrases: bool = False, **options: Any
+) -> CaptionDataModule:
     """The captions of the `scenes` corpus of a size, made in `dir` if they are not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
         dir: the prepared folder.
         raw_dir: where the corpus is rendered to, or is already.
+        phrases: what each object is, in the place of captions.
         options: of `CaptionDataModule`.
     """
     from data_prep.pipeline import Options, prepare
@@ -59,15 +62,17 @@ def scenes_captions(size: str, dir: str | Path, raw_dir: str | Path, **options: 
 
     if size not in SIZES:
         raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
-    directory, raw = Path(dir), Path(raw_dir)
+    directory, raw, what = Path(dir), Path(raw_dir), "phrases" if phrases else "the captions"
     real = "to use real data: data=flickr30k or data=coco_captions"
     directory.parent.mkdir(parents=True, exist_ok=True)
     raw.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if (directory / "manifest.json").is_file():
-            say(f"data: the captions of the embedded corpus scenes-{size} in {directory}; {real}")
+            say(f"data: {what} of the embedded corpus scenes-{size} in {directory}; {real}")
         else:
-            say(f"data: making the captions of the embedded corpus scenes-{size} in {directory}; {real}")
+            say(f"data: making {what} of the embedded corpus scenes-{size} in {directory}; {real}")
             make_scenes(size, raw)
-            prepare(ScenesCaptions(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+            source = ScenesCaptions(raw, phrases)
+            options_of = Options(min_answer_count=1, num_workers=os.cpu_count() or 1, others=source.options)
+            prepare(source, directory, options_of)
     return CaptionDataModule({"scenes": directory}, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vlabs.checkpoint import find_checkpoint, history_of, read_tensors
 from vlabs.errors import UserError
-from vlabs.models.heads import RankingHead
+from vlabs.models.heads import RankingHead, VQAHead
 from vlabs.models.vlm import VisionLanguageModel
 
 
@@ -64,8 +65,12 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
+def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence[str] = ()) -> Initialized:
     """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
+
+    Args:
+        answers: the answer vocabulary of `model`. What its head knows of an answer comes from the same answer of the
+            source, wherever it stands there; an answer that the source does not have keeps its fresh weights.
 
     Raises:
         UserError: no such checkpoint, or no parameter of it fits.
@@ -77,6 +82,14 @@ def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
     own: dict[str, Tensor] = dict(model.state_dict())
     result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))
     chosen: dict[str, Tensor] = {}
+    known = content["vlabs"]["preprocessing"].get("answers", [])
+    if isinstance(model.head, VQAHead) and known:
+        moved = _move_answers(state, own, known, answers)
+        chosen |= moved
+        state = {name: value for name, value in state.items() if name not in moved}
+        result.derived += [
+            f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
+        ]
     for name, value in state.items():
         if name in own and own[name].shape == value.shape:
             chosen[name] = value
@@ -94,6 +107,23 @@ def initialize(model: VisionLanguageModel, source: str | Path) -> Initialized:
         model.head.start_from_matching()
         result.derived.append("head.rank, the matching head's row of the pairs that match")
     return result
+
+
+def _move_answers(
+    state: dict[str, Tensor], own: dict[str, Tensor], known: Sequence[str], answers: Sequence[str]
+) -> dict[str, Tensor]:
+    """The last layer of a VQA head, its rows put in the order of another vocabulary; nothing where it is the same."""
+    if list(known) == list(answers):
+        return {}
+    place = {answer: row for row, answer in enumerate(known)}
+    both = [(row, place[answer]) for row, answer in enumerate(answers) if answer in place]
+    moved: dict[str, Tensor] = {}
+    for name in VQAHead.last_layer:
+        if both and name in state and state[name].shape[1:] == own[name].shape[1:] and len(state[name]) == len(known):
+            to, of = (list(rows) for rows in zip(*both, strict=True))
+            moved[name] = own[name].clone()
+            moved[name][to] = state[name][of].to(own[name].dtype)
+    return moved
 
 
 def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel) -> Tensor | None:

@@ -46,7 +46,7 @@ from vlabs.callbacks import (
     previous_of,
     validation_is_next,
 )
-from vlabs.checkpoint import read_tensors
+from vlabs.checkpoint import history_of, packaged_starts, read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.environment import describe_environment, write_environment
 from vlabs.errors import UserError, one_line
@@ -54,6 +54,7 @@ from vlabs.initialize import initialize, read_source
 from vlabs.logging import csv_logger, log_data, log_outcome, quiet_lightning, remember_run_id, say
 from vlabs.plan import plan_run
 from vlabs.sweep import write_table
+from vlabs.tasks.naming import NamingTask
 from vlabs.tasks.vqa import VQATask
 
 _failed_runs: list[str] = []
@@ -122,9 +123,11 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
         _make_start(Path(config.init), list(config.init_by))
     data = instantiate(config.data)
     if config.init is not None and config.data.get("tokenizer") is None:
-        # The text encoder's weights mean something for its own tokens only.
         header = read_source(config.init)[1]["vlabs"]
-        data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=header["preprocessing"]["tokenizer"])
+        if any(entry["task"] != NamingTask.name for entry in history_of(header["task"], header["data"])):
+            # The text encoder was trained, and its weights mean something for its own tokens only.
+            tokenizer = header["preprocessing"]["tokenizer"]
+            data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=tokenizer)
     with open_dict(config.model):
         if config.model.text.get("vocab_size", 0) is None:
             config.model.text.vocab_size = data.preprocessing.vocab_size
@@ -139,7 +142,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     _check_fit(model, data)
     history: list[dict[str, Any]] = []
     if config.init is not None:
-        initialized = initialize(model, config.init)
+        initialized = initialize(model, config.init, data.preprocessing.answers)
         history = initialized.history
         say(initialized.report())
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
@@ -221,11 +224,13 @@ def _check_sweep(config: DictConfig, hydra: Any) -> None:
 
 
 def _make_start(folder: Path, overrides: list[str]) -> None:
-    """Train the run that this one starts from, unless it is finished; processes of one machine wait for each other.
+    """Train the run that this one starts from, unless it is there; processes of one machine wait for each other.
 
     Raises:
         UserError: its training failed.
     """
+    if folder.is_file() or str(folder) in packaged_starts():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         summary = folder / "summary.json"

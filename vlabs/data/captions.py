@@ -231,6 +231,7 @@ class CaptionDataModule(pl.LightningDataModule):
         self.false_images = False
         self.false_captions = 0
         self.region_grid: tuple[int, int] | None = None
+        self.regions_in_validation = False
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
             tokenizer=read_tokenizer(tokenizer, next(iter(self.sets.values()))),
@@ -285,7 +286,7 @@ class CaptionDataModule(pl.LightningDataModule):
             self.false_images,
             self.false_captions,
             scaled_decoding=training and self.scaled_decoding,
-            region_grid=self.region_grid if training else None,
+            region_grid=self.region_grid if training or self.regions_in_validation else None,
         )
         return make_loader(
             dataset,

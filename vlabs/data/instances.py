@@ -104,6 +104,26 @@ def list_annotations(path: str | Path) -> Iterator[dict[str, Any]]:
         yield from _annotations(path, member)
 
 
+def list_categories(path: str | Path) -> dict[int, str]:
+    """The names of the categories in COCO's instances files, by id.
+
+    Args:
+        path: as in `read_instances`.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    names: dict[int, str] = {}
+    for member in _members(path):
+        with _stream(path, member) as stream:
+            for entry in _items(stream, "categories.item"):
+                if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+                    raise UserError(f"{_name(path, member)}: a category has no 'id'")
+                names[entry["id"]] = str(entry.get("name", ""))
+    return names
+
+
 def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> np.ndarray:
     """COCO's run lengths as a mask: runs of 0 and 1 in turn, first 0, down the columns.
 
@@ -228,7 +248,7 @@ def crop_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """A mask over a whole picture, over the part of it that the model sees.
 
     Args:
-        mask: (H, W) bool, over the picture's own pixels.
+        mask: (H, W), bool or in [0, 1], over the picture's own pixels, or over a smaller or larger copy of it.
         image_size: side of the model's input in pixels.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from tqdm import tqdm
 
 from vlabs.attention.maps import MAPS, look
 from vlabs.checkpoint import Checkpoint
-from vlabs.data.images import ImageReader
+from vlabs.data.images import ImageReader, decode_region
 from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask, read_instances
-from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.output import write_json
@@ -40,13 +41,37 @@ MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precisi
 
 
 class Asked(NamedTuple):
-    """A question or caption whose target is known: its row, its position in it, its id, text, and instances."""
+    """A question or caption whose target is known: row, position in the row, id, text, and instances, if named."""
 
     row: int
     position: int
     text_id: int
     text: str
     targets: list[int]
+
+
+@dataclass
+class Targets:
+    """Texts of some rows with what each is about.
+
+    Attributes:
+        rows: prepared rows.
+        asked: texts of these rows, those of an image together.
+        instances: by id, those that the texts name; None where the rows themselves hold the regions.
+        objects: how many instances an image has, by its id; empty where nobody said.
+    """
+
+    rows: datasets.Dataset
+    asked: list[Asked]
+    instances: dict[int, Instance] | None
+    objects: dict[int, int]
+
+    def region(self, item: Asked) -> np.ndarray:
+        """The part of the picture that a text is about: (H, W) in [0, 1] or bool, over the picture or a copy of it."""
+        if self.instances is not None:
+            return np.logical_or.reduce([self.instances[n].mask() for n in item.targets])
+        row = self.rows[item.row]
+        return decode_region(row["region"][item.position], f"image {row['image_id']}")
 
 
 def evaluate_grounding(
@@ -66,7 +91,7 @@ def evaluate_grounding(
     Args:
         config: of `vlabs.evaluate`: split and device.
         data_dir: the prepared folder.
-        instances: COCO's instances of the same corpus.
+        instances: COCO's instances of the same corpus; without them, the regions that the data were prepared with.
         maps: of `vlabs.attention.maps.MAPS`.
         num_texts: how many texts, evenly spread; None for all.
         human_maps: a folder of VQA-HAT's maps: rank correlation with them, in the place of all other measures.
@@ -76,20 +101,18 @@ def evaluate_grounding(
         raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
     if human_maps is not None:
         return _evaluate_against_people(checkpoint, config, data_dir, out_dir, human_maps, maps, num_texts)
-    file = find_instances(instances, data_dir)
-    if file is None:
-        raise UserError("task=grounding needs the masks: pass task.instances=FILE, COCO's annotations zip or JSON")
-    kind = str(read_manifest(data_dir).get("kind", "vqa"))
-    rows = load_split(data_dir, str(config.split))
-    asked = list_targets(rows, "caption" if kind == "captions" else "question")
+    targets = find_targets(load_split(data_dir, str(config.split)), data_dir, instances, num_texts)
+    if targets is None:
+        raise UserError(
+            "task=grounding needs to know what a text is about: prepare the data with regions, or pass "
+            "task.instances=FILE, COCO's annotations zip or JSON"
+        )
+    asked = targets.asked
     if not asked:
         raise UserError(f"{data_dir}, split {config.split}: no question or caption says what it is about")
-    asked = spread(asked, num_texts)
-    found = read_instances(file, {target for item in asked for target in item.targets})
-    objects = count_instances(file)
     records, outside = [], 0
     progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not config.trainer.enable_progress_bar)
-    for record in measure(checkpoint.model, checkpoint.preprocessing, rows, asked, found, objects, maps):
+    for record in measure(checkpoint.model, checkpoint.preprocessing, targets, maps):
         progress.update()
         if record is None:
             outside += 1
@@ -189,13 +212,37 @@ def _look_at(
         yield group, by_name
 
 
-def list_targets(rows: datasets.Dataset, column: str) -> list[Asked]:
-    """The texts of a split whose target is known, in stored order; `column` is `question` or `caption`."""
+def find_targets(
+    rows: datasets.Dataset, data_dir: str | Path, instances: str | None, num_texts: int | None
+) -> Targets | None:
+    """What the texts of prepared rows are about; None where it is not known.
+
+    Args:
+        data_dir: the prepared folder, beside which the raw corpus may lie.
+        instances: COCO's instances file; None for the regions in the rows, or the instances of the raw corpus.
+        num_texts: how many texts, evenly spread; None for all.
+    """
+    file = find_instances(instances, data_dir)
+    kind = "caption" if "caption" in rows.column_names else "question"
+    in_rows = instances is None and "region" in rows.column_names
+    asked = _list_asked(rows, kind, "region" if in_rows else "target_instances")
+    if in_rows and asked:
+        return Targets(rows, spread(asked, num_texts), None, count_instances(file) if file else {})
+    if file is None:
+        return None
+    asked = spread(_list_asked(rows, kind, "target_instances"), num_texts)
+    found = read_instances(file, {target for item in asked for target in item.targets})
+    return Targets(rows, asked, found, count_instances(file))
+
+
+def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
+    """The texts for which a column says something, in stored order; `kind` is `question` or `caption`."""
     asked = []
-    for number, row in enumerate(rows.select_columns([column, f"{column}_id", "target_instances"])):
-        for position, targets in enumerate(row["target_instances"]):
-            if targets:
-                asked.append(Asked(number, position, row[f"{column}_id"][position], row[column][position], targets))
+    for number, row in enumerate(rows.select_columns(list({kind, f"{kind}_id", "target_instances", column}))):
+        for position, known in enumerate(row[column]):
+            if known:
+                targets = row["target_instances"][position]
+                asked.append(Asked(number, position, row[f"{kind}_id"][position], row[kind][position], targets))
     return asked
 
 
@@ -207,29 +254,19 @@ def spread(asked: list[Asked], count: int | None) -> list[Asked]:
 
 
 def measure(
-    model: VisionLanguageModel,
-    preprocessing: Preprocessing,
-    rows: datasets.Dataset,
-    asked: Sequence[Asked],
-    found: dict[int, Instance],
-    objects: dict[int, int],
-    maps: Sequence[str],
+    model: VisionLanguageModel, preprocessing: Preprocessing, targets: Targets, maps: Sequence[str]
 ) -> Iterator[dict[str, Any] | None]:
     """One record a text: its measures by map; None for a target that cannot be seen.
 
     Args:
-        rows: prepared rows.
-        asked: texts of these rows, those of an image together.
-        found: the instances that they are about, by id.
-        objects: how many instances an image has, by its id.
         maps: of `vlabs.attention.maps.MAPS`.
     """
     size = preprocessing.image_size
-    image_ids = rows.select_columns(["image_id"])
-    groups = (list(of_image) for _, of_image in groupby(asked, key=lambda item: item.row))
-    for of_image, by_name in _look_at(model, preprocessing, rows, groups, maps):
+    image_ids = targets.rows.select_columns(["image_id"])
+    groups = (list(of_image) for _, of_image in groupby(targets.asked, key=lambda item: item.row))
+    for of_image, by_name in _look_at(model, preprocessing, targets.rows, groups, maps):
         image_id = image_ids[of_image[0].row]["image_id"]
-        masks = [crop_mask(np.logical_or.reduce([found[n].mask() for n in item.targets]), size) for item in of_image]
+        masks = [crop_mask(targets.region(item), size) for item in of_image]
         for n, (item, mask) in enumerate(zip(of_image, masks, strict=True)):
             if not mask.any():
                 yield None
@@ -244,7 +281,7 @@ def measure(
             yield {
                 "id": item.text_id,
                 "text": item.text,
-                "objects": objects.get(image_id, 0),
+                "objects": targets.objects.get(image_id, 0),
                 "area": float(area_share(mask)),
                 "maps": values,
             }
@@ -265,6 +302,8 @@ def _table(records: Sequence[dict[str, Any]], maps: Sequence[str]) -> dict[str, 
             cells.append(f"{interval.mean:8.1f} [{interval.low:.1f}, {interval.high:.1f}]".rjust(22))
         print(f"{name:10}" + "".join(cells))
     counts = sorted({record["objects"] for record in records})
+    if counts == [0]:  # nobody said how many there are
+        return metrics
     print("\nenergy by the number of objects in the picture")
     print(f"{'map':10}" + "".join(f"{count:>8}" for count in counts))
     for name in ["area", *maps]:

@@ -18,14 +18,17 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, build_sincos2d_pos_embed
+from timm.layers import Attention, HybridEmbed, LayerNormAct2d, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
 from vlabs.models.topdown import FeedbackDecoder, PerceiverIO, TopDown, TopDownSignal, similarity
+
+STEMS = ("patch", "conv")
 
 
 @dataclass
@@ -77,6 +80,9 @@ class AbSViT(nn.Module):
         num_classes: size of timm's classification head; 0 for none.
         sincos_positions: start the position embeddings of the patches from sines and cosines of unit size, not from
             noise of deviation 0.02, which a small model from scratch takes long to grow out of.
+        stem: what makes the input of the first block: `patch`, one linear map of a patch, or `conv`, strided 3×3
+            convolutions (Xiao et al., Early Convolutions Help Transformers See Better, 2021), by which a small model
+            from scratch learns shapes several times sooner. `patch_size` is then a power of 2.
         vit_options: any other argument of timm's `VisionTransformer` (`embed_dim`, `depth`, `num_heads`, …).
 
     Raises:
@@ -92,11 +98,16 @@ class AbSViT(nn.Module):
         global_pool: str = "token",
         num_classes: int = 0,
         sincos_positions: bool = False,
+        stem: str = "patch",
         **vit_options: Any,
     ) -> None:
         super().__init__()
         if img_size % patch_size:
             raise UserError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
+        if stem not in STEMS:
+            raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
+        if stem == "conv":
+            vit_options["embed_layer"] = partial(_conv_stem, stride=patch_size)
         self.vit = create_vit(
             architecture,
             img_size=img_size,
@@ -298,6 +309,21 @@ class AbSViTClassifier(nn.Module):
         seen = self.encoder.attend(bottom_up, prior, reconstruct=True)
         head = self.encoder.vit.forward_head
         return head(seen.tokens), head(bottom_up.tokens), seen
+
+
+def _conv_stem(*, embed_dim: int, in_chans: int, img_size: int, stride: int, **unused: Any) -> HybridEmbed:
+    """timm's convolutional stem: halves the picture until a pixel is a patch, doubling the channels up to D.
+
+    Layer norm in the place of batch norm, so that a picture does not depend on the others of its batch.
+    """
+    depth = stride.bit_length() - 1
+    if stride != 2**depth or depth < 1:
+        raise UserError(f"stem 'conv' halves the picture: patch size {stride} must be a power of 2, at least 2")
+    channels = tuple(max(8, embed_dim >> (depth - 1 - layer)) for layer in range(depth))
+    backbone = ConvStem(
+        in_chans, depth, channels, stride=(2,) * depth, padding=1, norm_layer=partial(LayerNormAct2d, act_layer=nn.GELU)
+    )
+    return HybridEmbed(backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False)
 
 
 def create_vit(architecture: str, **options: Any) -> VisionTransformer:

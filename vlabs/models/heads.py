@@ -22,6 +22,9 @@ class VQAHead(nn.Module):
         num_answers: size of the answer vocabulary.
     """
 
+    last_layer = ("head.classifier.3.weight", "head.classifier.3.bias")
+    """Of a model with this head, the parameters with a row for each answer."""
+
     def __init__(self, in_features: int, num_answers: int) -> None:
         super().__init__()
         last = nn.Linear(in_features, num_answers)

@@ -1,0 +1,108 @@
+"""Naming: every patch of a picture names the words of the phrases that are about it. It trains the ViT alone.
+
+A small encoder from scratch learns words of colors and shapes from questions only slowly, because it is told them
+through a text encoder, a fusion and an answer. This tells it directly, and is the cheapest stage there is: one pass
+over each picture, without text encoder and fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.naming import WordHead
+from vlabs.models.vlm import VisionLanguageModel
+from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.optim import Recipe
+
+
+class NamingTask(VisionLanguageTask):
+    """Pre-training of the ViT, bottom-up, on captions that say what they are about; logs `val/word_precision`.
+
+    All other parts of the model keep their fresh weights, so that the checkpoint is a start for every task and every
+    variant of feedback.
+
+    Args:
+        model, preprocessing, data, recipe, recompute_activations, compile: as in `VisionLanguageTask`.
+        freeze: further parameters that are not trained.
+    """
+
+    name = "naming"
+    monitor = "val/word_precision"
+    reads = CaptionDataModule
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        preprocessing: Preprocessing,
+        data: dict[str, Any],
+        recipe: Recipe,
+        freeze: Sequence[str] = (),
+        recompute_activations: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            preprocessing,
+            data,
+            recipe,
+            reconstruction_weight=0.0,
+            prior_weight=0.0,
+            freeze=freeze,
+            recompute_activations=recompute_activations,
+            compile=compile,
+        )
+        for name, parameter in model.named_parameters():
+            if not name.startswith("vision.vit."):
+                parameter.requires_grad_(False)
+        # Its name is the group of its learning rate.
+        self.head = WordHead(model.vision.width, preprocessing.vocab_size)
+
+    def setup(self, stage: str) -> None:
+        """Ask the data what every text is about.
+
+        Raises:
+            UserError: they do not know.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not data.regions_known:
+            raise UserError(
+                "task=naming learns from what texts are about, and these data do not say it: prepare them with regions "
+                "(data_prep.scenes_captions --phrases, data_prep.refcoco, data_prep.flickr30k --phrases, ...)"
+            )
+        data.region_grid = self.model.vision.grid_size
+        data.regions_in_validation = True
+
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor | None:
+        """The loss of a batch."""
+        if batch.skipped:
+            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
+        if not batch.caption_ids:
+            self.leave_out(", ".join(map(str, batch.skipped)))
+            return None
+        assert batch.coverage is not None
+        loss = self.head.loss(self._patches(batch), batch.input_ids, batch.image_index, batch.coverage)
+        count = len(batch.images)
+        total = self.total(loss, {}, count)
+        self.log("train/loss", total, prog_bar=True, batch_size=count)
+        return total
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        """Log loss and precision."""
+        if not batch.caption_ids:
+            return
+        assert batch.coverage is not None
+        inputs = self._patches(batch), batch.input_ids, batch.image_index, batch.coverage
+        self.log("val/naming_loss", self.head.loss(*inputs), batch_size=len(batch.images), sync_dist=True)
+        precision = self.head.precision(*inputs)
+        percent = 100 * precision.sum() / max(1, len(precision))
+        self.log("val/word_precision", percent, prog_bar=True, batch_size=len(precision), sync_dist=True)
+
+    def _patches(self, batch: CaptionBatch) -> Tensor:
+        vision = self.model.vision
+        return vision.encode(batch.images).tokens[:, vision.num_prefix_tokens :]
