@@ -37,6 +37,30 @@ def make_vision(topdown=None, **options) -> AbSViT:
     return encoder.eval()
 
 
+def test_a_convolutional_stem_gives_the_same_grid_and_reads_every_picture_alone():
+    torch.manual_seed(0)
+    encoder = AbSViT("vit_base_patch16_224", img_size=32, patch_size=8, stem="conv", embed_dim=24, depth=1, num_heads=2)
+    assert encoder.grid_size == (4, 4)
+    again = build(encoder.spec)
+    again.load_state_dict(encoder.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    together, alone = encoder.eval().encode(images).tokens, again.eval().encode(images[1:2]).tokens
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+    # What lies far away in the picture does not reach a patch through the stem: three 3x3 convolutions see 15 pixels.
+    images.requires_grad_()
+    encoder.vit.patch_embed(images)[0, 0].sum().backward()
+    seen = images.grad[0].abs().sum(0) > 0
+    assert seen.nonzero().amax(0).tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"stem": "cone"}, "patch, conv"), ({"patch_size": 12}, "power of 2")]
+)
+def test_wrong_stems_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        AbSViT("vit_base_patch16_224", **{"img_size": 48, "patch_size": 8, "stem": "conv", "embed_dim": 24} | options)
+
+
 def make_film() -> FiLMViT:
     torch.manual_seed(0)
     encoder = FiLMViT(

@@ -331,6 +331,21 @@ def test_question_only_reads_a_raw_folder(corpus: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
+def test_another_number_of_training_images_changes_no_image(corpus: Path, tmp_path: Path) -> None:
+    make_scenes("tiny", tmp_path / "few", num_workers=1, train_images=7)
+    with (
+        zipfile.ZipFile(corpus / "train2014.zip") as all_of_them,
+        zipfile.ZipFile(tmp_path / "few/train2014.zip") as few,
+    ):
+        assert few.namelist() == all_of_them.namelist()[:7]
+        assert all(few.read(name) == all_of_them.read(name) for name in few.namelist())
+    assert (tmp_path / "few/val2014.zip").read_bytes() == (corpus / "val2014.zip").read_bytes()
+    assert json.loads((tmp_path / "few/scenes.json").read_text())["splits"]["train"]["images"] == 7
+    for wrong, message in ((0, "--train-images is 0"), (None, "number of images")):
+        with pytest.raises(UserError, match=message):
+            make_scenes("tiny", tmp_path / "few", num_workers=1, train_images=wrong)
+
+
 def test_a_finished_corpus_stays_and_anything_else_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,7 +353,7 @@ def test_a_finished_corpus_stays_and_anything_else_is_refused(
     make_scenes("tiny", corpus, seed=0)
     assert "already" in capsys.readouterr().out
     assert (corpus / "scenes.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="another size or seed"):
+    with pytest.raises(UserError, match="another size, seed or number of images"):
         make_scenes("tiny", corpus, seed=7)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds no scenes"):

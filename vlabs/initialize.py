@@ -15,6 +15,8 @@ from vlabs.errors import UserError
 from vlabs.models.heads import RankingHead, VQAHead
 from vlabs.models.vlm import VisionLanguageModel
 
+_LISTED = 20  # names that a report lists of one kind
+
 
 @dataclass
 class Initialized:
@@ -39,7 +41,7 @@ class Initialized:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> str:
-        """A few lines: counts, and every name but those that were simply loaded."""
+        """A few lines: counts, and the names of those that were not simply loaded, unless they are many."""
         lines = [f"init: {len(self.loaded)} parameters loaded from {self.source}"]
         for what, names in (
             ("resampled", self.resampled),
@@ -48,7 +50,8 @@ class Initialized:
             ("made from others", self.derived),
         ):
             if names:
-                lines.append(f"  {what} ({len(names)}): {', '.join(names)}")
+                more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+                lines.append(f"  {what} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
         return "\n".join(lines)
 
 
@@ -76,8 +79,10 @@ def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence
         UserError: no such checkpoint, or no parameter of it fits.
     """
     path, content = read_source(source)
+    # A checkpoint may say that only some of it is trained (`vlabs.tasks.naming`).
+    trained = tuple(f"model.{part}." for part in content["vlabs"].get("trained", [])) or ("model.",)
     state = {
-        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
+        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith(trained)
     }
     own: dict[str, Tensor] = dict(model.state_dict())
     result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))

@@ -46,7 +46,7 @@ from vlabs.callbacks import (
     previous_of,
     validation_is_next,
 )
-from vlabs.checkpoint import history_of, packaged_starts, read_tensors
+from vlabs.checkpoint import packaged_starts, read_tensors
 from vlabs.config import command_line, explain, make_trainer, run_hydra, save_config
 from vlabs.environment import describe_environment, write_environment
 from vlabs.errors import UserError, one_line
@@ -54,7 +54,6 @@ from vlabs.initialize import initialize, read_source
 from vlabs.logging import csv_logger, log_data, log_outcome, quiet_lightning, remember_run_id, say
 from vlabs.plan import plan_run
 from vlabs.sweep import write_table
-from vlabs.tasks.naming import NamingTask
 from vlabs.tasks.vqa import VQATask
 
 _failed_runs: list[str] = []
@@ -124,8 +123,8 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     data = instantiate(config.data)
     if config.init is not None and config.data.get("tokenizer") is None:
         header = read_source(config.init)[1]["vlabs"]
-        if any(entry["task"] != NamingTask.name for entry in history_of(header["task"], header["data"])):
-            # The text encoder was trained, and its weights mean something for its own tokens only.
+        if "trained" not in header or "text" in header["trained"]:
+            # The text encoder's weights mean something for its own tokens only.
             tokenizer = header["preprocessing"]["tokenizer"]
             data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=tokenizer)
     with open_dict(config.model):

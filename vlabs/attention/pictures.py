@@ -228,7 +228,7 @@ def _first_input(checkpoint: Checkpoint, tensor: Tensor) -> Tensor:
 
 def _to_patches(checkpoint: Checkpoint, tensor: Tensor) -> Tensor:
     """(B, patches, 3 p p), row by row as the tokens are."""
-    side = checkpoint.model.vision.vit.patch_embed.patch_size[0]
+    side = checkpoint.preprocessing.image_size // checkpoint.model.vision.grid_size[0]
     return torch.nn.functional.unfold(tensor, side, stride=side).transpose(1, 2)
 
 
@@ -241,7 +241,7 @@ def _fit(tokens: Tensor, pixels: Tensor) -> Tensor:
 
 def _to_image(checkpoint: Checkpoint, tokens: Tensor, decoder: Tensor) -> Image.Image:
     size = checkpoint.preprocessing.image_size
-    side = checkpoint.model.vision.vit.patch_embed.patch_size[0]
+    side = checkpoint.preprocessing.image_size // checkpoint.model.vision.grid_size[0]
     patches = torch.cat([tokens, torch.ones(len(tokens), 1)], dim=1) @ decoder
     tensor = torch.nn.functional.fold(patches.T[None], (size, size), side, stride=side)[0]
     mean, std = (torch.tensor(v)[:, None, None] for v in (checkpoint.preprocessing.mean, checkpoint.preprocessing.std))

@@ -72,21 +72,29 @@ class VisionLanguageTask(pl.LightningModule):
         self.preprocessing = preprocessing
         self.data = data
         self.recipe = recipe
-        steered = model.prior is not None
+        has_prior = model.prior is not None
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
-        self.prior_weight = prior_weight if steered else 0.0
-        self.prior_bottom_up_weight = prior_bottom_up_weight if steered else 0.0
+        # Where ξ steers nothing, there is no second pass for it to be compared with.
+        self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
+        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
-        self.region_prior_weight = _weight("region_prior_weight", region_prior_weight) if steered else 0.0
-        self.token_prior_weight = _weight("token_prior_weight", token_prior_weight) if steered else 0.0
+        self.region_prior_weight = _weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
+        self.token_prior_weight = _weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
         self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
         self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
+        self._freeze_idle_prior()
         self.frozen = _freeze(model, freeze)
         if recompute_activations:
             model.recompute_activations()
         if compile:
             model.compile_parts()
+
+    def _freeze_idle_prior(self) -> None:
+        """Do not train a ξ that neither steers nor is taught: DDP would wait for its gradients."""
+        taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
+        if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
+            self.model.prior.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
         """Ask the data what every text is about, where that is learnt and known."""
@@ -98,6 +106,7 @@ class VisionLanguageTask(pl.LightningModule):
             data.region_grid = self.model.vision.grid_size
         else:
             self.region_prior_weight = 0.0
+            self._freeze_idle_prior()
         if self.trainer.is_global_zero:
             what = (
                 f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"

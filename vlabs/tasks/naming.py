@@ -24,8 +24,8 @@ from vlabs.tasks.optim import Recipe
 class NamingTask(VisionLanguageTask):
     """Pre-training of the ViT, bottom-up, on captions that say what they are about; logs `val/word_precision`.
 
-    All other parts of the model keep their fresh weights, so that the checkpoint is a start for every task and every
-    variant of feedback.
+    All other parts of the model keep the weights that they had. What starts from the checkpoint takes what is trained
+    in it, so that it is a start for every task and every variant of feedback.
 
     Args:
         model, preprocessing, data, recipe, recompute_activations, compile: as in `VisionLanguageTask`.
@@ -62,6 +62,12 @@ class NamingTask(VisionLanguageTask):
                 parameter.requires_grad_(False)
         # Its name is the group of its learning rate.
         self.head = WordHead(model.vision.width, preprocessing.vocab_size)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say that what stands beside the ViT is not trained, unless it was before: others start from the ViT alone."""
+        super().on_save_checkpoint(checkpoint)
+        if not self.data.get("history"):
+            checkpoint["vlabs"]["trained"] = ["vision.vit"]
 
     def setup(self, stage: str) -> None:
         """Ask the data what every text is about.
