@@ -47,7 +47,7 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     instances = tiny_data.parent / "raw/annotations.zip"
     files = build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20, instances)
     text = (cwd / "report/report.md").read_text()
-    assert {file.name for file in files} == {"report.md", "report.html", "attention.png"}
+    assert {file.name for file in files} == {"report.md", "report.html", "attention.png", "curves.png"}
     runs = read_runs(cwd / "sweep")
     assert {run.variant for run in runs} == {"model/topdown=none", "model/topdown=film"}
     found = [
@@ -64,6 +64,8 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         "Grounding",
         "Against model/topdown=none",
         "Grounding against model/topdown=none",
+        "When ξ is another question's",
+        "Accuracy against what was seen",
         "vlabs.train -m",
     ):
         assert part in text

@@ -33,7 +33,7 @@ def evaluate_checkpoint(config: DictConfig, task: str, out_dir: Path) -> dict[st
 
     Args:
         config: of `vlabs.evaluate`.
-        task: `vqa`, `retrieval` or `grounding`.
+        task: `vqa`, `retrieval`, `grounding` or `steering`.
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()

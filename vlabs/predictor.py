@@ -101,6 +101,7 @@ USABLE = {
     "vqa": ("vqa",),
     "retrieval": ("retrieval", "pretrain"),
     "grounding": ("vqa", "retrieval", "pretrain"),
+    "steering": ("vqa",),
 }
 
 

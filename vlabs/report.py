@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import html
 import io
 import json
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -40,6 +42,7 @@ from vlabs.metrics.bootstrap import paired_bootstrap
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
+ALPHAS = (0, 1, 3, 10, 30)  # strengths of feedback, where a variant has one
 
 
 @dataclass
@@ -90,10 +93,9 @@ def evaluate_run(run: Run, splits: Sequence[str], instances: Path | None, num_te
     """Evaluate a run where that was not done yet, as `vlabs.evaluate` would."""
     wanted = {split: [f"split={split}"] for split in splits}
     if instances is not None:
-        wanted["grounding"] = [
-            "task=grounding", "split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'",
-            f"task.maps=[{','.join(GROUNDING_MAPS)}]",
-        ]  # fmt: skip
+        masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'"]
+        wanted["grounding"] = ["task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
+        wanted["steering"] = ["task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
     for name, options in wanted.items():
         out = run.path / "evaluation" / name
         if (out / "metrics.json").is_file():
@@ -141,20 +143,22 @@ def build_report(
     sections = [_accuracy(groups, splits)]
     sections.append(_by_type(groups, "val"))
     if instances is not None:
-        sections.append(_grounding(groups))
+        sections += [_grounding(groups), _steering(groups), *_strengths(groups)]
     if base is not None:
         sections.append(_against(groups, base, splits))
         if instances is not None:
             sections.append(_grounding_against(groups, base))
     sections.append(_cost(groups))
     out.mkdir(parents=True, exist_ok=True)
-    figure = _figure(groups, out / "attention.png")
+    figures = {"where they look (norm of the output tokens)": _figure(groups, out / "attention.png")}
+    if curves := _curves(groups, out / "curves.png"):
+        figures = {"accuracy against what was seen": curves} | figures
     commands = list(dict.fromkeys(run.summary["command"] for run in runs))
     files = [out / "report.md", out / "report.html"]
     title = f"{sweep.name}: {len(runs)} runs, {len(groups)} variants"
-    _write(files[0], _markdown(title, sections, figure.name, commands))
-    _write(files[1], _html(title, sections, figure.name, commands))
-    return [*files, figure]
+    _write(files[0], _markdown(title, sections, figures, commands))
+    _write(files[1], _html(title, sections, figures, commands))
+    return [*files, *figures.values()]
 
 
 @dataclass
@@ -209,6 +213,46 @@ def _grounding(groups: dict[str, list[Run]]) -> Section:
         " as do the token weights of a variant without any."
     )
     return Section("Grounding (val)", text, header, rows)
+
+
+def _steering(groups: dict[str, list[Run]]) -> Section:
+    columns = ("accuracy", "answers_other", "fusion/own", "fusion/other")
+    rows = []
+    for name, runs in groups.items():
+        found = [_metrics(run, "steering") for run in runs]
+        keys = [_trained_strength(one) for one in found]
+        cells = [
+            _mean([one[f"{key}/{whose}/{column}"] for one, key in zip(found, keys, strict=True)])
+            for whose in ("own", "other")
+            for column in columns
+        ]
+        rows.append([name, *cells])
+    questions = _metrics(next(iter(groups.values()))[0], "steering")["questions"]
+    text = (
+        f"{questions} questions of val under their own ξ and under that of a question about another object of the same"
+        " picture, in percent: accuracy; how many are given the other question's answer, of those whose types agree and"
+        " answers differ; and the fusion map's energy on the own and on the other object."
+    )
+    header = [f"{whose} ξ: {column}" for whose in ("own", "other's") for column in columns]
+    return Section("When ξ is another question's", text, ["variant", *header], rows)
+
+
+def _strengths(groups: dict[str, list[Run]]) -> list[Section]:
+    """Accuracy by the strength of feedback, of the variants that have one; none where none has."""
+    rows = []
+    for name, runs in groups.items():
+        found = [_metrics(run, "steering") for run in runs]
+        if all(f"α={alpha}/own/accuracy" in one for one in found for alpha in ALPHAS):
+            cells = [_mean([one[f"α={alpha}/own/accuracy"] for one in found]) for alpha in ALPHAS]
+            rows.append([name, *cells])
+    text = "Accuracy on the same questions where α, with which nothing was trained again, is another."
+    header = ["variant", *[f"α = {alpha}" for alpha in ALPHAS]]
+    return [Section("Strength of feedback", text, header, rows)] if rows else []
+
+
+def _trained_strength(metrics: dict[str, Any]) -> str:
+    """What the steering of a run is listed under for the strength that it was trained with: the first."""
+    return next(key for key in metrics if key.endswith("/own/accuracy")).removesuffix("/own/accuracy")
 
 
 def _against(groups: dict[str, list[Run]], base: str, splits: Sequence[str]) -> Section:
@@ -283,7 +327,44 @@ def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
     return save_figure(checkpoints_figure(named, image, row["question"][:2], "norm"), path)
 
 
-def _markdown(title: str, sections: Sequence[Section], figure: str, commands: Sequence[str]) -> str:
+def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
+    """Accuracy on val against questions and minutes, the mean over seeds with their range; None without any."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots(1, 2, sharey=True)
+    drawn = False
+    for name, runs in groups.items():
+        courses = [course for run in runs if len(course := _course(run))]
+        if not courses:
+            continue
+        length = min(map(len, courses))
+        together = np.stack([course[:length] for course in courses])  # (runs, validations, 3)
+        mean, drawn = together.mean(axis=0), True
+        for axis, column in zip(axes, (0, 1), strict=True):
+            (line,) = axis.plot(mean[:, column], mean[:, 2], marker="o", markersize=3, label=name)
+            low, high = together[..., 2].min(axis=0), together[..., 2].max(axis=0)
+            axis.fill_between(mean[:, column], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if not drawn:
+        return None
+    axes[0].set_xlabel("thousand questions seen")
+    axes[1].set_xlabel("minutes of training")
+    axes[0].set_ylabel("official accuracy on val, %")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _course(run: Run) -> np.ndarray:
+    """(validations, 3): thousand texts seen, minutes and accuracy, from metrics.csv; (0, 3) where it has none."""
+    columns = ("seen/texts", "seen/minutes", "val/vqa_accuracy")
+    with open(run.path / "metrics.csv", newline="") as file:
+        rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
+    course = np.array([row for row in rows if all(row)], dtype=float).reshape(-1, 3)
+    course[:, 0] /= 1000
+    return course
+
+
+def _markdown(title: str, sections: Sequence[Section], figures: dict[str, Path], commands: Sequence[str]) -> str:
     lines = [f"# {title}", ""]
     for section in sections:
         lines += [f"## {section.title}", "", section.text, ""]
@@ -291,11 +372,13 @@ def _markdown(title: str, sections: Sequence[Section], figure: str, commands: Se
         lines.append("| " + " | ".join("---" for _ in section.header) + " |")
         lines += ["| " + " | ".join(row) + " |" for row in section.rows]
         lines.append("")
-    lines += ["## Where they look", "", f"![norm of the output tokens]({figure})", "", "## Commands", "", "```"]
+    for name, figure in figures.items():
+        lines += [f"## {name[0].upper()}{name[1:]}", "", f"![{name}]({figure.name})", ""]
+    lines += ["## Commands", "", "```"]
     return "\n".join([*lines, *commands, "```", ""])
 
 
-def _html(title: str, sections: Sequence[Section], figure: str, commands: Sequence[str]) -> str:
+def _html(title: str, sections: Sequence[Section], figures: dict[str, Path], commands: Sequence[str]) -> str:
     style = (
         "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
         "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child"
@@ -308,7 +391,8 @@ def _html(title: str, sections: Sequence[Section], figure: str, commands: Sequen
         for tag, row in [("th", section.header), *[("td", row) for row in section.rows]]:
             parts.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
         parts.append("</table>")
-    parts.append(f"<h2>Where they look</h2><img src='{figure}' alt='norm of the output tokens'>")
+    for name, figure in figures.items():
+        parts.append(f"<h2>{name[0].upper()}{name[1:]}</h2><img src='{figure.name}' alt='{name}'>")
     parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
     return "\n".join(parts) + "\n"
 

@@ -1,0 +1,191 @@
+"""Evaluation of steering: does what the model sees and answers follow ξ, if ξ is another's, weaker or stronger?
+
+The prior of another question about the same picture is wrong in nothing but where it points. If the answer stays right,
+what is fed back is not used, or fusion repairs it; if the map follows ξ to the other object, the encoder is steered.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from vlabs.attention.maps import attention_map
+from vlabs.checkpoint import Checkpoint
+from vlabs.data.images import ImageReader
+from vlabs.data.instances import crop_mask
+from vlabs.data.prepared import load_split, read_answers
+from vlabs.errors import UserError
+from vlabs.evaluation.grounding import Asked, Targets, find_targets
+from vlabs.evaluation.output import write_json
+from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.metrics.grounding import energy_inside, to_pixels
+
+MAPS = ("weights", "norm", "fusion")
+OWN, OTHER = "own", "other"
+
+
+def evaluate_steering(
+    checkpoint: Checkpoint,
+    config: DictConfig,
+    data_dir: str,
+    out_dir: Path,
+    alphas: Sequence[float],
+    num_texts: int | None,
+    instances: str | None = None,
+) -> dict[str, Any]:
+    """Answer questions under their own ξ and under that of another question of the picture; prints and writes a table.
+
+    Only pairs of questions about different parts of a picture count.
+
+    Args:
+        config: of `vlabs.evaluate`: split.
+        data_dir: the prepared folder.
+        alphas: strengths of feedback, beside the trained one, where the variant has one.
+        num_texts: how many questions, evenly spread; None for all.
+        instances: COCO's instances; without them, the regions that the data were prepared with.
+
+    Returns:
+        For `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`, of the
+        questions whose partner is of the same type and has another answer, how many are given that one; and for
+        every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
+    """
+    rows = load_split(data_dir, str(config.split))
+    targets = find_targets(rows, data_dir, instances, None)
+    if targets is None or "question" not in rows.column_names:
+        raise UserError(f"task=steering needs questions of which it is known what they are about: {data_dir} has none")
+    images = _pairs(targets, checkpoint.preprocessing.image_size, num_texts)
+    questions = sum(len(pairs) for pairs in images)
+    if questions < 2:
+        raise UserError(f"{data_dir}, split {config.split}: no picture has two questions about different parts of it")
+    topdown = checkpoint.model.vision.topdown
+    trained = getattr(topdown, "alpha", None)
+    strengths = [trained, *(float(alpha) for alpha in alphas if alpha != trained)] if trained is not None else [None]
+    rated = _Scores(rows, read_answers(data_dir))
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    progress = tqdm(
+        total=len(strengths) * questions, unit="text", desc="steering", disable=not config.trainer.enable_progress_bar
+    )
+    for alpha in strengths:
+        if alpha is not None:
+            topdown.alpha = alpha  # type: ignore[union-attr]
+        found: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), OTHER: defaultdict(list)}
+        for pairs in images:
+            for whose, measure, value in _measure(checkpoint, rated, pairs):
+                found[whose][measure].append(value)
+            progress.update(len(pairs))
+        for whose, measures in found.items():
+            scores["as trained" if alpha is None else f"α={alpha:g}", whose] = measures
+    progress.close()
+    if trained is not None:
+        topdown.alpha = trained  # type: ignore[union-attr]
+    metrics = _table(scores, questions)
+    metrics |= {"checkpoint": str(checkpoint.path), "split": str(config.split), "questions": questions}
+    print(write_json(out_dir / "metrics.json", metrics))
+    return metrics
+
+
+class _Pair:
+    """A question with its partner about another part of the same picture, and the two parts as the model sees them."""
+
+    def __init__(self, own: Asked, other: Asked, own_mask: np.ndarray, other_mask: np.ndarray) -> None:
+        self.own, self.other, self.masks = own, other, {OWN: own_mask, OTHER: other_mask}
+
+
+class _Scores:
+    """What answers to questions of prepared rows are worth."""
+
+    def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
+        self.rows, self.answers = rows, answers
+
+    def of(self, asked: Asked, answer: str) -> float:
+        """The official accuracy of an answer, in percent."""
+        row = self.rows[asked.row]
+        ids, scores = row["answer_ids"][asked.position], row["answer_scores"][asked.position]
+        by_answer = {self.answers[n]: score for n, score in zip(ids, scores, strict=True)}
+        return 100 * float(by_answer.get(answer, 0.0))
+
+    def answers_differ(self, pair: _Pair) -> bool:
+        """Whether both questions are of one type, so that one's answer could be the other's, and it is not."""
+        row = self.rows[pair.own.row]
+        own, other = pair.own.position, pair.other.position
+        common = [max(answers, key=answers.count) if answers else "" for answers in row["answers"]]
+        return bool(row["question_type"][own] == row["question_type"][other] and common[own] != common[other])
+
+
+def _pairs(targets: Targets, size: int, count: int | None) -> list[list[_Pair]]:
+    """For every picture its questions with the first after each, in a circle, that is about another part of it."""
+    images = []
+    for _, of_image in groupby(targets.asked, key=lambda item: item.row):
+        asked = list(of_image)
+        masks = [crop_mask(targets.region(item), size) for item in asked]
+        pairs = []
+        for n, item in enumerate(asked):
+            for other in [*range(n + 1, len(asked)), *range(n)]:
+                if masks[n].any() and masks[other].any() and not (masks[n] & masks[other]).any():
+                    pairs.append(_Pair(item, asked[other], masks[n], masks[other]))
+                    break
+        if pairs:
+            images.append(pairs)
+    total = sum(map(len, images))
+    if count is None or count >= total:
+        return images
+    share = count / total  # whole pictures, evenly spread
+    return [images[n] for n in np.linspace(0, len(images) - 1, num=max(1, round(share * len(images))), dtype=int)]
+
+
+@torch.no_grad()
+def _measure(checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair]) -> Iterator[tuple[str, str, float]]:
+    """Whose ξ, what is measured, and its value, for all pairs of one picture."""
+    model, preprocessing = checkpoint.model, checkpoint.preprocessing
+    _, image = ImageReader(scores.rows, preprocessing).read(pairs[0].own.row, 0)
+    assert image is not None
+    # Both texts of every pair: the first half are the questions, the second their partners.
+    texts = [pair.own.text for pair in pairs] + [pair.other.text for pair in pairs]
+    input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids(texts))
+    n = len(pairs)
+    bottom_up = model.vision.encode(image[None])
+    states = model.text(input_ids, attention_mask)
+    prior = model.prior_of(states, input_ids)
+    index = torch.zeros(n, dtype=torch.int64)
+    for whose, part in ((OWN, slice(0, n)), (OTHER, slice(n, None))):
+        given: Tensor | None = None if prior is None else prior[part]
+        output = model.join(bottom_up, given, states[:n], attention_mask[:n], index, read_image=True)
+        best = output.logits.argmax(dim=1).tolist()
+        maps = {name: attention_map(output, model.vision, name).numpy() for name in MAPS}
+        for k, pair in enumerate(pairs):
+            answer = preprocessing.answers[best[k]]
+            yield whose, "accuracy", scores.of(pair.own, answer)
+            if scores.answers_differ(pair):
+                yield whose, "answers_other", 100.0 * (scores.of(pair.other, answer) > scores.of(pair.own, answer))
+            for name in MAPS:
+                pixels = to_pixels(maps[name][k], preprocessing.image_size)
+                for whom, mask in pair.masks.items():
+                    yield whose, f"{name}/{whom}", 100 * float(energy_inside(pixels, mask))
+
+
+def _table(scores: dict[tuple[str, str], dict[str, list[float]]], questions: int) -> dict[str, Any]:
+    """Print and return the means, with 95% bootstrap intervals for accuracy."""
+    columns = ["answers_other", *[f"{name}/{whom}" for name in MAPS for whom in (OWN, OTHER)]]
+    print(f"\n{questions} questions, under their own ξ and that of a question about another part of the same picture;")
+    print("of every map, the energy on the own and on the other part\n")
+    print(f"{'strength':12}{'ξ':8}{'accuracy':>22}" + "".join(f"{column:>15}" for column in columns))
+    metrics: dict[str, Any] = {}
+    for (strength, whose), measures in scores.items():
+        interval = bootstrap_interval(measures["accuracy"])
+        key = f"{strength}/{whose}"
+        metrics |= {f"{key}/{name}": float(np.mean(values)) for name, values in measures.items()}
+        metrics[f"{key}/accuracy_interval"] = [interval.low, interval.high]
+        cells = [f"{metrics.get(f'{key}/{column}', float('nan')):15.1f}" for column in columns]
+        accuracy = f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+        print(f"{strength:12}{whose:8}{accuracy:>22}" + "".join(cells))
+    return metrics
