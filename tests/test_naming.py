@@ -1,6 +1,7 @@
 """Naming: the loss and its measure against plain loops, phrases of instances, and a run that others start from."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -88,6 +89,39 @@ def test_every_instance_is_a_phrase_with_its_mask(phrases, tiny_data):
         assert all(len(text.split()) == 4 for text in row["caption"])
     manifest = json.loads((phrases / "manifest.json").read_text())
     assert manifest["options"]["phrases"] is True
+
+
+def test_an_instance_of_coco_is_its_category_and_a_crowd_is_none(tiny_data, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for path in (tiny_data.parent / "raw").iterdir():
+        if path.name != "annotations.zip":
+            (raw / path.name).symlink_to(path)
+    crowds, names = set(), {}
+    with (
+        zipfile.ZipFile(tiny_data.parent / "raw/annotations.zip") as archive,
+        zipfile.ZipFile(raw / "annotations.zip", "w") as changed,
+    ):
+        for member in archive.namelist():
+            content = json.loads(archive.read(member))
+            by_id = {category["id"]: category["name"] for category in content["categories"]}
+            for n, entry in enumerate(content["annotations"]):
+                del entry["attributes"]
+                names[entry["id"]] = by_id[entry["category_id"]]
+                if n % 3 == 0:
+                    entry["iscrowd"] = 1
+                    crowds.add(entry["id"])
+            changed.writestr(member, json.dumps(content))
+    source = ScenesCaptions(raw, phrases=True)
+    prepare(source, tmp_path / "out", Options(others=source.options))
+    said = {
+        n: text
+        for row in load_split(tmp_path / "out", "val")
+        for n, text in zip(row["caption_id"], row["caption"], strict=True)
+    }
+    assert said == {n: names[n] for n in said}
+    of_val = {n for n in names if n // 100 // 1_000_000 == 1}
+    assert set(said) == of_val - crowds
 
 
 def test_phrases_without_instances_are_one_line(tiny_data, tmp_path):

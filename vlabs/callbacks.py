@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
-from vlabs.attention.maps import MAPS, attention_map
+from vlabs.attention.maps import MAPS, attention_map, default_map
 from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure
 from vlabs.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
@@ -481,7 +481,8 @@ class PredictionTable(EveryNValidations):
                 continue
             batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             output = pl_module(batch, read_image=True)
-            maps = attention_map(output, pl_module.model.vision).cpu().numpy()
+            map_name = default_map(pl_module.model)
+            maps = attention_map(output, pl_module.model.vision, map_name).cpu().numpy()
             probabilities, ids = output.logits.float().sigmoid().topk(min(3, output.logits.shape[1]))
             picture = data.preprocessing.resize(decode_image(dataset.rows[group.row]["image"], "validation image"))
             panels = []
@@ -494,7 +495,7 @@ class PredictionTable(EveryNValidations):
                 ]
                 panels.append(Panel(question, maps[n], [", ".join(top), f"true: {true}"]))
                 table.append((overlay(picture, maps[n]), question, true, *top, *[""] * (3 - len(top))))
-            figure = question_figure(picture, panels, "fusion attention")
+            figure = question_figure(picture, panels, map_name)
             save_figure(figure, self.directory / f"val_step{trainer.global_step:06d}_{shown}.png")
             if shown == 0:
                 self._paper_figures(trainer, pl_module, picture, batch.questions)
@@ -515,11 +516,11 @@ class PredictionTable(EveryNValidations):
         """The figures of `vlabs.attention` that are of one picture and one model, as files and in W&B."""
         model = task.model
         checkpoint = Checkpoint(model, task.preprocessing, task.name, {}, self.directory)
-        figures = {"questions": questions_figure(checkpoint, [picture], questions, "norm")}
+        figures = {"questions": questions_figure(checkpoint, [picture], questions, default_map(model))}
         if model.vision.needs_prior:
             figures["pathway"] = pathway_figure(checkpoint, picture, questions)
         if hasattr(model.vision.topdown, "alpha"):
-            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "norm")
+            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "change")
         for name, figure in figures.items():
             path = save_figure(figure, self.directory / f"{name}_step{trainer.global_step:06d}.png")
             for logger in trainer.loggers:

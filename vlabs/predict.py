@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from vlabs.attention.figures import Panel, question_figure, save_figure
-from vlabs.attention.maps import MAPS
+from vlabs.attention.maps import MAPS, default_map
 from vlabs.errors import UserError, run_cli
 from vlabs.predictor import load, open_image
 
@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="the picture")
     parser.add_argument("--question", required=True, action="append", help="a question; may be given several times")
     parser.add_argument("--out", default="prediction.png", help="where the figure goes (.png or .svg)")
-    parser.add_argument("--map", choices=MAPS, default="fusion", help="what says where it looked")
+    parser.add_argument(
+        "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
+    )
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
@@ -30,7 +32,8 @@ def main() -> None:
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
     picture = open_image(arguments.image)
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
-    answers = predictor.answer(picture, arguments.question, map_name=arguments.map)
+    map_name = arguments.map or default_map(predictor.model)
+    answers = predictor.answer(picture, arguments.question, map_name=map_name)
     panels = []
     for answer in answers:
         print(answer.question)
@@ -38,7 +41,7 @@ def main() -> None:
             print(f"  {probability:6.1%}  {text}")
         panels.append(Panel(answer.question, answer.map, [f"{text} {p:.0%}" for text, p in answer.answers[:3]]))
     shown = predictor.preprocessing.resize(picture)
-    print(save_figure(question_figure(shown, panels, arguments.map), arguments.out))
+    print(save_figure(question_figure(shown, panels, map_name), arguments.out))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlabs.attention.maps import look
+from vlabs.attention.maps import default_map, look
 from vlabs.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing, decode_image
@@ -50,7 +50,7 @@ class Predictor:
         self.device = device
 
     def answer(
-        self, image: str | Path | Image.Image, questions: Sequence[str], top: int = 5, map_name: str = "fusion"
+        self, image: str | Path | Image.Image, questions: Sequence[str], top: int = 5, map_name: str | None = None
     ) -> list[Answer]:
         """Answer questions about one picture; they share its bottom-up pass.
 
@@ -58,7 +58,7 @@ class Predictor:
             image: a file, or a Pillow image.
             questions: any text; longer than the model's limit is cut.
             top: answers a question.
-            map_name: which map says where it looked (see `attention_map`).
+            map_name: which map says where it looked (see `attention_map`); None for `default_map`.
 
         Raises:
             UserError: the file is missing or no image, or a question is empty.
@@ -68,6 +68,7 @@ class Predictor:
         for question in questions:
             if not question.strip():
                 raise UserError("a question is empty: give it some text")
+        map_name = map_name or default_map(self.model)
         picture = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
         images = self.preprocessing.image(picture)[None].to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))

@@ -41,7 +41,7 @@ from vlabs.evaluation.grounding import find_instances
 from vlabs.metrics.bootstrap import paired_bootstrap
 
 SPLITS = ("val", "distractors", "systematic", "productive")
-GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
+GROUNDING_MAPS = ("norm", "change", "weights", "rollout", "fusion")
 ALPHAS = (0, 1, 3, 10, 30)  # strengths of feedback, where a variant has one
 
 
@@ -150,7 +150,7 @@ def build_report(
             sections.append(_grounding_against(groups, base))
     sections.append(_cost(groups))
     out.mkdir(parents=True, exist_ok=True)
-    figures = {"where they look (norm of the output tokens)": _figure(groups, out / "attention.png")}
+    figures = {"where they look (fusion attention)": _figure(groups, out / "attention.png")}
     if curves := _curves(groups, out / "curves.png"):
         figures = {"accuracy against what was seen": curves} | figures
     commands = list(dict.fromkeys(run.summary["command"] for run in runs))
@@ -324,7 +324,7 @@ def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
     named = [(name, load_checkpoint(runs[0].path)) for name, runs in groups.items()]
     row = next(row for row in load_split(next(iter(groups.values()))[0].data_dir, "val") if len(row["question"]) > 1)
     image = decode_image(row["image"], f"image {row['image_id']}")
-    return save_figure(checkpoints_figure(named, image, row["question"][:2], "norm"), path)
+    return save_figure(checkpoints_figure(named, image, row["question"][:2], "fusion"), path)
 
 
 def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlabs.attention.figures import save_figure
-from vlabs.attention.maps import MAPS
+from vlabs.attention.maps import MAPS, default_map
 from vlabs.attention.pictures import (
     alpha_figure,
     checkpoints_figure,
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--image", required=True, action="append", help="a picture; may be given several times")
     parser.add_argument("--question", required=True, action="append", help="a question or caption; several times too")
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
-    parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: norm where a prior steers the "
-                        "encoder, else fusion)")  # fmt: skip
+    parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
+                        "the encoder, else fusion; change for --figure alpha)")  # fmt: skip
     parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10)")
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     parser.add_argument("--out", default="attention.png", help="where the figure goes (.png or .svg)")
@@ -73,14 +73,14 @@ def _figure(
 ) -> Figure:
     _, checkpoint = checkpoints[0]
     questions = arguments.question
-    steered = all(one.model.vision.needs_prior for _, one in checkpoints)
-    map_name = arguments.map or ("norm" if steered else "fusion")
+    defaults = {default_map(one.model) for _, one in checkpoints}
+    map_name = arguments.map or (defaults.pop() if len(defaults) == 1 else "fusion")
     if arguments.figure == "questions":
         return questions_figure(checkpoint, images, questions, map_name)
     if arguments.figure == "pathway":
         return pathway_figure(checkpoint, images[0], questions)
     if arguments.figure == "alpha":
-        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], map_name)
+        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], arguments.map or "change")
     if arguments.figure == "side-by-side":
         return side_by_side_figure(checkpoint, images[0], images[1], questions, map_name)
     if arguments.figure == "checkpoints":

@@ -123,7 +123,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.lstrip(".") or "png")
+    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", bbox_inches="tight", pad_inches=0.08)
     partial.replace(path)
     return path
 
