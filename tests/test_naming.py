@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_train import metrics_of
 
 from data_prep.pipeline import Options, prepare
 from data_prep.scenes_captions import ScenesCaptions
-from vlabs.checkpoint import load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
 from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
@@ -190,13 +191,13 @@ def test_naming_refuses_data_that_do_not_say_what_is_where(phrases, tmp_path, in
     assert_one_line_error(result, "task=naming", "--phrases")
 
 
-def saved(model, answers, path):
+def saved(model, answers, path, data=None):
     """A checkpoint of a model with a VQA head over some answers."""
     from vlabs.checkpoint import header_of
     from vlabs.data.preprocessing import Preprocessing
 
     preprocessing = Preprocessing(image_size=32, tokenizer="{}", answers=answers)
-    header = header_of(model, preprocessing, "vqa", {})
+    header = header_of(model, preprocessing, "vqa", data or {})
     torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "vlabs": header}, path)
     return path
 
@@ -237,10 +238,27 @@ def test_a_model_that_comes_with_vlabs_is_found_by_name_unless_a_folder_has_it(t
         load_checkpoint("scenes")
 
 
+def test_an_export_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    folder = tmp_path / "data/mine"
+    data = {"dir": str(folder), "history": [{"task": "naming", "data": {"sets": [{"name": "a", "dir": str(folder)}]}}]}
+    checkpoint = saved(make_model(None), tuple("abcde"), tmp_path / "a.ckpt", data)
+    monkeypatch.chdir(tmp_path)
+    header = read_tensors(export_safetensors(checkpoint, tmp_path / "a.safetensors"))["vlabs"]
+    assert header["data"]["dir"] == "data/mine"
+    assert header["data"]["history"][0]["data"]["sets"][0]["dir"] == "data/mine"
+    monkeypatch.chdir("/")  # it is not in the current folder then
+    header = read_tensors(export_safetensors(checkpoint, tmp_path / "b.safetensors"))["vlabs"]
+    assert (Path("/") / header["data"]["dir"]) == folder
+
+
 def test_what_comes_with_vlabs_is_small_has_a_card_and_saw_no_shipped_corpus():
     for name, path in packaged_starts().items():
         assert path.stat().st_size < 6_000_000
         card = path.with_suffix(".md").read_text()
         assert f"init={name}" in card
         content = read_tensors(path)["vlabs"]
-        assert "seed 0" not in json.dumps(content["data"])
+        folders = [content["data"]["dir"]]
+        for entry in content["data"]["history"]:
+            folders += [one["dir"] for one in entry["data"].get("sets", [entry["data"]])]
+        # Neither what vlabs renders by itself, which is of seed 0, nor a path of the machine that it was made on.
+        assert all(folder.startswith("data/start") for folder in folders)

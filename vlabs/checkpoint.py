@@ -207,15 +207,30 @@ def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
 def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:
     """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
 
-    The file is written under a temporary name and renamed.
+    The file is written under a temporary name and renamed. Data folders in the current folder are named relative to it,
+    because an export is for others too.
     """
     path, out = find_checkpoint(checkpoint), Path(out)
     content = read_tensors(path)
     if "vlabs" not in content:
         raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    header = content["vlabs"] | {"data": _with_relative_folders(content["vlabs"]["data"])}
     tensors = {name: value.contiguous() for name, value in content["state_dict"].items() if name.startswith("model.")}
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(content["vlabs"])})
+    safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(header)})
     partial.replace(out)
     return out
+
+
+def _with_relative_folders(data: Any) -> Any:
+    """A checkpoint's `data` with every `dir` that is in the current folder relative to it."""
+    if isinstance(data, dict):
+        here = Path.cwd()
+        return {
+            key: str(Path(value).relative_to(here))
+            if key == "dir" and Path(value).is_relative_to(here)
+            else _with_relative_folders(value)
+            for key, value in data.items()
+        }
+    return [_with_relative_folders(item) for item in data] if isinstance(data, list) else data
