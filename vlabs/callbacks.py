@@ -520,7 +520,7 @@ class PredictionTable(EveryNValidations):
         if model.vision.needs_prior:
             figures["pathway"] = pathway_figure(checkpoint, picture, questions)
         if hasattr(model.vision.topdown, "alpha"):
-            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "change")
+            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "fusion")
         for name, figure in figures.items():
             path = save_figure(figure, self.directory / f"{name}_step{trainer.global_step:06d}.png")
             for logger in trainer.loggers:

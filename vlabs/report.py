@@ -41,7 +41,7 @@ from vlabs.evaluation.grounding import find_instances
 from vlabs.metrics.bootstrap import paired_bootstrap
 
 SPLITS = ("val", "distractors", "systematic", "productive")
-GROUNDING_MAPS = ("norm", "change", "weights", "rollout", "fusion")
+GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
 ALPHAS = (0, 1, 3, 10, 30)  # strengths of feedback, where a variant has one
 
 

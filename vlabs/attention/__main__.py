@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--question", required=True, action="append", help="a question or caption; several times too")
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
-                        "the encoder, else fusion; change for --figure alpha)")  # fmt: skip
+                        "the encoder, else fusion; fusion for --figure alpha)")  # fmt: skip
     parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10)")
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     parser.add_argument("--out", default="attention.png", help="where the figure goes (.png or .svg)")
@@ -80,7 +80,7 @@ def _figure(
     if arguments.figure == "pathway":
         return pathway_figure(checkpoint, images[0], questions)
     if arguments.figure == "alpha":
-        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], arguments.map or "change")
+        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], arguments.map or "fusion")
     if arguments.figure == "side-by-side":
         return side_by_side_figure(checkpoint, images[0], images[1], questions, map_name)
     if arguments.figure == "checkpoints":

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-MAPS = ("fusion", "weights", "norm", "change", "cls", "rollout", "gradient")
+MAPS = ("fusion", "weights", "norm", "cls", "rollout", "gradient")
 NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 
 
@@ -36,8 +36,7 @@ def attention_map(
         vision: its image encoder, for the grid of patches.
         name: `fusion`: how much the text's [cls] reads of each image token in the last fusion layer. `weights`: the
             top-down token weights s_i (zeros without a prior). `norm`: the norm of the output tokens before the final
-            norm (paper, section 6.1). `change`: how far feedback moves them, the norm of their difference to those of
-            the bottom-up pass. `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
+            norm (paper, section 6.1). `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
             `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
             of [cls]. `gradient`: gradient × attention in the last block, of the best answer or the ranking score,
             positive part, summed over queries and heads.
@@ -60,9 +59,6 @@ def attention_map(
         )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
-    elif name == "change":
-        before = output.bottom_up.hidden
-        values = (output.seen.hidden - (before if image_index is None else before[image_index])).norm(dim=-1)
     elif name in NEEDS_ATTENTION:
         if not attention:
             raise ValueError(f"the {name} map needs the recorded attention")
@@ -112,7 +108,7 @@ def look(
         index = torch.zeros(len(input_ids), dtype=torch.int64, device=image.device)
         with torch.no_grad():
             output = model(image, input_ids, attention_mask, index, read_image=read_image)
-        return output, {name: attention_map(output, model.vision, name, image_index=index).cpu() for name in names}
+        return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
     # An image a text: where the passes are shared, a gradient would mix the texts.
     images = image.expand(len(input_ids), -1, -1, -1)
     with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:

@@ -24,7 +24,6 @@ LEGENDS = {
     "fusion": "bright: what the text reads of the picture (fusion attention)",
     "weights": "bright: like the prior ξ (token weights)",
     "norm": "bright: large output tokens (their norm, as in the paper)",
-    "change": "bright: moved by feedback (difference of the output tokens to the bottom-up pass)",
     "cls": "bright: what the encoder's [cls] reads in its last block",
     "rollout": "bright: what the encoder's [cls] reads through all blocks (rollout)",
     "gradient": "bright: what the best answer hangs on (gradient × attention)",

@@ -30,7 +30,7 @@ from vlabs.evaluation.output import write_json
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.grounding import energy_inside, to_pixels
 
-MAPS = ("weights", "norm", "change", "fusion")
+MAPS = ("weights", "norm", "fusion")
 OWN, OTHER = "own", "other"
 
 
@@ -161,7 +161,7 @@ def _measure(checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair]) -> Ite
         given: Tensor | None = None if prior is None else prior[part]
         output = model.join(bottom_up, given, states[:n], attention_mask[:n], index, read_image=True)
         best = output.logits.argmax(dim=1).tolist()
-        maps = {name: attention_map(output, model.vision, name, image_index=index).numpy() for name in MAPS}
+        maps = {name: attention_map(output, model.vision, name).numpy() for name in MAPS}
         for k, pair in enumerate(pairs):
             answer = preprocessing.answers[best[k]]
             yield whose, "accuracy", scores.of(pair.own, answer)

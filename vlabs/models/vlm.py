@@ -28,7 +28,6 @@ class VLMOutput:
         text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
         prior: ξ, (n, D_vision); None where there is none.
         seen: the second pass over the images.
-        bottom_up: the first pass over them, (B, …): what was seen before anything was asked.
         image_read: (n, N), the fusion's text-to-image attention; None unless asked for.
         losses: unweighted losses that the model itself computes, by name: `reconstruction`, when asked for.
     """
@@ -39,7 +38,6 @@ class VLMOutput:
     image_features: Tensor
     prior: Tensor | None
     seen: VisionTokens
-    bottom_up: BottomUp
     image_read: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -165,7 +163,6 @@ class VisionLanguageModel(nn.Module):
             image_features=fused.image,
             prior=prior,
             seen=seen,
-            bottom_up=bottom_up,
             image_read=fused.image_read,
             losses=losses,
         )
