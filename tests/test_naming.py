@@ -262,3 +262,31 @@ def test_what_comes_with_vlabs_is_small_has_a_card_and_saw_no_shipped_corpus():
             folders += [one["dir"] for one in entry["data"].get("sets", [entry["data"]])]
         # Neither what vlabs renders by itself, which is of seed 0, nor a path of the machine that it was made on.
         assert all(folder.startswith("data/start") for folder in folders)
+
+
+def test_the_start_answers_points_and_goes_on_with_another_variant_and_other_answers(tiny_data, tmp_path):
+    """The shipped weights are worth what their card says, on scenes that they were not trained on."""
+    result = command(
+        "vlabs.evaluate", "ckpt=scenes", f"data.dir={tiny_data}", "split=val", "hydra.run.dir=a", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "a/metrics.json").read_text())["not_yes_no"] > 85
+    result = command(
+        "vlabs.evaluate", "task=grounding", "ckpt=scenes", f"data.dir={tiny_data}", "split=val", "task.maps=[weights]",
+        "hydra.run.dir=b", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "b/metrics.json").read_text())
+    assert found["weights/energy"] > 3 * found["area"]
+    assert found["weights/pointing"] > 60
+    result = command(
+        "vlabs.train", "experiment=scenes_vqa", "init=scenes", "model/topdown=none", f"data.dir={tiny_data}",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "grounding.every_n_validations=0",
+        "predictions.every_n_validations=0", "logger=csv", "hydra.run.dir=c", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "starts/scenes.safetensors" in result.stdout
+    assert "newly made" not in result.stdout
+    assert "the rows of the 17 answers that both have" in result.stdout
+    # One step at a rate that is still warming up changes little: it goes on from what it knew.
+    assert json.loads((tmp_path / "c/summary.json").read_text())["metrics"]["val/vqa_accuracy/other"] > 20
