@@ -15,7 +15,6 @@ its id.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,8 +22,7 @@ from typing import Any
 from data_prep.captions import CaptionIndex
 from data_prep.entities import find_entities, match_sentences
 from data_prep.index import check_value
-from data_prep.karpathy import KarpathyCaptions, Layout
-from data_prep.pipeline import add_options, prepare, read_options
+from data_prep.karpathy import KarpathyCaptions, Layout, run_command
 from vlabs.errors import UserError, run_cli
 
 _PHRASES_A_SENTENCE = 100  # more than any has
@@ -44,6 +42,7 @@ class Flickr30k(KarpathyCaptions):
         UserError: files are missing; the message names all of them.
     """
 
+    what_phrases_are = "the phrases of Flickr30K Entities that have boxes"
     layout = Layout(
         name="flickr30k",
         image_folders=("flickr30k-images",),
@@ -106,20 +105,7 @@ class Flickr30k(KarpathyCaptions):
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.flickr30k",
-        description="Prepare Flickr30k's images and captions in Karpathy's splits.",
-    )
-    parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded files")
-    parser.add_argument(
-        "--phrases",
-        action="store_true",
-        help="take the phrases of Flickr30K Entities that have boxes as captions, in place of the sentences",
-    )
-    add_options(parser)
-    arguments = parser.parse_args()
-    raw = Flickr30k(arguments.raw_dir, arguments.phrases)
-    prepare(raw, arguments.out_dir, read_options(arguments, **raw.options))
+    run_command(Flickr30k, "data_prep.flickr30k", "Prepare Flickr30k's images and captions in Karpathy's splits.")
 
 
 if __name__ == "__main__":

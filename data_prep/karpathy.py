@@ -62,6 +62,7 @@ class KarpathyCaptions:
     """
 
     layout: ClassVar[Layout]
+    what_phrases_are: ClassVar[str] = "what each of COCO's instances is, with its mask,"
     kind = CAPTIONS
 
     def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
@@ -224,7 +225,7 @@ def run_command(raw_class: type[KarpathyCaptions], program: str, description: st
     parser.add_argument(
         "--phrases",
         action="store_true",
-        help="take what each of COCO's instances is, with its mask, as captions, in place of the sentences",
+        help=f"take {raw_class.what_phrases_are} as captions, in place of the sentences",
     )
     add_options(parser)
     arguments = parser.parse_args()
