@@ -7,6 +7,9 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, in `trai
 folders of these names. The splits are train (113,287 images: Karpathy's `restval` counts as training), val and test
 (5,000 each); an image's id is COCO's, a caption's its `sentid`. A run that was stopped goes on where it was when it is
 started again.
+
+With `--phrases` the captions are what COCO's instances are ("traffic light"), each with its mask, for `task=naming`;
+`annotations_trainval2014.zip` has to be in the same folder.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     python -m data_prep.scenes_captions --raw-dir data/scenes-raw --out-dir data/scenes-captions
 
 Every split of the corpus is prepared. Each caption says in `target_instances` which objects it is about.
+With `--phrases` the captions are what the objects are ("red large striped star"), each with its mask.
 """
 
 from __future__ import annotations
