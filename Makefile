@@ -1,4 +1,4 @@
-# make demo: set up, train a small AbSViT on the embedded corpus, evaluate it, leave a picture (about 15 minutes on 2 cores).
+# make demo: set up, fine-tune a small AbSViT on the embedded corpus, evaluate it, leave a picture (under 8 minutes on 2 cores).
 # make test: set up and run the tests.
 PYTHON ?= python3
 BIN := .venv/bin
