@@ -123,17 +123,26 @@ class _Scores:
 
 
 def _pairs(targets: Targets, size: int, count: int | None) -> list[list[_Pair]]:
-    """For every picture its questions with the first after each, in a circle, that is about another part of it."""
+    """For every picture its questions, each with one about another part of it.
+
+    That is the first after it, in a circle, and if there are any the first of its own type, whose answer could be its.
+    """
     images = []
+    all_kinds = targets.rows.select_columns(["question_type"])
     for _, of_image in groupby(targets.asked, key=lambda item: item.row):
         asked = list(of_image)
         masks = [crop_mask(targets.region(item), size) for item in asked]
+        kinds = all_kinds[asked[0].row]["question_type"]
         pairs = []
         for n, item in enumerate(asked):
-            for other in [*range(n + 1, len(asked)), *range(n)]:
-                if masks[n].any() and masks[other].any() and not (masks[n] & masks[other]).any():
-                    pairs.append(_Pair(item, asked[other], masks[n], masks[other]))
-                    break
+            others = [
+                other
+                for other in [*range(n + 1, len(asked)), *range(n)]
+                if masks[n].any() and masks[other].any() and not (masks[n] & masks[other]).any()
+            ]
+            same_kind = [other for other in others if kinds[asked[other].position] == kinds[item.position]]
+            for other in (same_kind or others)[:1]:
+                pairs.append(_Pair(item, asked[other], masks[n], masks[other]))
         if pairs:
             images.append(pairs)
     total = sum(map(len, images))
