@@ -79,10 +79,24 @@ def test_pairs_are_about_different_parts_and_measured_as_the_model_says(tiny_run
         assert accuracies[0] == pytest.approx(100 * official, abs=0.01)
 
 
+def test_what_texts_are_about_is_the_same_in_the_rows_and_in_cocos_instances(tiny_data):
+    rows = load_split(tiny_data, "val")
+    own = find_targets(rows, tiny_data, None, None)
+    of_file = find_targets(rows, tiny_data, str(tiny_data.parent / "raw/annotations.zip"), None)
+    assert own.instances is None
+    assert own.asked == of_file.asked
+    for item in own.asked:
+        np.testing.assert_array_equal(own.region(item) > 0.5, of_file.region(item))
+    assert find_targets(rows.remove_columns("region"), tiny_data, None, None) is None
+
+
 def test_wrong_inputs_are_one_line(tiny_run, tmp_path, in_process):
     for options, part in (
         (["task.instances=nowhere.zip"], "nowhere.zip"),
         (["split=nowhere"], "nowhere"),
+        (["task.alphas=[strong]"], "task.alphas names strong"),
+        (["task.alphas=[-1]"], "at least 0"),
+        (["task.num_texts=0"], "task.num_texts=0"),
     ):
         result = in_process("vlabs.evaluate", ["task=steering", f"ckpt={tiny_run[0]}", *options], tmp_path)
         assert_one_line_error(result, part)

@@ -54,15 +54,26 @@ def evaluate_steering(
         num_texts: how many questions, evenly spread; None for all.
         instances: COCO's instances; without them, the regions that the data were prepared with.
 
+    Raises:
+        UserError: the questions say nothing of what they are about, have no answers or no partners, or an option is
+            out of range.
+
     Returns:
         For `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`, of the
         questions whose partner is of the same type and has another answer, how many are given that one; and for
         every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
     """
+    for value in alphas:
+        if not isinstance(value, int | float) or value < 0:
+            raise UserError(f"task.alphas names {value}: a strength of feedback is a number, at least 0")
+    if num_texts is not None and (not isinstance(num_texts, int) or num_texts < 1):
+        raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
     rows = load_split(data_dir, str(config.split))
     targets = find_targets(rows, data_dir, instances, None)
     if targets is None or "question" not in rows.column_names:
         raise UserError(f"task=steering needs questions of which it is known what they are about: {data_dir} has none")
+    if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
+        raise UserError(f"{data_dir}, split {config.split}: the answers are kept back, so nothing can be said of them")
     images = _pairs(targets, checkpoint.preprocessing.image_size, num_texts)
     questions = sum(len(pairs) for pairs in images)
     if questions < 2:
