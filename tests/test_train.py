@@ -177,3 +177,11 @@ def test_a_profile_of_a_run_lies_in_its_folder(tiny_options, tmp_path, in_proces
     options = [*tiny_options, "logger=csv", "trainer.profiler=simple", "trainer.max_epochs=1", "hydra.run.dir=run"]
     assert in_process("vlabs.train", options, tmp_path).returncode == 0
     assert "train_dataloader_next" in (tmp_path / "run/fit-profile.txt").read_text()
+
+
+def test_every_validation_says_what_was_seen_until_then(tiny_run):
+    rows = [row for row in metrics_of(tiny_run[0]) if row.get("val/vqa_accuracy")]
+    # Two epochs of three batches of 32 questions.
+    assert [float(row["seen/texts"]) for row in rows] == [96, 192]
+    first, second = (float(row["seen/minutes"]) for row in rows)
+    assert 0 < first < second
