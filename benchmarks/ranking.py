@@ -233,7 +233,7 @@ def rank(
     mark()
     wanted = [np.arange(len(captions))] * len(images)
     if k is not None:
-        seen = torch.cat([model.vision.encode(image[None]).tokens[:, 0] for image in images])
+        seen = torch.cat([model.vision.encode(image[None]).cls for image in images])
         assert texts.prior is not None
         wanted = shortlist(seen, texts.prior, k)
     mark()

@@ -149,13 +149,13 @@ def our_side(
         model = make_model(options.size, options.topdown, head, dropout=0.0, **sizes)
         task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, _RECIPE)
         task.to(batch.images.device).train()
-        optimizer: torch.optim.Optimizer = _RECIPE.optimizer(task)
+        optimizer: torch.optim.Optimizer = _RECIPE.optimizer(task, task.lr_group)
     else:
         task, optimizer = other.owner, other.optimizer
 
     def loss() -> Tensor:
-        answers, others, _ = task.losses(batch)
-        return task.total(answers, others, len(batch.input_ids))
+        total: Tensor = task.total(task.losses(batch))
+        return total
 
     return Side(name, loss, optimizer, task, autocast)
 

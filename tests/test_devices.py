@@ -78,13 +78,11 @@ def caption_batch(chosen):
 
 
 def vqa_total(task, chosen):
-    loss, others, _ = task.losses(vqa_batch(chosen))
-    return task.total(loss, others, len(chosen))
+    return task.total(task.losses(vqa_batch(chosen)))
 
 
 def retrieval_total(task, chosen):
-    losses, others, _ = task.losses(caption_batch(chosen))
-    return task.total(losses["ranking"], others, len(chosen))
+    return task.total(task.losses(caption_batch(chosen)))
 
 
 TASKS = {"vqa": (make_vqa_task, vqa_total), "retrieval": (make_retrieval_task, retrieval_total)}

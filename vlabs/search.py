@@ -68,7 +68,7 @@ class Search:
             self.pictures = [path for path in self.pictures if _decodes(path)]
         if not self.pictures:
             raise UserError("--images holds no picture")
-        if self.model.prior is not None:
+        if self.model.prior is not None and self.model.vision.has_bottom_up:
             index = ImageIndex(index_dir.expanduser() / f"{content_sha256(checkpoint.path)[:16]}.safetensors")
             digests = [content_sha256(path) for path in self.pictures]
             index.add(zip(digests, self.pictures, strict=True), self._bottom_up_cls)
@@ -76,7 +76,7 @@ class Search:
 
     @torch.inference_mode()
     def _bottom_up_cls(self, path: Path) -> Tensor:
-        return self.model.vision.encode(self._tensor(path)).tokens[0, 0].float().cpu().clone()
+        return self.model.vision.encode(self._tensor(path)).cls[0].float().cpu().clone()
 
     def _tensor(self, path: Path) -> Tensor:
         return self.preprocessing.image(open_image(path))[None].to(self.device)
@@ -88,7 +88,7 @@ class Search:
         Args:
             query: any text.
             k: pictures that go through the whole network, those with the largest cosine of ξ and the bottom-up [cls];
-                None for all. Without feedback there is no ξ, and all are scored.
+                None for all. Where there is no ξ, or no bottom-up [cls], all are scored.
         """
         if not query.strip():
             raise UserError("--query is empty: give it some text")

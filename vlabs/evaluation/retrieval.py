@@ -93,7 +93,7 @@ class _BottomUp(pl.LightningModule):
     def predict_step(self, batch: tuple[Unit, Tensor], batch_idx: int) -> None:
         """One image."""
         unit, image = batch
-        self.seen.values[unit.image] = self.model.vision.encode(image).tokens[0, 0].float().cpu().numpy()
+        self.seen.values[unit.image] = self.model.vision.encode(image).cls[0].float().cpu().numpy()
 
 
 class _Scores(pl.LightningModule):
@@ -260,6 +260,10 @@ def _check(ranker: DictConfig, checkpoint: Checkpoint) -> None:
             raise UserError(f"ranker.{name}={value} must be a whole number, at least 1")
     if ranker.name == "shortlist" and checkpoint.model.prior is None:
         raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
+    if ranker.name == "shortlist" and not checkpoint.model.vision.has_bottom_up:
+        raise UserError(
+            "ranker=shortlist compares ξ with the bottom-up [cls], which model/topdown=film does not have: ranker=exact"
+        )
 
 
 class FilledScores:

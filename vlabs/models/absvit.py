@@ -49,6 +49,15 @@ class BottomUp:
     first_qkv: Tensor
     prepared: list[Tensor]
 
+    @property
+    def cls(self) -> Tensor:
+        """(B, D), z of [cls]: what the pictures are, before anything is asked.
+
+        Raises:
+            ValueError: this encoder has none, see `AbSViT.has_bottom_up`.
+        """
+        return self.tokens[:, 0]
+
 
 @dataclass
 class VisionTokens:
@@ -85,9 +94,14 @@ class AbSViT(nn.Module):
             from scratch learns shapes several times sooner. `patch_size` is then a power of 2.
         vit_options: any other argument of timm's `VisionTransformer` (`embed_dim`, `depth`, `num_heads`, …).
 
+    Attributes:
+        has_bottom_up: whether the first pass goes through the blocks, so that its tokens say what is in the picture.
+
     Raises:
         UserError: timm does not know the architecture, or it is not a pre-norm ViT with a class token.
     """
+
+    has_bottom_up = True
 
     def __init__(
         self,
@@ -194,7 +208,7 @@ class AbSViT(nn.Module):
             return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index))
         if not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
-            once = self._second_pass(topdown, bottom_up, bottom_up.tokens[:, 0], None, reconstruct)
+            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct)
             return VisionTokens(
                 _pick(once.tokens, image_index), _pick(once.hidden, image_index), None, once.reconstruction
             )

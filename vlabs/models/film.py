@@ -10,6 +10,15 @@ from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens, attend_to
 from vlabs.models.registry import register
 
 
+class Embedded(BottomUp):
+    """All that B images share under every prior where there is no pass without one: the embedding."""
+
+    @property
+    def cls(self) -> Tensor:
+        """There is none: [cls] has read nothing yet, and would be the same for every image."""
+        raise ValueError("an encoder that is steered from its first block has no bottom-up [cls]")
+
+
 @register
 class FiLMViT(AbSViT):
     """Perez et al. (2018) inside a ViT: `norm(x) → norm(x) · (1 + γ_l(ξ)) + β_l(ξ)` for both norms of every block.
@@ -20,6 +29,8 @@ class FiLMViT(AbSViT):
     Args:
         architecture, options: as in `AbSViT`; there is no `topdown`.
     """
+
+    has_bottom_up = False
 
     def __init__(self, architecture: str, **options: Any) -> None:
         super().__init__(architecture, **{"topdown": None} | options)
@@ -37,7 +48,7 @@ class FiLMViT(AbSViT):
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
         vit = self.vit
         embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        return BottomUp(embedded, embedded, embedded, embedded, [])
+        return Embedded(embedded, embedded, embedded, embedded, [])
 
     def attend(
         self,

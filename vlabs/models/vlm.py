@@ -28,6 +28,9 @@ class VLMOutput:
         text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
         prior: ξ, (n, D_vision); None where there is none.
         seen: the second pass over the images.
+        bottom_up: the first pass over the B images.
+        image_index: (n,) the image of each text; None where text i is about image i, or all about the one there is.
+        text_states: (n, T, D_text), of the text encoder.
         image_read: (n, N), the fusion's text-to-image attention; None unless asked for.
         losses: unweighted losses that the model itself computes, by name: `reconstruction`, when asked for.
     """
@@ -38,6 +41,9 @@ class VLMOutput:
     image_features: Tensor
     prior: Tensor | None
     seen: VisionTokens
+    bottom_up: BottomUp
+    image_index: Tensor | None
+    text_states: Tensor
     image_read: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -96,10 +102,11 @@ class VisionLanguageModel(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | BottomUp,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_index: Tensor | None = None,
+        text_index: Tensor | None = None,
         *,
         reconstruct: bool = False,
         all_features: bool = False,
@@ -108,17 +115,24 @@ class VisionLanguageModel(nn.Module):
         """Encode images and texts, and join them.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalised; or their first pass, where it is there already.
             input_ids, attention_mask: (n, T).
             image_index: (n,) the image of each text; None means that text i belongs to image i.
+            text_index: (p,) where p pairs are to be made of the n texts: the text of each; `image_index` is then (p,)
+                too, and so is the output. A text is encoded once, however many images it is paired with.
             reconstruct: compute the reconstruction loss.
             all_features: return every token's fused features, not the first alone.
             read_image: return the fusion's text-to-image attention.
         """
+        bottom_up = self.vision.encode(images) if isinstance(images, Tensor) else images
         text_states = self.text(input_ids, attention_mask)
+        prior = self.prior_of(text_states, input_ids)
+        if text_index is not None:
+            text_states, attention_mask = text_states[text_index], attention_mask[text_index]
+            prior = None if prior is None else prior[text_index]
         return self.join(
-            self.vision.encode(images),
-            self.prior_of(text_states, input_ids),
+            bottom_up,
+            prior,
             text_states,
             attention_mask,
             image_index,
@@ -163,6 +177,9 @@ class VisionLanguageModel(nn.Module):
             image_features=fused.image,
             prior=prior,
             seen=seen,
+            bottom_up=bottom_up,
+            image_index=image_index,
+            text_states=text_states,
             image_read=fused.image_read,
             losses=losses,
         )

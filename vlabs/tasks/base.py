@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,14 +16,33 @@ from vlabs.checkpoint import header_of
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.logging import say
-from vlabs.models.absvit import BottomUp
 from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
-from vlabs.models.vlm import VisionLanguageModel
-from vlabs.tasks.optim import Recipe
+from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.tasks.optim import PARTS, Recipe
+
+
+@dataclass
+class Losses:
+    """What a batch gives, not weighted yet.
+
+    Attributes:
+        task: the task's own losses by name, each a mean over the batch; their sum is trained.
+        count: of how many texts (or images) they are means.
+        others: losses that have a weight, by the names of `task.NAME_weight`.
+        right: what was guessed right, by name: vectors of truth values, for accuracies.
+    """
+
+    task: dict[str, Tensor]
+    count: int
+    others: dict[str, Tensor] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
 
 
 class VisionLanguageTask(pl.LightningModule):
     """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
+
+    A task says what the losses of a batch are (`losses`), which samples a batch has (`sample_ids`), the data that it
+    reads and the metric that it is judged by; see `docs/add_a_task.md`.
 
     Args:
         model: the model to train.
@@ -76,7 +96,7 @@ class VisionLanguageTask(pl.LightningModule):
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         # Where ξ steers nothing, there is no second pass for it to be compared with.
         self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
-        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior else 0.0
+        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
         self.region_prior_weight = _weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
@@ -120,32 +140,88 @@ class VisionLanguageTask(pl.LightningModule):
             module.eval()
         return self
 
+    def losses(self, batch: Any) -> Losses:
+        """What a batch gives; it has at least one sample."""
+        raise NotImplementedError
+
+    def sample_ids(self, batch: Any) -> list[int]:
+        """The data's own ids of a batch's samples: as many as it has, and named where something is wrong with them."""
+        raise NotImplementedError
+
+    def lr_group(self, name: str) -> str:
+        """Which of the rates in `task.recipe.lr` a parameter of this task has.
+
+        What a task adds to the model is as new as a head. Another group than METER's needs a rate of its own,
+        `+task.recipe.lr.GROUP=...`.
+
+        Args:
+            name: of the parameter, as in `named_parameters()`.
+        """
+        part, _, rest = name.removeprefix("model.").partition(".")
+        if part in ("prior", "prior_loss") or rest.startswith(("decoders.", "modulations.")):
+            return "feedback"
+        return part if name.startswith("model.") and part in PARTS else "head"
+
+    def shorten_validation(self) -> None:
+        """Leave out what is done once a validation, before some steps that only measure what a training will cost."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The total loss of a batch."""
+        skipped = getattr(batch, "skipped", ())  # one's own data need not leave anything out
+        if skipped:
+            self.log("train/skipped_images", float(len(skipped)), reduce_fx="sum", on_step=True)
+        if not self.sample_ids(batch):
+            self.leave_out(", ".join(map(str, skipped)))
+            return None
+        losses = self.losses(batch)
+        total = self.total(losses)
+        self.log("train/loss", total, prog_bar=True, batch_size=losses.count)
+        for name, loss in (losses.task | losses.others).items():
+            self.log(f"train/{name}_loss", loss, batch_size=losses.count)
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the task's losses, and the accuracy of what it guesses."""
+        if not self.sample_ids(batch):
+            return
+        losses = self.losses(batch)
+        for name, loss in losses.task.items():
+            self.log(f"val/{name}_loss", loss, batch_size=losses.count, sync_dist=True)
+        for name, right in losses.right.items():
+            # Nothing guessed is a weight of 0, and not a NaN.
+            percent = 100 * right.float().sum() / max(len(right), 1)
+            self.log(f"val/{name}_accuracy", percent, prog_bar=True, batch_size=len(right), sync_dist=True)
+
     def prior_losses(
-        self, text_states: Tensor, input_ids: Tensor, seen_cls: Tensor, bottom_up_cls: Tensor, image_ids: Tensor
+        self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
     ) -> dict[str, Tensor]:
         """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
 
+        It trains the map from text to ξ, and not the text encoder.
+
         Args:
-            text_states: (n, T, D_text); detached here, so that this loss trains the map and not the text encoder.
-            seen_cls, bottom_up_cls: (n, D), the second and the first pass's [cls] of each text's image.
-            image_ids: (n,).
+            output: of the model for n pairs of image and text.
+            input_ids: (n, T), the pairs' texts.
+            image_ids: (n,), the pairs' images.
+            pairs: which of them belong together; all if not said.
         """
         if self.prior_loss is None or self.model.prior is None:
             return {}
-        prior = self.model.prior(text_states.detach(), input_ids)
-        seen = {"prior": (self.prior_weight, seen_cls)}
-        seen["prior_bottom_up"] = (self.prior_bottom_up_weight, bottom_up_cls)
+        prior = self.model.prior(output.text_states[pairs].detach(), input_ids[pairs])
+        image_ids = image_ids[pairs]
+        seen = {}
+        if self.prior_weight > 0:
+            seen["prior"] = output.seen.tokens[:, 0][pairs]
+        if self.prior_bottom_up_weight > 0:
+            cls, index = output.bottom_up.cls, output.image_index
+            seen["prior_bottom_up"] = (cls if index is None else cls[index])[pairs]
         if self.training and dist.is_available() and dist.is_initialized():
             prior, image_ids = gather(prior), gather(image_ids)
-            seen = {name: (weight, gather(state)) for name, (weight, state) in seen.items()}
-        return {
-            name: self.prior_loss(prior.float(), state.float(), image_ids)
-            for name, (weight, state) in seen.items()
-            if weight > 0
-        }
+            seen = {name: gather(state) for name, state in seen.items()}
+        return {name: self.prior_loss(prior.float(), state.float(), image_ids) for name, state in seen.items()}
 
     def pointing_losses(
-        self, prior: Tensor | None, bottom_up: BottomUp, image_index: Tensor | None, coverage: Tensor | None
+        self, output: VLMOutput, coverage: Tensor | None, pairs: Tensor | slice = slice(None)
     ) -> dict[str, Tensor]:
         """The losses of ξ on patches, as far as they have a weight. They train both encoders and the map.
 
@@ -153,31 +229,31 @@ class VisionLanguageTask(pl.LightningModule):
         compared with the images of their own device.
 
         Args:
-            prior: ξ of n texts, (n, D).
-            image_index: (n,), the image of each text in `bottom_up`; None where text i is about image i.
-            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it.
+            output: of the model for n pairs of image and text.
+            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it. Of the
+                pairs in `pairs` only, where those are said.
+            pairs: which of them belong together; all if not said.
         """
-        if prior is None:
+        if output.prior is None:
             return {}
         losses = {}
-        patches = bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
+        prior = output.prior[pairs]
+        image_index = None if output.image_index is None else output.image_index[pairs]
+        patches = output.bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
         if self.region_prior_weight and coverage is not None:
             losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
         if self.token_prior_weight:
             losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
         return losses
 
-    def total(self, task_loss: Tensor, losses: dict[str, Tensor], count: int) -> Tensor:
-        """Weighted sum of Eq. 14; `losses` by the names of `task.NAME_weight`.
+    def total(self, losses: Losses) -> Tensor:
+        """Weighted sum of Eq. 14.
 
         Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n texts are therefore
         weighted by n, so that every text counts the same where ranks have unequal numbers of them. The prior losses are
         over all ranks' texts on every rank already.
-
-        Args:
-            count: n.
         """
-        share = self._share(count)
+        share = self._share(losses.count)
         weights = {
             "reconstruction": share * self.reconstruction_weight,
             "prior": self.prior_weight,
@@ -185,7 +261,8 @@ class VisionLanguageTask(pl.LightningModule):
             "region_prior": share * self.region_prior_weight,
             "token_prior": share * self.token_prior_weight,
         }
-        return share * task_loss + sum(weights[name] * loss for name, loss in losses.items())
+        task_loss = torch.stack(list(losses.task.values())).sum()
+        return share * task_loss + sum(weights[name] * loss for name, loss in losses.others.items())
 
     def leave_out(self, what: str) -> None:
         """Note that a whole batch was left out.
@@ -209,7 +286,7 @@ class VisionLanguageTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped once an optimiser step."""
-        optimizer = self.recipe.optimizer(self)
+        optimizer = self.recipe.optimizer(self, self.lr_group)
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,

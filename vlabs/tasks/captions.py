@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from vlabs.data.captions import CaptionBatch, CaptionDataModule, CaptionDataset
 from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
+from vlabs.models.absvit import BottomUp
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.negatives import NEGATIVES, gather_captions
@@ -47,6 +47,8 @@ class CaptionTask(VisionLanguageTask):
             raise UserError(f"task.negatives={negatives}: choose one of {', '.join(NEGATIVES)}")
         if negatives == "hard" and self.model.prior is None:
             raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
+        if negatives == "hard" and not self.model.vision.has_bottom_up:
+            raise UserError("task.negatives=hard reads the bottom-up [cls], which model/topdown=film does not have")
         if not isinstance(ranking_images, int) or ranking_images < 0:
             raise UserError(f"task.ranking_images={ranking_images} must be a whole number, at least 0")
         if not isinstance(hard_temperature, int | float) or hard_temperature <= 0:
@@ -56,13 +58,13 @@ class CaptionTask(VisionLanguageTask):
         self.ranking_images = ranking_images
         self.seed = seed
 
-    @abstractmethod
-    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """What a batch gives, each by name.
+    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+        """The captions' ids."""
+        return batch.caption_ids
 
-        Returns:
-            The task's losses; the other losses, unweighted; and what was guessed right, as vectors of truth values.
-        """
+    def shorten_validation(self) -> None:
+        """Rank nothing."""
+        self.ranking_images = 0
 
     def generator(self, batch: CaptionBatch) -> torch.Generator:
         """Randomness that is a function of the seed, the epoch and the batch's number in it."""
@@ -77,44 +79,19 @@ class CaptionTask(VisionLanguageTask):
         return gather_captions(*own, self.preprocessing.pad_token_id) if self.training else own
 
     @torch.no_grad()
-    def pool_similarity(self, pool_ids: Tensor, pool_mask: Tensor, cls: Tensor) -> Tensor | None:
-        """What hard negatives are drawn by, (n, P): the cosine of [cls] states (n, D) and ξ of P texts, over T."""
+    def pool_similarity(
+        self, pool_ids: Tensor, pool_mask: Tensor, bottom_up: BottomUp, image_index: Tensor
+    ) -> Tensor | None:
+        """What hard negatives are drawn by, (n, P): the cosine of bottom-up [cls] and ξ of P texts, over T."""
         if self.negatives != "hard" or self.model.prior is None:
             return None
+        cls = bottom_up.cls[image_index]
         prior = self.model.prior(self.model.text(pool_ids, pool_mask), pool_ids)
         return (
             torch.nn.functional.normalize(cls, dim=1)
             @ torch.nn.functional.normalize(prior, dim=1).T
             / (self.hard_temperature)
         )
-
-    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor | None:
-        """The total loss of a batch."""
-        if batch.skipped:
-            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
-        if not batch.caption_ids:
-            self.leave_out(", ".join(map(str, batch.skipped)))
-            return None
-        task_losses, others, _ = self.losses(batch)
-        count = len(batch.caption_ids)
-        total = self.total(torch.stack(list(task_losses.values())).sum(), others, count)
-        self.log("train/loss", total, prog_bar=True, batch_size=count)
-        for name, loss in (task_losses | others).items():
-            self.log(f"train/{name}_loss", loss, batch_size=count)
-        return total
-
-    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
-        """Log losses and accuracies."""
-        if not batch.caption_ids:
-            return
-        task_losses, _, guesses = self.losses(batch)
-        count = len(batch.caption_ids)
-        for name, loss in task_losses.items():
-            self.log(f"val/{name}_loss", loss, batch_size=count, sync_dist=True)
-        for name, right in guesses.items():
-            # Nothing guessed is a weight of 0, and not a NaN.
-            percent = 100 * right.float().sum() / max(len(right), 1)
-            self.log(f"val/{name}_accuracy", percent, prog_bar=True, batch_size=len(right), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the recalls of a small ranking."""

@@ -17,7 +17,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.naming import WordHead
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Losses, VisionLanguageTask
 from vlabs.tasks.optim import Recipe
 
 
@@ -60,7 +60,11 @@ class NamingTask(VisionLanguageTask):
         for name, parameter in model.named_parameters():
             if not name.startswith("vision.vit."):
                 parameter.requires_grad_(False)
-        # Its name is the group of its learning rate.
+        if not model.vision.has_bottom_up:
+            raise UserError(
+                "task=naming trains the bottom-up pass, which model/topdown=film does not have: train it with "
+                "model/topdown=none, its checkpoint is a start for every variant"
+            )
         self.head = WordHead(model.vision.width, preprocessing.vocab_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -84,31 +88,27 @@ class NamingTask(VisionLanguageTask):
         data.region_grid = self.model.vision.grid_size
         data.regions_in_validation = True
 
-    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor | None:
-        """The loss of a batch."""
-        if batch.skipped:
-            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
-        if not batch.caption_ids:
-            self.leave_out(", ".join(map(str, batch.skipped)))
-            return None
-        assert batch.coverage is not None
-        loss = self.head.loss(self._patches(batch), batch.input_ids, batch.image_index, batch.coverage)
-        count = len(batch.images)
-        total = self.total(loss, {}, count)
-        self.log("train/loss", total, prog_bar=True, batch_size=count)
-        return total
+    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+        """The captions' ids."""
+        return batch.caption_ids
+
+    def losses(self, batch: CaptionBatch) -> Losses:
+        """The loss of the words on the patches."""
+        return Losses({"naming": self.head.loss(*self._named(batch))}, len(batch.images))
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
         """Log loss and precision."""
         if not batch.caption_ids:
             return
-        assert batch.coverage is not None
-        inputs = self._patches(batch), batch.input_ids, batch.image_index, batch.coverage
-        self.log("val/naming_loss", self.head.loss(*inputs), batch_size=len(batch.images), sync_dist=True)
-        precision = self.head.precision(*inputs)
+        named = self._named(batch)
+        self.log("val/naming_loss", self.head.loss(*named), batch_size=len(batch.images), sync_dist=True)
+        precision = self.head.precision(*named)
         percent = 100 * precision.sum() / max(1, len(precision))
         self.log("val/word_precision", percent, prog_bar=True, batch_size=len(precision), sync_dist=True)
 
-    def _patches(self, batch: CaptionBatch) -> Tensor:
+    def _named(self, batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Patch tokens, and the texts with where in which image they belong."""
+        assert batch.coverage is not None
         vision = self.model.vision
-        return vision.encode(batch.images).tokens[:, vision.num_prefix_tokens :]
+        patches = vision.encode(batch.images).tokens[:, vision.num_prefix_tokens :]
+        return patches, batch.input_ids, batch.image_index, batch.coverage

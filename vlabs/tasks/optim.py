@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -24,7 +25,7 @@ class Recipe:
 
     Attributes:
         lr: peak learning rate of `vision`, `text`, `fusion`, `head` and `feedback` (decoders, FiLM's maps, ξ map,
-            temperature).
+            temperature), and of any group that a task adds.
         weight_decay: on matrices; biases and norms have none.
         betas, eps: of AdamW.
         warmup: share of the optimiser steps in which the rate rises from 0, in [0, 1).
@@ -41,20 +42,32 @@ class Recipe:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        if set(self.lr) != set(PARTS):
-            raise UserError(f"task.recipe.lr has {', '.join(self.lr)}; it must name {', '.join(PARTS)}")
+        if missing := [part for part in PARTS if part not in self.lr]:
+            raise UserError(f"task.recipe.lr has no {', '.join(missing)}; it must name {', '.join(PARTS)}")
         for part, rate in self.lr.items():
             if not isinstance(rate, int | float) or rate < 0:
                 raise UserError(f"task.recipe.lr.{part}={rate} must be a number, at least 0")
         if not 0 <= self.warmup < 1:
             raise UserError(f"task.recipe.warmup={self.warmup} must be a share of the steps, in [0, 1)")
 
-    def optimizer(self, module: nn.Module) -> AdamW:
-        """AdamW over the trainable parameters of a task, in groups `part` and `part/no_decay`."""
+    def optimizer(self, module: nn.Module, lr_group: Callable[[str], str]) -> AdamW:
+        """AdamW over the trainable parameters of a task, in groups `part` and `part/no_decay`.
+
+        Args:
+            lr_group: the part that a parameter belongs to, by its name.
+
+        Raises:
+            UserError: nothing is to be trained, a part has no rate, or a rate no part.
+        """
         groups: dict[str, list[nn.Parameter]] = {}
+        parts = {name: lr_group(name) for name, _ in module.named_parameters()}
+        if unknown := [part for part in self.lr if part not in (*PARTS, *parts.values())]:
+            raise UserError(f"task.recipe.lr.{unknown[0]}: no parameter is in this group; there are {', '.join(PARTS)}")
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                part = part_of(name)
+                part = parts[name]
+                if part not in self.lr:
+                    raise UserError(f"task.recipe.lr has no rate for {name}: pass +task.recipe.lr.{part}=RATE")
                 # As in METER, what has one dimension is a bias or a norm.
                 key = part if parameter.ndim > 1 else f"{part}/no_decay"
                 groups.setdefault(key, []).append(parameter)
@@ -86,14 +99,3 @@ class Recipe:
             )
         except ValueError as error:
             raise UserError(f"task.recipe.schedule={self.schedule}: {error}") from None
-
-
-def part_of(name: str) -> str:
-    """Which learning rate a task's parameter has, by its name."""
-    name = name.removeprefix("model.")
-    if name.startswith(("vision.decoders.", "vision.modulations.", "prior.", "prior_loss.")):
-        return "feedback"
-    part = name.split(".")[0]
-    if part not in PARTS:
-        raise KeyError(f"no learning rate for the parameter {name}")
-    return part

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch
 from vlabs.errors import UserError
+from vlabs.models.absvit import BottomUp
 from vlabs.models.heads import PretrainHead
+from vlabs.tasks.base import Losses
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.masking import IGNORED, TokenMasker
 from vlabs.tasks.negatives import draw_false
@@ -43,58 +45,41 @@ class PretrainTask(CaptionTask):
         super().setup(stage)
         self.trainer.datamodule.false_images = self.negatives == "dataset"  # type: ignore[attr-defined]
 
-    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """See `CaptionTask`."""
-        model = self.model
-        head = model.head
+    def losses(self, batch: CaptionBatch) -> Losses:
+        """MLM and ITM; both read the images with one first pass."""
+        head = self.model.head
         assert isinstance(head, PretrainHead)
         generator = self.generator(batch)
-        bottom_up = model.vision.encode(batch.images)
+        bottom_up = self.model.vision.encode(batch.images)
         reconstruct = self.reconstruction_weight > 0
 
         masked, labels = (t.to(batch.images.device) for t in self.masker(batch.input_ids.cpu(), generator))
-        masked_states = model.text(masked, batch.attention_mask)
-        masked_prior = model.prior_of(masked_states, masked)
-        guessed = model.join(
-            bottom_up,
-            masked_prior,
-            masked_states,
-            batch.attention_mask,
-            batch.image_index,
-            reconstruct=reconstruct,
-            all_features=True,
+        guessed = self.model(
+            bottom_up, masked, batch.attention_mask, batch.image_index, reconstruct=reconstruct, all_features=True
         )
         hidden = labels != IGNORED
         token_logits = head.token_logits(guessed.text_features[hidden]).float()
         # A sum over nothing keeps the head in the graph when no token was chosen.
         mlm = F.cross_entropy(token_logits, labels[hidden]) if hidden.any() else token_logits.sum()
 
-        input_ids, attention_mask, image_index, matches = self._pairs(batch, bottom_up.tokens[:, 0], generator)
-        text_states = model.text(input_ids, attention_mask)
-        prior = model.prior_of(text_states, input_ids)
-        joined = model.join(bottom_up, prior, text_states, attention_mask, image_index, reconstruct=reconstruct)
+        input_ids, attention_mask, image_index, matches = self._pairs(batch, bottom_up, generator)
+        joined = self.model(bottom_up, input_ids, attention_mask, image_index, reconstruct=reconstruct)
         match_logits = joined.logits.float()
         itm = F.cross_entropy(match_logits, matches.long())
 
-        others = self.prior_losses(
-            text_states[matches],
-            input_ids[matches],
-            joined.seen.tokens[:, 0][matches],
-            bottom_up.tokens[:, 0][image_index[matches]],
-            batch.image_ids[matches],
-        )
-        # Every caption is read with its own image here, while of the pairs below some are false.
-        others |= self.pointing_losses(masked_prior, bottom_up, batch.image_index, batch.coverage)
-        if reconstruct and "reconstruction" in joined.losses:
+        others = self.prior_losses(joined, input_ids, batch.image_ids, matches)
+        # Every caption is read with its own image here, while of the pairs some are false.
+        others |= self.pointing_losses(guessed, batch.coverage)
+        if "reconstruction" in joined.losses:
             others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2
         right = {
             "match": match_logits.argmax(dim=1) == matches,
             "mlm": token_logits.argmax(dim=1) == labels[hidden],
         }
-        return {"mlm": mlm, "itm": itm}, others, right
+        return Losses({"mlm": mlm, "itm": itm}, len(batch.caption_ids), others, right)
 
     def _pairs(
-        self, batch: CaptionBatch, bottom_up_cls: Tensor, generator: torch.Generator
+        self, batch: CaptionBatch, bottom_up: BottomUp, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pairs of ITM: token ids, masks, image index, and which of them match (n,)."""
         n = len(batch.caption_ids)
@@ -103,7 +88,7 @@ class PretrainTask(CaptionTask):
             index = torch.where(matches, batch.image_index, batch.false_image_index)
             return batch.input_ids, batch.attention_mask, index, matches
         pool_ids, pool_mask, pool_images = self.caption_pool(batch)
-        similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up_cls[batch.image_index])
+        similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up, batch.image_index)
         which, real = draw_false(batch.image_ids, pool_images, 1, generator, similarity)
         matches = matches | ~real[:, 0]
         extra = pool_ids.shape[1] - batch.input_ids.shape[1]

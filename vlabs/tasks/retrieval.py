@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.errors import UserError
+from vlabs.models.absvit import BottomUp
 from vlabs.models.heads import RankingHead
+from vlabs.tasks.base import Losses
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.negatives import draw_false
 
@@ -51,41 +53,29 @@ class RetrievalTask(CaptionTask):
         if len(data.rows(data.val_split)) < 2:
             raise UserError(f"data.val_split={data.val_split} has one image, and ranking needs at least 2")
 
-    def losses(self, batch: CaptionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """See `CaptionTask`."""
-        model = self.model
-        bottom_up = model.vision.encode(batch.images)
-        cls = bottom_up.tokens[:, 0][batch.image_index]
-        input_ids, attention_mask, which, real = self._candidates(batch, cls)
+    def losses(self, batch: CaptionBatch) -> Losses:
+        """Every image with its candidates; the first of them is the true one."""
+        bottom_up = self.model.vision.encode(batch.images)
+        input_ids, attention_mask, which, real = self._candidates(batch, bottom_up)
         n, candidates = which.shape
-        # Each text is encoded once, however many images it is a candidate of.
-        used, position = which.unique(return_inverse=True)
-        text_states = model.text(input_ids[used], attention_mask[used])
-        position = position.flatten()
-        prior = model.prior_of(text_states, input_ids[used])
-        output = model.join(
+        used, position = which.flatten().unique(return_inverse=True)
+        output = self.model(
             bottom_up,
-            prior[position] if prior is not None else None,
-            text_states[position],
-            attention_mask[used][position],
+            input_ids[used],
+            attention_mask[used],
             batch.image_index.repeat_interleave(candidates),
+            position,
             reconstruct=self.reconstruction_weight > 0,
         )
         scores = output.logits.float().view(n, candidates).masked_fill(~real, float("-inf"))
         loss = F.cross_entropy(scores, torch.zeros(n, dtype=torch.int64, device=scores.device))
         true = slice(None, None, candidates)
-        others = output.losses | self.prior_losses(
-            text_states[position[true]],
-            input_ids[used][position[true]],
-            output.seen.tokens[true, 0],
-            cls,
-            batch.image_ids,
-        )
-        own = prior[position[true]] if prior is not None else None
-        others |= self.pointing_losses(own, bottom_up, batch.image_index, batch.coverage)
-        return {"ranking": loss}, others, {"ranking": scores.argmax(dim=1) == 0}
+        image_ids = batch.image_ids.repeat_interleave(candidates)
+        others = output.losses | self.prior_losses(output, input_ids[which.flatten()], image_ids, true)
+        others |= self.pointing_losses(output, batch.coverage, true)
+        return Losses({"ranking": loss}, n, others, {"ranking": scores.argmax(dim=1) == 0})
 
-    def _candidates(self, batch: CaptionBatch, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self, batch: CaptionBatch, bottom_up: BottomUp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Texts and masks (P, T); for every caption itself and m others: positions (n, 1 + m), and which are real."""
         n = len(batch.caption_ids)
         own = torch.arange(n, device=batch.images.device)[:, None]
@@ -96,7 +86,7 @@ class RetrievalTask(CaptionTask):
             which = torch.cat([own, n + torch.arange(n * m, device=own.device).view(n, m)], dim=1)
             return ids, masks, which, torch.ones_like(which, dtype=torch.bool)
         pool_ids, pool_mask, pool_images = self.caption_pool(batch)
-        similarity = self.pool_similarity(pool_ids, pool_mask, cls)
+        similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up, batch.image_index)
         others, real = draw_false(batch.image_ids, pool_images, self.num_false, self.generator(batch), similarity)
         ids, masks = self._stack(batch.input_ids, batch.attention_mask, pool_ids, pool_mask)
         keep = real.any(dim=0)  # a column of which no row is real costs nothing

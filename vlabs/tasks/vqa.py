@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from vlabs.data.vqa import VQABatch, VQADataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VLMOutput
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Losses, VisionLanguageTask
 
 
 class Prediction(NamedTuple):
@@ -63,43 +63,26 @@ class VQATask(VisionLanguageTask):
         )
         return output
 
-    def losses(self, batch: VQABatch) -> tuple[Tensor, dict[str, Tensor], VLMOutput]:
-        """Task loss, the other losses unweighted by name, and the output."""
-        model = self.model
-        bottom_up = model.vision.encode(batch.images)
-        text_states = model.text(batch.input_ids, batch.attention_mask)
-        output = model.join(
-            bottom_up,
-            model.prior_of(text_states, batch.input_ids),
-            text_states,
+    def sample_ids(self, batch: VQABatch) -> list[int]:
+        """The questions' ids."""
+        return batch.question_ids
+
+    def losses(self, batch: VQABatch) -> Losses:
+        """The soft-score loss, and those of ξ and of the decoders."""
+        output = self.model(
+            batch.images,
+            batch.input_ids,
             batch.attention_mask,
             batch.image_index,
             reconstruct=self.reconstruction_weight > 0,
         )
-        bottom_up_cls = bottom_up.tokens[:, 0]
-        if batch.image_index is not None:
-            bottom_up_cls = bottom_up_cls[batch.image_index]
-        others = output.losses | self.prior_losses(
-            text_states, batch.input_ids, output.seen.tokens[:, 0], bottom_up_cls, batch.image_ids
-        )
-        others |= self.pointing_losses(output.prior, bottom_up, batch.image_index, batch.coverage)
-        return vqa_loss(output.logits, batch.targets), others, output
+        others = output.losses | self.prior_losses(output, batch.input_ids, batch.image_ids)
+        others |= self.pointing_losses(output, batch.coverage)
+        return Losses({"vqa": self.answer_loss(output.logits, batch.targets)}, len(batch.question_ids), others)
 
-    def training_step(self, batch: VQABatch, batch_idx: int) -> Tensor | None:
-        """The total loss of a batch."""
-        if batch.skipped:
-            self.log("train/skipped_images", float(len(batch.skipped)), reduce_fx="sum", on_step=True)
-        if not batch.question_ids:
-            self.leave_out(", ".join(map(str, batch.skipped)))
-            return None
-        task_loss, others, _ = self.losses(batch)
-        count = len(batch.question_ids)
-        total = self.total(task_loss, others, count)
-        self.log("train/loss", total, prog_bar=True, batch_size=count)
-        self.log("train/vqa_loss", task_loss, batch_size=count)
-        for name, loss in others.items():
-            self.log(f"train/{name}_loss", loss, batch_size=count)
-        return total
+    def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of answer logits (n, answers) for soft scores (n, answers); `vqa_loss` is METER's."""
+        return vqa_loss(logits, targets)
 
     def validation_step(self, batch: VQABatch, batch_idx: int) -> None:
         """Add a batch to the accuracies."""
@@ -112,7 +95,7 @@ class VQATask(VisionLanguageTask):
             chosen = torch.tensor([t == answer_type for t in batch.answer_types], device=scores.device)
             if chosen.any():
                 metric.update(scores[chosen])  # type: ignore[operator]
-        loss = vqa_loss(output.logits.float(), batch.targets)
+        loss = self.answer_loss(output.logits.float(), batch.targets)
         self.log("val/vqa_loss", loss, batch_size=len(scores), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
