@@ -26,7 +26,7 @@ OPTIONS = [
     "task=vqa", "data=scenes", "data.size=tiny", "data.dir=data", "data.image_size=32", "data.batch_size=16",
     "data.questions_per_image=4", "data.num_workers=2", "data.rand_augment=rand-m9-n2", "model.fusion.dropout=0.1",
     "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "logger=csv",
-    "checkpoints.every_minutes=null", "checkpoints.every_n_steps=1", "predictions.every_n_validations=0",
+    "checkpoints.every_minutes=null", "checkpoints.every_n_steps=1", "callbacks.predictions.every_n_validations=0",
 ]  # fmt: skip
 
 

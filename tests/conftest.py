@@ -71,8 +71,8 @@ def tiny_options(tiny_data) -> list[str]:
         "task=vqa", "data=scenes", "data.size=tiny", f"data.dir={tiny_data}", "data.image_size=32",
         "data.batch_size=32", "data.questions_per_image=4", "data.num_workers=0", "data.minival_images=4",
         "trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1",
-        "trainer.enable_progress_bar=false", "predictions.num_images=1", "grounding.num_texts=30",
-        f"grounding.instances={tiny_data.parent / 'raw/annotations.zip'}", *TINY_MODEL,
+        "trainer.enable_progress_bar=false", "callbacks.predictions.num_images=1", "callbacks.grounding.num_texts=30",
+        f"callbacks.grounding.instances={tiny_data.parent / 'raw/annotations.zip'}", *TINY_MODEL,
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlabs.attention import __main__ as program
 from vlabs.attention.figures import overlay
-from vlabs.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
 from vlabs.errors import run_cli
 

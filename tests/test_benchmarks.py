@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 from test_ranking import random_model
 
-from vlabs.data.sampling import Group, Plan
+from vlabs.checkpoints.released import ReleasedVLM, load_released
+from vlabs.data.sampling import BatchSpec, Group
 from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
-from vlabs.released import ReleasedVLM, load_released
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GOLDEN = Path(__file__).parent / "golden"
@@ -223,7 +223,7 @@ def test_both_loaders_give_the_same_questions_and_nearly_the_same_pictures(pictu
     plain.augment = lambda image: image
     for row, position in plain.questions[:5]:
         sample = plain.sample(row, position)
-        batch = ours[Plan(0, [Group(row, (position,))])]
+        batch = ours[BatchSpec(0, [Group(row, (position,))])]
         length = batch.input_ids.shape[1]
         assert sample["input_ids"][:length].tolist() == batch.input_ids[0].tolist()
         assert sample["attention_mask"].sum() == batch.attention_mask.sum()

@@ -10,14 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vlabs.checkpoint import Checkpoint
-from vlabs.config import config_dir
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionBatch
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import _check
-from vlabs.search import Search
+from vlabs.prediction.search import Search
+from vlabs.runs.config import config_dir
 from vlabs.tasks.naming import NamingTask
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.retrieval import RetrievalTask

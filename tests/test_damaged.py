@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.json_file import JsonFile
-from vlabs.checkpoint import load_checkpoint, read_tensors
+from vlabs.checkpoints.checkpoint import load_checkpoint, read_tensors
 from vlabs.data.instances import count_instances
 from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.data.preprocessing import decode_image

@@ -8,7 +8,7 @@ import wandb_workspaces.reports.v2 as wr
 from vlabs import dashboard
 from vlabs.data.loading import identity_of
 from vlabs.errors import run_cli
-from vlabs.logging import log_data, log_outcome
+from vlabs.runs.logging import log_data, log_outcome
 
 
 class Online:

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
-from vlabs.data.sampling import Group, Plan
+from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQADataModule, VQADataset, list_questions
 
 
@@ -21,7 +22,7 @@ def make_data(tiny_data, **options):
 def test_a_batch_is_the_rows_images_questions_and_soft_scores(tiny_data):
     data = make_data(tiny_data)
     rows = load_split(tiny_data, "train")
-    batch = VQADataset(rows, data.preprocessing)[Plan(0, [Group(2, (0, 3)), Group(5, (1,))])]
+    batch = VQADataset(rows, data.preprocessing)[BatchSpec(0, [Group(2, (0, 3)), Group(5, (1,))])]
     asked = [(2, 0), (2, 3), (5, 1)]
     assert batch.image_index.tolist() == [0, 0, 1]
     assert batch.question_ids == [rows[r]["question_id"][q] for r, q in asked]
@@ -37,7 +38,9 @@ def test_a_batch_is_the_rows_images_questions_and_soft_scores(tiny_data):
 
 def test_one_question_an_image_needs_no_index(tiny_data):
     data = make_data(tiny_data)
-    batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[Plan(0, [Group(2, (0,)), Group(5, (1,))])]
+    batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[
+        BatchSpec(0, [Group(2, (0,)), Group(5, (1,))])
+    ]
     assert batch.image_index is None
 
 
@@ -76,8 +79,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(tiny_data):
     rows = load_split(tiny_data, "train")
 
     def image(seed, epoch, row):
-        dataset = VQADataset(rows, data.preprocessing, "rand-m9-n2", seed)
-        return dataset[Plan(epoch, [Group(row, (0,))])].images[0]
+        images = ImageReader(rows, data.preprocessing, "rand-m9-n2", seed)
+        dataset = VQADataset(rows, data.preprocessing, images)
+        return dataset[BatchSpec(epoch, [Group(row, (0,))])].images[0]
 
     assert torch.equal(image(1, 0, 3), image(1, 0, 3))
     drawn = [image(seed, epoch, 3) for seed in range(2) for epoch in range(4)]

@@ -11,7 +11,7 @@ from vlabs.demo import three_questions
 
 def test_demo_leaves_run_metrics_and_picture(tiny_options, tiny_data, tmp_path):
     options = [option for option in tiny_options if not option.startswith("task=")]
-    options += ["predictions.every_n_validations=0", "init=null"]  # a model of another size than the start
+    options += ["callbacks.predictions.every_n_validations=0", "init=null"]  # a model of another size than the start
     result = command("vlabs.demo", "--out", "demo", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert all(f"== {step}/4" in result.stdout for step in (1, 2, 3, 4))

@@ -134,8 +134,9 @@ def options(tiny_options):
     left_out = ("data.batch_size", "trainer.max_epochs", "trainer.limit_train_batches", "data.questions_per_image")
     return [
         *[option for option in tiny_options if not option.startswith(left_out)],
-        "data.questions_per_image=2", "logger=csv", "trainer.max_epochs=1", "predictions.every_n_validations=0",
-        "grounding.every_n_validations=0", "trainer.gradient_clip_val=null",
+        "data.questions_per_image=2", "logger=csv", "trainer.max_epochs=1",
+        "callbacks.predictions.every_n_validations=0", "callbacks.grounding.every_n_validations=0",
+        "trainer.gradient_clip_val=null",
     ]  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def test_the_runs_of_a_sweep_can_be_processes_of_their_own(options, tmp_path):
 def test_the_slurm_launcher_is_a_choice_that_composes():
     from hydra import compose, initialize_config_dir
 
-    from vlabs.config import config_dir
+    from vlabs.runs.config import config_dir
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = compose("train", ["hydra/launcher=slurm"], return_hydra_config=True)

@@ -9,7 +9,7 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 from vlabs.attention.maps import MAPS, look
-from vlabs.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image

@@ -16,7 +16,7 @@ from vlabs.data.images import ImageReader, _seed
 from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.data.sampling import Group, Plan
+from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.errors import UserError
 from vlabs.models.prior import RegionPriorLoss, TokenPriorLoss
@@ -107,14 +107,16 @@ def test_a_temperature_must_be_above_zero():
 # Regions of a batch
 
 
-def reader_of(tiny_data, **options):
+def reader_of(tiny_data, grid=GRID, **options):
     data = VQADataModule(tiny_data, image_size=32, num_workers=0)
-    return VQADataset(load_split(tiny_data, "train"), data.preprocessing, region_grid=GRID, **options)
+    rows = load_split(tiny_data, "train")
+    images = ImageReader(rows, data.preprocessing, region_grid=grid, **options)
+    return VQADataset(rows, data.preprocessing, images)
 
 
 def test_coverage_is_the_share_of_each_patch_in_the_masks_of_the_targets(tiny_data):
     rows = load_split(tiny_data, "train")
-    batch = reader_of(tiny_data)[Plan(0, [Group(0, tuple(range(len(rows[0]["question"]))))])]
+    batch = reader_of(tiny_data)[BatchSpec(0, [Group(0, tuple(range(len(rows[0]["question"]))))])]
     targets = rows[0]["target_instances"]
     found = read_instances(tiny_data.parent / "raw/annotations.zip", {n for one in targets for n in one})
     assert any(targets)
@@ -125,8 +127,7 @@ def test_coverage_is_the_share_of_each_patch_in_the_masks_of_the_targets(tiny_da
 
 
 def test_without_a_grid_nothing_is_read_of_regions(tiny_data):
-    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
-    batch = VQADataset(load_split(tiny_data, "train"), data.preprocessing)[Plan(0, [Group(0, (0,))])]
+    batch = reader_of(tiny_data, grid=None)[BatchSpec(0, [Group(0, (0,))])]
     assert batch.coverage is None
 
 
@@ -152,10 +153,9 @@ def test_a_region_moves_with_its_picture(tiny_data):
 
 
 def test_augmentation_leaves_the_same_pictures_with_and_without_regions(tiny_data):
-    plan = Plan(3, [Group(0, (0, 1)), Group(4, (0,))])
+    plan = BatchSpec(3, [Group(0, (0, 1)), Group(4, (0,))])
     with_regions = reader_of(tiny_data, rand_augment="rand-m9-n2")[plan]
-    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
-    without = VQADataset(load_split(tiny_data, "train"), data.preprocessing, rand_augment="rand-m9-n2")[plan]
+    without = reader_of(tiny_data, grid=None, rand_augment="rand-m9-n2")[plan]
     assert torch.equal(with_regions.images, without.images)
 
 
@@ -192,7 +192,7 @@ def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, 
     result = command(
         "vlabs.train", *tiny_options, "logger=csv", "model/topdown=none", "model.unused_prior=true",
         "task.token_prior_weight=0.5", "trainer.max_epochs=1", "data.rand_augment=rand-m9-n2",
-        "grounding.maps=[weights]", "hydra.run.dir=run", cwd=tmp_path,
+        "callbacks.grounding.maps=[weights]", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "training texts it is known what they are about, so its weight is 1" in result.stdout + result.stderr

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from vlabs.logging import csv_logger, logged_in
+from vlabs.runs.logging import csv_logger, logged_in
 
 
 @pytest.fixture

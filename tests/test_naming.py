@@ -13,11 +13,11 @@ from test_train import metrics_of
 
 from data_prep.pipeline import Options, prepare
 from data_prep.scenes_captions import ScenesCaptions
-from vlabs.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.initialize import initialize
 from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
-from vlabs.initialize import initialize
 from vlabs.models.heads import VQAHead
 from vlabs.models.naming import WordHead
 
@@ -193,7 +193,7 @@ def test_naming_refuses_data_that_do_not_say_what_is_where(phrases, tmp_path, in
 
 def saved(model, answers, path, data=None):
     """A checkpoint of a model with a VQA head over some answers."""
-    from vlabs.checkpoint import header_of
+    from vlabs.checkpoints.checkpoint import header_of
     from vlabs.data.preprocessing import Preprocessing
 
     preprocessing = Preprocessing(image_size=32, tokenizer="{}", answers=answers)
@@ -281,8 +281,8 @@ def test_the_start_answers_points_and_goes_on_with_another_variant_and_other_ans
     assert found["weights/pointing"] > 60
     result = command(
         "vlabs.train", "experiment=scenes_vqa", "init=scenes", "model/topdown=none", f"data.dir={tiny_data}",
-        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "grounding.every_n_validations=0",
-        "predictions.every_n_validations=0", "logger=csv", "hydra.run.dir=c", cwd=tmp_path,
+        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.grounding.every_n_validations=0",
+        "callbacks.predictions.every_n_validations=0", "logger=csv", "hydra.run.dir=c", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "starts/scenes.safetensors" in result.stdout

@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from timm.layers import resample_abs_pos_embed
 from transformers import RobertaConfig, RobertaModel
 
-from vlabs.config import config_dir
+from vlabs.checkpoints.pretrained import roberta_from_pretrained, vit_from_timm
 from vlabs.errors import UserError
 from vlabs.models.topdown import AbSTopDown
-from vlabs.pretrained import roberta_from_pretrained, vit_from_timm
+from vlabs.runs.config import config_dir
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -106,7 +106,7 @@ def test_the_released_form_is_one_switch_away():
 
 
 def test_every_parameter_of_the_wandb_sweep_is_an_option():
-    sweep = yaml.safe_load((Path(config_dir()) / "wandb_sweep.yaml").read_text())
+    sweep = yaml.safe_load((Path(__file__).parent.parent / "docs/wandb_sweep.yaml").read_text())
     assert sweep["command"][-1] == "${args_no_hyphens}"
     with initialize_config_dir(config_dir(), version_base="1.3"):
         for name, parameter in sweep["parameters"].items():
@@ -132,8 +132,8 @@ def test_the_wheel_carries_configs_and_data_prep_and_runs_from_any_folder(tmp_pa
 import sys
 sys.path.insert(0, sys.argv[1])
 import data_prep.vqav2
-import vlabs.config
-print(vlabs.config.config_dir(), data_prep.vqav2.__file__)
+import vlabs.runs.config
+print(vlabs.runs.config.config_dir(), data_prep.vqav2.__file__)
 """
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from vlabs.checkpoints.released import load_released
 from vlabs.errors import UserError
-from vlabs.released import load_released
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADS = {"vision_heads": 3, "text_heads": 3, "fusion_heads": 3}

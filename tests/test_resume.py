@@ -19,10 +19,13 @@ import pytorch_lightning as pl
 import torch
 from conftest import assert_one_line_error, command
 
-from vlabs.callbacks import EveryNValidations, FiniteGradients, GoOn, KeepLast, WholeCheckpointIO, previous_of
 from vlabs.data.loading import make_loader
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
+from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO, previous_of
+from vlabs.training.callbacks.gradients import FiniteGradients
+from vlabs.training.callbacks.resume import GoOn
+from vlabs.training.callbacks.schedule import EveryNValidations
 
 STEPS = 20  # two epochs of ten
 
@@ -34,8 +37,8 @@ def long_options(tiny_options):
     return [
         *[option for option in tiny_options if not option.startswith(left_out)],
         "data.num_workers=2", "data.rand_augment=rand-m9-n2", "trainer.log_every_n_steps=1", "logger=csv",
-        "checkpoints.every_minutes=null", "checkpoints.every_n_steps=1", "predictions.every_n_validations=0",
-        "grounding.every_n_validations=0", "model.fusion.dropout=0.1",
+        "checkpoints.every_minutes=null", "checkpoints.every_n_steps=1", "callbacks.predictions.every_n_validations=0",
+        "callbacks.grounding.every_n_validations=0", "model.fusion.dropout=0.1",
     ]  # fmt: skip
 
 

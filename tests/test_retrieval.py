@@ -12,7 +12,7 @@ import torch
 from conftest import TINY_MODEL, assert_one_line_error, command
 from torch.nn.functional import cosine_similarity
 
-from vlabs.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
@@ -44,8 +44,9 @@ def tiny_captions(tiny_data):
 def caption_options(tiny_captions):
     """Overrides for a training of seconds."""
     return [
-        f"grounding.instances={tiny_captions.parent / 'raw/annotations.zip'}", "grounding.num_texts=20",
-        "data=scenes_captions", "data.size=tiny", f"data.dir={tiny_captions}", "data.image_size=32",
+        f"callbacks.grounding.instances={tiny_captions.parent / 'raw/annotations.zip'}",
+        "callbacks.grounding.num_texts=20", "data=scenes_captions", "data.size=tiny",
+        f"data.dir={tiny_captions}", "data.image_size=32",
         "data.batch_size=16", "data.captions_per_image=2", "task.ranking_images=6", "trainer.max_epochs=1",
         "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "logger=csv", *QUICK, *TINY_MODEL,
     ]  # fmt: skip
@@ -105,7 +106,7 @@ def test_grounding_of_captions_is_logged_in_validation_as_evaluation_finds_it(pr
 
 def test_each_caption_comes_once_an_epoch_and_several_sets_are_trained_on_together(tiny_captions):
     data = CaptionDataModule(
-        {"one": tiny_captions, "two": tiny_captions}, image_size=16, batch_size=8, captions_per_image=2, num_workers=0
+        tiny_captions, {"two": tiny_captions}, image_size=16, batch_size=8, captions_per_image=2, num_workers=0
     )
     seen = [caption for batch in data.train_dataloader() for caption in batch.caption_ids]
     once = [caption for row in load_split(tiny_captions, "train") for caption in row["caption_id"]]
@@ -113,7 +114,7 @@ def test_each_caption_comes_once_an_epoch_and_several_sets_are_trained_on_togeth
 
 
 def test_false_partners_are_of_other_images_and_a_function_of_seed_epoch_and_caption(tiny_captions):
-    data = CaptionDataModule({"one": tiny_captions}, image_size=16, batch_size=8, num_workers=0)
+    data = CaptionDataModule(tiny_captions, image_size=16, batch_size=8, num_workers=0)
     data.false_images, data.false_captions = True, 3
     loader = data.train_dataloader()
     first, again = next(iter(loader)), next(iter(loader))
@@ -277,9 +278,7 @@ def test_a_prior_loss_of_no_pairs_is_zero_and_trains_nothing():
 def test_a_batch_of_one_caption_gives_finite_losses_whether_or_not_it_matches(pretrained, tiny_captions):
     checkpoint = load_checkpoint(pretrained)
     task = PretrainTask(checkpoint.model, checkpoint.preprocessing, {}, Recipe(), mlm_probability=0.01).train()
-    data = CaptionDataModule(
-        {"one": tiny_captions}, batch_size=1, preprocessing=checkpoint.preprocessing, num_workers=0
-    )
+    data = CaptionDataModule(tiny_captions, batch_size=1, preprocessing=checkpoint.preprocessing, num_workers=0)
     data.false_images = True
     guessed = 0
     batches = list(itertools.islice(data.train_dataloader(), 8))
@@ -433,7 +432,7 @@ def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned
 
 
 def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions, tmp_path):
-    from vlabs.search import Search
+    from vlabs.prediction.search import Search
 
     metrics, folder, _ = rank(fine_tuned[0], tmp_path)
     rows = load_split(tiny_captions, "test")

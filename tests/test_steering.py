@@ -8,7 +8,7 @@ import torch
 from conftest import assert_one_line_error, command
 
 from vlabs.attention.maps import attention_map
-from vlabs.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.grounding import find_targets

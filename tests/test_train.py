@@ -13,9 +13,9 @@ import torch
 import yaml
 from conftest import assert_one_line_error, command
 
-from vlabs.checkpoint import load_checkpoint
-from vlabs.environment import write_environment
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.models.vlm import VisionLanguageModel
+from vlabs.runs.environment import write_environment
 
 
 def metrics_of(run):
@@ -110,7 +110,7 @@ def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
     run, _ = tiny_run
     result = command(
         "vlabs.train", *tiny_options, f"init={run}", "task.freeze=[vision,text]", "logger=tensorboard",
-        "predictions.every_n_validations=0", "hydra.run.dir=run", cwd=tmp_path,
+        "callbacks.predictions.every_n_validations=0", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
@@ -125,8 +125,8 @@ def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
 def test_a_sweep_leaves_a_folder_a_run_and_a_table_with_the_failures(tiny_options, tmp_path):
     result = command(
         "vlabs.train", "-m", *tiny_options, "model/topdown=none,absvit_released", "model.fusion.num_heads=2,5",
-        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "predictions.every_n_validations=0", "logger=csv",
-        "hydra.sweep.dir=sweep", cwd=tmp_path,
+        "trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.predictions.every_n_validations=0",
+        "logger=csv", "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 1
     with open(tmp_path / "sweep/runs.csv", newline="") as file:

@@ -74,7 +74,7 @@ def test_wandb_that_goes_away_in_mid_run_costs_nothing_but_its_upload(tiny_optio
 
 
 def test_wandb_that_cannot_be_reached_means_a_run_recorded_offline(tiny_options, tmp_path):
-    result = train([*tiny_options, "predictions.every_n_validations=0"], tmp_path, 9)
+    result = train([*tiny_options, "callbacks.predictions.every_n_validations=0"], tmp_path, 9)
     assert result.returncode == 0, result.stderr
     assert "cannot be reached" in result.stdout
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))

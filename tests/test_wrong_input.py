@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from conftest import assert_one_line_error, command
 from PIL import Image
 
-from vlabs.callbacks import WholeCheckpointIO
-from vlabs.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
-from vlabs.predictor import load
+from vlabs.prediction.predictor import load
+from vlabs.training.callbacks.checkpoints import WholeCheckpointIO
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_an_image_that_rots_after_preparation_stops_training_or_is_counted(tiny_
     data.rows = lambda split: datasets.Dataset.from_list(rows, features=VQA_FEATURES)
     with pytest.raises(UserError, match=f"image {rows[3]['image_id']}"):
         list(data.train_dataloader())
-    data.on_bad = "skip"
+    data.options = replace(data.options, on_bad="skip")
     batches = list(data.train_dataloader())
     assert {i for batch in batches for i in batch.skipped} == {rows[3]["image_id"]}
     answered = {i for batch in batches for i in batch.question_ids}

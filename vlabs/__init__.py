@@ -10,13 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlabs.predictor import Predictor
+    from vlabs.checkpoints.released import ReleasedClassifier, ReleasedVLM
+    from vlabs.prediction.predictor import Predictor
 
-__all__ = ["load"]
+__all__ = ["load", "load_released"]
 
 
 def load(path: Any, **options: Any) -> Predictor:
-    """Load a run folder, checkpoint, export or released file for prediction; see `vlabs.predictor.load`."""
-    from vlabs.predictor import load as load_predictor
+    """Load a run folder, checkpoint, export or released file for prediction; see `vlabs.prediction.predictor.load`."""
+    from vlabs.prediction.predictor import load as load_predictor
 
     return load_predictor(path, **options)
+
+
+def load_released(source: Any, **options: Any) -> ReleasedClassifier | ReleasedVLM:
+    """Load a checkpoint of the released AbSViT code; see `vlabs.checkpoints.released.load_released`."""
+    from vlabs.checkpoints.released import load_released as load_file
+
+    return load_file(source, **options)

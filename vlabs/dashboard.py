@@ -12,7 +12,7 @@ from wandb_workspaces import workspaces as ws
 from wandb_workspaces.reports import v2 as wr
 
 from vlabs.errors import UserError, run_cli
-from vlabs.logging import logged_in
+from vlabs.runs.logging import logged_in
 
 # What `vlabs.train` writes into a W&B run's config: the choice of model/topdown.
 VARIANT = "variant"

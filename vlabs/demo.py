@@ -20,7 +20,7 @@ from vlabs.attention.figures import Panel, question_figure, save_figure
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
-from vlabs.predictor import load
+from vlabs.prediction.predictor import load
 
 TRAINING = ("experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1")
 

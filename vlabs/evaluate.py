@@ -13,36 +13,44 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
 
-from vlabs.checkpoint import Checkpoint
-from vlabs.config import run_hydra, save_config
+from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
-from vlabs.logging import quiet_lightning
-from vlabs.predictor import load_any
+from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.prediction.predictor import load_any
+from vlabs.runs.config import run_hydra, save_config
+from vlabs.runs.logging import quiet_lightning
+from vlabs.utils.ranks import is_rank_zero
+
+# What is written `task=NAME` on the command line is a file of the group `evaluation`.
+RENAMED = {"task": "evaluation@task"}
 
 
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
-    hydra = HydraConfig.get()
-    evaluate_checkpoint(config, hydra.runtime.choices.task, Path(hydra.runtime.output_dir))
+    evaluate_checkpoint(config, Path(HydraConfig.get().runtime.output_dir))
 
 
-def evaluate_checkpoint(config: DictConfig, task: str, out_dir: Path) -> dict[str, Any]:
+def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     """Load a checkpoint, measure it, write what comes out to a folder, and return the metrics.
 
     Args:
         config: of `vlabs.evaluate`.
-        task: `vqa`, `retrieval`, `grounding` or `steering`.
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
-    checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, task=task)
-    evaluate = instantiate(config.task)
-    metrics: dict[str, Any] = evaluate(
-        checkpoint=checkpoint, config=config, data_dir=_data_dir(config, checkpoint), out_dir=out_dir
+    evaluation: Evaluation = instantiate(config.task, _convert_="all")
+    checkpoint = load_any(
+        config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, trained_for=evaluation.trained_for
     )
-    if getattr(rank_zero_only, "rank", 0):
+    if config.data.dir is None:
+        config.data.dir = _dir_of(checkpoint)
+    # Partial, because Hydra would turn a dataclass among the arguments into a config.
+    data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
+    _check_kind(data, evaluation.reads)
+    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer))
+    if not is_rank_zero():
         return metrics  # what is written is written once
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
@@ -56,18 +64,22 @@ def evaluate_checkpoint(config: DictConfig, task: str, out_dir: Path) -> dict[st
     return metrics
 
 
-def _data_dir(config: DictConfig, checkpoint: Checkpoint) -> str:
-    if config.data.dir is not None:
-        return str(config.data.dir)
-    directory = str(checkpoint.data["dir"])
-    if not Path(directory).is_dir():
+def _dir_of(checkpoint: Checkpoint) -> str:
+    """The folder of the data that a checkpoint was trained on."""
+    directory = checkpoint.data.get("dir")
+    if directory is None or not Path(directory).is_dir():
         raise UserError(f"the data that {checkpoint.path} was trained on is not at {directory}: pass data.dir=FOLDER")
-    return directory
+    return str(directory)
+
+
+def _check_kind(data: PreparedDataModule, wanted: type[PreparedDataModule]) -> None:
+    if not isinstance(data, wanted):
+        raise UserError(f"{data.dir} holds {data.holds}, and this task is measured on {wanted.holds}")
 
 
 def main() -> None:
     """Entry point of `python -m vlabs.evaluate`."""
-    run_hydra(run, "evaluate", folder="evaluation")
+    run_hydra(run, "evaluate", renamed=RENAMED)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vlabs.checkpoint import export_safetensors
+from vlabs.checkpoints.checkpoint import export_safetensors
 from vlabs.errors import UserError, run_cli
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from vlabs.attention.figures import Panel, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
 from vlabs.errors import UserError, run_cli
-from vlabs.predictor import load, open_image
+from vlabs.prediction.predictor import load, open_image
 
 
 def main() -> None:

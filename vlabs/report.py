@@ -31,14 +31,15 @@ from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
 from vlabs.attention.pictures import checkpoints_figure
-from vlabs.checkpoint import load_checkpoint
-from vlabs.config import config_dir
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.evaluate import evaluate_checkpoint
 from vlabs.evaluation.grounding import find_instances
 from vlabs.metrics.bootstrap import paired_bootstrap
+from vlabs.runs.config import config_dir
+from vlabs.utils.files import write_text
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
@@ -94,8 +95,8 @@ def evaluate_run(run: Run, splits: Sequence[str], instances: Path | None, num_te
     wanted = {split: [f"split={split}"] for split in splits}
     if instances is not None:
         masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'"]
-        wanted["grounding"] = ["task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
-        wanted["steering"] = ["task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
+        wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
+        wanted["steering"] = ["evaluation@task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
     for name, options in wanted.items():
         out = run.path / "evaluation" / name
         if (out / "metrics.json").is_file():
@@ -104,14 +105,10 @@ def evaluate_run(run: Run, splits: Sequence[str], instances: Path | None, num_te
             if name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS):
                 continue
         fixed = [f"ckpt='{run.path}'", f"data.dir='{run.data_dir}'", "data.num_workers=0"]
-        with initialize_config_dir(str(Path(config_dir()) / "evaluation"), version_base="1.3"):
-            composed = compose(
-                "evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"], return_hydra_config=True
-            )
-        task = composed.hydra.runtime.choices.task
-        config = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            config = compose("evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"])
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluate_checkpoint(config, task, out)
+            evaluate_checkpoint(config, out)
 
 
 def build_report(
@@ -156,8 +153,8 @@ def build_report(
     commands = list(dict.fromkeys(run.summary["command"] for run in runs))
     files = [out / "report.md", out / "report.html"]
     title = f"{sweep.name}: {len(runs)} runs, {len(groups)} variants"
-    _write(files[0], _markdown(title, sections, figures, commands))
-    _write(files[1], _html(title, sections, figures, commands))
+    write_text(files[0], _markdown(title, sections, figures, commands))
+    write_text(files[1], _html(title, sections, figures, commands))
     return [*files, *figures.values()]
 
 
@@ -395,12 +392,6 @@ def _html(title: str, sections: Sequence[Section], figures: dict[str, Path], com
         parts.append(f"<h2>{name[0].upper()}{name[1:]}</h2><img src='{figure.name}' alt='{name}'>")
     parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
     return "\n".join(parts) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

@@ -7,26 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from vlabs.errors import UserError, run_cli
-from vlabs.metrics.vqa import VqaAccuracy, vqa_accuracy
-
-
-def format_table(accuracy: VqaAccuracy) -> str:
-    """Return the accuracies as lines of text: overall, by answer type, by question type (best first)."""
-    width = max(map(len, ["overall", *accuracy["per_answer_type"], *accuracy["per_question_type"]])) + 4
-    lines = [f"{'overall':<{width}}{accuracy['overall']:>7.2f}   ({len(accuracy['per_question']):,} questions)"]
-
-    def section(title: str, values: Mapping[str, float]) -> None:
-        lines.extend(["", title])
-        for name, value in sorted(values.items(), key=lambda item: (-item[1], item[0])):
-            lines.append(f"  {name:<{width - 2}}{value:>7.2f}")
-
-    section("by answer type", accuracy["per_answer_type"])
-    section("by question type", accuracy["per_question_type"])
-    return "\n".join(lines)
+from vlabs.metrics.vqa import format_table, vqa_accuracy
 
 
 def main() -> None:

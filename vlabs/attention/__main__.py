@@ -21,9 +21,10 @@ from vlabs.attention.pictures import (
     reconstruction_figure,
     side_by_side_figure,
 )
-from vlabs.checkpoint import Checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.errors import UserError, run_cli
-from vlabs.predictor import load_any, open_image
+from vlabs.evaluation.grounding import GroundingEvaluation
+from vlabs.prediction.predictor import load_any, open_image
 
 FIGURES = {
     "questions": "pictures by questions",
@@ -94,8 +95,8 @@ def _figure(
 def _load(text: str) -> tuple[str, Checkpoint]:
     name, separator, path = text.partition("=")
     if separator and not Path(text).exists():
-        return name, load_any(path, task="grounding")
-    return Path(text).name, load_any(text, task="grounding")
+        return name, load_any(path, trained_for=GroundingEvaluation.trained_for)
+    return Path(text).name, load_any(text, trained_for=GroundingEvaluation.trained_for)
 
 
 if __name__ == "__main__":

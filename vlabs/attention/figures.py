@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vlabs.utils.files import replacing
+
 COLORMAP = "cividis"  # readable with any colour vision
 
 
@@ -119,12 +121,10 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figu
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure whole or not at all: under a temporary name, then renamed. The suffix chooses the format."""
+    """Write a figure, whole or not at all. The suffix chooses the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", bbox_inches="tight", pad_inches=0.08)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", bbox_inches="tight", pad_inches=0.08)
     return path
 
 

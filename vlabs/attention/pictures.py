@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlabs.attention.figures import Cell, grid_figure
 from vlabs.attention.maps import look
-from vlabs.checkpoint import Checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError

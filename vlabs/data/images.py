@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlabs.data.instances import crop_map
 from vlabs.data.preprocessing import Preprocessing, decode_image
-from vlabs.data.sampling import Plan
+from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
 
@@ -26,7 +26,7 @@ from vlabs.errors import UserError
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
-class PlannedTexts(NamedTuple):
+class BatchRows(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
@@ -101,23 +101,23 @@ class ImageReader:
                 image = self.augment(image)
         return row, self.preprocessing.normalize(image, out)
 
-    def read_plan(self, plan: Plan) -> PlannedTexts:
+    def read_batch(self, spec: BatchSpec) -> BatchRows:
         """The images of a batch and which texts go with them."""
         index: list[int] = []
         texts: list[tuple[int, dict[str, Any], int]] = []
         skipped: list[int] = []
         size = self.preprocessing.image_size
-        images, count = torch.empty(len(plan.groups), 3, size, size), 0
+        images, count = torch.empty(len(spec.groups), 3, size, size), 0
         with self._generators_kept():
-            for group in plan.groups:
-                row, image = self.read(group.row, plan.epoch, images[count])
+            for group in spec.groups:
+                row, image = self.read(group.row, spec.epoch, images[count])
                 if image is None:
                     skipped.append(row["image_id"])
                     continue
                 index += [count] * len(group.questions)
                 texts += [(group.row, row, position) for position in group.questions]
                 count += 1
-        return PlannedTexts(images[:count], index, texts, skipped)
+        return BatchRows(images[:count], index, texts, skipped)
 
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
         """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
@@ -125,7 +125,7 @@ class ImageReader:
         A region moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
 
         Args:
-            texts: as in `PlannedTexts`.
+            texts: as in `BatchRows`.
 
         Returns:
             None without a `region_grid`.

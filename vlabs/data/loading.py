@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.prepared import read_manifest
 from vlabs.data.sampling import GroupSampler
 from vlabs.errors import UserError
+from vlabs.utils.files import content_sha256
+from vlabs.utils.ranks import rank_and_world
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -33,6 +34,47 @@ def check_whole(name: str, number: Any, least: int) -> None:
     """Raise a UserError unless the option `data.NAME` is a whole number and at least `least`."""
     if not isinstance(number, int) or number < least:
         raise UserError(f"data.{name}={number} must be a whole number, at least {least}")
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are read; the options `data.NAME`.
+
+    Attributes:
+        batch_size: texts a step on each device; the batch of an optimiser step is this times devices times
+            `trainer.accumulate_grad_batches`.
+        eval_batch_size: texts a step in evaluation; `batch_size` if not given.
+        texts_per_image: texts of one image that share its first pass in a training step.
+        num_workers: loader processes.
+        rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
+        on_bad: `error` or `skip`, for images that cannot be decoded.
+        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below the image size, and resize to
+            within a pixel; evaluation always decodes whole pictures and resizes exactly.
+        bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and
+            sorted. Less padding, but in-batch negatives of similar length; 0 for none.
+        seed: of shuffling, augmentation and whatever else is drawn.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    batch_size: int = 64
+    eval_batch_size: int | None = None
+    texts_per_image: int = 1
+    num_workers: int = 2
+    rand_augment: str | None = None
+    on_bad: str = "error"
+    scaled_decoding: bool = True
+    bucket_batches: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("on_bad", self.on_bad, ("error", "skip"))
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("eval_batch_size", self.eval_batch_size or self.batch_size, 1)
+        check_whole("texts_per_image", self.texts_per_image, 1)
+        check_whole("bucket_batches", self.bucket_batches, 0)
+        check_whole("num_workers", self.num_workers, 0)
 
 
 def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,40 +151,44 @@ def _keep_memory_flat(worker: int) -> None:
 
 def make_loader(
     dataset: Dataset[Any],
-    rows: np.ndarray,
+    rows: datasets.Dataset,
+    column: str,
+    text_rows: np.ndarray,
     positions: np.ndarray,
-    texts_per_image: int,
-    batch_size: int,
+    options: LoaderOptions,
     training: bool,
-    seed: int,
-    num_workers: int,
-    lengths: np.ndarray | None = None,
-    bucket_batches: int = 0,
 ) -> DataLoader[Any]:
-    """A loader of whole batches, this process's part of them; arguments as in `GroupSampler`."""
-    distributed = dist.is_available() and dist.is_initialized()
+    """A loader of whole batches, this process's part of them.
+
+    Args:
+        dataset: gives the batch of a `BatchSpec`.
+        rows: of prepared data, `column` their lists of texts.
+        text_rows, positions: (M,) where the texts are, see `list_texts`.
+        training: shuffled, few texts of an image together; else in stored order, all texts of an image together.
+    """
+    rank, world_size = rank_and_world()
+    buckets = training and options.bucket_batches
     sampler = GroupSampler(
-        rows,
+        text_rows,
         positions,
-        texts_per_image,
-        batch_size,
+        options.texts_per_image if training else 0,
+        options.batch_size if training else options.eval_batch_size or options.batch_size,
         shuffle=training,
-        seed=seed,
-        rank=dist.get_rank() if distributed else 0,
-        world_size=dist.get_world_size() if distributed else 1,
-        lengths=lengths,
-        bucket_batches=bucket_batches,
+        seed=options.seed,
+        rank=rank,
+        world_size=world_size,
+        lengths=text_lengths(rows, column, text_rows, positions) if buckets else None,
+        bucket_batches=options.bucket_batches,
     )
     if training:
-        return GroupLoader(dataset, sampler, num_workers)
-    return DataLoader(dataset, sampler=sampler, **_loader_options(num_workers, seed))
+        return GroupLoader(dataset, sampler, options.num_workers)
+    return DataLoader(dataset, sampler=sampler, **_loader_options(options.num_workers, options.seed))
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:
     """What a checkpoint says of a prepared folder: its name, where it was, and the hash of its manifest."""
-    manifest = (Path(directory) / "manifest.json").read_bytes()
     return {
         "name": read_manifest(directory).get("name", ""),
         "dir": str(Path(directory).resolve()),
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "manifest_sha256": content_sha256(Path(directory) / "manifest.json"),
     }

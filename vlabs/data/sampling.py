@@ -16,7 +16,7 @@ class Group(NamedTuple):
     questions: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class BatchSpec(NamedTuple):
     """One batch before it is read: the epoch (augmentation depends on it), its groups, and its number in the epoch."""
 
     epoch: int
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     number: int = 0
 
 
-class GroupSampler(Sampler[Plan]):
+class GroupSampler(Sampler[BatchSpec]):
     """Yields the batches of an epoch as plans. Each question comes exactly once an epoch.
 
     Args:
@@ -77,7 +77,7 @@ class GroupSampler(Sampler[Plan]):
             return full + (rest >= self.world_size)
         return full + (rest > self.rank)
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[BatchSpec]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = np.arange(len(self.rows))
         if self.shuffle:
@@ -98,7 +98,7 @@ class GroupSampler(Sampler[Plan]):
                 groups.append(
                     Group(int(self.rows[questions[0]]), tuple(int(p) for p in np.sort(self.positions[questions])))
                 )
-            yield Plan(self.epoch, groups, step * self.world_size + self.rank)
+            yield BatchSpec(self.epoch, groups, step * self.world_size + self.rank)
 
 
 def _sort_within(

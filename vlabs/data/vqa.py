@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +9,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import ImageReader
-from vlabs.data.loading import check_choice, check_whole, identity_of, list_texts, make_loader, text_lengths
-from vlabs.data.prepared import check_kind, count_regions, load_split, read_answers
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
-from vlabs.data.sampling import Plan
-from vlabs.data.tokenizer import read_tokenizer
+from vlabs.data.loading import check_choice, check_whole, list_texts
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.prepared import check_kind, load_split, read_answers
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
 
@@ -56,36 +54,29 @@ class VQABatch(NamedTuple):
 
 
 class VQADataset(Dataset[VQABatch]):
-    """Reads whole batches: indexed by a `Plan`, gives a `VQABatch`.
+    """Reads whole batches: indexed by a `BatchSpec`, gives a `VQABatch`.
 
     Args:
         rows: prepared rows (see `vlabs.data.prepared.VQA_FEATURES`).
         preprocessing: images and texts to tensors, and the answer vocabulary.
-        rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
-        seed: of the augmentation, which is a function of (seed, epoch, image id).
-        on_bad: `error`, or `skip` to leave out images that cannot be decoded.
+        images: reads the images of these rows; None to read them as in evaluation, all of them.
         with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
-        scaled_decoding, region_grid: as in `ImageReader`.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
         preprocessing: Preprocessing,
-        rand_augment: str | None = None,
-        seed: int = 0,
-        on_bad: str = "error",
+        images: ImageReader | None = None,
         with_targets: bool = True,
-        scaled_decoding: bool = False,
-        region_grid: tuple[int, int] | None = None,
     ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
-        self.images = ImageReader(rows, preprocessing, rand_augment, seed, on_bad, scaled_decoding, region_grid)
+        self.images = images or ImageReader(rows, preprocessing)
         self.with_targets = with_targets
 
-    def __getitem__(self, plan: Plan) -> VQABatch:
-        images, index, chosen, skipped = self.images.read_plan(plan)
+    def __getitem__(self, spec: BatchSpec) -> VQABatch:
+        images, index, chosen, skipped = self.images.read_batch(spec)
         texts = [row["question"][position] for _, row, position in chosen]
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(texts))
         targets = torch.zeros(len(chosen), len(self.preprocessing.answers))
@@ -100,7 +91,7 @@ class VQADataset(Dataset[VQABatch]):
             image_index=None if one_each else torch.tensor(index),
             image_ids=torch.tensor([row["image_id"] for _, row, _ in chosen], dtype=torch.int64),
             targets=targets,
-            coverage=self.images.coverage(chosen, plan.epoch),
+            coverage=self.images.coverage(chosen, spec.epoch),
             question_ids=[row["question_id"][position] for _, row, position in chosen],
             questions=texts,
             answer_types=[row["answer_type"][position] for _, row, position in chosen],
@@ -110,102 +101,42 @@ class VQADataset(Dataset[VQABatch]):
         )
 
 
-class VQADataModule(pl.LightningDataModule):
+class VQADataModule(PreparedDataModule):
     """Batches of a prepared VQA folder.
 
     Args:
         dir: the prepared folder.
-        image_size: side of the square input in pixels.
-        batch_size: questions a step on each device; the batch of an optimiser step is this times devices times
-            `trainer.accumulate_grad_batches`.
-        eval_batch_size: questions a step in evaluation; `batch_size` if not given.
         questions_per_image: questions of one image that share its first pass in a training step.
         train_split: `train`, or `train+val` without the images of `minival`.
         val_split: a split, or `minival`: the last `minival_images` images of val.
-        max_length: tokens a question at most.
-        tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
-        rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
-        num_workers: loader processes.
-        on_bad: `error` or `skip`, for images that cannot be decoded.
-        bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and sorted.
-            Less padding, but in-batch negatives of similar length; 0 for none.
-        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below `image_size`, and resize to
-            within a pixel; evaluation always decodes whole pictures and resizes exactly.
-        image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
-            those of the data make training from scratch easier.
-        seed: of shuffling and augmentation.
-        preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
+        options: of `PreparedDataModule`.
 
     Raises:
-        UserError: no prepared data there, an unknown split, no tokenizer.
+        UserError: see `PreparedDataModule`, or an unknown split.
     """
+
+    kind = "vqa"
+    holds = "questions (data=scenes, vqav2)"
 
     def __init__(
         self,
         dir: str | Path,
-        image_size: int = 224,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
         questions_per_image: int = 1,
         train_split: str = "train",
-        val_split: str = "val",
         minival_images: int = 1000,
-        max_length: int = 50,
-        tokenizer: str | None = None,
-        rand_augment: str | None = None,
-        num_workers: int = 2,
-        on_bad: str = "error",
-        scaled_decoding: bool = True,
-        bucket_batches: int = 0,
-        image_mean: Sequence[float] = IMAGE_MEAN,
-        image_std: Sequence[float] = IMAGE_STD,
-        seed: int = 0,
         preprocessing: Preprocessing | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
         check_choice("train_split", train_split, ("train", "train+val"))
-        check_choice("on_bad", on_bad, ("error", "skip"))
-        check_whole("image_size", image_size, 1)
-        check_whole("batch_size", batch_size, 1)
-        check_whole("eval_batch_size", eval_batch_size or batch_size, 1)
-        check_whole("max_length", max_length, 1)
         check_whole("minival_images", minival_images, 1)
         check_whole("questions_per_image", questions_per_image, 1)
-        check_whole("bucket_batches", bucket_batches, 0)
-        check_whole("num_workers", num_workers, 0)
-        self.dir = Path(dir)
-        check_kind(dir, "vqa")
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.questions_per_image = questions_per_image
-        self.train_split, self.val_split = train_split, val_split
-        self.minival_images = minival_images
-        self.rand_augment = rand_augment
-        self.num_workers = num_workers
-        self.on_bad = on_bad
-        self.scaled_decoding = scaled_decoding
-        self.bucket_batches = bucket_batches
-        self.seed = seed
-        # Set by the task, where it learns what a question is about.
-        self.region_grid: tuple[int, int] | None = None
-        self.preprocessing = preprocessing or Preprocessing(
-            image_size=image_size,
-            tokenizer=read_tokenizer(tokenizer, self.dir),
-            max_length=max_length,
-            answers=tuple(read_answers(dir)),
-            mean=tuple(image_mean),
-            std=tuple(image_std),
+        check_kind(dir, self.kind)
+        answers = read_answers(dir) if preprocessing is None else ()
+        super().__init__(
+            {"vqa": dir}, preprocessing=preprocessing, answers=answers, texts_per_image=questions_per_image, **options
         )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of its data; see `identity_of`."""
-        return identity_of(self.dir)
-
-    @property
-    def regions_known(self) -> int:
-        """Of how many training questions it is known what part of the picture they are about."""
-        return count_regions(self.dir, "train")
+        self.train_split = train_split
+        self.minival_images = minival_images
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split, `minival` and `train+val` included.
@@ -245,30 +176,9 @@ class VQADataModule(pl.LightningDataModule):
 
     def _loader(self, rows: datasets.Dataset, training: bool, with_targets: bool = True) -> DataLoader[VQABatch]:
         question_rows, positions = list_questions(rows, only_answerable=training)
-        if not len(question_rows):
-            raise UserError(f"{self.dir} has no question to {'train on' if training else 'evaluate'}")
-        dataset = VQADataset(
-            rows,
-            self.preprocessing,
-            self.rand_augment if training else None,
-            self.seed,
-            self.on_bad,
-            with_targets,
-            scaled_decoding=training and self.scaled_decoding,
-            region_grid=self.region_grid if training else None,
-        )
-        return make_loader(
-            dataset,
-            question_rows,
-            positions,
-            self.questions_per_image if training else 0,
-            self.batch_size if training else self.eval_batch_size,
-            training,
-            self.seed,
-            self.num_workers,
-            text_lengths(rows, "question", question_rows, positions) if training and self.bucket_batches else None,
-            self.bucket_batches,
-        )
+        images = self.image_reader(rows, training, regions=training)
+        dataset = VQADataset(rows, self.preprocessing, images, with_targets)
+        return self.loader(dataset, rows, "question", question_rows, positions, training)
 
 
 def list_questions(rows: datasets.Dataset, only_answerable: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.attention.maps import MAPS, look
-from vlabs.checkpoint import Checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader, decode_region
 from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask, read_instances
-from vlabs.data.prepared import load_split
+from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.evaluation.output import write_json
+from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.grounding import (
     area_share,
@@ -36,6 +35,7 @@ from vlabs.metrics.grounding import (
     to_pixels,
 )
 from vlabs.models.vlm import VisionLanguageModel
+from vlabs.utils.files import write_json, write_text
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
 
@@ -74,125 +74,122 @@ class Targets:
         return decode_region(row["region"][item.position], f"image {row['image_id']}")
 
 
-def evaluate_grounding(
-    checkpoint: Checkpoint,
-    config: DictConfig,
-    data_dir: str,
-    out_dir: Path,
-    instances: str | None,
-    maps: Sequence[str],
-    num_texts: int | None,
-    human_maps: str | None = None,
-) -> dict[str, Any]:
-    """Measure every map against the targets; prints a table, writes metrics and a line a text; returns the means.
+class GroundingEvaluation(Evaluation):
+    """Measures every map against the targets; prints a table, writes metrics and a line a text.
 
     Texts whose target is not known, or not inside the centre square that the model sees, are counted and left out.
 
     Args:
-        config: of `vlabs.evaluate`: split and device.
-        data_dir: the prepared folder.
-        instances: COCO's instances of the same corpus; without them, the regions that the data were prepared with.
         maps: of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances of the same corpus; without them, the regions that the data were prepared with.
         num_texts: how many texts, evenly spread; None for all.
         human_maps: a folder of VQA-HAT's maps: rank correlation with them, in the place of all other measures.
+
+    Raises:
+        UserError: a map that there is not.
     """
-    wrong = [name for name in maps if name not in MAPS]
-    if wrong or not maps:
-        raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
-    if human_maps is not None:
-        return _evaluate_against_people(checkpoint, config, data_dir, out_dir, human_maps, maps, num_texts)
-    targets = find_targets(load_split(data_dir, str(config.split)), data_dir, instances, num_texts)
-    if targets is None:
-        raise UserError(
-            "task=grounding needs to know what a text is about: prepare the data with regions, or pass "
-            "task.instances=FILE, COCO's annotations zip or JSON"
-        )
-    asked = targets.asked
-    if not asked:
-        raise UserError(f"{data_dir}, split {config.split}: no question or caption says what it is about")
-    records, outside = [], 0
-    progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not config.trainer.enable_progress_bar)
-    for record in measure(checkpoint.model, checkpoint.preprocessing, targets, maps):
-        progress.update()
-        if record is None:
-            outside += 1
-        else:
-            records.append(record)
-    progress.close()
-    if len(records) < 2:
-        raise UserError(f"{data_dir}, split {config.split}: fewer than two texts have a target that the model can see")
-    lines = _write_lines(out_dir, records)
-    metrics = _table(records, maps)
-    metrics |= {
-        "checkpoint": str(checkpoint.path),
-        "split": str(config.split),
-        "texts": len(records),
-        "left_out": outside,
-    }
-    print(f"{outside} of {len(asked)} texts left out: their target is outside the centre square")
-    print(write_json(out_dir / "metrics.json", metrics))
-    print(lines)
-    return metrics
+
+    trained_for = ("vqa", "retrieval", "pretrain")
+
+    def __init__(
+        self,
+        maps: Sequence[str],
+        instances: str | None = None,
+        num_texts: int | None = None,
+        human_maps: str | None = None,
+    ) -> None:
+        wrong = [name for name in maps if name not in MAPS]
+        if wrong or not maps:
+            raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
+        self.maps = list(maps)
+        self.instances = instances
+        self.num_texts = num_texts
+        self.human_maps = human_maps
+
+    def run(self, checkpoint: Checkpoint, data: PreparedDataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`; the metrics are means over the texts."""
+        if self.human_maps is not None:
+            return self._against_people(checkpoint, data, setting, self.human_maps)
+        where = f"{data.dir}, split {setting.split}"
+        targets = find_targets(data.rows(setting.split), data.dir, self.instances, self.num_texts)
+        if targets is None:
+            raise UserError(
+                "task=grounding needs to know what a text is about: prepare the data with regions, or pass "
+                "task.instances=FILE, COCO's annotations zip or JSON"
+            )
+        asked = targets.asked
+        if not asked:
+            raise UserError(f"{where}: no question or caption says what it is about")
+        records, outside = [], 0
+        progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not setting.shows_progress)
+        for record in measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps):
+            progress.update()
+            if record is None:
+                outside += 1
+            else:
+                records.append(record)
+        progress.close()
+        if len(records) < 2:
+            raise UserError(f"{where}: fewer than two texts have a target that the model can see")
+        lines = _write_lines(setting.out_dir, records)
+        metrics = _table(records, self.maps)
+        metrics |= {
+            "checkpoint": str(checkpoint.path),
+            "split": setting.split,
+            "texts": len(records),
+            "left_out": outside,
+        }
+        print(f"{outside} of {len(asked)} texts left out: their target is outside the centre square")
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        print(lines)
+        return metrics
+
+    def _against_people(
+        self, checkpoint: Checkpoint, data: PreparedDataModule, setting: Setting, folder: str
+    ) -> dict[str, Any]:
+        """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
+
+        A question's human map is the mean over the people who were asked, of the part of the picture that the model
+        sees.
+        """
+        rows = data.rows(setting.split)
+        if "question" not in rows.column_names:
+            raise UserError(f"task.human_maps={folder} is about questions, and {data.dir} holds none")
+        asked = [
+            Asked(number, position, question_id, row["question"][position], [])
+            for number, row in enumerate(rows.select_columns(["question", "question_id"]))
+            for position, question_id in enumerate(row["question_id"])
+        ]
+        people = list_hat(folder)
+        asked = spread([item for item in asked if item.text_id in people], self.num_texts)
+        if len(asked) < 2:
+            raise UserError(
+                f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {setting.split}: "
+                "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (data_prep.vqav2 takes them too)"
+            )
+        model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
+        records: list[dict[str, Any]] = []
+        progress = tqdm(asked, unit="text", desc="human maps", disable=not setting.shows_progress)
+        for (item,), by_name in _look_at(model, preprocessing, rows, [[item] for item in progress], maps):
+            human = crop_map(read_human_maps(item.text_id, people[item.text_id]).mean, preprocessing.image_size)
+            correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
+            records.append({"id": item.text_id, "text": item.text, "maps": correlations})
+        lines = _write_lines(setting.out_dir, records)
+        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "texts": len(records)}
+        print(f"\n{len(records)} questions; a map that looks everywhere alike scores 0\n")
+        print(f"{'map':10}{'rank correlation':>26}")
+        for name in maps:
+            interval = bootstrap_interval([record["maps"][name] for record in records])
+            metrics[f"{name}/rank_correlation"] = interval.mean
+            metrics[f"{name}/rank_correlation_interval"] = [interval.low, interval.high]
+            print(f"{name:10}" + f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]".rjust(26))
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        print(lines)
+        return metrics
 
 
 def _write_lines(out_dir: Path, records: Sequence[dict[str, Any]]) -> Path:
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lines = out_dir / "grounding.jsonl"
-    partial = lines.with_name(lines.name + ".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(lines)
-    return lines
-
-
-def _evaluate_against_people(
-    checkpoint: Checkpoint,
-    config: DictConfig,
-    data_dir: str,
-    out_dir: Path,
-    folder: str,
-    maps: Sequence[str],
-    num_texts: int | None,
-) -> dict[str, Any]:
-    """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
-
-    A question's human map is the mean over the people who were asked, of the part of the picture that the model sees.
-    """
-    rows = load_split(data_dir, str(config.split))
-    if "question" not in rows.column_names:
-        raise UserError(f"task.human_maps={folder} is about questions, and {data_dir} holds none")
-    asked = [
-        Asked(number, position, question_id, row["question"][position], [])
-        for number, row in enumerate(rows.select_columns(["question", "question_id"]))
-        for position, question_id in enumerate(row["question_id"])
-    ]
-    people = list_hat(folder)
-    asked = spread([item for item in asked if item.text_id in people], num_texts)
-    if len(asked) < 2:
-        raise UserError(
-            f"task.human_maps={folder} has maps of fewer than two questions of {data_dir}, split {config.split}: "
-            "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (data_prep.vqav2 takes them too)"
-        )
-    size = checkpoint.preprocessing.image_size
-    records: list[dict[str, Any]] = []
-    progress = tqdm(asked, unit="text", desc="human maps", disable=not config.trainer.enable_progress_bar)
-    for (item,), by_name in _look_at(
-        checkpoint.model, checkpoint.preprocessing, rows, [[item] for item in progress], maps
-    ):
-        human = crop_map(read_human_maps(item.text_id, people[item.text_id]).mean, size)
-        correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
-        records.append({"id": item.text_id, "text": item.text, "maps": correlations})
-    lines = _write_lines(out_dir, records)
-    metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": str(config.split), "texts": len(records)}
-    print(f"\n{len(records)} questions; a map that looks everywhere alike scores 0\n")
-    print(f"{'map':10}{'rank correlation':>26}")
-    for name in maps:
-        interval = bootstrap_interval([record["maps"][name] for record in records])
-        metrics[f"{name}/rank_correlation"] = interval.mean
-        metrics[f"{name}/rank_correlation_interval"] = [interval.low, interval.high]
-        print(f"{name:10}" + f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]".rjust(26))
-    print(write_json(out_dir / "metrics.json", metrics))
-    print(lines)
-    return metrics
+    return write_text(out_dir / "grounding.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _look_at(

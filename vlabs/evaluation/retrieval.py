@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,27 +17,26 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.attention.figures import RankedImage, ranking_figure, save_figure
 from vlabs.attention.maps import attention_map
-from vlabs.checkpoint import Checkpoint, history_of
-from vlabs.config import make_trainer
+from vlabs.checkpoints.checkpoint import Checkpoint, history_of
+from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader
 from vlabs.data.loading import identity_of
-from vlabs.data.prepared import check_kind, load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
-from vlabs.evaluation.output import progress_bar, write_json
-from vlabs.logging import say
+from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.retrieval import RECALLS, Rows, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.ranking.index import content_sha256
 from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import share_kept, shortlist
 from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
+from vlabs.runs.config import make_trainer
+from vlabs.runs.logging import say
+from vlabs.utils.files import content_sha256, write_json
 
 RANKERS = ("exact", "shortlist")
 
@@ -153,24 +152,22 @@ class CaptionedImages:
     """The images and captions of a split, as a ranking needs them.
 
     Args:
-        directory: the prepared folder.
-        split: its split.
+        data: the captions.
+        split: theirs.
         images: only the first so many images, with their captions; None for all.
 
     Raises:
-        UserError: the folder holds no captions, or an image has none.
+        UserError: an image has no caption, or there are too few.
     """
 
-    def __init__(self, directory: str | Path, split: str, images: int | None = None) -> None:
-        check_kind(directory, "captions")
-        self.rows: datasets.Dataset = load_split(directory, split)
+    def __init__(self, data: CaptionDataModule, split: str, images: int | None = None) -> None:
+        self.rows: datasets.Dataset = data.rows(split)
         if images is not None:
-            if not isinstance(images, int) or images < 1:
-                raise UserError(f"task.images={images} must be a whole number, at least 1")
             self.rows = self.rows.select(range(min(images, len(self.rows))))
         self.split = split
-        self.name = str(read_manifest(directory).get("name", ""))
-        self.identity = identity_of(directory)
+        sets = [identity_of(folder) for folder in data.folders.values()]
+        self.name = " + ".join(str(one["name"]) for one in sets)
+        self.manifests = [str(one["manifest_sha256"]) for one in sets]
         lists = self.rows.select_columns(["image_id", "caption"])
         self.captions: list[str] = []
         image_of_caption = []
@@ -183,87 +180,99 @@ class CaptionedImages:
         check_enough_images(len(self.rows), split)
 
 
-def evaluate_retrieval(
-    checkpoint: Checkpoint,
-    config: DictConfig,
-    data_dir: str,
-    out_dir: Path,
-    figure_queries: int,
-    images: int | None = None,
-) -> dict[str, Any]:
-    """Rank a split, print and write the recalls, and draw some queries with their best images; returns the metrics.
+class RetrievalEvaluation(Evaluation):
+    """Ranks a split in both directions: prints and writes the recalls, draws some queries with their best images.
 
     Args:
-        config: of `vlabs.evaluate`: split, ranker, loader and trainer.
-        data_dir: the prepared folder of captions.
+        ranker: of the group `ranker`: name, batch_size, captions_in_memory, scores, and k of a shortlist.
         figure_queries: captions in the figure; 0 for none.
         images: rank only the first so many images of the split; None for all.
+
+    Raises:
+        UserError: an option is out of range.
     """
-    ranker = config.ranker
-    _check(ranker, checkpoint)
-    data = CaptionedImages(data_dir, config.split, images)
-    identity = {
-        "checkpoint": content_sha256(checkpoint.path),
-        "data": data.identity["manifest_sha256"],
-        "split": str(config.split),
-        "images": len(data.rows),
-        "precision": str(config.trainer.precision),
-    }
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    folder = Path(ranker.scores) if ranker.scores is not None else Path("outputs/scores") / key
-    trainer = make_trainer(config.trainer, logger=False, callbacks=progress_bar(config), enable_checkpointing=False)
-    if trainer.num_nodes > 1:
-        raise UserError("evaluate task=retrieval runs on the devices of one machine: pass trainer.num_nodes=1")
-    reader = ImageReader(data.rows, checkpoint.preprocessing)
-    shape = (len(data.rows), len(data.captions))
-    say(f"ranking {shape[0]:,} images x {shape[1]:,} captions of {data.name} ({config.split}); scores in {folder}")
-    wanted, cls, prior = None, None, None
-    if ranker.name == "shortlist":
-        seen = ScoreMatrix(folder, "bottom_up_cls", (shape[0], checkpoint.model.vision.width), identity)
-        pending = [Unit(n, 0) for n in range(shape[0]) if not seen.done(n, slice(None))]
-        if pending:
-            work = _Work(pending, reader, config.data.num_workers)
-            trainer.predict(_BottomUp(checkpoint.model, seen), work, return_predictions=False)
+
+    # A matching head ranks without fine-tuning.
+    trained_for = ("retrieval", "pretrain")
+    reads = CaptionDataModule
+
+    def __init__(self, ranker: Mapping[str, Any], figure_queries: int = 6, images: int | None = None) -> None:
+        if ranker["name"] not in RANKERS:
+            raise UserError(f"ranker.name={ranker['name']}: choose one of {', '.join(RANKERS)}")
+        for name in ("batch_size", "captions_in_memory", "k"):
+            value = ranker.get(name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"ranker.{name}={value} must be a whole number, at least 1")
+        if images is not None and (not isinstance(images, int) or images < 1):
+            raise UserError(f"task.images={images} must be a whole number, at least 1")
+        self.ranker = dict(ranker)
+        self.figure_queries = figure_queries
+        self.images = images
+
+    def check_model(self, model: VisionLanguageModel) -> None:
+        """Raise a UserError unless the ranker can rank with this model."""
+        if self.ranker["name"] == "shortlist" and model.prior is None:
+            raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
+        if self.ranker["name"] == "shortlist" and not model.vision.has_bottom_up:
+            raise UserError(
+                "ranker=shortlist compares ξ with the bottom-up [cls], which model/topdown=film does not have: "
+                "ranker=exact"
+            )
+
+    def run(self, checkpoint: Checkpoint, data: CaptionDataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
+        self.check_model(checkpoint.model)
+        ranker, workers = self.ranker, data.options.num_workers
+        captioned = CaptionedImages(data, setting.split, self.images)
+        identity = {
+            "checkpoint": content_sha256(checkpoint.path),
+            "data": "+".join(captioned.manifests),
+            "split": setting.split,
+            "images": len(captioned.rows),
+            "precision": str(setting.trainer.precision),
+        }
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        folder = Path(ranker["scores"]) if ranker["scores"] is not None else Path("outputs/scores") / key
+        trainer = make_trainer(setting.trainer, logger=False, callbacks=setting.callbacks, enable_checkpointing=False)
+        if trainer.num_nodes > 1:
+            raise UserError("evaluate task=retrieval runs on the devices of one machine: pass trainer.num_nodes=1")
+        reader = ImageReader(captioned.rows, checkpoint.preprocessing)
+        shape = (len(captioned.rows), len(captioned.captions))
+        what = f"{shape[0]:,} images x {shape[1]:,} captions of {captioned.name} ({setting.split})"
+        say(f"ranking {what}; scores in {folder}")
+        wanted, cls, prior = None, None, None
+        if ranker["name"] == "shortlist":
+            seen = ScoreMatrix(folder, "bottom_up_cls", (shape[0], checkpoint.model.vision.width), identity)
+            pending = [Unit(n, 0) for n in range(shape[0]) if not seen.done(n, slice(None))]
+            if pending:
+                work = _Work(pending, reader, workers)
+                trainer.predict(_BottomUp(checkpoint.model, seen), work, return_predictions=False)
+                trainer.strategy.barrier()
+            # Lightning leaves the model on the CPU.
+            checkpoint.model.to(trainer.strategy.root_device)
+            prior = encode_priors(checkpoint.model, checkpoint.preprocessing, captioned.captions)
+            cls = torch.from_numpy(np.array(seen.values))
+            wanted = shortlist(cls, prior, ranker["k"])
+        name = "exact" if ranker["name"] == "exact" else f"shortlist-k{ranker['k']}"
+        matrix = ScoreMatrix(folder, name, shape, identity)
+        batch_size, in_memory = int(ranker["batch_size"]), int(ranker["captions_in_memory"])
+        scoring = _Scores(checkpoint, captioned.captions, matrix, wanted, batch_size, in_memory)
+        units = scoring.units(shape[0])
+        if units:
+            trainer.predict(scoring, _Work(units, reader, workers), return_predictions=False)
             trainer.strategy.barrier()
-        # Lightning leaves the model on the CPU.
-        checkpoint.model.to(trainer.strategy.root_device)
-        prior = encode_priors(checkpoint.model, checkpoint.preprocessing, data.captions)
-        cls = torch.from_numpy(np.array(seen.values))
-        wanted = shortlist(cls, prior, ranker.k)
-    name = "exact" if ranker.name == "exact" else f"shortlist-k{ranker.k}"
-    matrix = ScoreMatrix(folder, name, shape, identity)
-    scoring = _Scores(checkpoint, data.captions, matrix, wanted, int(ranker.batch_size), int(ranker.captions_in_memory))
-    units = scoring.units(shape[0])
-    if units:
-        trainer.predict(scoring, _Work(units, reader, config.data.num_workers), return_predictions=False)
-        trainer.strategy.barrier()
-    if not trainer.is_global_zero:
-        return {}
-    matrix.values.flush()  # type: ignore[attr-defined]
-    scores = matrix.values if cls is None or prior is None else FilledScores(matrix.values, cls, prior)
-    metrics = _report(checkpoint, data, scores, str(config.split), str(ranker.name))
-    if wanted is not None:
-        metrics |= _kept(folder, shape, identity, wanted)
-    print(write_json(out_dir / "metrics.json", metrics))
-    if figure_queries:
-        figure = _figure(checkpoint, data, scores, figure_queries)
-        print(save_figure(figure, out_dir / "figures" / "ranking.png"))
-    return metrics
-
-
-def _check(ranker: DictConfig, checkpoint: Checkpoint) -> None:
-    if ranker.name not in RANKERS:
-        raise UserError(f"ranker.name={ranker.name}: choose one of {', '.join(RANKERS)}")
-    for name in ("batch_size", "captions_in_memory", "k"):
-        value = ranker.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"ranker.{name}={value} must be a whole number, at least 1")
-    if ranker.name == "shortlist" and checkpoint.model.prior is None:
-        raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
-    if ranker.name == "shortlist" and not checkpoint.model.vision.has_bottom_up:
-        raise UserError(
-            "ranker=shortlist compares ξ with the bottom-up [cls], which model/topdown=film does not have: ranker=exact"
-        )
+        if not trainer.is_global_zero:
+            return {}
+        matrix.values.flush()  # type: ignore[attr-defined]
+        scores = matrix.values if cls is None or prior is None else FilledScores(matrix.values, cls, prior)
+        metrics = _report(checkpoint, captioned, scores, setting.split, str(ranker["name"]))
+        if wanted is not None:
+            metrics |= _kept(folder, shape, identity, wanted)
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        if self.figure_queries:
+            figure = _figure(checkpoint, captioned, scores, self.figure_queries)
+            print(save_figure(figure, setting.out_dir / "figures" / "ranking.png"))
+        return metrics
 
 
 class FilledScores:
@@ -301,7 +310,7 @@ def _report(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, split: 
     ]
     hashes = {entry.get("manifest_sha256") for item in history for entry in item["data"].get("sets", [item["data"]])}
     known = None not in hashes
-    seen = data.identity["manifest_sha256"] in hashes or data.name in {item["name"] for item in trained_on}
+    seen = not hashes.isdisjoint(data.manifests) or data.name in {item["name"] for item in trained_on}
     images, captions = scores.shape
     print(f"\n{data.name} {split}, {images:,} images, {captions:,} captions, {ranker}")
     print("trained on: " + ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on))

@@ -9,100 +9,105 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.attention.maps import attention_map
-from vlabs.checkpoint import Checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import crop_mask
-from vlabs.data.prepared import load_split, read_answers
+from vlabs.data.prepared import read_answers
+from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.evaluation.grounding import Asked, Targets, find_targets
-from vlabs.evaluation.output import write_json
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.grounding import energy_inside, to_pixels
+from vlabs.utils.files import write_json
 
 MAPS = ("weights", "norm", "fusion")
 OWN, OTHER = "own", "other"
 
 
-def evaluate_steering(
-    checkpoint: Checkpoint,
-    config: DictConfig,
-    data_dir: str,
-    out_dir: Path,
-    alphas: Sequence[float],
-    num_texts: int | None,
-    instances: str | None = None,
-) -> dict[str, Any]:
-    """Answer questions under their own ξ and under that of another question of the picture; prints and writes a table.
+class SteeringEvaluation(Evaluation):
+    """Answers questions under their own ξ and under that of another question of the picture; prints and writes a table.
 
     Only pairs of questions about different parts of a picture count.
 
     Args:
-        config: of `vlabs.evaluate`: split.
-        data_dir: the prepared folder.
         alphas: strengths of feedback, beside the trained one, where the variant has one.
         num_texts: how many questions, evenly spread; None for all.
         instances: COCO's instances; without them, the regions that the data were prepared with.
 
     Raises:
-        UserError: the questions say nothing of what they are about, have no answers or no partners, or an option is
-            out of range.
-
-    Returns:
-        For `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`, of the
-        questions whose partner is of the same type and has another answer, how many are given that one; and for
-        every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
+        UserError: an option is out of range.
     """
-    for value in alphas:
-        if not isinstance(value, int | float) or value < 0:
-            raise UserError(f"task.alphas names {value}: a strength of feedback is a number, at least 0")
-    if num_texts is not None and (not isinstance(num_texts, int) or num_texts < 1):
-        raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
-    rows = load_split(data_dir, str(config.split))
-    targets = find_targets(rows, data_dir, instances, None)
-    if targets is None or "question" not in rows.column_names:
-        raise UserError(f"task=steering needs questions of which it is known what they are about: {data_dir} has none")
-    if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
-        raise UserError(f"{data_dir}, split {config.split}: the answers are kept back, so nothing can be said of them")
-    images = _pairs(targets, checkpoint.preprocessing.image_size, num_texts)
-    questions = sum(len(pairs) for pairs in images)
-    if questions < 2:
-        raise UserError(f"{data_dir}, split {config.split}: no picture has two questions about different parts of it")
-    topdown = checkpoint.model.vision.topdown
-    trained = getattr(topdown, "alpha", None)
-    strengths = [trained, *(float(alpha) for alpha in alphas if alpha != trained)] if trained is not None else [None]
-    rated = _Scores(rows, read_answers(data_dir))
-    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-    progress = tqdm(
-        total=len(strengths) * questions, unit="text", desc="steering", disable=not config.trainer.enable_progress_bar
-    )
-    for alpha in strengths:
-        if alpha is not None:
-            topdown.alpha = alpha  # type: ignore[union-attr]
-        found: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), OTHER: defaultdict(list)}
-        for pairs in images:
-            for whose, measure, value in _measure(checkpoint, rated, pairs):
-                found[whose][measure].append(value)
-            progress.update(len(pairs))
-        for whose, measures in found.items():
-            scores["as trained" if alpha is None else f"α={alpha:g}", whose] = measures
-    progress.close()
-    if trained is not None:
-        topdown.alpha = trained  # type: ignore[union-attr]
-    metrics = _table(scores, questions)
-    metrics |= {"checkpoint": str(checkpoint.path), "split": str(config.split), "questions": questions}
-    print(write_json(out_dir / "metrics.json", metrics))
-    return metrics
+
+    trained_for = ("vqa",)
+    reads = VQADataModule
+
+    def __init__(self, alphas: Sequence[float], num_texts: int | None = None, instances: str | None = None) -> None:
+        for value in alphas:
+            if not isinstance(value, int | float) or value < 0:
+                raise UserError(f"task.alphas names {value}: a strength of feedback is a number, at least 0")
+        if num_texts is not None and (not isinstance(num_texts, int) or num_texts < 1):
+            raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
+        self.alphas = list(alphas)
+        self.num_texts = num_texts
+        self.instances = instances
+
+    def run(self, checkpoint: Checkpoint, data: VQADataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`.
+
+        Returns:
+            For `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`, of the
+            questions whose partner is of the same type and has another answer, how many are given that one; and for
+            every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
+
+        Raises:
+            UserError: the questions say nothing of what they are about, or have no answers or no partners.
+        """
+        rows = data.rows(setting.split)
+        where = f"{data.dir}, split {setting.split}"
+        targets = find_targets(rows, data.dir, self.instances, None)
+        if targets is None:
+            raise UserError(f"task=steering needs questions of which it is known what they are about: {where} has none")
+        if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
+            raise UserError(f"{where}: the answers are kept back, so nothing can be said of them")
+        images = _pairs(targets, checkpoint.preprocessing.image_size, self.num_texts)
+        questions = sum(len(pairs) for pairs in images)
+        if questions < 2:
+            raise UserError(f"{where}: no picture has two questions about different parts of it")
+        topdown = checkpoint.model.vision.topdown
+        trained = getattr(topdown, "alpha", None)
+        others = [float(alpha) for alpha in self.alphas if alpha != trained]
+        strengths = [trained, *others] if trained is not None else [None]
+        rated = _Scores(rows, read_answers(data.dir))
+        scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+        total = len(strengths) * questions
+        progress = tqdm(total=total, unit="text", desc="steering", disable=not setting.shows_progress)
+        for alpha in strengths:
+            if alpha is not None:
+                topdown.alpha = alpha  # type: ignore[union-attr]
+            found: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), OTHER: defaultdict(list)}
+            for pairs in images:
+                for whose, measure, value in _measure(checkpoint, rated, pairs):
+                    found[whose][measure].append(value)
+                progress.update(len(pairs))
+            for whose, measures in found.items():
+                scores["as trained" if alpha is None else f"α={alpha:g}", whose] = measures
+        progress.close()
+        if trained is not None:
+            topdown.alpha = trained  # type: ignore[union-attr]
+        metrics = _table(scores, questions)
+        metrics |= {"checkpoint": str(checkpoint.path), "split": setting.split, "questions": questions}
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        return metrics
 
 
 class _Pair:

@@ -6,50 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from omegaconf import DictConfig
 
-from vlabs.checkpoint import Checkpoint
-from vlabs.config import make_trainer
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
-from vlabs.evaluation.output import progress_bar, write_json
-from vlabs.metrics.vqa import vqa_accuracy
+from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.metrics.vqa import format_table, vqa_accuracy
+from vlabs.runs.config import make_trainer
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import Prediction, VQATask
-from vlabs.vqa_eval import format_table
-
-TASKS = ("vqa",)  # checkpoints of which tasks this evaluates
+from vlabs.utils.files import write_json
 
 
-def evaluate_vqa(
-    checkpoint: Checkpoint, config: DictConfig, data_dir: str, out_dir: Path, batch_size: int, minival_images: int
-) -> dict[str, Any]:
-    """Answer every question of a split, and score or submit the answers; returns the metrics.
+class VQAEvaluation(Evaluation):
+    """Answers every question of a split, and scores the answers, or writes them as a submission."""
 
-    Args:
-        config: of `vlabs.evaluate`: split, loader and trainer.
-        data_dir: the prepared folder.
-        batch_size: questions at a time.
-        minival_images: images of val that are its minival.
-    """
-    data = VQADataModule(
-        data_dir,
-        eval_batch_size=batch_size,
-        num_workers=config.data.num_workers,
-        minival_images=minival_images,
-        preprocessing=checkpoint.preprocessing,
-    )
-    rows = data.rows(config.split)
-    trainer = make_trainer(config.trainer, logger=False, callbacks=progress_bar(config), enable_checkpointing=False)
-    if trainer.world_size > 1:
-        raise UserError("evaluate task=vqa runs on one device: pass trainer.devices=1")
-    task = VQATask(checkpoint.model, checkpoint.preprocessing, data={}, recipe=Recipe())
-    batches = trainer.predict(task, data.eval_dataloader(config.split, with_targets=False))
-    predictions = [prediction for batch in batches or [] for prediction in batch]  # type: ignore[union-attr]
-    paths, metrics = report(predictions, rows, out_dir, str(config.split), str(checkpoint.path))
-    for path in paths:
-        print(path)
-    return metrics
+    trained_for = ("vqa",)
+    reads = VQADataModule
+
+    def run(self, checkpoint: Checkpoint, data: VQADataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`."""
+        rows = data.rows(setting.split)
+        trainer = make_trainer(setting.trainer, logger=False, callbacks=setting.callbacks, enable_checkpointing=False)
+        if trainer.world_size > 1:
+            raise UserError("evaluate task=vqa runs on one device: pass trainer.devices=1")
+        task = VQATask(checkpoint.model, checkpoint.preprocessing, data={}, recipe=Recipe())
+        batches = trainer.predict(task, data.eval_dataloader(setting.split, with_targets=False))
+        predictions = [prediction for batch in batches or [] for prediction in batch]  # type: ignore[union-attr]
+        paths, metrics = report(predictions, rows, setting.out_dir, setting.split, str(checkpoint.path))
+        for path in paths:
+            print(path)
+        return metrics
 
 
 def report(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import bootstrap
 
 # Resampled values held at once, so that a whole validation split needs no more memory than a small one.
 _MOST_DRAWN = 2**22
@@ -41,16 +42,19 @@ def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: f
         raise ValueError("values that are not finite have no mean: leave those questions out, or count them as 0")
     if num_samples < 1 or not 0 < confidence < 1:
         raise ValueError(f"num_samples={num_samples} has to be 1 or more, and confidence={confidence} between 0 and 1")
-    rng = np.random.default_rng(seed)
-    at_once = max(1, _MOST_DRAWN // len(array))
-    means = np.concatenate(
-        [
-            array[rng.integers(len(array), size=(min(at_once, num_samples - start), len(array)))].mean(axis=1)
-            for start in range(0, num_samples, at_once)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(array.mean()), float(low), float(high))
+    mean = float(array.mean())
+    if (array == array[0]).all():
+        return Interval(mean, mean, mean)  # scipy warns, and gives NaN
+    found = bootstrap(
+        (array,),
+        np.mean,
+        n_resamples=num_samples,
+        batch=max(1, _MOST_DRAWN // len(array)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
 
 
 def paired_bootstrap(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from scipy.stats import rankdata
 
 from vlabs.data.instances import resize_area
 from vlabs.errors import UserError
@@ -266,10 +267,4 @@ def _centred_ranks(attention: np.ndarray) -> np.ndarray:
     peak = values.max(axis=-1, keepdims=True)
     # Means over equal values can differ in the last digit of a double, and would no longer be equal.
     flat = (values / np.where(peak > 0, peak, 1)).astype(np.float32)
-    return np.apply_along_axis(_ranks, -1, flat) - (flat.shape[-1] + 1) / 2
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((counts.cumsum() - (counts - 1) / 2)[which])
+    return np.asarray(rankdata(flat, axis=-1)) - (flat.shape[-1] + 1) / 2

@@ -326,3 +326,18 @@ def _listed(question_ids: Iterable[Hashable], most: int = 10) -> str:
     return (
         f"question {', '.join(names[:most])}{more}" if len(names) == 1 else f"questions {', '.join(names[:most])}{more}"
     )
+
+
+def format_table(accuracy: VqaAccuracy) -> str:
+    """Return the accuracies as lines of text: overall, by answer type, by question type (best first)."""
+    width = max(map(len, ["overall", *accuracy["per_answer_type"], *accuracy["per_question_type"]])) + 4
+    lines = [f"{'overall':<{width}}{accuracy['overall']:>7.2f}   ({len(accuracy['per_question']):,} questions)"]
+
+    def section(title: str, values: Mapping[str, float]) -> None:
+        lines.extend(["", title])
+        for name, value in sorted(values.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  {name:<{width - 2}}{value:>7.2f}")
+
+    section("by answer type", accuracy["per_answer_type"])
+    section("by question type", accuracy["per_question_type"])
+    return "\n".join(lines)

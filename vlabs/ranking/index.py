@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.errors import UserError
+from vlabs.utils.files import replacing
 
 # Pictures between two saves, so that a search that is stopped goes on.
 _SAVE_EVERY = 200
@@ -56,22 +56,7 @@ class ImageIndex:
             self.save()
 
     def save(self) -> None:
-        """Write the file under a temporary name and rename it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
+        """Write the file, whole or not at all."""
         tensors = {"cls": torch.stack(list(self.vectors.values()))}
-        safetensors.torch.save_file(tensors, partial, metadata={"sha256": json.dumps(list(self.vectors))})
-        partial.replace(self.path)
-
-
-def content_sha256(path: Path) -> str:
-    """SHA-256 of a file's content.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        with replacing(self.path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata={"sha256": json.dumps(list(self.vectors))})

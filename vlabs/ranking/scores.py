@@ -10,6 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from vlabs.errors import UserError
+from vlabs.utils.files import replacing, write_json
 
 
 class ScoreMatrix:
@@ -41,14 +42,13 @@ class ScoreMatrix:
                         "pass another ranker.scores, or remove it"
                     )
             else:
-                partial = self.path.with_name(self.path.name + ".partial")
-                matrix = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-                for row in matrix:
-                    row[:] = np.nan
-                matrix.flush()
-                del matrix
-                header.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-                partial.replace(self.path)
+                with replacing(self.path) as partial:
+                    matrix = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+                    for row in matrix:
+                        row[:] = np.nan
+                    matrix.flush()
+                    del matrix
+                    write_json(header, identity)
         self.values: np.ndarray = self._open(shape)
 
     def _open(self, shape: tuple[int, int]) -> np.ndarray:

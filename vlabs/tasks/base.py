@@ -12,13 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlabs.checkpoint import header_of
+from vlabs.checkpoints.checkpoint import header_of
+from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.logging import say
 from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.runs.logging import say
 from vlabs.tasks.optim import PARTS, Recipe
+from vlabs.utils.ranks import is_distributed
 
 
 @dataclass
@@ -66,7 +68,7 @@ class VisionLanguageTask(pl.LightningModule):
     name: str
     monitor: str
     """The metric by which the best checkpoint is chosen; more is better."""
-    reads: type[pl.LightningDataModule]
+    reads: type[PreparedDataModule]
     """The kind of data that it trains on."""
 
     def __init__(
@@ -215,7 +217,7 @@ class VisionLanguageTask(pl.LightningModule):
         if self.prior_bottom_up_weight > 0:
             cls, index = output.bottom_up.cls, output.image_index
             seen["prior_bottom_up"] = (cls if index is None else cls[index])[pairs]
-        if self.training and dist.is_available() and dist.is_initialized():
+        if self.training and is_distributed():
             prior, image_ids = gather(prior), gather(image_ids)
             seen = {name: gather(state) for name, state in seen.items()}
         return {name: self.prior_loss(prior.float(), state.float(), image_ids) for name, state in seen.items()}
@@ -270,7 +272,7 @@ class VisionLanguageTask(pl.LightningModule):
         Raises:
             UserError: there are several ranks: the others would wait for this one's gradients.
         """
-        if dist.is_available() and dist.is_initialized() and self.training:
+        if is_distributed() and self.training:
             raise UserError(
                 f"no image of a batch can be decoded ({what}), which one of several processes cannot leave out: "
                 "prepare the data again with --on-bad skip"
@@ -278,7 +280,7 @@ class VisionLanguageTask(pl.LightningModule):
 
     def _share(self, count: int) -> float | Tensor:
         """A rank's number of texts over the mean number of all ranks."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return 1.0
         everyone = torch.tensor(float(count), device=self.device)
         dist.all_reduce(everyone)

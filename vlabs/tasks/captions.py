@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlabs.data.captions import CaptionBatch, CaptionDataModule, CaptionDataset
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.images import ImageReader
 from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.absvit import BottomUp
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.negatives import NEGATIVES, gather_captions
+from vlabs.utils.ranks import rank_and_world
 
 
 class CaptionTask(VisionLanguageTask):
@@ -107,10 +109,10 @@ class CaptionTask(VisionLanguageTask):
         texts = [caption for captions in rows["caption"] for caption in captions]
         image_of_caption = torch.tensor([n for n, captions in enumerate(rows["caption"]) for _ in captions])
         encoded = encode_texts(self.model, self.preprocessing, texts)
-        images = CaptionDataset(rows, self.preprocessing, on_bad="error").images
+        images = ImageReader(rows, self.preprocessing)
         everything = torch.arange(len(texts), device=self.device)
         scores = torch.zeros(len(rows), len(texts), device=self.device)
-        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        rank, world = rank_and_world()
         for n in range(rank, len(rows), world):
             _, image = images.read(n, 0)
             assert image is not None

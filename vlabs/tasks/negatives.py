@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.tasks.base import gather
+from vlabs.utils.ranks import is_distributed
 
 NEGATIVES = ("dataset", "batch", "hard")
 
@@ -16,7 +17,7 @@ def gather_captions(
     input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The captions of all ranks: token ids (P, T), masks (P, T) and image ids (P,); T is the longest of all."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return input_ids, attention_mask, image_ids
     length = torch.tensor(input_ids.shape[1], device=input_ids.device)
     dist.all_reduce(length, op=dist.ReduceOp.MAX)

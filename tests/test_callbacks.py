@@ -1,0 +1,69 @@
+"""Callbacks that the config chooses, and the command `vlabs`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_one_line_error
+
+QUICK = ["callbacks.predictions=null", "callbacks.grounding=null", "logger=csv", "trainer.limit_train_batches=2"]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_stops_early_on_the_tasks_own_metric_or_one_of_ones_own(tiny_options, in_process, tmp_path):
+    options = [*tiny_options, *QUICK, "callbacks=[default,early_stopping]", "trainer.max_epochs=6"]
+    often = ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=1000"]
+    result = in_process("vlabs.train", [*options, *often, "hydra.run.dir=run"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["epochs"] == 2
+    wrong = in_process("vlabs.train", [*options, "callbacks.early_stopping.monitor=val/nothing"], tmp_path)
+    assert_one_line_error(wrong, "callbacks.early_stopping.monitor=val/nothing", "val/vqa_accuracy")
+
+
+def test_the_best_checkpoint_holds_the_average_that_was_validated(tiny_options, in_process, tmp_path):
+    options = [*tiny_options, *QUICK, "callbacks=[default,ema]", "callbacks.ema.decay=0.5", "task.recipe.warmup=0"]
+    result = in_process("vlabs.train", [*options, "trainer.max_epochs=1", "hydra.run.dir=run"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    best, last = (read(tmp_path / f"run/checkpoints/{name}.ckpt") for name in ("best", "last"))
+    for name, value in last["state_dict"].items():
+        torch.testing.assert_close(best["state_dict"][name], value, msg=name)
+    apart = [(value - last["current_model_state"][name]).abs().max() for name, value in last["state_dict"].items()]
+    assert max(apart) > 1e-4
+    # It goes on as if it had not been stopped.
+    resumed = in_process("vlabs.train", ["resume=run", "trainer.max_epochs=2"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = in_process("vlabs.train", [*options, "trainer.max_epochs=2", "hydra.run.dir=whole"], tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    average = [read(tmp_path / run / "checkpoints/last.ckpt")["state_dict"] for run in ("run", "whole")]
+    assert average[0].keys() == average[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("callbacks=[default,ema_]", "there is no callbacks=ema_: choose one of default, early_stopping, ema"),
+        ("+callbacks.mine.patience=3", "callbacks.mine names no class"),
+        ("predictions.num_images=1", "there is no option 'predictions'"),
+        ("data=trained_on", "data.dir must be given"),
+    ],
+)
+def test_wrong_choices_are_one_line(override, message, in_process, tmp_path):
+    assert_one_line_error(in_process("vlabs.train", [override, "hydra.run.dir=run"], tmp_path), message)
+
+
+def test_one_script_has_all_commands(tmp_path):
+    script = Path(sys.executable).parent / "vlabs"
+    usage = subprocess.run([script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert usage.returncode == 0
+    wrong = subprocess.run([script, "trian"], capture_output=True, text=True, cwd=tmp_path)
+    assert_one_line_error(wrong, "there is no command 'trian'", "train, evaluate")
+    missing = subprocess.run([script, "evaluate", "task=vqa"], capture_output=True, text=True, cwd=tmp_path)
+    assert_one_line_error(missing, "ckpt")
+    for command in usage.stdout.split("\n\n")[1].splitlines():
+        assert __import__("importlib").util.find_spec(f"vlabs.{command.split()[0]}"), command

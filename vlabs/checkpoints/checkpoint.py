@@ -1,0 +1,235 @@
+"""Checkpoint files: read without executing anything, rebuilt from the plain data they carry.
+
+A vlabs checkpoint is Lightning's, with one more entry, `"vlabs"`: format, task, architecture (a spec of
+`vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries it as metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import vlabs.models  # noqa: F401  (fills the registry)
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.registry import build
+from vlabs.models.vlm import VisionLanguageModel
+from vlabs.utils.files import replacing
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """A trained model with what is needed to use it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        preprocessing: images and texts to tensors, and the answer vocabulary.
+        task: the task it was trained for, e.g. `vqa`.
+        data: the prepared folder it was trained on and the hash of its manifest, and under `history` what its weights
+            were trained on before.
+        path: the file it was read from.
+    """
+
+    model: VisionLanguageModel
+    preprocessing: Preprocessing
+    task: str
+    data: dict[str, Any]
+    path: Path
+
+
+def packaged_starts() -> dict[str, Path]:
+    """The trained models that come with vlabs, by name; each has a model card (`.md`) beside it."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "starts").glob("*.safetensors"))}
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file that a path means: itself, a run folder's best checkpoint, or its last, or what comes with vlabs.
+
+    Args:
+        path: of a file or folder, or a name of `packaged_starts` where there is no such file or folder.
+
+    Raises:
+        UserError: there is nothing there.
+    """
+    starts = packaged_starts()
+    if str(path) in starts and not Path(path).exists():
+        return starts[str(path)]
+    path = Path(path)
+    if path.is_dir():
+        for name in ("best.ckpt", "last.ckpt"):
+            if (path / "checkpoints" / name).is_file():
+                return path / "checkpoints" / name
+        raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
+    if not path.is_file():
+        named = f" (with vlabs come: {', '.join(starts)})" if starts else ""
+        raise UserError(f"checkpoint {path} does not exist{named}")
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Rebuild the model of a vlabs checkpoint or export.
+
+    Raises:
+        UserError: no such file, no checkpoint, or not one of vlabs'.
+    """
+    path = find_checkpoint(path)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    return rebuild(content["vlabs"], content["state_dict"], path)
+
+
+def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
+    """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    try:
+        with torch.device("meta"):
+            # Shapes alone: a header that asks for more memory than its file has weights for gets none.
+            _check_shapes(build(header["architecture"]), weights)
+        model = build(header["architecture"])
+        model.load_state_dict(weights)
+        preprocessing = Preprocessing.from_plain(header["preprocessing"])
+        checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)  # type: ignore[arg-type]
+    except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
+    if not isinstance(model, VisionLanguageModel):
+        raise UserError(f"{path} holds a {type(model).__name__}, not a vision-language model")
+    return checkpoint
+
+
+def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise a RuntimeError that names the first weights that are missing, left over or of another shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name]]
+    wrong += [name for name in weights if name not in wanted]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors; nothing in it is executed.
+
+    Safetensors come back in the shape of a checkpoint: `state_dict`, and `vlabs` if it is an export of ours.
+
+    Raises:
+        UserError: the file is damaged, not a checkpoint, or holds pickled objects other than inert ones.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            content: dict[str, Any] = {"state_dict": safetensors.torch.load_file(path)}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+        if "vlabs" in metadata:
+            content["vlabs"] = json.loads(metadata["vlabs"])
+        return content
+    try:
+        with _inert_globals(path):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        if "GLOBAL" in str(error):
+            reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
+            raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
+        raise UserError(f"{path} is not a checkpoint: {reason}") from None
+    except Exception as error:  # a damaged file makes the unpickler fail in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
+    return loaded
+
+
+class _Inert:
+    """Stands in for a class that a foreign checkpoint names (a callback, say); does nothing with what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
+
+
+@contextmanager
+def _inert_globals(path: Path) -> Iterator[None]:
+    """Allow `argparse.Namespace`, and stand-ins for whatever Lightning class the file names; nothing else."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip: torch.load itself then says what is wrong with the file
+        named = []
+    stand_ins: list[Any] = [(_Inert, name) for name in named if name.startswith(_INERT_MODULES)]
+    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        yield
+
+
+def header_of(
+    model: VisionLanguageModel, preprocessing: Preprocessing, task: str, data: dict[str, Any]
+) -> dict[str, Any]:
+    """The `"vlabs"` entry of a checkpoint."""
+    return {
+        "format": FORMAT,
+        "task": task,
+        "architecture": model.spec,
+        "preprocessing": preprocessing.to_plain(),
+        "data": data,
+    }
+
+
+def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings that a checkpoint's weights have been through, oldest first, its own last.
+
+    Args:
+        task, data: of the checkpoint.
+    """
+    own = {name: value for name, value in data.items() if name != "history"}
+    return [*data.get("history", []), {"task": task, "data": own}]
+
+
+def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
+
+    Data folders in the current folder are named relative to it,
+    because an export is for others too.
+    """
+    path, out = find_checkpoint(checkpoint), Path(out)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    header = content["vlabs"] | {"data": _with_relative_folders(content["vlabs"]["data"])}
+    tensors = {name: value.contiguous() for name, value in content["state_dict"].items() if name.startswith("model.")}
+    with replacing(out) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(header)})
+    return out
+
+
+def _with_relative_folders(data: Any) -> Any:
+    """A checkpoint's `data` with every `dir` that is in the current folder relative to it."""
+    if isinstance(data, dict):
+        here = Path.cwd()
+        return {
+            key: str(Path(value).relative_to(here))
+            if key == "dir" and Path(value).is_relative_to(here)
+            else _with_relative_folders(value)
+            for key, value in data.items()
+        }
+    return [_with_relative_folders(item) for item in data] if isinstance(data, list) else data

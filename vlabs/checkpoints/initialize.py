@@ -1,0 +1,141 @@
+"""Start a run from another run's weights: another resolution, another task's head, another top-down variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
+from vlabs.errors import UserError
+from vlabs.models.heads import RankingHead, VQAHead
+from vlabs.models.vlm import VisionLanguageModel
+
+_LISTED = 20  # names that a report lists of one kind
+
+
+@dataclass
+class Initialized:
+    """What became of every parameter, by name.
+
+    Attributes:
+        source: the checkpoint.
+        loaded: taken as they were.
+        resampled: interpolated to another resolution or patch size.
+        left_out: in the checkpoint, but without a place of their shape in this model.
+        new: in this model, but not in the checkpoint: they keep their fresh values.
+        derived: made from others.
+        history: the trainings that these weights have been through, oldest first: task and identity of the data.
+    """
+
+    source: Path
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    derived: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def report(self) -> str:
+        """A few lines: counts, and the names of those that were not simply loaded, unless they are many."""
+        lines = [f"init: {len(self.loaded)} parameters loaded from {self.source}"]
+        for what, names in (
+            ("resampled", self.resampled),
+            ("left out", self.left_out),
+            ("newly made", self.new),
+            ("made from others", self.derived),
+        ):
+            if names:
+                more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+                lines.append(f"  {what} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
+        return "\n".join(lines)
+
+
+def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that `init=SOURCE` means, and its content.
+
+    Raises:
+        UserError: no such checkpoint, or not one of vlabs'.
+    """
+    path = find_checkpoint(source)
+    content = read_tensors(path)
+    if "vlabs" not in content:
+        raise UserError(f"init={source}: {path} is not a vlabs checkpoint")
+    return path, content
+
+
+def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence[str] = ()) -> Initialized:
+    """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
+
+    Args:
+        answers: the answer vocabulary of `model`. What its head knows of an answer comes from the same answer of the
+            source, wherever it stands there; an answer that the source does not have keeps its fresh weights.
+
+    Raises:
+        UserError: no such checkpoint, or no parameter of it fits.
+    """
+    path, content = read_source(source)
+    # A checkpoint may say that only some of it is trained (`vlabs.tasks.naming`).
+    trained = tuple(f"model.{part}." for part in content["vlabs"].get("trained", [])) or ("model.",)
+    state = {
+        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith(trained)
+    }
+    own: dict[str, Tensor] = dict(model.state_dict())
+    result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))
+    chosen: dict[str, Tensor] = {}
+    known = content["vlabs"]["preprocessing"].get("answers", [])
+    if isinstance(model.head, VQAHead) and known:
+        moved = _move_answers(state, own, known, answers)
+        chosen |= moved
+        state = {name: value for name, value in state.items() if name not in moved}
+        result.derived += [
+            f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
+        ]
+    for name, value in state.items():
+        if name in own and own[name].shape == value.shape:
+            chosen[name] = value
+            result.loaded.append(name)
+        elif name in own and (resampled := _resample(name, value, own[name], model)) is not None:
+            chosen[name] = resampled
+            result.resampled.append(name)
+        else:
+            result.left_out.append(name)
+    result.new = [name for name in own if name not in chosen]
+    if not chosen:
+        raise UserError(f"init={source}: no parameter of it fits this model")
+    nn.Module.load_state_dict(model, chosen, strict=False)
+    if isinstance(model.head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
+        model.head.start_from_matching()
+        result.derived.append("head.rank, the matching head's row of the pairs that match")
+    return result
+
+
+def _move_answers(
+    state: dict[str, Tensor], own: dict[str, Tensor], known: Sequence[str], answers: Sequence[str]
+) -> dict[str, Tensor]:
+    """The last layer of a VQA head, its rows put in the order of another vocabulary; nothing where it is the same."""
+    if list(known) == list(answers):
+        return {}
+    place = {answer: row for row, answer in enumerate(known)}
+    both = [(row, place[answer]) for row, answer in enumerate(answers) if answer in place]
+    moved: dict[str, Tensor] = {}
+    for name in VQAHead.last_layer:
+        if both and name in state and state[name].shape[1:] == own[name].shape[1:] and len(state[name]) == len(known):
+            to, of = (list(rows) for rows in zip(*both, strict=True))
+            moved[name] = own[name].clone()
+            moved[name][to] = state[name][of].to(own[name].dtype)
+    return moved
+
+
+def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel) -> Tensor | None:
+    vision = model.vision
+    if name == "vision.vit.pos_embed" and value.shape[-1] == target.shape[-1]:
+        prefix = 0 if vision.vit.no_embed_class else vision.num_prefix_tokens
+        return resample_abs_pos_embed(value, list(vision.grid_size), num_prefix_tokens=prefix)
+    if name == "vision.vit.patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
+        return resample_patch_embed(value, list(target.shape[-2:]))
+    return None

@@ -1,0 +1,134 @@
+"""Encoders from pre-trained weights: timm and the Hugging Face hub, or local files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+from transformers import RobertaModel
+
+from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT
+from vlabs.models.film import FiLMViT
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import TopDown
+
+_ROBERTA_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "pad_token_id",
+    "layer_norm_eps",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+)
+
+
+def vit_from_timm(
+    weights: str,
+    architecture: str | None = None,
+    img_size: int = 224,
+    patch_size: int = 16,
+    topdown: TopDown | None = None,
+    encoder_class: type[AbSViT] = AbSViT,
+    **vit_options: Any,
+) -> AbSViT:
+    """An AbSViT that starts from a timm ViT; position and patch embeddings are resampled to the sizes given.
+
+    Args:
+        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth`
+            file with timm's parameter names (then `architecture` says which model it is).
+        architecture: the timm architecture; the tag's own if not given.
+        img_size, patch_size, topdown, vit_options: as for `AbSViT`.
+        encoder_class: what is built around the ViT.
+
+    Raises:
+        UserError: not a plain ViT with a class token, or the weights cannot be had.
+    """
+    local = Path(weights)
+    is_file = local.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+    if is_file and not local.is_file():
+        raise UserError(f"model.vision.weights={weights} does not exist")
+    if is_file and architecture is None:
+        raise UserError(f"model.vision.weights={weights} is a file: say what it holds with model.vision.architecture")
+    name = architecture or weights.split(".")[0]
+    encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
+    state = _local_state(local) if is_file else _tag_state(weights, **vit_options)
+    try:
+        state = checkpoint_filter_fn(state, encoder.vit)
+        kept = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+        missing, unexpected = encoder.vit.load_state_dict(kept, strict=False)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{weights} does not fit {name}: {error}") from None
+    missing = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
+    if missing or unexpected:
+        raise UserError(
+            f"{weights} does not fit {name}: missing {missing or 'none'}, unexpected {unexpected or 'none'}"
+        )
+    return encoder
+
+
+def film_vit(weights: str | None = None, architecture: str | None = None, **options: Any) -> AbSViT:
+    """A ViT whose norms ξ scales and shifts, fresh or from a timm ViT; arguments as in `vit_from_timm`."""
+    if weights is not None:
+        return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
+    if architecture is None:
+        raise UserError("model.vision.architecture must be given: a timm VisionTransformer")
+    return FiLMViT(architecture, **options)
+
+
+def _local_state(path: Path) -> dict[str, Tensor]:
+    content = read_tensors(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
+    try:
+        source = timm.create_model(tag, pretrained=True, num_classes=0, **vit_options)
+    except Exception as error:
+        # timm raises whatever its download layer does: a missing tag and a missing network look alike.
+        known = timm.list_pretrained(tag.split(".")[0] + "*")
+        if tag not in known and known:
+            raise UserError(f"timm has no weights '{tag}': choose one of {', '.join(known)}") from None
+        raise UserError(
+            f"the weights of {tag} are neither in the local cache nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}): download them where there is a network, with `hf download timm/{tag} "
+            "model.safetensors --local-dir DIR`, and pass model.vision.weights=DIR/model.safetensors"
+        ) from None
+    assert isinstance(source, VisionTransformer)
+    return dict(source.state_dict())
+
+
+def roberta_from_pretrained(name_or_path: str) -> RobertaEncoder:
+    """A RoBERTa by hub name (`FacebookAI/roberta-base`, `FacebookAI/roberta-large`) or from a local folder.
+
+    Raises:
+        UserError: it cannot be had (the message says which local folder to pass), or it is not a RoBERTa.
+    """
+    try:
+        source = RobertaModel.from_pretrained(name_or_path, add_pooling_layer=False)
+    except (OSError, ValueError) as error:
+        if Path(name_or_path).is_dir():
+            raise UserError(f"{name_or_path} holds no RoBERTa that transformers can load: {error}") from None
+        raise UserError(
+            f"{name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: download it where "
+            f"there is a network, with `hf download {name_or_path} --local-dir DIR`, "
+            "and pass model.text.name_or_path=DIR"
+        ) from None
+    if source.config.model_type != "roberta":
+        raise UserError(f"{name_or_path} is a {source.config.model_type}, not a RoBERTa")
+    encoder = RobertaEncoder(**{name: getattr(source.config, name) for name in _ROBERTA_SIZES})
+    encoder.roberta.load_state_dict(source.state_dict())
+    return encoder

@@ -1,0 +1,289 @@
+"""Checkpoints of the released AbSViT and METER code, loaded into vlabs' own modules with the same outputs.
+
+Released networks differ from the paper (see `ReleasedTopDown` and `PriorMap`); sizes are read from the tensor shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import RankingHead, VQAHead
+from vlabs.models.prior import PriorMap
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.topdown import AbSTopDown, ReleasedTopDown, TopDown
+from vlabs.models.vlm import VisionLanguageModel
+
+State = dict[str, Tensor]
+
+# Part of the files, never read by the released forward pass (itm_score is, in retrieval, where the file has it).
+_UNUSED = re.compile(r"^vit_model\.head\.|^text_transformer\.pooler\.|(^|\.)position_ids$|^mlm_score\.|^itm_score\.")
+
+# From a parameter's name here to its name in the released files, applied in order.
+_RELEASED_NAMES = [
+    (r"^encoder\.(vit\.)?", ""),
+    (r"^prior\.project\.", "vit_model.prompt_decoder."),
+    (r"^vision\.decoders\.", "vit_model.decoders."),
+    (r"^vision\.vit\.", "vit_model."),
+    (r"^text\.roberta\.", "text_transformer."),
+    (r"^fusion\.(text|image)_map\.", r"cross_modal_\1_transform."),
+    (r"^fusion\.(text|image)_pooler\.", r"cross_modal_\1_pooler.dense."),
+    (r"^fusion\.token_type\.", "token_type_embeddings."),
+    (r"^fusion\.(text|image)_layers\.", r"cross_modal_\1_layers."),
+    (r"\.self_attention\.", ".attention."),
+    (r"\.cross_attention\.", ".crossattention."),
+    (r"(attention)\.(query|key|value)\.", r"\1.self.\2."),
+    (r"(attention)\.out\.", r"\1.output.dense."),
+    (r"(attention)\.norm\.", r"\1.output.LayerNorm."),
+    (r"^(cross_modal_\w+_layers\.\d+)\.expand\.", r"\1.intermediate.dense."),
+    (r"^(cross_modal_\w+_layers\.\d+)\.contract\.", r"\1.output.dense."),
+    (r"^(cross_modal_\w+_layers\.\d+)\.norm\.", r"\1.output.LayerNorm."),
+    (r"^head\.classifier\.", "vqa_classifier."),
+    (r"^head\.rank\.", "rank_output."),
+    (r"^head\.match\.", "itm_score.fc."),
+]
+
+
+@dataclass
+class ReleasedOutput:
+    """What a released network gives.
+
+    Attributes:
+        logits: (n, classes), (n, answers), or the ranking score (n,).
+        losses: `reconstruction`, unweighted, summed over blocks; empty for the plain ViT.
+        logits_bottom_up: (n, classes) of the first pass, classification only.
+        text_features, image_features, pooled_features: of the fusion, vision-language only.
+        matching_logits: (n, 2), retrieval only.
+    """
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    logits_bottom_up: Tensor | None = None
+    text_features: Tensor | None = None
+    image_features: Tensor | None = None
+    pooled_features: Tensor | None = None
+    matching_logits: Tensor | None = None
+
+
+class ReleasedClassifier(nn.Module):
+    """A released ImageNet AbSViT: `module(image) -> ReleasedOutput`."""
+
+    def __init__(self, model: AbSViTClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> ReleasedOutput:
+        """Classify images (B, 3, H, W)."""
+        logits, bottom_up, seen = self.model(image)
+        assert seen.reconstruction is not None
+        return ReleasedOutput(logits, {"reconstruction": seen.reconstruction}, logits_bottom_up=bottom_up)
+
+
+class ReleasedVLM(nn.Module):
+    """A released METER network: `module(image, input_ids, attention_mask) -> ReleasedOutput`."""
+
+    def __init__(self, model: VisionLanguageModel, has_matching: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.has_matching = has_matching
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> ReleasedOutput:
+        """Images (n, 3, H, W) with texts (n, T); the released ξ depends on T, so pad as the released code does."""
+        out = self.model(image, input_ids, attention_mask, reconstruct=True, all_features=True)
+        head = self.model.head
+        return ReleasedOutput(
+            out.logits,
+            out.losses,
+            text_features=out.text_features,
+            image_features=out.image_features,
+            pooled_features=out.pooled_features,
+            matching_logits=head.match(out.pooled_features)
+            if isinstance(head, RankingHead) and self.has_matching
+            else None,
+        )
+
+
+def load_released(
+    source: str | Path | State,
+    *,
+    task: str,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+    fusion_heads: int | None = None,
+    alpha: float = 1.0,
+) -> ReleasedClassifier | ReleasedVLM:
+    """Load a checkpoint of the released AbSViT code.
+
+    Args:
+        source: a `.pth`, `.ckpt` or `.safetensors` file, or its state dict.
+        task: `classification`, `vqa` or `retrieval`.
+        vision_heads, text_heads, fusion_heads: attention heads, which no tensor shows; width / 64 if not given.
+        alpha: α of the classifier (the vision-language code has 5 built in).
+
+    Returns:
+        A module in eval mode: `module(image)` for classification, else `module(image, input_ids, attention_mask)`.
+
+    Raises:
+        UserError: the file holds something else, another encoder of METER, or keys are missing or unexpected.
+    """
+    name = "the state dict" if isinstance(source, dict) else str(source)
+    state = _find_state(source if isinstance(source, dict) else read_tensors(_existing(Path(source))), name)
+    if task == "classification":
+        return _load_classifier(state, name, vision_heads, alpha)
+    if task not in ("vqa", "retrieval"):
+        raise UserError(f"task '{task}': choose one of classification, vqa, retrieval")
+    return _load_vlm(state, name, task, vision_heads, text_heads, fusion_heads)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    return path
+
+
+def _find_state(content: dict[str, Any], name: str) -> State:
+    """The tensors of a checkpoint, wherever the released scripts put them, without a DataParallel prefix."""
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{name} holds no tensors by name, so it is no checkpoint of the released code")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _load_classifier(state: State, name: str, heads: int | None, alpha: float) -> ReleasedClassifier:
+    if "prompt" not in state:
+        raise UserError(f"{name} is no AbSViT classifier: 'prompt' is missing (for a METER file say task='vqa')")
+    pool = "avg" if "fc_norm.weight" in state else "token"
+    encoder = _vision(state, "", name, heads, AbSTopDown(alpha), pool, num_classes=_need(state, "head.weight", name)[0])
+    model = AbSViTClassifier(encoder)
+    _fill(model, state, name)
+    return ReleasedClassifier(model).eval()
+
+
+def _load_vlm(
+    state: State, name: str, task: str, vision_heads: int | None, text_heads: int | None, fusion_heads: int | None
+) -> ReleasedVLM:
+    _refuse_other_encoders(state, name)
+    steered = any(key.startswith("vit_model.decoders.") for key in state)
+    vision = _vision(state, "vit_model.", name, vision_heads, ReleasedTopDown() if steered else None, "token")
+    text = _text(state, name, text_heads)
+    width = _need(state, "cross_modal_text_transform.weight", name)[0]
+    fusion = CoAttentionFusion(
+        text.width,
+        vision.width,
+        width=width,
+        depth=_depth(state, "cross_modal_text_layers."),
+        num_heads=fusion_heads or _default_heads(width),
+        mlp_ratio=_need(state, "cross_modal_text_layers.0.intermediate.dense.weight", name)[0] / width,
+    )
+    head: nn.Module
+    if task == "vqa":
+        head = VQAHead(2 * width, _need(state, "vqa_classifier.3.weight", name)[0])
+    else:
+        _need(state, "rank_output.weight", name)
+        head = RankingHead(2 * width)
+    prior = PriorMap(text.width, vision.width, "mean" if task == "vqa" else "eos") if steered else None
+    model = VisionLanguageModel(vision, text, fusion, head, prior)
+    has_matching = "itm_score.fc.weight" in state
+    _fill(model, state, name)
+    return ReleasedVLM(model, has_matching).eval()
+
+
+def _refuse_other_encoders(state: State, name: str) -> None:
+    others = {
+        r"^vit_model\.(visual\.|transformer\.resblocks|class_embedding)": "a CLIP ViT",
+        r"^vit_model\.layers\.\d+\.blocks": "a Swin transformer",
+        r"^vit_model\..*(relative_position|gamma_1)": "a BEiT or CaiT",
+        r"^text_transformer\.(encoder\.albert|embeddings_project|.*deberta|.*rel_embeddings)": "an ALBERT or DeBERTa",
+    }
+    for pattern, encoder in others.items():
+        if any(re.search(pattern, key) for key in state):
+            raise UserError(f"{name} holds {encoder}: of METER's encoders vlabs loads the ViT, AbSViT and RoBERTa")
+    types = state.get("text_transformer.embeddings.token_type_embeddings.weight")
+    if types is not None and types.shape[0] != 1:
+        raise UserError(f"{name} holds a BERT: of METER's encoders vlabs loads the ViT, AbSViT and RoBERTa")
+
+
+def _vision(
+    state: State, prefix: str, name: str, heads: int | None, topdown: TopDown | None, pool: str, num_classes: int = 0
+) -> AbSViT:
+    width, _, patch, _ = _need(state, f"{prefix}patch_embed.proj.weight", name)
+    patches = _need(state, f"{prefix}pos_embed", name)[1] - 1
+    if math.isqrt(patches) ** 2 != patches:
+        raise UserError(f"{name} has {patches} patch positions, which is not a square image")
+    return AbSViT(
+        "vit_base_patch16_224",
+        img_size=math.isqrt(patches) * patch,
+        patch_size=patch,
+        topdown=topdown,
+        global_pool=pool,
+        num_classes=num_classes,
+        embed_dim=width,
+        depth=_depth(state, f"{prefix}blocks."),
+        num_heads=heads or _default_heads(width),
+        mlp_ratio=_need(state, f"{prefix}blocks.0.mlp.fc1.weight", name)[0] / width,
+        qkv_bias=f"{prefix}blocks.0.attn.qkv.bias" in state,
+    )
+
+
+def _text(state: State, name: str, heads: int | None) -> RobertaEncoder:
+    prefix = "text_transformer."
+    vocabulary, width = _need(state, f"{prefix}embeddings.word_embeddings.weight", name)
+    return RobertaEncoder(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=_depth(state, f"{prefix}encoder.layer."),
+        num_attention_heads=heads or _default_heads(width),
+        intermediate_size=_need(state, f"{prefix}encoder.layer.0.intermediate.dense.weight", name)[0],
+        max_position_embeddings=_need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
+    )
+
+
+def _need(state: State, key: str, name: str) -> tuple[int, ...]:
+    if key not in state:
+        raise UserError(f"{name} is not a checkpoint of this kind: '{key}' is missing")
+    return tuple(state[key].shape)
+
+
+def _depth(state: State, prefix: str) -> int:
+    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
+
+
+def _default_heads(width: int) -> int:
+    return max(1, width // 64)
+
+
+def _released_name(name: str) -> str:
+    for pattern, replacement in _RELEASED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fill(model: nn.Module, state: State, name: str) -> None:
+    """Copy the released tensors into `model`; every parameter must be there, and nothing else but what is unused."""
+    released = {_released_name(key): key for key in model.state_dict()}
+    missing = [key for key in released if key not in state and not _UNUSED.search(key)]
+    unexpected = [key for key in state if key not in released and not _UNUSED.search(key)]
+    if missing or unexpected:
+        parts = [f"missing {', '.join(missing)}"] if missing else []
+        parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+        raise UserError(f"{name} does not hold the network it should: {'; '.join(parts)}")
+    found = {ours: state[key] for key, ours in released.items() if key in state}
+    try:
+        model.load_state_dict(found, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error}") from None

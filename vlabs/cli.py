@@ -1,0 +1,42 @@
+"""The command `vlabs`: `vlabs train task=vqa` is `python -m vlabs.train task=vqa`, and so with every other command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from vlabs.errors import run_cli
+
+COMMANDS = {
+    "train": "train, sweep, go on with a run, or plan one",
+    "evaluate": "measure a checkpoint: accuracy, ranking, where it looks, whether it is steered",
+    "predict": "answer questions about a picture",
+    "search": "rank a folder of pictures by text",
+    "attention": "draw where a model looks",
+    "report": "a page about the runs of a sweep",
+    "export": "one safetensors file from a checkpoint",
+    "demo": "fine-tune the small model that comes with vlabs, and show what it does",
+    "dashboard": "a W&B workspace for runs of vlabs",
+    "vqa_eval": "score a file of answers with the official VQA accuracy",
+}
+
+
+def main() -> None:
+    """Entry point of `vlabs`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        asked = name in ("-h", "--help")
+        lines = ["usage: vlabs COMMAND ...   (each has --help)", ""]
+        lines += [f"  {command:11}{what}" for command, what in COMMANDS.items()]
+        print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+        if not asked:
+            print(f"error: there is no command '{name}': choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(0 if asked else 1)
+    module = importlib.import_module("vlabs.attention.__main__" if name == "attention" else f"vlabs.{name}")
+    # As `python -m` has it: what is recorded of a run, and what starts its other processes, reads this.
+    sys.argv = [str(module.__file__), *sys.argv[2:]]
+    run_cli(module.main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The embedded corpus as a data module: rendered and prepared on first use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from vlabs.data.captions import CaptionDataModule
+from vlabs.data.vqa import VQADataModule
+from vlabs.errors import UserError
+from vlabs.runs.logging import say
+
+
+def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
+    """The `scenes` corpus of a size, made in `dir` if it is not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        dir: the prepared folder; the raw files go to `dir` with `-raw` added.
+        options: of `VQADataModule`.
+    """
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scene_render import SIZES
+    from data_prep.scenes import make_scenes
+    from data_prep.vqav2 import VQAv2
+
+    if size not in SIZES:
+        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
+    directory = Path(dir)
+    real = "to use real data: data=vqav2 data.dir=FOLDER, made by `python -m data_prep.vqav2`"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / "manifest.json").is_file():
+            say(f"data: the embedded corpus scenes-{size} in {directory}; {real}")
+        else:
+            say(f"data: making the embedded corpus scenes-{size} in {directory}; {real}")
+            raw = directory.with_name(directory.name + "-raw")
+            make_scenes(size, raw)
+            prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+    return VQADataModule(directory, **options)
+
+
+def scenes_captions(
+    size: str, dir: str | Path, raw_dir: str | Path, phrases: bool = False, **options: Any
+) -> CaptionDataModule:
+    """The captions of the `scenes` corpus of a size, made in `dir` if they are not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        dir: the prepared folder.
+        raw_dir: where the corpus is rendered to, or is already.
+        phrases: what each object is, in the place of captions.
+        options: of `CaptionDataModule`.
+    """
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scene_render import SIZES
+    from data_prep.scenes import make_scenes
+    from data_prep.scenes_captions import ScenesCaptions
+
+    if size not in SIZES:
+        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
+    directory, raw, what = Path(dir), Path(raw_dir), "phrases" if phrases else "the captions"
+    real = "to use real data: data=flickr30k or data=coco_captions"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / "manifest.json").is_file():
+            say(f"data: {what} of the embedded corpus scenes-{size} in {directory}; {real}")
+        else:
+            say(f"data: making {what} of the embedded corpus scenes-{size} in {directory}; {real}")
+            make_scenes(size, raw)
+            source = ScenesCaptions(raw, phrases)
+            options_of = Options(min_answer_count=1, num_workers=os.cpu_count() or 1, others=source.options)
+            prepare(source, directory, options_of)
+    return CaptionDataModule(directory, **options)

@@ -1,0 +1,35 @@
+"""Prepared folders of whatever kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlabs.data.captions import CaptionDataModule
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.prepared import read_manifest
+from vlabs.data.vqa import VQADataModule
+from vlabs.errors import UserError
+
+MODULES: dict[str, type[PreparedDataModule]] = {module.kind: module for module in (VQADataModule, CaptionDataModule)}
+
+
+def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options: Any) -> PreparedDataModule:
+    """The data module of a prepared folder, by what its manifest says it holds.
+
+    Args:
+        dir: the prepared folder.
+        minival_images: of questions, see `VQADataModule`.
+        options: of `PreparedDataModule`.
+
+    Raises:
+        UserError: no folder is named, or it is of a kind that vlabs does not know.
+    """
+    if dir is None:
+        raise UserError("data.dir must be given: pass data.dir=FOLDER, a prepared folder")
+    kind = read_manifest(dir).get("kind")
+    if kind not in MODULES:
+        raise UserError(f"{dir} holds data of kind {kind!r}: choose the group data that reads it, data=NAME")
+    if kind == "vqa":
+        options["minival_images"] = minival_images
+    return MODULES[kind](dir, **options)  # type: ignore[arg-type]

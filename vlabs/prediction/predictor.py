@@ -1,0 +1,183 @@
+"""A trained model that answers questions about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlabs.attention.maps import default_map, look
+from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
+from vlabs.checkpoints.released import ReleasedVLM, load_released
+from vlabs.data.prepared import read_answers
+from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.data.tokenizer import read_tokenizer
+from vlabs.errors import UserError
+from vlabs.models.heads import VQAHead
+
+
+@dataclass
+class Answer:
+    """What the model answers to one question.
+
+    Attributes:
+        question: as it was asked.
+        answers: the best answers with their probabilities (sigmoid of the logit), best first.
+        map: (rows, columns) of the patch grid, non-negative: where the model looked.
+    """
+
+    question: str
+    answers: list[tuple[str, float]]
+    map: np.ndarray
+
+
+class Predictor:
+    """Answers questions with the model of a VQA checkpoint.
+
+    Args:
+        checkpoint: the model and its preprocessing.
+        device: where to run, `cpu` or `cuda`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.model = checkpoint.model.to(device)
+        self.preprocessing = checkpoint.preprocessing
+        self.path = checkpoint.path
+        self.device = device
+
+    def answer(
+        self, image: str | Path | Image.Image, questions: Sequence[str], top: int = 5, map_name: str | None = None
+    ) -> list[Answer]:
+        """Answer questions about one picture; they share its bottom-up pass.
+
+        Args:
+            image: a file, or a Pillow image.
+            questions: any text; longer than the model's limit is cut.
+            top: answers a question.
+            map_name: which map says where it looked (see `attention_map`); None for `default_map`.
+
+        Raises:
+            UserError: the file is missing or no image, or a question is empty.
+        """
+        if isinstance(questions, str):
+            raise TypeError("questions is a list of texts")
+        for question in questions:
+            if not question.strip():
+                raise UserError("a question is empty: give it some text")
+        map_name = map_name or default_map(self.model)
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+        images = self.preprocessing.image(picture)[None].to(self.device)
+        input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
+        output, maps_by_name = look(
+            self.model, images, input_ids.to(self.device), attention_mask.to(self.device), [map_name]
+        )
+        answers = self.preprocessing.answers
+        best, ids = output.logits.detach().float().sigmoid().topk(min(top, len(answers)), dim=1)
+        maps = maps_by_name[map_name].cpu().numpy()
+        return [
+            Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], maps[n])
+            for n, (question, row_ids, row) in enumerate(zip(questions, ids.tolist(), best.tolist(), strict=True))
+        ]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file to RGB.
+
+    Raises:
+        UserError: there is no such file, or it is not an image.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
+    return decode_image(data, str(path))
+
+
+def load_any(
+    path: str | Path,
+    *,
+    answers: str | Path | None = None,
+    tokenizer: str | None = None,
+    trained_for: Sequence[str] = ("vqa",),
+) -> Checkpoint:
+    """A vlabs checkpoint, export or run folder, or a file of the released METER code.
+
+    Args:
+        answers: for a released VQA file, the prepared folder whose vocabulary it was trained on.
+        trained_for: the tasks whose checkpoints will do.
+        tokenizer: for a released file, the RoBERTa it was trained with, by hub name or local folder.
+
+    Raises:
+        UserError: no checkpoint, one of another task, or a released file without its vocabulary.
+    """
+    file = find_checkpoint(path)
+    content = read_tensors(file)
+    if "vlabs" in content:
+        checkpoint = rebuild(content["vlabs"], content["state_dict"], file)
+        if checkpoint.task not in trained_for:
+            wanted = " or ".join(trained_for)
+            raise UserError(f"{file} was trained for the task '{checkpoint.task}', not for {wanted}")
+        return checkpoint
+    if not any("vit_model." in key for key in content.get("state_dict", content)):
+        raise UserError(f"{file} is neither a vlabs checkpoint nor one of the released METER code")
+    task = "vqa" if "vqa" in trained_for else "retrieval"
+    module = load_released(file, task=task)
+    assert isinstance(module, ReleasedVLM)
+    if task == "retrieval":
+        return _released_checkpoint(module, file, tokenizer, (), answers, task)
+    if answers is None:
+        raise UserError(
+            f"{file} is a released checkpoint, which holds no answers: pass --answers FOLDER of the prepared data "
+            "(evaluate: data.dir=FOLDER)"
+        )
+    vocabulary = read_answers(answers)
+    assert isinstance(module.model.head, VQAHead)
+    head_size = module.model.head.num_answers
+    if len(vocabulary) != head_size:
+        raise UserError(f"{file} has {head_size} answers and {answers} has {len(vocabulary)}: it is not its data")
+    return _released_checkpoint(module, file, tokenizer, tuple(vocabulary), answers, task)
+
+
+def _released_checkpoint(
+    module: ReleasedVLM,
+    file: Path,
+    tokenizer: str | None,
+    vocabulary: tuple[str, ...],
+    data_dir: str | Path | None,
+    task: str,
+) -> Checkpoint:
+    preprocessing = Preprocessing(
+        image_size=module.model.vision.vit.patch_embed.img_size[0],
+        tokenizer=read_tokenizer(tokenizer or "FacebookAI/roberta-base", Path(data_dir or ".")),
+        max_length=min(50, module.model.text.max_length),
+        pad_to_max_length=module.model.pads_to_fixed_length,
+        answers=vocabulary,
+    )
+    if preprocessing.vocab_size > module.model.text.spec["vocab_size"]:
+        raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")
+    return Checkpoint(module.model, preprocessing, task, {} if data_dir is None else {"dir": str(data_dir)}, file)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    answers: str | Path | None = None,
+    tokenizer: str | None = None,
+) -> Predictor:
+    """Load a model for prediction.
+
+    Args:
+        path: run folder, `.ckpt`, exported `.safetensors`, or a VQA checkpoint of the released METER code.
+        device: `cpu` or `cuda`; the GPU if there is one.
+        answers, tokenizer: for a released file; see `load_any`.
+
+    Raises:
+        UserError: the file is no checkpoint of a VQA model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(load_any(path, answers=answers, tokenizer=tokenizer), device)

@@ -1,0 +1,135 @@
+"""Ranking the pictures of a folder by text: ξ finds the most promising ones, the whole network ranks those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from vlabs.attention.figures import RankedImage
+from vlabs.attention.maps import attention_map
+from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.errors import UserError
+from vlabs.prediction.predictor import open_image
+from vlabs.ranking.index import ImageIndex
+from vlabs.ranking.texts import encode_texts, score_texts
+from vlabs.utils.files import content_sha256
+
+CACHE = Path("~/.cache/vlabs/search")
+
+
+@dataclass
+class Found:
+    """A picture and its ranking score for a query; higher is better."""
+
+    path: Path
+    score: float
+
+
+class Search:
+    """Ranks the pictures of a folder by text.
+
+    Args:
+        checkpoint: of a model that was pre-trained or fine-tuned for retrieval.
+        pictures: files, each a picture.
+        index_dir: where the index is kept.
+        device: `cpu` or `cuda`.
+        skip_bad: leave out pictures that cannot be decoded, and name them; else they are an error.
+
+    Raises:
+        UserError: there is no picture, or one cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pictures: Sequence[Path],
+        index_dir: Path = CACHE,
+        device: str = "cpu",
+        skip_bad: bool = False,
+    ) -> None:
+        self.model = checkpoint.model.to(device)
+        self.preprocessing = checkpoint.preprocessing
+        self.device = device
+        self.pictures = list(pictures)
+        self.seen: Tensor | None = None
+        if skip_bad:
+            self.pictures = [path for path in self.pictures if _decodes(path)]
+        if not self.pictures:
+            raise UserError("--images holds no picture")
+        if self.model.prior is not None and self.model.vision.has_bottom_up:
+            index = ImageIndex(index_dir.expanduser() / f"{content_sha256(checkpoint.path)[:16]}.safetensors")
+            digests = [content_sha256(path) for path in self.pictures]
+            index.add(zip(digests, self.pictures, strict=True), self._bottom_up_cls)
+            self.seen = torch.stack([index.vectors[digest] for digest in digests])
+
+    @torch.inference_mode()
+    def _bottom_up_cls(self, path: Path) -> Tensor:
+        return self.model.vision.encode(self._tensor(path)).cls[0].float().cpu().clone()
+
+    def _tensor(self, path: Path) -> Tensor:
+        return self.preprocessing.image(open_image(path))[None].to(self.device)
+
+    @torch.inference_mode()
+    def find(self, query: str, k: int | None = 32) -> list[Found]:
+        """The pictures that were scored, best first.
+
+        Args:
+            query: any text.
+            k: pictures that go through the whole network, those with the largest cosine of ξ and the bottom-up [cls];
+                None for all. Where there is no ξ, or no bottom-up [cls], all are scored.
+        """
+        if not query.strip():
+            raise UserError("--query is empty: give it some text")
+        texts = encode_texts(self.model, self.preprocessing, [query])
+        chosen = list(range(len(self.pictures)))
+        if k is not None and self.seen is not None and texts.prior is not None:
+            similarity = F.cosine_similarity(texts.prior[0].float().cpu(), self.seen, dim=1)
+            chosen = similarity.topk(min(k, len(chosen))).indices.tolist()
+        only = torch.zeros(1, dtype=torch.int64, device=self.device)
+        found = []
+        for n in chosen:
+            bottom_up = self.model.vision.encode(self._tensor(self.pictures[n]))
+            found.append(Found(self.pictures[n], float(score_texts(self.model, bottom_up, texts, only)[0])))
+        return sorted(found, key=lambda item: -item.score)
+
+    @torch.inference_mode()
+    def show(self, query: str, found: Sequence[Found]) -> list[RankedImage]:
+        """Found pictures as the model sees them, with its map for the query."""
+        input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([query])))
+        shown = []
+        for item in found:
+            output = self.model(self._tensor(item.path), input_ids, mask, read_image=True)
+            seen = attention_map(output, self.model.vision)[0].cpu().numpy()
+            shown.append(RankedImage(self.preprocessing.resize(open_image(item.path)), seen, False))
+        return shown
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The files under a folder whose names end as pictures' do, sorted.
+
+    Raises:
+        UserError: there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: there is no such folder")
+    suffixes = Image.registered_extensions()
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if not pictures:
+        raise UserError(f"--images {folder}: there is no picture in it")
+    return pictures
+
+
+def _decodes(path: Path) -> bool:
+    try:
+        open_image(path)
+    except UserError as error:
+        print(f"left out: {error}")
+        return False
+    return True

@@ -1,0 +1,79 @@
+"""What a run ran with: code, packages, device and data, written into its folder before it starts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlabs.utils.files import write_json
+
+
+def describe_environment(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As plain data.
+
+    Args:
+        sets: what `vlabs.data.loading.identity_of` says of each prepared folder.
+    """
+    try:
+        installed = version("vlabs")
+    except PackageNotFoundError:
+        installed = None
+    return {
+        "vlabs": installed,
+        "code": code_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "data": list(sets),
+        "packages": dict(sorted({item.metadata["Name"]: item.version for item in distributions()}.items())),
+    }
+
+
+def code_version() -> str | None:
+    """The git commit of this code, with `+changes` where files differ from it; None where it is no git checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    try:
+        # An installed package inside somebody's repository is not that repository's code.
+        commit = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else ""
+        return commit + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def write_environment(path: str | Path, found: dict[str, Any], going_on: bool) -> list[str]:
+    """Write `environment.json` of a new run; of a run that goes on keep it, and say what has changed since.
+
+    Args:
+        path: of the file.
+        found: what `describe_environment` gave.
+        going_on: the run was begun before; the file of a new run replaces one that lies in its folder.
+
+    Returns:
+        A line for each difference: `torch 2.9.0, was 2.8.0`.
+    """
+    path = Path(path)
+    if not (going_on and path.is_file()):
+        write_json(path, found)
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    compared = [
+        ({key: part[key] for key in ("code", "python", "device")}, part["packages"]) for part in (before, found)
+    ]
+    changed = []
+    for old, new in zip(*compared, strict=True):
+        names = sorted({*old, *new})
+        changed += [f"{name} {new.get(name)}, was {old.get(name)}" for name in names if old.get(name) != new.get(name)]
+    hashes = [[item["manifest_sha256"] for item in part["data"]] for part in (before, found)]
+    return changed + ["the prepared data"] * (hashes[0] != hashes[1])

@@ -1,0 +1,44 @@
+"""The table of a sweep's runs, read from their folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from vlabs.utils.files import replacing
+
+_SHOWN = ("fit_seconds", "parameters")
+
+
+def write_table(sweep_dir: Path) -> str:
+    """Write SWEEP_DIR/runs.csv, a row a run with what it overrides and what came out, and return it as text.
+
+    A run that failed is a row that says why.
+    """
+    rows = []
+    for path in sorted(sweep_dir.glob("*/summary.json"), key=lambda p: (len(p.parent.name), p.parent.name)):
+        summary = json.loads(path.read_text())
+        row: dict[str, Any] = {"run": path.parent.name, "status": summary["status"]}
+        row |= dict(item.lstrip("+").split("=", 1) for item in summary["overrides"] if "=" in item)
+        row |= {key: value for key, value in summary.items() if key.startswith("best/")}
+        row |= {key: summary.get(key) for key in _SHOWN}
+        row["error"] = summary.get("error", "")
+        rows.append(row)
+    header = list(dict.fromkeys(key for row in rows for key in row if key != "error")) + ["error"]
+    # Runs may be processes side by side.
+    with replacing(sweep_dir / "runs.csv", side_by_side=True) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=header)
+        writer.writeheader()
+        writer.writerows(rows)
+    cells = [header] + [[_short(row.get(key)) for key in header] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([f"{sweep_dir / 'runs.csv'}:", *lines])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return "" if value is None else str(value)[:100]

@@ -1,0 +1,221 @@
+"""From a config to a training that only has to be run: data, model, task, what watches it, and Lightning's trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.checkpoints.initialize import initialize, read_source
+from vlabs.data.module import PreparedDataModule
+from vlabs.errors import UserError
+from vlabs.models.vlm import VisionLanguageModel
+from vlabs.runs.config import make_trainer, save_config
+from vlabs.runs.environment import describe_environment, write_environment
+from vlabs.runs.logging import csv_logger, remember_run_id, say
+from vlabs.tasks.base import VisionLanguageTask
+from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
+from vlabs.training.callbacks.gradients import FiniteGradients
+from vlabs.training.callbacks.resume import GoOn
+from vlabs.training.lightning_state import validation_is_next
+from vlabs.training.start import last_whole, make_start
+from vlabs.utils.ranks import is_rank_zero
+
+
+@dataclass
+class Training:
+    """A run before it begins.
+
+    Attributes:
+        data, task: what is trained on what.
+        trainer: of Lightning, with all callbacks and loggers.
+        best, last: which keep the checkpoints.
+        resumed: the checkpoint to go on from; None for a new run.
+    """
+
+    data: PreparedDataModule
+    task: VisionLanguageTask
+    trainer: pl.Trainer
+    best: ModelCheckpoint
+    last: KeepLast
+    resumed: Path | None
+
+
+def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Training:
+    """Everything that a config names.
+
+    Args:
+        config: of `vlabs.train`; sizes that only the data know are filled in.
+        run_dir: the run folder; its config.yaml and environment.json are written.
+        sweep: the folder of the sweep that the run belongs to.
+
+    Raises:
+        UserError: parts that do not fit each other, or cannot be made.
+    """
+    task, data = build_task(config, run_dir)
+    resumed = last_whole(run_dir, config.resume) if config.resume is not None else None
+    if is_rank_zero():
+        found = describe_environment(data_sets(data))
+        if changed := write_environment(run_dir / "environment.json", found, going_on=resumed is not None):
+            say(f"not as when this run began: {'; '.join(changed)}")
+    loggers = build_loggers(config, run_dir, sweep, resumed)
+    best, last = build_checkpoints(run_dir, task.monitor, config.checkpoints)
+    trainer = make_trainer(
+        config.trainer,
+        callbacks=[
+            best,
+            last,
+            GoOn(),
+            FiniteGradients(config.max_bad_steps, last.path),
+            *chosen_callbacks(config.callbacks, config.trainer),
+        ],
+        logger=loggers,
+        plugins=[WholeCheckpointIO()],
+        default_root_dir=str(run_dir),
+    )
+    return Training(data, task, trainer, best, last, resumed)
+
+
+def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[VisionLanguageTask, PreparedDataModule]:
+    """The task with its model, started from other weights where the config says so, and its data.
+
+    Args:
+        config, run_dir: as in `build`; None to write nothing.
+    """
+    if config.init is not None and config.init_by:
+        make_start(Path(config.init), list(config.init_by))
+    data: PreparedDataModule = instantiate(config.data)
+    if config.init is not None and config.data.get("tokenizer") is None:
+        _take_tokenizer(data, config.init)
+    _fill_in_sizes(config, data)
+    if run_dir is not None and is_rank_zero():
+        save_config(config, run_dir / "config.yaml")
+    model: VisionLanguageModel = instantiate(config.model)
+    data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
+    _check_fit(model, data)
+    history: list[dict[str, Any]] = []
+    if config.init is not None:
+        initialized = initialize(model, config.init, data.preprocessing.answers)
+        history = initialized.history
+        say(initialized.report())
+    # Partial, because Hydra would turn a dataclass among the arguments into a config.
+    make_task = instantiate(config.task, _partial_=True, _convert_="all")
+    task: VisionLanguageTask = make_task(
+        model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history}
+    )
+    if not isinstance(data, task.reads):
+        raise UserError(
+            f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
+        )
+    return task, data
+
+
+def data_sets(data: PreparedDataModule) -> list[dict[str, Any]]:
+    """The identity of every prepared folder that is trained on."""
+    identity = data.identity
+    return list(identity.get("sets", [identity]))
+
+
+def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
+    """The callbacks that the group `callbacks` names.
+
+    Args:
+        trainer: of the group `trainer`, which may want no progress bar.
+    """
+    callbacks: list[Callback] = []
+    for name, options in ((str(name), options) for name, options in config.items()):
+        if options is None:
+            continue
+        if "_target_" not in options:
+            raise UserError(f"callbacks.{name} names no class: pass +callbacks.{name}._target_=..., or null for none")
+        callbacks.append(instantiate(options, _convert_="all"))
+    wants_bar = bool(trainer.get("enable_progress_bar"))
+    return [callback for callback in callbacks if wants_bar or not isinstance(callback, ProgressBar)]
+
+
+def build_checkpoints(run_dir: Path, monitor: str, often: DictConfig) -> tuple[ModelCheckpoint, KeepLast]:
+    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
+    minutes, steps = often.every_minutes, often.every_n_steps
+    for name, value in (("every_minutes", minutes), ("every_n_steps", steps)):
+        if value is not None and (not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"checkpoints.{name}={value} must be a number above 0, or null")
+    if minutes is not None and steps is not None:
+        raise UserError("checkpoints: every_minutes and every_n_steps exclude each other; set one of them to null")
+    best = ModelCheckpoint(
+        run_dir / "checkpoints",
+        filename="best",
+        monitor=monitor,
+        mode="max",
+        save_weights_only=True,
+        save_on_train_epoch_end=False,  # but right after the validation, of the weights that it was of
+        enable_version_counter=False,
+    )
+    return best, KeepLast(run_dir / "checkpoints" / "last.ckpt", minutes, steps)
+
+
+def build_loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Path | None) -> list[Logger]:
+    """metrics.csv, and the logger that was chosen."""
+    step, validates = None, False
+    if resumed is not None:
+        state = read_tensors(resumed)
+        step, validates = int(state["global_step"]), validation_is_next(state["loops"])
+    loggers: list[Logger] = [csv_logger(run_dir, step, validates)]
+    if config.logger.get("_target_") is None:
+        return loggers
+    chosen = config.logger.copy()
+    if sweep is not None and "group" in chosen:
+        overrides = HydraConfig.get().job.override_dirname.replace(",", " ")
+        chosen.group = chosen.group or sweep.name
+        chosen.name = chosen.name or overrides or run_dir.name
+    logger = instantiate(chosen, save_dir=str(run_dir))
+    if isinstance(logger, WandbLogger) and is_rank_zero():
+        remember_run_id(logger)
+        logged = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(logged, dict)
+        # A resumed run reads its config from its folder, and no choices are made; W&B has the variant already.
+        if (variant := HydraConfig.get().runtime.choices.get("model/topdown")) is not None:
+            logged["variant"] = variant
+        logger.experiment.config.update(logged, allow_val_change=True)
+    return [*loggers, logger]
+
+
+def _take_tokenizer(data: PreparedDataModule, init: str) -> None:
+    """Read texts as the weights that a run starts from do, if a text encoder is among them: they know its tokens."""
+    header = read_source(init)[1]["vlabs"]
+    if "trained" not in header or "text" in header["trained"]:
+        tokenizer = header["preprocessing"]["tokenizer"]
+        data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=tokenizer)
+
+
+def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
+    """Sizes in the model's config that are null because only the data know them."""
+    with open_dict(config.model):
+        if config.model.text.get("vocab_size", 0) is None:
+            config.model.text.vocab_size = data.preprocessing.vocab_size
+        if config.model.head.get("num_answers", 0) is None:
+            config.model.head.num_answers = len(data.preprocessing.answers)
+        if config.model.head.get("vocab_size", 0) is None:
+            config.model.head.vocab_size = config.model.text.get("vocab_size") or data.preprocessing.vocab_size
+
+
+def _check_fit(model: VisionLanguageModel, data: PreparedDataModule) -> None:
+    """The text encoder must know every token that the tokenizer can make, and have a position for each."""
+    known = model.text.spec["vocab_size"]
+    if data.preprocessing.vocab_size > known:
+        raise UserError(
+            f"the tokenizer has {data.preprocessing.vocab_size} tokens and the text encoder {known}: "
+            "pass data.tokenizer=DIR of the text encoder's own"
+        )
+    if data.preprocessing.max_length > model.text.max_length:
+        raise UserError(
+            f"data.max_length={data.preprocessing.max_length} is more than the text encoder's {model.text.max_length}"
+        )

@@ -1,0 +1,71 @@
+"""Gradients that are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from vlabs.errors import UserError
+from vlabs.runs.logging import say
+from vlabs.tasks.base import VisionLanguageTask
+from vlabs.training.lightning_state import gradient_scaler
+
+
+class FiniteGradients(pl.Callback):
+    """Stops a run before a step whose gradient is not finite, or leaves some such steps out. Logs the gradient's norm.
+
+    With 16-bit float precision and its scaler such steps are part of the search for a scale, and left to it.
+
+    Args:
+        max_bad_steps: how many may be left out.
+        checkpoint: named in the message.
+    """
+
+    def __init__(self, max_bad_steps: int, checkpoint: Path) -> None:
+        if not isinstance(max_bad_steps, int) or max_bad_steps < 0:
+            raise UserError(f"max_bad_steps={max_bad_steps} must be a whole number, at least 0")
+        self.max_bad_steps = max_bad_steps
+        self.checkpoint = checkpoint
+        self.bad_steps = 0
+        self.seen: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember which texts go into the step."""
+        assert isinstance(pl_module, VisionLanguageTask)
+        self.seen += pl_module.sample_ids(batch)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the gradient. Ranks agree on it, as each sees only its part where the model is sharded (FSDP).
+
+        Raises:
+            UserError: it is not finite, and no more steps may be left out.
+        """
+        texts, self.seen = self.seen, []
+        norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/gradient_norm", norm)
+        if gradient_scaler(trainer) is not None:
+            return
+        if trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm))):
+            return
+        self.bad_steps += 1
+        named = ", ".join(map(str, texts[:20])) + (", …" if len(texts) > 20 else "")
+        what = f"the gradient is not finite at step {trainer.global_step} (texts {named})"
+        if self.bad_steps > self.max_bad_steps:
+            go_on = (
+                f"{self.checkpoint} is from before it: go on with resume={self.checkpoint.parent.parent}"
+                if self.checkpoint.is_file()
+                else "there is no checkpoint yet"
+            )
+            raise UserError(f"{what}; {go_on}; lower task.recipe.lr, or allow some such steps with max_bad_steps=N")
+        say(f"{what}: left out, {self.bad_steps} of at most {self.max_bad_steps}")
+        for parameter in pl_module.parameters():
+            parameter.grad = None  # the optimiser leaves alone what has none

@@ -1,0 +1,65 @@
+"""Whether a model looks where it is asked to, during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+
+from vlabs.attention.maps import MAPS
+from vlabs.data.module import PreparedDataModule
+from vlabs.errors import UserError
+from vlabs.evaluation.grounding import Targets, find_targets, measure
+from vlabs.tasks.base import VisionLanguageTask
+from vlabs.training.callbacks.schedule import EveryNValidations
+
+
+class GroundingCurve(EveryNValidations):
+    """Every N validations: does it look where the questions or captions are about? Logs `val/grounding/MAP_energy`.
+
+    The share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share that a map which
+    looks everywhere alike would have; on texts of the validation split whose target is known, evenly spread. Where none
+    is known, nothing is measured.
+
+    Args:
+        every_n_validations: how often; 0 for never.
+        num_texts: how many texts.
+        maps: of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances; what the data were prepared with if not given.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        num_texts: int = 100,
+        maps: Sequence[str] = ("norm", "fusion"),
+        instances: str | None = None,
+    ) -> None:
+        super().__init__(every_n_validations)
+        self.num_texts = num_texts
+        self.maps = list(maps)
+        self.instances = instances
+        self.targets: Targets | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the targets once."""
+        if wrong := [name for name in self.maps if name not in MAPS]:
+            raise UserError(f"callbacks.grounding.maps names {', '.join(wrong)}: choose of {', '.join(MAPS)}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.every and self.targets is None and isinstance(data, PreparedDataModule):
+            self.targets = find_targets(data.rows(data.val_split), data.dir, self.instances, self.num_texts)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log."""
+        if not self.is_due(trainer) or self.targets is None:
+            return
+        assert isinstance(pl_module, VisionLanguageTask)
+        values: dict[str, list[float]] = {}
+        if trainer.is_global_zero:
+            for record in measure(pl_module.model, pl_module.preprocessing, self.targets, self.maps):
+                if record is not None:
+                    values.setdefault("area", []).append(record["area"])
+                    for name in self.maps:
+                        values.setdefault(f"{name}_energy", []).append(record["maps"][name]["energy"])
+        for name, shares in values.items():
+            pl_module.log(f"val/grounding/{name}", 100 * sum(shares) / len(shares), rank_zero_only=True)

@@ -1,0 +1,79 @@
+"""What training costs, in the log and on the screen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from vlabs.tasks.base import VisionLanguageTask
+
+
+def progress_bar(refresh_rate: int | None = None) -> TQDMProgressBar:
+    """Lightning's progress bar, with the time left.
+
+    Args:
+        refresh_rate: batches between two updates; 1 on a terminal and 50 in a file if not given.
+    """
+    return TQDMProgressBar(refresh_rate=refresh_rate or (1 if sys.stderr.isatty() else 50))
+
+
+class SamplesPerSecond(pl.Callback):
+    """Log `train/samples_per_second`: texts of this process since the value before, loading included.
+
+    With every validation it logs what training has cost until then, over stops of the run too: `seen/texts`, of all
+    processes, and `seen/minutes`, without validation.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.since = 0.0
+        self.last = 0.0
+        self.texts = 0
+        self.seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock anew, so that validation does not count."""
+        self.samples, self.since = 0, time.perf_counter()
+        self.last = self.since
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count a batch, and log as often as Lightning logs."""
+        assert isinstance(pl_module, VisionLanguageTask)
+        count = len(pl_module.sample_ids(batch))
+        now = time.perf_counter()
+        self.texts += count * trainer.world_size
+        self.seconds += now - self.last
+        self.last = now
+        self.samples += count
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/samples_per_second", self.samples / (now - self.since))
+            self.samples, self.since = 0, now
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was seen, beside what it was worth."""
+        if not trainer.sanity_checking:
+            pl_module.log("seen/texts", float(self.texts), rank_zero_only=True)
+            pl_module.log("seen/minutes", self.seconds / 60, rank_zero_only=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the clock after a validation in mid-epoch."""
+        self.last = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen."""
+        return {"texts": self.texts, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.texts, self.seconds = state_dict["texts"], state_dict["seconds"]

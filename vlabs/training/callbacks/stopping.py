@@ -1,0 +1,48 @@
+"""Stopping before the last epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+
+from vlabs.errors import UserError
+from vlabs.tasks.base import VisionLanguageTask
+
+
+class EarlyStopping(pl.callbacks.EarlyStopping):
+    """Lightning's, on the metric by which the task's best checkpoint is chosen, if no other is named.
+
+    Args:
+        monitor: a metric of a validation; None for the task's own.
+        options: of Lightning's `EarlyStopping`.
+    """
+
+    def __init__(self, monitor: str | None = None, **options: Any) -> None:
+        super().__init__(monitor=monitor or "", **options)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ask the task for its metric."""
+        assert isinstance(pl_module, VisionLanguageTask)
+        self.monitor = self.monitor or pl_module.monitor
+        super().setup(trainer, pl_module, stage)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the metric."""
+        with self._explained():
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the metric, where every epoch ends with a validation."""
+        with self._explained():
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in a sentence that there is no such metric."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(f"callbacks.early_stopping.monitor={self.monitor}: {error}") from None

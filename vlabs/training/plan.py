@@ -1,0 +1,139 @@
+"""What a training will cost, from a few measured steps: `python -m vlabs.train plan=true ...`."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, open_dict
+
+from vlabs.runs.config import make_trainer
+from vlabs.runs.logging import say
+from vlabs.tasks.base import VisionLanguageTask
+
+# Batches that are measured, after those that warm up.
+_WARM_UP, _MEASURED, _VALIDATION = 3, 8, 3
+
+
+class _Clock(pl.Callback):
+    """Seconds of every training batch, loading included, and of every validation batch."""
+
+    def __init__(self) -> None:
+        self.training: list[float] = []
+        self.validation: list[float] = []
+        self.since = 0.0
+
+    def _lap(self, laps: list[float]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        laps.append(now - self.since)
+        self.since = now
+
+    def on_train_start(self, *_: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._lap(self.training)
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._lap(self.validation)
+
+
+def plan_run(config: DictConfig, task: VisionLanguageTask, data: pl.LightningDataModule) -> dict[str, Any]:
+    """Train for a few steps that leave nothing behind, print what the whole run will be, and return it.
+
+    Args:
+        config: of `vlabs.train`.
+        task, data: as they would be trained; the task's weights change.
+    """
+    short = config.trainer.copy()
+    with open_dict(short):
+        short.max_epochs, short.max_steps, short.check_val_every_n_epoch, short.val_check_interval = 1, -1, 1, None
+        accumulate = int(config.trainer.accumulate_grad_batches)
+        short.limit_train_batches = _WARM_UP + max(_MEASURED, accumulate)
+        short.limit_val_batches, short.num_sanity_val_steps = _VALIDATION, 0
+        short.enable_progress_bar, short.log_every_n_steps = False, 1
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            short, callbacks=[clock], logger=False, enable_checkpointing=False, default_root_dir=folder
+        )
+        task.shorten_validation()
+        trainer.fit(task, datamodule=data)
+    numbers = _numbers(config, task, data, trainer, clock)
+    if trainer.is_global_zero:
+        _print(numbers)
+    return numbers
+
+
+def _numbers(
+    config: DictConfig, task: VisionLanguageTask, data: Any, trainer: pl.Trainer, clock: _Clock
+) -> dict[str, Any]:
+    options = config.trainer
+    accumulate, devices = int(options.accumulate_grad_batches), trainer.world_size
+    loader = data.train_dataloader()
+    batches = _limited(len(loader), options.limit_train_batches)
+    steps_an_epoch = math.ceil(batches / accumulate)
+    epochs = int(options.max_epochs) if options.max_epochs is not None and options.max_epochs >= 0 else 1000
+    steps = steps_an_epoch * epochs
+    if options.max_steps is not None and 0 <= options.max_steps < steps:
+        steps = int(options.max_steps)
+    second = statistics.median(clock.training[_WARM_UP:] or clock.training)
+    checked = _limited(len(data.val_dataloader()), options.limit_val_batches)
+    validation = checked * statistics.median(clock.validation) if clock.validation else 0.0
+    validations = steps / steps_an_epoch / (options.check_val_every_n_epoch or 1)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    cuda = trainer.strategy.root_device.type == "cuda"
+    # ru_maxrss is in KiB on Linux.
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "batch_per_device": data.batch_size,
+        "devices": devices,
+        "accumulate_grad_batches": accumulate,
+        "global_batch": data.batch_size * devices * accumulate,
+        "steps_per_epoch": steps_an_epoch,
+        "epochs": round(steps / steps_an_epoch, 2),
+        "steps": steps,
+        "trained_parameters": trained,
+        # Weights, gradients and AdamW's two moments, four bytes each.
+        "gib_weights_and_optimizer": round(16 * trained / 2**30, 2),
+        "gib_peak_per_device": round(peak / 2**30, 2),
+        "seconds_per_step": round(second * accumulate, 4),
+        "texts_per_second": round(data.batch_size * devices / second, 1),
+        "seconds_per_validation": round(validation, 1),
+        "hours": round((steps * accumulate * second + validations * validation) / 3600, 3),
+    }
+
+
+def _limited(batches: int, limit: float | int | None) -> int:
+    """Batches of an epoch under Lightning's limit: a number of them, or a share."""
+    if limit is None:
+        return batches
+    return min(batches, int(limit)) if isinstance(limit, int) else int(batches * limit)
+
+
+def _print(numbers: dict[str, Any]) -> None:
+    n = numbers
+    batch = f"{n['batch_per_device']} x {n['devices']} devices x {n['accumulate_grad_batches']} accumulated"
+    say("plan (nothing is kept):")
+    say(f"  global batch  {n['global_batch']:,} = {batch}")
+    say(f"  steps         {n['steps']:,} = {n['steps_per_epoch']:,} an epoch x {n['epochs']:g} epochs")
+    say(
+        f"  memory        {n['gib_peak_per_device']:.2f} GiB at the peak on each device, of which "
+        f"{n['gib_weights_and_optimizer']:.2f} GiB weights, gradients and AdamW"
+    )
+    say(
+        f"  speed         {n['seconds_per_step']:.3f} s a step, {n['texts_per_second']:,.1f} texts/s, loading "
+        f"included; {n['seconds_per_validation']:.0f} s a validation"
+    )
+    say(f"  time          {n['hours']:.2f} hours")
