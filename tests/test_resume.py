@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import assert_one_line_error, command
 
-from vlabs.data.loading import make_loader
+from vlabs.data.loading import LoaderOptions, make_loader
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO, previous_of
@@ -156,7 +156,8 @@ def fit(folder, options, start_from=None, signal_in=None):
     folder.mkdir()
     pl.seed_everything(1, verbose=False)
     rows = np.arange(15)
-    loaders = [make_loader(Rows(), rows, rows * 0, 1, 3, training, 0, 0) for training in (True, False)]
+    options_of = LoaderOptions(batch_size=3, num_workers=0)
+    loaders = [make_loader(Rows(), None, "", rows, rows * 0, options_of, training) for training in (True, False)]
     model, io = Small(signal_in), Recording(folder)
     # In one folder for all, or Lightning would not take over what was best.
     best = pl.callbacks.ModelCheckpoint(folder.parent, "best", "val/loss", enable_version_counter=False)
