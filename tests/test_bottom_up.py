@@ -7,7 +7,6 @@ import torch
 from conftest import TINY_MODEL
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 
 from vlabs.checkpoints.checkpoint import Checkpoint
@@ -15,7 +14,7 @@ from vlabs.data.captions import CaptionBatch
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
-from vlabs.evaluation.retrieval import _check
+from vlabs.evaluation.retrieval import RetrievalEvaluation
 from vlabs.prediction.search import Search
 from vlabs.runs.config import config_dir
 from vlabs.tasks.naming import NamingTask
@@ -89,12 +88,12 @@ def test_naming_trains_it_or_refuses(checkpoint):
 
 
 def test_a_shortlist_needs_it(checkpoint):
-    ranker = OmegaConf.create({"name": "shortlist", "k": 1, "batch_size": 1, "captions_in_memory": 1})
+    evaluation = RetrievalEvaluation({"name": "shortlist", "k": 1, "batch_size": 1, "captions_in_memory": 1})
     if checkpoint.model.prior is not None and checkpoint.model.vision.has_bottom_up:
-        _check(ranker, checkpoint)
+        evaluation.check_model(checkpoint.model)
     else:
         with pytest.raises(UserError, match="ranker=shortlist"):
-            _check(ranker, checkpoint)
+            evaluation.check_model(checkpoint.model)
 
 
 def test_search_goes_around_it(checkpoint, tmp_path):

@@ -356,6 +356,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_questions(tin
 def test_steps_that_are_not_finite_can_be_left_out(tiny_data, monkeypatch, capsys):
     callback = FiniteGradients(1, Path("run/checkpoints/last.ckpt"))
     layer = torch.nn.Linear(2, 1)
+    layer.sample_ids = lambda batch: batch.caption_ids
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision: decision)  # of one process
     trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None, strategy=strategy)
     batch = SimpleNamespace(caption_ids=[7, 8])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.registry import build
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import replacing
@@ -35,7 +36,7 @@ class Checkpoint:
     """A trained model with what is needed to use it.
 
     Attributes:
-        model: in eval mode, on the CPU.
+        network: in eval mode, on the CPU: a vision-language model (`model`) or a classifier (`classifier`).
         preprocessing: images and texts to tensors, and the answer vocabulary.
         task: the task it was trained for, e.g. `vqa`.
         data: the prepared folder it was trained on and the hash of its manifest, and under `history` what its weights
@@ -43,11 +44,23 @@ class Checkpoint:
         path: the file it was read from.
     """
 
-    model: VisionLanguageModel
+    network: nn.Module
     preprocessing: Preprocessing
     task: str
     data: dict[str, Any]
     path: Path
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        """The vision-language model, of every task on pictures and texts."""
+        assert isinstance(self.network, VisionLanguageModel)
+        return self.network
+
+    @property
+    def classifier(self) -> AbSViTClassifier:
+        """The classifier, of `task=classify`."""
+        assert isinstance(self.network, AbSViTClassifier)
+        return self.network
 
 
 def packaged_starts() -> dict[str, Path]:
@@ -104,12 +117,12 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
         model = build(header["architecture"])
         model.load_state_dict(weights)
         preprocessing = Preprocessing.from_plain(header["preprocessing"])
-        checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
     except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
-    if not isinstance(model, VisionLanguageModel):
-        raise UserError(f"{path} holds a {type(model).__name__}, not a vision-language model")
+    if not isinstance(model, VisionLanguageModel | AbSViTClassifier):
+        raise UserError(f"{path} holds a {type(model).__name__}, not a whole model")
     return checkpoint
 
 
@@ -183,7 +196,7 @@ def _inert_globals(path: Path) -> Iterator[None]:
 
 
 def header_of(
-    model: VisionLanguageModel, preprocessing: Preprocessing, task: str, data: dict[str, Any]
+    model: VisionLanguageModel | AbSViTClassifier, preprocessing: Preprocessing, task: str, data: dict[str, Any]
 ) -> dict[str, Any]:
     """The `"vlabs"` entry of a checkpoint."""
     return {

@@ -11,7 +11,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
+from vlabs.checkpoints.released import find_state, load_released
 from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
 from vlabs.models.vlm import VisionLanguageModel
 
@@ -59,16 +61,23 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that `init=SOURCE` means, and its content.
 
     Raises:
-        UserError: no such checkpoint, or not one of vlabs'.
+        UserError: no such checkpoint, or neither one of vlabs' nor a released classifier.
     """
     path = find_checkpoint(source)
     content = read_tensors(path)
     if "vlabs" not in content:
-        raise UserError(f"init={source}: {path} is not a vlabs checkpoint")
+        state = find_state(content, str(path))
+        if "prompt" not in state:
+            raise UserError(f"init={source}: {path} is neither a vlabs checkpoint nor a released classifier")
+        released = load_released(path, task="classification").model.state_dict()
+        header = {"task": "classify", "data": {"name": "imagenet"}, "preprocessing": {}}
+        content = {"vlabs": header, "state_dict": {f"model.{name}": value for name, value in released.items()}}
     return path, content
 
 
-def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence[str] = ()) -> Initialized:
+def initialize(
+    model: VisionLanguageModel | AbSViTClassifier, source: str | Path, answers: Sequence[str] = ()
+) -> Initialized:
     """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
 
     Args:
@@ -79,16 +88,20 @@ def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence
         UserError: no such checkpoint, or no parameter of it fits.
     """
     path, content = read_source(source)
+    encoders = {"encoder.": "vision."} if hasattr(model, "vision") else {"vision.": "encoder."}
     # A checkpoint may say that only some of it is trained (`vlabs.tasks.naming`).
     trained = tuple(f"model.{part}." for part in content["vlabs"].get("trained", [])) or ("model.",)
     state = {
         name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith(trained)
     }
+    # A classifier's encoder is what a vision-language model calls vision, and the other way round.
+    state = {_renamed(name, encoders): value for name, value in state.items()}
     own: dict[str, Tensor] = dict(model.state_dict())
     result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))
     chosen: dict[str, Tensor] = {}
     known = content["vlabs"]["preprocessing"].get("answers", [])
-    if isinstance(model.head, VQAHead) and known:
+    head = getattr(model, "head", None)
+    if isinstance(head, VQAHead) and known:
         moved = _move_answers(state, own, known, answers)
         chosen |= moved
         state = {name: value for name, value in state.items() if name not in moved}
@@ -108,10 +121,17 @@ def initialize(model: VisionLanguageModel, source: str | Path, answers: Sequence
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)
-    if isinstance(model.head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
-        model.head.start_from_matching()
+    if isinstance(head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
+        head.start_from_matching()
         result.derived.append("head.rank, the matching head's row of the pairs that match")
     return result
+
+
+def _renamed(name: str, parts: dict[str, str]) -> str:
+    for old, new in parts.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _move_answers(
@@ -131,8 +151,9 @@ def _move_answers(
     return moved
 
 
-def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel) -> Tensor | None:
-    vision = model.vision
+def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier) -> Tensor | None:
+    vision = model.vision if isinstance(model, VisionLanguageModel) else model.encoder
+    name = _renamed(name, {"encoder.": "vision."})
     if name == "vision.vit.pos_embed" and value.shape[-1] == target.shape[-1]:
         prefix = 0 if vision.vit.no_embed_class else vision.num_prefix_tokens
         return resample_abs_pos_embed(value, list(vision.grid_size), num_prefix_tokens=prefix)

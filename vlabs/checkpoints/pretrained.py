@@ -33,7 +33,7 @@ _ROBERTA_SIZES = (
 
 
 def vit_from_timm(
-    weights: str,
+    weights: str | None,
     architecture: str | None = None,
     img_size: int = 224,
     patch_size: int = 16,
@@ -45,7 +45,7 @@ def vit_from_timm(
 
     Args:
         weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth`
-            file with timm's parameter names (then `architecture` says which model it is).
+            file with timm's parameter names (then `architecture` says which model it is); None for fresh weights.
         architecture: the timm architecture; the tag's own if not given.
         img_size, patch_size, topdown, vit_options: as for `AbSViT`.
         encoder_class: what is built around the ViT.
@@ -53,6 +53,10 @@ def vit_from_timm(
     Raises:
         UserError: not a plain ViT with a class token, or the weights cannot be had.
     """
+    if weights is None:
+        if architecture is None:
+            raise UserError("model.vision.architecture must be given: a timm VisionTransformer")
+        return encoder_class(architecture, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
     local = Path(weights)
     is_file = local.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
     if is_file and not local.is_file():
@@ -78,11 +82,7 @@ def vit_from_timm(
 
 def film_vit(weights: str | None = None, architecture: str | None = None, **options: Any) -> AbSViT:
     """A ViT whose norms ξ scales and shifts, fresh or from a timm ViT; arguments as in `vit_from_timm`."""
-    if weights is not None:
-        return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
-    if architecture is None:
-        raise UserError("model.vision.architecture must be given: a timm VisionTransformer")
-    return FiLMViT(architecture, **options)
+    return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
 def _local_state(path: Path) -> dict[str, Tensor]:

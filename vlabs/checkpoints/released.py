@@ -136,7 +136,7 @@ def load_released(
         UserError: the file holds something else, another encoder of METER, or keys are missing or unexpected.
     """
     name = "the state dict" if isinstance(source, dict) else str(source)
-    state = _find_state(source if isinstance(source, dict) else read_tensors(_existing(Path(source))), name)
+    state = find_state(source if isinstance(source, dict) else read_tensors(_existing(Path(source))), name)
     if task == "classification":
         return _load_classifier(state, name, vision_heads, alpha)
     if task not in ("vqa", "retrieval"):
@@ -150,7 +150,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _find_state(content: dict[str, Any], name: str) -> State:
+def find_state(content: dict[str, Any], name: str) -> State:
     """The tensors of a checkpoint, wherever the released scripts put them, without a DataParallel prefix."""
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):

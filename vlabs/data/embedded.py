@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from vlabs.data.captions import CaptionDataModule
+from vlabs.data.classes import ClassDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
@@ -76,3 +77,31 @@ def scenes_captions(
             options_of = Options(min_answer_count=1, num_workers=os.cpu_count() or 1, others=source.options)
             prepare(source, directory, options_of)
     return CaptionDataModule(directory, **options)
+
+
+def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
+    """The single objects of a size (`data_prep.objects`), made in `dir` if they are not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: the prepared folder; the pictures go to `dir` with `-raw` added, and stay there.
+        options: of `ClassDataModule`.
+    """
+    from data_prep.classes import folder_units, prepare_classes
+    from data_prep.objects import SIZES, make_objects
+
+    if size not in SIZES:
+        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
+    directory = Path(dir)
+    raw = directory.with_name(directory.name + "-raw")
+    real = "to use real data: data=imagenet, or data=classes data.dir=FOLDER, made by `python -m data_prep.classes`"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / "manifest.json").is_file():
+            say(f"data: the embedded objects-{size} in {directory}; {real}")
+        else:
+            say(f"data: making the embedded objects-{size} in {directory}; {real}")
+            make_objects(size, raw)
+            units, files = folder_units(raw)
+            prepare_classes(units, files, directory, f"objects-{size}", SIZES[size].classes_by_folder)
+    return ClassDataModule(directory, **options)

@@ -13,10 +13,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlabs.data.prepared import read_manifest
-from vlabs.data.sampling import GroupSampler
+from vlabs.data.sampling import BatchSpec, GroupSampler
 from vlabs.errors import UserError
 from vlabs.utils.files import content_sha256
 from vlabs.utils.ranks import rank_and_world
@@ -95,10 +95,11 @@ def text_lengths(rows: datasets.Dataset, column: str, text_rows: np.ndarray, pos
 class GroupLoader(DataLoader[Any]):
     """A loader for training that knows how far it is, so that a run goes on in mid-epoch with the next batch.
 
-    Lightning keeps `state_dict` in the checkpoint. Randomness of its own leaves the global generator alone.
+    `sampler` yields the batches of an epoch, has `epoch`, `first` (the batch to begin with), `seed` and a length.
+    Randomness of its own leaves the global generator alone.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: GroupSampler, num_workers: int) -> None:
+    def __init__(self, dataset: Dataset[Any], sampler: Any, num_workers: int) -> None:
         super().__init__(
             dataset,
             sampler=sampler,
@@ -182,6 +183,11 @@ def make_loader(
     )
     if training:
         return GroupLoader(dataset, sampler, options.num_workers)
+    return eval_loader(dataset, sampler, options)
+
+
+def eval_loader(dataset: Dataset[Any], sampler: Sampler[BatchSpec], options: LoaderOptions) -> DataLoader[Any]:
+    """A loader of whole batches in the order of a sampler."""
     return DataLoader(dataset, sampler=sampler, **_loader_options(options.num_workers, options.seed))
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vlabs.data.captions import CaptionDataModule
+from vlabs.data.classes import ClassDataModule
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_manifest
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 
-MODULES: dict[str, type[PreparedDataModule]] = {module.kind: module for module in (VQADataModule, CaptionDataModule)}
+MODULES: dict[str, type[PreparedDataModule]] = {module.kind: module for module in (VQADataModule, CaptionDataModule, ClassDataModule)}
 
 
 def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options: Any) -> PreparedDataModule:

@@ -50,6 +50,19 @@ CAPTION_FEATURES = datasets.Features(
     }
 )
 
+CLASS_FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("int64"),
+        # Where the picture's file is: all or part of `path`; or its bytes.
+        "path": datasets.Value("string"),
+        "offset": datasets.Value("int64"),
+        "size": datasets.Value("int64"),
+        "image": datasets.Value("binary"),
+        # The position of its class in classes.json.
+        "label": datasets.Value("int64"),
+    }
+)
+
 # What a manifest's `kind` means, and which commands make such a folder.
 _KINDS = {
     "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),
@@ -58,6 +71,7 @@ _KINDS = {
         "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, or data_prep.own for a table of"
         " captions",
     ),
+    "classes": ("pictures with a class", "data_prep.classes, data_prep.imagenet or data_prep.objects"),
 }
 
 
@@ -105,6 +119,17 @@ def read_answers(directory: str | Path) -> list[str]:
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{path} is no list of answers: prepare the data again")
     return answers
+
+
+def read_classes(directory: str | Path) -> list[str]:
+    """Return the class names of a prepared folder; a class's index is its label."""
+    path = Path(directory) / "classes.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {directory} was not prepared for classification")
+    names = _read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no list of classes: prepare the data again")
+    return names
 
 
 def count_regions(directory: str | Path, split: str) -> int:

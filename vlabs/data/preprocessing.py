@@ -33,6 +33,7 @@ class Preprocessing:
         pad_to_max_length: pad every text to `max_length` and not to the longest of its batch.
         answers: the answer vocabulary, by answer id; empty for other tasks.
         mean, std: of the image channels, for values in [0, 1].
+        crop: share of the shorter side that is seen, in (0, 1].
     """
 
     image_size: int
@@ -43,6 +44,7 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGE_MEAN
     std: tuple[float, ...] = IMAGE_STD
     pad_token_id: int = field(default=1)
+    crop: float = 1.0
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
@@ -57,7 +59,7 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size`, bicubic, then the centre square: torchvision's `Resize` and `CenterCrop`.
+        """Shorter side to `image_size / crop`, bicubic, then the centre square: torchvision's `Resize` and `CenterCrop`.
 
         Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
@@ -65,7 +67,8 @@ class Preprocessing:
         size = self.image_size
         width, height = image.size
         shorter = min(width, height)
-        resized = int(size * width / shorter), int(size * height / shorter)
+        shorter_resized = int(size / self.crop)
+        resized = int(shorter_resized * width / shorter), int(shorter_resized * height / shorter)
         left, top = (round((side - size) / 2) for side in resized)
         x, y = width / resized[0], height / resized[1]
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))

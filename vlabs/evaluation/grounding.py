@@ -219,6 +219,8 @@ def find_targets(
         instances: COCO's instances file; None for the regions in the rows, or the instances of the raw corpus.
         num_texts: how many texts, evenly spread; None for all.
     """
+    if not {"caption", "question"} & set(rows.column_names):
+        return None
     file = find_instances(instances, data_dir)
     kind = "caption" if "caption" in rows.column_names else "question"
     in_rows = instances is None and "region" in rows.column_names

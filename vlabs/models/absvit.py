@@ -308,21 +308,65 @@ class AbSViTClassifier(nn.Module):
 
     Args:
         encoder: an AbSViT with a classification head.
+
+    Raises:
+        UserError: the encoder has no bottom-up pass that could be classified.
     """
 
     def __init__(self, encoder: AbSViT) -> None:
         super().__init__()
+        if not encoder.has_bottom_up:
+            raise UserError("a classifier classifies the bottom-up pass too, which model/topdown=film does not have")
         self.encoder = encoder
         self.prompt = nn.Parameter(torch.empty(encoder.width))
         nn.init.trunc_normal_(self.prompt, std=0.02)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, VisionTokens]:
-        """Classify (B, 3, H, W): logits after feedback and of the bottom-up pass, both (B, K), and the second pass."""
+    def forward(
+        self, images: Tensor, prior: Tensor | None = None, reconstruct: bool = True
+    ) -> tuple[Tensor, Tensor, VisionTokens]:
+        """Classify images.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            prior: ξ, (B, D), in the place of the trained vector.
+            reconstruct: compute the reconstruction loss.
+
+        Returns:
+            Logits after feedback and of the bottom-up pass, both (B, K), the same tensor where nothing is fed back; and
+            the second pass.
+        """
         bottom_up = self.encoder.encode(images)
-        prior = self.prompt.expand(images.shape[0], -1)
-        seen = self.encoder.attend(bottom_up, prior, reconstruct=True)
         head = self.encoder.vit.forward_head
-        return head(seen.tokens), head(bottom_up.tokens), seen
+        before = head(bottom_up.tokens)
+        if self.encoder.topdown is None:
+            return before, before, VisionTokens(bottom_up.tokens, bottom_up.hidden)
+        given = self.prompt.expand(len(images), -1) if prior is None else prior
+        seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct)
+        return head(seen.tokens), before, seen
+
+    def recompute_activations(self) -> None:
+        """Keep only the input of each block in the forward pass; see `VisionLanguageModel.recompute_activations`."""
+        self.encoder.recompute = True
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Let `torch.compile` make kernels of both passes.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compiled = partial(torch.compile, backend=backend, dynamic=True)
+        self.encoder.encode = compiled(self.encoder.encode)  # type: ignore[method-assign]
+        self.encoder.attend = compiled(self.encoder.attend)  # type: ignore[method-assign]
+
+
+def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
+    """A classifier from its config.
+
+    Args:
+        vision: the encoder, with a head.
+        alpha: α as `model/topdown` has read it: 1 on ImageNet (paper, section 6).
+    """
+    return AbSViTClassifier(vision)
 
 
 def _conv_stem(*, embed_dim: int, in_chans: int, img_size: int, stride: int, **unused: Any) -> HybridEmbed:

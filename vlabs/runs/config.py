@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import pytorch_lightning as pl
+import torch
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -139,6 +140,12 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: {error}") from None
     return trainer
+
+
+def device_of(config: DictConfig) -> str:
+    """The device for what is computed without Lightning's loops, by the option `trainer.accelerator`."""
+    wanted = str(config.get("accelerator", "auto"))
+    return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every vision-language task shares: optimisation, frozen parts, the prior loss over all ranks, checkpoints."""
+"""What every task shares: training step, sum of losses over all ranks, optimisation, frozen parts, checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from vlabs.checkpoints.checkpoint import header_of
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
-from vlabs.models.vlm import VisionLanguageModel, VLMOutput
-from vlabs.runs.logging import say
 from vlabs.tasks.optim import PARTS, Recipe
 from vlabs.utils.ranks import is_distributed
 
@@ -40,29 +37,19 @@ class Losses:
     right: dict[str, Tensor] = field(default_factory=dict)
 
 
-class VisionLanguageTask(pl.LightningModule):
-    """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
-
-    A task says what the losses of a batch are (`losses`), which samples a batch has (`sample_ids`), the data that it
+class Task(pl.LightningModule):
+    """A task says what the losses of a batch are (`losses`), which samples a batch has (`sample_ids`), the data that it
     reads and the metric that it is judged by; see `docs/add_a_task.md`.
 
     Args:
-        model: the model to train.
+        model: the model to train, registered (`vlabs.models.registry`) and with `recompute_activations` and
+            `compile_parts`.
         preprocessing: goes into the checkpoint, so that it can be used alone.
         data: identity of the training data, for the checkpoint.
         recipe: of optimisation.
-        reconstruction_weight: w_rec.
-        prior_weight: w_prior, on the second pass's [cls].
-        prior_bottom_up_weight: of the same loss on the bottom-up [cls].
-        prior_loss: form of the prior loss.
-        region_prior_weight: of the loss that puts ξ on the patches which a text is about; without effect where the
-            data say of no text what it is about.
-        region_prior_temperature: its τ.
-        token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
-        token_prior_temperature: its τ.
-        recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
-        compile: let `torch.compile` make the kernels, see `VisionLanguageModel.compile_parts`: a slow start.
         freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
+        recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
+        compile: let `torch.compile` make the kernels, see the model's `compile_parts`: a slow start.
     """
 
     name: str
@@ -70,21 +57,15 @@ class VisionLanguageTask(pl.LightningModule):
     """The metric by which the best checkpoint is chosen; more is better."""
     reads: type[PreparedDataModule]
     """The kind of data that it trains on."""
+    of_all_ranks: tuple[str, ...] = ()
+    """Other losses that are over the samples of all ranks already, on every rank."""
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: Any,
         preprocessing: Preprocessing,
         data: dict[str, Any],
         recipe: Recipe,
-        reconstruction_weight: float = 0.3,
-        prior_weight: float = 0.1,
-        prior_bottom_up_weight: float = 0.0,
-        prior_loss: PriorLoss | None = None,
-        region_prior_weight: float = 0.0,
-        region_prior_temperature: float = 0.1,
-        token_prior_weight: float = 0.0,
-        token_prior_temperature: float = 0.1,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
@@ -94,48 +75,13 @@ class VisionLanguageTask(pl.LightningModule):
         self.preprocessing = preprocessing
         self.data = data
         self.recipe = recipe
-        has_prior = model.prior is not None
-        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
-        # Where ξ steers nothing, there is no second pass for it to be compared with.
-        self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
-        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
-        uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
-        self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
-        self.region_prior_weight = _weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
-        self.token_prior_weight = _weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
-        self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
-        self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
-        self._freeze_idle_prior()
         self.frozen = _freeze(model, freeze)
         if recompute_activations:
             model.recompute_activations()
         if compile:
             model.compile_parts()
 
-    def _freeze_idle_prior(self) -> None:
-        """Do not train a ξ that neither steers nor is taught: DDP would wait for its gradients."""
-        taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
-        if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
-            self.model.prior.requires_grad_(False)
-
-    def setup(self, stage: str) -> None:
-        """Ask the data what every text is about, where that is learnt and known."""
-        if stage != "fit" or not self.region_prior_weight:
-            return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        known = data.regions_known
-        if known:
-            data.region_grid = self.model.vision.grid_size
-        else:
-            self.region_prior_weight = 0.0
-            self._freeze_idle_prior()
-        if self.trainer.is_global_zero:
-            what = (
-                f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
-            )
-            say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
-
-    def train(self, mode: bool = True) -> VisionLanguageTask:
+    def train(self, mode: bool = True) -> Task:
         """Frozen parts stay in eval mode: no dropout in what does not learn."""
         super().train(mode)
         for module in self.frozen:
@@ -194,77 +140,18 @@ class VisionLanguageTask(pl.LightningModule):
             percent = 100 * right.float().sum() / max(len(right), 1)
             self.log(f"val/{name}_accuracy", percent, prog_bar=True, batch_size=len(right), sync_dist=True)
 
-    def prior_losses(
-        self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
-    ) -> dict[str, Tensor]:
-        """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
-
-        It trains the map from text to ξ, and not the text encoder.
-
-        Args:
-            output: of the model for n pairs of image and text.
-            input_ids: (n, T), the pairs' texts.
-            image_ids: (n,), the pairs' images.
-            pairs: which of them belong together; all if not said.
-        """
-        if self.prior_loss is None or self.model.prior is None:
-            return {}
-        prior = self.model.prior(output.text_states[pairs].detach(), input_ids[pairs])
-        image_ids = image_ids[pairs]
-        seen = {}
-        if self.prior_weight > 0:
-            seen["prior"] = output.seen.tokens[:, 0][pairs]
-        if self.prior_bottom_up_weight > 0:
-            cls, index = output.bottom_up.cls, output.image_index
-            seen["prior_bottom_up"] = (cls if index is None else cls[index])[pairs]
-        if self.training and is_distributed():
-            prior, image_ids = gather(prior), gather(image_ids)
-            seen = {name: gather(state) for name, state in seen.items()}
-        return {name: self.prior_loss(prior.float(), state.float(), image_ids) for name, state in seen.items()}
-
-    def pointing_losses(
-        self, output: VLMOutput, coverage: Tensor | None, pairs: Tensor | slice = slice(None)
-    ) -> dict[str, Tensor]:
-        """The losses of ξ on patches, as far as they have a weight. They train both encoders and the map.
-
-        The patches are those of the bottom-up pass, whose similarity to ξ is what steers the second one. Texts are
-        compared with the images of their own device.
-
-        Args:
-            output: of the model for n pairs of image and text.
-            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it. Of the
-                pairs in `pairs` only, where those are said.
-            pairs: which of them belong together; all if not said.
-        """
-        if output.prior is None:
-            return {}
-        losses = {}
-        prior = output.prior[pairs]
-        image_index = None if output.image_index is None else output.image_index[pairs]
-        patches = output.bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
-        if self.region_prior_weight and coverage is not None:
-            losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
-        if self.token_prior_weight:
-            losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
-        return losses
-
     def total(self, losses: Losses) -> Tensor:
-        """Weighted sum of Eq. 14.
+        """The task's losses and, times `NAME_weight`, the others (paper, Eq. 14).
 
-        Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n texts are therefore
-        weighted by n, so that every text counts the same where ranks have unequal numbers of them. The prior losses are
-        over all ranks' texts on every rank already.
+        Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n samples are therefore
+        weighted by n, so that every sample counts the same where ranks have unequal numbers of them.
         """
         share = self._share(losses.count)
-        weights = {
-            "reconstruction": share * self.reconstruction_weight,
-            "prior": self.prior_weight,
-            "prior_bottom_up": self.prior_bottom_up_weight,
-            "region_prior": share * self.region_prior_weight,
-            "token_prior": share * self.token_prior_weight,
-        }
-        task_loss = torch.stack(list(losses.task.values())).sum()
-        return share * task_loss + sum(weights[name] * loss for name, loss in losses.others.items())
+        total = share * torch.stack(list(losses.task.values())).sum()
+        for name, loss in losses.others.items():
+            weight = getattr(self, f"{name}_weight")
+            total = total + (weight if name in self.of_all_ranks else share * weight) * loss
+        return total
 
     def leave_out(self, what: str) -> None:
         """Note that a whole batch was left out.
@@ -300,15 +187,10 @@ class VisionLanguageTask(pl.LightningModule):
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
 
 
-def _weight(name: str, value: Any) -> float:
+def check_weight(name: str, value: Any) -> float:
+    """The weight of a loss, `task.NAME`; a UserError unless it is a number, at least 0."""
     if not isinstance(value, int | float) or not value >= 0:
         raise UserError(f"task.{name}={value} must be a number, at least 0")
-    return float(value)
-
-
-def _temperature(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"task.{name}_temperature={value} must be a number above 0")
     return float(value)
 
 

@@ -14,8 +14,8 @@ from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.absvit import BottomUp
 from vlabs.ranking.texts import encode_texts, score_texts
-from vlabs.tasks.base import VisionLanguageTask
 from vlabs.tasks.negatives import NEGATIVES, gather_captions
+from vlabs.tasks.vision_language import VisionLanguageTask
 from vlabs.utils.ranks import rank_and_world
 
 

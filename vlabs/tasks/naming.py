@@ -17,8 +17,9 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.naming import WordHead
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.tasks.base import Losses, VisionLanguageTask
+from vlabs.tasks.base import Losses
 from vlabs.tasks.optim import Recipe
+from vlabs.tasks.vision_language import VisionLanguageTask
 
 
 class NamingTask(VisionLanguageTask):

@@ -30,6 +30,7 @@ class Recipe:
         betas, eps: of AdamW.
         warmup: share of the optimiser steps in which the rate rises from 0, in [0, 1).
         schedule: a name of transformers' schedules after warm-up, e.g. `linear` (to 0), `cosine`.
+        schedule_options: of that schedule, e.g. `min_lr_rate` of `cosine_with_min_lr`.
         fused: AdamW in one kernel.
     """
 
@@ -39,11 +40,10 @@ class Recipe:
     eps: float = 1e-8
     warmup: float = 0.1
     schedule: str = "linear"
+    schedule_options: dict[str, float] = field(default_factory=dict)
     fused: bool = True
 
     def __post_init__(self) -> None:
-        if missing := [part for part in PARTS if part not in self.lr]:
-            raise UserError(f"task.recipe.lr has no {', '.join(missing)}; it must name {', '.join(PARTS)}")
         for part, rate in self.lr.items():
             if not isinstance(rate, int | float) or rate < 0:
                 raise UserError(f"task.recipe.lr.{part}={rate} must be a number, at least 0")
@@ -96,6 +96,7 @@ class Recipe:
                 optimizer,
                 num_warmup_steps=round(self.warmup * total_steps),
                 num_training_steps=total_steps,
+                scheduler_specific_kwargs=dict(self.schedule_options) or None,
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"task.recipe.schedule={self.schedule}: {error}") from None

@@ -12,7 +12,8 @@ from torchmetrics import MeanMetric
 from vlabs.data.vqa import VQABatch, VQADataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VLMOutput
-from vlabs.tasks.base import Losses, VisionLanguageTask
+from vlabs.tasks.base import Losses
+from vlabs.tasks.vision_language import VisionLanguageTask
 
 
 class Prediction(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -22,7 +22,7 @@ from vlabs.models.vlm import VisionLanguageModel
 from vlabs.runs.config import make_trainer, save_config
 from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id, say
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
 from vlabs.training.callbacks.resume import GoOn
@@ -43,7 +43,7 @@ class Training:
     """
 
     data: PreparedDataModule
-    task: VisionLanguageTask
+    task: Task
     trainer: pl.Trainer
     best: ModelCheckpoint
     last: KeepLast
@@ -85,7 +85,7 @@ def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Train
     return Training(data, task, trainer, best, last, resumed)
 
 
-def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[VisionLanguageTask, PreparedDataModule]:
+def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[Task, PreparedDataModule]:
     """The task with its model, started from other weights where the config says so, and its data.
 
     Args:
@@ -94,14 +94,15 @@ def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[VisionL
     if config.init is not None and config.init_by:
         make_start(Path(config.init), list(config.init_by))
     data: PreparedDataModule = instantiate(config.data)
+    _check_kind(config, data)
     if config.init is not None and config.data.get("tokenizer") is None:
         _take_tokenizer(data, config.init)
     _fill_in_sizes(config, data)
     if run_dir is not None and is_rank_zero():
         save_config(config, run_dir / "config.yaml")
-    model: VisionLanguageModel = instantiate(config.model)
-    data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
-    _check_fit(model, data)
+    model = instantiate(config.model)
+    if isinstance(model, VisionLanguageModel):
+        _check_fit(model, data)
     history: list[dict[str, Any]] = []
     if config.init is not None:
         initialized = initialize(model, config.init, data.preprocessing.answers)
@@ -109,13 +110,7 @@ def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[VisionL
         say(initialized.report())
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
-    task: VisionLanguageTask = make_task(
-        model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history}
-    )
-    if not isinstance(data, task.reads):
-        raise UserError(
-            f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
-        )
+    task: Task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
     return task, data
 
 
@@ -188,27 +183,48 @@ def build_loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed
     return [*loggers, logger]
 
 
+def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
+    """The data must be of the kind that the task reads, and have texts if the model reads them."""
+    task: type[Task] = get_class(config.task._target_)
+    if not isinstance(data, task.reads):
+        raise UserError(
+            f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
+        )
+    if "text" in config.model and not data.preprocessing.tokenizer:
+        raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier")
+
+
 def _take_tokenizer(data: PreparedDataModule, init: str) -> None:
     """Read texts as the weights that a run starts from do, if a text encoder is among them: they know its tokens."""
     header = read_source(init)[1]["vlabs"]
     if "trained" not in header or "text" in header["trained"]:
-        tokenizer = header["preprocessing"]["tokenizer"]
+        tokenizer = header["preprocessing"].get("tokenizer", "")
+        if not tokenizer:
+            return  # of a classifier
         data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=tokenizer)
 
 
 def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
     """Sizes in the model's config that are null because only the data know them."""
+    answers = len(data.preprocessing.answers)
     with open_dict(config.model):
-        if config.model.text.get("vocab_size", 0) is None:
-            config.model.text.vocab_size = data.preprocessing.vocab_size
-        if config.model.head.get("num_answers", 0) is None:
-            config.model.head.num_answers = len(data.preprocessing.answers)
-        if config.model.head.get("vocab_size", 0) is None:
-            config.model.head.vocab_size = config.model.text.get("vocab_size") or data.preprocessing.vocab_size
+        text, head, vision = (config.model.get(part, {}) for part in ("text", "head", "vision"))
+        if text.get("vocab_size", 0) is None:
+            text.vocab_size = data.preprocessing.vocab_size
+        if head.get("num_answers", 0) is None:
+            head.num_answers = answers
+        if head.get("vocab_size", 0) is None:
+            head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
+        if vision.get("num_classes", 0) is None:
+            vision.num_classes = answers
 
 
 def _check_fit(model: VisionLanguageModel, data: PreparedDataModule) -> None:
-    """The text encoder must know every token that the tokenizer can make, and have a position for each."""
+    """The text encoder must know every token that the tokenizer can make, and have a position for each.
+
+    A model whose ξ depends on the padding gets its texts padded to one length.
+    """
+    data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     known = model.text.spec["vocab_size"]
     if data.preprocessing.vocab_size > known:
         raise UserError(

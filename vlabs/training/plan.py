@@ -15,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from vlabs.runs.config import make_trainer
 from vlabs.runs.logging import say
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Task
 
 # Batches that are measured, after those that warm up.
 _WARM_UP, _MEASURED, _VALIDATION = 3, 8, 3
@@ -49,7 +49,7 @@ class _Clock(pl.Callback):
         self._lap(self.validation)
 
 
-def plan_run(config: DictConfig, task: VisionLanguageTask, data: pl.LightningDataModule) -> dict[str, Any]:
+def plan_run(config: DictConfig, task: Task, data: pl.LightningDataModule) -> dict[str, Any]:
     """Train for a few steps that leave nothing behind, print what the whole run will be, and return it.
 
     Args:
@@ -76,9 +76,7 @@ def plan_run(config: DictConfig, task: VisionLanguageTask, data: pl.LightningDat
     return numbers
 
 
-def _numbers(
-    config: DictConfig, task: VisionLanguageTask, data: Any, trainer: pl.Trainer, clock: _Clock
-) -> dict[str, Any]:
+def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clock: _Clock) -> dict[str, Any]:
     options = config.trainer
     accumulate, devices = int(options.accumulate_grad_batches), trainer.world_size
     loader = data.train_dataloader()

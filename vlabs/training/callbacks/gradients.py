@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Task
 from vlabs.training.lightning_state import gradient_scaler
 
 
@@ -37,8 +37,7 @@ class FiniteGradients(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember which texts go into the step."""
-        assert isinstance(pl_module, VisionLanguageTask)
-        self.seen += pl_module.sample_ids(batch)
+        self.seen += cast(Task, pl_module).sample_ids(batch)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

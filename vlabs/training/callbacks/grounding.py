@@ -10,7 +10,7 @@ from vlabs.attention.maps import MAPS
 from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.grounding import Targets, find_targets, measure
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.vision_language import VisionLanguageTask
 from vlabs.training.callbacks.schedule import EveryNValidations
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Task
 
 
 def progress_bar(refresh_rate: int | None = None) -> TQDMProgressBar:
@@ -49,8 +49,7 @@ class SamplesPerSecond(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Count a batch, and log as often as Lightning logs."""
-        assert isinstance(pl_module, VisionLanguageTask)
-        count = len(pl_module.sample_ids(batch))
+        count = len(cast(Task, pl_module).sample_ids(batch))
         now = time.perf_counter()
         self.texts += count * trainer.world_size
         self.seconds += now - self.last

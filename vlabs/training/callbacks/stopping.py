@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from vlabs.errors import UserError
-from vlabs.tasks.base import VisionLanguageTask
+from vlabs.tasks.base import Task
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
@@ -25,7 +25,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ask the task for its metric."""
-        assert isinstance(pl_module, VisionLanguageTask)
+        assert isinstance(pl_module, Task)
         self.monitor = self.monitor or pl_module.monitor
         super().setup(trainer, pl_module, stage)
 

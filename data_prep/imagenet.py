@@ -1,0 +1,129 @@
+"""ImageNet-1K from its files as they are downloaded, which stay as they are.
+
+    python -m data_prep.imagenet --raw-dir RAW --out-dir data/imagenet
+
+RAW holds ILSVRC2012_img_train.tar (a tar file a class inside), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz,
+which has the classes of the validation pictures. For class folders, unpacked, see `data_prep.classes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import scipy.io
+
+from data_prep.classes import Entry, Unit, members, open_tar, prepare_classes
+from vlabs.errors import UserError, run_cli
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+def imagenet_units(raw_dir: Path) -> tuple[list[Unit], list[Path], list[str]]:
+    """What there is to read, from which files, and all WordNet ids in the order of ImageNet-1K's usual labels.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    files = [raw_dir / name for name in (TRAIN, VAL, DEVKIT)]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: ImageNet-1K is {TRAIN}, {VAL} and {DEVKIT}")
+    wnid_of_val, wnids = read_devkit(files[2])
+    with open_tar(files[0]) as archive:
+        inner = [(member.name, member.offset_data, member.size) for member in members(archive, files[0])]
+    units = [
+        Unit("train", name, lambda part=(name, offset, size): _of_class_tar(files[0], *part))  # type: ignore[misc]
+        for name, offset, size in inner
+        if name.endswith(".tar")
+    ]
+    units.append(Unit("val", VAL, lambda: _of_val_tar(files[1], wnid_of_val)))
+    return units, files, wnids
+
+
+def read_devkit(path: Path) -> tuple[list[str], list[str]]:
+    """The WordNet id of every validation picture, in order, and those of all classes, sorted.
+
+    Raises:
+        UserError: it is not the development kit.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            truth = archive.extractfile("ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt")
+            meta = archive.extractfile("ILSVRC2012_devkit_t12/data/meta.mat")
+            assert truth is not None
+            assert meta is not None
+            ids = [int(line) for line in truth.read().split()]
+            synsets = scipy.io.loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+        wnid = {int(row[0]): str(row[1]) for row in synsets}
+        # Ids above 1000 are of classes that have others under them, and no picture.
+        return [wnid[number] for number in ids], sorted({name for number, name in wnid.items() if number <= 1000})
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise UserError(f"{path} is not ImageNet's development kit ({error!r}): download it again") from None
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self.file, self.start, self.size, self.place = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.size - self.place)
+        self.file.seek(self.start + self.place)
+        found = self.file.read(left if count < 0 else min(count, left))
+        self.place += len(found)
+        return found
+
+
+def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Entry]:
+    """The pictures of a class: a tar file inside the tar file."""
+    with path.open("rb") as file, open_tar(path, _Part(file, offset, size)) as archive:  # type: ignore[arg-type]
+        for member in members(archive, path):
+            if member.isfile():
+                yield Entry(Path(name).stem, str(path.absolute()), offset + member.offset_data, member.size)
+
+
+def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Entry]:
+    """The validation pictures, whose class is known by their number."""
+    with open_tar(path) as archive:
+        for member in members(archive, path):
+            match = _VAL_NAME.fullmatch(Path(member.name).name)
+            if match:
+                number = int(match[1])
+                if not 1 <= number <= len(wnid_of_val):
+                    raise UserError(f"{path}: {member.name} is not among the {len(wnid_of_val)} of the development kit")
+                yield Entry(wnid_of_val[number - 1], str(path.absolute()), member.offset_data, member.size)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.imagenet", description=__doc__.splitlines()[0])
+    parser.add_argument("--raw-dir", type=Path, required=True, help=f"folder with {TRAIN}, {VAL} and {DEVKIT}")
+    parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
+    arguments = parser.parse_args()
+    units, files, wnids = imagenet_units(arguments.raw_dir)
+    prepare_classes(units, files, arguments.out_dir, "imagenet", wnids)
+
+
+if __name__ == "__main__":
+    run_cli(main)

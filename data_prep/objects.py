@@ -1,0 +1,153 @@
+"""The embedded corpus of single objects: one coloured shape a picture, its class the pair of shape and fill.
+
+    python -m data_prep.objects --size small --out-dir data/objects-raw
+
+writes `train.tar` and `val.tar`, each with a folder a class and JPEG files in it, as any data of class folders come
+(`data_prep.classes` prepares them). Colour, place and diameter are free, backgrounds are those of `data_prep.scenes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.scene_render import COLORS, FILLS, SHAPES, SceneObject, render
+from vlabs.errors import UserError, run_cli
+from vlabs.utils.files import write_json
+
+SPLITS = ("train", "val")
+
+
+class ObjectSize(NamedTuple):
+    """How large a corpus is: side in pixels, pictures, and of how many shapes and colours."""
+
+    image_size: int
+    train_images: int
+    val_images: int
+    num_shapes: int
+    num_colors: int
+    diameter: tuple[float, float]  # as a share of the side
+
+    @property
+    def classes(self) -> list[str]:
+        """`solid circle`, `striped circle`, …: every fill of every shape."""
+        return [f"{fill} {shape}" for shape in SHAPES[: self.num_shapes] for fill in FILLS]
+
+    @property
+    def classes_by_folder(self) -> list[str]:
+        """The names of the class folders, in the order of `classes`."""
+        return [name.replace(" ", "_") for name in self.classes]
+
+
+SIZES = {
+    "tiny": ObjectSize(32, 120, 30, 5, 6, (0.4, 0.8)),
+    "small": ObjectSize(64, 12_000, 1_500, 5, 6, (0.35, 0.8)),
+    "medium": ObjectSize(112, 48_000, 4_800, 8, 8, (0.25, 0.8)),
+    "large": ObjectSize(224, 120_000, 12_000, 8, 8, (0.2, 0.8)),
+}
+
+
+class Task(NamedTuple):
+    """Which picture to make."""
+
+    size: str
+    split: str
+    number: int  # in the split, from 0
+    seed: int
+
+    @property
+    def label(self) -> int:
+        """Classes take turns, so that all have as many pictures."""
+        return self.number % len(SIZES[self.size].classes)
+
+
+def draw_object(task: Task) -> bytes:
+    """A picture of one object, as JPEG; a function of the task alone."""
+    size = SIZES[task.size]
+    rng = Random(f"objects/{task.seed}/{task.size}/{task.split}/{task.number}")
+    fill, shape = size.classes[task.label].split()
+    radius = rng.uniform(*size.diameter) / 2
+    x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+    color = rng.choice(list(COLORS)[: size.num_colors])
+    item = SceneObject(shape, color, "any", fill, x, y, radius, rng.uniform(-0.2, 0.2))
+    drawn = render([item], size.image_size, rng)
+    assert drawn is not None  # nothing can cover it
+    jpeg = io.BytesIO()
+    Image.fromarray(drawn[0]).save(jpeg, "JPEG", quality=92, subsampling=0)
+    return jpeg.getvalue()
+
+
+def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None) -> None:
+    """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
+
+    Every byte written is a function of size and seed. The work is done in `<out_dir>.partial`.
+
+    Args:
+        size: a key of `SIZES`.
+        num_workers: processes that render; every core by default.
+
+    Raises:
+        UserError: for an unknown size, fewer than one worker, or an `out_dir` that holds something else.
+    """
+    out_dir = Path(out_dir)
+    if size not in SIZES:
+        raise UserError(f"size is {size!r}, and has to be one of {', '.join(SIZES)}")
+    workers = (os.cpu_count() or 1) if num_workers is None else num_workers
+    if workers < 1:
+        raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
+    record = {"size": size, "seed": seed, "image_size": SIZES[size].image_size, "classes": SIZES[size].classes}
+    if out_dir.exists():
+        found = (out_dir / "objects.json").read_text() if (out_dir / "objects.json").is_file() else ""
+        if f'"size": "{size}"' not in found or f'"seed": {seed},' not in found:
+            raise UserError(f"{out_dir} exists and holds something else; name a new folder with --out-dir")
+        print(f"{out_dir} holds the {size} objects of seed {seed} already")
+        return
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    for split, count in zip(SPLITS, (SIZES[size].train_images, SIZES[size].val_images), strict=True):
+        tasks = [Task(size, split, number, seed) for number in range(count)]
+        with tarfile.open(partial / f"{split}.tar", "w") as archive:
+            pictures = tqdm(_drawn(tasks, workers), total=count, unit="image", desc=f"objects {size} {split}")
+            for task, jpeg in zip(tasks, pictures, strict=True):
+                member = tarfile.TarInfo(f"{SIZES[size].classes_by_folder[task.label]}/{task.number:06d}.jpg")
+                member.size = len(jpeg)
+                archive.addfile(member, io.BytesIO(jpeg))
+    write_json(partial / "objects.json", record)
+    partial.rename(out_dir)
+
+
+def _drawn(tasks: list[Task], workers: int) -> Iterator[bytes]:
+    """The pictures in the order of the tasks."""
+    if workers == 1:
+        yield from map(draw_object, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(draw_object, tasks, chunksize=32)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.objects", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small", help="(default: %(default)s)")
+    parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the corpus")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--num-workers", type=int, help="processes that render (default: every core)")
+    arguments = parser.parse_args()
+    make_objects(arguments.size, arguments.out_dir, arguments.seed, arguments.num_workers)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,427 @@
+"""Pictures with one class: their preparation from raw files, batches, the task, and the command line."""
+
+import io
+import itertools
+import json
+import random
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torch.nn.functional as F
+from conftest import assert_one_line_error, command
+from PIL import Image
+from torchvision.transforms import v2
+
+from data_prep.classes import Entry, Unit, dataset_units, folder_units, prepare_classes, table_units
+from data_prep.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
+from data_prep.objects import SIZES, Task, draw_object, make_objects
+from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler, read_bytes
+from vlabs.data.prepared import load_split, read_classes
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.sampling import BatchSpec, Group
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.topdown import AbSTopDown
+from vlabs.tasks.classify import ClassifyTask
+from vlabs.tasks.optim import Recipe
+
+TINY = [
+    "data.size=tiny", "data.image_size=32", "data.batch_size=32", "data.num_workers=0", "model.vision.embed_dim=16",
+    "model.vision.num_heads=2", "trainer.enable_progress_bar=false", "logger=csv",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """The tiny objects, raw and prepared."""
+    folder = tmp_path_factory.mktemp("objects")
+    make_objects("tiny", folder / "raw", num_workers=1)
+    units, files = folder_units(folder / "raw")
+    prepare_classes(units, files, folder / "prepared", "objects-tiny", SIZES["tiny"].classes_by_folder)
+    return folder / "prepared"
+
+
+def picture(color, size=(40, 30)):
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def contents(folder, split):
+    """Class and bytes of every picture of a prepared split."""
+    names = read_classes(folder)
+    return sorted((names[row["label"]], read_bytes(row)) for row in load_split(folder, split))
+
+
+# Preparation
+
+
+def test_objects_are_a_function_of_the_seed_and_every_class_comes_as_often(objects, tmp_path):
+    make_objects("tiny", tmp_path / "again", num_workers=2)
+    for split in ("train", "val"):
+        found = (tmp_path / f"again/{split}.tar").read_bytes()
+        assert found == (objects.parent / f"raw/{split}.tar").read_bytes()
+    assert draw_object(Task("tiny", "train", 0, 0)) != draw_object(Task("tiny", "train", 0, 1))
+    labels = load_split(objects, "train")["label"]
+    assert set(np.bincount(labels)) == {SIZES["tiny"].train_images // len(SIZES["tiny"].classes)}
+
+
+PICTURES = {"cat/1.jpg": picture("red"), "cat/2.jpg": picture("pink"), "dog/3.jpg": picture("blue")}
+EXPECTED = sorted((name.split("/")[0], content) for name, content in PICTURES.items())
+
+
+def make_raw(folder, form):
+    if form == "tar":
+        folder.mkdir()
+        for split in ("train", "val"):
+            write_tar(folder / f"{split}.tar", PICTURES | {"README.txt": b"no picture"})
+        return folder_units(folder)[:2]
+    for split, (name, content) in itertools.product(("train", "val"), PICTURES.items()):
+        path = folder / split / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    if form == "folder":
+        return folder_units(folder)
+    rows = [{"image": f"{split}/{name}", "class": name.split("/")[0], "split": split}
+            for split, name in itertools.product(("train", "val"), PICTURES)]  # fmt: skip
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return table_units(folder / "mine.jsonl")
+
+
+@pytest.mark.parametrize("form", ["tar", "folder", "table"])
+def test_pictures_are_read_where_they_lie(form, tmp_path):
+    units, files = make_raw(tmp_path / "raw", form)
+    prepare_classes(units, files, tmp_path / "prepared", "mine")
+    for split in ("train", "val"):
+        assert contents(tmp_path / "prepared", split) == EXPECTED
+    assert read_classes(tmp_path / "prepared") == ["cat", "dog"]
+
+
+def test_a_data_set_of_datasets_is_read_with_its_labels(tmp_path):
+    rows = {"image": [{"bytes": content, "path": None} for _, content in EXPECTED], "label": [1, 1, 0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(str(tmp_path / "hub"))
+    units, files, names = dataset_units(str(tmp_path / "hub"), "image", "label")
+    prepare_classes(units, files, tmp_path / "prepared", "hub", names)
+    assert contents(tmp_path / "prepared", "train") == EXPECTED
+    assert read_classes(tmp_path / "prepared") == ["dog", "cat"]
+    with pytest.raises(UserError, match="no column fine_label; it has image, label"):
+        dataset_units(str(tmp_path / "hub"), "image", "fine_label")
+
+
+def make_imagenet(raw):
+    """ImageNet's three files with two classes and three validation pictures."""
+    raw.mkdir()
+    inner = {}
+    for wnid, color in (("n01440764", "red"), ("n01443537", "blue")):
+        write_tar(raw / "inner.tar", {f"{wnid}_{n}.JPEG": picture(color, (30 + n, 30)) for n in range(2)})
+        inner[f"{wnid}.tar"] = (raw / "inner.tar").read_bytes()
+    (raw / "inner.tar").unlink()
+    write_tar(raw / TRAIN, inner)
+    write_tar(raw / VAL, {f"ILSVRC2012_val_{n:08d}.JPEG": picture("green", (30 + n, 30)) for n in (1, 2, 3)})
+    synsets = np.array(
+        [(1, "n01443537"), (2, "n01440764"), (1001, "n00001740")], dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")]
+    )
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": synsets})
+    folder = "ILSVRC2012_devkit_t12/data/"
+    files = {
+        folder + "ILSVRC2012_validation_ground_truth.txt": b"2\n1\n1\n",
+        folder + "meta.mat": meta.getvalue(),
+    }
+    with tarfile.open(raw / DEVKIT, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_imagenet_is_read_inside_its_tar_files(tmp_path):
+    make_imagenet(tmp_path / "raw")
+    units, files, wnids = imagenet_units(tmp_path / "raw")
+    prepare_classes(units, files, tmp_path / "prepared", "imagenet", wnids)
+    assert read_classes(tmp_path / "prepared") == ["n01440764", "n01443537"]
+    expected = [("n01440764", picture("red", (30 + n, 30))) for n in range(2)]
+    expected += [("n01443537", picture("blue", (30 + n, 30))) for n in range(2)]
+    assert contents(tmp_path / "prepared", "train") == sorted(expected)
+    of_val = [("n01440764", 1), ("n01443537", 2), ("n01443537", 3)]
+    assert contents(tmp_path / "prepared", "val") == sorted((c, picture("green", (30 + n, 30))) for c, n in of_val)
+
+
+def test_a_preparation_that_was_stopped_goes_on(tmp_path):
+    read = []
+
+    def unit(name, stops=False):
+        def entries():
+            read.append(name)
+            yield Entry(name, image=picture("red"))
+            if stops:
+                raise KeyboardInterrupt
+
+        return Unit("train", name, entries)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_classes([unit("a"), unit("b", stops=True)], [], tmp_path / "out", "x")
+    assert not (tmp_path / "out").exists()
+    prepare_classes([unit("a"), unit("b")], [], tmp_path / "out", "x")
+    assert read == ["a", "b", "b"]
+    assert [label for label, _ in contents(tmp_path / "out", "train")] == ["a", "b"]
+
+
+def test_bad_raw_files_are_one_line_and_leave_nothing(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+
+    def refused(message, *arguments):
+        result = command("data_prep.classes", *arguments, "--out-dir", "out", cwd=tmp_path)
+        assert_one_line_error(result, message)
+        assert not (tmp_path / "out").exists()
+
+    refused("holds no class folders", "--raw-dir", "raw")
+    write_tar(raw / "train.tar", PICTURES)
+    whole = (raw / "train.tar").read_bytes()
+    (raw / "train.tar").write_bytes(whole[:1500])
+    refused("train.tar", "--raw-dir", "raw")
+    (raw / "train.tar").unlink()
+    (raw / "train.tar.gz").write_bytes(b"")
+    refused("gunzip it first", "--raw-dir", "raw")
+    (tmp_path / "t.csv").write_text("image,class\nnowhere.jpg,cat\n")
+    refused("t.csv, row 1: there is no picture", "--table", "t.csv")
+
+
+def test_a_picture_that_is_gone_or_damaged_is_named(tmp_path):
+    units, files = make_raw(tmp_path / "raw", "folder")
+    prepare_classes(units, files, tmp_path / "prepared", "mine")
+    (tmp_path / "raw/train/cat/1.jpg").write_bytes(PICTURES["cat/1.jpg"][:-5])
+    with pytest.raises(UserError, match="1.jpg has changed"):
+        contents(tmp_path / "prepared", "train")
+    size = len(PICTURES["cat/1.jpg"])
+    (tmp_path / "raw/train/cat/1.jpg").write_bytes(b"x" * size)
+    data = ClassDataModule(tmp_path / "prepared", image_size=16, batch_size=3, num_workers=0)
+    with pytest.raises(UserError, match="1.jpg"):
+        list(data.train_dataloader())
+    skipping = ClassDataModule(tmp_path / "prepared", image_size=16, batch_size=3, num_workers=0, on_bad="skip")
+    (batch,) = skipping.train_dataloader()
+    assert (len(batch.skipped), len(batch.labels)) == (1, 2)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_is_shared_out_and_drawn_anew(repeats, world):
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for rank in range(world):
+            sampler = ImageSampler(60, 10, True, seed=3, repeats=repeats)
+            sampler.rank, sampler.world_size = rank, world
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler) == 60 // world // 10
+            seen += [group.row for batch in batches for group in batch.groups]
+            sampler.first = 2
+            assert list(sampler) == batches[2:]
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    if repeats == 1:
+        assert sorted(epochs[0]) == list(range(60))
+    else:
+        assert max(np.bincount(epochs[0])) > 1
+
+
+def test_augmentation_and_mixing_are_a_function_of_where_the_training_is(objects):
+    options = {"scale": 0.5, "color_jitter": 0.4, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
+    data = ClassDataModule(
+        objects, image_size=32, batch_size=8, num_workers=0, seed=1, augmentation=options | {"label_smoothing": 0.1}
+    )
+    dataset = data.train_dataloader().dataset
+    spec = BatchSpec(2, [Group(n, (0,)) for n in range(8)], 5)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first, again = dataset[spec], dataset[spec]
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.images, dataset[spec._replace(epoch=3)].images)
+    torch.testing.assert_close(first.targets.sum(dim=1), torch.ones(8))
+    assert (first.targets > 0.1 / 15 + 1e-6).sum() > 8  # some pictures are of two classes
+
+
+def test_without_augmentation_a_batch_is_what_evaluation_sees(objects):
+    data = ClassDataModule(objects, image_size=16, crop=0.8, num_workers=0)
+    batch = next(iter(data.eval_dataloader("val")))
+    row = load_split(objects, "val")[3]
+    image = Image.open(io.BytesIO(read_bytes(row))).convert("RGB")
+    expected = v2.Compose([v2.Resize(20, v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)])(image)
+    found = batch.images[3] * torch.tensor(data.preprocessing.std)[:, None, None]
+    found = 255 * (found + torch.tensor(data.preprocessing.mean)[:, None, None])
+    assert (found - v2.functional.pil_to_tensor(expected)).abs().max() < 4  # it is computed in one step
+    assert torch.equal(batch.targets, F.one_hot(batch.labels, 15).float())
+
+
+def test_pictures_are_mixed_in_pairs(objects):
+    preprocessing = ClassDataModule(objects, image_size=16).preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    with pytest.raises(UserError, match="must be even"):
+        ClassDataModule(objects, image_size=16, batch_size=7, augmentation={"mixup": 0.8})
+    with pytest.raises(UserError, match="data.augmentation.mixups"):
+        ClassDataModule(objects, image_size=16, augmentation={"mixups": 0.8})
+
+
+# The task
+
+
+def make_task(topdown, **options):
+    torch.manual_seed(0)
+    encoder = AbSViT(
+        "vit_tiny_patch16_224", 16, 8, topdown, num_classes=4, embed_dim=24, depth=2, num_heads=2, sincos_positions=True
+    )
+    return ClassifyTask(AbSViTClassifier(encoder), Preprocessing(16, ""), {}, Recipe(), **options)
+
+
+def class_batch():
+    from vlabs.data.classes import ClassBatch
+
+    torch.manual_seed(1)
+    labels = torch.tensor([0, 3, 1])
+    targets = 0.9 * F.one_hot(labels, 4) + 0.025
+    return ClassBatch(torch.randn(3, 3, 16, 16), targets, labels, [7, 8, 9], [])
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_loss_is_the_mean_of_both_passes_or_that_of_the_second(pool):
+    batch = class_batch()
+
+    def entropy(logits):
+        return -(batch.targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+    torch.manual_seed(0)
+    encoder = AbSViT(
+        "vit_tiny_patch16_224", 16, 8, AbSTopDown(1.0), pool, num_classes=4, embed_dim=24, depth=2, num_heads=2
+    )
+    model = AbSViTClassifier(encoder)
+    logits, bottom_up, seen = model(batch.images)
+    both, second = (
+        ClassifyTask(model, Preprocessing(16, ""), {}, Recipe(), passes=passes, reconstruction_weight=0.1)
+        for passes in ("both", "second")
+    )
+    expected = (entropy(logits) + entropy(bottom_up)) / 2 + 0.1 * seen.reconstruction
+    torch.testing.assert_close(both.total(both.losses(batch)), expected)
+    torch.testing.assert_close(second.total(second.losses(batch)), entropy(logits) + 0.1 * seen.reconstruction)
+
+
+def test_without_feedback_there_is_one_pass_and_no_xi_is_trained():
+    task = make_task(None)
+    losses = task.losses(class_batch())
+    assert losses.others == {}
+    assert not task.model.prompt.requires_grad
+    logits, bottom_up, _ = task.model(class_batch().images)
+    assert bottom_up is logits
+
+
+def test_every_parameter_has_its_group_and_the_rate_goes_as_deits():
+    recipe = Recipe(
+        {"vision": 1.0, "head": 2.0, "feedback": 3.0}, warmup=0.1, schedule="cosine_warmup_with_min_lr",
+        schedule_options={"min_lr_rate": 0.01, "warmup_lr_rate": 0.001},
+    )  # fmt: skip
+    task = make_task(AbSTopDown(1.0))
+    optimizer = recipe.optimizer(task, task.lr_group)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    groups = {name: rates[id(parameter)] for name, parameter in task.named_parameters()}
+    assert groups["model.prompt"] == groups["model.encoder.decoders.0.linear.weight"] == 3
+    assert groups["model.encoder.vit.head.weight"] == 2
+    assert groups["model.encoder.vit.blocks.0.attn.qkv.weight"] == 1
+    schedule = recipe.scheduler(optimizer, 100)
+    of_vision = next(group for group in optimizer.param_groups if group["name"] == "vision")
+    course = []
+    for _ in range(100):
+        course.append(of_vision["lr"])
+        optimizer.step()
+        schedule.step()
+    assert course[0] == pytest.approx(0.001)
+    assert max(course) == course[10] == pytest.approx(1)
+    assert of_vision["lr"] == pytest.approx(0.01)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def run(objects, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("classify")
+    result = command(
+        "vlabs.train",
+        "task=classify",
+        *TINY,
+        f"data.dir={objects}",
+        "trainer.max_epochs=1",
+        "hydra.run.dir=run",
+        cwd=cwd,
+    )
+    assert result.returncode == 0, result.stderr
+    return cwd / "run"
+
+
+def test_a_classifier_is_trained_and_evaluated(run, objects, in_process, tmp_path):
+    result = in_process("vlabs.evaluate", ["task=classify", f"ckpt={run}", "hydra.run.dir=out"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.classifier.encoder.topdown.alpha == 1
+    data = ClassDataset(load_split(objects, "val"), checkpoint.preprocessing)
+    batch = data[BatchSpec(0, [Group(n, (0,)) for n in range(SIZES["tiny"].val_images)])]
+    with torch.no_grad():
+        logits, bottom_up, _ = checkpoint.classifier(batch.images)
+    assert found["top1"] == pytest.approx(100 * float((logits.argmax(1) == batch.labels).float().mean()))
+    assert found["bottom_up_top1"] == pytest.approx(100 * float((bottom_up.argmax(1) == batch.labels).float().mean()))
+    wrong = in_process("vlabs.evaluate", ["task=vqa", f"ckpt={run}"], tmp_path)
+    assert_one_line_error(wrong, "trained for the task 'classify'")
+
+
+def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_options, in_process, tmp_path):
+    options = [*tiny_options, "trainer.max_epochs=1", "trainer.limit_train_batches=1", "task.freeze=[vision]"]
+    result = in_process(
+        "vlabs.train", [*options, "data.image_size=48", f"init={run}", "logger=csv", "hydra.run.dir=vqa"], tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "resampled (1): vision.vit.pos_embed" in result.stdout
+    before, after = load_checkpoint(run).classifier.encoder, load_checkpoint(tmp_path / "vqa").model.vision
+    assert torch.equal(before.decoders[1].linear2.weight, after.decoders[1].linear2.weight)
+    assert torch.equal(before.vit.blocks[0].attn.qkv.weight, after.vit.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.passes=first", "task.passes=first: choose one of both, second"),
+        ("model/topdown=film", "a classifier classifies the bottom-up pass"),
+        ("data.crop=2", "data.crop=2"),
+        ("model=mini", "pass model=classifier"),
+    ],
+)
+def test_wrong_options_are_one_line(override, message, objects, in_process, tmp_path):
+    result = in_process("vlabs.train", ["task=classify", *TINY, f"data.dir={objects}", override], tmp_path)
+    assert_one_line_error(result, message)
+
+
+def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp_path):
+    result = in_process("vlabs.train", ["task=classify", "data=vqav2", f"data.dir={tiny_data}"], tmp_path)
+    assert_one_line_error(result, "task=classify trains on pictures with a class", "holds questions")
+    result = in_process("vlabs.train", ["task=vqa", "data=classes", f"data.dir={objects}"], tmp_path)
+    assert_one_line_error(result, "task=vqa trains on questions", "holds pictures with a class")

@@ -1,0 +1,101 @@
+"""Classification of pictures with one class, which is also how an image encoder is pre-trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from vlabs.data.classes import ClassBatch, ClassDataModule
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViTClassifier
+from vlabs.tasks.base import Losses, Task, check_weight
+from vlabs.tasks.optim import Recipe
+
+PASSES = ("both", "second")
+
+
+class ClassifyTask(Task):
+    """Cross-entropy with soft targets, and the variational loss that trains the feedback decoders.
+
+    The released code takes the mean of the losses of both passes (`passes=both`), the paper's text the loss of the
+    second (`passes=second`); both add 0.1 times the variational loss, which is the reconstruction loss here, as there
+    is no prior on the output. Logs `val/accuracy`, of the second pass, and `val/accuracy_bottom_up`, in percent.
+
+    Args:
+        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
+        passes: `both` or `second`. Where nothing is fed back, there is one pass.
+        reconstruction_weight: of the variational loss.
+    """
+
+    name = "classify"
+    monitor = "val/accuracy"
+    reads = ClassDataModule
+
+    def __init__(
+        self,
+        model: AbSViTClassifier,
+        preprocessing: Preprocessing,
+        data: dict[str, Any],
+        recipe: Recipe,
+        passes: str = "both",
+        reconstruction_weight: float = 0.1,
+        freeze: Sequence[str] = (),
+        recompute_activations: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if not isinstance(model, AbSViTClassifier):
+            raise UserError("task=classify trains a classifier: leave model out, or pass model=classifier")
+        if passes not in PASSES:
+            raise UserError(f"task.passes={passes}: choose one of {', '.join(PASSES)}")
+        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
+        weight = check_weight("reconstruction_weight", reconstruction_weight)
+        self.reconstruction_weight = weight if model.encoder.reconstructs else 0.0
+        self.passes = passes
+        self.criterion = SoftTargetCrossEntropy()
+        self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})
+        if not model.encoder.needs_prior:
+            model.prompt.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+
+    def lr_group(self, name: str) -> str:
+        """The encoder's blocks are `vision`, its linear classifier `head`, ξ and the decoders `feedback`."""
+        if name == "model.prompt" or name.startswith("model.encoder.decoders."):
+            return "feedback"
+        return "head" if name.startswith(("model.encoder.vit.head.", "model.encoder.vit.fc_norm.")) else "vision"
+
+    def sample_ids(self, batch: ClassBatch) -> list[int]:
+        """The pictures' ids."""
+        return batch.image_ids
+
+    def losses(self, batch: ClassBatch) -> Losses:
+        """Of one pass or both."""
+        logits, bottom_up, seen = self.model(batch.images, reconstruct=self.reconstruction_weight > 0)
+        loss = self.criterion(logits.float(), batch.targets)
+        if self.passes == "both" and bottom_up is not logits:
+            loss = (loss + self.criterion(bottom_up.float(), batch.targets)) / 2
+        others = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
+        return Losses({"class": loss}, len(batch.image_ids), others)
+
+    def validation_step(self, batch: ClassBatch, batch_idx: int) -> None:
+        """Add a batch to the accuracies."""
+        if not batch.image_ids:
+            return
+        logits, bottom_up, _ = self.model(batch.images, reconstruct=False)
+        loss = self.criterion(logits.float(), batch.targets)
+        self.log("val/class_loss", loss, batch_size=len(batch.labels), sync_dist=True)
+        for name, scores in (("accuracy", logits), ("accuracy_bottom_up", bottom_up)):
+            self.accuracies[name].update(100 * _right(scores, batch.labels))  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies of the epoch."""
+        for name, metric in self.accuracies.items():
+            self.log(f"val/{name}", metric.compute(), prog_bar=name == "accuracy")  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels).float()

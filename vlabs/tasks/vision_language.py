@@ -1,0 +1,152 @@
+"""What every vision-language task shares: the losses of ξ, over all ranks where they compare pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
+from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.runs.logging import say
+from vlabs.tasks.base import Task, check_weight, gather
+from vlabs.tasks.optim import Recipe
+from vlabs.utils.ranks import is_distributed
+
+
+class VisionLanguageTask(Task):
+    """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
+
+    Args:
+        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
+        reconstruction_weight: w_rec.
+        prior_weight: w_prior, on the second pass's [cls].
+        prior_bottom_up_weight: of the same loss on the bottom-up [cls].
+        prior_loss: form of the prior loss.
+        region_prior_weight: of the loss that puts ξ on the patches which a text is about; without effect where the
+            data say of no text what it is about.
+        region_prior_temperature: its τ.
+        token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
+        token_prior_temperature: its τ.
+    """
+
+    of_all_ranks = ("prior", "prior_bottom_up")
+    model: VisionLanguageModel
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        preprocessing: Preprocessing,
+        data: dict[str, Any],
+        recipe: Recipe,
+        reconstruction_weight: float = 0.3,
+        prior_weight: float = 0.1,
+        prior_bottom_up_weight: float = 0.0,
+        prior_loss: PriorLoss | None = None,
+        region_prior_weight: float = 0.0,
+        region_prior_temperature: float = 0.1,
+        token_prior_weight: float = 0.0,
+        token_prior_temperature: float = 0.1,
+        freeze: Sequence[str] = (),
+        recompute_activations: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
+        has_prior = model.prior is not None
+        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
+        # Where ξ steers nothing, there is no second pass for it to be compared with.
+        self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
+        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
+        uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
+        self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
+        self.region_prior_weight = check_weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
+        self.token_prior_weight = check_weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
+        self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
+        self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
+        self._freeze_idle_prior()
+
+    def _freeze_idle_prior(self) -> None:
+        """Do not train a ξ that neither steers nor is taught: DDP would wait for its gradients."""
+        taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
+        if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
+            self.model.prior.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Ask the data what every text is about, where that is learnt and known."""
+        if stage != "fit" or not self.region_prior_weight:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        known = data.regions_known
+        if known:
+            data.region_grid = self.model.vision.grid_size
+        else:
+            self.region_prior_weight = 0.0
+            self._freeze_idle_prior()
+        if self.trainer.is_global_zero:
+            what = (
+                f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
+            )
+            say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
+
+    def prior_losses(
+        self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
+
+        It trains the map from text to ξ, and not the text encoder.
+
+        Args:
+            output: of the model for n pairs of image and text.
+            input_ids: (n, T), the pairs' texts.
+            image_ids: (n,), the pairs' images.
+            pairs: which of them belong together; all if not said.
+        """
+        if self.prior_loss is None or self.model.prior is None:
+            return {}
+        prior = self.model.prior(output.text_states[pairs].detach(), input_ids[pairs])
+        image_ids = image_ids[pairs]
+        seen = {}
+        if self.prior_weight > 0:
+            seen["prior"] = output.seen.tokens[:, 0][pairs]
+        if self.prior_bottom_up_weight > 0:
+            cls, index = output.bottom_up.cls, output.image_index
+            seen["prior_bottom_up"] = (cls if index is None else cls[index])[pairs]
+        if self.training and is_distributed():
+            prior, image_ids = gather(prior), gather(image_ids)
+            seen = {name: gather(state) for name, state in seen.items()}
+        return {name: self.prior_loss(prior.float(), state.float(), image_ids) for name, state in seen.items()}
+
+    def pointing_losses(
+        self, output: VLMOutput, coverage: Tensor | None, pairs: Tensor | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """The losses of ξ on patches, as far as they have a weight. They train both encoders and the map.
+
+        The patches are those of the bottom-up pass, whose similarity to ξ is what steers the second one. Texts are
+        compared with the images of their own device.
+
+        Args:
+            output: of the model for n pairs of image and text.
+            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it. Of the
+                pairs in `pairs` only, where those are said.
+            pairs: which of them belong together; all if not said.
+        """
+        if output.prior is None:
+            return {}
+        losses = {}
+        prior = output.prior[pairs]
+        image_index = None if output.image_index is None else output.image_index[pairs]
+        patches = output.bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
+        if self.region_prior_weight and coverage is not None:
+            losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
+        if self.token_prior_weight:
+            losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
+        return losses
+
+
+def _temperature(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"task.{name}_temperature={value} must be a number above 0")
+    return float(value)
