@@ -1,0 +1,1 @@
+"""Checkpoint files, pre-trained and released weights, and the start that comes with vlabs."""

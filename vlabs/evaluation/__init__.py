@@ -1,0 +1,1 @@
+"""What `python -m vlabs.evaluate` measures, a module a task."""

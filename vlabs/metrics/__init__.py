@@ -1,0 +1,1 @@
+"""Measures that know no model: accuracy, recall, grounding, intervals."""

@@ -1,0 +1,1 @@
+"""Scores of many texts with many images."""
