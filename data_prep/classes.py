@@ -226,6 +226,21 @@ def _of_tar(path: Path) -> Iterator[Entry]:
                 yield Entry(parts[-2], str(path.absolute()), member.offset_data, member.size)
 
 
+def entries_of(path: Path) -> Iterator[Entry]:
+    """The pictures of a tar file with class folders, or of a folder of them.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path.is_dir():
+        for folder in sorted(one for one in path.iterdir() if one.is_dir()):
+            yield from _of_folder(folder)
+    elif path.suffix == ".tar" and path.is_file():
+        yield from _of_tar(path)
+    else:
+        raise UserError(f"{path} is neither a folder of class folders nor a .tar file of them")
+
+
 def open_tar(path: Path, part: IO[bytes] | None = None) -> tarfile.TarFile:
     """Open a tar file that is not compressed; or `part`, one that lies in it.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
@@ -185,6 +186,16 @@ class ClassDataset(Dataset[ClassBatch]):
                 raise UserError(f"{error}; mend it, or pass data.on_bad=skip") from None
             print(f"left out: {error}", file=sys.stderr)
             return None
+        return self.prepare(image, row, spec, place)
+
+    def prepare(self, image: Image.Image, row: dict[str, Any], spec: BatchSpec, place: int) -> Tensor:
+        """A picture as the model sees it, (3, H, W), normalised.
+
+        Args:
+            image: as it was decoded.
+            row: what the data say of it.
+            spec, place: its batch, and its place in it.
+        """
         if self.transform is None:
             return self.preprocessing.image(image)
         self._seed(spec, place)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import datasets
 
 from filelock import FileLock
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
+from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
@@ -105,3 +109,27 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
             units, files = folder_units(raw)
             prepare_classes(units, files, directory, f"objects-{size}", SIZES[size].classes_by_folder)
     return ClassDataModule(directory, **options)
+
+
+def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
+    """The pictures of raw class folders, or of a tar file of them, as prepared rows that nobody has to prepare.
+
+    Args:
+        classes: the class names by label; the folders' names are among them.
+
+    Raises:
+        UserError: there is no picture, or one of another class.
+    """
+    from data_prep.classes import entries_of
+
+    label_of = {name: n for n, name in enumerate(classes)}
+    rows: dict[str, list[Any]] = {name: [] for name in CLASS_FEATURES}
+    for number, entry in enumerate(entries_of(Path(path))):
+        if entry.label not in label_of:
+            raise UserError(f"{path} has pictures of {entry.label}, which is no class of the model")
+        found = {"image_id": number, "path": entry.path, "offset": entry.offset, "size": entry.size, "image": b""}
+        for name, value in (found | {"label": label_of[entry.label]}).items():
+            rows[name].append(value)
+    if not rows["label"]:
+        raise UserError(f"{path} holds no pictures in class folders")
+    return datasets.Dataset.from_dict(rows, CLASS_FEATURES)

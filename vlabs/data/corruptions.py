@@ -1,0 +1,92 @@
+"""The corruptions of ImageNet-C on pictures of one's own, made by the library `imagecorruptions` as they are read."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vlabs.data.classes import ClassDataset
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.sampling import BatchSpec
+from vlabs.errors import UserError
+
+SMALLEST = 32  # pixels, below which the library refuses
+
+
+def library() -> Any:
+    """The module that corrupts.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise UserError(f"corruptions are made by a library that is not here ({error}): pip install 'vlabs[robustness]'") from None
+    return imagecorruptions
+
+
+class CorruptedDataset(ClassDataset):
+    """Pictures of a class data set, resized and cropped as the model sees them, and then corrupted.
+
+    Args:
+        rows, preprocessing, on_bad: as in `ClassDataset`.
+        corruption: of the fifteen of ImageNet-C.
+        severity: 1 to 5.
+        seed: what is random in it is a function of seed, corruption, severity and picture.
+
+    Raises:
+        UserError: the model sees pictures that are too small, or the library is missing.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        preprocessing: Preprocessing,
+        corruption: str,
+        severity: int,
+        seed: int = 0,
+        on_bad: str = "error",
+    ) -> None:
+        super().__init__(rows, preprocessing, None, seed, on_bad)
+        if preprocessing.image_size < SMALLEST:
+            raise UserError(f"pictures of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least")
+        library()
+        self.corruption = corruption
+        self.severity = severity
+
+    def prepare(self, image: Image.Image, row: dict[str, Any], spec: BatchSpec, place: int) -> Tensor:
+        """See `ClassDataset`."""
+        pixels = np.asarray(self.preprocessing.resize(image))
+        name = zlib.crc32(self.corruption.encode())
+        seed = np.random.SeedSequence((self.seed, name, self.severity, row["image_id"])).generate_state(1)[0]
+        state = np.random.get_state()
+        np.random.seed(int(seed))
+        _seed_compiled(int(seed))
+        try:
+            found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption)
+        finally:
+            np.random.set_state(state)
+        return self.preprocessing.normalize(Image.fromarray(np.asarray(found, dtype=np.uint8)))
+
+
+_seed_numba: Any = None
+
+
+def _seed_compiled(seed: int) -> None:
+    """Seed the generator of numba's compiled code, which glass blur draws from and numpy's seed does not reach."""
+    global _seed_numba
+    if _seed_numba is None:
+        import numba
+
+        @numba.njit  # type: ignore[misc]
+        def set_seed(value: int) -> None:
+            np.random.seed(value)
+
+        _seed_numba = set_seed
+    _seed_numba(seed % 2**31)

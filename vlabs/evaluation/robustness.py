@@ -1,0 +1,191 @@
+"""Evaluation of robustness: corruptions, other pictures of the same classes, and attacks (paper, section 6.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from vlabs.attention.figures import save_figure
+from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler
+from vlabs.data.corruptions import CorruptedDataset, library
+from vlabs.data.embedded import raw_classes
+from vlabs.data.loading import eval_loader
+from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
+from vlabs.runs.config import device_of
+from vlabs.utils.files import write_json, write_text
+
+ATTACKS = ("fgsm", "pgd")
+
+
+class RobustnessEvaluation(Evaluation):
+    """Top-1 accuracy of the second pass, clean and otherwise; prints, writes JSON and Markdown, draws severities.
+
+    Args:
+        corruptions: `all`, or some of the fifteen of ImageNet-C.
+        severities: 1 to 5.
+        imagenet_c: ImageNet-C's folder; None to corrupt the split's pictures on the fly.
+        sets: other pictures by name; only the classes that a set has can be chosen, as for ImageNet-A and -R.
+        attacks: of `fgsm` and `pgd`, on the logits that are evaluated.
+        num_images: of the split, evenly spread; None for all.
+        seed: of corruptions and random starts.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    trained_for = ("classify",)
+    reads = ClassDataModule
+
+    def __init__(
+        self,
+        corruptions: str | Sequence[str] = "all",
+        severities: Sequence[int] = SEVERITIES,
+        imagenet_c: str | None = None,
+        sets: Mapping[str, str] | None = None,
+        attacks: Sequence[str] = ATTACKS,
+        num_images: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.corruptions = list(CORRUPTIONS) if corruptions == "all" else list(corruptions)
+        for name, values, choices in (
+            ("corruptions", self.corruptions, CORRUPTIONS),
+            ("severities", severities, SEVERITIES),
+            ("attacks", attacks, ATTACKS),
+        ):
+            if wrong := [value for value in values if value not in choices]:
+                raise UserError(f"task.{name} names {wrong[0]}: choose of {', '.join(map(str, choices))}")
+        if num_images is not None and (not isinstance(num_images, int) or num_images < 1):
+            raise UserError(f"task.num_images={num_images} must be a whole number, at least 1, or null")
+        self.severities = list(severities)
+        self.imagenet_c = None if imagenet_c is None else Path(imagenet_c)
+        if self.corruptions and imagenet_c is None:
+            library()  # before anything is loaded
+        self.sets = dict(sets or {})
+        self.attacks = list(attacks)
+        self.num_images = num_images
+        self.seed = seed
+
+    def run(self, checkpoint: Checkpoint, data: ClassDataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`; accuracies in percent."""
+        device = device_of(setting.trainer)
+        model = checkpoint.classifier.to(device)
+        preprocessing, options = checkpoint.preprocessing, data.options
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+        rows = data.rows(setting.split)
+        if self.num_images is not None and self.num_images < len(rows):
+            rows = rows.select(np.linspace(0, len(rows) - 1, num=self.num_images, dtype=int))
+        generator = torch.Generator().manual_seed(self.seed)
+        progress = tqdm(unit="batch", desc="robustness", disable=not setting.shows_progress)
+
+        def logits_of(pixels: Tensor) -> Tensor:
+            logits: Tensor = model((pixels - mean) / std, reconstruct=False)[0]
+            return logits
+
+        def accuracy(dataset: ClassDataset, attack: str | None = None) -> float:
+            """Top-1, in percent; of the classes that occur alone where the set is not of all."""
+            size = options.eval_batch_size or options.batch_size
+            right, count = 0, 0
+            mask = torch.ones(len(preprocessing.answers), dtype=torch.bool)
+            if dataset.rows is not rows:
+                mask = torch.zeros_like(mask)
+                mask[sorted(set(dataset.rows["label"]))] = True
+            for batch in eval_loader(dataset, ImageSampler(len(dataset.rows), size, False, self.seed), options):
+                labels = batch.labels.to(device)
+                pixels = batch.images.to(device) * std + mean
+                if attack == "fgsm":
+                    pixels = fgsm(logits_of, pixels, labels)
+                elif attack == "pgd":
+                    pixels = pgd(logits_of, pixels, labels, generator=generator)
+                with torch.no_grad():
+                    logits = logits_of(pixels).masked_fill(~mask.to(device), float("-inf"))
+                right += int((logits.argmax(dim=1) == labels).sum())
+                count += len(labels)
+                progress.update()
+            return 100 * right / max(1, count)
+
+        clean = ClassDataset(rows, preprocessing, None, self.seed, options.on_bad)
+        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": len(rows)}
+        metrics["clean"] = accuracy(clean)
+        corrupted: dict[str, dict[int, float]] = {}
+        for name in self.corruptions:
+            corrupted[name] = {
+                severity: accuracy(self._corrupted(name, severity, rows, checkpoint, options.on_bad))
+                for severity in self.severities
+            }
+        if corrupted:
+            metrics["corruptions"] = {name: {str(k): v for k, v in found.items()} for name, found in corrupted.items()}
+            metrics["corrupted"] = float(np.mean([list(found.values()) for found in corrupted.values()]))
+            metrics["corruptions_by"] = "imagenet-c" if self.imagenet_c is not None else "imagecorruptions, on the fly"
+        if (
+            self.imagenet_c is not None
+            and len(corrupted) == len(CORRUPTIONS)
+            and len(self.severities) == len(SEVERITIES)
+        ):
+            errors = {name: {k: 1 - v / 100 for k, v in found.items()} for name, found in corrupted.items()}
+            metrics["mce"] = mean_corruption_error(errors)
+        for name, path in self.sets.items():
+            metrics[name] = accuracy(ClassDataset(raw_classes(path, preprocessing.answers), preprocessing))
+        for attack in self.attacks:
+            metrics[attack] = accuracy(clean, attack)
+        progress.close()
+        table = _table(metrics, corrupted, self.severities)
+        print("\n" + table)
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        print(write_text(setting.out_dir / "robustness.md", table + "\n"))
+        if corrupted:
+            print(save_figure(_figure(metrics, corrupted), setting.out_dir / "figures" / "severities.png"))
+        return metrics
+
+    def _corrupted(
+        self, name: str, severity: int, rows: datasets.Dataset, checkpoint: Checkpoint, on_bad: str
+    ) -> ClassDataset:
+        if self.imagenet_c is None:
+            return CorruptedDataset(rows, checkpoint.preprocessing, name, severity, self.seed, on_bad)
+        folder = self.imagenet_c / name / str(severity)
+        if not folder.is_dir():
+            raise UserError(
+                f"task.imagenet_c={self.imagenet_c} has no {name}/{severity}: unpack all of ImageNet-C there"
+            )
+        return ClassDataset(raw_classes(folder, checkpoint.preprocessing.answers), checkpoint.preprocessing)
+
+
+def _table(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]], severities: Sequence[int]) -> str:
+    """Markdown: one line a measure, and one line a corruption."""
+    left_out = ("checkpoint", "split", "images", "corruptions", "corruptions_by")
+    what = {"corrupted": "corrupted, mean", "mce": "mCE (lower is better)", "fgsm": "FGSM", "pgd": "PGD"}
+    lines = [f"{metrics['images']:,} images, {metrics['split']}; top-1 in percent", "", "| | |", "| --- | --- |"]
+    lines += [f"| {what.get(name, name)} | {value:.2f} |" for name, value in metrics.items() if name not in left_out]
+    if corrupted:
+        lines += ["", f"Corruptions: {metrics['corruptions_by']}.", ""]
+        lines += ["| severity | " + " | ".join(map(str, severities)) + " |", "| --- |" + " --- |" * len(severities)]
+        lines += [
+            f"| {name} | " + " | ".join(f"{v:.1f}" for v in found.values()) + " |" for name, found in corrupted.items()
+        ]
+    return "\n".join(lines)
+
+
+def _figure(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]]) -> Figure:
+    """Accuracy against severity, a line a corruption, and their mean."""
+    figure = Figure(figsize=(7, 4.5), dpi=120)
+    axes = figure.subplots()
+    for name, found in corrupted.items():
+        axes.plot(
+            [0, *found], [metrics["clean"], *found.values()], linewidth=1, alpha=0.6, label=name.replace("_", " ")
+        )
+    severities = list(next(iter(corrupted.values())))
+    mean = [float(np.mean([found[k] for found in corrupted.values()])) for k in severities]
+    axes.plot([0, *severities], [metrics["clean"], *mean], color="black", linewidth=2.5, label="mean")
+    axes.set(xlabel="severity (0: clean)", ylabel="top-1, percent", xticks=[0, *severities], ylim=(0, 100))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
