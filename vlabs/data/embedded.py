@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,16 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
     from data_prep.scenes import make_scenes
     from data_prep.vqav2 import VQAv2
 
-    if size not in SIZES:
-        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
     directory = Path(dir)
-    real = "to use real data: data=vqav2 data.dir=FOLDER, made by `python -m data_prep.vqav2`"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if (directory / "manifest.json").is_file():
-            say(f"data: the embedded corpus scenes-{size} in {directory}; {real}")
-        else:
-            say(f"data: making the embedded corpus scenes-{size} in {directory}; {real}")
-            raw = directory.with_name(directory.name + "-raw")
-            make_scenes(size, raw)
-            prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+    _check_size(size, SIZES)
+
+    def make() -> None:
+        raw = directory.with_name(directory.name + "-raw")
+        make_scenes(size, raw)
+        prepare(VQAv2(raw), directory, Options(min_answer_count=1, num_workers=os.cpu_count() or 1))
+
+    real = "data=vqav2 data.dir=FOLDER, made by `python -m data_prep.vqav2`"
+    _make_once(directory, f"the embedded corpus scenes-{size}", real, make)
     return VQADataModule(directory, **options)
 
 
@@ -65,21 +62,17 @@ def scenes_captions(
     from data_prep.scenes import make_scenes
     from data_prep.scenes_captions import ScenesCaptions
 
-    if size not in SIZES:
-        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
     directory, raw, what = Path(dir), Path(raw_dir), "phrases" if phrases else "the captions"
-    real = "to use real data: data=flickr30k or data=coco_captions"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if (directory / "manifest.json").is_file():
-            say(f"data: {what} of the embedded corpus scenes-{size} in {directory}; {real}")
-        else:
-            say(f"data: making {what} of the embedded corpus scenes-{size} in {directory}; {real}")
-            make_scenes(size, raw)
-            source = ScenesCaptions(raw, phrases)
-            options_of = Options(min_answer_count=1, num_workers=os.cpu_count() or 1, others=source.options)
-            prepare(source, directory, options_of)
+    _check_size(size, SIZES)
+
+    def make() -> None:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        make_scenes(size, raw)
+        source = ScenesCaptions(raw, phrases)
+        prepared = Options(min_answer_count=1, num_workers=os.cpu_count() or 1, others=source.options)
+        prepare(source, directory, prepared)
+
+    _make_once(directory, f"{what} of the embedded corpus scenes-{size}", "data=flickr30k or data=coco_captions", make)
     return CaptionDataModule(directory, **options)
 
 
@@ -94,21 +87,33 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
     from data_prep.classes import folder_units, prepare_classes
     from data_prep.objects import SIZES, make_objects
 
-    if size not in SIZES:
-        raise UserError(f"data.size={size}: choose one of {', '.join(SIZES)}")
     directory = Path(dir)
-    raw = directory.with_name(directory.name + "-raw")
-    real = "to use real data: data=imagenet, or data=classes data.dir=FOLDER, made by `python -m data_prep.classes`"
+    _check_size(size, SIZES)
+
+    def make() -> None:
+        raw = directory.with_name(directory.name + "-raw")
+        make_objects(size, raw)
+        units, files = folder_units(raw)
+        prepare_classes(units, files, directory, f"objects-{size}", SIZES[size].classes_by_folder)
+
+    real = "data=imagenet, or data=classes data.dir=FOLDER, made by `python -m data_prep.classes`"
+    _make_once(directory, f"the embedded objects-{size}", real, make)
+    return ClassDataModule(directory, **options)
+
+
+def _check_size(size: str, sizes: Collection[str]) -> None:
+    if size not in sizes:
+        raise UserError(f"data.size={size}: choose one of {', '.join(sizes)}")
+
+
+def _make_once(directory: Path, what: str, real: str, make: Callable[[], None]) -> None:
+    """Make a prepared folder if it is not there, by one process at a time, and say what it is and what to use else."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
-        if (directory / "manifest.json").is_file():
-            say(f"data: the embedded objects-{size} in {directory}; {real}")
-        else:
-            say(f"data: making the embedded objects-{size} in {directory}; {real}")
-            make_objects(size, raw)
-            units, files = folder_units(raw)
-            prepare_classes(units, files, directory, f"objects-{size}", SIZES[size].classes_by_folder)
-    return ClassDataModule(directory, **options)
+        there = (directory / "manifest.json").is_file()
+        say(f"data: {'' if there else 'making '}{what} in {directory}; to use real data: {real}")
+        if not there:
+            make()
 
 
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:

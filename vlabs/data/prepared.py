@@ -112,23 +112,20 @@ def check_kind(directory: str | Path, kind: str) -> None:
 
 def read_answers(directory: str | Path) -> list[str]:
     """Return the answer vocabulary of a prepared folder; an answer's index is its id."""
-    path = Path(directory) / "answers.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {directory} was not prepared for question answering")
-    answers = _read_json(path)
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{path} is no list of answers: prepare the data again")
-    return answers
+    return _read_names(Path(directory) / "answers.json", "answers", "question answering")
 
 
 def read_classes(directory: str | Path) -> list[str]:
     """Return the class names of a prepared folder; a class's index is its label."""
-    path = Path(directory) / "classes.json"
+    return _read_names(Path(directory) / "classes.json", "classes", "classification")
+
+
+def _read_names(path: Path, what: str, purpose: str) -> list[str]:
     if not path.is_file():
-        raise UserError(f"{path} is missing: {directory} was not prepared for classification")
+        raise UserError(f"{path} is missing: {path.parent} was not prepared for {purpose}")
     names = _read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is no list of classes: prepare the data again")
+        raise UserError(f"{path} is no list of {what}: prepare the data again")
     return names
 
 
