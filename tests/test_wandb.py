@@ -60,6 +60,7 @@ def train(options, cwd, port):
     return command(
         "vlabs.train", *options, "hydra.run.dir=run", cwd=cwd, WANDB_API_KEY="a" * 40,
         WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_INIT_TIMEOUT="10", WANDB_FINISH_TIMEOUT="3",
+        WANDB__GRAPHQL_RETRY_MAX="2", WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS="1",
     )  # fmt: skip
 
 

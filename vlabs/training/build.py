@@ -61,6 +61,7 @@ def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Train
     Raises:
         UserError: parts that do not fit each other, or cannot be made.
     """
+    callbacks = chosen_callbacks(config.callbacks, config.trainer)  # before the data, which may have to be made
     task, data = build_task(config, run_dir)
     resumed = last_whole(run_dir, config.resume) if config.resume is not None else None
     if is_rank_zero():
@@ -76,7 +77,7 @@ def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Train
             last,
             GoOn(),
             FiniteGradients(config.max_bad_steps, last.path),
-            *chosen_callbacks(config.callbacks, config.trainer),
+            *callbacks,
         ],
         logger=loggers,
         plugins=[WholeCheckpointIO()],
@@ -100,7 +101,7 @@ def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[Task, P
     _fill_in_sizes(config, data)
     if run_dir is not None and is_rank_zero():
         save_config(config, run_dir / "config.yaml")
-    model = instantiate(config.model)
+    model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
     if isinstance(model, VisionLanguageModel):
         _check_fit(model, data)
     history: list[dict[str, Any]] = []
