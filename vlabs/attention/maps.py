@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
@@ -38,8 +39,8 @@ def attention_map(
             top-down token weights s_i (zeros without a prior). `norm`: the norm of the output tokens before the final
             norm (paper, section 6.1). `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
             `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
-            of [cls]. `gradient`: gradient × attention in the last block, of the best answer or the ranking score,
-            positive part, summed over queries and heads.
+            of [cls]. Without a [cls], both are the mean of all rows. `gradient`: gradient × attention in the last
+            block, of the best answer or the ranking score, positive part, summed over queries and heads.
         attention: what `AbSViT.recording_attention` kept, for the last three; with gradients for `gradient`.
         image_index: (n,) as given to the model.
 
@@ -62,7 +63,7 @@ def attention_map(
     elif name in NEEDS_ATTENTION:
         if not attention:
             raise ValueError(f"the {name} map needs the recorded attention")
-        values = _of_attention(name, output, attention)
+        values = _of_attention(name, output, vision, attention)
         if len(values) != len(output.logits):  # one pass for all texts of an image
             values = values if image_index is None else values[image_index]
     else:
@@ -72,16 +73,22 @@ def attention_map(
     return grid.expand(len(output.logits), -1, -1)
 
 
-def _of_attention(name: str, output: VLMOutput, attention: Sequence[Tensor]) -> Tensor:
+def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """(n, N) from the attention of every block (n, heads, N, N)."""
+
+    def read(weights: Tensor) -> Tensor:
+        return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
+
     if name == "cls":
-        return attention[-1][:, :, 0].mean(dim=1)
+        return read(attention[-1]).mean(dim=1)
     if name == "rollout":
+        if not vision.backbone.is_even:
+            raise UserError("the map rollout needs an encoder whose blocks all have the same tokens: choose another")
         rolled = torch.eye(attention[0].shape[-1], device=attention[0].device)
         for weights in attention:
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
-        return rolled[:, 0]
+        return read(rolled)
     score = output.logits.flatten(1).max(dim=1).values if output.logits.ndim > 1 else output.logits
     gradient = torch.autograd.grad(score.sum(), attention[-1], retain_graph=True)[0]
     return (gradient * attention[-1]).clamp(min=0).sum(dim=(1, 2))

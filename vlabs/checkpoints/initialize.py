@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
@@ -153,10 +152,5 @@ def _move_answers(
 
 def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier) -> Tensor | None:
     vision = model.vision if isinstance(model, VisionLanguageModel) else model.encoder
-    name = _renamed(name, {"encoder.": "vision."})
-    if name == "vision.vit.pos_embed" and value.shape[-1] == target.shape[-1]:
-        prefix = 0 if vision.vit.no_embed_class else vision.num_prefix_tokens
-        return resample_abs_pos_embed(value, list(vision.grid_size), num_prefix_tokens=prefix)
-    if name == "vision.vit.patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
-        return resample_patch_embed(value, list(target.shape[-2:]))
-    return None
+    within = "vision.vit." if isinstance(model, VisionLanguageModel) else "encoder.vit."
+    return vision.backbone.resample(name.removeprefix(within), value, target) if name.startswith(within) else None

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 from transformers import RobertaModel
 
 from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.checkpoints.released import find_state
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.film import FiLMViT
@@ -41,33 +41,34 @@ def vit_from_timm(
     encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
-    """An AbSViT that starts from a timm ViT; position and patch embeddings are resampled to the sizes given.
+    """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the sizes given.
 
     Args:
         weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth`
-            file with timm's parameter names (then `architecture` says which model it is); None for fresh weights.
-        architecture: the timm architecture; the tag's own if not given.
+            file with timm's parameter names or those of the released RVT or FAN (then `architecture` says which model
+            it is); None for fresh weights.
+        architecture: as in `AbSViT`; the tag's own if not given.
         img_size, patch_size, topdown, vit_options: as for `AbSViT`.
         encoder_class: what is built around the ViT.
 
     Raises:
-        UserError: not a plain ViT with a class token, or the weights cannot be had.
+        UserError: feedback cannot be added to the architecture, or the weights cannot be had.
     """
     if weights is None:
         if architecture is None:
-            raise UserError("model.vision.architecture must be given: a timm VisionTransformer")
+            raise UserError("model.vision.architecture must be given, e.g. vit_base_patch16_224")
         return encoder_class(architecture, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
     local = Path(weights)
-    is_file = local.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+    is_file = local.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
     if is_file and not local.is_file():
         raise UserError(f"model.vision.weights={weights} does not exist")
     if is_file and architecture is None:
         raise UserError(f"model.vision.weights={weights} is a file: say what it holds with model.vision.architecture")
     name = architecture or weights.split(".")[0]
     encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
-    state = _local_state(local) if is_file else _tag_state(weights, **vit_options)
+    state = find_state(read_tensors(local), weights) if is_file else _tag_state(weights, **vit_options)
     try:
-        state = checkpoint_filter_fn(state, encoder.vit)
+        state = encoder.backbone.convert(state)
         kept = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
         missing, unexpected = encoder.vit.load_state_dict(kept, strict=False)
     except (RuntimeError, KeyError) as error:
@@ -85,18 +86,10 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
     return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
-def _local_state(path: Path) -> dict[str, Tensor]:
-    content = read_tensors(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
 def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
+    options = {name: value for name, value in vit_options.items() if value is not None}
     try:
-        source = timm.create_model(tag, pretrained=True, num_classes=0, **vit_options)
+        source = timm.create_model(tag, pretrained=True, **options | {"num_classes": 0})
     except Exception as error:
         # timm raises whatever its download layer does: a missing tag and a missing network look alike.
         known = timm.list_pretrained(tag.split(".")[0] + "*")
@@ -107,7 +100,6 @@ def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
             f"({type(error).__name__}): download them where there is a network, with `hf download timm/{tag} "
             "model.safetensors --local-dir DIR`, and pass model.vision.weights=DIR/model.safetensors"
         ) from None
-    assert isinstance(source, VisionTransformer)
     return dict(source.state_dict())
 
 

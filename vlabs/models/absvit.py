@@ -1,32 +1,33 @@
-"""The image encoder: a timm ViT that can be run a second time with a top-down signal inside its attention.
+"""The image encoder: a ViT that can be run a second time with a top-down signal inside its attention.
 
 "Top-Down Visual Attention from Analysis by Synthesis" (Shi, Darrell, Wang; CVPR 2023), section 5.1:
 
     z = norm(block_L(… block_1(embed(x))))                      bottom-up pass
     t ← A_l t, td_l = B_l t   from the modulated z downwards    feedback
     v ← v + (W_v td_l + b_v) in the attention of every block    second pass; q and k stay as they are
+
+What a block is, and what lies between blocks, is the backbone's (`vlabs.models.backbones`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, HybridEmbed, LayerNormAct2d, build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import HybridEmbed, LayerNormAct2d, build_sincos2d_pos_embed
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlabs.errors import UserError
+from vlabs.models import backbones
 from vlabs.models.registry import register
-from vlabs.models.topdown import FeedbackDecoder, PerceiverIO, TopDown, TopDownSignal, similarity
+from vlabs.models.topdown import PerceiverIO, TopDown, TopDownSignal, similarity
 
 STEMS = ("patch", "conv")
 
@@ -41,6 +42,7 @@ class BottomUp:
         embedded: (B, N, D), the input of the first block, which is the same in both passes.
         first_qkv: (B, N, 3D), q, k, v of the first block, which sees the same input in both passes.
         prepared: the top-down variant's own part, for every block (B, N, D); empty where it has none.
+        pooled: (B, D), what `cls` gives.
     """
 
     tokens: Tensor
@@ -48,15 +50,16 @@ class BottomUp:
     embedded: Tensor
     first_qkv: Tensor
     prepared: list[Tensor]
+    pooled: Tensor
 
     @property
     def cls(self) -> Tensor:
-        """(B, D), z of [cls]: what the pictures are, before anything is asked.
+        """(B, D), z of [cls], or what the encoder has in its place: what the pictures are, before anything is asked.
 
         Raises:
             ValueError: this encoder has none, see `AbSViT.has_bottom_up`.
         """
-        return self.tokens[:, 0]
+        return self.pooled
 
 
 @dataclass
@@ -81,24 +84,26 @@ class AbSViT(nn.Module):
     """A ViT with feedback. Without a `topdown` it is the plain ViT, and a prior changes nothing.
 
     Args:
-        architecture: the name of a timm `VisionTransformer` with a class token, e.g. `vit_base_patch16_224`.
+        architecture: a timm ViT, e.g. `vit_base_patch16_224`, or one of `vlabs.models.backbones.OWN`, e.g. `rvt_small`.
         img_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
         topdown: what a prior adds inside attention, or None.
-        global_pool: `token` ([cls], final norm on every token) or `avg` (mean token, norm after the mean).
-        num_classes: size of timm's classification head; 0 for none.
+        global_pool: `token` ([cls], final norm on every token), `avg` (mean token, norm after the mean) or `map`
+            (attention pooling); None for the architecture's own.
+        num_classes: size of the classification head; 0 for none.
         sincos_positions: start the position embeddings of the patches from sines and cosines of unit size, not from
             noise of deviation 0.02, which a small model from scratch takes long to grow out of.
         stem: what makes the input of the first block: `patch`, one linear map of a patch, or `conv`, strided 3×3
             convolutions (Xiao et al., Early Convolutions Help Transformers See Better, 2021), by which a small model
             from scratch learns shapes several times sooner. `patch_size` is then a power of 2.
-        vit_options: any other argument of timm's `VisionTransformer` (`embed_dim`, `depth`, `num_heads`, …).
+        vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
         has_bottom_up: whether the first pass goes through the blocks, so that its tokens say what is in the picture.
+        backbone: the encoder as blocks whose values take a signal; its weights are in `vit`.
 
     Raises:
-        UserError: timm does not know the architecture, or it is not a pre-norm ViT with a class token.
+        UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`.
     """
 
     has_bottom_up = True
@@ -109,7 +114,7 @@ class AbSViT(nn.Module):
         img_size: int = 224,
         patch_size: int = 16,
         topdown: TopDown | None = None,
-        global_pool: str = "token",
+        global_pool: str | None = None,
         num_classes: int = 0,
         sincos_positions: bool = False,
         stem: str = "patch",
@@ -120,9 +125,11 @@ class AbSViT(nn.Module):
             raise UserError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
         if stem not in STEMS:
             raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
+        if stem == "conv" and architecture in backbones.OWN:
+            raise UserError(f"{architecture} has a stem of its own: leave stem out")
         if stem == "conv":
             vit_options["embed_layer"] = partial(_conv_stem, stride=patch_size)
-        self.vit = create_vit(
+        self.backbone = backbones.create(
             architecture,
             img_size=img_size,
             patch_size=patch_size,
@@ -130,20 +137,28 @@ class AbSViT(nn.Module):
             num_classes=num_classes,
             **vit_options,
         )
+        self.vit: Any = self.backbone.network
         if sincos_positions:
+            if getattr(self.vit, "pos_embed", None) is None or architecture in backbones.OWN:
+                raise UserError(f"{architecture} learns no positions of patches: leave sincos_positions out")
             with torch.no_grad():
                 positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
-                self.vit.pos_embed[:, -len(positions) :] = positions
+                self.vit.pos_embed[:, -len(positions) :] = positions  # type: ignore[index,operator]
         self.topdown = topdown
         self.recompute = False
         self._recorded: list[Tensor] | None = None
-        depth = len(self.vit.blocks) if topdown is not None and topdown.needs_decoders else 0
-        self.decoders = nn.ModuleList(FeedbackDecoder(self.vit.embed_dim) for _ in range(depth))
+        feeds_back = topdown is not None and topdown.needs_decoders
+        self.decoders = self.backbone.make_decoders() if feeds_back else nn.ModuleList()
 
     @property
     def width(self) -> int:
         """D, the size of a token."""
-        return int(self.vit.embed_dim)
+        return self.backbone.width
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first output token is a [cls] that says what the picture is."""
+        return self.backbone.has_cls
 
     @property
     def needs_prior(self) -> bool:
@@ -158,13 +173,12 @@ class AbSViT(nn.Module):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: [cls] and registers."""
-        return int(self.vit.num_prefix_tokens)
+        return self.backbone.num_prefix_tokens
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        rows, columns = self.vit.patch_embed.grid_size
-        return int(rows), int(columns)
+        return self.backbone.grid_size
 
     def encode(self, images: Tensor) -> BottomUp:
         """The bottom-up pass, and what the top-down variant can prepare without a prior.
@@ -172,17 +186,17 @@ class AbSViT(nn.Module):
         Args:
             images: (B, 3, H, W), normalised.
         """
-        vit = self.vit
-        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        first: Attention = vit.blocks[0].attn
-        first_qkv = first.qkv(vit.blocks[0].norm1(embedded))
+        backbone = self.backbone
+        embedded = backbone.embed(images)
+        first_qkv = backbone.qkv(0, embedded)
         hidden = embedded
-        record = self._new_record()
-        for index, block in enumerate(vit.blocks):
-            hidden = self._run(block, hidden, None, first_qkv if index == 0 else None, record)
-        tokens = vit.norm(hidden)
+        record, positions = self._new_record(), backbone.positions()
+        for index in range(backbone.depth):
+            hidden = backbone.enter(index, hidden)
+            hidden = self._run(index, hidden, positions, None, first_qkv if index == 0 else None, record)
+        tokens = backbone.finish(hidden)
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
-        return BottomUp(tokens, hidden, embedded, first_qkv, prepared)
+        return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens))
 
     def attend(
         self,
@@ -225,26 +239,34 @@ class AbSViT(nn.Module):
     def _second_pass(
         self, topdown: TopDown, bottom_up: BottomUp, prior: Tensor, image_index: Tensor | None, reconstruct: bool
     ) -> VisionTokens:
+        backbone = self.backbone
         tokens = _pick(bottom_up.tokens, image_index)
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
+        if not backbone.is_even:
+            signal.spread = backbone.spread
         hidden = _pick(bottom_up.embedded, image_index)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
-        record = self._new_record()
-        for index, block in enumerate(self.vit.blocks):
+        record, positions = self._new_record(), backbone.positions()
+        for index in range(backbone.depth):
+            before, hidden = hidden, backbone.enter(index, hidden)
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = self._run(block, hidden, partial(signal.steer, index), qkv, record)
+            output = self._run(index, hidden, positions, partial(signal.steer, index), qkv, record)
             if reconstruction is not None:
-                decoded = self.decoders[index].linear(output.detach())  # type: ignore[operator]
+                decoder = self.decoders[index]
+                decoded = decoder.linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
+                if hidden is not before:
+                    undone = backbone.back(index, hidden.detach(), decoder)
+                    reconstruction = reconstruction + F.mse_loss(undone, before.detach())
             hidden = output
-        return VisionTokens(self.vit.norm(hidden), hidden, signal.similarity, reconstruction)
+        return VisionTokens(backbone.finish(hidden), hidden, signal.similarity, reconstruction)
 
-    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """`_run_block`, its inner activations kept for the backward pass or not."""
+    def _run(self, *arguments: Any) -> Tensor:
+        """A block, its inner activations kept for the backward pass or not."""
         if self.recompute and torch.is_grad_enabled():
-            output: Tensor = checkpoint(_run_block, block, *arguments, use_reentrant=False)
+            output: Tensor = checkpoint(self.backbone.block, *arguments, use_reentrant=False)
             return output
-        return _run_block(block, *arguments)  # type: ignore[arg-type]
+        return self.backbone.block(*arguments)
 
     def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
         """The top-down signal td of the first block, (n, N, D), before W_v: what feedback makes of the picture.
@@ -258,13 +280,26 @@ class AbSViT(nn.Module):
         prepared = self.topdown.prepare(tokens, self._first_feedback)
         signal = self.topdown.signal(tokens, prior, prepared, None, self._first_feedback)
         assert isinstance(signal, TopDownSignal)
+        if not self.backbone.is_even:
+            signal.spread = self.backbone.spread
         return signal.value(0)
 
     def _first_feedback(self, tokens: Tensor) -> list[Tensor]:
         """`B_1 A_1 … A_L tokens` of the first block alone, without W_v."""
-        for decoder in reversed(self.decoders):
+        return [self.decoders[0].linear2(self._chain(tokens)[0])]  # type: ignore[operator]
+
+    def _chain(self, tokens: Tensor) -> list[Tensor]:
+        """`A_l … A_L tokens` for every block l, first block first, with what lies between blocks undone."""
+        if not self.backbone.is_even and tokens.shape[-2] == 1:
+            # One for all tokens becomes other ones where a token is undone into several.
+            tokens = tokens.expand(*tokens.shape[:-2], self.backbone.num_tokens, -1)
+        decoded: list[Tensor] = []
+        for index in range(self.backbone.depth - 1, -1, -1):
+            decoder = self.decoders[index]
             tokens = decoder.linear(tokens)  # type: ignore[operator]
-        return [self.decoders[0].linear2(tokens)]  # type: ignore[operator]
+            decoded.insert(0, tokens)
+            tokens = self.backbone.back(index, tokens, decoder)
+        return decoded
 
     @contextmanager
     def recording_attention(self) -> Iterator[Callable[[], list[Tensor]]]:
@@ -291,15 +326,15 @@ class AbSViT(nn.Module):
         W_qkv and 3D in the place of W_v and D for a signal of q, k and v.
         """
         whole = self.topdown is not None and self.topdown.qkv_signal
+        weight_of = self.backbone.qkv_weight if whole else self.backbone.value_weight
         # Of many tokens it is cheaper to multiply the two maps first; a product of maps costs as much as D tokens.
         many = tokens[..., 0].numel() > 2 * self.width
         signals = []
-        for decoder, block in zip(reversed(self.decoders), reversed(self.vit.blocks), strict=True):
-            tokens = decoder.linear(tokens)  # type: ignore[operator]
-            weight = block.attn.qkv.weight if whole else _value_weight(block.attn)
-            out: nn.Linear = decoder.linear2  # type: ignore[assignment]
-            signals.append(F.linear(tokens, weight @ out.weight) if many else F.linear(out(tokens), weight))
-        return signals[::-1]
+        for index, decoded in enumerate(self._chain(tokens)):
+            weight = weight_of(index)
+            out: nn.Linear = self.decoders[index].linear2  # type: ignore[assignment]
+            signals.append(F.linear(decoded, weight @ out.weight) if many else F.linear(out(decoded), weight))
+        return signals
 
 
 @register
@@ -336,13 +371,18 @@ class AbSViTClassifier(nn.Module):
             the second pass.
         """
         bottom_up = self.encoder.encode(images)
-        head = self.encoder.vit.forward_head
+        head = self.encoder.backbone.classify
         before = head(bottom_up.tokens)
         if self.encoder.topdown is None:
             return before, before, VisionTokens(bottom_up.tokens, bottom_up.hidden)
         given = self.prompt.expand(len(images), -1) if prior is None else prior
         seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct)
         return head(seen.tokens), before, seen
+
+    def class_priors(self, labels: Sequence[int]) -> Tensor:
+        """ξ that asks for a class: its row of the last linear layer (paper, section 6.1); (n, D) for n labels."""
+        weight: Tensor = self.encoder.vit.head.weight  # type: ignore[union-attr,assignment]
+        return weight[torch.as_tensor(labels, device=weight.device)]
 
     def recompute_activations(self) -> None:
         """Keep only the input of each block in the forward pass; see `VisionLanguageModel.recompute_activations`."""
@@ -384,90 +424,5 @@ def _conv_stem(*, embed_dim: int, in_chans: int, img_size: int, stride: int, **u
     return HybridEmbed(backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False)
 
 
-def create_vit(architecture: str, **options: Any) -> VisionTransformer:
-    """A timm `VisionTransformer` with fresh weights, checked to be one that feedback can be added to.
-
-    Raises:
-        UserError: see `AbSViT`.
-    """
-    if architecture not in timm.list_models():
-        near = ", ".join(timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8])
-        raise UserError(f"timm has no model '{architecture}' (near it: {near or 'vit_base_patch16_224'})")
-    try:
-        vit = timm.create_model(architecture, pretrained=False, **options)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        if type_error := _not_a_vit(architecture):
-            raise UserError(type_error) from None
-        raise UserError(f"timm cannot build {architecture} with {options}: {error}") from None
-    plain = (
-        type(vit) is VisionTransformer
-        and vit.has_class_token
-        and all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
-        and all(getattr(block.attn, "gate", None) is None for block in vit.blocks)
-    )
-    if not plain:
-        raise UserError(_refusal(architecture))
-    return vit
-
-
-def _refusal(architecture: str) -> str:
-    return (
-        f"{architecture} cannot be an AbSViT: it must be a timm VisionTransformer with a class token and pre-norm "
-        "blocks, such as vit_base_patch16_224"
-    )
-
-
-def _not_a_vit(architecture: str) -> str | None:
-    entry = timm.model_entrypoint(architecture)
-    return None if entry.__module__.endswith("vision_transformer") else _refusal(architecture)
-
-
 def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
     return per_image if image_index is None else per_image.index_select(0, image_index)
-
-
-def _value_weight(attn: Attention) -> Tensor:
-    return attn.qkv.weight[2 * attn.attn_dim :]
-
-
-Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-
-
-def _run_block(
-    block: Block,
-    x: Tensor,
-    steer: Steer | None = None,
-    qkv: Tensor | None = None,
-    record: list[Tensor] | None = None,
-) -> Tensor:
-    """timm's pre-norm block, its attention as in `attend_to`; `qkv` (n, N, 3D) where it is known already."""
-    x = attend_to(block, x, block.attn.qkv(block.norm1(x)) if qkv is None else qkv, steer, record)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def attend_to(
-    block: Block, x: Tensor, qkv: Tensor, steer: Steer | None = None, record: list[Tensor] | None = None
-) -> Tensor:
-    """The attention of timm's block with its residual.
-
-    Args:
-        x: (n, N, D), or (1, N, D) where `steer` makes n of one.
-        qkv: (n, N, 3D), of the normed x.
-        steer: changes q, k and v, see `TopDownSignal.steer`.
-        record: the attention weights are written out and appended to it, if it is there.
-    """
-    attn = block.attn
-    q, k, v = qkv.split(attn.attn_dim, dim=-1)
-    if steer is not None:
-        q, k, v = steer(q, k, v, attn.qkv.bias)
-    # One image under many priors: q and k of the first block are one image's, v is not.
-    q, k = q.expand(len(v), -1, -1), k.expand(len(v), -1, -1)
-    q, k, v = (t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if record is None:
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    else:
-        record.append((q @ k.transpose(-2, -1) * attn.head_dim**-0.5).softmax(dim=-1))
-        mixed = attn.attn_drop(record[-1]) @ v
-    mixed = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
-    return x + block.drop_path1(block.ls1(mixed))

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens, attend_to
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.backbones.vit import ViT, attend_to
 from vlabs.models.registry import register
 
 
@@ -28,13 +30,18 @@ class FiLMViT(AbSViT):
 
     Args:
         architecture, options: as in `AbSViT`; there is no `topdown`.
+
+    Raises:
+        UserError: the architecture is not one of timm's `VisionTransformer`s.
     """
 
     has_bottom_up = False
 
     def __init__(self, architecture: str, **options: Any) -> None:
         super().__init__(architecture, **{"topdown": None} | options)
-        self.modulations = nn.ModuleList(nn.Linear(self.width, 4 * self.width) for _ in self.vit.blocks)
+        if not isinstance(self.backbone, ViT):
+            raise UserError(f"model/topdown=film modulates the norms of a plain ViT, which {architecture} is not")
+        self.modulations = nn.ModuleList(nn.Linear(self.width, 4 * self.width) for _ in self.backbone.widths)
         for layer in self.modulations:
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -46,9 +53,8 @@ class FiLMViT(AbSViT):
 
     def encode(self, images: Tensor) -> BottomUp:
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
-        vit = self.vit
-        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        return Embedded(embedded, embedded, embedded, embedded, [])
+        embedded = self.backbone.embed(images)
+        return Embedded(embedded, embedded, embedded, embedded, [], embedded)
 
     def attend(
         self,
@@ -68,4 +74,4 @@ class FiLMViT(AbSViT):
             qkv = block.attn.qkv(block.norm1(hidden) * (1 + scale) + shift)
             hidden = attend_to(block, hidden, qkv, record=record)
             hidden = hidden + block.drop_path2(block.ls2(block.mlp(block.norm2(hidden) * (1 + mlp_scale) + mlp_shift)))
-        return VisionTokens(self.vit.norm(hidden), hidden)
+        return VisionTokens(self.backbone.finish(hidden), hidden)

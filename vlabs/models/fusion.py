@@ -134,7 +134,7 @@ class Fused:
     """What the fusion makes of n pairs.
 
     Attributes:
-        pooled: (n, 2D), each stream's first token through dense and tanh, text first.
+        pooled: (n, 2D), each stream's first token (or the mean of the image's) through dense and tanh, text first.
         text: (n, T, D), image: (n, N, D): the streams' states; one token each when only the pooled output was asked.
         image_read: (n, N), how much the text's first token reads of each image token in the last layer; when asked.
     """
@@ -154,6 +154,7 @@ class CoAttentionFusion(nn.Module):
         width, depth, num_heads: of the fusion.
         mlp_ratio: feed-forward width over `width`.
         dropout: on attention, and on what each sub-layer adds.
+        image_pool: what the pooler reads of the image: `first`, its [cls], or `mean`, where it has none.
     """
 
     def __init__(
@@ -165,8 +166,12 @@ class CoAttentionFusion(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        image_pool: str = "first",
     ) -> None:
         super().__init__()
+        if image_pool not in ("first", "mean"):
+            raise ValueError(f"image_pool '{image_pool}': choose one of first, mean")
+        self.image_pool = image_pool
         if width % num_heads:
             raise ValueError(f"the fusion's width {width} is not a multiple of its {num_heads} heads")
         self.width = width
@@ -195,7 +200,7 @@ class CoAttentionFusion(nn.Module):
         Args:
             text: (n, T, D_text); attention_mask: (n, T), 1 for text and 0 for padding.
             image: (n, N, D_image); images have no mask.
-            pooled_only: the last layer computes only the two tokens that the poolers read.
+            pooled_only: the last layer computes only the tokens that the poolers read.
             read_image: also return how much the text reads of each image token.
         """
         mask = attention_mask.bool()
@@ -209,11 +214,10 @@ class CoAttentionFusion(nn.Module):
                 image_read = _read_weights(text_layer, text, mask, image)
             text, image = (
                 self._run(text_layer, text, image, mask, None, first_only),
-                self._run(image_layer, image, text, None, mask, first_only),
+                self._run(image_layer, image, text, None, mask, first_only and self.image_pool == "first"),
             )
-        pooled = torch.cat(
-            [torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(image[:, 0]))], dim=-1
-        )
+        read = image[:, 0] if self.image_pool == "first" else image.mean(dim=1)
+        pooled = torch.cat([torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(read))], dim=-1)
         return Fused(pooled, text, image, image_read)
 
     def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:

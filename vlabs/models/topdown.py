@@ -10,7 +10,8 @@ A variant with feedback says what the scalars `w_i` and the directions `C_l ·` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,13 @@ With `qkv_signal` it is W_qkv in the place of W_v, and 3D in the place of D.
 """
 
 
-class FeedbackDecoder(nn.Module):
-    """The decoder of one block: `linear` is A_l, the link of the chain; `linear2` is B_l, what the block is given.
+Spread = Callable[[int, Tensor], Tensor]
+"""Takes a block and a number for every output token, (n, N, 1); returns one for every token of that block."""
 
-    Names and the missing biases are those of the released AbSViT code, whose checkpoints load into them.
-    """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, dim, bias=False)
-        self.linear2 = nn.Linear(dim, dim, bias=False)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.trunc_normal_(self.linear2.weight, std=0.02)
+def _same(block: int, values: Tensor) -> Tensor:
+    """Where all blocks have the output's tokens."""
+    return values
 
 
 @dataclass
@@ -50,19 +46,21 @@ class TopDownSignal:
             for the signal of q, k and v.
         image_index: (n,) the image of each prior; None where `directions` are per prior, or B is n or 1.
         similarity: (n, N), cosine of prior and token clamped to [0, 1]: where the prior asks to look; None without ξ.
+        spread: see `Spread`.
     """
 
     scale: Tensor
     directions: Sequence[Tensor]
     image_index: Tensor | None
     similarity: Tensor | None
+    spread: Spread = _same
 
     def value(self, block: int) -> Tensor:
         """`W_v td` of one block without the bias b_v, (n, N, D); `W_qkv td`, (n, N, 3D), for q, k and v."""
         direction = self.directions[block]
         if self.image_index is not None:
             direction = direction.index_select(0, self.image_index)
-        return self.scale * direction
+        return self.spread(block, self.scale) * direction
 
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """`v ← v + (W_v td + b_v)` in one block, and the same for q and k where the signal is for all three.
@@ -85,13 +83,15 @@ class ValueMask:
 
     Attributes:
         similarity: (n, N), cosine of prior and token clamped to [0, 1].
+        spread: see `Spread`.
     """
 
     similarity: Tensor
+    spread: Spread = _same
 
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
-        return q, k, self.similarity.unsqueeze(-1) * v
+        return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
 
 
 class TopDown(nn.Module):
@@ -126,6 +126,19 @@ class TopDown(nn.Module):
             feedback: see `Feedback`.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def strength(topdown: TopDown | None, alpha: float | None) -> Iterator[None]:
+    """Another α inside the context; nothing where it is None, or where the variant has none."""
+    if alpha is None or not hasattr(topdown, "alpha"):
+        yield
+        return
+    before, topdown.alpha = topdown.alpha, float(alpha)  # type: ignore[union-attr,assignment]
+    try:
+        yield
+    finally:
+        topdown.alpha = before  # type: ignore[union-attr]
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:

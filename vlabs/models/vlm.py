@@ -203,6 +203,8 @@ def assemble(
         unused_prior: make ξ also for an encoder that does not read it. Its losses then teach the encoders as much as
             they do where ξ steers, which makes it the control of steering itself.
     """
-    joined = fusion(text_dim=text.width, image_dim=vision.width)
+    # Without a [cls] the pooler reads the mean of the image tokens, as METER's does of a Swin.
+    pooling = {} if vision.has_cls else {"image_pool": "mean"}
+    joined = fusion(text_dim=text.width, image_dim=vision.width, **pooling)
     prior = PriorMap(text.width, vision.width, prior_token) if vision.needs_prior or unused_prior else None
     return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

@@ -65,7 +65,8 @@ class ClassifyTask(Task):
         """The encoder's blocks are `vision`, its linear classifier `head`, ξ and the decoders `feedback`."""
         if name == "model.prompt" or name.startswith("model.encoder.decoders."):
             return "feedback"
-        return "head" if name.startswith(("model.encoder.vit.head.", "model.encoder.vit.fc_norm.")) else "vision"
+        head = ("model.encoder.vit.head.", "model.encoder.vit.fc_norm.", "model.encoder.vit.attn_pool.")
+        return "head" if name.startswith(head) else "vision"
 
     def sample_ids(self, batch: ClassBatch) -> list[int]:
         """The pictures' ids."""

@@ -110,7 +110,7 @@ class VisionLanguageTask(Task):
         image_ids = image_ids[pairs]
         seen = {}
         if self.prior_weight > 0:
-            seen["prior"] = output.seen.tokens[:, 0][pairs]
+            seen["prior"] = self.model.vision.backbone.pool(output.seen.tokens)[pairs]
         if self.prior_bottom_up_weight > 0:
             cls, index = output.bottom_up.cls, output.image_index
             seen["prior_bottom_up"] = (cls if index is None else cls[index])[pairs]

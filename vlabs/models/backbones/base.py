@@ -1,0 +1,184 @@
+"""What feedback needs of an image encoder: blocks whose values take a signal, and what lies between the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+"""Takes q, k, v (n, N, D), or (1, N, D) of one image, and the bias (3D,) of W_qkv; gives q, k, v under a signal."""
+
+
+class FeedbackDecoder(nn.Module):
+    """The decoder of one block: `linear` is A_l, the link of the chain; `linear2` is B_l, what the block is given.
+
+    Names and the missing biases are those of the released AbSViT code, whose checkpoints load into them.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+        self.linear2 = nn.Linear(dim, dim, bias=False)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.trunc_normal_(self.linear2.weight, std=0.02)
+
+
+class Backbone:
+    """A view of an image encoder as blocks whose values take a signal; one sub-class, in a file here, a kind of them.
+
+    The weights stay in `network`, under the names of its own checkpoints. Tokens are (n, N, D). Where blocks have
+    other tokens than the output, `enter` says what lies before such a block, `back` what feedback does there, which
+    must be linear and act on every token alone, and `spread` which output token stands for each of a block's.
+
+    Attributes:
+        network: the encoder.
+        widths: D of every block, first block first.
+        num_prefix_tokens: output tokens before the patches: [cls] and registers.
+        grid_size: rows and columns of the output's patches.
+        has_cls: whether the first output token is a [cls] that says what the picture is.
+        is_even: whether all blocks have the output's tokens.
+    """
+
+    network: nn.Module
+    widths: list[int]
+    num_prefix_tokens: int
+    grid_size: tuple[int, int]
+    has_cls: bool
+    is_even = True
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.widths)
+
+    @property
+    def width(self) -> int:
+        """D of the output tokens."""
+        return self.widths[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N of the output."""
+        return self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+
+    # A pass
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The input of the first block, of normalised images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def positions(self) -> Any:
+        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default."""
+        return None
+
+    def enter(self, index: int, x: Tensor) -> Tensor:
+        """From the output of the block before to the input of block `index`: the same, by default."""
+        return x
+
+    def qkv(self, index: int, x: Tensor) -> Tensor:
+        """q, k and v (n, N, 3D) of block `index`, of its input."""
+        raise NotImplementedError
+
+    def block(
+        self,
+        index: int,
+        x: Tensor,
+        positions: Any = None,
+        steer: Steer | None = None,
+        qkv: Tensor | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            index: which one.
+            x: its input, (n, N, D), or (1, N, D) where `steer` makes n of one.
+            positions: as `positions` gives them.
+            steer: changes q, k and v.
+            qkv: of the input, where it is known already.
+            record: the attention weights (n, heads, queries, N) are written out and appended to it, if it is there.
+        """
+        raise NotImplementedError
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The output tokens, of the output of the last block: the final norm."""
+        raise NotImplementedError
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """What the picture is, (n, D), of output tokens: [cls], or what the encoder classifies in its place."""
+        raise NotImplementedError
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Logits (n, K) of output tokens."""
+        raise NotImplementedError
+
+    # Feedback
+
+    def qkv_weight(self, index: int) -> Tensor:
+        """W_qkv of block `index`, (3D, D)."""
+        raise NotImplementedError
+
+    def value_weight(self, index: int) -> Tensor:
+        """W_v of block `index`, (D, D)."""
+        return self.qkv_weight(index).chunk(3)[2]
+
+    def make_decoders(self) -> nn.ModuleList:
+        """New feedback decoders, one a block."""
+        return nn.ModuleList(FeedbackDecoder(width) for width in self.widths)
+
+    def back(self, index: int, tokens: Tensor, decoder: nn.Module) -> Tensor:
+        """From what feedback makes of the input of block `index` to the output of the block before: the same.
+
+        Args:
+            decoder: of block `index`.
+        """
+        return tokens
+
+    def spread(self, index: int, values: Tensor) -> Tensor:
+        """A number for every output token, (n, N, 1), as one for every token of block `index`: the same."""
+        return values
+
+    # Weights
+
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint of this architecture under the names and in the sizes that `network` has."""
+        raise NotImplementedError
+
+    def resample(self, name: str, value: Tensor, target: Tensor) -> Tensor | None:
+        """A tensor of `network` at another resolution or patch size as this one needs it; None where it cannot be."""
+        if name == "pos_embed" and value.shape[-1] == target.shape[-1]:
+            prefix = 0 if getattr(self.network, "no_embed_class", False) else self.num_prefix_tokens
+            return resample_abs_pos_embed(value, list(self.grid_size), num_prefix_tokens=prefix)
+        if name == "patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
+            return resample_patch_embed(value, list(target.shape[-2:]))
+        return None
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(n, N, D) to (n, heads, N, D / heads)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, record: list[Tensor] | None = None) -> Tensor:
+    """Attention of (n, heads, N, d): (n, N, heads · d); q and k may be those of one image for n values.
+
+    Args:
+        dropout: of the weights.
+        record: as in `Backbone.block`.
+    """
+    q, k = (t.expand(len(v), -1, -1, -1) for t in (q, k))
+    if record is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    else:
+        record.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1))
+        mixed = F.dropout(record[-1], dropout) @ v
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def dropout_of(layer: nn.Module) -> float:
+    """The rate of a dropout layer, 0 outside training."""
+    return float(layer.p) if layer.training else 0.0  # type: ignore[arg-type]

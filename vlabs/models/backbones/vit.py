@@ -1,0 +1,115 @@
+"""timm's `VisionTransformer`: ViT, DeiT, CLIP, SigLIP, DINOv2, with or without [cls] and registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from vlabs.models.backbones.base import Backbone, Steer, dropout_of, mix, split_heads
+
+
+class TimmViT(Backbone):
+    """What timm's two classes of ViTs have in common: where things are, the norm and the head."""
+
+    network: Any
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.widths = [network.embed_dim] * len(network.blocks)
+        self.num_prefix_tokens = network.num_prefix_tokens
+        rows, columns = network.patch_embed.grid_size
+        self.grid_size = int(rows), int(columns)
+        self.has_cls = network.cls_token is not None and network.global_pool == "token"
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The final norm; where the mean token is classified, the norm is after the mean, and there is none here."""
+        tokens: Tensor = self.network.norm(hidden)
+        return tokens
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """See `Backbone`."""
+        pooled: Tensor = self.network.forward_head(tokens, pre_logits=True)
+        return pooled
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """See `Backbone`."""
+        logits: Tensor = self.network.forward_head(tokens)
+        return logits
+
+
+class ViT(TimmViT):
+    """A timm `VisionTransformer` of pre-norm blocks.
+
+    Raises:
+        ValueError: its blocks are others; the message says what of them.
+    """
+
+    network: VisionTransformer
+
+    def __init__(self, network: VisionTransformer) -> None:
+        for block in network.blocks:
+            if type(block) is not Block or type(block.attn) is not Attention:
+                raise ValueError(f"its blocks are {type(block).__name__}, not pre-norm")
+            if getattr(block.attn, "gate", None) is not None:
+                raise ValueError("its attention is gated")
+        super().__init__(network)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches with positions; [cls] and registers first."""
+        vit = self.network
+        embedded: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        return embedded
+
+    def qkv(self, index: int, x: Tensor) -> Tensor:
+        """See `Backbone`."""
+        block = self.network.blocks[index]
+        qkv: Tensor = block.attn.qkv(block.norm1(x))
+        return qkv
+
+    def block(
+        self,
+        index: int,
+        x: Tensor,
+        positions: Any = None,
+        steer: Steer | None = None,
+        qkv: Tensor | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """See `Backbone`."""
+        block = self.network.blocks[index]
+        x = attend_to(block, x, self.qkv(index, x) if qkv is None else qkv, steer, record)
+        out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return out
+
+    def qkv_weight(self, index: int) -> Tensor:
+        """See `Backbone`."""
+        weight: Tensor = self.network.blocks[index].attn.qkv.weight
+        return weight
+
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """timm's own renaming and resampling."""
+        converted: dict[str, Tensor] = checkpoint_filter_fn(state, self.network)
+        return converted
+
+
+def attend_to(
+    block: Block, x: Tensor, qkv: Tensor, steer: Steer | None = None, record: list[Tensor] | None = None
+) -> Tensor:
+    """The attention of timm's block with its residual.
+
+    Args:
+        x: (n, N, D), or (1, N, D) where `steer` makes n of one.
+        qkv: (n, N, 3D), of the normed x.
+        steer, record: as in `Backbone.block`.
+    """
+    attn = block.attn
+    q, k, v = qkv.split(attn.attn_dim, dim=-1)
+    if steer is not None:
+        q, k, v = steer(q, k, v, attn.qkv.bias)
+    q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
+    mixed = mix(attn.q_norm(q), attn.k_norm(k), v, dropout_of(attn.attn_drop), record)
+    mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
+    return x + block.drop_path1(block.ls1(mixed))
