@@ -4,12 +4,17 @@
 
 writes `train.tar` and `val.tar`, each with a folder a class and JPEG files in it, as any data of class folders come
 (`data_prep.classes` prepares them). Colour, place and diameter are free, backgrounds are those of `data_prep.scenes`.
+
+    python -m data_prep.objects --size small --out-dir data/objects-several --several 500
+
+writes pictures of two to four objects of different classes, and `instances.json` with their masks as COCO has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,12 +22,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.scene_render import COLORS, FILLS, SHAPES, SceneObject, render
+from data_prep.scene_render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
+from data_prep.scenes import run_lengths
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.files import write_json
 
@@ -83,9 +90,75 @@ def draw_object(task: Task) -> bytes:
     item = SceneObject(shape, color, "any", fill, x, y, radius, rng.uniform(-0.2, 0.2))
     drawn = render([item], size.image_size, rng)
     assert drawn is not None  # nothing can cover it
+    return _as_jpeg(drawn[0])
+
+
+def _as_jpeg(pixels: np.ndarray) -> bytes:
     jpeg = io.BytesIO()
-    Image.fromarray(drawn[0]).save(jpeg, "JPEG", quality=92, subsampling=0)
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=92, subsampling=0)
     return jpeg.getvalue()
+
+
+def _check_size(size: str) -> None:
+    if size not in SIZES:
+        raise UserError(f"size is {size!r}, and has to be one of {', '.join(SIZES)}")
+
+
+def draw_several(size: str, number: int, seed: int) -> tuple[bytes, list[int], list[Mask]]:
+    """A picture of two to four objects that do not touch: as JPEG, the class of each, and the pixels of each."""
+    of_size = SIZES[size]
+    rng = Random(f"objects/several/{seed}/{size}/{number}")
+    count = rng.randint(2, 4)
+    labels = rng.sample(range(len(of_size.classes)), count)
+    while True:
+        items: list[SceneObject] = []
+        for label in labels:
+            fill, shape = of_size.classes[label].split()
+            radius = rng.uniform(0.3, 0.45 if count == 2 else 0.36) / 2
+            x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+            if any(math.hypot(x - other.x, y - other.y) < radius + other.radius for other in items):
+                break
+            color = rng.choice(list(COLORS)[: of_size.num_colors])
+            items.append(SceneObject(shape, color, "any", fill, x, y, radius, rng.uniform(-0.2, 0.2)))
+        if len(items) == count and (drawn := render(items, of_size.image_size, rng)) is not None:
+            break
+    return _as_jpeg(drawn[0]), labels, drawn[1]
+
+
+def make_several(size: str, out_dir: str | Path, count: int, seed: int = 0) -> None:
+    """Render pictures of several objects into the new folder `out_dir`; every byte is a function of the arguments.
+
+    Raises:
+        UserError: for an unknown size, fewer than one picture, or an `out_dir` that is there.
+    """
+    out_dir = Path(out_dir)
+    _check_size(size)
+    if count < 1:
+        raise UserError(f"--several is {count}, and has to be 1 or more")
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists; name a new folder with --out-dir")
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    side = SIZES[size].image_size
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in tqdm(range(count), unit="image", desc=f"objects {size}, several"):
+        jpeg, labels, masks = draw_several(size, number, seed)
+        name = f"{number:06d}.jpg"
+        (partial / name).write_bytes(jpeg)
+        images.append({"id": number, "file_name": name, "width": side, "height": side})
+        for label, mask in zip(labels, masks, strict=True):
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+            annotations.append({
+                "id": len(annotations), "image_id": number, "category_id": label, "iscrowd": 0,
+                "bbox": [int(value) for value in box], "area": int(mask.sum()),
+                "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
+            })  # fmt: skip
+    categories = [{"id": label, "name": name} for label, name in enumerate(SIZES[size].classes_by_folder)]
+    write_json(partial / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
+    partial.rename(out_dir)
 
 
 def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None) -> None:
@@ -101,8 +174,7 @@ def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int
         UserError: for an unknown size, fewer than one worker, or an `out_dir` that holds something else.
     """
     out_dir = Path(out_dir)
-    if size not in SIZES:
-        raise UserError(f"size is {size!r}, and has to be one of {', '.join(SIZES)}")
+    _check_size(size)
     workers = (os.cpu_count() or 1) if num_workers is None else num_workers
     if workers < 1:
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
@@ -145,7 +217,11 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the corpus")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, help="processes that render (default: every core)")
+    parser.add_argument("--several", type=int, help="in the place of the corpus, so many pictures of several objects")
     arguments = parser.parse_args()
+    if arguments.several is not None:
+        make_several(arguments.size, arguments.out_dir, arguments.several, arguments.seed)
+        return
     make_objects(arguments.size, arguments.out_dir, arguments.seed, arguments.num_workers)
 
 

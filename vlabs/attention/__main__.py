@@ -1,11 +1,13 @@
 """Figures of where a model looks.
 
 python -m vlabs.attention --ckpt RUN --image street.jpg --question "What's left of it?" --question "Is it open?"
+python -m vlabs.attention --figure control --ckpt CLASSIFIER --image cat.jpg --image dog.jpg --class cat --class dog
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,6 +18,7 @@ from vlabs.attention.maps import MAPS, default_map
 from vlabs.attention.pictures import (
     alpha_figure,
     checkpoints_figure,
+    control_figure,
     pathway_figure,
     questions_figure,
     reconstruction_figure,
@@ -23,6 +26,7 @@ from vlabs.attention.pictures import (
 )
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.errors import UserError, run_cli
+from vlabs.evaluation.control import ControlEvaluation
 from vlabs.evaluation.grounding import GroundingEvaluation
 from vlabs.prediction.predictor import load_any, open_image
 
@@ -32,6 +36,7 @@ FIGURES = {
     "alpha": "one prior at several strengths of the top-down signal",
     "side-by-side": "two pictures pasted into one, with a text for each",
     "checkpoints": "one picture seen by several models",
+    "control": "a classifier that is asked for one class and another of a picture, or of two side by side",
     "reconstruction": "what a linear decoder sees in the bottom-up and top-down signals of the first block",
 }
 
@@ -46,16 +51,23 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, action="append", help="run folder, checkpoint or export; several for "
                         "--figure checkpoints, as NAME=PATH to name them")  # fmt: skip
     parser.add_argument("--image", required=True, action="append", help="a picture; may be given several times")
-    parser.add_argument("--question", required=True, action="append", help="a question or caption; several times too")
+    parser.add_argument("--question", action="append", default=[], help="a question or caption; several times too")
+    parser.add_argument("--class", dest="classes", action="append", help="for --figure control: a class; several times")
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
                         "the encoder, else fusion; fusion for --figure alpha)")  # fmt: skip
-    parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10)")
+    parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10) and "
+                        "control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     parser.add_argument("--out", default="attention.png", help="where the figure goes (.png or .svg)")
     arguments = parser.parse_args()
     if Path(arguments.out).suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    if arguments.figure == "control":
+        print(save_figure(_control(arguments), arguments.out))
+        return
+    if not arguments.question:
+        raise UserError(f"--figure {arguments.figure} needs a --question")
     if any(not question.strip() for question in arguments.question):
         raise UserError("a --question is empty: give it some text")
     if len(arguments.ckpt) > 1 and arguments.figure != "checkpoints":
@@ -92,11 +104,24 @@ def _figure(
     return reconstruction_figure(checkpoint, images[0], questions, data)
 
 
-def _load(text: str) -> tuple[str, Checkpoint]:
+def _control(arguments: argparse.Namespace) -> Figure:
+    if not arguments.classes or len(arguments.image) > 2 or arguments.question:
+        raise UserError("--figure control takes --image once or twice, --class for what is asked, and no --question")
+    if (arguments.map or "norm") not in ("norm", "weights"):
+        raise UserError(f"--map {arguments.map}: --figure control shows norm or weights")
+    alpha = arguments.alpha or [10.0]
+    if len(alpha) > 1:
+        raise UserError("--figure control takes --alpha once")
+    images = [open_image(path) for path in arguments.image]
+    checkpoints = [_load(text, ControlEvaluation.trained_for) for text in arguments.ckpt]
+    return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
+
+
+def _load(text: str, trained_for: Sequence[str] = GroundingEvaluation.trained_for) -> tuple[str, Checkpoint]:
     name, separator, path = text.partition("=")
     if separator and not Path(text).exists():
-        return name, load_any(path, trained_for=GroundingEvaluation.trained_for)
-    return Path(text).name, load_any(text, trained_for=GroundingEvaluation.trained_for)
+        return name, load_any(path, trained_for=trained_for)
+    return Path(text).name, load_any(text, trained_for=trained_for)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from vlabs.attention.classes import look_for
 from vlabs.attention.figures import Cell, grid_figure
 from vlabs.attention.maps import look
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
+from vlabs.data.several import side_by_side
 from vlabs.errors import UserError
+from vlabs.models.topdown import strength
 
 LEGENDS = {
     "fusion": "bright: what the text reads of the picture (fusion attention)",
@@ -96,10 +98,13 @@ def alpha_figure(
     Raises:
         UserError: the model has no α.
     """
+    topdown = checkpoint.model.vision.topdown
+    if topdown is None or not hasattr(topdown, "alpha"):
+        raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
     picture = as_picture(checkpoint, image)
     by_alpha = []
     for alpha in alphas:
-        with _alpha(checkpoint, alpha):
+        with strength(topdown, alpha):
             by_alpha.append(_maps(checkpoint, picture, texts, map_name))
     rows = []
     for n, text in enumerate(texts):
@@ -114,12 +119,7 @@ def side_by_side_figure(
     checkpoint: Checkpoint, left: Image.Image, right: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
     """Two pictures pasted into one, and where the model looks for each text (paper, Fig. 4)."""
-    size = checkpoint.preprocessing.image_size
-    both = Image.new("RGB", (size, size), (127, 127, 127))
-    half = size // 2
-    for image, corner in ((left, 0), (right, size - half)):
-        small = image.convert("RGB").resize((half, half), Image.Resampling.BICUBIC)
-        both.paste(small, (corner, (size - half) // 2))
+    both = side_by_side([left, right], checkpoint.preprocessing.image_size)
     return questions_figure(checkpoint, [both], texts, map_name)
 
 
@@ -138,6 +138,48 @@ def checkpoints_figure(
     return grid_figure(rows, LEGENDS[map_name])
 
 
+def control_figure(
+    checkpoints: Sequence[tuple[str, Checkpoint]],
+    images: Sequence[Image.Image],
+    classes: Sequence[str],
+    alpha: float,
+    map_name: str,
+) -> Figure:
+    """Classifiers that are asked for one class and another of a picture, a row a model (paper, Figs. 4 and 5).
+
+    Args:
+        images: one picture, or two that are put side by side.
+        classes: names of classes of all the models.
+        alpha: strength of the top-down signal.
+        map_name: `norm`, as in the paper, or `weights`.
+
+    Raises:
+        UserError: a model does not have a class.
+    """
+    rows = []
+    for number, (name, checkpoint) in enumerate(checkpoints):
+        known = list(checkpoint.preprocessing.answers)
+        if unknown := [one for one in classes if one not in known]:
+            raise UserError(f"--class {unknown[0]} is none of {checkpoint.path}: choose of {', '.join(known[:20])}")
+        shown = checkpoint.preprocessing.resize(images[0])
+        if len(images) == 2:
+            shown = side_by_side(images, checkpoint.preprocessing.image_size)
+        labels = [known.index(one) for one in classes]
+        found = look_for(checkpoint.classifier, checkpoint.preprocessing.normalize(shown)[None], labels, alpha)
+        maps = found.weights if map_name == "weights" else found.norm
+        cells = [Cell(shown, title="picture" if number == 0 else "")]
+        titles = ["bottom-up", *[one.replace("_", " ") for one in classes]]
+        for n, title in enumerate(titles):
+            shares = found.before if n == 0 else found.after[n - 1]
+            note = ", ".join(
+                f"{one.replace('_', ' ')} {shares[label]:.0%}" for one, label in zip(classes, labels, strict=True)
+            )
+            values = found.bottom_up if n == 0 or maps is None else maps[n - 1]
+            cells.append(Cell(shown, _unit(values.numpy()), title if number == 0 else "", note))
+        rows.append((name, cells))
+    return grid_figure(rows, f"{LEGENDS[map_name]}; each within its own range")
+
+
 def reconstruction_figure(
     checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], data_dir: str | Path, num_images: int = 200
 ) -> Figure:
@@ -152,6 +194,8 @@ def reconstruction_figure(
     model = checkpoint.model
     if model.prior is None or not model.vision.reconstructs:
         raise UserError("--figure reconstruction shows what is fed back, and this model has no feedback with a prior")
+    if not model.vision.backbone.is_even:
+        raise UserError("--figure reconstruction needs an encoder whose blocks all have the same tokens")
     tokens, pixels = [], []
     rows = load_split(data_dir, "train")
     reader = ImageReader(rows, checkpoint.preprocessing)
@@ -199,19 +243,6 @@ def _maps(
         scores = checkpoint.model.head.score(output.pooled_features.detach())  # type: ignore[operator]
         lines = [f"score {score:.2f}" for score in scores.tolist()]
     return [one.numpy() for one in maps[map_name]], lines
-
-
-@contextmanager
-def _alpha(checkpoint: Checkpoint, alpha: float) -> Iterator[None]:
-    topdown = checkpoint.model.vision.topdown
-    if topdown is None or not hasattr(topdown, "alpha"):
-        raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
-    before = topdown.alpha
-    topdown.alpha = float(alpha)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        topdown.alpha = before
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

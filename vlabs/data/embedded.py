@@ -101,6 +101,22 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
     return ClassDataModule(directory, **options)
 
 
+def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
+    """The folder of the pictures of several objects of a size, made beside the prepared objects in `dir`.
+
+    Args:
+        count: how many are made.
+    """
+    from data_prep.objects import make_several
+
+    folder = Path(dir).with_name(Path(dir).name + "-several")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            say(f"data: making {count} pictures of several objects in {folder}")
+            make_several(size, folder, count)
+    return folder
+
+
 def _check_size(size: str, sizes: Collection[str]) -> None:
     if size not in sizes:
         raise UserError(f"data.size={size}: choose one of {', '.join(sizes)}")

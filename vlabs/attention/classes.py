@@ -1,0 +1,64 @@
+"""Where a classifier looks that is asked for a class: ξ is its row of the last linear layer (paper, section 6.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.topdown import strength
+
+
+@dataclass
+class ClassLook:
+    """One picture, before anything is asked and under the prior of each of n classes; on the CPU.
+
+    Attributes:
+        before: (K,), probabilities of the bottom-up pass.
+        after: (n, K), under each prior.
+        bottom_up: (rows, columns), the norm of the bottom-up tokens before the final norm.
+        norm: (n, rows, columns), of the tokens under each prior.
+        weights: (n, rows, columns), the similarity of prior and token; None where no prior is read.
+    """
+
+    before: Tensor
+    after: Tensor
+    bottom_up: Tensor
+    norm: Tensor
+    weights: Tensor | None
+
+
+@torch.inference_mode()
+def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alpha: float | None = None) -> ClassLook:
+    """Ask a classifier for some classes of a picture.
+
+    Args:
+        model: in eval mode.
+        image: (1, 3, H, W), normalised.
+        labels: n classes.
+        alpha: the strength of the top-down signal, where the variant has one; None for the trained one.
+    """
+    encoder = model.encoder
+    weight = model.class_priors(labels)
+    n, grid = len(labels), encoder.grid_size
+    index = torch.zeros(n, dtype=torch.int64, device=weight.device)
+    with strength(encoder.topdown, alpha):
+        bottom_up = encoder.encode(image.to(weight.device))
+        seen = encoder.attend(bottom_up, weight, index)
+    before, after = (
+        encoder.backbone.classify(tokens).float().softmax(-1) for tokens in (bottom_up.tokens, seen.tokens)
+    )
+
+    def as_map(values: Tensor) -> Tensor:
+        return values[:, encoder.num_prefix_tokens :].unflatten(1, grid).float().cpu()
+
+    return ClassLook(
+        before[0].cpu(),
+        after.cpu(),
+        as_map(bottom_up.hidden.norm(dim=-1))[0],
+        as_map(seen.hidden.norm(dim=-1)),
+        None if seen.token_weights is None else as_map(seen.token_weights),
+    )

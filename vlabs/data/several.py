@@ -1,0 +1,129 @@
+"""Pictures with several objects of known classes, for classifiers that are asked for one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from vlabs.data.classes import read_bytes
+from vlabs.data.instances import Instance
+from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.errors import UserError
+
+
+@dataclass
+class Several:
+    """A picture as the model sees it.
+
+    Attributes:
+        image: the square that is seen.
+        labels: of the classes in it, each once.
+        masks: (size, size) bool, the pixels of each class.
+    """
+
+    image: Image.Image
+    labels: list[int]
+    masks: list[np.ndarray]
+
+
+def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
+    """Two pictures next to each other in the middle of a grey square, each half as wide as it."""
+    both, half = Image.new("RGB", (size, size), (127, 127, 127)), size // 2
+    for image, corner in zip(images, (0, size - half), strict=True):
+        both.paste(image.convert("RGB").resize((half, half), Image.Resampling.BICUBIC), (corner, (size - half) // 2))
+    return both
+
+
+def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed: int) -> Iterator[Several]:
+    """Pairs of pictures of different classes, side by side; a mask is a half's picture.
+
+    Args:
+        rows: prepared rows with a class.
+        count: pairs.
+        seed: of which pictures are paired.
+
+    Raises:
+        UserError: all pictures are of one class.
+    """
+    labels = np.asarray(rows["label"])
+    if len(np.unique(labels)) < 2:
+        raise UserError("pictures of two classes are needed to put them side by side, and all are of one")
+    rng = np.random.default_rng(seed)
+    size = preprocessing.image_size
+    half, top = size // 2, (size - size // 2) // 2
+    for _ in range(count):
+        first = int(rng.integers(len(rows)))
+        second = int(rng.choice(np.flatnonzero(labels != labels[first])))
+        seen = [preprocessing.resize(decode_image(read_bytes(rows[n]), f"picture {n}")) for n in (first, second)]
+        masks = [np.zeros((size, size), dtype=bool) for _ in range(2)]
+        masks[0][top : top + half, :half] = masks[1][top : top + half, size - half :] = True
+        yield Several(side_by_side(seen, size), [int(labels[first]), int(labels[second])], masks)
+
+
+def read_several(
+    folder: str | Path, preprocessing: Preprocessing, count: int | None = None
+) -> list[tuple[Path, dict[int, list[Instance]]]]:
+    """What lies in a folder in COCO's layout: pictures, and `instances.json` with their objects.
+
+    Args:
+        folder: pictures where the `file_name`s of `instances.json` say, whose categories are named as the classes.
+        preprocessing: with the names of the model's classes.
+        count: of the pictures that show at least two of them, evenly spread; None for all.
+
+    Returns:
+        The path of each picture, and its instances by class. Those of other classes are left out.
+
+    Raises:
+        UserError: the file is missing or damaged, or no picture shows two classes of the model.
+    """
+    path = Path(folder) / "instances.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        images = {entry["id"]: entry for entry in content["images"]}
+        found: dict[int, dict[int, list[Instance]]] = {}
+        label_of = {name: label for label, name in enumerate(preprocessing.answers)}
+        for entry in content["annotations"]:
+            label, image = label_of.get(names[entry["category_id"]]), images[entry["image_id"]]
+            if label is not None and not entry.get("iscrowd"):
+                instance = Instance(
+                    entry["id"], image["id"], entry["area"], image["height"], image["width"], entry["segmentation"]
+                )
+                found.setdefault(image["id"], {}).setdefault(label, []).append(instance)
+        shown = [(Path(folder) / images[n]["file_name"], by_class) for n, by_class in found.items() if len(by_class) > 1]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): it names the objects of the pictures beside it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not an instances file of COCO: {error!r}") from None
+    if not shown:
+        raise UserError(f"{path}: no picture shows two classes of the model, whose names are {', '.join(label_of)[:80]}")
+    if count is not None and count < len(shown):
+        shown = [shown[n] for n in np.linspace(0, len(shown) - 1, num=count, dtype=int)]
+    return shown
+
+
+def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing: Preprocessing) -> Several | None:
+    """One of the pictures of `read_several` with its masks; None where fewer than two classes are in what is seen."""
+    try:
+        image = decode_image(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
+    labels, masks = [], []
+    for label, instances in by_class.items():
+        mask = np.logical_or.reduce([instance.mask() for instance in instances])
+        seen = _seen(mask, preprocessing)
+        if seen.any():
+            labels.append(label)
+            masks.append(seen)
+    return Several(preprocessing.resize(image), labels, masks) if len(labels) > 1 else None
+
+
+def _seen(mask: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """A mask over a whole picture, over what the model sees of it."""
+    return np.asarray(preprocessing.resize(Image.fromarray(mask.astype(np.uint8) * 255))) > 127

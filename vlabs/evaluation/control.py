@@ -1,0 +1,146 @@
+"""Evaluation of control: does a classifier look at the object of the class that it is asked for (section 6.1)?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vlabs.attention.classes import look_for
+from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.classes import ClassDataModule
+from vlabs.data.embedded import several_objects
+from vlabs.data.several import Several, open_several, pairs, read_several
+from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.metrics.bootstrap import Interval, bootstrap_interval
+from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
+from vlabs.models.absvit import AbSViTClassifier
+from vlabs.runs.config import device_of
+from vlabs.utils.files import write_json, write_text
+
+LAYOUTS = ("pairs", "several")
+MEASURES = {
+    "norm_energy": "norm map: energy on the class asked for",
+    "norm_energy_others": "norm map: energy on the others",
+    "norm_pointing": "norm map: maximum on the class asked for",
+    "weights_energy": "weights: energy on the class asked for",
+    "weights_pointing": "weights: maximum on the class asked for",
+    "top1": "best class is the one asked for",
+    "chosen": "best of those in the picture is the one asked for",
+}
+
+
+class ControlEvaluation(Evaluation):
+    """Asks for every class in pictures of several, one after the other; prints and writes a table.
+
+    ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said.
+
+    Args:
+        alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
+        num_images: pictures of each layout.
+        several: a folder of pictures with several classes (see `vlabs.data.several.read_several`); None for the
+            embedded ones, where the checkpoint was trained on embedded objects, and pairs alone where it was not.
+        seed: of which pictures are paired.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    trained_for = ("classify",)
+    reads = ClassDataModule
+
+    def __init__(self, alpha: float = 10.0, num_images: int = 300, several: str | None = None, seed: int = 0) -> None:
+        if not isinstance(alpha, int | float) or alpha < 0:
+            raise UserError(f"task.alpha={alpha} must be a number, at least 0")
+        if not isinstance(num_images, int) or num_images < 2:
+            raise UserError(f"task.num_images={num_images} must be a whole number, at least 2")
+        self.alpha, self.num_images, self.several, self.seed = float(alpha), num_images, several, seed
+
+    def run(self, checkpoint: Checkpoint, data: ClassDataModule, setting: Setting) -> dict[str, Any]:
+        """See `Evaluation`.
+
+        Returns:
+            For each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
+            `LAYOUT/area`, what a map that looks everywhere alike has on the class asked for.
+        """
+        model = checkpoint.classifier.to(device_of(setting.trainer))
+        if model.encoder.has_cls:
+            print("this model classifies [cls], so its classes are like [cls] and need not be like patches: see "
+                  "model.vision.global_pool=avg")  # fmt: skip
+        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "alpha": self.alpha}
+        lines = [
+            f"ξ is a class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over pictures"
+        ]
+        for layout, count, pictures in self._layouts(checkpoint, data, setting.split):
+            values: dict[str, list[float]] = defaultdict(list)
+            for picture in tqdm(pictures, total=count, unit="image", desc=layout, disable=not setting.shows_progress):
+                for name, value in _measure(model, checkpoint, picture, self.alpha).items():
+                    values[name].append(value)
+            found = {name: bootstrap_interval(of_pictures) for name, of_pictures in values.items()}
+            for name, interval in found.items():
+                metrics[f"{layout}/{name}"] = interval.mean
+                metrics[f"{layout}/{name}_interval"] = [interval.low, interval.high]
+            lines += ["", _table(layout, len(values["area"]), found)]
+        table = "\n".join(lines)
+        print(f"\n{table}\n")
+        print(write_json(setting.out_dir / "metrics.json", metrics))
+        print(write_text(setting.out_dir / "control.md", table + "\n"))
+        return metrics
+
+    def _layouts(
+        self, checkpoint: Checkpoint, data: ClassDataModule, split: str
+    ) -> Iterator[tuple[str, int, Iterator[Several]]]:
+        preprocessing = checkpoint.preprocessing
+        yield "pairs", self.num_images, pairs(data.rows(split), preprocessing, self.num_images, self.seed)
+        folder = None if self.several is None else Path(self.several)
+        name = str(data.identity["name"])
+        if folder is None and name.startswith("objects-"):
+            folder = several_objects(name.removeprefix("objects-"), data.dir)
+        if folder is not None:
+            shown = read_several(folder, preprocessing, self.num_images)
+            opened = (open_several(path, by_class, preprocessing) for path, by_class in shown)
+            yield "several", len(shown), (picture for picture in opened if picture is not None)
+
+
+def _measure(model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, alpha: float) -> dict[str, float]:
+    """Every measure of one picture, the mean over the classes in it, in percent."""
+    image = checkpoint.preprocessing.normalize(picture.image)[None]
+    found = look_for(model, image, picture.labels, alpha)
+    size, labels = checkpoint.preprocessing.image_size, picture.labels
+    values: dict[str, list[float]] = defaultdict(list)
+
+    def map_measures(name: str, values_of: np.ndarray, n: int, when: str) -> None:
+        pixels = to_pixels(values_of, size)
+        others = np.logical_or.reduce([mask for k, mask in enumerate(picture.masks) if k != n])
+        values[f"{name}_energy/{when}"].append(float(energy_inside(pixels, picture.masks[n])))
+        values[f"{name}_energy_others/{when}"].append(float(energy_inside(pixels, others)))
+        values[f"{name}_pointing/{when}"].append(float(pointing(pixels, picture.masks[n])))
+
+    for n, label in enumerate(labels):
+        values["area"].append(float(picture.masks[n].mean()))
+        map_measures("norm", found.bottom_up.numpy(), n, "before")
+        map_measures("norm", found.norm[n].numpy(), n, "after")
+        if found.weights is not None:
+            map_measures("weights", found.weights[n].numpy(), n, "after")
+        for when, shares in (("before", found.before), ("after", found.after[n])):
+            values[f"top1/{when}"].append(float(shares.argmax() == label))
+            values[f"chosen/{when}"].append(float(labels[int(shares[labels].argmax())] == label))
+    return {name: 100 * float(np.mean(of_classes)) for name, of_classes in values.items()}
+
+
+def _table(layout: str, count: int, found: dict[str, Interval]) -> str:
+    """Markdown: a line a measure, before anything is asked and under the prior."""
+    what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
+    lines = [f"{count} {what}; a map that looks everywhere alike: {found['area'].mean:.1f}", ""]
+    lines += ["| | bottom-up | under the prior |", "| --- | --- | --- |"]
+    for name, title in MEASURES.items():
+        cells = [found.get(f"{name}/{when}") for when in ("before", "after")]
+        if any(cells):
+            text = ["–" if cell is None else f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]" for cell in cells]
+            lines.append(f"| {title} | {' | '.join(text)} |")
+    return "\n".join(lines)
