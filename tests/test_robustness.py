@@ -105,6 +105,8 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
     assert found["pgd"] <= found["clean"]
     assert found["o"] in (0, 50, 100)
     assert (tmp_path / "out/figures/severities.png").is_file()
+    logged = (tmp_path / "out/metrics.csv").read_text()
+    assert "val/corruptions/contrast/5" in logged
     assert "| FGSM |" in (tmp_path / "out/robustness.md").read_text()
     given = ["task.imagenet_c=imagenet_c", "task.corruptions=[fog]", "task.severities=[1,2]", "task.attacks=[]"]
     result = in_process("vlabs.evaluate", [*options, *given, "hydra.run.dir=c"], tmp_path)

@@ -55,13 +55,23 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
         logger = instantiate(config.logger, save_dir=str(out_dir))
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        logger.log_metrics({f"{config.split}/{name}": value for name, value in numbers.items()})
+        logger.log_metrics(_numbers(metrics, f"{config.split}/"))
         if isinstance(logger, WandbLogger):
             for figure in sorted((out_dir / "figures").glob("*.png")):
                 logger.log_image(f"{config.split}/{figure.stem}", [str(figure)])
         logger.finalize("success")
     return metrics
+
+
+def _numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers among metrics, those of metrics within metrics too, each by its path."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
 
 
 def _dir_of(checkpoint: Checkpoint) -> str:
