@@ -2,13 +2,11 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import warm_python
 from PIL import Image
 
 DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
@@ -24,10 +22,7 @@ def test_page_does_what_it_says(page, tmp_path):
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     # `python` in a page is this Python.
-    python = (
-        f'python() {{ if [ "$1" = -m ]; then {shlex.join(warm_python())} "$@"; else {sys.executable} "$@"; fi; }}\n'
-        "set -e\n"
-    )
+    python = f'python() {{ "{sys.executable}" "$@"; }}\nset -e\n'
     for block in blocks:
         if block["file"]:
             path = tmp_path / block["file"]

@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
         logger = instantiate(config.logger, save_dir=str(out_dir))
-        logger.log_metrics(_numbers(metrics, f"{config.split}/"))
+        logger.log_metrics(numbers_of(metrics, f"{config.split}/"))
         if isinstance(logger, WandbLogger):
             for figure in sorted((out_dir / "figures").glob("*.png")):
                 logger.log_image(f"{config.split}/{figure.stem}", [str(figure)])
@@ -63,12 +63,12 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     return metrics
 
 
-def _numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+def numbers_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     """The numbers among metrics, those of metrics within metrics too, each by its path."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{name}/")
+            found |= numbers_of(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             found[prefix + name] = value
     return found
