@@ -4,8 +4,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +23,7 @@ from vlabs.models.registry import build
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown, AbSTopDownQKV, FeedbackOnly, MaskAttention, ReleasedTopDown
 from vlabs.models.vlm import assemble
+from vlabs.runs.config import config_dir
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -265,6 +269,20 @@ def test_a_scale_by_place_is_resampled_smoothly():
 def test_what_cannot_be_steered_is_refused_with_the_reason(architecture, options, message):
     with pytest.raises(UserError, match=message):
         AbSViT(architecture, **{"img_size": 224} | options)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(config_dir(), "model/vision").glob("*.yaml")))
+def test_every_choice_of_the_command_line_can_be_steered_and_names_weights_that_there_are(name):
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", ["model=base", f"model/vision={name}", "data.image_size=224"])
+    weights = config.model.vision.get("weights")
+    if weights is not None:
+        assert weights in timm.list_pretrained(f"{config.model.vision.architecture}.*")
+        config.model.vision.weights = None
+    with torch.device("meta"):
+        encoder = instantiate(config.model.vision, _convert_="all")
+    assert encoder.needs_prior
+    assert len(encoder.decoders) == encoder.backbone.depth
 
 
 def test_a_decoder_undoes_the_pooling_where_there_is_one():

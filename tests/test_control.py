@@ -133,10 +133,23 @@ def test_the_figure_has_a_row_a_model_and_a_column_a_class(run, objects, tmp_pat
     result = command("vlabs.attention", *both, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     svg = (tmp_path / "out.svg").read_text()
-    for text in ("bottom-up", "solid star", "solid circle", ">one<", ">two<"):
-        assert text in svg or text.strip("><") in svg
+    for text in ("bottom-up", "solid star", "solid circle", "one", "two"):
+        assert f"<!-- {text} -->" in svg
     wrong = command("vlabs.attention", *arguments, "--class", "cat", "--image", "a.png", cwd=tmp_path)
     assert_one_line_error(wrong, "--class cat", "solid_circle")
+
+
+def test_pictures_that_cannot_be_used_are_named_and_nothing_is_written(run, tmp_path, in_process):
+    options = ["task=control", f"ckpt={run}", "task.num_images=2", "trainer.enable_progress_bar=false"]
+    wrong_size, cut_off = tmp_path / "wrong_size", tmp_path / "cut_off"
+    make_several("tiny", wrong_size, 2)
+    Image.new("RGB", (20, 20)).save(wrong_size / "000000.jpg")
+    make_several("tiny", cut_off, 2)
+    (cut_off / "000001.jpg").write_bytes((cut_off / "000001.jpg").read_bytes()[:300])
+    for folder, *parts in ((wrong_size, "000000.jpg has 20x20 pixels", "32x32"), (cut_off, "000001.jpg")):
+        result = in_process("vlabs.evaluate", [*options, f"task.several={folder}", "hydra.run.dir=out"], tmp_path)
+        assert_one_line_error(result, *parts)
+        assert not (tmp_path / "out/metrics.json").exists()
 
 
 @pytest.mark.parametrize(

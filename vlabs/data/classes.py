@@ -180,7 +180,7 @@ class ClassDataset(Dataset[ClassBatch]):
 
     def _read(self, row: dict[str, Any], spec: BatchSpec, place: int) -> Tensor | None:
         try:
-            image = decode_image(read_bytes(row), _name(row))
+            image = decode_image(read_bytes(row), name_of(row))
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; mend it, or pass data.on_bad=skip") from None
@@ -260,7 +260,8 @@ def read_bytes(row: dict[str, Any]) -> bytes:
     return found
 
 
-def _name(row: dict[str, Any]) -> str:
+def name_of(row: dict[str, Any]) -> str:
+    """What to call the picture of a prepared row in a message."""
     where = f" ({row['path']})" if row["path"] else ""
     return f"image {row['image_id']}{where}"
 

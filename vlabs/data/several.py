@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from vlabs.data.classes import read_bytes
+from vlabs.data.classes import name_of, read_bytes
 from vlabs.data.instances import Instance
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.errors import UserError
@@ -49,7 +49,7 @@ def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed
         seed: of which pictures are paired.
 
     Raises:
-        UserError: all pictures are of one class.
+        UserError: all pictures are of one class, or one of them cannot be read.
     """
     labels = np.asarray(rows["label"])
     if len(np.unique(labels)) < 2:
@@ -60,7 +60,8 @@ def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed
     for _ in range(count):
         first = int(rng.integers(len(rows)))
         second = int(rng.choice(np.flatnonzero(labels != labels[first])))
-        seen = [preprocessing.resize(decode_image(read_bytes(rows[n]), f"picture {n}")) for n in (first, second)]
+        both = [rows[n] for n in (first, second)]
+        seen = [preprocessing.resize(decode_image(read_bytes(row), name_of(row))) for row in both]
         masks = [np.zeros((size, size), dtype=bool) for _ in range(2)]
         masks[0][top : top + half, :half] = masks[1][top : top + half, size - half :] = True
         yield Several(side_by_side(seen, size), [int(labels[first]), int(labels[second])], masks)
@@ -109,12 +110,21 @@ def read_several(
 
 
 def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing: Preprocessing) -> Several | None:
-    """One of the pictures of `read_several` with its masks; None where fewer than two classes are in what is seen."""
+    """One of the pictures of `read_several` with its masks; None where fewer than two classes are in what is seen.
+
+    Raises:
+        UserError: it cannot be read, or is not of the size that its objects are said to be in.
+    """
     try:
         image = decode_image(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
     labels, masks = [], []
+    said = next(iter(by_class.values()))[0]
+    if image.size != (said.width, said.height):
+        raise UserError(
+            f"picture {path} has {image.width}x{image.height} pixels, and instances.json says {said.width}x{said.height}"
+        )
     for label, instances in by_class.items():
         mask = np.logical_or.reduce([instance.mask() for instance in instances])
         seen = _seen(mask, preprocessing)

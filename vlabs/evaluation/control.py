@@ -81,6 +81,10 @@ class ControlEvaluation(Evaluation):
             for picture in tqdm(pictures, total=count, unit="image", desc=layout, disable=not setting.shows_progress):
                 for name, value in _measure(model, checkpoint, picture, self.alpha).items():
                     values[name].append(value)
+            if len(values["area"]) < 2:
+                raise UserError("task.several: fewer than two pictures show two classes in the square that is seen")
+            if left_out := count - len(values["area"]):
+                print(f"{left_out} of {count} pictures left out: fewer than two classes are in the square that is seen")
             found = {name: bootstrap_interval(of_pictures) for name, of_pictures in values.items()}
             for name, interval in found.items():
                 metrics[f"{layout}/{name}"] = interval.mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class FeedbackDecoder(nn.Module):
         nn.init.trunc_normal_(self.linear2.weight, std=0.02)
 
 
-class Backbone:
+class Backbone(ABC):
     """A view of an image encoder as blocks whose values take a signal; one sub-class, in a file here, a kind of them.
 
     The weights stay in `network`, under the names of its own checkpoints. Tokens are (n, N, D). Where blocks have
@@ -67,9 +68,9 @@ class Backbone:
 
     # A pass
 
+    @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """The input of the first block, of normalised images (B, 3, H, W)."""
-        raise NotImplementedError
 
     def positions(self) -> Any:
         """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default."""
@@ -79,10 +80,11 @@ class Backbone:
         """From the output of the block before to the input of block `index`: the same, by default."""
         return x
 
+    @abstractmethod
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """q, k and v (n, N, 3D) of block `index`, of its input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(
         self,
         index: int,
@@ -102,25 +104,24 @@ class Backbone:
             qkv: of the input, where it is known already.
             record: the attention weights (n, heads, queries, N) are written out and appended to it, if it is there.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """The output tokens, of the output of the last block: the final norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """What the picture is, (n, D), of output tokens: [cls], or what the encoder classifies in its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def classify(self, tokens: Tensor) -> Tensor:
         """Logits (n, K) of output tokens."""
-        raise NotImplementedError
 
     # Feedback
 
+    @abstractmethod
     def qkv_weight(self, index: int) -> Tensor:
         """W_qkv of block `index`, (3D, D)."""
-        raise NotImplementedError
 
     def value_weight(self, index: int) -> Tensor:
         """W_v of block `index`, (D, D)."""
@@ -144,9 +145,9 @@ class Backbone:
 
     # Weights
 
+    @abstractmethod
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint of this architecture under the names and in the sizes that `network` has."""
-        raise NotImplementedError
 
     def resample(self, name: str, value: Tensor, target: Tensor) -> Tensor | None:
         """A tensor of `network` at another resolution or patch size as this one needs it; None where it cannot be."""
