@@ -5,8 +5,13 @@ import json
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, command
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from vlabs.report import build_report, read_runs
+from vlabs.evaluation.control import MEASURES
+from vlabs.metrics.robustness import CORRUPTIONS
+from vlabs.report import OF_CLASSIFIERS, build_report, read_runs
+from vlabs.runs.config import config_dir
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,45 @@ def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):
 
 def test_a_folder_without_runs_is_one_line(tmp_path):
     assert_one_line_error(command("vlabs.report", tmp_path, cwd=tmp_path), "holds no finished run")
+
+
+def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text(json.dumps({"format": 1, "kind": "classes", "splits": {}}))
+    for topdown, start in (("none", 50.0), ("absvit", 60.0)):
+        for seed in range(3):
+            run = tmp_path / f"sweep/{topdown}-{seed}"
+            overrides = ["experiment=objects_classify", f"model/topdown={topdown}", f"seed={seed}"]
+            for name in ("robustness", "control"):
+                (run / "evaluation" / name).mkdir(parents=True)
+            summary = {"status": "done", "command": "train", "overrides": overrides, "seconds": 60.0, "parameters": 10}
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "config.yaml").write_text(f"data: {{dir: {tmp_path / 'data'}}}\n")
+            corruptions = {name: {"1": start + seed, "5": start - seed} for name in CORRUPTIONS}
+            corruptions["fog"] = {"1": 10.0 * seed, "5": 10.0 * seed}
+            robustness = {
+                "clean": start + 2 * seed,
+                "corrupted": 1.0,
+                "fgsm": 2.0,
+                "pgd": 3.0,
+                "corruptions": corruptions,
+            }
+            (run / "evaluation/robustness/metrics.json").write_text(json.dumps(robustness))
+            control = {f"pairs/{name}/{when}": start + seed for name in MEASURES for when in ("before", "after")}
+            control |= {"pairs/area": 25.0, "pairs/chosen/before": 50.0}
+            if topdown == "none":
+                control = {name: value for name, value in control.items() if "weights" not in name}
+            (run / "evaluation/control/metrics.json").write_text(json.dumps(control))
+    files = build_report(tmp_path / "sweep", tmp_path / "out", "model/topdown=none")
+    assert [path.name for path in files] == ["report.md", "report.html"]
+    rows = [line.strip("| ").split(" | ") for line in files[0].read_text().splitlines() if line.startswith("| model")]
+    by_hand = {0.0: "50.0 ± 0.0", 2.0: f"52.0 ± {4.302653 * 2 / 3**0.5:.1f}"}  # t of two degrees of freedom
+    robust, control = ({row[0]: row for row in rows[n : n + 2]} for n in (0, 2))
+    assert robust["model/topdown=none"][1:5] == ["3", by_hand[2.0], "1.0 ± 0.0", by_hand[0.0]]
+    assert robust["model/topdown=none"][6].startswith(f"{(3 * 50 + 10) / 4:.1f} ± ")  # the weather, fog among it
+    assert control["model/topdown=none"][4] == "–"
+    assert control["model/topdown=absvit"][-1] == f"11.0 ± {4.302653 / 3**0.5:.1f}"
+    assert "a map that looks everywhere alike has 25.0" in files[0].read_text()
+    for options in OF_CLASSIFIERS.values():
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            instantiate(compose("evaluate", ["ckpt=any", *options]).task, _convert_="all")

@@ -4,7 +4,8 @@ python -m vlabs.report outputs/sweeps/DATE
 
 Every run is evaluated on the splits that its data has, and for grounding; what is there already is not done again, so
 a report that was stopped goes on. Runs that differ in their seed alone are one row, mean ± standard deviation; each
-variant is compared with the baseline by a paired bootstrap over questions.
+variant is compared with the baseline by a paired bootstrap over questions. Of classifiers it says how they bear
+corruptions and attacks, and whether a class that is asked for steers them.
 """
 
 from __future__ import annotations
@@ -27,23 +28,39 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from scipy import stats
 from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
 from vlabs.attention.pictures import checkpoints_figure
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.evaluate import evaluate_checkpoint
+from vlabs.evaluation.control import LAYOUTS
 from vlabs.evaluation.grounding import find_instances
+from vlabs.evaluation.robustness import ATTACKS
 from vlabs.metrics.bootstrap import paired_bootstrap
+from vlabs.metrics.robustness import CORRUPTIONS
 from vlabs.runs.config import config_dir
 from vlabs.utils.files import write_text
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
 ALPHAS = (0, 1, 3, 10, 30)  # strengths of feedback, where a variant has one
+# The evaluations of a classifier, and ImageNet-C's kinds of corruptions.
+OF_CLASSIFIERS = {
+    "robustness": ["evaluation@task=robustness", "task.num_images=300", "task.severities=[1,3,5]"],
+    "control": ["evaluation@task=control"],
+}
+KINDS = {
+    "noise": CORRUPTIONS[:3],
+    "blur": CORRUPTIONS[3:7],
+    "weather": CORRUPTIONS[7:11],
+    "digital": CORRUPTIONS[11:],
+}
 
 
 @dataclass
@@ -90,13 +107,22 @@ def read_runs(sweep: Path) -> list[Run]:
     return runs
 
 
-def evaluate_run(run: Run, splits: Sequence[str], instances: Path | None, num_texts: int) -> None:
-    """Evaluate a run where that was not done yet, as `vlabs.evaluate` would."""
+def _wanted(splits: Sequence[str], instances: Path | None, num_texts: int) -> dict[str, list[str]]:
+    """The evaluations of a run on questions: the name of each and its options."""
     wanted = {split: [f"split={split}"] for split in splits}
     if instances is not None:
         masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'"]
         wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
         wanted["steering"] = ["evaluation@task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
+    return wanted
+
+
+def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
+    """Evaluate a run where that was not done yet, as `vlabs.evaluate` would.
+
+    Args:
+        wanted: by name, the options of each evaluation.
+    """
     for name, options in wanted.items():
         out = run.path / "evaluation" / name
         if (out / "metrics.json").is_file():
@@ -128,13 +154,13 @@ def build_report(
         The files.
     """
     runs = read_runs(sweep)
+    if read_manifest(runs[0].data_dir)["kind"] == ClassDataModule.kind:
+        return _of_classifiers(sweep, runs, out)
     splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
     for run in tqdm(runs, desc="evaluating", unit="run"):
-        evaluate_run(run, splits, instances, num_texts)
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.variant].append(run)
+        evaluate_run(run, _wanted(splits, instances, num_texts))
+    groups = _by_variant(runs)
     base = next((name for name in groups if baseline in name), None)
     groups = dict(sorted(groups.items(), key=lambda item: item[0] != base))  # what is compared with comes first
     sections = [_accuracy(groups, splits)]
@@ -146,13 +172,35 @@ def build_report(
         if instances is not None:
             sections.append(_grounding_against(groups, base))
     sections.append(_cost(groups))
-    out.mkdir(parents=True, exist_ok=True)
     figures = {"where they look (fusion attention)": _figure(groups, out / "attention.png")}
     if curves := _curves(groups, out / "curves.png"):
         figures = {"accuracy against what was seen": curves} | figures
+    return _write(sweep, runs, sections, figures, out)
+
+
+def _of_classifiers(sweep: Path, runs: Sequence[Run], out: Path) -> list[Path]:
+    """The report of runs of `task=classify`."""
+    for run in tqdm(runs, desc="evaluating", unit="run"):
+        evaluate_run(run, OF_CLASSIFIERS)
+    groups = _by_variant(runs)
+    layouts = [name for name in LAYOUTS if f"{name}/area" in _metrics(runs[0], "control")]
+    sections = [_robustness(groups), *[_control(groups, layout) for layout in layouts], _cost(groups)]
+    return _write(sweep, runs, sections, {}, out)
+
+
+def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.variant].append(run)
+    return groups
+
+
+def _write(
+    sweep: Path, runs: Sequence[Run], sections: Sequence[Section], figures: dict[str, Path], out: Path
+) -> list[Path]:
     commands = list(dict.fromkeys(run.summary["command"] for run in runs))
     files = [out / "report.md", out / "report.html"]
-    title = f"{sweep.name}: {len(runs)} runs, {len(groups)} variants"
+    title = f"{sweep.name}: {len(runs)} runs, {len(_by_variant(runs))} variants"
     write_text(files[0], _markdown(title, sections, figures, commands))
     write_text(files[1], _html(title, sections, figures, commands))
     return [*files, *figures.values()]
@@ -177,6 +225,53 @@ def _mean(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    """The mean ± half of its 95% interval by Student's t, which few seeds make wide."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+
+
+def _robustness(groups: dict[str, list[Run]]) -> Section:
+    def cells(runs: Sequence[Run]) -> list[str]:
+        found = [_metrics(run, "robustness") for run in runs]
+        kinds = [[_corrupted(one, names) for one in found] for names in KINDS.values()]
+        whole = [[one[name] for one in found] for name in ("clean", "corrupted")]
+        attacked = [[one[name] for one in found] for name in ATTACKS]
+        return [_interval(values) for values in (*whole, *kinds, *attacked)]
+
+    rows = [[name, str(len(runs)), *cells(runs)] for name, runs in groups.items()]
+    header = ["variant", "seeds", "clean", "corrupted", *KINDS, *[name.upper() for name in ATTACKS]]
+    text = "Top-1 on val in percent, mean ± half of its 95% interval over seeds."
+    return Section("Robustness", text, header, rows)
+
+
+def _corrupted(metrics: dict[str, Any], names: Sequence[str]) -> float:
+    return statistics.mean(value for name in names for value in metrics["corruptions"][name].values())
+
+
+def _control(groups: dict[str, list[Run]], layout: str) -> Section:
+    columns = {
+        "norm energy, bottom-up": "norm_energy/before", "under ξ": "norm_energy/after",
+        "weights energy": "weights_energy/after", "weights pointing": "weights_pointing/after",
+        "top-1 is asked for, bottom-up": "top1/before", "top-1, under ξ": "top1/after",
+        "chosen, bottom-up": "chosen/before", "chosen, under ξ": "chosen/after",
+    }  # fmt: skip
+
+    def cells(runs: Sequence[Run]) -> list[str]:
+        found = [_metrics(run, "control") for run in runs]
+        names = [f"{layout}/{name}" for name in columns.values()]
+        values = [_interval([one[name] for one in found]) if name in found[0] else "–" for name in names]
+        moved = [one[f"{layout}/chosen/after"] - one[f"{layout}/chosen/before"] for one in found]
+        return [*values, _interval(moved)]
+
+    rows = [[name, str(len(runs)), *cells(runs)] for name, runs in groups.items()]
+    area = _metrics(next(iter(groups.values()))[0], "control")[f"{layout}/area"]
+    text = f"A class asked for, in percent as before; a map that looks everywhere alike has {area:.1f} on it."
+    return Section(f"Control, {layout}", text, ["variant", "seeds", *columns, "chosen, difference"], rows)
 
 
 def _accuracy(groups: dict[str, list[Run]], splits: Sequence[str]) -> Section:
@@ -397,7 +492,7 @@ def _html(title: str, sections: Sequence[Section], figures: dict[str, Path], com
 def main() -> None:
     """Entry point of `python -m vlabs.report`."""
     parser = argparse.ArgumentParser(prog="python -m vlabs.report", description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path, help="folder of a sweep of VQA runs")
+    parser.add_argument("sweep", type=Path, help="folder of a sweep of VQA runs, or of classifiers")
     parser.add_argument("--out", type=Path, help="where the report goes (default: SWEEP/report)")
     parser.add_argument("--baseline", default="model/topdown=none", help="what to compare with (default %(default)s)")
     parser.add_argument("--grounding-texts", type=int, default=500, help="questions measured (default %(default)s)")
