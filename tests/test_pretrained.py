@@ -114,7 +114,7 @@ def test_every_parameter_of_the_wandb_sweep_is_an_option():
                 compose("train", overrides=[f"{name}={value}"])
 
 
-def test_the_wheel_carries_configs_and_data_prep_and_runs_from_any_folder(tmp_path):
+def test_the_wheel_carries_every_module_and_config_and_runs_from_any_folder(tmp_path):
     root = Path(__file__).parent.parent
     source = tmp_path / "source"  # a copy, because setuptools leaves a build folder behind
     for name in ("vlabs", "conf", "data_prep"):
@@ -128,6 +128,9 @@ def test_the_wheel_carries_configs_and_data_prep_and_runs_from_any_folder(tmp_pa
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(tmp_path.glob("vlabs-*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
+    modules = {p.relative_to(root) for name in ("vlabs", "data_prep") for p in (root / name).rglob("*.py")}
+    installed = {p.relative_to(tmp_path / "site") for p in (tmp_path / "site").rglob("*.py")}
+    assert installed == modules  # a package that pyproject.toml does not list is left out without a word
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
