@@ -15,16 +15,16 @@ import csv
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_prep.images import members, open_tar
 from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.files import replacing, write_json
@@ -239,37 +239,6 @@ def entries_of(path: Path) -> Iterator[Entry]:
         yield from _of_tar(path)
     else:
         raise UserError(f"{path} is neither a folder of class folders nor a .tar file of them")
-
-
-def open_tar(path: Path, part: IO[bytes] | None = None) -> tarfile.TarFile:
-    """Open a tar file that is not compressed; or `part`, one that lies in it.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        return tarfile.open(path, "r:") if part is None else tarfile.open(fileobj=part, mode="r:")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from None
-
-
-def members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, of which none is kept in memory.
-
-    Raises:
-        UserError: the file is cut off.
-    """
-    file: Any = archive.fileobj
-    end = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    try:
-        while (member := archive.next()) is not None:
-            if member.offset_data + member.size > end:
-                raise UserError(f"{path} is cut off in {member.name}: download it again")
-            yield member
-            archive.members = []  # type: ignore[attr-defined]
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from None
 
 
 def table_units(table: Path) -> tuple[list[Unit], list[Path]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sqlite3
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
@@ -25,12 +27,16 @@ CREATE TABLE images (
 """
 
 
+# In the place of a zip file's compression method: the bytes of a member of a tar file, as they are.
+_TAR = -1
+
+
 class ImageFile(NamedTuple):
-    """One image: a file of its own (`offset` is None) or a member of a zip file."""
+    """One image: a file of its own (`offset` is None) or a member of a zip or tar file."""
 
     file: str  # what to open
     name: str  # what to call it in messages
-    offset: int | None  # of the member's local header
+    offset: int | None  # of the zip member's local header, or of the tar member's bytes
     stored: int  # bytes in the zip file
     size: int  # bytes of the image
     method: int  # the zip file's compression method
@@ -57,6 +63,13 @@ class ImageFile(NamedTuple):
             method=member.compress_type,
             mark=member.CRC,
         )
+
+
+class Store(Protocol):
+    """Where the images of a data set are."""
+
+    def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile]]:
+        """Yield those of the wanted (image id, name) pairs that are there."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,98 @@ def _finder(location: Path, opened: ExitStack) -> Callable[[str], ImageFile | No
     return find
 
 
+@dataclass(frozen=True)
+class NamedImages:
+    """Images that are told apart by their file names alone, at any depth of folders, zip files and tar files.
+
+    Attributes:
+        locations: the folders and archives, in which a name is looked for in turn.
+    """
+
+    locations: tuple[Path, ...]
+
+    @classmethod
+    def within(cls, folder: Path) -> NamedImages:
+        """Those of a folder, and of the archives that lie directly in it.
+
+        Raises:
+            UserError: an archive is compressed as a whole.
+        """
+        packed = next(iter(sorted([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])), None)
+        if packed is not None:
+            raise UserError(f"{packed} is compressed, so pictures cannot be read inside it: unpack it, or gunzip it")
+        return cls((folder, *sorted([*folder.glob("*.zip"), *folder.glob("*.tar")])))
+
+    def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile]]:
+        """Yield those of the wanted (image id, file name) pairs that are there.
+
+        Raises:
+            UserError: an archive is damaged.
+        """
+        ids: dict[str, list[int]] = {}
+        for image_id, name in wanted:
+            ids.setdefault(name, []).append(image_id)
+        for location in self.locations:
+            for name, image in _files_of(location, ids):
+                for image_id in ids.pop(name, ()):
+                    yield image_id, image
+
+
+def _files_of(location: Path, names: Container[str]) -> Iterator[tuple[str, ImageFile]]:
+    """Yield what has one of the names in a folder, at any depth, or in an archive."""
+    if location.is_dir():
+        for folder, folders, files in os.walk(location):
+            folders.sort()
+            for name in sorted(files):
+                path = Path(folder) / name
+                if name in names and (image := ImageFile.of_path(path, str(path.relative_to(location)))) is not None:
+                    yield name, image
+    elif location.suffix == ".tar":
+        changed = location.stat().st_mtime_ns  # a tar file has no checksum of what is in it
+        with open_tar(location) as archive:
+            for member in members(archive, location):
+                name, size = PurePosixPath(member.name).name, member.size
+                if name in names and member.isfile():
+                    yield name, ImageFile(str(location), member.name, member.offset_data, size, size, _TAR, changed)
+    else:
+        with open_zip(location) as zipped:
+            for info in zipped.infolist():
+                name = PurePosixPath(info.filename).name
+                if name in names:
+                    yield name, ImageFile.of_member(location, info)
+
+
+def open_tar(path: Path, part: IO[bytes] | None = None) -> tarfile.TarFile:
+    """Open a tar file that is not compressed; or `part`, one that lies in it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return tarfile.open(path, "r:") if part is None else tarfile.open(fileobj=part, mode="r:")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from None
+
+
+def members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, of which none is kept in memory.
+
+    Raises:
+        UserError: the file is cut off.
+    """
+    file: Any = archive.fileobj
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        while (member := archive.next()) is not None:
+            if member.offset_data + member.size > end:
+                raise UserError(f"{path} is cut off in {member.name}: download it again")
+            yield member
+            archive.members = []  # type: ignore[attr-defined]
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from None
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file.
 
@@ -138,9 +243,11 @@ def read_images(connection: sqlite3.Connection, source: str, first: int, last: i
     return {row[0]: ImageFile(*row[1:]) for row in rows}
 
 
-def fingerprint(images: dict[int, ImageFile]) -> str:
-    """Return a hash that changes when one of the raw images does."""
-    lines = (f"{image_id} {image.size} {image.mark}" for image_id, image in sorted(images.items()))
+def fingerprint(*columns: dict[int, ImageFile]) -> str:
+    """Return a hash that changes when one of the raw images does, in any of a row's columns."""
+    lines = (
+        f"{image_id} {image.size} {image.mark}" for images in columns for image_id, image in sorted(images.items())
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -166,6 +273,8 @@ def _read_file(image: ImageFile) -> bytes:
         return Path(image.file).read_bytes()
     with open(image.file, "rb") as archive:
         archive.seek(image.offset)
+        if image.method == _TAR:
+            return archive.read(image.stored)
         header = archive.read(30)
         if header[:4] != b"PK\x03\x04":
             raise ValueError("the zip file is damaged here")

@@ -74,27 +74,30 @@ class Index:
         text: str,
         target_instances: Sequence[int] = (),
         regions: Sequence[Mapping[str, Any]] = (),
+        more: Mapping[str, Any] | None = None,
     ) -> None:
+        """Add an item; `more` are values of columns that only this kind of index has."""
         check_value(where, "image_id", image_id, int)
         check_value(where, f"{self.item}_id", item_id, int)
         check_value(where, self.item, text, str)
         dropped = not text.strip()
         if dropped:
             self.add_bad(f"empty {self.item}", split, f"{self.item} {item_id}")
+        values = {
+            "split": split,
+            "item_id": item_id,
+            "image_id": image_id,
+            "image_name": image_name,
+            "text": text,
+            "target_instances": as_json(where, target_instances),
+            "regions": json.dumps(list(regions)) if regions else None,
+            "dropped": dropped,
+            **(more or {}),
+        }
         try:
             self.connection.execute(
-                "INSERT INTO items (split, item_id, image_id, image_name, text, target_instances, regions, dropped)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    split,
-                    item_id,
-                    image_id,
-                    image_name,
-                    text,
-                    as_json(where, target_instances),
-                    json.dumps(list(regions)) if regions else None,
-                    dropped,
-                ),
+                f"INSERT INTO items ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
+                tuple(values.values()),
             )
         except sqlite3.IntegrityError:
             self.add_bad(f"duplicate {self.item} id", split, f"{self.item} {item_id}")

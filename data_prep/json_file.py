@@ -1,7 +1,8 @@
-"""JSON files of any size, plain or inside a zip file, read as a stream."""
+"""JSON files of any size, plain or inside a zip file, read as a stream; and JSON Lines."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -70,3 +71,26 @@ def get_value(entry: dict[str, Any], key: str, where: str) -> Any:
     if key not in entry:
         raise UserError(f"{where} has no '{key}'")
     return entry[key]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a file, each with the name of its place.
+
+    Raises:
+        UserError: it is no such file; the message names the line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where} is not JSON ({error}): download it again") from None
+                if not isinstance(values, dict):
+                    raise UserError(f"{where} is not a JSON object")
+                yield where, values
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None

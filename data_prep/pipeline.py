@@ -34,7 +34,7 @@ import datasets
 import tokenizers
 from tqdm import tqdm
 
-from data_prep.images import IMAGES_SCHEMA, ImageStore, fingerprint, read_images, write_images
+from data_prep.images import IMAGES_SCHEMA, Store, fingerprint, read_images, write_images
 from data_prep.index import Index
 from data_prep.shards import (
     BadItem,
@@ -43,6 +43,7 @@ from data_prep.shards import (
     ShardRecord,
     ShardTask,
     build_shard,
+    more_images,
     open_readonly,
     start_worker,
 )
@@ -160,7 +161,7 @@ class RawData(Protocol[AnyIndex]):
     def fill(self, index: AnyIndex) -> None:
         """Put all questions and answers, or all captions, into the index."""
 
-    def image_store(self, split: str) -> tuple[str, ImageStore]:
+    def image_store(self, split: str) -> tuple[str, Store]:
         """Return where a split's images are, and a key; splits with the same key share their image ids."""
 
 
@@ -330,6 +331,11 @@ class _Run(Generic[AnyIndex]):
                     "SELECT image_id, min(image_name) FROM items WHERE split = ? GROUP BY image_id", (split,)
                 )
                 write_images(images, key, store.locate(wanted))
+                for column in more_images(self.kind.make_rows(self.prepared).features):
+                    wanted = index.execute(
+                        f"SELECT image_id, min({column}) FROM items WHERE split = ? GROUP BY image_id", (split,)
+                    )
+                    write_images(images, f"{key}/{column}", store.locate(wanted))
             images.commit()
 
     def build_shards(self) -> None:
@@ -340,11 +346,12 @@ class _Run(Generic[AnyIndex]):
         ):
             total = index.execute("SELECT count(*) FROM (SELECT DISTINCT split, image_id FROM items)").fetchone()
             arguments = (self.kind.make_rows, self.prepared, self.index_file, self.images_file)
+            more = more_images(self.kind.make_rows(self.prepared).features)
             with tqdm(total=total[0], unit="image", desc="images", smoothing=0.05) as progress:
 
                 def unfinished() -> Iterator[ShardTask]:
                     for task, size in self._tasks(index):
-                        if _is_done(task, images):
+                        if _is_done(task, images, more):
                             progress.update(size)
                         else:
                             yield task
@@ -471,13 +478,18 @@ def _splits(index: sqlite3.Connection) -> list[str]:
     return [split for (split,) in index.execute("SELECT DISTINCT split FROM items ORDER BY split")]
 
 
-def _is_done(task: ShardTask, images: sqlite3.Connection) -> bool:
-    """Whether a shard is there, has nothing bad in it, and is made of the raw images as they are now."""
+def _is_done(task: ShardTask, images: sqlite3.Connection, more: Sequence[str]) -> bool:
+    """Whether a shard is there, has nothing bad in it, and is made of the raw images as they are now.
+
+    Args:
+        more: columns of images beside the first.
+    """
     if not task.record_file.exists() or not task.data_file.exists():
         return False
     record = ShardRecord.read(task.record_file)
     found = read_images(images, task.source, task.first_image, task.last_image)
-    return not record.bad and record.images_fingerprint == fingerprint(found)
+    others = [task.read_more(images, column) for column in more]
+    return not record.bad and record.images_fingerprint == fingerprint(found, *others)
 
 
 def write_json(path: Path, value: Any) -> None:

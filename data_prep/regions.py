@@ -52,9 +52,10 @@ def add_instances(index: Index, files: Sequence[Path]) -> None:
     """
     connection = index.connection
     connection.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, region TEXT)")
-    connection.execute(
-        "INSERT OR IGNORE INTO instances (id) SELECT value FROM items, json_each(items.target_instances)"
-    )
+    columns = [name for (name,) in connection.execute("SELECT name FROM pragma_table_info('items')")]
+    columns = [name for name in columns if name.startswith("target_instances")]  # one for each picture of an item
+    for column in columns:
+        connection.execute(f"INSERT OR IGNORE INTO instances (id) SELECT value FROM items, json_each(items.{column})")
     (wanted,) = connection.execute("SELECT count(*) FROM instances").fetchone()
     if not wanted or not files:
         return
@@ -77,10 +78,12 @@ def add_instances(index: Index, files: Sequence[Path]) -> None:
             f"{', '.join(map(str, files))}: no instance {', '.join(missing)}, which {wanted - found} target_instances"
             " name: is it of the corpus that is prepared?"
         )
-    connection.execute(
-        "UPDATE items SET regions = (SELECT json_group_array(json(instances.region)) FROM json_each(target_instances)"
-        " AS target JOIN instances ON instances.id = target.value) WHERE target_instances IS NOT NULL"
-    )
+    for column in columns:
+        connection.execute(
+            f"UPDATE items SET {column.replace('target_instances', 'regions')} ="
+            f" (SELECT json_group_array(json(instances.region)) FROM json_each({column})"
+            f" AS target JOIN instances ON instances.id = target.value) WHERE {column} IS NOT NULL"
+        )
 
 
 def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The embedded corpus: rendered scenes of several objects, with questions, captions and instance masks.
 
     python -m data_prep.scenes --size small --out-dir data/scenes
+    python -m data_prep.scenes --size small --layout nlvr2 --out-dir data/scenes-nlvr2       # or snli_ve
 
-writes the raw formats that the real data sets are downloaded in, so that the same preparation reads both:
+The first writes the raw formats that the real data sets are downloaded in, so that the same preparation reads both:
 
     v2_Questions_<Split>_mscoco.zip, v2_Annotations_<Split>_mscoco.zip    VQA v2, ten answers a question
     <subset>.zip                                                          the images
@@ -13,7 +14,8 @@ writes the raw formats that the real data sets are downloaded in, so that the sa
 Beside train, val and test there are three splits that measure generalisation: `distractors` has more objects than
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
 asks longer questions. All answers are public. Every question and caption has one key more than the originals,
-`target_instances`: the COCO annotation ids of the objects it is about.
+`target_instances`: the COCO annotation ids of the objects it is about. The other two write scenes of their own in the
+layouts of NLVR2 and SNLI-VE, see `data_prep.scene_layouts`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,13 +43,17 @@ from tqdm import tqdm
 
 from data_prep.question_only import format_table, question_only_accuracy
 from data_prep.scene_questions import Balance, Caption, Question, captions, possible_questions, ten_answers
-from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, render, sample_objects
+from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
 from vlabs.errors import UserError, run_cli
 
 ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
 ANSWER_TYPES = {"yes/no": "yes/no", "number": "number"}  # of a question type; every other is "other"
 FEWEST_QUESTIONS = 3  # possible ones, below which a scene is drawn again
 INFO = {"description": "rendered scenes of coloured shapes (vlabs data_prep.scenes)"}
+
+
+AnyTask = TypeVar("AnyTask")
+Made = TypeVar("Made")
 
 
 class Task(NamedTuple):
@@ -73,6 +79,13 @@ class Task(NamedTuple):
         return Random(f"{self.seed}/{self.size}/{self.split}/{self.number}/{purpose}")
 
 
+class Drawn(NamedTuple):
+    """A rendered picture and its COCO instances, as JSON."""
+
+    jpeg: bytes
+    instances: list[str]
+
+
 class Scene(NamedTuple):
     """One finished image and all that can be said about it."""
 
@@ -89,17 +102,23 @@ def subset_name(split: str) -> str:
 
 
 def make_scenes(
-    size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None, train_images: int | None = None
+    size: str,
+    out_dir: str | Path,
+    seed: int = 0,
+    num_workers: int | None = None,
+    train_images: int | None = None,
+    layout: str = "vqa",
 ) -> None:
     """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
 
-    Every byte written is a function of size, seed and train_images, whatever the number of workers. The work is done in
-    `<out_dir>.partial`, which replaces what an interrupted run left there.
+    Every byte written is a function of size, seed, train_images and layout, whatever the number of workers. The work is
+    done in `<out_dir>.partial`, which replaces what an interrupted run left there.
 
     Args:
         size: a key of `SIZES`.
         num_workers: processes that render; every core by default.
         train_images: images of the training split, if not as many as the size has; the other splits stay as they are.
+        layout: `vqa` for questions and captions, or one of `data_prep.scene_layouts`.
 
     Raises:
         UserError: for an unknown size, fewer than one worker or image, or an `out_dir` that holds something else.
@@ -112,16 +131,23 @@ def make_scenes(
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
     if train_images is not None and train_images < 1:
         raise UserError(f"--train-images is {train_images}, and has to be 1 or more")
+    from data_prep.scene_layouts import LAYOUTS, write_layout  # which is made of what is here
+
+    if layout not in ("vqa", *LAYOUTS):
+        raise UserError(f"--layout is {layout!r}, and has to be one of vqa, {', '.join(LAYOUTS)}")
     images = {split: SIZES[size].num_images(split) for split in SPLITS}
     images["train"] = train_images or images["train"]
-    if _is_finished(out_dir, size, seed, images["train"]):
+    if _is_finished(out_dir, size, seed, images["train"], layout):
         print(f"{out_dir} holds the {size} scenes of seed {seed} already")
         return
     partial = out_dir.with_name(out_dir.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _write_corpus(size, images, partial, seed, workers)
+    if layout == "vqa":
+        _write_corpus(size, images, partial, seed, workers)
+    else:
+        write_layout(layout, size, images["train"], partial, seed, workers)
     partial.rename(out_dir)
 
 
@@ -130,17 +156,17 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _is_finished(out_dir: Path, size: str, seed: int, train_images: int) -> bool:
+def _is_finished(out_dir: Path, size: str, seed: int, train_images: int, layout: str) -> bool:
     if not out_dir.exists():
         return False
     try:
         found = json.loads((out_dir / "scenes.json").read_text())
-        there = found["size"], found["seed"], found["splits"]["train"]["images"]
+        there = found["size"], found["seed"], found["splits"]["train"]["images"], found.get("layout", "vqa")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} exists and holds no scenes; name a new folder with --out-dir") from None
-    if there != (size, seed, train_images):
+    if there != (size, seed, train_images, layout):
         raise UserError(
-            f"{out_dir} holds scenes of another size, seed or number of images; name a new folder with --out-dir"
+            f"{out_dir} holds scenes of another size, seed, layout or number of images; name a new one with --out-dir"
         )
     return True
 
@@ -158,17 +184,24 @@ def make_scene(task: Task) -> Scene:
         sentences = captions(objects, rng)
         if len(questions) < FEWEST_QUESTIONS or sentences is None:
             continue
-        drawn = render(objects, size.image_size, rng)
+        drawn = draw(objects, size, task.image_id, rng)
         if drawn is not None:
-            break
+            return Scene(task, *drawn, questions, sentences)
+
+
+def draw(objects: list[SceneObject], size: SceneSize, image_id: int, rng: Random) -> Drawn | None:
+    """The picture of a scene; None if one of its objects shows too little."""
+    drawn = render(objects, size.image_size, rng)
+    if drawn is None:
+        return None
     image, masks = drawn
     jpeg = io.BytesIO()
     Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0)
     instances = [
-        json.dumps(_instance(item, mask, instance_id(task.image_id, index), task.image_id, size.shapes))
+        json.dumps(_instance(item, mask, instance_id(image_id, index), image_id, size.shapes))
         for index, (item, mask) in enumerate(zip(objects, masks, strict=True))
     ]
-    return Scene(task, jpeg.getvalue(), instances, questions, sentences)
+    return Drawn(jpeg.getvalue(), instances)
 
 
 def instance_id(image_id: int, index: int) -> int:
@@ -209,7 +242,7 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
     start = time.perf_counter()
     records: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     caption_images: list[str] = []
-    with _mapped(tasks, workers) as made, _new_zip(folder / "annotations.zip") as instances_zip:
+    with mapped(make_scene, tasks, workers) as made, new_zip(folder / "annotations.zip") as instances_zip:
         scenes = tqdm(made, total=len(tasks), unit="image", desc=f"scenes {size}")
         for split, of_split in groupby(scenes, key=lambda scene: scene.task.split):
             records[split] = _write_split(split, size, of_split, folder, instances_zip, caption_images)
@@ -239,13 +272,13 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
 
 
 @contextmanager
-def _mapped(tasks: list[Task], workers: int) -> Iterator[Iterable[Scene]]:
-    """The scenes in the order of the tasks."""
+def mapped(make: Callable[[AnyTask], Made], tasks: Sequence[AnyTask], workers: int) -> Iterator[Iterable[Made]]:
+    """What is made of tasks, in their order, by several processes."""
     if workers == 1:
-        yield map(make_scene, tasks)
+        yield map(make, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield pool.imap(make_scene, tasks, chunksize=16)
+        yield pool.imap(make, tasks, chunksize=16)
 
 
 def _write_split(
@@ -263,7 +296,7 @@ def _write_split(
     questions: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     instances: list[str] = []
-    with _new_zip(folder / f"{subset}.zip") as images_zip:
+    with new_zip(folder / f"{subset}.zip") as images_zip:
         for scene in scenes:
             task = scene.task
             images_zip.writestr(zipfile.ZipInfo(f"{subset}/{task.file_name}"), scene.jpeg)
@@ -279,15 +312,15 @@ def _write_split(
 
     label = split.capitalize()
     header: dict[str, Any] = {"info": INFO, "license": {"name": "CC0"}, "data_type": "mscoco", "data_subtype": subset}
-    with _new_zip(folder / f"v2_Questions_{label}_mscoco.zip") as archive:
+    with new_zip(folder / f"v2_Questions_{label}_mscoco.zip") as archive:
         name = f"v2_OpenEnded_mscoco_{subset}_questions.json"
-        _add_json(archive, name, {**header, "task_type": "Open-Ended"}, "questions", map(json.dumps, questions))
-    with _new_zip(folder / f"v2_Annotations_{label}_mscoco.zip") as archive:
+        add_json(archive, name, {**header, "task_type": "Open-Ended"}, "questions", map(json.dumps, questions))
+    with new_zip(folder / f"v2_Annotations_{label}_mscoco.zip") as archive:
         name = f"v2_mscoco_{subset}_annotations.json"
-        _add_json(archive, name, header, "annotations", map(json.dumps, annotations))
+        add_json(archive, name, header, "annotations", map(json.dumps, annotations))
     categories = [{"id": index + 1, "name": shape, "supercategory": "shape"} for index, shape in enumerate(shapes)]
     header = {"info": INFO, "categories": categories, "images": images}
-    _add_json(instances_zip, f"annotations/instances_{subset}.json", header, "annotations", instances)
+    add_json(instances_zip, f"annotations/instances_{subset}.json", header, "annotations", instances)
     return annotations, questions
 
 
@@ -334,11 +367,13 @@ def _caption_image(scene: Scene, imgid: int) -> dict[str, Any]:
     }
 
 
-def _new_zip(path: Path) -> zipfile.ZipFile:
+def new_zip(path: Path) -> zipfile.ZipFile:
+    """A new zip file, whose bytes are to depend on nothing but the content."""
     return zipfile.ZipFile(path, "w")
 
 
-def _add_json(archive: zipfile.ZipFile, name: str, header: dict[str, Any], key: str, items: Iterable[str]) -> None:
+def add_json(archive: zipfile.ZipFile, name: str, header: dict[str, Any], key: str, items: Iterable[str]) -> None:
+    """Add a JSON file: the header with one more key, a list of items that are JSON already."""
     member = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend on nothing but the content
     member.compress_type = zipfile.ZIP_DEFLATED
     with archive.open(member, "w") as stream:
@@ -361,8 +396,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-images", type=int, default=None, help="images to train on, if not the size's number")
     parser.add_argument("--num-workers", type=int, default=None, help="processes that render (default: every core)")
+    parser.add_argument(
+        "--layout", default="vqa", help="vqa (questions and captions), nlvr2 or snli_ve (default: %(default)s)"
+    )
     args = parser.parse_args()
-    make_scenes(args.size, args.out_dir, args.seed, args.num_workers, args.train_images)
+    make_scenes(args.size, args.out_dir, args.seed, args.num_workers, args.train_images, args.layout)
 
 
 if __name__ == "__main__":

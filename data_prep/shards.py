@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import operator
 import os
+import re
 import signal
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.images import fingerprint, read_image, read_images
+from data_prep.images import ImageFile, fingerprint, read_image, read_images
 from data_prep.regions import draw_regions
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
@@ -40,6 +41,10 @@ class ShardTask:
     last_image: int
     data_file: Path
     record_file: Path
+
+    def read_more(self, connection: sqlite3.Connection, column: str) -> dict[int, ImageFile]:
+        """Return the images of a column beside `image`, where a row has several."""
+        return read_images(connection, f"{self.source}/{column}", self.first_image, self.last_image)
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,14 @@ class ShardBuilder:
     def __init__(self, make_rows: Callable[[Path], Rows], prepared: Path, index_file: Path, images_file: Path) -> None:
         self.rows = make_rows(prepared)
         self.schema = self.rows.features.arrow_schema
+        self.more_images = more_images(self.rows.features)
         self.index = open_readonly(index_file)
         self.images = open_readonly(images_file)
 
     def build(self, task: ShardTask) -> int:
         """Write the shard and its record, each under its name only once it is whole; return the number of images."""
         images = read_images(self.images, task.source, task.first_image, task.last_image)
+        more = {name: task.read_more(self.images, name) for name in self.more_images}
         seen = 0
         # An image without items counts nothing, but every name is there.
         counts: Counter[str] = Counter({"images": 0, **self.rows.count(self._new_row(0))})
@@ -123,22 +130,15 @@ class ShardBuilder:
             waiting_bytes = 0
             for name, row in self._rows(task):
                 seen += 1
-                image = images.get(row["image_id"])
-                if image is None:
-                    bad.append(BadItem("missing image", task.split, name))
-                    continue
-                try:
-                    row["image"] = read_image(image)
-                except ValueError as error:
-                    bad.append(BadItem("unreadable image", task.split, f"{image.name} ({error})"))
-                    continue
-                row["region"] = [
-                    self._region(regions, row["image"], f"{name}, text {number}", task.split, bad)
-                    for number, regions in enumerate(row["region"], 1)
-                ]
-                counts.update({"images": 1, **self.rows.count(row)})
-                rows.append(row)
-                waiting_bytes += len(row["image"])
+                found = {"image": images.get(row["image_id"])}
+                found |= {column: of.get(row["image_id"]) for column, of in more.items()}
+                for column, image in found.items():
+                    if not self._read(image, name, column, row, task.split, bad):
+                        break
+                else:
+                    counts.update({"images": len(found), **self.rows.count(row)})
+                    rows.append(row)
+                    waiting_bytes += sum(len(row[column]) for column in found)
                 if waiting_bytes >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.schema))
                     rows, waiting_bytes = [], 0
@@ -147,10 +147,30 @@ class ShardBuilder:
         with part.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         part.replace(task.data_file)
-        ShardRecord(sha256=digest, images_fingerprint=fingerprint(images), counts=dict(counts), bad=bad).write(
+        fingerprints = fingerprint(images, *more.values())
+        ShardRecord(sha256=digest, images_fingerprint=fingerprints, counts=dict(counts), bad=bad).write(
             task.record_file
         )
         return seen
+
+    def _read(
+        self, image: ImageFile | None, name: str, column: str, row: dict[str, Any], split: str, bad: list[BadItem]
+    ) -> bool:
+        """Read an image and its regions into a row; what is bad is noted, and False if it is the image."""
+        if image is None:
+            bad.append(BadItem("missing image", split, name if column == "image" else f"{name} ({column})"))
+            return False
+        try:
+            row[column] = read_image(image)
+        except ValueError as error:
+            bad.append(BadItem("unreadable image", split, f"{image.name} ({error})"))
+            return False
+        region = column.replace("image", "region")
+        row[region] = [
+            self._region(regions, row[column], f"{name}, text {number}", split, bad)
+            for number, regions in enumerate(row[region], 1)
+        ]
+        return True
 
     @staticmethod
     def _region(regions: list[dict[str, Any]], image: bytes, where: str, split: str, bad: list[BadItem]) -> bytes:
@@ -180,8 +200,14 @@ class ShardBuilder:
             yield image_name, row
 
     def _new_row(self, image_id: int) -> dict[str, Any]:
-        lists: dict[str, Any] = {column: [] for column in self.schema.names if column not in ("image_id", "image")}
+        single = ("image_id", "image", *self.more_images)
+        lists: dict[str, Any] = {column: [] for column in self.schema.names if column not in single}
         return {"image_id": image_id, **lists}
+
+
+def more_images(features: datasets.Features) -> list[str]:
+    """The columns of a row's images beside `image`: `image_2` and so on."""
+    return [name for name in features if re.fullmatch(r"image_\d+", name)]
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:

@@ -111,7 +111,13 @@ def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
             overrides = ["experiment=objects_classify", f"model/topdown={topdown}", f"seed={seed}"]
             for name in ("robustness", "control"):
                 (run / "evaluation" / name).mkdir(parents=True)
-            summary = {"status": "done", "command": "train", "overrides": overrides, "fit_seconds": 60.0, "parameters": 10}
+            summary = {
+                "status": "done",
+                "command": "train",
+                "overrides": overrides,
+                "fit_seconds": 60.0,
+                "parameters": 10,
+            }
             (run / "summary.json").write_text(json.dumps(summary))
             (run / "config.yaml").write_text(f"data: {{dir: {tmp_path / 'data'}}}\n")
             corruptions = {name: {"1": start + seed, "5": start - seed} for name in CORRUPTIONS}

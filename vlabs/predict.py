@@ -1,25 +1,34 @@
-"""Answer questions about a picture, and show where the model looked.
+"""Answer questions about a picture, or label statements, and show where the model looked.
 
 python -m vlabs.predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
+python -m vlabs.predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from vlabs.attention.figures import Panel, question_figure, save_figure
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vlabs.attention.figures import Cell, Panel, grid_figure, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
 from vlabs.errors import UserError, run_cli
-from vlabs.prediction.predictor import load, open_image
+from vlabs.prediction.predictor import Answer, load, open_image
 
 
 def main() -> None:
     """Entry point of `python -m vlabs.predict`."""
     parser = argparse.ArgumentParser(prog="python -m vlabs.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
-    parser.add_argument("--image", required=True, help="the picture")
-    parser.add_argument("--question", required=True, action="append", help="a question; may be given several times")
+    parser.add_argument(
+        "--image", required=True, action="append", help="the picture; twice, left and right, for a model of pairs"
+    )
+    parser.add_argument(
+        "--question", required=True, action="append", help="a question or statement; may be given several times"
+    )
     parser.add_argument("--out", default="prediction.png", help="where the figure goes (.png or .svg)")
     parser.add_argument(
         "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
@@ -30,18 +39,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if Path(arguments.out).suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
-    picture = open_image(arguments.image)
+    pictures = [open_image(path) for path in arguments.image]
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     map_name = arguments.map or default_map(predictor.model)
-    answers = predictor.answer(picture, arguments.question, map_name=map_name)
-    panels = []
+    answers = predictor.answer(pictures, arguments.question, map_name=map_name)
     for answer in answers:
         print(answer.question)
         for text, probability in answer.answers:
             print(f"  {probability:6.1%}  {text}")
-        panels.append(Panel(answer.question, answer.map, [f"{text} {p:.0%}" for text, p in answer.answers[:3]]))
-    shown = predictor.preprocessing.resize(picture)
-    print(save_figure(question_figure(shown, panels, map_name), arguments.out))
+    shown = [predictor.preprocessing.resize(picture) for picture in pictures]
+    print(save_figure(_figure(shown, answers, map_name), arguments.out))
+
+
+def _figure(shown: Sequence[Image.Image], answers: Sequence[Answer], map_name: str) -> Figure:
+    """A panel a question beside its picture; a row a statement, where it is about several pictures."""
+    notes = [[f"{text} {p:.0%}" for text, p in answer.answers[:3]] for answer in answers]
+    if len(shown) == 1:
+        panels = [Panel(answer.question, answer.map, note) for answer, note in zip(answers, notes, strict=True)]
+        return question_figure(shown[0], panels, map_name)
+    rows = [
+        (answer.question, [Cell(image, values, note=note[0]) for image, values in zip(shown, answer.maps, strict=True)])
+        for answer, note in zip(answers, notes, strict=True)
+    ]
+    return grid_figure(rows, f"bright: where the model looked ({map_name})")
 
 
 if __name__ == "__main__":

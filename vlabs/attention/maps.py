@@ -30,7 +30,7 @@ def attention_map(
     attention: Sequence[Tensor] = (),
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """One map for each of n texts.
+    """One map for each of n texts; where a text has several pictures, of each pair of text and picture.
 
     Args:
         output: of the model, with `read_image=True` for `fusion`.
@@ -56,7 +56,7 @@ def attention_map(
         values = (
             weights
             if weights is not None
-            else output.seen.hidden.new_zeros(len(output.logits), output.seen.hidden.shape[1])
+            else output.seen.hidden.new_zeros(len(output.text_states), output.seen.hidden.shape[1])
         )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
@@ -64,13 +64,13 @@ def attention_map(
         if not attention:
             raise ValueError(f"the {name} map needs the recorded attention")
         values = _of_attention(name, output, vision, attention)
-        if len(values) != len(output.logits):  # one pass for all texts of an image
+        if len(values) != len(output.text_states):  # one pass for all texts of an image
             values = values if image_index is None else values[image_index]
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
     rows, columns = vision.grid_size
     grid = values[:, vision.num_prefix_tokens :].reshape(-1, rows, columns).float()
-    return grid.expand(len(output.logits), -1, -1)
+    return grid.expand(len(output.text_states), -1, -1)
 
 
 def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
@@ -97,28 +97,37 @@ def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Seque
 def look(
     model: VisionLanguageModel, image: Tensor, input_ids: Tensor, attention_mask: Tensor, names: Sequence[str]
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
-    """Run a model on one image with n texts, and make maps of it.
+    """Run a model on one image with n texts, or on p pictures that every text is about, and make maps of it.
 
     Args:
         model: in eval mode.
-        image: (1, 3, H, W), normalised; on any device.
+        image: (p, 3, H, W), normalised; on any device. p is 1 but for models of pairs.
         input_ids, attention_mask: (n, T).
         names: of `MAPS`.
 
     Returns:
-        The output, and by name the maps (n, rows, columns), non-negative, without gradients, on the CPU.
+        The output, and by name the maps (n p, rows, columns), those of a text's pictures one after another,
+        non-negative, without gradients, on the CPU.
     """
+    n, pictures = len(input_ids), len(image)
     weight = next(model.parameters())
     image, input_ids, attention_mask = image.to(weight), input_ids.to(weight.device), attention_mask.to(weight.device)
     read_image = "fusion" in names
     if not set(names) & set(NEEDS_ATTENTION):
-        index = torch.zeros(len(input_ids), dtype=torch.int64, device=image.device)
+        index = torch.arange(pictures, device=image.device).expand(n, -1)
         with torch.no_grad():
-            output = model(image, input_ids, attention_mask, index, read_image=read_image)
+            output = model(image, input_ids, attention_mask, _one_column(index), read_image=read_image)
         return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
     # An image a text: where the passes are shared, a gradient would mix the texts.
-    images = image.expand(len(input_ids), -1, -1, -1)
+    images = image.repeat(n, 1, 1, 1)
+    index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:
-        output = model(images, input_ids, attention_mask, read_image=read_image)
+        given = None if pictures == 1 else index
+        output = model(images, input_ids, attention_mask, given, read_image=read_image)
         maps = {name: attention_map(output, model.vision, name, recorded()).detach().cpu() for name in names}
     return output, maps
+
+
+def _one_column(index: Tensor) -> Tensor:
+    """(n,) where a text has one picture, as models of one picture take it."""
+    return index[:, 0] if index.shape[1] == 1 else index

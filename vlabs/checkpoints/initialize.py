@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
@@ -111,6 +112,11 @@ def initialize(
         if name in own and own[name].shape == value.shape:
             chosen[name] = value
             result.loaded.append(name)
+        elif name == "fusion.token_type.weight" and name in own and own[name].shape[1:] == value.shape[1:]:
+            # A second picture begins as the first (METER); what has a second one begins with its first.
+            more = len(own[name]) - len(value)
+            chosen[name] = torch.cat([value, value[1:2].expand(more, -1)]) if more > 0 else value[: len(own[name])]
+            result.derived.append(f"{name}, the types of text and picture; a second picture's is the first's")
         elif name in own and (resampled := _resample(name, value, own[name], model)) is not None:
             chosen[name] = resampled
             result.resampled.append(name)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-
 from filelock import FileLock
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import CLASS_FEATURES
+from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
@@ -74,6 +74,37 @@ def scenes_captions(
 
     _make_once(directory, f"{what} of the embedded corpus scenes-{size}", "data=flickr30k or data=coco_captions", make)
     return CaptionDataModule(directory, **options)
+
+
+def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -> StatementDataModule:
+    """Statements about the embedded corpus in the layout of another data set, made in `dir` if not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        layout: `snli_ve` or `nlvr2` (see `data_prep.scene_layouts`).
+        dir: the prepared folder; the raw files go to `dir` with `-raw` added.
+        options: of `StatementDataModule`.
+    """
+    from data_prep.nlvr2 import NLVR2
+    from data_prep.pipeline import Options, prepare
+    from data_prep.scene_render import SIZES
+    from data_prep.scenes import make_scenes
+    from data_prep.snli_ve import SNLIVE
+
+    directory = Path(dir)
+    _check_size(size, SIZES)
+    sources: dict[str, Any] = {"snli_ve": SNLIVE, "nlvr2": NLVR2}
+    if layout not in sources:
+        raise UserError(f"data.layout={layout}: choose one of {', '.join(sources)}")
+
+    def make() -> None:
+        raw = directory.with_name(directory.name + "-raw")
+        make_scenes(size, raw, layout=layout)
+        prepare(sources[layout](raw), directory, Options(num_workers=os.cpu_count() or 1))
+
+    real = f"data={layout} data.dir=FOLDER, made by `python -m data_prep.{layout}`"
+    _make_once(directory, f"the embedded corpus scenes-{size} as {layout}", real, make)
+    return StatementDataModule(directory, **options)
 
 
 def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:

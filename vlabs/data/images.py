@@ -30,8 +30,8 @@ class BatchRows(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
-        images: (B, 3, H, W), normalised; B may be 0.
-        image_index: n, the position in `images` of each text's image.
+        images: (B, 3, H, W), normalised; B may be 0. Where a row has p images, they follow each other.
+        image_index: n, the position in `images` of each text's image, the first where it has several.
         texts: n times the number of the row, the row, and the text's position in the row's lists.
         skipped: ids of images that were left out, with their texts.
     """
@@ -53,6 +53,7 @@ class ImageReader:
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`, and resize as for training.
         region_grid: rows and columns of patches that `coverage` is over; None where nobody asks for it.
+        pictures: images of a row, which texts are about together: `image`, `image_2` and so on.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class ImageReader:
         on_bad: str = "error",
         scaled_decoding: bool = False,
         region_grid: tuple[int, int] | None = None,
+        pictures: int = 1,
     ) -> None:
+        self.suffixes = ["", *(f"_{n}" for n in range(2, pictures + 1))]
         self.rows = rows
         self.preprocessing = preprocessing
         self.region_grid = region_grid
@@ -86,20 +89,30 @@ class ImageReader:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
         """
         row = self.rows[index]
+        return row, self._read_image(row, 0, epoch, out)
+
+    def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None) -> Tensor | None:
+        """One of a row's images; None if it is left out."""
         try:
-            image = decode_image(row["image"], f"image {row['image_id']}", self.at_least)
+            which = f" ({place + 1} of {len(self.suffixes)})" if len(self.suffixes) > 1 else ""
+            bytes_ = row[f"image{self.suffixes[place]}"]
+            image = decode_image(bytes_, f"image {row['image_id']}{which}", self.at_least)
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
             print(f"left out: {error}", file=sys.stderr)
-            return row, None
+            return None
         exact = self.at_least is None
         image = self.preprocessing.resize(image) if exact else self.preprocessing.resize_for_training(image)
         if self.augment is not None:
             with self._generators_kept():
-                _seed(self.seed, epoch, row["image_id"])
+                _seed(*self._key(row, place, epoch))
                 image = self.augment(image)
-        return row, self.preprocessing.normalize(image, out)
+        return self.preprocessing.normalize(image, out)
+
+    def _key(self, row: dict[str, Any], place: int, epoch: int) -> tuple[int, ...]:
+        """What the augmentation of one of a row's images is a function of."""
+        return (self.seed, epoch, row["image_id"]) + ((place,) if place else ())
 
     def read_batch(self, spec: BatchSpec) -> BatchRows:
         """The images of a batch and which texts go with them."""
@@ -107,22 +120,24 @@ class ImageReader:
         texts: list[tuple[int, dict[str, Any], int]] = []
         skipped: list[int] = []
         size = self.preprocessing.image_size
-        images, count = torch.empty(len(spec.groups), 3, size, size), 0
+        pictures = len(self.suffixes)
+        images, count = torch.empty(len(spec.groups) * pictures, 3, size, size), 0
         with self._generators_kept():
             for group in spec.groups:
-                row, image = self.read(group.row, spec.epoch, images[count])
-                if image is None:
+                row = self.rows[group.row]
+                read = [self._read_image(row, place, spec.epoch, images[count + place]) for place in range(pictures)]
+                if any(image is None for image in read):
                     skipped.append(row["image_id"])
                     continue
                 index += [count] * len(group.questions)
                 texts += [(group.row, row, position) for position in group.questions]
-                count += 1
+                count += pictures
         return BatchRows(images[:count], index, texts, skipped)
 
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
         """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
 
-        A region moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
+        Where a row has p images it is (n * p, rows * columns), those of a text's images one after another. A region moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
 
         Args:
             texts: as in `BatchRows`.
@@ -133,23 +148,27 @@ class ImageReader:
         if self.region_grid is None:
             return None
         rows, columns = self.region_grid
-        shares = torch.zeros(len(texts), rows * columns)
+        pictures = len(self.suffixes)
+        shares = torch.zeros(len(texts) * pictures, rows * columns)
         if texts and "region" not in self.rows.column_names:
             raise UserError("the data were prepared before texts had regions: prepare them again")
         with self._generators_kept():
             for n, (_, row, position) in enumerate(texts):
-                if row["region"][position]:
-                    region = decode_region(row["region"][position], f"image {row['image_id']}")
-                    shares[n] = torch.from_numpy(self._patch_shares(region, row["image_id"], epoch).ravel())
+                for place, suffix in enumerate(self.suffixes):
+                    png = row[f"region{suffix}"][position]
+                    if png:
+                        region = decode_region(png, f"image {row['image_id']}")
+                        share = self._patch_shares(region, self._key(row, place, epoch))
+                        shares[n * pictures + place] = torch.from_numpy(share.ravel())
         return shares
 
-    def _patch_shares(self, region: np.ndarray, image_id: int, epoch: int) -> np.ndarray:
+    def _patch_shares(self, region: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         size = self.preprocessing.image_size
         assert self.region_grid is not None
         if self.move is None:
             return crop_map(region, size, self.region_grid)
         square = Image.fromarray(np.round(255 * crop_map(region, size)).astype(np.uint8))
-        _seed(self.seed, epoch, image_id)
+        _seed(*key)
         return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
 
     @contextmanager

@@ -35,6 +35,7 @@ class PreparedDataModule(pl.LightningDataModule):
         options: of `LoaderOptions`.
 
     Attributes:
+        pictures: images that a text is about: 1 unless a kind of data says otherwise.
         preprocessing: images and texts to tensors.
         options: of the loaders.
         region_grid: rows and columns of the grid on which batches say what a text is about; None where no loss reads
@@ -48,6 +49,7 @@ class PreparedDataModule(pl.LightningDataModule):
     """What a manifest calls it."""
     holds: ClassVar[str]
     """What it holds and which choices of the group `data` do, for messages."""
+    pictures: int = 1
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class PreparedDataModule(pl.LightningDataModule):
             self.options.on_bad,
             training and self.options.scaled_decoding,
             self.region_grid if regions else None,
+            self.pictures,
         )
 
     def loader(

@@ -9,10 +9,13 @@ from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_manifest
+from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 
-MODULES: dict[str, type[PreparedDataModule]] = {module.kind: module for module in (VQADataModule, CaptionDataModule, ClassDataModule)}
+MODULES: dict[str, type[PreparedDataModule]] = {
+    module.kind: module for module in (VQADataModule, CaptionDataModule, StatementDataModule, ClassDataModule)
+}
 
 
 def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options: Any) -> PreparedDataModule:

@@ -50,6 +50,31 @@ CAPTION_FEATURES = datasets.Features(
     }
 )
 
+
+
+def statement_features(pictures: int) -> datasets.Features:
+    """Rows of statements about one picture, or about a pair: then `image_2` and `region_2` are of the right one."""
+    more = range(2, pictures + 1)
+    return datasets.Features(
+        {
+            "image_id": datasets.Value("int64"),  # of the picture or the pair
+            "image": datasets.Value("binary"),  # the file's bytes, unchanged
+            **{f"image_{n}": datasets.Value("binary") for n in more},
+            "statement_id": datasets.List(datasets.Value("int64")),
+            "statement": datasets.List(datasets.Value("string")),
+            # What the data set calls it: pairID of SNLI-VE, identifier of NLVR2.
+            "key": datasets.List(datasets.Value("string")),
+            # The position in labels.json; -1 where it is kept back.
+            "label": datasets.List(datasets.Value("int32")),
+            # COCO instance annotation ids that a statement is about, of all its pictures; empty where nobody said.
+            "target_instances": datasets.List(datasets.List(datasets.Value("int64"))),
+            # What part of the picture: a PNG of all of it, white (or bright) where; empty bytes where nobody said.
+            "region": datasets.List(datasets.Value("binary")),
+            **{f"region_{n}": datasets.List(datasets.Value("binary")) for n in more},
+        }
+    )
+
+
 CLASS_FEATURES = datasets.Features(
     {
         "image_id": datasets.Value("int64"),
@@ -70,6 +95,10 @@ _KINDS = {
         "captions",
         "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, or data_prep.own for a table of"
         " captions",
+    ),
+    "statements": (
+        "statements about pictures with a label",
+        "data_prep.snli_ve or data_prep.nlvr2",
     ),
     "classes": ("pictures with a class", "data_prep.classes, data_prep.imagenet or data_prep.objects"),
 }
@@ -120,6 +149,11 @@ def read_classes(directory: str | Path) -> list[str]:
     return _read_names(Path(directory) / "classes.json", "classes", "classification")
 
 
+def read_labels(directory: str | Path) -> list[str]:
+    """Return the names of a prepared folder's labels of statements; a label is the position of its name."""
+    return _read_names(Path(directory) / "labels.json", "labels", "statements")
+
+
 def _read_names(path: Path, what: str, purpose: str) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} was not prepared for {purpose}")
@@ -132,7 +166,7 @@ def _read_names(path: Path, what: str, purpose: str) -> list[str]:
 def count_regions(directory: str | Path, split: str) -> int:
     """Of how many texts of a split it is known what part of the picture they are about; 0 without such a split."""
     counts = read_manifest(directory)["splits"].get(split, {})
-    return int(counts.get("questions_with_region", 0) + counts.get("captions_with_region", 0))
+    return sum(int(counts.get(f"{texts}_with_region", 0)) for texts in ("questions", "captions", "statements"))
 
 
 def _read_json(path: Path) -> Any:

@@ -89,7 +89,7 @@ class GroundingEvaluation(Evaluation):
         UserError: a map that there is not.
     """
 
-    trained_for = ("vqa", "retrieval", "pretrain")
+    trained_for = ("vqa", "retrieval", "pretrain", "snli_ve")
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class GroundingEvaluation(Evaluation):
             )
         asked = targets.asked
         if not asked:
-            raise UserError(f"{where}: no question or caption says what it is about")
+            raise UserError(f"{where}: no text says what it is about")
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
             print("rollout is left out: it needs an encoder whose blocks all have the same tokens")
             self.maps.remove("rollout")
@@ -222,10 +222,11 @@ def find_targets(
         instances: COCO's instances file; None for the regions in the rows, or the instances of the raw corpus.
         num_texts: how many texts, evenly spread; None for all.
     """
-    if not {"caption", "question"} & set(rows.column_names):
+    kinds = [kind for kind in ("question", "caption", "statement") if kind in rows.column_names]
+    if not kinds or "image_2" in rows.column_names:  # a map is of one picture
         return None
     file = find_instances(instances, data_dir)
-    kind = "caption" if "caption" in rows.column_names else "question"
+    kind = kinds[0]
     in_rows = instances is None and "region" in rows.column_names
     asked = _list_asked(rows, kind, "region" if in_rows else "target_instances")
     if in_rows and asked:
@@ -238,7 +239,7 @@ def find_targets(
 
 
 def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
-    """The texts for which a column says something, in stored order; `kind` is `question` or `caption`."""
+    """The texts for which a column says something, in stored order; `kind` is what they are called."""
     asked = []
     for number, row in enumerate(rows.select_columns(list({kind, f"{kind}_id", "target_instances", column}))):
         for position, known in enumerate(row[column]):

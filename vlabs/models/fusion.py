@@ -155,6 +155,8 @@ class CoAttentionFusion(nn.Module):
         mlp_ratio: feed-forward width over `width`.
         dropout: on attention, and on what each sub-layer adds.
         image_pool: what the pooler reads of the image: `first`, its [cls], or `mean`, where it has none.
+        pictures: of a text. Each has a type of its own; METER starts the second picture's as the first's, and so does
+            this.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class CoAttentionFusion(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         image_pool: str = "first",
+        pictures: int = 1,
     ) -> None:
         super().__init__()
         if image_pool not in ("first", "mean"):
@@ -178,19 +181,22 @@ class CoAttentionFusion(nn.Module):
         self.recompute = False
         self.text_map = nn.Linear(text_dim, width)
         self.image_map = nn.Linear(image_dim, width)
-        self.token_type = nn.Embedding(2, width)  # 0 text, 1 image
+        self.token_type = nn.Embedding(1 + pictures, width)  # 0 text, 1 image, 2 second image
         hidden = round(width * mlp_ratio)
         self.text_layers = nn.ModuleList(FusionLayer(width, num_heads, hidden, dropout) for _ in range(depth))
         self.image_layers = nn.ModuleList(FusionLayer(width, num_heads, hidden, dropout) for _ in range(depth))
         self.text_pooler = nn.Linear(width, width)
         self.image_pooler = nn.Linear(width, width)
         self.apply(_init_bert)
+        with torch.no_grad():
+            self.token_type.weight[2:] = self.token_type.weight[1]
 
     def forward(
         self,
         text: Tensor,
         attention_mask: Tensor,
         image: Tensor,
+        picture: Tensor | None = None,
         *,
         pooled_only: bool = False,
         read_image: bool = False,
@@ -200,12 +206,14 @@ class CoAttentionFusion(nn.Module):
         Args:
             text: (n, T, D_text); attention_mask: (n, T), 1 for text and 0 for padding.
             image: (n, N, D_image); images have no mask.
+            picture: (n,), which of its text's pictures each image is, from 0; None: the first, and only one.
             pooled_only: the last layer computes only the tokens that the poolers read.
             read_image: also return how much the text reads of each image token.
         """
         mask = attention_mask.bool()
         text = self.text_map(text) + self.token_type.weight[0]
-        image = self.image_map(image) + self.token_type.weight[1]
+        kind = self.token_type.weight[1] if picture is None else self.token_type(1 + picture)[:, None]
+        image = self.image_map(image) + kind
         image_read = None
         last = len(self.text_layers) - 1
         for index, (text_layer, image_layer) in enumerate(zip(self.text_layers, self.image_layers, strict=True)):

@@ -53,6 +53,36 @@ class VQAHead(nn.Module):
 
 
 @register
+class LabelHead(nn.Module):
+    """METER's classifier of statements (SNLI-VE, NLVR2): Linear(p · d, d), LayerNorm, GELU, Linear(d, labels).
+
+    Args:
+        in_features: d, width of the pooled output of one picture (twice the fusion width).
+        num_labels: how many there are.
+        pictures: p, of a statement; their pooled outputs are read one after another.
+    """
+
+    def __init__(self, in_features: int, num_labels: int, pictures: int = 1) -> None:
+        super().__init__()
+        self.pictures = pictures
+        self.classifier = nn.Sequential(
+            nn.Linear(pictures * in_features, in_features),
+            nn.LayerNorm(in_features),
+            nn.GELU(),
+            nn.Linear(in_features, num_labels),
+        )
+        for layer in self.classifier:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits of the labels (n, labels) of pooled features (n, p · d)."""
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+@register
 class RankingHead(nn.Module):
     """METER's retrieval heads: the ranking score of a pair, and the image-text-matching logits it is started from.
 

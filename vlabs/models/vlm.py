@@ -22,9 +22,12 @@ from vlabs.models.topdown import similarity
 class VLMOutput:
     """What the model says of n texts about their images.
 
+    Where a text has p pictures, n is the number of pairs of text and picture everywhere but in the first two: p pairs a
+    text, one after another.
+
     Attributes:
         logits: the task head's output: (n, answers), or (n,) for ranking.
-        pooled_features: (n, 2D) of the fusion.
+        pooled_features: (n, 2D) of the fusion; (n, 2D p) where a text has p pictures, in order.
         text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
         prior: ξ, (n, D_vision); None where there is none.
         seen: the second pass over the images.
@@ -117,7 +120,8 @@ class VisionLanguageModel(nn.Module):
         Args:
             images: (B, 3, H, W), normalised; or their first pass, where it is there already.
             input_ids, attention_mask: (n, T).
-            image_index: (n,) the image of each text; None means that text i belongs to image i.
+            image_index: (n,) the image of each text; None means that text i belongs to image i; (n, p) where each text
+                is about p pictures together.
             text_index: (p,) where p pairs are to be made of the n texts: the text of each; `image_index` is then (p,)
                 too, and so is the output. A text is encoded once, however many images it is paired with.
             reconstruct: compute the reconstruction loss.
@@ -130,12 +134,18 @@ class VisionLanguageModel(nn.Module):
         if text_index is not None:
             text_states, attention_mask = text_states[text_index], attention_mask[text_index]
             prior = None if prior is None else prior[text_index]
+        pictures = 1
+        if image_index is not None and image_index.ndim == 2:
+            pictures, image_index = image_index.shape[1], image_index.flatten()
+            text_states, attention_mask = (t.repeat_interleave(pictures, dim=0) for t in (text_states, attention_mask))
+            prior = None if prior is None else prior.repeat_interleave(pictures, dim=0)
         return self.join(
             bottom_up,
             prior,
             text_states,
             attention_mask,
             image_index,
+            pictures,
             reconstruct=reconstruct,
             all_features=all_features,
             read_image=read_image,
@@ -152,6 +162,7 @@ class VisionLanguageModel(nn.Module):
         text_states: Tensor,
         attention_mask: Tensor,
         image_index: Tensor | None = None,
+        pictures: int = 1,
         *,
         reconstruct: bool = False,
         all_features: bool = False,
@@ -160,19 +171,24 @@ class VisionLanguageModel(nn.Module):
         """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
 
         Without `image_index`, one image may stand for all texts.
+
+        Args:
+            pictures: p, of a text: each stands there p times in a row, and `image_index` says with which picture.
         """
         seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
         if prior is not None and not self.vision.needs_prior:
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
             seen.token_weights = similarity(prior, z)
+        picture = torch.arange(len(text_states), device=text_states.device) % pictures if pictures > 1 else None
         fused = self.fusion(
-            text_states, attention_mask, seen.tokens, pooled_only=not all_features, read_image=read_image
+            text_states, attention_mask, seen.tokens, picture, pooled_only=not all_features, read_image=read_image
         )
+        pooled = fused.pooled.unflatten(0, (-1, pictures)).flatten(1)
         losses = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
         return VLMOutput(
-            logits=self.head(fused.pooled),
-            pooled_features=fused.pooled,
+            logits=self.head(pooled),
+            pooled_features=pooled,
             text_features=fused.text,
             image_features=fused.image,
             prior=prior,

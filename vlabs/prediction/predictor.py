@@ -1,4 +1,4 @@
-"""A trained model that answers questions about pictures."""
+"""A trained model that answers questions about pictures, or labels statements about them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,34 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
-from vlabs.models.heads import VQAHead
+from vlabs.models.heads import LabelHead, VQAHead
+
+AnyImage = str | Path | Image.Image
 
 
 @dataclass
 class Answer:
-    """What the model answers to one question.
+    """What the model answers to one question, or how it labels one statement.
 
     Attributes:
         question: as it was asked.
-        answers: the best answers with their probabilities (sigmoid of the logit), best first.
-        map: (rows, columns) of the patch grid, non-negative: where the model looked.
+        answers: the best answers with their probabilities, best first: sigmoid of the logit for answers, of which
+            several may be right; softmax for labels.
+        maps: of each picture (rows, columns) of the patch grid, non-negative: where the model looked.
     """
 
     question: str
     answers: list[tuple[str, float]]
-    map: np.ndarray
+    maps: list[np.ndarray]
+
+    @property
+    def map(self) -> np.ndarray:
+        """Of the first picture, mostly the only one."""
+        return self.maps[0]
 
 
 class Predictor:
-    """Answers questions with the model of a VQA checkpoint.
+    """Answers questions with the model of a VQA checkpoint, or labels statements with one of snli_ve or nlvr2.
 
     Args:
         checkpoint: the model and its preprocessing.
@@ -48,20 +56,27 @@ class Predictor:
         self.preprocessing = checkpoint.preprocessing
         self.path = checkpoint.path
         self.device = device
+        head = checkpoint.model.head
+        self.labels_statements = isinstance(head, LabelHead)
+        self.pictures = head.pictures if isinstance(head, LabelHead) else 1
 
     def answer(
-        self, image: str | Path | Image.Image, questions: Sequence[str], top: int = 5, map_name: str | None = None
+        self,
+        image: AnyImage | Sequence[AnyImage],
+        questions: Sequence[str],
+        top: int = 5,
+        map_name: str | None = None,
     ) -> list[Answer]:
         """Answer questions about one picture; they share its bottom-up pass.
 
         Args:
-            image: a file, or a Pillow image.
+            image: a file, or a Pillow image; two of them for a model of pairs (nlvr2), left before right.
             questions: any text; longer than the model's limit is cut.
             top: answers a question.
             map_name: which map says where it looked (see `attention_map`); None for `default_map`.
 
         Raises:
-            UserError: the file is missing or no image, or a question is empty.
+            UserError: a file is missing or no image, there are too many or too few, or a question is empty.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -69,17 +84,23 @@ class Predictor:
             if not question.strip():
                 raise UserError("a question is empty: give it some text")
         map_name = map_name or default_map(self.model)
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
-        images = self.preprocessing.image(picture)[None].to(self.device)
+        given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
+        if len(given) != self.pictures:
+            raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
+        pictures = [one.convert("RGB") if isinstance(one, Image.Image) else open_image(one) for one in given]
+        images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         output, maps_by_name = look(
             self.model, images, input_ids.to(self.device), attention_mask.to(self.device), [map_name]
         )
         answers = self.preprocessing.answers
-        best, ids = output.logits.detach().float().sigmoid().topk(min(top, len(answers)), dim=1)
+        logits = output.logits.detach().float()
+        probabilities = logits.softmax(dim=1) if self.labels_statements else logits.sigmoid()
+        best, ids = probabilities.topk(min(top, len(answers)), dim=1)
         maps = maps_by_name[map_name].cpu().numpy()
+        maps = maps.reshape(len(questions), self.pictures, *maps.shape[1:])
         return [
-            Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], maps[n])
+            Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], list(maps[n]))
             for n, (question, row_ids, row) in enumerate(zip(questions, ids.tolist(), best.tolist(), strict=True))
         ]
 
@@ -177,7 +198,8 @@ def load(
         answers, tokenizer: for a released file; see `load_any`.
 
     Raises:
-        UserError: the file is no checkpoint of a VQA model.
+        UserError: the file is no checkpoint of a model that answers or labels.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Predictor(load_any(path, answers=answers, tokenizer=tokenizer), device)
+    tasks = ("vqa", "snli_ve", "nlvr2")
+    return Predictor(load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks), device)

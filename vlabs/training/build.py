@@ -212,8 +212,9 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
         text, head, vision = (config.model.get(part, {}) for part in ("text", "head", "vision"))
         if text.get("vocab_size", 0) is None:
             text.vocab_size = data.preprocessing.vocab_size
-        if head.get("num_answers", 0) is None:
-            head.num_answers = answers
+        for name in ("num_answers", "num_labels"):
+            if head.get(name, 0) is None:
+                head[name] = answers
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
         if vision.get("num_classes", 0) is None:

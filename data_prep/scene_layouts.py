@@ -1,0 +1,226 @@
+"""Scenes in the raw layouts of other data sets of statements, so that the same preparation reads both.
+
+`snli_ve`: `snli_ve_<split>.jsonl` for train, dev and test, and `flickr30k-images.zip`. The premise is a picture, and
+the hypotheses are those of `data_prep.scene_statements`: neutral is what speaks of something that is not in the
+picture.
+
+`nlvr2`: `train.json`, `dev.json` and `test1.json`, and `<split>_img.zip`. Two sentences are about each of the four
+pairs of a set of eight pictures, each true of two of them.
+
+Both have `annotations.zip` with COCO instances, and in every line `target_instances` (`target_instances_right`, of a
+pair's right picture): the ids of what it is about. `scenes.json` says what there is, and what the words alone are
+worth.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from data_prep.scene_questions import captions
+from data_prep.scene_render import SIZES, SceneObject, sample_objects
+from data_prep.scene_statements import Hypothesis, Sentence, balance, draw_hypotheses, draw_sentences, statement_only
+from data_prep.scenes import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
+
+LAYOUTS = ("nlvr2", "snli_ve")
+
+_PAIRS = 4  # of a set
+_IMAGES_A_SET = 2  # of the corpus's number of images, so that there are as many sentences as questions, or so
+
+
+class SetTask(NamedTuple):
+    """Which picture with hypotheses, or which set of pairs, to make."""
+
+    layout: str
+    size: str
+    split: str
+    first_image_id: int
+    number: int
+    seed: int
+
+    @property
+    def rng(self) -> Random:
+        """Randomness that depends on nothing but this."""
+        return Random(f"{self.seed}/{self.size}/{self.layout}/{self.split}/{self.number}")
+
+
+class Premise(NamedTuple):
+    """A picture and what was drawn of hypotheses about it."""
+
+    image_id: int
+    drawn: Drawn
+    caption: str
+    hypotheses: list[Hypothesis]
+
+
+class PairSet(NamedTuple):
+    """Four pairs of pictures, left before right, and the sentences about them."""
+
+    number: int
+    images: list[tuple[int, Drawn]]
+    sentences: list[Sentence]
+
+
+def make_premise(task: SetTask) -> Premise:
+    """Draw a scene until its objects show well enough."""
+    rng, size = task.rng, SIZES[task.size]
+    while True:
+        objects = sample_objects(size, "train", rng)
+        said = captions(objects, rng, number=1)
+        drawn = None if said is None else draw(objects, size, task.first_image_id, rng)
+        if said is not None and drawn is not None:
+            return Premise(task.first_image_id, drawn, said[0].text, draw_hypotheses(objects, size, rng))
+
+
+def make_set(task: SetTask) -> PairSet:
+    """Draw eight scenes until there are two sentences that are true of half of their pairs."""
+    rng, size = task.rng, SIZES[task.size]
+    while True:
+        scenes: list[list[SceneObject]] = []
+        images: list[tuple[int, Drawn]] = []
+        while len(scenes) < 2 * _PAIRS:
+            objects, image_id = sample_objects(size, "train", rng), task.first_image_id + len(scenes)
+            drawn = draw(objects, size, image_id, rng)
+            if drawn is not None:
+                scenes.append(objects)
+                images.append((image_id, drawn))
+        sentences = draw_sentences(list(zip(scenes[::2], scenes[1::2], strict=True)), rng)
+        if sentences is not None:
+            return PairSet(task.number, images, sentences)
+
+
+def write_layout(layout: str, size: str, train_images: int, folder: Path, seed: int, workers: int) -> None:
+    """Write a corpus in one of `LAYOUTS` into a folder that is there.
+
+    Args:
+        train_images: of the training split; pairs have pictures of their own, twice as many.
+    """
+    splits = {"train": train_images, "dev": SIZES[size].eval_images}
+    splits["test1" if layout == "nlvr2" else "test"] = SIZES[size].eval_images
+    said: dict[str, list[tuple[str, str]]] = {}
+    with new_zip(folder / "annotations.zip") as instances_zip:
+        for number, (split, count) in enumerate(splits.items()):
+            first = number * ID_STEP + 1
+            if layout == "snli_ve":
+                said[split] = _write_snli_ve(size, split, first, count, folder, instances_zip, seed, workers)
+            else:
+                sets = max(1, count // _IMAGES_A_SET)
+                said[split] = _write_nlvr2(size, split, first, sets, folder, instances_zip, seed, workers)
+    words = {split: round(statement_only(said["train"], said[split]), 2) for split in splits if split != "train"}
+    summary = {
+        "size": size,
+        "seed": seed,
+        "layout": layout,
+        "image_size": SIZES[size].image_size,
+        "splits": {split: {"images": splits[split], "statements": len(said[split])} for split in splits},
+        "statement_only_accuracy": words,
+    }
+    (folder / "scenes.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for split, accuracy in words.items():
+        print(f"{split}: {len(said[split])} statements, of which the words alone tell {accuracy:.1f}%")
+
+
+def _write_snli_ve(
+    size: str, split: str, first: int, count: int, folder: Path, instances_zip: zipfile.ZipFile, seed: int, workers: int
+) -> list[tuple[str, str]]:
+    tasks = [SetTask("snli_ve", size, split, first + number, number, seed) for number in range(count)]
+    ids, all_drawn, said_of, instances = [], [], [], []
+    # All splits share the file, of which train makes the beginning.
+    with zipfile.ZipFile(folder / "flickr30k-images.zip", "a") as images, mapped(make_premise, tasks, workers) as made:
+        for premise in tqdm(made, total=count, unit="image", desc=f"scenes {size} {split}"):
+            _add_image(images, f"flickr30k-images/{premise.image_id}.jpg", premise.drawn)
+            ids.append(premise.image_id)
+            all_drawn.append(premise.hypotheses)
+            said_of.append(premise.caption)
+            instances += premise.drawn.instances
+    _add_instances(instances_zip, split, size, ids, instances)
+    kept = balance(all_drawn, Random(f"{seed}/{size}/snli_ve/{split}/balance"))
+    with (folder / f"snli_ve_{split}.jsonl").open("w") as file:
+        for image_id, caption, hypotheses in zip(ids, said_of, kept, strict=True):
+            for number, hypothesis in enumerate(hypotheses):
+                file.write(json.dumps(_snli_ve_line(image_id, caption, number, hypothesis)) + "\n")
+    return [(hypothesis.text, hypothesis.label) for hypotheses in kept for hypothesis in hypotheses]
+
+
+def _snli_ve_line(image_id: int, caption: str, number: int, hypothesis: Hypothesis) -> dict[str, Any]:
+    return {
+        "annotator_labels": [hypothesis.label],
+        "captionID": f"{image_id}.jpg#0",
+        "gold_label": hypothesis.label,
+        "pairID": f"{image_id}.jpg#0r{number}{hypothesis.label[0]}",
+        "sentence1": caption,
+        "sentence2": hypothesis.text,
+        "Flickr30K_ID": str(image_id),
+        "target_instances": [instance_id(image_id, index) for index in hypothesis.targets],
+    }
+
+
+def _write_nlvr2(
+    size: str, split: str, first: int, sets: int, folder: Path, instances_zip: zipfile.ZipFile, seed: int, workers: int
+) -> list[tuple[str, str]]:
+    tasks = [SetTask("nlvr2", size, split, first + 2 * _PAIRS * number, number, seed) for number in range(sets)]
+    ids: list[int] = []
+    instances: list[str] = []
+    said = []
+    with (
+        new_zip(folder / f"{split}_img.zip") as images,
+        mapped(make_set, tasks, workers) as made,
+        (folder / f"{split}.json").open("w") as file,
+    ):
+        for one in tqdm(made, total=sets, unit="set", desc=f"scenes {size} {split}"):
+            for place, (image_id, drawn) in enumerate(one.images):
+                # As the downloads do, whatever the format of the file.
+                name = f"{split}-{one.number}-{place // 2}-img{place % 2}.png"
+                _add_image(images, f"images/train/0/{name}" if split == "train" else f"{split}/{name}", drawn)
+                ids.append(image_id)
+                instances += drawn.instances
+            for line in _nlvr2_lines(split, one):
+                file.write(json.dumps(line) + "\n")
+                said.append((line["sentence"], line["label"]))
+    _add_instances(instances_zip, split, size, ids, instances)
+    return said
+
+
+def _nlvr2_lines(split: str, one: PairSet) -> Iterator[dict[str, Any]]:
+    for pair in range(_PAIRS):
+        left, right = (image_id for image_id, _ in one.images[2 * pair : 2 * pair + 2])
+        for number, sentence in enumerate(one.sentences):
+            line: dict[str, Any] = {
+                "sentence": sentence.text,
+                "left_url": f"scenes/{left}",
+                "right_url": f"scenes/{right}",
+                "label": str(sentence.truth[pair]),
+                "identifier": f"{split}-{one.number}-{pair}-{number}",
+                "writer": "0",
+                "synset": "scene",
+                "query": "scenes",
+            }
+            if split == "train":
+                line["directory"] = 0
+            for key, image_id, targets in zip(
+                ("target_instances", "target_instances_right"), (left, right), sentence.targets[pair], strict=True
+            ):
+                line[key] = [instance_id(image_id, index) for index in targets]
+            yield line
+
+
+def _add_image(archive: zipfile.ZipFile, name: str, drawn: Drawn) -> None:
+    archive.writestr(zipfile.ZipInfo(name), drawn.jpeg)
+
+
+def _add_instances(
+    archive: zipfile.ZipFile, split: str, size: str, ids: Iterable[int], instances: Iterable[str]
+) -> None:
+    shapes, side = SIZES[size].shapes, SIZES[size].image_size
+    header = {
+        "info": INFO,
+        "categories": [{"id": n + 1, "name": shape, "supercategory": "shape"} for n, shape in enumerate(shapes)],
+        "images": [{"id": image_id, "file_name": str(image_id), "width": side, "height": side} for image_id in ids],
+    }
+    add_json(archive, f"annotations/instances_{split}.json", header, "annotations", instances)

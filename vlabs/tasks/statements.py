@@ -1,0 +1,94 @@
+"""Statements with a label: visual entailment (SNLI-VE) and sentences about pairs of pictures (NLVR2), as METER does."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+
+from vlabs.data.statements import StatementBatch, StatementDataModule
+from vlabs.errors import UserError
+from vlabs.models.vlm import VLMOutput
+from vlabs.tasks.base import Losses
+from vlabs.tasks.vision_language import VisionLanguageTask
+
+
+class StatementTask(VisionLanguageTask):
+    """Cross-entropy of the label of a statement about its picture, or its pictures, each under the same ξ.
+
+    Arguments as in `VisionLanguageTask`. In validation the accuracy in percent is logged; statements whose label is
+    kept back are left out.
+    """
+
+    reads = StatementDataModule
+    pictures: ClassVar[int] = 1
+    """Of a statement."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.pictures > 1 and self.token_prior_weight:
+            # Either picture of a pair would be a wrong choice for the other.
+            raise UserError(
+                f"task.token_prior_weight: task={self.name} has pairs of pictures, which it cannot tell apart"
+            )
+
+    def setup(self, stage: str) -> None:
+        """See `VisionLanguageTask`; and statements must be about as many pictures as the task's."""
+        super().setup(stage)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None and data.pictures != self.pictures:
+            raise UserError(
+                f"task={self.name} is about {self.pictures} pictures a statement, and {data.dir} has {data.pictures}: "
+                f"choose its own data, such as data=scenes_{self.name}"
+            )
+
+    def forward(self, batch: StatementBatch) -> VLMOutput:
+        """The model's output for a batch, without losses."""
+        return self._output(batch, reconstruct=False)
+
+    def sample_ids(self, batch: StatementBatch) -> list[int]:
+        """The statements' ids."""
+        return batch.statement_ids
+
+    def losses(self, batch: StatementBatch) -> Losses:
+        """Cross-entropy of the labels, and the losses of ξ and of the decoders."""
+        output = self._output(batch, self.training and self.reconstruction_weight > 0)
+        known = batch.labels >= 0
+        loss = F.cross_entropy(output.logits[known], batch.labels[known], reduction="sum") / max(1, int(known.sum()))
+        others: dict[str, Any] = {}
+        if self.training:
+            # Pictures of one statement have one id: neither is a wrong choice for its ξ.
+            ids, tokens = (t.repeat_interleave(self.pictures, dim=0) for t in (batch.image_ids, batch.input_ids))
+            others = output.losses | self.prior_losses(output, tokens, ids)
+            others |= self.pointing_losses(output, batch.coverage)
+        right = output.logits.argmax(dim=1)[known] == batch.labels[known]
+        return Losses({self.name: loss}, len(batch.statement_ids), others, {self.name: right})
+
+    def _output(self, batch: StatementBatch, reconstruct: bool) -> VLMOutput:
+        index = batch.image_index if self.pictures > 1 else batch.image_index[:, 0]
+        output: VLMOutput = self.model(
+            batch.images, batch.input_ids, batch.attention_mask, index, reconstruct=reconstruct
+        )
+        return output
+
+    def predict_step(self, batch: StatementBatch, batch_idx: int) -> dict[str, Any]:
+        """Keys, labels and probabilities (n, labels) of a batch."""
+        if not batch.statement_ids:
+            return {"keys": [], "labels": [], "probabilities": []}
+        probabilities = self(batch).logits.float().softmax(dim=1)
+        return {"keys": batch.keys, "labels": batch.labels.tolist(), "probabilities": probabilities.tolist()}
+
+
+class SNLIVETask(StatementTask):
+    """Visual entailment: does a picture entail a hypothesis, contradict it, or neither?"""
+
+    name = "snli_ve"
+    monitor = "val/snli_ve_accuracy"
+
+
+class NLVR2Task(StatementTask):
+    """Is a sentence true of a pair of pictures? Both are seen under its ξ, the second with a token type of its own."""
+
+    name = "nlvr2"
+    monitor = "val/nlvr2_accuracy"
+    pictures = 2
