@@ -138,12 +138,13 @@ class NamedImages:
         """Those of a folder, and of the archives that lie directly in it.
 
         Raises:
-            UserError: an archive is compressed as a whole.
+            UserError: there is nothing but an archive that is compressed as a whole.
         """
-        packed = next(iter(sorted([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])), None)
-        if packed is not None:
-            raise UserError(f"{packed} is compressed, so pictures cannot be read inside it: unpack it, or gunzip it")
-        return cls((folder, *sorted([*folder.glob("*.zip"), *folder.glob("*.tar")])))
+        archives = sorted([*folder.glob("*.zip"), *folder.glob("*.tar")])
+        packed = sorted([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
+        if packed and not archives and not any(path.is_dir() for path in folder.iterdir()):
+            raise UserError(f"{packed[0]} is compressed, so pictures cannot be read inside it: unpack it, or gunzip it")
+        return cls((folder, *archives))
 
     def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile]]:
         """Yield those of the wanted (image id, file name) pairs that are there.
