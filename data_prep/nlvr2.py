@@ -26,9 +26,8 @@ from data_prep.json_file import get_value, read_lines
 from data_prep.pipeline import add_options, prepare, read_options
 from data_prep.regions import add_instances, find_instances
 from data_prep.statements import StatementIndex, statements
+from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
-
-LABELS = ("False", "True")
 
 _FILES = re.compile(r"(?:(?:un)?balanced_)?(?:train|dev|test[12])\.json")
 _IDENTIFIER = re.compile(r"(.+-\d+-\d+)-\d+")
@@ -46,7 +45,7 @@ class NLVR2:
     """
 
     name = "nlvr2"
-    kind = statements(LABELS, pictures=2)
+    kind = statements(LABELS["nlvr2"], pictures=2)
 
     def __init__(self, raw_dir: Path) -> None:
         if not raw_dir.is_dir():

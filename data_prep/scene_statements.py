@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from data_prep.scene_questions import MARGIN, RELATIONS, Description, with_article
 from data_prep.scene_render import FILLS, SceneObject, SceneSize
-from data_prep.snli_ve import LABELS
+from vlabs.data.prepared import LABELS as ALL_LABELS
 
 Objects = Sequence[SceneObject]
-CONTRADICTION, NEUTRAL, ENTAILMENT = LABELS
+LABELS = CONTRADICTION, NEUTRAL, ENTAILMENT = ALL_LABELS["snli_ve"]
 
 _DRAWN = 4  # hypotheses of each label that are drawn of a scene, before they are balanced
 _TRIES = 60  # sentences that are tried on four pairs

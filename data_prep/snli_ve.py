@@ -25,9 +25,8 @@ from data_prep.json_file import get_value, read_lines
 from data_prep.pipeline import add_options, check_split_name, prepare, read_options
 from data_prep.regions import add_instances, find_instances
 from data_prep.statements import StatementIndex, statements
+from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
-
-LABELS = ("contradiction", "neutral", "entailment")  # in METER's order, so that its heads fit
 
 _FILE = re.compile(r"snli_ve_(.+)\.jsonl")
 
@@ -43,7 +42,7 @@ class SNLIVE:
     """
 
     name = "snli_ve"
-    kind = statements(LABELS)
+    kind = statements(LABELS["snli_ve"])
 
     def __init__(self, raw_dir: Path) -> None:
         if not raw_dir.is_dir():

@@ -47,6 +47,15 @@ OWN = {
     "rvt": ("rvt_small_plus", {"widths": [16], "depths": [3], "heads": [2], "masked_blocks": 2}, 64, 16, 0, False),
     "rvt_pooled": ("rvt_tiny", {"widths": [16, 32], "depths": [2, 1], "heads": [2, 2]}, 64, 16, 0, False),
     "fan": ("fan_tiny", {"embed_dim": 16, "depth": 2, "num_heads": 2}, 32, 8, 1, True),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}, 64, 4, 0, False),
+    "swin_padded": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 3},
+        32,
+        4,
+        0,
+        False,
+    ),
 }
 ALL = TIMM | OWN
 
@@ -64,12 +73,14 @@ def make(kind, topdown=None, **more):
     return encoder, torch.randn(2, 3, size, size)
 
 
-@pytest.mark.parametrize("kind", TIMM)
+@pytest.mark.parametrize("kind", [*TIMM, "swin", "swin_padded"])
 @torch.no_grad()
 def test_the_bottom_up_pass_and_the_head_are_timms_own(kind):
     encoder, images = make(kind, num_classes=3)
     bottom_up = encoder.encode(images)
-    torch.testing.assert_close(bottom_up.tokens, encoder.vit.forward_features(images), rtol=0, atol=1e-6)
+    tokens = encoder.vit.forward_features(images)
+    tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # Swin keeps its tokens in rows and columns
+    torch.testing.assert_close(bottom_up.tokens, tokens, rtol=0, atol=1e-6)
     torch.testing.assert_close(encoder.backbone.classify(bottom_up.tokens), encoder.vit(images), rtol=0, atol=1e-6)
     torch.testing.assert_close(
         bottom_up.cls,
@@ -175,7 +186,7 @@ def test_what_is_said_of_a_pooled_token_is_said_of_its_four():
     assert torch.equal(encoder.backbone.spread(2, values), values)
 
 
-@pytest.mark.parametrize("kind", ["siglip2", "dinov3", "rvt_pooled", "fan"])
+@pytest.mark.parametrize("kind", ["siglip2", "dinov3", "rvt_pooled", "fan", "swin"])
 def test_a_vision_language_model_trains_every_part_of_it(kind):
     encoder, images = make(kind, AbSTopDown(10.0))
     text = RobertaEncoder(30, 32, 1, 2, 64, 20)
@@ -220,7 +231,7 @@ def test_parameters_are_those_of_table_2(architecture):
         assert abs(millions - published) <= 0.5 + 0.03 * published
 
 
-@pytest.mark.parametrize("kind", ["rvt", "fan", "dinov3", "siglip2"])
+@pytest.mark.parametrize("kind", ["rvt", "fan", "dinov3", "siglip2", "swin"])
 def test_weights_from_a_file_fit_another_resolution(kind, tmp_path):
     architecture, options, size, patch, *_ = ALL[kind]
     source, _ = make(kind)
@@ -228,7 +239,7 @@ def test_weights_from_a_file_fit_another_resolution(kind, tmp_path):
     larger = vit_from_timm(str(tmp_path / "w.safetensors"), architecture, 2 * size, patch, AbSTopDown(10.0), **options)
     for name, value in source.vit.named_parameters():
         other = larger.vit.get_parameter(name)
-        assert other.shape == value.shape or "pos_embed" in name or "att_mask" in name
+        assert other.shape == value.shape or any(part in name for part in ("pos_embed", "att_mask", "position_bias"))
         if other.shape == value.shape:
             assert torch.equal(other, value)
     tokens = (
@@ -263,6 +274,8 @@ def test_a_scale_by_place_is_resampled_smoothly():
         ("rvt_small", {"stem": "conv"}, "a stem of its own"),
         ("fan_small", {"sincos_positions": True}, "learns no positions"),
         ("rvt_huge", {}, "near it: .*rvt_base"),
+        ("swin_tiny_patch4_window7_224", {"patch_size": 4, "stem": "conv"}, "a stem of its own"),
+        ("swin_tiny_patch4_window7_224", {"patch_size": 4, "img_size": 80}, "has an odd side"),
         ("vit_base_patch16_siglip_224", {"global_pool": "token", "depth": 1}, "timm cannot build"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Encoders from local weights: timm files at another size, RoBERTa folders; and the package as it is installed."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import timm
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from timm.layers import resample_abs_pos_embed
-from transformers import RobertaConfig, RobertaModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, BertConfig, DebertaV2Config, ModernBertConfig, RobertaConfig, RobertaModel
 
-from vlabs.checkpoints.pretrained import roberta_from_pretrained, vit_from_timm
+from vlabs.checkpoints.pretrained import text_from_pretrained, vit_from_timm
 from vlabs.errors import UserError
+from vlabs.models.registry import build
 from vlabs.models.topdown import AbSTopDown
 from vlabs.runs.config import config_dir
 
@@ -41,15 +44,26 @@ def test_a_timm_file_loads_whole(timm_file):
     torch.testing.assert_close(encoder.encode(images).tokens, vit.forward_features(images))
 
 
-def test_position_embeddings_are_resampled_to_another_resolution(timm_file):
+def test_position_embeddings_are_resampled_to_another_resolution_as_meter_does(timm_file):
     path, vit = timm_file
     encoder = vit_from_timm(str(path), "vit_base_patch16_224", img_size=48, patch_size=8, **SMALL)
-    torch.testing.assert_close(encoder.vit.pos_embed, resample_abs_pos_embed(vit.pos_embed, [6, 6]))
+    grid = vit.pos_embed[0, 1:].unflatten(0, (4, 4)).permute(2, 0, 1)[None]
+    resized = F.interpolate(grid, size=(6, 6), mode="bicubic")[0].flatten(1).T
+    torch.testing.assert_close(encoder.vit.pos_embed[0], torch.cat([vit.pos_embed[0, :1], resized]))
 
 
 def test_a_timm_file_of_another_size_is_named(timm_file):
     with pytest.raises(UserError, match=r"vit\.safetensors does not fit"):
         vit_from_timm(str(timm_file[0]), "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL | {"depth": 3})
+
+
+@torch.no_grad()
+def test_the_last_blocks_can_be_left_out_as_meter_does(timm_file):
+    path, vit = timm_file
+    encoder = vit_from_timm(str(path), "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL | {"depth": 1}).eval()
+    images = torch.randn(2, 3, 32, 32)
+    vit.blocks = vit.blocks[:1]
+    torch.testing.assert_close(encoder.encode(images).tokens, vit.forward_features(images))
 
 
 def test_a_file_needs_its_architecture_and_must_be_there(timm_file):
@@ -67,16 +81,61 @@ def test_a_roberta_folder_loads_with_its_sizes(tmp_path):
     )  # fmt: skip
     source = RobertaModel(config, add_pooling_layer=True).eval()
     source.save_pretrained(tmp_path)
-    encoder = roberta_from_pretrained(str(tmp_path)).eval()
+    encoder = text_from_pretrained(str(tmp_path)).eval()
     ids, mask = torch.tensor([[0, 5, 6, 2, 1]]), torch.tensor([[1, 1, 1, 1, 0]])
     expected = source(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(encoder(ids, mask), expected)
     assert encoder.max_length == 18
 
 
-def test_a_folder_without_a_roberta_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no RoBERTa"):
-        roberta_from_pretrained(str(tmp_path))
+OTHERS = {
+    "bert": BertConfig(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+                       max_position_embeddings=20),
+    "modernbert": ModernBertConfig(vocab_size=60, hidden_size=24, num_hidden_layers=4, num_attention_heads=3,
+                                   intermediate_size=48, max_position_embeddings=20, local_attention=4, pad_token_id=1,
+                                   bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2),
+    "deberta-v2": DebertaV2Config(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                                  intermediate_size=48, max_position_embeddings=20, relative_attention=True,
+                                  position_buckets=8, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+                                  share_att_key=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_text_encoders_give_transformers_outputs_and_come_back_from_a_checkpoint(name, tmp_path):
+    source = AutoModel.from_config(OTHERS[name]).eval()
+    source.save_pretrained(tmp_path)
+    encoder = text_from_pretrained(str(tmp_path)).eval()
+    ids, mask = (
+        torch.tensor([[0, 5, 6, 7, 8, 2, 1], [0, 9, 2, 1, 1, 1, 1]]),
+        torch.tensor([[1] * 6 + [0], [1] * 3 + [0] * 4]),
+    )
+    expected = source(input_ids=ids, attention_mask=mask).last_hidden_state
+    there = mask.bool()
+    torch.testing.assert_close(encoder(ids, mask)[there], expected[there])
+    assert (encoder.width, encoder.max_length, encoder.vocab_size) == (24, 20, 60)
+    again = build(json.loads(json.dumps(encoder.spec))).eval()
+    again.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(again(ids, mask)[there], expected[there])
+    # Recomputed activations give the same gradients.
+    encoder.train(), again.train()
+    for module in (*encoder.modules(), *again.modules()):
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "StableDropout":
+            module.p = module.drop_prob = 0.0
+    encoder.recompute_activations()
+    encoder(ids, mask)[there].square().sum().backward()
+    again(ids, mask)[there].square().sum().backward()
+    for (key, one), other in zip(encoder.named_parameters(), again.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_text_encoders_that_there_are_not_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no text encoder"):
+        text_from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 60}))
+    with pytest.raises(UserError, match="is a gpt2: a text encoder is one of roberta, bert, deberta-v2, modernbert"):
+        text_from_pretrained(str(tmp_path))
 
 
 @pytest.mark.network

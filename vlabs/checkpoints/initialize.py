@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
-from vlabs.checkpoints.released import find_state, load_released
+from vlabs.checkpoints.released import find_state, load_released, task_of
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
@@ -67,10 +67,11 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     content = read_tensors(path)
     if "vlabs" not in content:
         state = find_state(content, str(path))
-        if "prompt" not in state:
-            raise UserError(f"init={source}: {path} is neither a vlabs checkpoint nor a released classifier")
-        released = load_released(path, task="classification").model.state_dict()
-        header = {"task": "classify", "data": {"name": "imagenet"}, "preprocessing": {}}
+        task = task_of(state)
+        if task is None and "prompt" not in state:
+            raise UserError(f"init={source}: {path} is neither a vlabs checkpoint nor one of the released code")
+        released = load_released(state, task=task or "classification").model.state_dict()
+        header = {"task": task or "classify", "data": {"name": "" if task else "imagenet"}, "preprocessing": {}}
         content = {"vlabs": header, "state_dict": {f"model.{name}": value for name, value in released.items()}}
     return path, content
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import Tensor
-from transformers import RobertaModel
+from transformers import AutoConfig, AutoModel
 
 from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.checkpoints.released import find_state
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT
 from vlabs.models.film import FiLMViT
-from vlabs.models.text import RobertaEncoder
+from vlabs.models.text import OTHER_TYPES, OtherEncoder, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
 
 _ROBERTA_SIZES = (
@@ -30,6 +31,9 @@ _ROBERTA_SIZES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
 )
+
+# What a config says of the file that it came with, and not of the architecture.
+_OF_THE_FILE = ("transformers_version", "model_type", "architectures", "dtype", "_name_or_path", "use_cache")
 
 
 def vit_from_timm(
@@ -48,7 +52,8 @@ def vit_from_timm(
             file with timm's parameter names or those of the released RVT or FAN (then `architecture` says which model
             it is); None for fresh weights.
         architecture: as in `AbSViT`; the tag's own if not given.
-        img_size, patch_size, topdown, vit_options: as for `AbSViT`.
+        img_size, patch_size, topdown, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
+            blocks are left out, as METER leaves CLIP's last one out.
         encoder_class: what is built around the ViT.
 
     Raises:
@@ -69,7 +74,11 @@ def vit_from_timm(
     state = find_state(read_tensors(local), weights) if is_file else _tag_state(weights, **vit_options)
     try:
         state = encoder.backbone.convert(state)
-        kept = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+        kept = {
+            key: value
+            for key, value in state.items()
+            if not key.startswith(("head.", "fc_norm.")) and not _is_left_out(key, vit_options.get("depth"))
+        }
         missing, unexpected = encoder.vit.load_state_dict(kept, strict=False)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{weights} does not fit {name}: {error}") from None
@@ -86,8 +95,13 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
     return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
+def _is_left_out(key: str, depth: int | None) -> bool:
+    block = re.match(r"blocks\.(\d+)\.", key)
+    return depth is not None and block is not None and int(block[1]) >= depth
+
+
 def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in vit_options.items() if value is not None}
+    options = {name: value for name, value in vit_options.items() if value is not None and name != "depth"}
     try:
         source = timm.create_model(tag, pretrained=True, **options | {"num_classes": 0})
     except Exception as error:
@@ -103,24 +117,43 @@ def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
     return dict(source.state_dict())
 
 
-def roberta_from_pretrained(name_or_path: str) -> RobertaEncoder:
-    """A RoBERTa by hub name (`FacebookAI/roberta-base`, `FacebookAI/roberta-large`) or from a local folder.
+def text_from_pretrained(name_or_path: str) -> TextEncoder:
+    """A text encoder by hub name (`FacebookAI/roberta-base`, `answerdotai/ModernBERT-base`) or from a local folder.
 
     Raises:
-        UserError: it cannot be had (the message says which local folder to pass), or it is not a RoBERTa.
+        UserError: it cannot be had (the message says which local folder to pass), or it is of another type.
     """
     try:
-        source = RobertaModel.from_pretrained(name_or_path, add_pooling_layer=False)
+        config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        if Path(name_or_path).is_dir():
-            raise UserError(f"{name_or_path} holds no RoBERTa that transformers can load: {error}") from None
+        raise _not_there(name_or_path, error) from None
+    if config.model_type not in ("roberta", *OTHER_TYPES):
         raise UserError(
-            f"{name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: download it where "
-            f"there is a network, with `hf download {name_or_path} --local-dir DIR`, "
-            "and pass model.text.name_or_path=DIR"
-        ) from None
-    if source.config.model_type != "roberta":
-        raise UserError(f"{name_or_path} is a {source.config.model_type}, not a RoBERTa")
-    encoder = RobertaEncoder(**{name: getattr(source.config, name) for name in _ROBERTA_SIZES})
-    encoder.roberta.load_state_dict(source.state_dict())
+            f"{name_or_path} is a {config.model_type}: a text encoder is one of roberta, {', '.join(OTHER_TYPES)}"
+        )
+    without_pooler = {"add_pooling_layer": False} if config.model_type in ("roberta", "bert") else {}
+    try:
+        source = AutoModel.from_pretrained(name_or_path, **without_pooler)
+    except (OSError, ValueError) as error:
+        raise _not_there(name_or_path, error) from None
+    encoder: TextEncoder
+    if config.model_type == "roberta":
+        encoder = RobertaEncoder(**{name: getattr(config, name) for name in _ROBERTA_SIZES})
+    else:
+        settings = {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_FILE}
+        encoder = OtherEncoder(config.model_type, **settings)
+    encoder.network.load_state_dict(source.state_dict())
     return encoder
+
+
+roberta_from_pretrained = text_from_pretrained  # what the configs of earlier runs call it
+
+
+def _not_there(name_or_path: str, error: Exception) -> UserError:
+    if Path(name_or_path).is_dir():
+        return UserError(f"{name_or_path} holds no text encoder that transformers can load: {one_line(str(error))}")
+    return UserError(
+        f"{name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: download it where "
+        f"there is a network, with `hf download {name_or_path} --local-dir DIR`, "
+        "and pass model.text.name_or_path=DIR"
+    )

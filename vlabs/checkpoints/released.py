@@ -17,16 +17,28 @@ from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.fusion import CoAttentionFusion
-from vlabs.models.heads import RankingHead, VQAHead
+from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.prior import PriorMap
-from vlabs.models.text import RobertaEncoder
+from vlabs.models.text import OtherEncoder, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import AbSTopDown, ReleasedTopDown, TopDown
 from vlabs.models.vlm import VisionLanguageModel
 
 State = dict[str, Tensor]
 
+# The tasks of METER's checkpoints, and the last layer of the head by which each is told. Pre-training comes last,
+# because its heads stay in what is fine-tuned.
+TASKS = {
+    "vqa": "vqa_classifier.3.weight",
+    "nlvr2": "nlvr2_classifier.3.weight",
+    "snli_ve": "snli_classifier.3.weight",
+    "retrieval": "rank_output.weight",
+    "pretrain": "mlm_score.decoder.weight",
+}
+
 # Part of the files, never read by the released forward pass (itm_score is, in retrieval, where the file has it).
-_UNUSED = re.compile(r"^vit_model\.head\.|^text_transformer\.pooler\.|(^|\.)position_ids$|^mlm_score\.|^itm_score\.")
+_UNUSED = re.compile(
+    r"^vit_model\.head\.|^text_transformer\.pooler\.|(^|\.)(position|token_type)_ids$|^mlm_score\.|^itm_score\."
+)
 
 # From a parameter's name here to its name in the released files, applied in order.
 _RELEASED_NAMES = [
@@ -34,7 +46,7 @@ _RELEASED_NAMES = [
     (r"^prior\.project\.", "vit_model.prompt_decoder."),
     (r"^vision\.decoders\.", "vit_model.decoders."),
     (r"^vision\.vit\.", "vit_model."),
-    (r"^text\.roberta\.", "text_transformer."),
+    (r"^text\.(roberta|encoder)\.", "text_transformer."),
     (r"^fusion\.(text|image)_map\.", r"cross_modal_\1_transform."),
     (r"^fusion\.(text|image)_pooler\.", r"cross_modal_\1_pooler.dense."),
     (r"^fusion\.token_type\.", "token_type_embeddings."),
@@ -47,7 +59,10 @@ _RELEASED_NAMES = [
     (r"^(cross_modal_\w+_layers\.\d+)\.expand\.", r"\1.intermediate.dense."),
     (r"^(cross_modal_\w+_layers\.\d+)\.contract\.", r"\1.output.dense."),
     (r"^(cross_modal_\w+_layers\.\d+)\.norm\.", r"\1.output.LayerNorm."),
-    (r"^head\.classifier\.", "vqa_classifier."),
+    (r"^head\.mlm\.0\.", "mlm_score.transform.dense."),
+    (r"^head\.mlm\.2\.", "mlm_score.transform.LayerNorm."),
+    (r"^head\.mlm\.3\.weight", "mlm_score.decoder.weight"),
+    (r"^head\.mlm\.3\.bias", "mlm_score.bias"),
     (r"^head\.rank\.", "rank_output."),
     (r"^head\.match\.", "itm_score.fc."),
 ]
@@ -62,7 +77,7 @@ class ReleasedOutput:
         losses: `reconstruction`, unweighted, summed over blocks; empty for the plain ViT.
         logits_bottom_up: (n, classes) of the first pass, classification only.
         text_features, image_features, pooled_features: of the fusion, vision-language only.
-        matching_logits: (n, 2), retrieval only.
+        matching_logits: (n, 2), retrieval and pre-training only.
     """
 
     logits: Tensor
@@ -96,9 +111,14 @@ class ReleasedVLM(nn.Module):
         self.model = model
         self.has_matching = has_matching
 
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> ReleasedOutput:
-        """Images (n, 3, H, W) with texts (n, T); the released ξ depends on T, so pad as the released code does."""
-        out = self.model(image, input_ids, attention_mask, reconstruct=True, all_features=True)
+    def forward(
+        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
+    ) -> ReleasedOutput:
+        """Images (n, 3, H, W) with texts (n, T); the released ξ depends on T, so pad as the released code does.
+
+        `image_index` is (n, 2) for pairs of pictures, as in `VisionLanguageModel.forward`.
+        """
+        out = self.model(image, input_ids, attention_mask, image_index, reconstruct=True, all_features=True)
         head = self.model.head
         return ReleasedOutput(
             out.logits,
@@ -107,7 +127,7 @@ class ReleasedVLM(nn.Module):
             image_features=out.image_features,
             pooled_features=out.pooled_features,
             matching_logits=head.match(out.pooled_features)
-            if isinstance(head, RankingHead) and self.has_matching
+            if isinstance(head, RankingHead | PretrainHead) and self.has_matching
             else None,
         )
 
@@ -125,7 +145,7 @@ def load_released(
 
     Args:
         source: a `.pth`, `.ckpt` or `.safetensors` file, or its state dict.
-        task: `classification`, `vqa` or `retrieval`.
+        task: `classification`, or one of `TASKS`; METER's names of them are vqa, irtr, nlvr2, snli and mlm_itm.
         vision_heads, text_heads, fusion_heads: attention heads, which no tensor shows; width / 64 if not given.
         alpha: α of the classifier (the vision-language code has 5 built in).
 
@@ -133,14 +153,15 @@ def load_released(
         A module in eval mode: `module(image)` for classification, else `module(image, input_ids, attention_mask)`.
 
     Raises:
-        UserError: the file holds something else, another encoder of METER, or keys are missing or unexpected.
+        UserError: the file holds something else, an encoder that vlabs does not have, or keys are missing or
+            unexpected.
     """
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = find_state(source if isinstance(source, dict) else read_tensors(_existing(Path(source))), name)
     if task == "classification":
         return _load_classifier(state, name, vision_heads, alpha)
-    if task not in ("vqa", "retrieval"):
-        raise UserError(f"task '{task}': choose one of classification, vqa, retrieval")
+    if task not in TASKS:
+        raise UserError(f"task '{task}': choose one of classification, {', '.join(TASKS)}")
     return _load_vlm(state, name, task, vision_heads, text_heads, fusion_heads)
 
 
@@ -179,9 +200,15 @@ def _load_vlm(
 ) -> ReleasedVLM:
     _refuse_other_encoders(state, name)
     steered = any(key.startswith("vit_model.decoders.") for key in state)
-    vision = _vision(state, "vit_model.", name, vision_heads, ReleasedTopDown() if steered else None, "token")
+    if "vit_model.visual.conv1.weight" in state:
+        vision, state = _clip(state, name, vision_heads)
+    elif "vit_model.layers.0.blocks.0.norm1.weight" in state:
+        vision, state = _swin(state, name)
+    else:
+        vision = _vision(state, "vit_model.", name, vision_heads, ReleasedTopDown() if steered else None, "token")
     text = _text(state, name, text_heads)
     width = _need(state, "cross_modal_text_transform.weight", name)[0]
+    pictures = _need(state, "token_type_embeddings.weight", name)[0] - 1
     fusion = CoAttentionFusion(
         text.width,
         vision.width,
@@ -189,33 +216,94 @@ def _load_vlm(
         depth=_depth(state, "cross_modal_text_layers."),
         num_heads=fusion_heads or _default_heads(width),
         mlp_ratio=_need(state, "cross_modal_text_layers.0.intermediate.dense.weight", name)[0] / width,
+        image_pool="first" if vision.has_cls else "mean",
+        pictures=pictures,
     )
+    rows = _need(state, TASKS[task], name)[0]
     head: nn.Module
     if task == "vqa":
-        head = VQAHead(2 * width, _need(state, "vqa_classifier.3.weight", name)[0])
-    else:
-        _need(state, "rank_output.weight", name)
+        head = VQAHead(2 * width, rows)
+    elif task == "retrieval":
         head = RankingHead(2 * width)
+    elif task == "pretrain":
+        head = PretrainHead(2 * width, rows)
+    else:
+        head = LabelHead(2 * width, rows, pictures)
     prior = PriorMap(text.width, vision.width, "mean" if task == "vqa" else "eos") if steered else None
     model = VisionLanguageModel(vision, text, fusion, head, prior)
     has_matching = "itm_score.fc.weight" in state
-    _fill(model, state, name)
+    _fill(model, state, name, task)
     return ReleasedVLM(model, has_matching).eval()
 
 
 def _refuse_other_encoders(state: State, name: str) -> None:
     others = {
-        r"^vit_model\.(visual\.|transformer\.resblocks|class_embedding)": "a CLIP ViT",
-        r"^vit_model\.layers\.\d+\.blocks": "a Swin transformer",
-        r"^vit_model\..*(relative_position|gamma_1)": "a BEiT or CaiT",
+        r"^vit_model\.blocks\..*(relative_position|gamma_1)": "a BEiT or CaiT",
         r"^text_transformer\.(encoder\.albert|embeddings_project|.*deberta|.*rel_embeddings)": "an ALBERT or DeBERTa",
     }
     for pattern, encoder in others.items():
         if any(re.search(pattern, key) for key in state):
-            raise UserError(f"{name} holds {encoder}: of METER's encoders vlabs loads the ViT, AbSViT and RoBERTa")
-    types = state.get("text_transformer.embeddings.token_type_embeddings.weight")
-    if types is not None and types.shape[0] != 1:
-        raise UserError(f"{name} holds a BERT: of METER's encoders vlabs loads the ViT, AbSViT and RoBERTa")
+            raise UserError(
+                f"{name} holds {encoder}: of METER's encoders vlabs loads ViT, CLIP, Swin, AbSViT, RoBERTa and BERT"
+            )
+
+
+def task_of(state: State) -> str | None:
+    """The task of a METER checkpoint by its head; None if it is none. What was fine-tuned has other heads as well."""
+    if "cross_modal_text_transform.weight" not in state:
+        return None
+    return next((task for task, key in TASKS.items() if key in state), None)
+
+
+def _clip(state: State, name: str, heads: int | None) -> tuple[AbSViT, State]:
+    """METER's CLIP ViT, and the checkpoint with its weights under timm's names."""
+    prefix = "vit_model.visual."
+    width, _, patch, _ = _need(state, f"{prefix}conv1.weight", name)
+    side = math.isqrt(_need(state, f"{prefix}positional_embedding", name)[0] - 1)
+    blocks = f"{prefix}transformer.resblocks."
+    vision = AbSViT(
+        "vit_base_patch16_clip_quickgelu_224",
+        img_size=side * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=_depth(state, blocks),
+        num_heads=heads or _default_heads(width),
+        mlp_ratio=_need(state, f"{blocks}0.mlp.c_fc.weight", name)[0] / width,
+    )
+    return vision, _with_timm_names(vision, state, name)
+
+
+def _swin(state: State, name: str) -> tuple[AbSViT, State]:
+    """METER's Swin, and the checkpoint with its weights under timm's names; a window is the whole of the last stage."""
+    prefix = "vit_model."
+    width, _, patch, _ = _need(state, f"{prefix}patch_embed.proj.weight", name)
+    stages = range(_depth(state, f"{prefix}layers."))
+    tables = [
+        _need(state, f"{prefix}layers.{stage}.blocks.0.attn.relative_position_bias_table", name) for stage in stages
+    ]
+    window = (math.isqrt(tables[0][0]) + 1) // 2
+    vision = AbSViT(
+        "swin_base_patch4_window12_384",
+        img_size=window * patch * 2 ** (len(stages) - 1),
+        patch_size=patch,
+        embed_dim=width,
+        depths=[_depth(state, f"{prefix}layers.{stage}.blocks.") for stage in stages],
+        num_heads=[heads for _, heads in tables],
+        window_size=window,
+        mlp_ratio=_need(state, f"{prefix}layers.0.blocks.0.mlp.fc1.weight", name)[0] / width,
+    )
+    return vision, _with_timm_names(vision, state, name)
+
+
+def _with_timm_names(vision: AbSViT, state: State, name: str) -> State:
+    """The checkpoint with the image encoder's tensors under the names that `vision` has for them."""
+    of_vision = {key.removeprefix("vit_model."): value for key, value in state.items() if key.startswith("vit_model.")}
+    try:
+        converted = vision.backbone.convert(of_vision)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"{name} holds an image encoder that is not METER's: {error}") from None
+    others = {key: value for key, value in state.items() if not key.startswith("vit_model.")}
+    return others | {f"vit_model.{key}": value for key, value in converted.items()}
 
 
 def _vision(
@@ -240,9 +328,21 @@ def _vision(
     )
 
 
-def _text(state: State, name: str, heads: int | None) -> RobertaEncoder:
+def _text(state: State, name: str, heads: int | None) -> TextEncoder:
     prefix = "text_transformer."
     vocabulary, width = _need(state, f"{prefix}embeddings.word_embeddings.weight", name)
+    types = _need(state, f"{prefix}embeddings.token_type_embeddings.weight", name)[0]
+    if types != 1:  # which RoBERTa has one of
+        return OtherEncoder(
+            "bert",
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=_depth(state, f"{prefix}encoder.layer."),
+            num_attention_heads=heads or _default_heads(width),
+            intermediate_size=_need(state, f"{prefix}encoder.layer.0.intermediate.dense.weight", name)[0],
+            max_position_embeddings=_need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
+            type_vocab_size=types,
+        )
     return RobertaEncoder(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -267,17 +367,23 @@ def _default_heads(width: int) -> int:
     return max(1, width // 64)
 
 
-def _released_name(name: str) -> str:
+def _released_name(name: str, classifier: str) -> str:
+    name = re.sub(r"^head\.classifier\.", f"{classifier}.", name)
     for pattern, replacement in _RELEASED_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _fill(model: nn.Module, state: State, name: str) -> None:
+def _fill(model: nn.Module, state: State, name: str, task: str = "") -> None:
     """Copy the released tensors into `model`; every parameter must be there, and nothing else but what is unused."""
-    released = {_released_name(key): key for key in model.state_dict()}
-    missing = [key for key in released if key not in state and not _UNUSED.search(key)]
-    unexpected = [key for key in state if key not in released and not _UNUSED.search(key)]
+    classifier = TASKS.get(task, "").partition(".")[0]
+    released = {_released_name(key, classifier): key for key in model.state_dict()}
+    needed = ("itm_score.", "mlm_score.") if task == "pretrain" else ()
+    others = tuple(key.partition(".")[0] + "." for of, key in TASKS.items() if of != task)  # heads of other tasks
+    missing = [key for key in released if key not in state and (key.startswith(needed) or not _UNUSED.search(key))]
+    unexpected = [
+        key for key in state if key not in released and not _UNUSED.search(key) and not key.startswith(others)
+    ]
     if missing or unexpected:
         parts = [f"missing {', '.join(missing)}"] if missing else []
         parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []

@@ -15,7 +15,7 @@ from vlabs.data.images import ImageReader
 from vlabs.data.loading import LoaderOptions, check_whole, identity_of, make_loader
 from vlabs.data.prepared import check_kind, count_regions
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
-from vlabs.data.tokenizer import read_tokenizer
+from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
 
 
@@ -76,9 +76,9 @@ class PreparedDataModule(pl.LightningDataModule):
             check_kind(folder, self.kind)
         self.val_split = val_split
         self.region_grid: tuple[int, int] | None = None
-        self.preprocessing = preprocessing or Preprocessing(
+        self.preprocessing = preprocessing or _preprocessing(
+            read_tokenizer(tokenizer, self.dir),
             image_size=image_size,
-            tokenizer=read_tokenizer(tokenizer, self.dir),
             max_length=max_length,
             answers=tuple(answers),
             mean=tuple(image_mean),
@@ -148,3 +148,10 @@ class PreparedDataModule(pl.LightningDataModule):
         if not len(text_rows):
             raise UserError(f"{self.dir} has no {column} to {'train on' if training else 'evaluate'}")
         return make_loader(dataset, rows, column, text_rows, positions, self.options, training)
+
+
+def _preprocessing(tokenizer: str, **options: Any) -> Preprocessing:
+    padding = special_token(tokenizer, "pad")
+    if padding is not None:
+        options["pad_token_id"] = padding
+    return Preprocessing(tokenizer=tokenizer, **options)

@@ -88,6 +88,9 @@ CLASS_FEATURES = datasets.Features(
     }
 )
 
+# The labels of statements of known data sets, in METER's order, so that its heads fit.
+LABELS = {"snli_ve": ("contradiction", "neutral", "entailment"), "nlvr2": ("False", "True")}
+
 # What a manifest's `kind` means, and which commands make such a folder.
 _KINDS = {
     "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from vlabs.errors import UserError
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
-    """The `tokenizers` JSON of a RoBERTa by hub name or local folder, or of the one trained with the prepared data.
+    """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the prepared data.
 
     Raises:
         UserError: it is not there; the message says which local path to pass.
@@ -17,7 +18,7 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
         path = data_dir / "tokenizer" / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: prepare the data with --vocab-size, or pass data.tokenizer=DIR of a RoBERTa"
+                f"{path} is missing: prepare the data with --vocab-size, or pass data.tokenizer=DIR of a text encoder's"
             )
         return path.read_text(encoding="utf-8")
     local = Path(name_or_path) / "tokenizer.json"
@@ -30,7 +31,15 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
     except (OSError, ValueError):
         raise UserError(
             f"the tokenizer {name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: "
-            "download it where there is a network, with `hf download FacebookAI/roberta-base --local-dir DIR`, "
+            f"download it where there is a network, with `hf download {name_or_path} --local-dir DIR`, "
             "and pass data.tokenizer=DIR"
         ) from None
     return str(tokenizer.backend_tokenizer.to_str())
+
+
+def special_token(tokenizer: str, name: str) -> int | None:
+    """The id of a special token, `pad` or `mask`, of a `tokenizers` JSON: `<pad>`, `[PAD]`; None without one."""
+    for token in json.loads(tokenizer)["added_tokens"]:
+        if token["content"].strip("<>[]").lower() == name:
+            return int(token["id"])
+    return None

@@ -47,6 +47,8 @@ def _to_plain(value: Any) -> Any:
         return value.spec
     if isinstance(value, list | tuple):
         return [_to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"an architecture is plain data: {type(value).__name__} cannot be written to a checkpoint")
@@ -64,7 +66,9 @@ def build(spec: dict[str, Any]) -> nn.Module:
     if name not in _CLASSES:
         raise UserError(f"the checkpoint names the class '{name}'; vlabs has: {', '.join(sorted(_CLASSES))}")
     arguments = {
-        key: build(value) if isinstance(value, dict) else value for key, value in spec.items() if key != "class"
+        key: build(value) if isinstance(value, dict) and "class" in value else value
+        for key, value in spec.items()
+        if key != "class"
     }
     try:
         return _CLASSES[name](**arguments)

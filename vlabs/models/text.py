@@ -1,24 +1,52 @@
-"""The text encoder: RoBERTa through transformers, pre-trained or small and from scratch."""
+"""Text encoders through transformers: RoBERTa, pre-trained or small and from scratch, and others like it."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaModel
+from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
 
 from vlabs.models.registry import register
 
 
+class TextEncoder(nn.Module):
+    """What a model needs of a text encoder.
+
+    Attributes:
+        width: D, of its states.
+        max_length: tokens of a text, at most.
+        vocab_size: tokens that it knows.
+    """
+
+    width: int
+    max_length: int
+    vocab_size: int
+    spec: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def network(self) -> Any:
+        """The model of transformers, without a pooler."""
+
+    def recompute_activations(self) -> None:
+        """Keep only the input of each layer in the forward pass, and compute the rest again in the backward pass."""
+        self.network.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode token ids (n, T) with their mask (n, T), 1 for text and 0 for padding, to states (n, T, D)."""
+        states: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
+
+
 @register
-class RobertaEncoder(nn.Module):
+class RobertaEncoder(TextEncoder):
     """RoBERTa without its pooler. The arguments are those of transformers' `RobertaConfig`.
 
     Positions count the non-padding tokens from `pad_token_id + 1`, so a text of T tokens needs
     `max_position_embeddings >= T + pad_token_id + 1`.
     """
-
-    spec: dict[str, Any]
 
     def __init__(
         self,
@@ -53,9 +81,48 @@ class RobertaEncoder(nn.Module):
         )
         self.roberta = RobertaModel(config, add_pooling_layer=False)
         self.width = hidden_size
+        self.vocab_size = vocab_size
         self.max_length = max_position_embeddings - pad_token_id - 1
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode token ids (n, T) with their mask (n, T), 1 for text and 0 for padding, to states (n, T, D)."""
-        states: Tensor = self.roberta(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return states
+    @property
+    def network(self) -> RobertaModel:
+        """See `TextEncoder`."""
+        return self.roberta
+
+
+# Types whose first token stands for the text, as ξ and the fusion's pooler take it to.
+OTHER_TYPES = ("bert", "deberta-v2", "modernbert")
+
+
+@register
+class OtherEncoder(TextEncoder):
+    """BERT, DeBERTa-v3 (which transformers calls deberta-v2) or ModernBERT, without a pooler.
+
+    Args:
+        model_type: of `OTHER_TYPES`.
+        config: arguments of transformers' config of that type, as plain data.
+
+    Raises:
+        ValueError: another type.
+    """
+
+    def __init__(self, model_type: str, **config: Any) -> None:
+        super().__init__()
+        if model_type not in OTHER_TYPES:
+            raise ValueError(f"text encoder of type '{model_type}': choose one of roberta, {', '.join(OTHER_TYPES)}")
+        settings = AutoConfig.for_model(model_type, **config)
+        without_pooler = {"add_pooling_layer": False} if model_type == "bert" else {}
+        self.encoder = AutoModel.from_config(settings, attn_implementation=_attention(model_type), **without_pooler)
+        self.width = int(settings.hidden_size)
+        self.vocab_size = int(settings.vocab_size)
+        self.max_length = int(settings.max_position_embeddings)
+
+    @property
+    def network(self) -> Any:
+        """See `TextEncoder`."""
+        return self.encoder
+
+
+def _attention(model_type: str) -> str:
+    """DeBERTa's attention has terms of its own, which only transformers' plain form has."""
+    return "eager" if model_type == "deberta-v2" else "sdpa"

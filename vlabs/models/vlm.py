@@ -14,7 +14,7 @@ from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
-from vlabs.models.text import RobertaEncoder
+from vlabs.models.text import RobertaEncoder, TextEncoder
 from vlabs.models.topdown import similarity
 
 
@@ -65,7 +65,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(
         self,
         vision: AbSViT,
-        text: RobertaEncoder,
+        text: TextEncoder,
         fusion: CoAttentionFusion,
         head: nn.Module,
         prior: PriorMap | None = None,
@@ -88,7 +88,7 @@ class VisionLanguageModel(nn.Module):
         Less memory for a third more time; nothing changes in the numbers.
         """
         self.vision.recompute = self.fusion.recompute = True
-        self.text.roberta.activation_checkpointing_enable({"use_reentrant": False})
+        self.text.recompute_activations()
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Let `torch.compile` make kernels of both passes and of the fusion; numbers stay within rounding.
@@ -203,7 +203,7 @@ class VisionLanguageModel(nn.Module):
 
 def assemble(
     vision: AbSViT,
-    text: RobertaEncoder,
+    text: TextEncoder,
     fusion: Callable[..., CoAttentionFusion],
     head: Callable[..., nn.Module],
     prior_token: str = "cls",
@@ -218,7 +218,12 @@ def assemble(
         prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
         unused_prior: make ξ also for an encoder that does not read it. Its losses then teach the encoders as much as
             they do where ξ steers, which makes it the control of steering itself.
+
+    Raises:
+        ValueError: ξ is to be of the token `eos`, which only RoBERTa's texts end with.
     """
+    if prior_token == "eos" and not isinstance(text, RobertaEncoder):
+        raise ValueError("prior_token 'eos' is RoBERTa's </s>: choose cls or mean for another text encoder")
     # Without a [cls] the pooler reads the mean of the image tokens, as METER's does of a Swin.
     pooling = {} if vision.has_cls else {"image_pool": "mean"}
     joined = fusion(text_dim=text.width, image_dim=vision.width, **pooling)

@@ -12,14 +12,21 @@ from PIL import Image
 
 from vlabs.attention.maps import default_map, look
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
-from vlabs.checkpoints.released import ReleasedVLM, load_released
-from vlabs.data.prepared import read_answers
+from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
+from vlabs.data.prepared import LABELS, read_answers
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
 from vlabs.models.heads import LabelHead, VQAHead
+from vlabs.models.text import OtherEncoder, RobertaEncoder
 
 AnyImage = str | Path | Image.Image
+
+# Of the text encoders that METER was trained with.
+_TOKENIZERS: dict[type, str] = {
+    RobertaEncoder: "FacebookAI/roberta-base",
+    OtherEncoder: "google-bert/bert-base-uncased",
+}
 
 
 @dataclass
@@ -145,11 +152,16 @@ def load_any(
         return checkpoint
     if not any("vit_model." in key for key in content.get("state_dict", content)):
         raise UserError(f"{file} is neither a vlabs checkpoint nor one of the released METER code")
-    task = "vqa" if "vqa" in trained_for else "retrieval"
-    module = load_released(file, task=task)
+    state = find_state(content, str(file))
+    task = task_of(state)
+    if task not in trained_for:
+        # A file that was fine-tuned for retrieval ranks with its own head, and one of pre-training with its matching.
+        raise UserError(f"{file} was trained for the task '{task}', not for {' or '.join(trained_for)}")
+    assert task is not None
+    module = load_released(state, task=task)
     assert isinstance(module, ReleasedVLM)
-    if task == "retrieval":
-        return _released_checkpoint(module, file, tokenizer, (), answers, task)
+    if task != "vqa":
+        return _released_checkpoint(module, file, tokenizer, LABELS.get(task, ()), answers, task)
     if answers is None:
         raise UserError(
             f"{file} is a released checkpoint, which holds no answers: pass --answers FOLDER of the prepared data "
@@ -173,12 +185,12 @@ def _released_checkpoint(
 ) -> Checkpoint:
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
-        tokenizer=read_tokenizer(tokenizer or "FacebookAI/roberta-base", Path(data_dir or ".")),
+        tokenizer=read_tokenizer(tokenizer or _TOKENIZERS[type(module.model.text)], Path(data_dir or ".")),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
         answers=vocabulary,
     )
-    if preprocessing.vocab_size > module.model.text.spec["vocab_size"]:
+    if preprocessing.vocab_size > module.model.text.vocab_size:
         raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")
     return Checkpoint(module.model, preprocessing, task, {} if data_dir is None else {"dir": str(data_dir)}, file)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+
+from vlabs.data.tokenizer import special_token
+from vlabs.errors import UserError
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -14,21 +18,30 @@ class TokenMasker:
     """Chooses tokens and hides them: 80% become `<mask>`, 10% a random token, 10% stay.
 
     Args:
-        tokenizer: the `tokenizers` JSON of a byte-level tokenizer with `<mask>`.
+        tokenizer: a `tokenizers` JSON.
         share: of the tokens that are chosen, in (0, 1).
-        whole_words: choose whole words; a word starts at a token that begins with a space.
+        whole_words: choose whole words; a word starts at a token that begins with a space, or with no `##`.
+
+    Raises:
+        UserError: the tokenizer has no token that stands for a hidden one.
     """
 
     def __init__(self, tokenizer: str, share: float = 0.15, whole_words: bool = False) -> None:
         content = json.loads(tokenizer)
-        special = {token["content"]: token["id"] for token in content["added_tokens"]}
-        vocabulary: dict[str, int] = content["model"]["vocab"]
-        self.mask_id: int = special["<mask>"]
-        self.size = max(max(vocabulary.values()), max(special.values())) + 1
+        special = [int(token["id"]) for token in content["added_tokens"]]
+        vocabulary = Tokenizer.from_str(tokenizer).get_vocab()
+        mask_id = special_token(tokenizer, "mask")
+        if mask_id is None:
+            raise UserError("the tokenizer has no token for what is hidden, <mask> or [MASK]: choose another")
+        self.mask_id = mask_id
+        self.size = max(*vocabulary.values(), *special) + 1
         self.special = torch.zeros(self.size, dtype=torch.bool)
-        self.special[list(special.values())] = True
-        self.starts_word = torch.zeros(self.size, dtype=torch.bool)
-        self.starts_word[[n for token, n in vocabulary.items() if token.startswith("Ġ")]] = True
+        self.special[special] = True
+        # Byte-level tokenizers and SentencePiece mark what begins a word, WordPiece what does not.
+        marks_rest = content["model"].get("type") == "WordPiece"
+        begins = [n for token, n in vocabulary.items() if token.startswith("##" if marks_rest else ("Ġ", "▁"))]
+        self.starts_word = torch.full((self.size,), marks_rest)
+        self.starts_word[begins] = not marks_rest
         self.ordinary = (~self.special).nonzero()[:, 0]
         self.share = share
         self.whole_words = whole_words

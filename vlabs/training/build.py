@@ -227,7 +227,7 @@ def _check_fit(model: VisionLanguageModel, data: PreparedDataModule) -> None:
     A model whose ξ depends on the padding gets its texts padded to one length.
     """
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
-    known = model.text.spec["vocab_size"]
+    known = model.text.vocab_size
     if data.preprocessing.vocab_size > known:
         raise UserError(
             f"the tokenizer has {data.preprocessing.vocab_size} tokens and the text encoder {known}: "

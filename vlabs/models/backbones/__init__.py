@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -19,11 +20,16 @@ from vlabs.models.backbones.base import Backbone, FeedbackDecoder, Steer
 from vlabs.models.backbones.eva import RotaryViT
 from vlabs.models.backbones.fan import FAN, FANNetwork
 from vlabs.models.backbones.rvt import PATCH, RVT, RVTNetwork
+from vlabs.models.backbones.swin import Swin
 from vlabs.models.backbones.vit import ViT
 
 __all__ = ["Backbone", "FeedbackDecoder", "OWN", "Steer", "TIMM", "ViT", "create", "of"]
 
-TIMM: dict[type[nn.Module], Callable[[Any], Backbone]] = {VisionTransformer: ViT, Eva: RotaryViT}
+TIMM: dict[type[nn.Module], Callable[[Any], Backbone]] = {
+    VisionTransformer: ViT,
+    Eva: RotaryViT,
+    SwinTransformer: Swin,
+}
 
 
 def _rvt(patch_size: int = PATCH, global_pool: str | None = None, **options: Any) -> RVT:
@@ -77,8 +83,14 @@ def create(architecture: str, **options: Any) -> Backbone:
     if architecture not in timm.list_models():
         near = ", ".join([*timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8], *sorted(OWN)])
         raise UserError(f"timm has no model '{architecture}', and vlabs none (near it: {near})")
-    if not timm.model_entrypoint(architecture).__module__.endswith(("vision_transformer", "eva")):
+    family = timm.model_entrypoint(architecture).__module__
+    if not family.endswith((".vision_transformer", ".eva", ".swin_transformer")):
         raise UserError(_refusal(architecture, "it is no ViT"))
+    if family.endswith(".swin_transformer"):
+        if "embed_layer" in given:
+            raise UserError(f"{architecture} has a stem of its own: leave stem out")
+        # METER's: windows grow with the picture, so that in the last stage there is one.
+        given.setdefault("window_size", max(1, given.get("img_size", 224) // 32))
     try:
         network = timm.create_model(architecture, pretrained=False, **given)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
@@ -104,5 +116,5 @@ def of(network: nn.Module, name: str = "this model") -> Backbone:
 def _refusal(name: str, why: str) -> str:
     return (
         f"{name} cannot be an AbSViT: {why}. What can: timm's ViTs of pre-norm blocks, such as vit_base_patch16_224, "
-        f"eva02_base_patch14_224 and vit_base_patch16_dinov3, and {', '.join(sorted(OWN))}"
+        f"eva02_base_patch14_224 and vit_base_patch16_dinov3, its Swins, and {', '.join(sorted(OWN))}"
     )

@@ -28,6 +28,18 @@ class FeedbackDecoder(nn.Module):
         nn.init.trunc_normal_(self.linear2.weight, std=0.02)
 
 
+class PooledDecoder(FeedbackDecoder):
+    """The decoder of a block whose tokens were pooled just before; `unpool` takes every token back to the four.
+
+    Its kernel is as large as its stride, so that every token is decoded alone, which keeps the signal factored.
+    """
+
+    def __init__(self, dim: int, before: int) -> None:
+        super().__init__(dim)
+        self.unpool = nn.ConvTranspose2d(dim, before, 2, stride=2, bias=False)
+        nn.init.trunc_normal_(self.unpool.weight, std=0.02)
+
+
 class Backbone(ABC):
     """A view of an image encoder as blocks whose values take a signal; one sub-class, in a file here, a kind of them.
 
@@ -153,10 +165,21 @@ class Backbone(ABC):
         """A tensor of `network` at another resolution or patch size as this one needs it; None where it cannot be."""
         if name == "pos_embed" and value.shape[-1] == target.shape[-1]:
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.num_prefix_tokens
-            return resample_abs_pos_embed(value, list(self.grid_size), num_prefix_tokens=prefix)
+            # As METER and the released AbSViT resample: without the smoothing that timm adds.
+            return resample_abs_pos_embed(value, list(self.grid_size), num_prefix_tokens=prefix, antialias=False)
         if name == "patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
             return resample_patch_embed(value, list(target.shape[-2:]))
         return None
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(n, rows · columns, D) to (n, D, rows, columns)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    """(n, D, rows, columns) to (n, rows · columns, D)."""
+    return maps.flatten(2).transpose(1, 2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -164,18 +187,27 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, record: list[Tensor] | None = None) -> Tensor:
+def mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    record: list[Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attention of (n, heads, N, d): (n, N, heads · d); q and k may be those of one image for n values.
 
     Args:
         dropout: of the weights.
         record: as in `Backbone.block`.
+        bias: (n or 1, heads, N, N), added to the scores.
     """
     q, k = (t.expand(len(v), -1, -1, -1) for t in (q, k))
     if record is None:
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:
-        record.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1))
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        record.append((scores if bias is None else scores + bias).softmax(dim=-1))
         mixed = F.dropout(record[-1], dropout) @ v
     return mixed.transpose(1, 2).flatten(2)
 

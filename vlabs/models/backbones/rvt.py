@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vlabs.models.backbones.base import Backbone, FeedbackDecoder, Steer, mix, split_heads
+from vlabs.models.backbones.base import (
+    Backbone,
+    FeedbackDecoder,
+    PooledDecoder,
+    Steer,
+    mix,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 
 PATCH = 16  # px, of the stem
 
@@ -130,18 +139,6 @@ class RVTNetwork(nn.Module):
                 side = (side + 1) // 2
         self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
         self.head = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
-
-
-class PooledDecoder(FeedbackDecoder):
-    """The decoder of a block whose tokens were pooled just before; `unpool` takes every token back to the four.
-
-    Its kernel is as large as its stride, so that every token is decoded alone, which keeps the signal factored.
-    """
-
-    def __init__(self, dim: int, before: int) -> None:
-        super().__init__(dim)
-        self.unpool = nn.ConvTranspose2d(dim, before, 2, stride=2, bias=False)
-        nn.init.trunc_normal_(self.unpool.weight, std=0.02)
 
 
 class RVT(Backbone):
@@ -280,13 +277,3 @@ class RVT(Backbone):
             maps = F.interpolate(maps, (wanted, wanted), mode="bicubic", antialias=True, align_corners=False)
             value = maps.flatten(2).transpose(1, 2)
         return value
-
-
-def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, rows · columns, D) to (n, D, rows, columns)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def to_tokens(maps: Tensor) -> Tensor:
-    """(n, D, rows, columns) to (n, rows · columns, D)."""
-    return maps.flatten(2).transpose(1, 2)

@@ -90,8 +90,8 @@ class ViT(TimmViT):
         return weight
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's own renaming and resampling."""
-        converted: dict[str, Tensor] = checkpoint_filter_fn(state, self.network)
+        """timm's own renaming, OpenAI's names of CLIP too; resampled as METER does, without smoothing."""
+        converted: dict[str, Tensor] = checkpoint_filter_fn(state, self.network, antialias=False)
         return converted
 
 
