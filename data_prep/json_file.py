@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -39,15 +39,29 @@ class JsonFile:
                 raise UserError(f"{self}: entry {number} of '{key}' is not an object")
             yield entry
 
+    def named(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the names and values of the object that the whole file is.
+
+        Raises:
+            UserError: the file is damaged, or a value is not an object.
+        """
+        for name, value in self._read(lambda stream: ijson.kvitems(stream, "", buf_size=_READ_BYTES)):
+            if not isinstance(value, dict):
+                raise UserError(f"{self}: '{name}' is not an object")
+            yield name, value
+
     def text(self, key: str) -> str | None:
         """Return the text under a key, or None."""
         value = next(self._items(key), None)
         return value if isinstance(value, str) else None
 
     def _items(self, prefix: str) -> Iterator[Any]:
+        return self._read(lambda stream: ijson.items(stream, prefix, buf_size=_READ_BYTES))
+
+    def _read(self, parse: Callable[[IO[bytes]], Iterator[Any]]) -> Iterator[Any]:
         try:
             with self._open() as stream:
-                yield from ijson.items(stream, prefix, buf_size=_READ_BYTES)
+                yield from parse(stream)
         except (ijson.JSONError, UnicodeDecodeError) as error:
             raise UserError(f"{self} is not a whole JSON file ({error}): download it again") from None
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
@@ -23,3 +23,21 @@ def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
         sentence = (*parts[:2], *parts[3:])
         sentences[sentence] = sentences.get(sentence, True) and bool(is_right)
     return 100 * sum(sentences.values()) / len(sentences)
+
+
+def told_apart(scores: Mapping[tuple[int, int], float]) -> dict[str, bool]:
+    """Whether what belongs together has the higher score, as Winoground measures it (Thrush et al., 2022, section 4).
+
+    Args:
+        scores: of (picture, caption); picture n belongs to caption n. One picture and two captions, or two of each.
+
+    Returns:
+        `text`: every picture's own caption scores higher than the other. With two pictures also `image`: every
+        caption's own picture scores higher, and `group`: both. Equal scores tell nothing apart.
+    """
+    pictures = {picture for picture, _ in scores}
+    text = all(scores[n, n] > scores[n, 1 - n] for n in pictures)
+    if len(pictures) == 1:
+        return {"text": text}
+    image = all(scores[n, n] > scores[1 - n, n] for n in pictures)
+    return {"text": text, "image": image, "group": text and image}

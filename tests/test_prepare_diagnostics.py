@@ -1,0 +1,250 @@
+"""GQA, Winoground, VALSE and tables of pairs, in their raw layouts; and what tells pairs apart."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import TINY_MODEL, assert_one_line_error
+from PIL import Image
+
+from data_prep.gqa import GQA
+from data_prep.pairs import find_pairs, open_table
+from data_prep.pipeline import Options, prepare
+from vlabs.data.images import decode_region
+from vlabs.data.prepared import load_split, read_answers, read_manifest
+from vlabs.errors import UserError
+from vlabs.metrics.statements import told_apart
+
+NO_TOKENIZER = Options(vocab_size=0)
+
+
+def picture(shade=0, kind="JPEG", size=(64, 48)):
+    content = io.BytesIO()
+    Image.new("RGB", size, (shade, 90, 200)).save(content, kind)
+    return content.getvalue()
+
+
+def question(image, text, answer=None, about=None):
+    """As in train_balanced_questions.json."""
+    entry = {"semantic": [], "entailed": [], "equivalent": [], "question": text, "imageId": image, "isBalanced": True}
+    entry |= {"groups": {"global": "", "local": "x"}, "semanticStr": "select: it"}
+    if answer is not None:
+        entry |= {"answer": answer, "fullAnswer": f"It is {answer}.", "annotations": about}
+        entry |= {"types": {"detailed": "choose", "semantic": "attr", "structural": "query"}}
+    return entry
+
+
+def graph(**objects):
+    named = {
+        name: {"name": "thing", "x": x, "y": y, "w": w, "h": h, "attributes": [], "relations": []}
+        for name, (x, y, w, h) in objects.items()
+    }
+    return {"width": 64, "height": 48, "objects": named}
+
+
+@pytest.fixture
+def gqa_raw(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    about = {"question": {"4": "101", "6:8": "102"}, "answer": {"0": "101"}, "fullAnswer": {"2": "101"}}
+    nobody = {"question": {}, "answer": {}, "fullAnswer": {}}
+    train = {
+        "02930152": question("2354786", "Is the sky dark?", "yes", nobody),
+        "07333408": question("2354786", "What is left of the lamp?", "chair", about),
+        "07333409": question("n161313", "How many are there?", "2", {"question": {"0": "999"}, "answer": {}}),
+    }
+    with zipfile.ZipFile(raw / "questions1.2.zip", "w") as archive:
+        archive.writestr("train_balanced_questions.json", json.dumps(train))
+        archive.writestr("testdev_balanced_questions.json", json.dumps({"1": question("1", "Is it?", "no", nobody)}))
+        archive.writestr("test_balanced_questions.json", json.dumps({"201": question("1", "Is it?")}))
+        archive.writestr("train_all_questions/train_all_questions_0.json", json.dumps({"5": train["02930152"]}))
+    with zipfile.ZipFile(raw / "sceneGraphs.zip", "w") as archive:
+        graphs = {"2354786": graph(**{"101": (4, 8, 16, 10), "102": (40, 20, 8, 8)})}
+        archive.writestr("train_sceneGraphs.json", json.dumps(graphs))
+    with zipfile.ZipFile(raw / "images.zip", "w") as archive:
+        for shade, name in enumerate(("2354786", "n161313", "1")):
+            archive.writestr(f"images/{name}.jpg", picture(shade))
+    return raw
+
+
+def test_gqa_is_read_as_it_is_downloaded(gqa_raw, tmp_path):
+    prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
+    assert set(read_manifest(tmp_path / "out")["splits"]) == {"train", "testdev", "test"}
+    assert read_answers(tmp_path / "out") == ["yes", "chair", "2"]
+    first, second = load_split(tmp_path / "out", "train")
+    assert first["image"] == picture(0)
+    assert first["question"] == ["Is the sky dark?", "What is left of the lamp?"]
+    assert first["answers"] == [["yes"] * 10, ["chair"] * 10]
+    assert first["answer_scores"] == [[1.0], [1.0]]
+    assert first["answer_type"] == ["yes/no", "other"]
+    assert first["question_type"] == ["query", "query"]
+    assert first["region"][0] == b""  # about nothing that is named
+    rows, columns = np.nonzero(decode_region(first["region"][1], "it"))
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (4, 47, 8, 27)  # both boxes
+    assert len(rows) == 16 * 10 + 8 * 8
+    assert (second["image_id"], second["region"]) == (10**10 + 161313, [b""])  # no scene graph has its object
+    (test,) = load_split(tmp_path / "out", "test")
+    assert test["answers"] == [[]]
+    raw = GQA(gqa_raw, all_questions=True)
+    prepare(raw, tmp_path / "all", Options(vocab_size=0, others=raw.options))
+    assert load_split(tmp_path / "all", "train")["question_id"][0] == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"imageId": "77"}, "missing image: 1.*77.jpg"),
+        ({"imageId": "x1"}, r"question 02930152: ids must be numbers"),
+        ({"answer": 3}, "question 02930152: 'answer' must be text"),
+        ({"annotations": {"question": ["101"]}}, "'annotations' of the question must be an object"),
+        ({"question": ""}, "empty question: question 2930152"),
+    ],
+)
+def test_bad_questions_of_gqa_are_named(gqa_raw, tmp_path, change, says):
+    entry = question("2354786", "Is the sky dark?", "yes", {}) | change
+    (gqa_raw / "questions1.2.zip").unlink()
+    (gqa_raw / "train_balanced_questions.json").write_text(json.dumps({"02930152": entry}))
+    with pytest.raises(UserError, match=says):
+        prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_box_outside_its_picture_is_named_and_gqa_without_questions_too(gqa_raw, tmp_path):
+    with zipfile.ZipFile(gqa_raw / "sceneGraphs.zip", "w") as archive:
+        graphs = {"2354786": graph(**{"101": (400, 8, 16, 10)})}
+        archive.writestr("val_sceneGraphs.json", json.dumps(graphs))
+    with pytest.raises(UserError, match="unusable region: 1.*nothing of the region is in the picture"):
+        prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
+    (gqa_raw / "questions1.2.zip").unlink()
+    with pytest.raises(UserError, match="holds no balanced questions"):
+        GQA(gqa_raw)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def winoground_raw(tmp_path):
+    raw = tmp_path / "winoground"
+    raw.mkdir()
+    lines = [
+        {"id": n, "image_0": f"ex_{n}_img_0", "image_1": f"ex_{n}_img_1", "caption_0": "a cat on a dog",
+         "caption_1": "a dog on a cat", "tag": "Object", "secondary_tag": "", "num_main_preds": 1}
+        for n in range(3)
+    ]  # fmt: skip
+    (raw / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with zipfile.ZipFile(raw / "images.zip", "w") as archive:
+        for n in range(3):
+            for side in (0, 1):
+                archive.writestr(f"images/ex_{n}_img_{side}.png", picture(10 * n + side, "PNG"))
+    return raw
+
+
+def test_winoground_is_read_as_it_is_downloaded(winoground_raw, tmp_path):
+    prepare(find_pairs(winoground_raw), tmp_path / "out", NO_TOKENIZER)
+    rows = list(load_split(tmp_path / "out", "test"))
+    assert len(rows) == 6
+    assert rows[3]["image"] == picture(11, "PNG")
+    assert rows[3]["statement"] == ["a cat on a dog", "a dog on a cat"]
+    assert rows[3]["label"] == [0, 1]
+    assert rows[3]["key"] == ["1/1/0", "1/1/1"]
+
+
+def test_valse_is_read_as_it_is_downloaded(tmp_path):
+    raw = tmp_path / "VALSE"
+    (raw / "data").mkdir(parents=True)
+    entry = {"dataset": "SWiG", "original_split": "test", "linguistic_phenomena": "actions", "image_file": "ex_255.jpg"}
+    entry |= {
+        "caption": "A man exercises.",
+        "foil": "A torso exercises.",
+        "mturk": {"foil": 0, "caption": 3, "other": 0},
+    }
+    unsure = entry | {"mturk": {"foil": 2, "caption": 1, "other": 0}}
+    (raw / "data/actant-swap.json").write_text(json.dumps({"actions_test_0": entry, "actions_test_1": unsure}))
+    (raw / "images/swig").mkdir(parents=True)
+    (raw / "images/swig/ex_255.jpg").write_bytes(picture())
+    prepare(find_pairs(raw), tmp_path / "out", NO_TOKENIZER)
+    (row,) = load_split(tmp_path / "out", "actant-swap")
+    assert row["statement"] == ["A man exercises.", "A torso exercises."]
+    assert (row["label"], row["key"]) == ([1, 0], ["actions_test_0/0/0", "actions_test_0/0/1"])
+    (raw / "data/actant-swap.json").write_text(json.dumps({"actions_test_0": {**entry, "mturk": 3}}))
+    with pytest.raises(UserError, match="actions_test_0: 'mturk' must say how many chose"):
+        prepare(find_pairs(raw), tmp_path / "again", NO_TOKENIZER)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_table_of_pairs_is_read_and_what_is_wrong_in_it_is_named(tmp_path, suffix):
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    rows = [{"image": "a.jpg", "caption": "a red star", "foil": "a red moon", "split": "easy"}]
+    path = tmp_path / f"mine{suffix}"
+
+    def write(rows):
+        if suffix == ".csv":
+            names = list(rows[0])
+            path.write_text(
+                "\n".join([",".join(names), *(",".join(str(row.get(n, "")) for n in names) for row in rows)])
+            )
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    prepare(open_table(path), tmp_path / "out", NO_TOKENIZER)
+    assert load_split(tmp_path / "out", "easy")[0]["statement"] == ["a red star", "a red moon"]
+    write([{"image": "b.jpg", "caption": "a", "foil": "b"}])
+    with pytest.raises(UserError, match="missing image: 1.*b.jpg"):
+        prepare(open_table(path), tmp_path / "other", NO_TOKENIZER)
+    write([{"image": "a.jpg", "caption": "a"}])
+    with pytest.raises(UserError, match=rf"mine{suffix}, line . has no 'foil'"):
+        prepare(open_table(path), tmp_path / "third", NO_TOKENIZER)
+    with pytest.raises(UserError, match="name a .csv or .jsonl file"):
+        open_table(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match="neither Winoground's examples.jsonl nor VALSE's"):
+        find_pairs(tmp_path)
+
+
+def test_what_is_told_apart_is_winogrounds_definition():
+    generator = np.random.default_rng(0)
+    for scores in generator.normal(size=(200, 2, 2)):
+        found = told_apart({(p, c): scores[p, c] for p in (0, 1) for c in (0, 1)})
+        text = scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0]
+        image = scores[0, 0] > scores[1, 0] and scores[1, 1] > scores[0, 1]
+        assert found == {"text": text, "image": image, "group": text and image}
+    assert told_apart({(0, 0): 1.0, (0, 1): 1.0}) == {"text": False}
+    assert told_apart({(0, 0): 1.5, (0, 1): 1.0}) == {"text": True}
+
+
+def test_pairs_are_measured_with_a_model_of_captions(tmp_path, winoground_raw, in_process):
+    """The scores are those of the model for each picture and caption by themselves."""
+    import torch
+
+    from vlabs.checkpoints.checkpoint import load_checkpoint
+    from vlabs.data.preprocessing import decode_image
+
+    prepare(find_pairs(winoground_raw), tmp_path / "pairs", NO_TOKENIZER)
+    options = ["task=pretrain", "data.size=tiny", "data.image_size=32", "data.num_workers=0", "logger=csv", *TINY_MODEL]
+    steps = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.enable_progress_bar=false"]
+    quick = ["callbacks.grounding=null", "task.ranking_images=4", "hydra.run.dir=run"]
+    assert in_process("vlabs.train", [*options, *steps, *quick], tmp_path).returncode == 0
+    evaluate = ["task=pairs", "ckpt=run", "data.num_workers=0"]
+    measured = [*evaluate, f"data.dir={tmp_path / 'pairs'}", "split=test", "hydra.run.dir=ev"]
+    result = in_process("vlabs.evaluate", measured, tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "ev/metrics.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "ev/pairs.jsonl").read_text().splitlines()]
+    for name in ("text", "image", "group"):
+        assert metrics[name] == pytest.approx(100 * np.mean([line[name] for line in lines]))
+    checkpoint = load_checkpoint(tmp_path / "run")
+    preprocessing = checkpoint.preprocessing
+    for row in load_split(tmp_path / "pairs", "test"):
+        image = preprocessing.image(decode_image(row["image"], "it"))[None]
+        for key, caption in zip(row["key"], row["statement"], strict=True):
+            with torch.no_grad():
+                output = checkpoint.model(image, *preprocessing.pad(preprocessing.token_ids([caption])))
+            name, place = key.split("/", 1)
+            score = float(checkpoint.model.head.score(output.pooled_features))
+            line = next(line for line in lines if line["example"] == name)
+            assert line["scores"][place] == pytest.approx(score, abs=1e-5)
+    wrong = in_process("vlabs.evaluate", [*evaluate, "split=val"], tmp_path)
+    assert_one_line_error(wrong, "holds captions", "measured on statements")
