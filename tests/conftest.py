@@ -1,8 +1,10 @@
 """One tiny corpus and one tiny trained run for all tests, and the real command line in a fresh folder."""
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,13 +32,38 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
+def clean_environment(home):
+    """Of a user without network, W&B account or GPU."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@functools.cache
+def warm_python() -> tuple[str, ...]:
+    """What stands for `python` before `-m vlabs.…`: a new process, forked from one that has the libraries imported."""
+    folder = Path(tempfile.mkdtemp(prefix="warm"))  # short: a socket's path may have about a hundred characters
+    program, address = Path(__file__).parent / "warm.py", folder / "socket"
+    server = subprocess.Popen(
+        [sys.executable, program, "serve", address],
+        cwd=folder, env=clean_environment(folder) | {"TMPDIR": str(folder)}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout.readline() == "ready\n"
+    _servers.append(server)  # it ends with this process, which holds its standard input
+    return sys.executable, "-S", str(program), str(address)
+
+
+_servers: list[subprocess.Popen] = []
+
+
 def command(module, *arguments, cwd, **environment):
     """Run `python -m module` as a user without network, W&B account or GPU would."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
+    # Preparations start processes that import the main module, and libraries read some of the environment when they are
+    # imported: those start as anywhere.
+    python = warm_python() if module.startswith("vlabs.") and not environment else [sys.executable]
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300,
+        [*python, "-m", module, *map(str, arguments)],
+        cwd=cwd, env=clean_environment(cwd) | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

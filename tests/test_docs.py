@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import warm_python
 from PIL import Image
 
 DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
@@ -22,7 +24,8 @@ def test_page_does_what_it_says(page, tmp_path):
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     # `python` in a page is this Python.
-    python = f'python() {{ "{sys.executable}" "$@"; }}\nset -e\n'
+    warm, plain = shlex.join(warm_python()), shlex.quote(sys.executable)
+    python = f'python() {{ case "$2" in vlabs.*) {warm} "$@";; *) {plain} "$@";; esac; }}\nset -e\n'
     for block in blocks:
         if block["file"]:
             path = tmp_path / block["file"]

@@ -1,6 +1,9 @@
 """METER's own checkpoints: every encoder and every head, as a start at another resolution, and by command."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +146,38 @@ def test_fine_tuning_from_meter_and_measuring_meter_from_the_command_line(pairs,
     result = command("vlabs.evaluate", "task=nlvr2", "split=dev", *evaluate, "hydra.run.dir=ev", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "ev/metrics.json").read_text())["statements"] == 48
+
+
+def documented_commands():
+    """What docs/encoders.md says of fine-tuning from METER, by experiment."""
+    page = (Path(__file__).parent.parent / "docs/encoders.md").read_text()
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "METER=" in block)
+    lines = block.replace("\\\n", " ").splitlines()
+    common = shlex.split(lines[0].removeprefix("METER="))[0].split()
+    trained = [shlex.split(line.partition("$METER")[2]) for line in lines if "vlabs.train" in line]
+    return {options[0].removeprefix("experiment="): [*common, *options] for options in trained}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "size", "batch", "epochs", "rate", "head", "fusion"),
+    [
+        ("vqav2_absvit_base", 576, 512, 10, 5e-6, 50, 5),
+        ("nlvr2_absvit_base", 288, 256, 10, 1e-5, 10, 5),
+        ("snli_ve_absvit_base", 384, 64, 5, 2e-6, 10, 5),
+        ("flickr30k_absvit_base", 384, 512, 10, 5e-6, 5, 5),
+    ],
+)
+def test_the_documented_commands_are_meters_recipes(experiment, size, batch, epochs, rate, head, fusion):
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", documented_commands()[experiment])
+    assert (config.data.image_size, config.trainer.max_epochs) == (size, epochs)
+    assert config.data.batch_size * config.trainer.accumulate_grad_batches == batch
+    lr = config.task.recipe.lr
+    assert (lr.vision, lr.text, lr.head, lr.fusion) == pytest.approx((rate, rate, head * rate, fusion * rate))
+    assert (config.model.vision.depth, config.model.vision.topdown) == (11, None)
+    assert config.init == "meter_clip16_288_roberta_pretrain.ckpt"
+    assert (config.task.recipe.weight_decay, config.task.recipe.warmup, config.data.rand_augment) == (
+        0.01,
+        0.1,
+        "rand-m9-n2",
+    )

@@ -169,6 +169,35 @@ def test_whole_words_are_masked_whole(tokenizer):
     assert (labels[:, 1:-1] != IGNORED).float().mean() == pytest.approx(0.3, abs=0.03)
 
 
+def test_tokenizers_of_other_text_encoders_are_masked_and_padded_with_their_own_tokens():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    from vlabs.data.tokenizer import special_token
+
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "red", "purp", "##lish", "star"]
+    bert = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bert.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:5]])
+    scores = [("<unk>", 0.0), ("<pad>", 0.0), ("[MASK]", 0.0), ("▁red", -1.0), ("▁purp", -1.0), ("lish", -1.0)]
+    deberta = Tokenizer(models.Unigram(scores, unk_id=0))
+    deberta.pre_tokenizer = pre_tokenizers.Metaspace()
+    deberta.add_special_tokens([AddedToken(piece, special=True) for piece, _ in scores[:3]])
+    for tokenizer, padding, mask in ((bert, 3, 4), (deberta, 1, 2)):
+        plain = tokenizer.to_str()
+        assert (special_token(plain, "pad"), special_token(plain, "mask")) == (padding, mask)
+        ids = torch.tensor(tokenizer.encode("red purplish").ids)
+        masker = TokenMasker(plain, share=0.5, whole_words=True)
+        assert masker.mask_id == mask
+        assert masker.starts_word[ids].tolist() == [True, True, False]
+        _, labels = masker(ids.repeat(200, 1), torch.Generator().manual_seed(0))
+        hidden = labels != IGNORED
+        assert torch.equal(hidden[:, 1], hidden[:, 2])
+        assert hidden[:, 0].float().mean() == pytest.approx(0.5, abs=0.12)
+    nothing = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str()
+    with pytest.raises(UserError, match="has no token for what is hidden"):
+        TokenMasker(nothing)
+
+
 def test_false_captions_of_the_batch_are_of_other_images_and_hard_ones_are_drawn_by_similarity():
     images = torch.tensor([7, 7, 8, 9])
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
@@ -28,6 +28,8 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except ImportError as error:
+        raise UserError(f"the tokenizer {name_or_path} needs a package: {one_line(str(error))}") from None
     except (OSError, ValueError):
         raise UserError(
             f"the tokenizer {name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: "
