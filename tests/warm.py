@@ -28,16 +28,20 @@ def ask(path, arguments):
 
 
 def serve(path):
-    """Answer until standard input is closed. Returns, in a process of its own, the command to run."""
+    """Answer until the process that started this ends. Returns, in a process of its own, the command to run."""
     import select
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
+    parent = os.getppid()
     print("ready", flush=True)
     while True:
-        if sys.stdin.fileno() in select.select([listener, sys.stdin], [], [])[0]:
+        found = select.select([listener, sys.stdin], [], [], 2)[0]
+        if sys.stdin in found or os.getppid() != parent:
             os._exit(0)
+        if not found:
+            continue
         connection, _ = listener.accept()
         if os.fork():
             connection.close()
