@@ -76,7 +76,8 @@ def make(kind, topdown=None, **more):
 @pytest.mark.parametrize("kind", [*TIMM, "swin", "swin_padded"])
 @torch.no_grad()
 def test_the_bottom_up_pass_and_the_head_are_timms_own(kind):
-    encoder, images = make(kind, num_classes=3)
+    # In double precision, where sums in another order differ by nothing that counts.
+    encoder, images = (value.double() for value in make(kind, num_classes=3))
     bottom_up = encoder.encode(images)
     tokens = encoder.vit.forward_features(images)
     tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # Swin keeps its tokens in rows and columns
@@ -89,7 +90,7 @@ def test_the_bottom_up_pass_and_the_head_are_timms_own(kind):
         atol=1e-6,
     )
     assert (encoder.num_prefix_tokens, encoder.has_cls) == ALL[kind][4:]
-    assert encoder.grid_size == (2, 2)
+    assert encoder.grid_size == ((8, 8) if kind.startswith("swin") else (2, 2))
 
 
 @pytest.mark.parametrize(("name", "make_network"), [

@@ -140,7 +140,7 @@ def test_a_region_moves_with_its_picture(tiny_data):
     still = region.reshape(4, 8, 4, 8).mean(axis=(1, 3)) / 255
     moved = 0
     for epoch in range(40):
-        found = images._patch_shares(region / 255, 7, epoch)
+        found = images._patch_shares(region / 255, images._key({"image_id": 7}, 0, epoch))
         with images._generators_kept():
             _seed(images.seed, epoch, 7)
             picture = images.augment(Image.merge("RGB", [Image.fromarray(region)] * 3))

@@ -353,7 +353,7 @@ def test_a_finished_corpus_stays_and_anything_else_is_refused(
     make_scenes("tiny", corpus, seed=0)
     assert "already" in capsys.readouterr().out
     assert (corpus / "scenes.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="another size, seed or number of images"):
+    with pytest.raises(UserError, match="another size, seed, layout or number of images"):
         make_scenes("tiny", corpus, seed=7)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds no scenes"):

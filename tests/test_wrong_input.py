@@ -35,7 +35,7 @@ def picture(tmp_path) -> Path:
         ("data.train_split=val", ["data.train_split", "train+val"]),
         ("task.prior_loss.directions=up", ["directions 'up'", "both, text, image"]),
         ("model.prior_token=sep", ["prior_token 'sep'", "cls, mean, eos"]),
-        ("model.vision.architecture=swin_tiny_patch4_window7_224", ["swin_tiny_patch4_window7_224", "pre-norm"]),
+        ("model.vision.architecture=beit_base_patch16_224", ["beit_base_patch16_224", "pre-norm"]),
         ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
         ("data.questions_per_image=-1", ["data.questions_per_image=-1"]),
         ("data.num_workers=many", ["data.num_workers=many"]),
