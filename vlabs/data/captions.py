@@ -137,14 +137,14 @@ class CaptionDataset(Dataset[CaptionBatch]):
             images.append(image)
         return images
 
-    def _false_captions(
-        self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int
-    ) -> tuple[Tensor, Tensor]:
+    def _false_captions(self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int) -> tuple[Tensor, Tensor]:
         texts = []
         for number, _, position in chosen:
             for other in self._others(number, position, epoch, self.false_captions).tolist():
                 captions = self.texts[other]["caption"]
-                texts.append(captions[random_generator(self.seed, epoch, number, position, other).integers(len(captions))])
+                texts.append(
+                    captions[random_generator(self.seed, epoch, number, position, other).integers(len(captions))]
+                )
         ids, mask = self._tokens(texts)
         shape = (len(chosen), self.false_captions, ids.shape[1])
         return ids.view(shape), mask.view(shape)
@@ -194,7 +194,9 @@ class CaptionDataModule(PreparedDataModule):
         # With one set, or none that has it, load_split says which splits there are.
         parts = [load_split(directory, split) for directory in having or list(self.folders.values())[:1]]
         if any(part.features != parts[0].features for part in parts):
-            raise UserError(f"data.sets: {', '.join(map(str, having))} were prepared by different versions: prepare again")
+            raise UserError(
+                f"data.sets: {', '.join(map(str, having))} were prepared by different versions: prepare again"
+            )
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def train_dataloader(self) -> DataLoader[CaptionBatch]:

@@ -254,7 +254,9 @@ def read_bytes(row: dict[str, Any]) -> bytes:
             file.seek(row["offset"])
             found = file.read(row["size"])
     except OSError as error:
-        raise UserError(f"{row['path']} cannot be read ({error.strerror}): put it back or prepare the data again") from None
+        raise UserError(
+            f"{row['path']} cannot be read ({error.strerror}): put it back or prepare the data again"
+        ) from None
     if len(found) != row["size"]:
         raise UserError(f"{row['path']} has changed since the data were prepared: prepare them again")
     return found
@@ -313,7 +315,9 @@ class ClassDataModule(PreparedDataModule):
         check_whole("augmentation.repeats", self.augmentation.repeats, 1)
         mixes = self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
         if mixes and self.options.batch_size % 2:
-            raise UserError(f"data.batch_size={self.options.batch_size}: pictures are mixed in pairs, so it must be even")
+            raise UserError(
+                f"data.batch_size={self.options.batch_size}: pictures are mixed in pairs, so it must be even"
+            )
         classes = read_classes(dir)
         if tuple(classes) != self.preprocessing.answers:
             raise UserError(f"{dir} has {len(classes)} classes, which are not those that the checkpoint was trained on")
@@ -327,7 +331,9 @@ class ClassDataModule(PreparedDataModule):
         rows = self.rows("train")
         sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed, self.augmentation.repeats)
         if not len(sampler):
-            raise UserError(f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}")
+            raise UserError(
+                f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
+            )
         return GroupLoader(self._dataset(rows, self.augmentation), sampler, self.options.num_workers)
 
     def val_dataloader(self) -> DataLoader[ClassBatch]:

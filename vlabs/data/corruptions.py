@@ -27,7 +27,9 @@ def library() -> Any:
     try:
         import imagecorruptions
     except ImportError as error:
-        raise UserError(f"corruptions are made by a library that is not here ({error}): pip install 'vlabs[robustness]'") from None
+        raise UserError(
+            f"corruptions are made by a library that is not here ({error}): pip install 'vlabs[robustness]'"
+        ) from None
     return imagecorruptions
 
 
@@ -55,7 +57,9 @@ class CorruptedDataset(ClassDataset):
     ) -> None:
         super().__init__(rows, preprocessing, None, seed, on_bad)
         if preprocessing.image_size < SMALLEST:
-            raise UserError(f"pictures of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least")
+            raise UserError(
+                f"pictures of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least"
+            )
         library()
         self.corruption = corruption
         self.severity = severity

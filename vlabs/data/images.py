@@ -21,7 +21,6 @@ from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
-
 # RandAugment's that move pixels; all others change colours only.
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
@@ -137,7 +136,8 @@ class ImageReader:
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
         """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
 
-        Where a row has p images it is (n * p, rows * columns), those of a text's images one after another. A region moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
+        Where a row has p images it is (n * p, rows * columns), those of a text's images one after another. A region
+        moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
 
         Args:
             texts: as in `BatchRows`.
@@ -200,7 +200,9 @@ def decode_region(png: bytes, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(png)) as picture:
             return np.asarray(picture.convert("L"), dtype=np.float64) / 255
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"the region of a text about {name} cannot be decoded ({error}): prepare the data again") from None
+        raise UserError(
+            f"the region of a text about {name} cannot be decoded ({error}): prepare the data again"
+        ) from None
 
 
 def _moves_only(rand_augment: str) -> RandAugment:

@@ -231,7 +231,7 @@ def crop_map(values: np.ndarray, image_size: int, grid: tuple[int, int] | None =
 
 @lru_cache(maxsize=256)  # pictures of one data set have few sizes
 def _crop_weights(height: int, width: int, image_size: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `crop_map` multiplies a map with from the left, (rows, H), and from the right, (W, columns): whole numbers."""
+    """What `crop_map` multiplies a map with from the left, (rows, H), and the right, (W, columns): whole numbers."""
     short = min(height, width)
     # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
     new_height, new_width = image_size * height // short, image_size * width // short

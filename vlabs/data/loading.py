@@ -143,8 +143,9 @@ def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
 def _keep_memory_flat(worker: int) -> None:
     """Let a loader process give the memory of every picture and batch back to the system at once.
 
-    glibc raises the size from which it does so with every large block that is freed, and keeps the holes between smaller
-    ones, so that a process grows to several times its size within an epoch (`benchmarks/loader.py --memory` shows it).
+    glibc raises the size from which it does so with every large block that is freed, and keeps the holes between
+    smaller ones, so that a process grows to several times its size within an epoch (`benchmarks/loader.py --memory`
+    shows it).
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)

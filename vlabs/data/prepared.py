@@ -51,7 +51,6 @@ CAPTION_FEATURES = datasets.Features(
 )
 
 
-
 def statement_features(pictures: int) -> datasets.Features:
     """Rows of statements about one picture, or about a pair: then `image_2` and `region_2` are of the right one."""
     more = range(2, pictures + 1)
@@ -191,4 +190,6 @@ def load_split(directory: str | Path, split: str) -> datasets.Dataset:
     try:
         return datasets.load_from_disk(str(Path(directory) / split))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(directory) / split} is damaged ({one_line(str(error))}): prepare the data again") from None
+        raise UserError(
+            f"{Path(directory) / split} is damaged ({one_line(str(error))}): prepare the data again"
+        ) from None

@@ -1,4 +1,4 @@
-"""From image bytes and text to tensors: what a checkpoint carries so that it can be used without its training config."""
+"""From image bytes and text to tensors: what a checkpoint carries to be used without its training config."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size / crop`, bicubic, then the centre square: torchvision's `Resize` and `CenterCrop`.
+        """Shorter side to `image_size / crop`, bicubic, then the centre square, as torchvision does.
 
         Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.

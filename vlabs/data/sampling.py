@@ -104,7 +104,7 @@ class GroupSampler(Sampler[BatchSpec]):
 def _sort_within(
     order: np.ndarray, lengths: np.ndarray, per_step: int, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Sort every `steps` steps of an order by length, and shuffle those steps; a last one that is not full stays last."""
+    """Sort every `steps` steps of an order by length, and shuffle them; a last one that is not full stays last."""
     parts = []
     for start in range(0, len(order), steps * per_step):
         part = order[start : start + steps * per_step]

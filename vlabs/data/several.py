@@ -97,13 +97,19 @@ def read_several(
                     entry["id"], image["id"], entry["area"], image["height"], image["width"], entry["segmentation"]
                 )
                 found.setdefault(image["id"], {}).setdefault(label, []).append(instance)
-        shown = [(Path(folder) / images[n]["file_name"], by_class) for n, by_class in found.items() if len(by_class) > 1]
+        shown = [
+            (Path(folder) / images[n]["file_name"], by_class) for n, by_class in found.items() if len(by_class) > 1
+        ]
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it names the objects of the pictures beside it") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): it names the objects of the pictures beside it"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not an instances file of COCO: {error!r}") from None
     if not shown:
-        raise UserError(f"{path}: no picture shows two classes of the model, whose names are {', '.join(label_of)[:80]}")
+        raise UserError(
+            f"{path}: no picture shows two classes of the model, whose names are {', '.join(label_of)[:80]}"
+        )
     if count is not None and count < len(shown):
         shown = [shown[n] for n in np.linspace(0, len(shown) - 1, num=count, dtype=int)]
     return shown

@@ -56,7 +56,9 @@ class StatementDataset(Dataset[StatementBatch]):
         pictures: p.
     """
 
-    def __init__(self, rows: datasets.Dataset, preprocessing: Preprocessing, images: ImageReader, pictures: int) -> None:
+    def __init__(
+        self, rows: datasets.Dataset, preprocessing: Preprocessing, images: ImageReader, pictures: int
+    ) -> None:
         self.rows = rows
         self.preprocessing = preprocessing
         self.images = images

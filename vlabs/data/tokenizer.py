@@ -9,7 +9,7 @@ from vlabs.errors import UserError, one_line
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
-    """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the prepared data.
+    """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the data.
 
     Raises:
         UserError: it is not there; the message says which local path to pass.
