@@ -364,6 +364,8 @@ def test_two_pictures_are_two_passes_under_one_prior_joined_before_the_head(layo
     assert batch.image_index.shape == (len(batch.keys), 2)
     assert batch.image_index.unique().numel() < batch.image_index.numel()  # sentences share their pairs
     output = task(batch)
+    one = model(batch.images, batch.input_ids[:1], batch.attention_mask[:1], batch.image_index[:1])
+    assert torch.allclose(one.logits, output.logits[:1], atol=1e-5)
     pooled = []
     for side in (0, 1):
         images = batch.images[batch.image_index[:, side]]  # a picture a sentence, nothing shared

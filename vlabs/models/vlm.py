@@ -184,7 +184,7 @@ class VisionLanguageModel(nn.Module):
         fused = self.fusion(
             text_states, attention_mask, seen.tokens, picture, pooled_only=not all_features, read_image=read_image
         )
-        pooled = fused.pooled.unflatten(0, (-1, pictures)).flatten(1)
+        pooled = fused.pooled if pictures == 1 else fused.pooled.unflatten(0, (-1, pictures)).flatten(1)
         losses = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
         return VLMOutput(
             logits=self.head(pooled),
