@@ -102,7 +102,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     values = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where} is not JSON ({error}): download it again") from None
+                    raise UserError(f"{where} is not JSON: {error}") from None
                 if not isinstance(values, dict):
                     raise UserError(f"{where} is not a JSON object")
                 yield where, values

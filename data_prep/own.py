@@ -34,7 +34,6 @@ import argparse
 import csv
 import hashlib
 import itertools
-import json
 import re
 import sqlite3
 import sys
@@ -46,6 +45,7 @@ from typing import Any, ClassVar
 
 from data_prep.captions import CAPTIONS, CaptionIndex
 from data_prep.images import ImageStore
+from data_prep.json_file import read_lines
 from data_prep.pipeline import RawData, add_options, check_split_name, prepare, read_options
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from data_prep.regions import describe_files
@@ -254,10 +254,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: the table cannot be read, or a row is not as it should be.
     """
+    if path.suffix == ".jsonl":
+        for where, values in read_lines(path):
+            yield _as_row(where, values)
+        return
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            read = _read_jsonl if path.suffix == ".jsonl" else _read_csv
-            for where, values in read(path, file):
+            for where, values in _read_csv(path, file):
                 yield _as_row(where, values)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
@@ -273,20 +276,6 @@ def answer_type(answer: str) -> str:
     if answer in ("yes", "no"):
         return "yes/no"
     return "number" if _NUMBER.fullmatch(answer) else "other"
-
-
-def _read_jsonl(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{where} is not an object with 'image' and 'question' or 'caption'")
-        yield where, values
 
 
 def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -117,7 +117,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} holds no prepared data (no manifest.json): make it with `python -m data_prep.vqav2 "
             f"--raw-dir RAW --out-dir {directory}` (captions: data_prep.flickr30k or data_prep.coco_captions; "
-            "statements: data_prep.nlvr2 or data_prep.snli_ve; a table of your own: data_prep.own), or name another folder"
+            "statements: data_prep.nlvr2 or data_prep.snli_ve; a table of your own: data_prep.own), or name another "
+            "folder"
         )
     manifest = _read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
