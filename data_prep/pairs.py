@@ -86,7 +86,8 @@ class Pairs:
                         split=example.split,
                         image_names=[image],
                         statement_id=number,
-                        key=f"{example.name}/{place}/{which}",
+                        # With the number of pictures: one that is left out must not make a simpler example.
+                        key=f"{example.name}/{len(example.images)}/{place}/{which}",
                         statement=caption,
                         label=str(place == which),
                     )

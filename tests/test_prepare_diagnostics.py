@@ -149,7 +149,7 @@ def test_winoground_is_read_as_it_is_downloaded(winoground_raw, tmp_path):
     assert rows[3]["image"] == picture(11, "PNG")
     assert rows[3]["statement"] == ["a cat on a dog", "a dog on a cat"]
     assert rows[3]["label"] == [0, 1]
-    assert rows[3]["key"] == ["1/1/0", "1/1/1"]
+    assert rows[3]["key"] == ["1/2/1/0", "1/2/1/1"]
 
 
 def test_valse_is_read_as_it_is_downloaded(tmp_path):
@@ -168,7 +168,7 @@ def test_valse_is_read_as_it_is_downloaded(tmp_path):
     prepare(find_pairs(raw), tmp_path / "out", NO_TOKENIZER)
     (row,) = load_split(tmp_path / "out", "actant-swap")
     assert row["statement"] == ["A man exercises.", "A torso exercises."]
-    assert (row["label"], row["key"]) == ([1, 0], ["actions_test_0/0/0", "actions_test_0/0/1"])
+    assert (row["label"], row["key"]) == ([1, 0], ["actions_test_0/1/0/0", "actions_test_0/1/0/1"])
     (raw / "data/actant-swap.json").write_text(json.dumps({"actions_test_0": {**entry, "mturk": 3}}))
     with pytest.raises(UserError, match="actions_test_0: 'mturk' must say how many chose"):
         prepare(find_pairs(raw), tmp_path / "again", NO_TOKENIZER)
@@ -242,9 +242,20 @@ def test_pairs_are_measured_with_a_model_of_captions(tmp_path, winoground_raw, i
         for key, caption in zip(row["key"], row["statement"], strict=True):
             with torch.no_grad():
                 output = checkpoint.model(image, *preprocessing.pad(preprocessing.token_ids([caption])))
-            name, place = key.split("/", 1)
+            name, _, place = key.split("/", 2)
             score = float(checkpoint.model.head.score(output.pooled_features))
             line = next(line for line in lines if line["example"] == name)
             assert line["scores"][place] == pytest.approx(score, abs=1e-5)
+    # An example that lacks a picture is not taken for one of a picture and two captions.
+    with zipfile.ZipFile(winoground_raw / "images.zip", "w") as archive:
+        for n, side in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
+            archive.writestr(f"images/ex_{n}_img_{side}.png", picture(10 * n + side, "PNG"))
+    prepare(find_pairs(winoground_raw), tmp_path / "fewer", Options(vocab_size=0, on_bad="skip"))
+    measured = [*evaluate, f"data.dir={tmp_path / 'fewer'}", "split=test", "hydra.run.dir=fewer_ev"]
+    result = in_process("vlabs.evaluate", measured, tmp_path)
+    assert "something of them is missing: 1\n" in result.stdout
+    metrics = json.loads((tmp_path / "fewer_ev/metrics.json").read_text())
+    assert (metrics["examples"], metrics["left_out"]) == (2, 1)
+    assert "caption" not in metrics
     wrong = in_process("vlabs.evaluate", [*evaluate, "split=val"], tmp_path)
     assert_one_line_error(wrong, "holds captions", "measured on statements")

@@ -18,7 +18,7 @@ from data_prep.pipeline import Options, prepare
 from data_prep.scene_render import SIZES
 from data_prep.scenes import make_scenes
 from data_prep.snli_ve import SNLIVE
-from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.images import decode_region
 from vlabs.data.prepared import load_split, read_labels, read_manifest
@@ -413,7 +413,7 @@ def test_regions_of_both_pictures_are_learnt(layouts):
     assert torch.allclose(losses.others["region_prior"], expected, atol=1e-5)
 
 
-def test_a_second_picture_starts_as_the_first(layouts, tiny_run):
+def test_a_second_picture_starts_as_the_first(layouts, tiny_run, tmp_path):
     fresh, _ = build("nlvr2", layouts / "nlvr2")
     types = fresh.model.fusion.token_type.weight
     assert torch.equal(types[1], types[2])
@@ -422,6 +422,13 @@ def test_a_second_picture_starts_as_the_first(layouts, tiny_run):
     assert torch.equal(fresh.model.fusion.token_type.weight[:2], source.fusion.token_type.weight)
     assert torch.equal(fresh.model.fusion.token_type.weight[2], source.fusion.token_type.weight[1])
     assert any("a second picture's is the first's" in line for line in found.derived)
+    # And back: a model of one picture takes the first's.
+    state = {f"model.{name}": value for name, value in fresh.model.state_dict().items()}
+    header = header_of(fresh.model, fresh.preprocessing, "nlvr2", {})
+    torch.save({"vlabs": header, "state_dict": state}, tmp_path / "pairs.ckpt")
+    one, _ = build("snli_ve", layouts / "snli_ve")
+    initialize(one.model, tmp_path / "pairs.ckpt")
+    assert torch.equal(one.model.fusion.token_type.weight, types[:2])
     assert "head.classifier.0.weight" in found.left_out
 
 

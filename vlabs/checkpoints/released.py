@@ -331,26 +331,18 @@ def _vision(
 def _text(state: State, name: str, heads: int | None) -> TextEncoder:
     prefix = "text_transformer."
     vocabulary, width = _need(state, f"{prefix}embeddings.word_embeddings.weight", name)
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": _depth(state, f"{prefix}encoder.layer."),
+        "num_attention_heads": heads or _default_heads(width),
+        "intermediate_size": _need(state, f"{prefix}encoder.layer.0.intermediate.dense.weight", name)[0],
+        "max_position_embeddings": _need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
+    }
     types = _need(state, f"{prefix}embeddings.token_type_embeddings.weight", name)[0]
-    if types != 1:  # which RoBERTa has one of
-        return OtherEncoder(
-            "bert",
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=_depth(state, f"{prefix}encoder.layer."),
-            num_attention_heads=heads or _default_heads(width),
-            intermediate_size=_need(state, f"{prefix}encoder.layer.0.intermediate.dense.weight", name)[0],
-            max_position_embeddings=_need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
-            type_vocab_size=types,
-        )
-    return RobertaEncoder(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=_depth(state, f"{prefix}encoder.layer."),
-        num_attention_heads=heads or _default_heads(width),
-        intermediate_size=_need(state, f"{prefix}encoder.layer.0.intermediate.dense.weight", name)[0],
-        max_position_embeddings=_need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
-    )
+    if types == 1:  # which BERT has two of
+        return RobertaEncoder(**sizes)
+    return OtherEncoder("bert", **sizes, type_vocab_size=types)
 
 
 def _need(state: State, key: str, name: str) -> tuple[int, ...]:

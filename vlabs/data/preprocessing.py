@@ -17,9 +17,13 @@ from torch import Tensor
 
 from vlabs.errors import UserError
 
-# CLIP's, which METER uses for every image encoder.
+# CLIP's, which METER uses for CLIP's encoders, and the released AbSViT for its ViT.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# ImageNet's, which METER uses for its Swins.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

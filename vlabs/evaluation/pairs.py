@@ -47,11 +47,19 @@ class PairsEvaluation(Evaluation):
             ranked = model.head.score(output.pooled_features)  # type: ignore[operator]
             scores |= dict(zip(batch.keys, ranked.tolist(), strict=True))
         examples: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+        pictures_of: dict[str, int] = {}
         for key, score in scores.items():
-            name, picture, caption = key.rsplit("/", 2)
+            name, count, picture, caption = key.rsplit("/", 3)
+            pictures_of[name] = int(count)
             examples[name][int(picture), int(caption)] = score
-        found = {name: told_apart(table) for name, table in examples.items()}
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "examples": len(found)}
+        # The preparation may have left a picture or a caption out (--on-bad skip), and with it what is to be compared.
+        whole = [name for name, table in examples.items() if len(table) == 2 * pictures_of[name]]
+        found = {name: told_apart(examples[name]) for name in whole}
+        left_out = sorted(set(examples) - set(whole))
+        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split}
+        metrics |= {"examples": len(found), "left_out": len(left_out)}
+        if left_out:
+            print(f"left out, because something of them is missing: {', '.join(left_out[:20])}")
         print(f"\n{len(found):,} examples, {setting.split}; chance in brackets\n")
         for pictures, chances in CHANCE.items():
             of_kind = [measures for measures in found.values() if ("group" in measures) == (pictures == 2)]

@@ -14,9 +14,17 @@ from vlabs.attention.maps import default_map, look
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
 from vlabs.data.prepared import LABELS, read_answers
-from vlabs.data.preprocessing import Preprocessing, decode_image
+from vlabs.data.preprocessing import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    decode_image,
+)
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
+from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
 
@@ -154,10 +162,10 @@ def load_any(
         raise UserError(f"{file} is neither a vlabs checkpoint nor one of the released METER code")
     state = find_state(content, str(file))
     task = task_of(state)
+    if task is None:
+        raise UserError(f"{file} has none of METER's heads: it is no whole checkpoint of the released code")
     if task not in trained_for:
-        # A file that was fine-tuned for retrieval ranks with its own head, and one of pre-training with its matching.
         raise UserError(f"{file} was trained for the task '{task}', not for {' or '.join(trained_for)}")
-    assert task is not None
     module = load_released(state, task=task)
     assert isinstance(module, ReleasedVLM)
     if task != "vqa":
@@ -183,8 +191,11 @@ def _released_checkpoint(
     data_dir: str | Path | None,
     task: str,
 ) -> Checkpoint:
+    as_imagenet = isinstance(module.model.vision.backbone, Swin)
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
+        mean=IMAGENET_MEAN if as_imagenet else IMAGE_MEAN,
+        std=IMAGENET_STD if as_imagenet else IMAGE_STD,
         tokenizer=read_tokenizer(tokenizer or _TOKENIZERS[type(module.model.text)], Path(data_dir or ".")),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
