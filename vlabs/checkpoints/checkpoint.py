@@ -24,6 +24,7 @@ import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import build
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import replacing
@@ -167,6 +168,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
+    if (lora := (loaded.get("vlabs") or {}).get("lora")) is not None:
+        # Training alone knows of adapters: whoever reads the file gets the weights that they make.
+        loaded["state_dict"] = merge_adapters(loaded["state_dict"], float(lora["scale"]))
+        loaded["vlabs"] = {key: value for key, value in loaded["vlabs"].items() if key != "lora"}
     return loaded
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +16,7 @@ from vlabs.checkpoints.checkpoint import header_of
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
+from vlabs.models.lora import LoRA, add_adapters
 from vlabs.tasks.optim import PARTS, Recipe
 from vlabs.utils.ranks import is_distributed
 
@@ -50,6 +51,7 @@ class Task(pl.LightningModule):
         freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
         recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
         compile: let `torch.compile` make the kernels, see the model's `compile_parts`: a slow start.
+        lora: adapters in the encoders, which then are all of them that is trained; of vision-language models.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Task(pl.LightningModule):
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -76,6 +79,13 @@ class Task(pl.LightningModule):
         self.data = data
         self.recipe = recipe
         self.frozen = _freeze(model, freeze)
+        self.lora = lora if lora is not None and lora.rank else None
+        if self.lora is not None:
+            if both := [prefix for prefix in freeze if prefix.split(".")[0] in self.lora.parts]:
+                raise UserError(
+                    f"task.freeze names '{both[0]}', which gets adapters to train: leave it out, or pass task.lora.parts"
+                )
+            add_adapters(model, self.lora)
         if recompute_activations:
             model.recompute_activations()
         if compile:
@@ -99,13 +109,15 @@ class Task(pl.LightningModule):
     def lr_group(self, name: str) -> str:
         """Which of the rates in `task.recipe.lr` a parameter of this task has.
 
-        What a task adds to the model is as new as a head. Another group than METER's needs a rate of its own,
+        What a task adds to the model is as new as a head, adapters too. Another group than METER's needs a rate of its own,
         `+task.recipe.lr.GROUP=...`.
 
         Args:
             name: of the parameter, as in `named_parameters()`.
         """
         part, _, rest = name.removeprefix("model.").partition(".")
+        if ".lora_" in rest:
+            return "head"
         if part in ("prior", "prior_loss") or rest.startswith(("decoders.", "modulations.")):
             return "feedback"
         return part if name.startswith("model.") and part in PARTS else "head"
@@ -185,6 +197,8 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
+        if self.lora is not None:
+            checkpoint["vlabs"]["lora"] = asdict(self.lora) | {"scale": self.lora.scale, "parts": list(self.lora.parts)}
 
 
 def check_weight(name: str, value: Any) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
+from vlabs.models.lora import LoRA
 from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.runs.logging import say
@@ -21,7 +22,7 @@ class VisionLanguageTask(Task):
     """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
 
     Args:
-        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
+        model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora: as in `Task`.
         reconstruction_weight: w_rec.
         prior_weight: w_prior, on the second pass's [cls].
         prior_bottom_up_weight: of the same loss on the bottom-up [cls].
@@ -53,8 +54,9 @@ class VisionLanguageTask(Task):
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
+        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora)
         has_prior = model.prior is not None
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         # Where ξ steers nothing, there is no second pass for it to be compared with.

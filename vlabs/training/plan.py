@@ -91,6 +91,7 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
     validation = checked * statistics.median(clock.validation) if clock.validation else 0.0
     validations = steps / steps_an_epoch / (options.check_val_every_n_epoch or 1)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in task.parameters())
     cuda = trainer.strategy.root_device.type == "cuda"
     # ru_maxrss is in KiB on Linux.
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -103,8 +104,8 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
         "epochs": round(steps / steps_an_epoch, 2),
         "steps": steps,
         "trained_parameters": trained,
-        # Weights, gradients and AdamW's two moments, four bytes each.
-        "gib_weights_and_optimizer": round(16 * trained / 2**30, 2),
+        # Four bytes a weight, and of what is trained as many for its gradient and each of AdamW's two moments.
+        "gib_weights_and_optimizer": round((4 * everything + 12 * trained) / 2**30, 2),
         "gib_peak_per_device": round(peak / 2**30, 2),
         "seconds_per_step": round(second * accumulate, 4),
         "texts_per_second": round(data.batch_size * devices / second, 1),

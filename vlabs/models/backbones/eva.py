@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlabs.models.backbones.base import Steer, dropout_of, mix, split_heads
 from vlabs.models.backbones.vit import TimmViT
+from vlabs.models.lora import whole_weight
 
 
 class RotaryViT(TimmViT):
@@ -84,15 +85,13 @@ class RotaryViT(TimmViT):
         """See `Backbone`."""
         attn = self.network.blocks[index].attn
         if attn.qkv is not None:
-            weight: Tensor = attn.qkv.weight
-            return weight
-        return torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+            return whole_weight(attn.qkv)
+        return torch.cat([whole_weight(layer) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)])
 
     def value_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
         attn = self.network.blocks[index].attn
-        weight: Tensor = attn.v_proj.weight if attn.qkv is None else attn.qkv.weight.chunk(3)[2]
-        return weight
+        return whole_weight(attn.v_proj) if attn.qkv is None else whole_weight(attn.qkv).chunk(3)[2]
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's own renaming and resampling."""

@@ -16,6 +16,7 @@ from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed, Positiona
 from torch import Tensor, nn
 
 from vlabs.models.backbones.base import Backbone, Steer, mix, split_heads
+from vlabs.models.lora import whole_weight
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -223,11 +224,11 @@ class FAN(Backbone):
 
     def qkv_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
-        return torch.cat([layer.weight for layer in self._maps(index)])
+        return torch.cat([whole_weight(layer) for layer in self._maps(index)])
 
     def value_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
-        return self._maps(index)[-1].weight[-self.widths[index] :]
+        return whole_weight(self._maps(index)[-1])[-self.widths[index] :]
 
     def back(self, index: int, tokens: Tensor, decoder: nn.Module) -> Tensor:
         """Without [cls], which the blocks before do not have."""

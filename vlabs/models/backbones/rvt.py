@@ -26,6 +26,7 @@ from vlabs.models.backbones.base import (
     to_map,
     to_tokens,
 )
+from vlabs.models.lora import whole_weight
 
 PATCH = 16  # px, of the stem
 
@@ -222,8 +223,7 @@ class RVT(Backbone):
     def qkv_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
         block: Any = self.network.blocks[index]
-        weight: Tensor = block.attn.qkv.weight
-        return weight
+        return whole_weight(block.attn.qkv)
 
     def make_decoders(self) -> nn.ModuleList:
         """One a block; those of the first block of a stage also undo the pooling."""

@@ -20,6 +20,7 @@ from vlabs.models.backbones.base import (
     to_map,
     to_tokens,
 )
+from vlabs.models.lora import whole_weight
 
 
 class Swin(Backbone):
@@ -126,8 +127,7 @@ class Swin(Backbone):
 
     def qkv_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
-        weight: Tensor = self.blocks[index].attn.qkv.weight
-        return weight
+        return whole_weight(self.blocks[index].attn.qkv)
 
     def make_decoders(self) -> nn.ModuleList:
         """One a block; those of the first block of a stage also undo the merging."""

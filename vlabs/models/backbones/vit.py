@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor
 
 from vlabs.models.backbones.base import Backbone, Steer, dropout_of, mix, split_heads
+from vlabs.models.lora import whole_weight
 
 
 class TimmViT(Backbone):
@@ -86,8 +87,7 @@ class ViT(TimmViT):
 
     def qkv_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
-        weight: Tensor = self.network.blocks[index].attn.qkv.weight
-        return weight
+        return whole_weight(self.network.blocks[index].attn.qkv)
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's own renaming, OpenAI's names of CLIP too; resampled as METER does, without smoothing."""

@@ -1,0 +1,102 @@
+"""Parameter-efficient fine-tuning: low-rank adapters (LoRA, Hu et al., 2021) on the linear layers of the encoders.
+
+A layer's W becomes W + (alpha / rank) · B A with A (rank, in) and B (out, rank), and only A and B are trained. peft puts
+them in; what a trained model is loaded from has them added to W again, so that nothing but training knows of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlabs.errors import UserError
+
+PARTS = ("vision", "text")
+_A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which adapters a training has.
+
+    Attributes:
+        rank: of the product B A; 0 for no adapters.
+        alpha: the product counts alpha / rank.
+        dropout: of an adapter's input. Feedback reads W_v + B A of the blocks, which has no dropout.
+        parts: the encoders whose linear layers get one: `vision`, `text`. All else in them is frozen; the fusion, the
+            head, the feedback decoders and the map to ξ are trained as ever.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 0:
+            raise UserError(f"task.lora.rank={self.rank} must be a whole number, 0 for none")
+        if not isinstance(self.alpha, int | float) or self.alpha <= 0:
+            raise UserError(f"task.lora.alpha={self.alpha} must be a number above 0")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UserError(f"task.lora.dropout={self.dropout} must be in [0, 1)")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise UserError(f"task.lora.parts names '{unknown[0]}': choose of {', '.join(PARTS)}")
+
+    @property
+    def scale(self) -> float:
+        """By what B A is multiplied."""
+        return self.alpha / self.rank
+
+
+def add_adapters(model: Any, lora: LoRA) -> None:
+    """Put adapters into the encoders of a vision-language model, in place; at first they change nothing.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("task.lora needs the package peft: pip install 'vlabs[lora]'") from None
+    for part in lora.parts:
+        network = model.vision.vit if part == "vision" else model.text.network
+        layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
+        )
+        inject_adapter_in_model(config, network)
+
+
+def whole_weight(layer: nn.Module) -> Tensor:
+    """W of a linear layer (out, in), with what its adapters add, if it has any."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    for adapter in getattr(layer, "active_adapters", ()):
+        weight = weight + layer.get_delta_weight(adapter)  # type: ignore[operator]
+    return weight
+
+
+def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Weights with adapters as those of the model without: names as they were, W + scale · B A in the place of W.
+
+    Args:
+        state: names and values, of a model or with any prefix.
+        scale: of `LoRA`.
+    """
+    merged = {}
+    for name, value in state.items():
+        if name.endswith((_A, _B)):
+            continue
+        plain = name.replace(_BASE, ".")
+        adapter = name.removesuffix(f"{_BASE}weight")
+        if name != plain and name.endswith(".weight"):
+            a, b = state[adapter + _A], state[adapter + _B]
+            precise = torch.promote_types(value.dtype, torch.float32)
+            value = (value.to(precise) + scale * (b.to(precise) @ a.to(precise))).to(value.dtype)
+        merged[plain] = value
+    return merged
