@@ -95,7 +95,12 @@ def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Seque
 
 
 def look(
-    model: VisionLanguageModel, image: Tensor, input_ids: Tensor, attention_mask: Tensor, names: Sequence[str]
+    model: VisionLanguageModel,
+    image: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    names: Sequence[str],
+    prior: Tensor | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
     """Run a model on one image with n texts, or on p pictures that every text is about, and make maps of it.
 
@@ -104,6 +109,7 @@ def look(
         image: (p, 3, H, W), normalised; on any device. p is 1 but for models of pairs.
         input_ids, attention_mask: (n, T).
         names: of `MAPS`.
+        prior: ξ, (n, D_vision), in the place of the texts' own.
 
     Returns:
         The output, and by name the maps (n p, rows, columns), those of a text's pictures one after another,
@@ -116,14 +122,14 @@ def look(
     if not set(names) & set(NEEDS_ATTENTION):
         index = torch.arange(pictures, device=image.device).expand(n, -1)
         with torch.no_grad():
-            output = model(image, input_ids, attention_mask, _one_column(index), read_image=read_image)
+            output = model(image, input_ids, attention_mask, _one_column(index), prior=prior, read_image=read_image)
         return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
     # An image a text: where the passes are shared, a gradient would mix the texts.
     images = image.repeat(n, 1, 1, 1)
     index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:
         given = None if pictures == 1 else index
-        output = model(images, input_ids, attention_mask, given, read_image=read_image)
+        output = model(images, input_ids, attention_mask, given, prior=prior, read_image=read_image)
         maps = {name: attention_map(output, model.vision, name, recorded()).detach().cpu() for name in names}
     return output, maps
 

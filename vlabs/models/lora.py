@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: low-rank adapters (LoRA, Hu et al., 2021) on the linear layers of the encoders.
 
-A layer's W becomes W + (alpha / rank) · B A with A (rank, in) and B (out, rank), and only A and B are trained. peft puts
-them in; what a trained model is loaded from has them added to W again, so that nothing but training knows of them.
+A layer's W becomes W + (alpha / rank) · B A with A (rank, in) and B (out, rank), and only A and B are trained. peft
+puts them in; what a trained model is loaded from has them added to W again, so that only training knows of them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ def add_adapters(model: Any, lora: LoRA) -> None:
         network = model.vision.vit if part == "vision" else model.text.network
         layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
         config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=layers,
+            bias="none",
         )
         inject_adapter_in_model(config, network)
 

@@ -110,6 +110,7 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor,
         image_index: Tensor | None = None,
         text_index: Tensor | None = None,
+        prior: Tensor | None = None,
         *,
         reconstruct: bool = False,
         all_features: bool = False,
@@ -124,13 +125,14 @@ class VisionLanguageModel(nn.Module):
                 is about p pictures together.
             text_index: (p,) where p pairs are to be made of the n texts: the text of each; `image_index` is then (p,)
                 too, and so is the output. A text is encoded once, however many images it is paired with.
+            prior: ξ, (n, D_vision), in the place of the texts' own.
             reconstruct: compute the reconstruction loss.
             all_features: return every token's fused features, not the first alone.
             read_image: return the fusion's text-to-image attention.
         """
         bottom_up = self.vision.encode(images) if isinstance(images, Tensor) else images
         text_states = self.text(input_ids, attention_mask)
-        prior = self.prior_of(text_states, input_ids)
+        prior = self.prior_of(text_states, input_ids) if prior is None else prior
         if text_index is not None:
             text_states, attention_mask = text_states[text_index], attention_mask[text_index]
             prior = None if prior is None else prior[text_index]

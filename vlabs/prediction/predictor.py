@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vlabs.attention.maps import default_map, look
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
@@ -27,6 +28,7 @@ from vlabs.errors import UserError
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
+from vlabs.models.topdown import strength
 
 AnyImage = str | Path | Image.Image
 
@@ -75,12 +77,33 @@ class Predictor:
         self.labels_statements = isinstance(head, LabelHead)
         self.pictures = head.pictures if isinstance(head, LabelHead) else 1
 
+    @property
+    def alpha(self) -> float | None:
+        """Strength of the top-down signal; None where the model has none."""
+        return getattr(self.model.vision.topdown, "alpha", None)
+
+    @torch.inference_mode()
+    def prior(self, text: str) -> Tensor:
+        """ξ of a text, (1, D_vision).
+
+        Raises:
+            UserError: the model has no ξ, or the text is empty.
+        """
+        if self.model.prior is None:
+            raise UserError("there is no ξ to be replaced: this model has none")
+        if not text.strip():
+            raise UserError("the text of the other ξ is empty: give it some text")
+        input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([text])))
+        return self.model.prior(self.model.text(input_ids, mask), input_ids)  # type: ignore[no-any-return]
+
     def answer(
         self,
         image: AnyImage | Sequence[AnyImage],
         questions: Sequence[str],
         top: int = 5,
         map_name: str | None = None,
+        alpha: float | None = None,
+        prior_of: str | None = None,
     ) -> list[Answer]:
         """Answer questions about one picture; they share its bottom-up pass.
 
@@ -89,9 +112,12 @@ class Predictor:
             questions: any text; longer than the model's limit is cut.
             top: answers a question.
             map_name: which map says where it looked (see `attention_map`); None for `default_map`.
+            alpha: strength of the top-down signal in the place of the model's own; not for two threads at a time.
+            prior_of: a text whose ξ steers the encoder in the place of the questions' own.
 
         Raises:
-            UserError: a file is missing or no image, there are too many or too few, or a question is empty.
+            UserError: a file is missing or no image, there are too many or too few, a question is empty, or the model
+                has no α or no ξ to be replaced.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -99,15 +125,18 @@ class Predictor:
             if not question.strip():
                 raise UserError("a question is empty: give it some text")
         map_name = map_name or default_map(self.model)
+        if alpha is not None and self.alpha is None:
+            raise UserError("alpha is the strength of the top-down signal, and this model has none")
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if len(given) != self.pictures:
             raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
         pictures = [one.convert("RGB") if isinstance(one, Image.Image) else open_image(one) for one in given]
         images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
-        output, maps_by_name = look(
-            self.model, images, input_ids.to(self.device), attention_mask.to(self.device), [map_name]
-        )
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
+        with strength(self.model.vision.topdown, alpha):
+            output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior)
         answers = self.preprocessing.answers
         logits = output.logits.detach().float()
         probabilities = logits.softmax(dim=1) if self.labels_statements else logits.sigmoid()

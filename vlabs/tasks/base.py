@@ -83,7 +83,7 @@ class Task(pl.LightningModule):
         if self.lora is not None:
             if both := [prefix for prefix in freeze if prefix.split(".")[0] in self.lora.parts]:
                 raise UserError(
-                    f"task.freeze names '{both[0]}', which gets adapters to train: leave it out, or pass task.lora.parts"
+                    f"task.freeze names '{both[0]}', which gets adapters: leave it out, or pass task.lora.parts"
                 )
             add_adapters(model, self.lora)
         if recompute_activations:
@@ -109,8 +109,8 @@ class Task(pl.LightningModule):
     def lr_group(self, name: str) -> str:
         """Which of the rates in `task.recipe.lr` a parameter of this task has.
 
-        What a task adds to the model is as new as a head, adapters too. Another group than METER's needs a rate of its own,
-        `+task.recipe.lr.GROUP=...`.
+        What a task adds to the model is as new as a head, adapters too. Another group than METER's needs a rate of its
+        own, `+task.recipe.lr.GROUP=...`.
 
         Args:
             name: of the parameter, as in `named_parameters()`.
