@@ -1,10 +1,11 @@
 # make demo: set up, fine-tune a small AbSViT on the embedded corpus, evaluate it, leave a picture (under 8 minutes on 2 cores).
+# make web: set up, and serve a web page where the model that comes with vlabs answers questions (no network).
 # make test: set up and run the tests.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo web test lint setup clean
 
 setup: .venv/.installed
 
@@ -17,6 +18,9 @@ setup: .venv/.installed
 
 demo: setup
 	@$(BIN)/python -m vlabs.demo --out $(DEMO)
+
+web: setup
+	@$(BIN)/python -m vlabs.demo_page
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -15,6 +15,7 @@ COMMANDS = {
     "attention": "draw where a model looks",
     "report": "a page about the runs of a sweep",
     "export": "one safetensors file from a checkpoint",
+    "demo-page": "a web page to ask questions about pictures and to search them",
     "demo": "fine-tune the small model that comes with vlabs, and show what it does",
     "dashboard": "a W&B workspace for runs of vlabs",
     "vqa_eval": "score a file of answers with the official VQA accuracy",
@@ -32,7 +33,8 @@ def main() -> None:
         if not asked:
             print(f"error: there is no command '{name}': choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(0 if asked else 1)
-    module = importlib.import_module("vlabs.attention.__main__" if name == "attention" else f"vlabs.{name}")
+    place = "attention.__main__" if name == "attention" else name.replace("-", "_")
+    module = importlib.import_module(f"vlabs.{place}")
     # As `python -m` has it: what is recorded of a run, and what starts its other processes, reads this.
     sys.argv = [str(module.__file__), *sys.argv[2:]]
     run_cli(module.main)

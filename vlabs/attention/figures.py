@@ -74,7 +74,7 @@ def question_figure(image: Image.Image, panels: Sequence[Panel], map_name: str) 
     lines = max(title.count("\n") + len(panel.lines) for title, panel in zip(titles, panels, strict=True))
     figure = Figure(figsize=(3.1 * columns, 3.7 + 0.22 * lines), layout="constrained", dpi=150)
     axes = figure.subplots(1, columns, squeeze=False)[0]
-    shown = _enlarged(image)
+    shown = enlarged(image)
     axes[0].imshow(shown)
     axes[0].set_title("image", fontsize=10)
     for axis, panel, title in zip(axes[1:], panels, titles, strict=True):
@@ -106,7 +106,7 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figu
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
         for axis, cell in zip(row, cells, strict=False):
-            shown = _enlarged(cell.image)
+            shown = enlarged(cell.image)
             axis.imshow(shown if cell.map is None else overlay(shown, cell.map, scale=scale))
             axis.set_title(_wrapped(cell.title, 30), fontsize=9)
             axis.set_xlabel(_wrapped(cell.note, 34), fontsize=8)
@@ -128,7 +128,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _enlarged(image: Image.Image, side: int = 448) -> Image.Image:
+def enlarged(image: Image.Image, side: int = 448) -> Image.Image:
     """Small pictures are enlarged without smoothing, so that their own pixels stay visible."""
     factor = side / max(image.size)
     if factor <= 1:
@@ -158,7 +158,7 @@ def ranking_figure(rows: Sequence[tuple[str, Sequence[RankedImage]]]) -> Figure:
             if n >= len(images):
                 ax.set_visible(False)
                 continue
-            ax.imshow(overlay(_enlarged(images[n].image), images[n].map))
+            ax.imshow(overlay(enlarged(images[n].image), images[n].map))
             for side in ax.spines.values():
                 side.set(color="#d55e00" if images[n].right else "#cccccc", linewidth=4 if images[n].right else 1)
             ax.set_xlabel(f"{n + 1}" + (" (right)" if images[n].right else ""), fontsize=8)
