@@ -26,7 +26,7 @@ _LOOK, _KEEP = 60, 600
 _WAITING = 100  # requests in line; more are told to come back
 _CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
-.card { width: 230px; margin: 0; }
+.card { flex: 0 1 30%; min-width: 170px; max-width: 260px; margin: 0; }
 .card img { width: 100%; border-radius: 6px; display: block; }
 .card ol { list-style: none; margin: 6px 0 0; padding: 0; }
 .card li { position: relative; padding: 1px 6px; font-size: 14px; display: flex; justify-content: space-between; }

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlabs.attention.figures import RankedImage
-from vlabs.attention.maps import attention_map
+from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.errors import UserError
 from vlabs.prediction.predictor import open_image
@@ -105,7 +105,7 @@ class Search:
         shown = []
         for item in found:
             output = self.model(self._tensor(item.path), input_ids, mask, read_image=True)
-            seen = attention_map(output, self.model.vision)[0].cpu().numpy()
+            seen = attention_map(output, self.model.vision, default_map(self.model))[0].cpu().numpy()
             shown.append(RankedImage(self.preprocessing.resize(open_image(item.path)), seen, False))
         return shown
 
