@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlabs.checkpoints.released import ReleasedClassifier, ReleasedVLM
+    from vlabs.models.vlm import VisionLanguageModel
     from vlabs.prediction.predictor import Predictor
 
-__all__ = ["load", "load_released"]
+__all__ = ["VisionLanguageModel", "load", "load_released"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported with the package, because it brings torch and timm with it.
+    if name == "VisionLanguageModel":
+        from vlabs.models.vlm import VisionLanguageModel
+
+        return VisionLanguageModel
+    raise AttributeError(f"module 'vlabs' has no attribute '{name}'")
 
 
 def load(path: Any, **options: Any) -> Predictor:
-    """Load a run folder, checkpoint, export or released file for prediction; see `vlabs.prediction.predictor.load`."""
+    """Load a model for prediction: a run, export, released file or `user/name`; see `vlabs.prediction.predictor.load`."""
     from vlabs.prediction.predictor import load as load_predictor
 
     return load_predictor(path, **options)

@@ -1,22 +1,55 @@
-"""Write the model of a run as one safetensors file: python -m vlabs.export --ckpt RUN --out model.safetensors."""
+"""A model of a run for others: python -m vlabs.export --ckpt RUN --out model.safetensors.
+
+--out model.safetensors     one file that evaluate, predict, init= and vlabs.load take
+--out FOLDER                a folder as on the Hugging Face hub, with a model card
+--to-hub user/name          the same on the hub
+--out FOLDER --format onnx  both passes with ξ as an input, for serving without vlabs (or `torch`: torch.export)
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from vlabs.checkpoints.checkpoint import export_safetensors
+from vlabs.checkpoints.share import export_folder, push_to_hub
 from vlabs.errors import UserError, run_cli
 
 
 def main() -> None:
     """Entry point of `python -m vlabs.export`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.export", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vlabs.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
-    parser.add_argument("--out", required=True, help="the .safetensors file to write")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", help="the .safetensors file or the folder to write")
+    where.add_argument("--to-hub", metavar="USER/NAME", help="put it on the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --to-hub: a repository that others do not see")
+    parser.add_argument("--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
+    parser.add_argument(
+        "--metrics", type=Path, action="append", default=[],
+        help="for the card: a metrics.json of vlabs.evaluate, or its folder; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("onnx", "torch"), help="with --out FOLDER: programs in the place of weights"
+    )
     arguments = parser.parse_args()
-    if not arguments.out.endswith(".safetensors"):
-        raise UserError(f"--out {arguments.out}: name a .safetensors file")
-    print(export_safetensors(arguments.ckpt, arguments.out))
+    is_file = arguments.out is not None and arguments.out.endswith(".safetensors")
+    if arguments.format is not None:
+        if arguments.out is None or is_file:
+            raise UserError("--format writes several files: pass --out FOLDER")
+        from vlabs.checkpoints.programs import export_programs
+
+        print(export_programs(arguments.ckpt, arguments.out, arguments.format))
+    elif arguments.to_hub is not None:
+        print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, arguments.licence, arguments.metrics))
+    elif is_file:
+        print(export_safetensors(arguments.ckpt, arguments.out))
+    elif Path(arguments.out).suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"--out {arguments.out}: name a .safetensors file, or a folder")
+    else:
+        print(export_folder(arguments.ckpt, arguments.out, None, arguments.licence, arguments.metrics))
 
 
 if __name__ == "__main__":

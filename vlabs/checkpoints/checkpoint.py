@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header
 from vlabs.models.lora import merge_adapters
-from vlabs.models.registry import build
+from vlabs.models.registry import restore
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import replacing
 
 FORMAT = 1
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
 
 
 @dataclass
@@ -73,7 +76,8 @@ def find_checkpoint(path: str | Path) -> Path:
     """The file that a path means: itself, a run folder's best checkpoint, or its last, or what comes with vlabs.
 
     Args:
-        path: of a file or folder, or a name of `packaged_starts` where there is no such file or folder.
+        path: of a file, a run folder or a folder as on the Hugging Face hub; where there is no such file or folder, a
+            name of `packaged_starts`, or `user/name` or `user/name@revision` of the hub.
 
     Raises:
         UserError: there is nothing there.
@@ -86,7 +90,13 @@ def find_checkpoint(path: str | Path) -> Path:
         for name in ("best.ckpt", "last.ckpt"):
             if (path / "checkpoints" / name).is_file():
                 return path / "checkpoints" / name
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
         raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
+    on_hub = _HUB_NAME.fullmatch(str(path))
+    # A folder of the first name says that a path was meant, which is then not there.
+    if on_hub and not path.exists() and not path.parent.exists():
+        return download(on_hub[1], on_hub[2]) / WEIGHTS
     if not path.is_file():
         named = f" (with vlabs come: {', '.join(starts)})" if starts else ""
         raise UserError(f"checkpoint {path} does not exist{named}")
@@ -108,15 +118,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
     """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
+    if missing := [name for name in ("task", "preprocessing", "data") if name not in header]:
+        raise UserError(
+            f"{path} holds a network alone: it does not say its {missing[0]}; "
+            "vlabs.VisionLanguageModel.from_pretrained loads it"
+        )
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
-        with torch.device("meta"):
-            # Shapes alone: a header that asks for more memory than its file has weights for gets none.
-            _check_shapes(build(header["architecture"]), weights)
-        model = build(header["architecture"])
-        model.load_state_dict(weights)
+        model = restore(header["architecture"], weights)
         preprocessing = Preprocessing.from_plain(header["preprocessing"])
         checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
     except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
@@ -124,16 +135,10 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
         raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
     if not isinstance(model, VisionLanguageModel | AbSViTClassifier):
         raise UserError(f"{path} holds a {type(model).__name__}, not a whole model")
+    # Saved again, it may be for others, who have no use for where the data lay here.
+    own = {"data": _with_relative_folders(header["data"], outside=False)}
+    model.about = {name: header[name] for name in ("format", "task", "preprocessing")} | own
     return checkpoint
-
-
-def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raise a RuntimeError that names the first weights that are missing, left over or of another shape."""
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name]]
-    wrong += [name for name in weights if name not in wanted]
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -153,6 +158,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is not a whole safetensors file: {error}") from None
         if "vlabs" in metadata:
             content["vlabs"] = json.loads(metadata["vlabs"])
+        elif path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+            # A folder as on the hub: weights by the model's own names.
+            content["vlabs"] = read_header(path.parent)
+            content["state_dict"] = {f"model.{name}": value for name, value in content["state_dict"].items()}
         return content
     try:
         with _inert_globals(path):
@@ -240,14 +249,23 @@ def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _with_relative_folders(data: Any) -> Any:
-    """A checkpoint's `data` with every `dir` that is in the current folder relative to it."""
-    if isinstance(data, dict):
-        here = Path.cwd()
-        return {
-            key: str(Path(value).relative_to(here))
-            if key == "dir" and Path(value).is_relative_to(here)
-            else _with_relative_folders(value)
-            for key, value in data.items()
-        }
-    return [_with_relative_folders(item) for item in data] if isinstance(data, list) else data
+def _with_relative_folders(data: Any, outside: bool = True) -> Any:
+    """A checkpoint's `data` with every `dir` that is in the current folder relative to it.
+
+    Args:
+        outside: keep where the others are; else only what their folder is called.
+    """
+    if isinstance(data, list):
+        return [_with_relative_folders(item, outside) for item in data]
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: _relative(Path(value), outside) if key == "dir" else _with_relative_folders(value, outside)
+        for key, value in data.items()
+    }
+
+
+def _relative(folder: Path, outside: bool) -> str:
+    if folder.is_relative_to(Path.cwd()):
+        return str(folder.relative_to(Path.cwd()))
+    return str(folder) if outside or not folder.is_absolute() else folder.name

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlabs.errors import UserError
 from vlabs.models import backbones
+from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
 from vlabs.models.topdown import PerceiverIO, TopDown, TopDownSignal, similarity
 
@@ -338,7 +339,7 @@ class AbSViT(nn.Module):
 
 
 @register
-class AbSViTClassifier(nn.Module):
+class AbSViTClassifier(nn.Module, Shareable):
     """AbSViT as an ImageNet classifier: without text, ξ is a trainable vector (paper, section 5.1).
 
     Args:

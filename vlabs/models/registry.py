@@ -11,7 +11,8 @@ import functools
 import inspect
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlabs.errors import UserError
 
@@ -74,3 +75,27 @@ def build(spec: dict[str, Any]) -> nn.Module:
         return _CLASSES[name](**arguments)
     except TypeError as error:
         raise UserError(f"the checkpoint's {name} cannot be built: {error}") from None
+
+
+def restore(spec: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """Build the module that a spec describes and fill it with weights.
+
+    Raises:
+        UserError: the spec names what vlabs does not have.
+        RuntimeError: weights are missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        # Shapes alone: a spec that asks for more memory than there are weights for gets none.
+        _check_shapes(build(spec), weights)
+    module = build(spec)
+    module.load_state_dict(weights)
+    return module
+
+
+def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise a RuntimeError that names the first weights that are missing, left over or of another shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name]]
+    wrong += [name for name in weights if name not in wanted]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
 from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
@@ -52,7 +53,7 @@ class VLMOutput:
 
 
 @register
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(nn.Module, Shareable):
     """METER with a steerable image encoder.
 
     Args:

@@ -1,0 +1,130 @@
+"""A model card, filled from what a run folder and a checkpoint say: data, metrics, command, licence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from vlabs.checkpoints.checkpoint import Checkpoint, history_of
+from vlabs.errors import UserError
+
+_PIPELINES = {"vqa": "visual-question-answering", "classify": "image-classification"}
+_USES = {
+    "vqa": 'vlabs.load("{name}").answer("picture.jpg", ["What is it?"])',
+    "snli_ve": 'vlabs.load("{name}").answer("picture.jpg", ["A dog is asleep."])',
+    "nlvr2": 'vlabs.load("{name}").answer(["left.jpg", "right.jpg"], ["Both pictures show a dog."])',
+}
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    run: Path | None,
+    name: str,
+    licence: str | None = None,
+    metrics: Sequence[Path] = (),
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        checkpoint: the model.
+        run: the run folder that it is of, if it is of one.
+        name: what it will be loaded by: `user/name`, or a folder.
+        licence: its licence by the hub's names, e.g. `apache-2.0`; None where nobody said.
+        metrics: `metrics.json` files of `vlabs.evaluate`, or folders with one.
+
+    Raises:
+        UserError: a file of metrics cannot be read.
+    """
+    summary, environment = (_read(run / file) for file in ("summary.json", "environment.json")) if run else ({}, {})
+    found = [_metrics(path) for path in metrics]
+    trained_on = [one["data"].get("name") or "?" for one in history_of(checkpoint.task, checkpoint.data)]
+    best = {key.removeprefix("best/"): value for key, value in summary.items() if key.startswith("best/")}
+    results = [
+        EvalResult(
+            task_type=_PIPELINES.get(checkpoint.task, checkpoint.task),
+            dataset_type=str(values.get("data") or trained_on[-1]),
+            dataset_name=f"{values.get('data') or trained_on[-1]} ({values.get('split', 'val')})",
+            metric_type=key,
+            metric_value=round(value, 4),
+        )
+        for values in found
+        for key, value in values.items()
+        if isinstance(value, float)
+    ]
+    data = ModelCardData(
+        license=licence,
+        library_name="vlabs",
+        pipeline_tag=_PIPELINES.get(checkpoint.task),
+        tags=["vlabs", "absvit", checkpoint.task],
+        model_name=name.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+    network: Any = checkpoint.network
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    steps = [
+        f"{one['task']} on {one['data'].get('name') or '?'}" for one in history_of(checkpoint.task, checkpoint.data)
+    ]
+    lines = [
+        f"# {name.rsplit('/', 1)[-1]}",
+        "",
+        f"A {type(network).__name__} of vlabs for the task `{checkpoint.task}`, {parameters / 1e6:.1f} M parameters.",
+        "",
+        "```python",
+        "import vlabs",
+        "",
+        _USES.get(checkpoint.task, 'vlabs.VisionLanguageModel.from_pretrained("{name}")').format(name=name),
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- data: {', then '.join(steps)}",
+    ]
+    if "command" in summary:
+        lines.append(f"- command: `{summary['command']}`")
+    if "steps" in summary:
+        lines.append(f"- {summary['steps']:,} steps, {summary.get('epochs', '?')} epochs")
+    if environment:
+        packages = environment.get("packages", {})
+        versions = ", ".join(f"{one} {packages[one]}" for one in ("torch", "timm", "transformers") if one in packages)
+        lines.append(f"- with vlabs {environment.get('vlabs', '?')}, {versions}, on {environment.get('device', '?')}")
+    lines += ["", "## Metrics", ""]
+    rows = [("val, best of training", key, value) for key, value in best.items() if value is not None]
+    rows += [
+        (f"{values.get('data', '')} {values.get('split', '')}".strip(), key, value)
+        for values in found
+        for key, value in values.items()
+        if isinstance(value, float)
+    ]
+    lines += ["| on | metric | value |", "| --- | --- | --- |"] if rows else ["None were measured."]
+    lines += [f"| {on} | {key} | {value:.2f} |" for on, key, value in rows]
+    lines += [
+        "",
+        "## Input",
+        "",
+        f"Pictures of {checkpoint.preprocessing.image_size} pixels a side; `preprocessing.json` and `tokenizer.json` "
+        "hold how pictures and texts are read. Nothing in these files is executed when they are loaded.",
+        "",
+        f"Licence: {licence or 'nobody has said; ask who trained it'}.",
+        "",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    path = path / "metrics.json" if path.is_dir() else path
+    found = _read(path)
+    if not found:
+        raise UserError(f"--metrics {path}: there are no metrics of vlabs.evaluate in it")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,100 @@
+"""A model as others get it: one safetensors file, a folder as on the Hugging Face hub, or on the hub itself."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from vlabs.checkpoints.card import model_card
+from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from vlabs.errors import UserError, one_line
+
+
+def export_folder(
+    ckpt: str | Path, out: str | Path, name: str | None = None, licence: str | None = None, metrics: Sequence[Path] = ()
+) -> Path:
+    """Write a folder that `vlabs.load`, `ckpt=`, `init=` and `from_pretrained` take, whole or not at all.
+
+    Args:
+        ckpt: run folder or checkpoint.
+        out: the folder to make.
+        name: what the card says that it is loaded by; the folder's name if not given.
+        licence, metrics: see `model_card`.
+
+    Raises:
+        UserError: no such checkpoint, or `out` is there already.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: name another folder")
+    checkpoint = load_checkpoint(ckpt)
+    card = model_card(checkpoint, _run_of(ckpt), name or str(out), licence, metrics)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(checkpoint, partial)
+        card.save(partial / "README.md")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def push_to_hub(
+    ckpt: str | Path,
+    name: str,
+    private: bool = False,
+    licence: str | None = None,
+    metrics: Sequence[Path] = (),
+    token: str | None = None,
+) -> str:
+    """Put a model on the hub, in one commit; what is there of that name is replaced.
+
+    Args:
+        name: `user/name`.
+        private: for a repository that is made by this.
+        token: of the hub; what `hf auth login` left if not given.
+        ckpt, licence, metrics: see `export_folder`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: no such checkpoint, or the hub does not take it.
+    """
+    if name.count("/") != 1:
+        raise UserError(f"--to-hub {name}: name it as user/name")
+    with tempfile.TemporaryDirectory() as folder:
+        made = export_folder(ckpt, Path(folder) / "model", name, licence, metrics)
+        api = HfApi(token=token)
+        try:
+            api.create_repo(name, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name, folder_path=made, commit_message="A model of vlabs", delete_patterns=["*.safetensors"]
+            )
+        except Exception as error:  # whatever the hub and the network can do
+            reason = one_line(str(error)) or type(error).__name__
+            raise UserError(
+                f"--to-hub {name}: the hub does not take it ({reason}): log in with `hf auth login`, or write a folder "
+                "with --out FOLDER and upload it with `hf upload`"
+            ) from None
+    return str(commit.commit_url)
+
+
+def _write(checkpoint: Checkpoint, folder: Path) -> None:
+    network = checkpoint.network
+    folder.mkdir(parents=True)
+    network._save_pretrained(folder)  # type: ignore[operator]
+
+
+def _run_of(ckpt: str | Path) -> Path | None:
+    """The run folder that a checkpoint lies in."""
+    folder = find_checkpoint(ckpt).parent.parent
+    return folder if (folder / "config.yaml").is_file() else None

@@ -1,0 +1,153 @@
+"""Models as folders of plain data and safetensors, and on the Hugging Face hub, by huggingface_hub's own mixin.
+
+A folder holds `config.json` (the architecture, and what else is known of the model), `model.safetensors`, and, where it
+is known how pictures and texts are read, `preprocessing.json` and `tokenizer.json`. Reading it executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import safetensors.torch
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from torch import Tensor
+
+from vlabs.errors import UserError, one_line
+from vlabs.models.registry import restore
+
+CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER = "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json"
+FILES = (CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER, "README.md")
+
+
+class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
+    """Gives a registered model `from_pretrained`, `save_pretrained` and `push_to_hub`.
+
+    Attributes:
+        about: what is known of it beside the architecture, as plain data: task, training data, preprocessing. It is
+            saved along; `vlabs.load` needs it.
+    """
+
+    spec: dict[str, Any]
+    about: dict[str, Any]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        about = getattr(self, "about", {})
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}  # type: ignore[attr-defined]
+        write_folder(save_directory, {"architecture": self.spec} | about, state)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **unused: Any,
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+            folder = download(model_id, revision, token=token, **options)
+        header = read_header(folder)
+        model = restore(header["architecture"], read_weights(folder))
+        if not isinstance(model, cls):
+            raise UserError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
+        model.about = {name: value for name, value in header.items() if name != "architecture"}
+        return model.eval()  # type: ignore[attr-defined,no-any-return]
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card of a model that nothing more is known of; `vlabs.export` writes one from a run."""
+        card_data: ModelCardData = self._hub_mixin_info.model_card_data
+        task = getattr(self, "about", {}).get("task")
+        of = f", trained for the task `{task}`" if task else ""
+        text = f"# {type(self).__name__}\n\nA model of vlabs{of}: `vlabs.load(NAME)`.\n"
+        return ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}")
+
+
+def download(model_id: str, revision: str | None = None, **options: Any) -> Path:
+    """The local copy of a model on the hub.
+
+    Args:
+        model_id: `user/name`.
+        revision: branch, tag or commit.
+        options: of huggingface_hub's `snapshot_download`.
+
+    Raises:
+        UserError: it is not there, or the hub cannot be reached; the message says which local path to pass.
+    """
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(FILES), **options))
+    except Exception as error:  # whatever the hub, the network and the cache can do
+        raise UserError(
+            f"{model_id} is no file or folder here, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__}): download it where there is a network, with `hf download {model_id} --local-dir "
+            "DIR`, and pass DIR"
+        ) from None
+
+
+def write_folder(folder: Path, header: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write a model's folder but for its card.
+
+    Args:
+        header: plain data; its `preprocessing`, where there is one, goes into files of its own.
+        state: weights by the model's own names.
+    """
+    header = dict(header)
+    preprocessing = header.pop("preprocessing", None)
+    if preprocessing:
+        rest = {name: value for name, value in preprocessing.items() if name != "tokenizer"}
+        _write_json(folder / PREPROCESSING, rest)
+        if preprocessing["tokenizer"]:
+            (folder / TOKENIZER).write_text(preprocessing["tokenizer"], encoding="utf-8")
+    _write_json(folder / CONFIG, header)
+    safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What a model's folder says of it, `preprocessing` with its tokenizer included.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    header = _read_json(folder / CONFIG)
+    if not isinstance(header, dict) or "architecture" not in header:
+        raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it does not say its architecture")
+    if (folder / PREPROCESSING).is_file():
+        preprocessing = _read_json(folder / PREPROCESSING)
+        if not isinstance(preprocessing, dict):
+            raise UserError(f"{folder / PREPROCESSING} is damaged: it holds no preprocessing")
+        tokenizer = folder / TOKENIZER
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
+        header["preprocessing"] = preprocessing | {"tokenizer": text}
+    return header
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a model's folder.
+
+    Raises:
+        UserError: they are not there, or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(folder / WEIGHTS)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} is not a whole safetensors file: {one_line(str(error))}") from None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): it is part of a model's folder") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {one_line(str(error))}") from None
