@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(path: Any, **options: Any) -> Predictor:
-    """Load a model for prediction: a run, export, released file or `user/name`; see `vlabs.prediction.predictor.load`."""
+    """Load a run, export, released file or `user/name` for prediction; see `vlabs.prediction.predictor.load`."""
     from vlabs.prediction.predictor import load as load_predictor
 
     return load_predictor(path, **options)

@@ -329,7 +329,7 @@ class AbSViT(nn.Module):
         whole = self.topdown is not None and self.topdown.qkv_signal
         weight_of = self.backbone.qkv_weight if whole else self.backbone.value_weight
         # Of many tokens it is cheaper to multiply the two maps first; a product of maps costs as much as D tokens.
-        many = tokens[..., 0].numel() > 2 * self.width
+        many = torch.compiler.is_exporting() or tokens[..., 0].numel() > 2 * self.width
         signals = []
         for index, decoded in enumerate(self._chain(tokens)):
             weight = weight_of(index)
@@ -376,7 +376,7 @@ class AbSViTClassifier(nn.Module, Shareable):
         before = head(bottom_up.tokens)
         if self.encoder.topdown is None:
             return before, before, VisionTokens(bottom_up.tokens, bottom_up.hidden)
-        given = self.prompt.expand(len(images), -1) if prior is None else prior
+        given = self.prompt.expand(images.shape[0], -1) if prior is None else prior
         seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct)
         return head(seen.tokens), before, seen
 

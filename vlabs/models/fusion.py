@@ -38,7 +38,8 @@ class FusionAttention(nn.Module):
         # Multiply-adds, both over 2 D. Folded ones are in smaller matrices, which run slower: half as many must do.
         usual = (queries + keys) * width + queries * keys
         folded = 2 * min(queries, keys) * width + self.num_heads * queries * keys
-        if 2 * folded > usual:
+        # What is exported is for any number of tokens.
+        if torch.compiler.is_exporting() or 2 * folded > usual:
             update = self.out(self._mix(x, context, mask))
         elif queries < keys:
             update = self.out(self._mix_few_queries(x, context, mask))
@@ -47,7 +48,7 @@ class FusionAttention(nn.Module):
         return self.norm(x + F.dropout(update, self.dropout, self.training))
 
     def _mix(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        n = max(len(x), len(context))
+        n = max(x.shape[0], context.shape[0])
         q, k, v = (
             self._heads(t).expand(n, -1, -1, -1) for t in (self.query(x), self.key(context), self.value(context))
         )

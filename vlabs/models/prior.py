@@ -47,7 +47,7 @@ class PriorMap(nn.Module):
         else:
             # argmax returns the first of equal values, so this is the first `</s>`.
             position = (input_ids == EOS_TOKEN_ID).to(torch.int8).argmax(dim=1)
-            state = text_states[torch.arange(len(text_states), device=text_states.device), position]
+            state = text_states[torch.arange(text_states.shape[0], device=text_states.device), position]
         return self.project(state)
 
 

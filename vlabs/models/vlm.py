@@ -183,7 +183,7 @@ class VisionLanguageModel(nn.Module, Shareable):
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
             seen.token_weights = similarity(prior, z)
-        picture = torch.arange(len(text_states), device=text_states.device) % pictures if pictures > 1 else None
+        picture = torch.arange(text_states.shape[0], device=text_states.device) % pictures if pictures > 1 else None
         fused = self.fusion(
             text_states, attention_mask, seen.tokens, picture, pooled_only=not all_features, read_image=read_image
         )

@@ -202,7 +202,7 @@ def mix(
         record: as in `Backbone.block`.
         bias: (n or 1, heads, N, N), added to the scores.
     """
-    q, k = (t.expand(len(v), -1, -1, -1) for t in (q, k))
+    q, k = (t.expand(v.shape[0], -1, -1, -1) for t in (q, k))
     if record is None:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:

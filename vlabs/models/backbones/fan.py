@@ -160,7 +160,7 @@ class FAN(Backbone):
         """[cls] is put in front before the first block of class attention."""
         if index != self.first_cls:
             return x
-        return torch.cat([self.network.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([self.network.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def _block(self, index: int) -> Any:
         if index < self.first_cls:
@@ -197,7 +197,7 @@ class FAN(Backbone):
             out: Tensor = x + block.drop_path(block.gamma2 * block.mlp(block.norm2(x), self.grid_size))
             return out
         # All tokens are normed twice and doubled, as in the released weights; [cls] alone attends and has an MLP.
-        others = block.norm1(x)[:, 1:].expand(len(mixed), -1, -1)
+        others = block.norm1(x)[:, 1:].expand(mixed.shape[0], -1, -1)
         x = block.norm2(x + block.gamma1 * torch.cat([mixed, others], dim=1))
         return x + torch.cat([block.gamma2 * block.mlp(x[:, :1]), x[:, 1:]], dim=1)
 

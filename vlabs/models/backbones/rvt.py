@@ -198,7 +198,7 @@ class RVT(Backbone):
             mixed = mix(q, k, v, record=record)
         else:
             scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 * attn.att_mask.sigmoid()
-            weights = scores.softmax(dim=-1).expand(len(v), -1, -1, -1)
+            weights = scores.softmax(dim=-1).expand(v.shape[0], -1, -1, -1)
             if record is not None:
                 record.append(weights)
             mixed = (weights @ v).transpose(1, 2).flatten(2)

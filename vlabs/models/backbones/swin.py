@@ -94,7 +94,7 @@ class Swin(Backbone):
         """Attention within the windows of a block, of q, k and v (n or 1, N, D)."""
         block, grid = self.blocks[index], self.grids[index]
         attn, window, shift = block.attn, block.window_size, block.shift_size
-        n, one_window = max(len(q), len(v)), window == grid
+        n, one_window = max(q.shape[0], v.shape[0]), window == grid
 
         def windows(tokens: Tensor) -> Tensor:
             laid = torch.roll(tokens.unflatten(1, grid), (-shift[0], -shift[1]), (1, 2))

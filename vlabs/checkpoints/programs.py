@@ -1,0 +1,266 @@
+"""A model as programs that run without vlabs: ONNX, or torch.export's own form. ξ is an input of the second pass.
+
+    text.onnx           input_ids, attention_mask            ->  text_states, prior
+    first_pass.onnx     images                               ->  what the second pass reads of them
+    second_pass.onnx    that, prior, text_states, …, image_index  ->  logits, token_weights, seen_tokens
+
+So a picture is encoded once for all questions, a text once for all pictures, and ξ may be anybody's. The numbers of
+images, texts and tokens are free. A classifier has no text, and its second pass no more than images and ξ.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from vlabs.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from vlabs.errors import UserError, one_line
+from vlabs.models.absvit import AbSViT, AbSViTClassifier, BottomUp
+from vlabs.models.heads import LabelHead
+from vlabs.models.hub import PREPROCESSING, TOKENIZER
+from vlabs.models.vlm import VisionLanguageModel
+
+FORMATS = ("onnx", "torch")
+_SUFFIX = {"onnx": "onnx", "torch": "pt2"}
+_LARGE = 1.5e9  # bytes: an ONNX file holds 2 GB, larger weights lie beside it
+_IMAGES = ("tokens", "hidden", "embedded", "first_qkv", "pooled")
+
+
+class TextPass(nn.Module):
+    """Token ids (n, T) and their mask to text states (n, T, D_text) and ξ (n, D_vision), where there is one."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        states = self.model.text(input_ids, attention_mask)
+        prior = self.model.prior_of(states, input_ids)
+        return (states,) if prior is None else (states, prior)
+
+
+class FirstPass(nn.Module):
+    """Images (B, 3, H, W) to the tensors of `BottomUp`; those of a variant's own come last."""
+
+    def __init__(self, encoder: AbSViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        out = self.encoder.encode(images)
+        return (*(getattr(out, name) for name in _IMAGES), *out.prepared)
+
+
+class SecondPass(nn.Module):
+    """What `FirstPass` and `TextPass` gave, and which image each text is about, to logits and where it looked.
+
+    Args:
+        model: the model.
+        pictures: p, that a text is about: `image_index` is (n, p).
+    """
+
+    def __init__(self, model: VisionLanguageModel, pictures: int) -> None:
+        super().__init__()
+        self.model = model
+        self.pictures = pictures
+
+    def forward(
+        self, images: list[Tensor], texts: list[Tensor], attention_mask: Tensor, image_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of B images and n texts: logits (n, answers), token weights (n p, N) and tokens (n p, N, D)."""
+        p = self.pictures
+        states, prior = texts[0], texts[1] if len(texts) > 1 else None
+        if p > 1:
+            states, attention_mask = (t.repeat_interleave(p, dim=0) for t in (states, attention_mask))
+            prior = None if prior is None else prior.repeat_interleave(p, dim=0)
+        out = self.model.join(_bottom_up(images), prior, states, attention_mask, image_index.flatten(), p)
+        weights = out.seen.token_weights
+        return out.logits, torch.zeros_like(out.seen.tokens[..., 0]) if weights is None else weights, out.seen.tokens
+
+
+class ClassifierSecondPass(nn.Module):
+    """What `FirstPass` gave and ξ (B, D) to logits of both passes, (B, K) each, and token weights (B, N)."""
+
+    def __init__(self, model: AbSViTClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: list[Tensor], prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
+        encoder, bottom_up = self.model.encoder, _bottom_up(images)
+        seen = encoder.attend(bottom_up, prior)
+        weights = seen.token_weights
+        classify = encoder.backbone.classify
+        none = torch.zeros_like(seen.tokens[..., 0])
+        return classify(seen.tokens), classify(bottom_up.tokens), none if weights is None else weights
+
+
+def _bottom_up(images: Sequence[Tensor]) -> BottomUp:
+    known = dict(zip(_IMAGES, images, strict=False))
+    return BottomUp(**known, prepared=list(images[len(_IMAGES) :]))
+
+
+def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx") -> Path:
+    """Write the programs of a run folder or checkpoint, see `write_programs`.
+
+    Raises:
+        UserError: no such checkpoint; and as there.
+    """
+    return write_programs(load_checkpoint(ckpt), out, form)
+
+
+def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx") -> Path:
+    """Write the programs of a model with `preprocessing.json` and `tokenizer.json`, whole or not at all.
+
+    Args:
+        checkpoint: the model.
+        out: the folder to make.
+        form: `onnx` or `torch`.
+
+    Raises:
+        UserError: `out` is there, a package is missing, or a part of the model cannot be exported.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    if form == "onnx":
+        try:
+            import onnxscript  # noqa: F401
+        except ImportError:
+            raise UserError("--format onnx needs the package onnxscript: pip install 'vlabs[onnx]'") from None
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: name another folder")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        described = {
+            _write_part(name, part, partial, form): {"inputs": part.given, "outputs": part.gives}
+            for name, part in parts_of(checkpoint).items()
+        }
+        _write_rest(checkpoint, described, partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+class Part(NamedTuple):
+    """A program before it is one.
+
+    Attributes:
+        module, inputs, shapes: for `torch.export.export`.
+        given, gives: names of what goes in and comes out, tensor by tensor.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+    given: list[str]
+    gives: list[str]
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
+    """The parts of a model, by name, in the order in which they are run."""
+    if isinstance(checkpoint.network, AbSViTClassifier):
+        return _parts_of_classifier(checkpoint)
+    model = checkpoint.model
+    pictures = model.head.pictures if isinstance(model.head, LabelHead) else 1
+    images, ids, mask = example_inputs(checkpoint)
+    index = torch.tensor([[0, 1], [1, 0], [1, 1]])[:, :pictures]
+    index = index[:, 0] if pictures == 1 else index
+    of_text, tokens, of_image = Dim("texts"), Dim("tokens"), Dim("images")
+    text, first, second = TextPass(model), FirstPass(model.vision), SecondPass(model, pictures)
+    with torch.no_grad():
+        texts, seen = list(text(ids, mask)), list(first(images))
+    made, names = ["text_states", "prior"][: len(texts)], _names(seen)
+    words = {0: of_text, 1: tokens}
+    shapes = [{0: of_image}] * len(seen), [words, {0: of_text}][: len(texts)], words, {0: of_text}
+    given, gives = [*names, *made, "attention_mask", "image_index"], ["logits", "token_weights", "seen_tokens"]
+    return {
+        "text": Part(text, (ids, mask), (words, words), ["input_ids", "attention_mask"], made),
+        "first_pass": Part(first, (images,), ({0: of_image},), ["images"], names),
+        "second_pass": Part(second, (seen, texts, mask, index), shapes, given, gives),
+    }
+
+
+def _parts_of_classifier(checkpoint: Checkpoint) -> dict[str, Part]:
+    model = checkpoint.classifier
+    images = example_inputs(checkpoint)[0]
+    first, second = FirstPass(model.encoder), ClassifierSecondPass(model)
+    with torch.no_grad():
+        seen = list(first(images))
+    of_image, names = Dim("images"), _names(seen)
+    prior = model.prompt.detach().expand(len(images), -1).contiguous()
+    gives = ["logits", "bottom_up_logits", "token_weights"]
+    shapes = [{0: of_image}] * len(seen), {0: of_image}
+    return {
+        "first_pass": Part(first, (images,), ({0: of_image},), ["images"], names),
+        "second_pass": Part(second, (seen, prior), shapes, [*names, "prior"], gives),
+    }
+
+
+def example_inputs(checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor]:
+    """Two images, and three texts of which two are padded: `images`, `input_ids`, `attention_mask`."""
+    preprocessing = checkpoint.preprocessing
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, preprocessing.image_size, preprocessing.image_size, generator=generator)
+    if not preprocessing.tokenizer:
+        return images, torch.zeros(0), torch.zeros(0)
+    ids, mask = preprocessing.pad(preprocessing.token_ids(["what is it", "what color is the left one", "is it red"]))
+    return images, ids, mask
+
+
+def _names(seen: Sequence[Tensor]) -> list[str]:
+    return [*_IMAGES, *(f"prepared_{n}" for n in range(len(seen) - len(_IMAGES)))]
+
+
+def trace(part: Part) -> torch.export.ExportedProgram:
+    """A part as torch.export has it."""
+    with torch.no_grad():
+        return torch.export.export(part.module.eval(), part.inputs, dynamic_shapes=part.shapes, strict=False)
+
+
+def _write_part(name: str, part: Part, folder: Path, form: str) -> str:
+    """Write a part, and return its file's name."""
+    file = folder / f"{name}.{_SUFFIX[form]}"
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = trace(part)
+            if form == "torch":
+                torch.export.save(program, file)
+            else:
+                size = sum(value.numel() * value.element_size() for value in part.module.state_dict().values())
+                torch.onnx.export(
+                    program, (), file, input_names=part.given, output_names=part.gives, dynamo=True, verbose=False,
+                    external_data=size > _LARGE,
+                )  # fmt: skip
+    except Exception as error:  # whatever an operation that has no form there leads to
+        raise UserError(f"the part {name} has no form as {form}: {one_line(str(error))[:300]}") from None
+    return file.name
+
+
+def _write_rest(checkpoint: Checkpoint, described: dict[str, Any], folder: Path) -> None:
+    plain = checkpoint.preprocessing.to_plain()
+    if plain["tokenizer"]:
+        (folder / TOKENIZER).write_text(plain["tokenizer"], encoding="utf-8")
+    rest = {name: value for name, value in plain.items() if name != "tokenizer"}
+    programs: dict[str, Any] = {"task": checkpoint.task, "programs": described}
+    if isinstance(checkpoint.network, AbSViTClassifier):
+        programs["prior"] = [float(value) for value in checkpoint.network.prompt.detach()]
+    for name, content in ((PREPROCESSING, rest), ("programs.json", programs)):
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
