@@ -1,6 +1,7 @@
 """Prepare your own questions about images, or your own captions, listed in a table.
 
     python -m data_prep.own --table questions.jsonl --out-dir data/own
+    python -m data_prep.own --dataset NAME --columns image=img answers=answers.answer --out-dir data/own
 
 The table is JSON lines or CSV (UTF-8, with a header line). A table of questions has these columns:
 
@@ -22,6 +23,10 @@ A table of captions has `caption` instead of `question`:
 - `caption`: text of any language and length
 - `caption_id` (whole number, once in the table), if wanted. Otherwise: the row's number from 1.
 
+In the place of a table, `--dataset` streams a data set of the Hugging Face hub, or of a local copy; see
+`data_prep.hub_datasets`. A list of questions or captions in a row is as many rows. Its splits are taken as they are,
+`validation` as `val`; a data set of one split is divided as a table without splits is.
+
 Fewer than ten answers are repeated in turn until they are ten, because the official accuracy is made for ten: one
 answer counts as ten people agreeing, two as five against five (either is fully right), and of five different answers
 each is 60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same,
@@ -34,19 +39,22 @@ import argparse
 import csv
 import hashlib
 import itertools
+import json
 import re
+import shutil
 import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from data_prep.captions import CAPTIONS, CaptionIndex
+from data_prep.hub_datasets import FIELDS, Source, read_pairs, write_table
 from data_prep.images import ImageStore
 from data_prep.json_file import read_lines
-from data_prep.pipeline import RawData, add_options, check_split_name, prepare, read_options
+from data_prep.pipeline import add_options, check_split_name, prepare, read_options
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from data_prep.regions import describe_files
 from vlabs.errors import UserError, run_cli
@@ -383,9 +391,17 @@ def main() -> None:
         prog="python -m data_prep.own",
         description="Prepare your own questions or captions of images, listed in a table.",
     )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", type=Path, help=".jsonl or .csv with image, and question, answers, ... or caption")
+    what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
     parser.add_argument(
-        "--table", type=Path, required=True, help=".jsonl or .csv with image, and question, answers, ... or caption"
+        "--columns", nargs="+", default=[], metavar="FIELD=COLUMN",
+        help=f"which columns of --dataset hold what, where they are called otherwise ({', '.join(FIELDS)}); a.b is b in a",
+    )  # fmt: skip
+    parser.add_argument(
+        "--splits", nargs="+", default=[], metavar="OURS=THEIRS", help="splits of --dataset to take (default: all)"
     )
+    parser.add_argument("--config", help="of --dataset, where it has several")
     parser.add_argument(
         "--image-root", type=Path, help="what the images' paths are relative to (default: the table's folder)"
     )
@@ -398,9 +414,37 @@ def main() -> None:
     add_answer_options(parser, min_answer_count=1)
     add_options(parser)
     arguments = parser.parse_args()
-    table = open_table(arguments.table, arguments.image_root or arguments.table.parent, arguments.val_fraction)
-    options = read_options(arguments, val_fraction=arguments.val_fraction, **table.options())
-    raw: RawData[Any] = table
+    if arguments.dataset is None:
+        if given := [name for name in ("columns", "splits", "config") if getattr(arguments, name)]:
+            raise UserError(f"--{given[0]} is of --dataset, and a --table is given")
+        root = arguments.image_root or arguments.table.parent
+        _prepare_table(arguments, open_table(arguments.table, root, arguments.val_fraction), {})
+        return
+    source = Source(
+        arguments.dataset,
+        read_pairs("--columns", arguments.columns, FIELDS),
+        arguments.config,
+        read_pairs("--splits", arguments.splits),
+    )
+    out_dir: Path = arguments.out_dir.absolute()
+    if out_dir.exists() and any(out_dir.iterdir()):
+        manifest = out_dir / "manifest.json"
+        made_from = json.loads(manifest.read_text()).get("options", {}).get("source") if manifest.is_file() else None
+        if made_from == source.plain():
+            print(f"{out_dir} is there already, made from the same data set")
+            return
+        raise UserError(f"{out_dir} exists and holds something else: remove it or name another --out-dir")
+    # Pictures and texts as they came, until the folder is whole.
+    folder = out_dir.with_name(f"{out_dir.name}.source")
+    table = open_table(write_table(source, folder), folder, arguments.val_fraction)
+    table.name = PurePosixPath(arguments.dataset).name
+    _prepare_table(arguments, table, {"source": source.plain()})
+    shutil.rmtree(folder)
+
+
+def _prepare_table(arguments: argparse.Namespace, table: Table, others: dict[str, Any]) -> None:
+    options = read_options(arguments, val_fraction=arguments.val_fraction, **table.options(), **others)
+    raw: Any = table
     prepare(raw, arguments.out_dir, options)
 
 
