@@ -396,7 +396,7 @@ def main() -> None:
     what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="FIELD=COLUMN",
-        help=f"which columns of --dataset hold what, where they are called otherwise ({', '.join(FIELDS)}); a.b is b in a",
+        help=f"which columns of --dataset hold what, where they are called otherwise: {', '.join(FIELDS)}",
     )  # fmt: skip
     parser.add_argument(
         "--splits", nargs="+", default=[], metavar="OURS=THEIRS", help="splits of --dataset to take (default: all)"

@@ -415,7 +415,7 @@ class _Run(Generic[AnyIndex]):
             self._report_bad(dropped, reasons, bad_file)
         rows = self.kind.make_rows(self.prepared)
         for split, names in files.items():
-            _write_datasets_files(self.prepared / split, names, splits[split]["sha256"], rows.features)
+            write_datasets_files(self.prepared / split, names, splits[split]["sha256"], rows.features)
         manifest = {
             "format": FORMAT_VERSION,
             "kind": self.kind.name,
@@ -497,7 +497,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_datasets_files(folder: Path, data_files: Sequence[str], sha256: str, features: datasets.Features) -> None:
+def write_datasets_files(folder: Path, data_files: Sequence[str], sha256: str, features: datasets.Features) -> None:
     """Write what `datasets.load_from_disk` wants beside the Arrow files; with a fingerprint that is the content's."""
     write_json(
         folder / "state.json",

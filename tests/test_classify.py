@@ -20,7 +20,8 @@ from data_prep.classes import Entry, Unit, dataset_units, folder_units, prepare_
 from data_prep.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
 from data_prep.objects import SIZES, Task, draw_object, make_objects
 from vlabs.checkpoints.checkpoint import load_checkpoint
-from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler, read_bytes
+from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler
+from vlabs.data.images import read_bytes
 from vlabs.data.prepared import load_split, read_classes
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group

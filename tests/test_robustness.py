@@ -12,8 +12,8 @@ from PIL import Image
 from test_classify import TINY, command, objects, picture, run  # noqa: F401  (fixtures)
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
-from vlabs.data.classes import read_bytes
 from vlabs.data.corruptions import CorruptedDataset
+from vlabs.data.images import read_bytes
 from vlabs.data.prepared import load_split, read_classes
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.evaluate import numbers_of

@@ -18,6 +18,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlabs.data.images import name_of, read_bytes
 from vlabs.data.loading import GroupLoader, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import check_kind, load_split, read_classes
@@ -239,33 +240,6 @@ def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
     )
-
-
-def read_bytes(row: dict[str, Any]) -> bytes:
-    """The file of a picture, wherever it lies.
-
-    Raises:
-        UserError: the file that it lies in is gone, or shorter than it was.
-    """
-    if row["image"]:
-        return bytes(row["image"])
-    try:
-        with open(row["path"], "rb") as file:
-            file.seek(row["offset"])
-            found = file.read(row["size"])
-    except OSError as error:
-        raise UserError(
-            f"{row['path']} cannot be read ({error.strerror}): put it back or prepare the data again"
-        ) from None
-    if len(found) != row["size"]:
-        raise UserError(f"{row['path']} has changed since the data were prepared: prepare them again")
-    return found
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """What to call the picture of a prepared row in a message."""
-    where = f" ({row['path']})" if row["path"] else ""
-    return f"image {row['image_id']}{where}"
 
 
 class ClassDataModule(PreparedDataModule):

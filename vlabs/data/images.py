@@ -94,8 +94,8 @@ class ImageReader:
         """One of a row's images; None if it is left out."""
         try:
             which = f" ({place + 1} of {len(self.suffixes)})" if len(self.suffixes) > 1 else ""
-            bytes_ = row[f"image{self.suffixes[place]}"]
-            image = decode_image(bytes_, f"image {row['image_id']}{which}", self.at_least)
+            content = read_bytes(row, f"image{self.suffixes[place]}")
+            image = decode_image(content, f"{name_of(row)}{which}", self.at_least)
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
@@ -185,6 +185,33 @@ class ImageReader:
             self._kept = False
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
+    """The file of a picture of a prepared row, in the row itself or where the row says that it lies.
+
+    Raises:
+        UserError: the file that it lies in is gone, or shorter than it was.
+    """
+    if row[column] or not row.get("path"):
+        return bytes(row[column])
+    try:
+        with open(row["path"], "rb") as file:
+            file.seek(row["offset"])
+            found = file.read(row["size"])
+    except OSError as error:
+        raise UserError(
+            f"{row['path']} cannot be read ({error.strerror}): put it back or prepare the data again"
+        ) from None
+    if len(found) != row["size"]:
+        raise UserError(f"{row['path']} has changed since the data were prepared: prepare them again")
+    return found
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What to call the picture of a prepared row in a message."""
+    where = f" ({row['path']})" if row.get("path") else ""
+    return f"image {row['image_id']}{where}"
 
 
 def decode_region(png: bytes, name: str) -> np.ndarray:

@@ -52,6 +52,8 @@ class LoaderOptions:
             within a pixel; evaluation always decodes whole pictures and resizes exactly.
         bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and
             sorted. Less padding, but in-batch negatives of similar length; 0 for none.
+        shuffle_block: in training, rows that lie one after another and are read about the same time; see
+            `GroupSampler`. For pictures inside shards on a disk that is slow to jump about; 0 to shuffle all rows.
         seed: of shuffling, augmentation and whatever else is drawn.
 
     Raises:
@@ -66,6 +68,7 @@ class LoaderOptions:
     on_bad: str = "error"
     scaled_decoding: bool = True
     bucket_batches: int = 0
+    shuffle_block: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class LoaderOptions:
         check_whole("eval_batch_size", self.eval_batch_size or self.batch_size, 1)
         check_whole("texts_per_image", self.texts_per_image, 1)
         check_whole("bucket_batches", self.bucket_batches, 0)
+        check_whole("shuffle_block", self.shuffle_block, 0)
         check_whole("num_workers", self.num_workers, 0)
 
 
@@ -181,6 +185,7 @@ def make_loader(
         world_size=world_size,
         lengths=text_lengths(rows, column, text_rows, positions) if buckets else None,
         bucket_batches=options.bucket_batches,
+        shuffle_block=options.shuffle_block,
     )
     if training:
         return GroupLoader(dataset, sampler, options.num_workers)

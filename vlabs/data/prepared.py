@@ -95,8 +95,8 @@ _KINDS = {
     "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),
     "captions": (
         "captions",
-        "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, or data_prep.own for a table of"
-        " captions",
+        "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, data_prep.webdataset for shards, or"
+        " data_prep.own for a table of captions",
     ),
     "statements": (
         "statements about pictures with a label",

@@ -37,6 +37,8 @@ class GroupSampler(Sampler[BatchSpec]):
         lengths: (Q,) of the texts, in any unit; None to leave lengths alone.
         bucket_batches: with `lengths`, the groups of so many steps are sorted by length before they are cut into
             batches, so that a batch is padded less; the order of those batches stays random.
+        shuffle_block: shuffle whole blocks of so many groups that are stored one after another, and then the groups of
+            a few blocks, so that reading stays in a few places at a time; 0 to shuffle all groups.
 
     Attributes:
         epoch: which epoch is next.
@@ -55,7 +57,9 @@ class GroupSampler(Sampler[BatchSpec]):
         world_size: int = 1,
         lengths: np.ndarray | None = None,
         bucket_batches: int = 0,
+        shuffle_block: int = 0,
     ) -> None:
+        self.shuffle_block = shuffle_block
         self.lengths, self.bucket_batches = lengths, bucket_batches
         self.rows, self.positions = rows, positions
         self.start_of_row = np.searchsorted(rows, rows)  # index of the first question of the same row
@@ -85,7 +89,7 @@ class GroupSampler(Sampler[BatchSpec]):
         # `order` keeps rows together, so a group is a run of per_image questions of one row.
         starts = np.flatnonzero((np.arange(len(order)) - self.start_of_row) % self.per_image == 0)
         ends = np.append(starts[1:], len(order))
-        group_order = rng.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
+        group_order = _shuffled(len(starts), self.shuffle_block, rng) if self.shuffle else np.arange(len(starts))
         per_step = self.groups_per_batch * self.world_size
         if self.lengths is not None and self.bucket_batches and len(starts):
             longest = np.maximum.reduceat(self.lengths[order], starts)
@@ -99,6 +103,20 @@ class GroupSampler(Sampler[BatchSpec]):
                     Group(int(self.rows[questions[0]]), tuple(int(p) for p in np.sort(self.positions[questions])))
                 )
             yield BatchSpec(self.epoch, groups, step * self.world_size + self.rank)
+
+
+_OPEN_BLOCKS = 8
+
+
+def _shuffled(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of `count` things: any, or by blocks of neighbours of which a few are mixed at a time."""
+    if not block or block >= count:
+        return rng.permutation(count)
+    first = rng.permutation(np.arange(0, count, block))
+    order = np.concatenate([np.arange(start, min(start + block, count)) for start in first])
+    for start in range(0, count, _OPEN_BLOCKS * block):
+        rng.shuffle(order[start : start + _OPEN_BLOCKS * block])
+    return order
 
 
 def _sort_within(

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from vlabs.data.classes import name_of, read_bytes
+from vlabs.data.images import name_of, read_bytes
 from vlabs.data.instances import Instance
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.errors import UserError

@@ -24,7 +24,7 @@ from vlabs.attention.figures import RankedImage, ranking_figure, save_figure
 from vlabs.attention.maps import attention_map
 from vlabs.checkpoints.checkpoint import Checkpoint, history_of
 from vlabs.data.captions import CaptionDataModule
-from vlabs.data.images import ImageReader
+from vlabs.data.images import ImageReader, name_of, read_bytes
 from vlabs.data.loading import identity_of
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
@@ -378,6 +378,6 @@ def _ranked(
         row, tensor = reader.read(image, 0)
         assert tensor is not None
         output = model(tensor[None], input_ids, mask, read_image=True)
-        picture = checkpoint.preprocessing.resize(decode_image(row["image"], f"image {row['image_id']}"))
+        picture = checkpoint.preprocessing.resize(decode_image(read_bytes(row), name_of(row)))
         seen = attention_map(output, model.vision)[0].numpy()
         yield RankedImage(picture, seen, bool(data.image_of_caption[caption] == image))

@@ -14,6 +14,7 @@ from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.images import read_bytes
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.runs.logging import sending
@@ -65,7 +66,7 @@ class PredictionTable(EveryNValidations):
             map_name = default_map(pl_module.model)
             maps = attention_map(output, pl_module.model.vision, map_name).cpu().numpy()
             probabilities, ids = output.logits.float().sigmoid().topk(min(3, output.logits.shape[1]))
-            picture = data.preprocessing.resize(decode_image(dataset.rows[group.row]["image"], "validation image"))
+            picture = data.preprocessing.resize(decode_image(read_bytes(dataset.rows[group.row]), "validation image"))
             panels = []
             for n, question in enumerate(batch.questions):
                 answers = batch.answers[n]
