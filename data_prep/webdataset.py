@@ -4,9 +4,9 @@
     python -m data_prep.webdataset --shards 'cc3m/train-*.tar' --val-shards 'cc3m/val-*.tar' --out-dir data/cc3m
 
 A sample is some files of one name that follow each other: `000012.jpg` with `000012.txt`, or with `000012.json` that
-has a field `caption`, a text or a list of them. Pictures stay in the shards, which are read where they lie: what is
-written is where each picture is, with its captions, shard by shard. So preparing takes as long as reading the headers of
-the tar files, memory does not follow their number, and a run that was stopped goes on with the next shard.
+has a field `caption`, a text or a list of them. Pictures stay in the shards and are read where they lie: what is
+written is where each picture is, with its captions, shard by shard. So preparing takes as long as reading the headers
+of the tar files, memory does not follow their number, and a run that was stopped goes on with the next shard.
 """
 
 from __future__ import annotations
