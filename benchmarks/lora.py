@@ -84,9 +84,8 @@ def main() -> None:
         name: measure(arguments.size, rank, arguments.batch, arguments.repetitions)
         for name, rank in (("all", 0), (f"rank {arguments.rank}", arguments.rank))
     }
-    print(
-        f"{'':10}{'trained':>12}{'weights':>10}{'gradients, moments':>20}{'activations':>13}   GiB; batch {arguments.batch}"
-    )
+    print(f"batch {arguments.batch}, GiB")
+    print(f"{'':10}{'trained':>12}{'weights':>10}{'gradients, moments':>20}{'activations':>13}")
     for name, side in sides.items():
         sizes = [side[key] / 2**30 for key in ("weights_bytes", "gradients_and_moments_bytes", "activations_bytes")]
         print(f"{name:10}{side['trained_parameters'] / 1e6:10.1f} M{sizes[0]:10.2f}{sizes[1]:20.2f}{sizes[2]:13.2f}")
