@@ -1,34 +1,66 @@
 # make demo: set up, fine-tune a small AbSViT on the embedded corpus, evaluate it, leave a picture (under 8 minutes on 2 cores).
 # make web: set up, and serve a web page where the model that comes with vlabs answers questions (no network).
 # make test: set up and run the tests.
+# make docs: set up and build the site in site/.
+#
+# TORCH=cpu: PyTorch without CUDA, from its own index: a small part of the download. LOCKED=1: the exact versions that
+# the tests ran with. Both are of the set-up, so of the first make in a checkout; they exclude each other.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo web test lint setup clean
+.PHONY: demo web test lint docs lock setup clean
 
+# What the demo needs; the page, and tests, lint and documentation, need more.
 setup: .venv/.installed
 
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+UV := $(PIP) uv && VIRTUAL_ENV=.venv $(BIN)/uv pip
+ifdef LOCKED
+install = $(UV) sync -q requirements.lock && VIRTUAL_ENV=.venv $(BIN)/uv pip install -q --no-deps -e .
+else ifdef TORCH
+install = $(UV) install -q --torch-backend=$(TORCH) -e '.$(1)'
+else
+install = $(PIP) -e '.$(1)'
+endif
+
 .venv/.installed: pyproject.toml
-	@echo "== set-up: a virtual environment in .venv, and the packages (about 6 GB, some minutes)"
+	@echo "== set-up: a virtual environment in .venv, and the packages (about 6 GB, most of it CUDA; TORCH=cpu takes less)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: vlabs needs Python 3.11 or later; name one with PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	$(call install,)
+	@touch $@
+
+.venv/.web: .venv/.installed
+	$(call install,[web])
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(call install,[dev])
 	@touch $@
 
 demo: setup
 	@$(BIN)/python -m vlabs.demo --out $(DEMO)
 
-web: setup
+web: .venv/.web
 	@$(BIN)/python -m vlabs.demo_page
 
-test: setup
+test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-lint: setup
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Exact versions of all that the tests need, for every platform; written from what is installed here.
+lock: .venv/.dev
+	$(BIN)/pip freeze --exclude-editable --exclude pip > .venv/constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11.5 --generate-hashes --no-header \
+	    --no-annotate --no-emit-index-url --quiet --constraints .venv/constraints.txt --output-file requirements.lock
+
 clean:
-	rm -rf .venv $(DEMO) outputs data
+	rm -rf .venv $(DEMO) outputs data site

@@ -1,4 +1,4 @@
-"""Every page of docs/ is executed: its files are written and its commands run, in a fresh folder."""
+"""The documentation: pages and notebook are executed in a fresh folder, the site builds, links lead somewhere."""
 
 import os
 import re
@@ -11,7 +11,10 @@ import pytest
 from conftest import warm_python
 from PIL import Image
 
-DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = Path(__file__).parent.parent
+# Pages of tables and links, without commands that could run in seconds.
+TOLD = ("index", "results", "steering", "benchmarks", "notebook")
+DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in TOLD)
 BLOCK = re.compile(r"<!-- (file: (?P<file>\S+)|run) -->\n```\w*\n(?P<body>.*?)```", re.DOTALL)
 
 
@@ -37,3 +40,65 @@ def test_page_does_what_it_says(page, tmp_path):
                 cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
             assert result.returncode == 0, result.stderr
+
+
+def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    reference = (tmp_path / "site/api/models/index.html").read_text()
+    assert "vlabs.models.vlm.VisionLanguageModel.join" in reference
+    assert not list(tmp_path.rglob("*.safetensors"))
+    elsewhere = r"""(?:https?:)?//"""
+    loaded = re.compile(rf'<(?:script|img|iframe)[^>]* src="{elsewhere}|<link[^>]*stylesheet[^>]*href="{elsewhere}')
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not loaded.search(page.read_text()), page
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "docs/notebook.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    run = nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    run.execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    shown = [out for out in outputs if "image/png" in out.get("data", {})]
+    assert len(shown) == 2
+
+
+def test_links_and_files_of_the_readme_are_there_and_it_is_short():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 100
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+            assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_lock_fits_the_requirements_and_names_no_host():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    locked = dict(re.findall(r"^([a-zA-Z0-9._-]+)==([^ ;\\]+)", lock, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(locked[wanted.name.lower()], prereleases=True), line
+
+
+def test_before_a_commit_what_make_lint_does_is_done():
+    import yaml
+
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for repo in hooks for hook in repo["hooks"]] == ["make lint"]
+    check = [sys.executable, "-m", "pre_commit", "validate-config"]
+    valid = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert valid.returncode == 0, valid.stdout
