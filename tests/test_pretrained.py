@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from conftest import clean_environment
 from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.nn import functional as F
@@ -173,7 +175,7 @@ def test_every_parameter_of_the_wandb_sweep_is_an_option():
                 compose("train", overrides=[f"{name}={value}"])
 
 
-def test_the_wheel_carries_every_module_and_config_and_runs_from_any_folder(tmp_path):
+def test_the_wheel_carries_every_module_and_file_and_works_in_a_clean_environment(tmp_path):
     root = Path(__file__).parent.parent
     source = tmp_path / "source"  # a copy, because setuptools leaves a build folder behind
     for name in ("vlabs", "conf", "data_prep"):
@@ -185,21 +187,37 @@ def test_the_wheel_carries_every_module_and_config_and_runs_from_any_folder(tmp_
         capture_output=True, text=True,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("vlabs-*.whl"))) as wheel:
-        wheel.extractall(tmp_path / "site")
-    modules = {p.relative_to(root) for name in ("vlabs", "data_prep") for p in (root / name).rglob("*.py")}
-    installed = {p.relative_to(tmp_path / "site") for p in (tmp_path / "site").rglob("*.py")}
-    assert installed == modules  # a package that pyproject.toml does not list is left out without a word
-    code = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import data_prep.vqav2
-import vlabs.runs.config
-print(vlabs.runs.config.config_dir(), data_prep.vqav2.__file__)
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert found == [str(tmp_path / "site/vlabs/conf"), str(tmp_path / "site/data_prep/vqav2.py")]
-    ours = {p.relative_to(root / "conf") for p in (root / "conf").rglob("*.yaml")}
-    assert {p.relative_to(found[0]) for p in Path(found[0]).rglob("*.yaml")} == ours
+    # An environment with nothing of vlabs in it; the libraries are found where they are, as they take minutes to install.
+    venv.create(tmp_path / "clean", with_pip=False)
+    python = tmp_path / "clean/bin/python"
+    site = next((tmp_path / "clean/lib").glob("python*/site-packages"))
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    installed = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", next(tmp_path.glob("*.whl"))],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert installed.returncode == 0, installed.stderr
+    ours = {
+        path.relative_to(root)
+        for name in ("vlabs", "data_prep")
+        for path in (root / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    } | {Path("vlabs") / path.relative_to(root) for path in (root / "conf").rglob("*.yaml")}
+    there = {
+        path.relative_to(site)
+        for name in ("vlabs", "data_prep")
+        for path in (site / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert there == ours  # a package that pyproject.toml does not list is left out without a word
+    shutil.copy(root / "vlabs/page/pictures/scene02.jpg", tmp_path / "picture.jpg")
+    asked = ["--ckpt", "scenes", "--image", "picture.jpg", "--question", "Which color is the star?", "--out", "a.png"]
+    answered = subprocess.run(
+        [tmp_path / "clean/bin/vlabs", "predict", *asked],
+        cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert answered.returncode == 0, answered.stderr
+    assert "purple" in answered.stdout
+    code = "import vlabs.runs.config as config; print(config.config_dir())"
+    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(site / "vlabs/conf")
