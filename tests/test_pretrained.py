@@ -187,7 +187,7 @@ def test_the_wheel_carries_every_module_and_file_and_works_in_a_clean_environmen
         capture_output=True, text=True,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
-    # An environment with nothing of vlabs in it; the libraries are found where they are, as they take minutes to install.
+    # An environment with nothing of vlabs in it; the libraries are found where they are: they take minutes to install.
     venv.create(tmp_path / "clean", with_pip=False)
     python = tmp_path / "clean/bin/python"
     site = next((tmp_path / "clean/lib").glob("python*/site-packages"))
