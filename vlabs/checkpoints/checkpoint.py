@@ -28,6 +28,7 @@ from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
+from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import replacing
 
@@ -64,6 +65,12 @@ class Checkpoint:
     def classifier(self) -> AbSViTClassifier:
         """The classifier, of `task=classify`."""
         assert isinstance(self.network, AbSViTClassifier)
+        return self.network
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """The segmenter, of `task=segment` and `task=refer`."""
+        assert isinstance(self.network, Segmenter)
         return self.network
 
 
@@ -133,7 +140,7 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
     except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
-    if not isinstance(model, VisionLanguageModel | AbSViTClassifier):
+    if not isinstance(model, VisionLanguageModel | AbSViTClassifier | Segmenter):
         raise UserError(f"{path} holds a {type(model).__name__}, not a whole model")
     # Saved again, it may be for others, who have no use for where the data lay here.
     own = {"data": _with_relative_folders(header["data"], outside=False)}
@@ -210,7 +217,10 @@ def _inert_globals(path: Path) -> Iterator[None]:
 
 
 def header_of(
-    model: VisionLanguageModel | AbSViTClassifier, preprocessing: Preprocessing, task: str, data: dict[str, Any]
+    model: VisionLanguageModel | AbSViTClassifier | Segmenter,
+    preprocessing: Preprocessing,
+    task: str,
+    data: dict[str, Any],
 ) -> dict[str, Any]:
     """The `"vlabs"` entry of a checkpoint."""
     return {

@@ -15,6 +15,7 @@ from vlabs.checkpoints.released import find_state, load_released, task_of
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
+from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 
 _LISTED = 20  # names that a report lists of one kind
@@ -77,7 +78,7 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def initialize(
-    model: VisionLanguageModel | AbSViTClassifier, source: str | Path, answers: Sequence[str] = ()
+    model: VisionLanguageModel | AbSViTClassifier | Segmenter, source: str | Path, answers: Sequence[str] = ()
 ) -> Initialized:
     """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
 
@@ -157,7 +158,9 @@ def _move_answers(
     return moved
 
 
-def _resample(name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier) -> Tensor | None:
+def _resample(
+    name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier | Segmenter
+) -> Tensor | None:
     vision = model.vision if isinstance(model, VisionLanguageModel) else model.encoder
     within = "vision.vit." if isinstance(model, VisionLanguageModel) else "encoder.vit."
     return vision.backbone.resample(name.removeprefix(within), value, target) if name.startswith(within) else None

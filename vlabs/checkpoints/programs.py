@@ -107,7 +107,7 @@ class ClassifierSecondPass(nn.Module):
 
 def _bottom_up(images: Sequence[Tensor]) -> BottomUp:
     known = dict(zip(_IMAGES, images, strict=False))
-    return BottomUp(**known, prepared=list(images[len(_IMAGES) :]))
+    return BottomUp(prepared=list(images[len(_IMAGES) :]), **known)  # type: ignore[arg-type]
 
 
 def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx") -> Path:

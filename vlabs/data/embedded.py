@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
+from vlabs.data.masks import MaskDataModule
 from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
@@ -105,6 +106,32 @@ def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -
     real = f"data={layout} data.dir=FOLDER, made by `python -m data_prep.{layout}`"
     _make_once(directory, f"the embedded corpus scenes-{size} as {layout}", real, make)
     return StatementDataModule(directory, **options)
+
+
+def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any) -> MaskDataModule:
+    """The `scenes` corpus of a size with the shape of every pixel, made in `dir` if it is not there yet.
+
+    Args:
+        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
+        dir: the prepared folder.
+        raw_dir: where the corpus is rendered to, or is already.
+        options: of `MaskDataModule`.
+    """
+    from data_prep.scene_render import SIZES
+    from data_prep.scenes import make_scenes
+    from data_prep.segmentation import prepare_masks
+
+    directory, raw = Path(dir), Path(raw_dir)
+    _check_size(size, SIZES)
+
+    def make() -> None:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        make_scenes(size, raw)
+        prepare_masks("instances", raw, directory, name="scenes")
+
+    real = "data=voc, cityscapes or ade20k, made by `python -m data_prep.segmentation`"
+    _make_once(directory, f"the masks of the embedded corpus scenes-{size}", real, make)
+    return MaskDataModule(directory, **options)
 
 
 def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:

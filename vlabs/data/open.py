@@ -7,6 +7,7 @@ from typing import Any
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
+from vlabs.data.masks import MaskDataModule
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_manifest
 from vlabs.data.statements import StatementDataModule
@@ -14,7 +15,8 @@ from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 
 MODULES: dict[str, type[PreparedDataModule]] = {
-    module.kind: module for module in (VQADataModule, CaptionDataModule, StatementDataModule, ClassDataModule)
+    module.kind: module
+    for module in (VQADataModule, CaptionDataModule, StatementDataModule, ClassDataModule, MaskDataModule)
 }
 
 

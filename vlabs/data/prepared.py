@@ -87,6 +87,17 @@ CLASS_FEATURES = datasets.Features(
     }
 )
 
+MASK_FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("int64"),
+        "name": datasets.Value("string"),  # of the picture, as the data set calls it
+        "image": datasets.Value("binary"),  # the file's bytes, unchanged
+        # A PNG of the picture's size with the class of every pixel, 255 where none counts; empty where it is kept back.
+        "mask": datasets.Value("binary"),
+    }
+)
+IGNORED = 255
+
 # The labels of statements of known data sets, in METER's order, so that its heads fit.
 LABELS = {"snli_ve": ("contradiction", "neutral", "entailment"), "nlvr2": ("False", "True")}
 
@@ -102,6 +113,7 @@ _KINDS = {
         "statements about pictures with a label",
         "data_prep.snli_ve, data_prep.nlvr2 or data_prep.pairs",
     ),
+    "masks": ("pictures with a class a pixel", "data_prep.segmentation"),
     "classes": ("pictures with a class", "data_prep.classes, data_prep.imagenet or data_prep.objects"),
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class BottomUp:
         first_qkv: (B, N, 3D), q, k, v of the first block, which sees the same input in both passes.
         prepared: the top-down variant's own part, for every block (B, N, D); empty where it has none.
         pooled: (B, D), what `cls` gives.
+        layers: (B, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
     """
 
     tokens: Tensor
@@ -52,6 +53,7 @@ class BottomUp:
     first_qkv: Tensor
     prepared: list[Tensor]
     pooled: Tensor
+    layers: list[Tensor] = field(default_factory=list)
 
     @property
     def cls(self) -> Tensor:
@@ -72,12 +74,14 @@ class VisionTokens:
         hidden: (n, N, D), before the final norm: its norm is the paper's attention map.
         token_weights: (n, N) in [0, 1], the similarity of prior and token; None without a prior.
         reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
+        layers: (n, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
     """
 
     tokens: Tensor
     hidden: Tensor
     token_weights: Tensor | None = None
     reconstruction: Tensor | None = None
+    layers: list[Tensor] = field(default_factory=list)
 
 
 @register
@@ -181,23 +185,29 @@ class AbSViT(nn.Module):
         """Rows and columns of patches."""
         return self.backbone.grid_size
 
-    def encode(self, images: Tensor) -> BottomUp:
+    def encode(self, images: Tensor, layers: Sequence[int] = ()) -> BottomUp:
         """The bottom-up pass, and what the top-down variant can prepare without a prior.
 
         Args:
             images: (B, 3, H, W), normalised.
+            layers: blocks, counted from 1, whose outputs are to be kept.
         """
         backbone = self.backbone
         embedded = backbone.embed(images)
         first_qkv = backbone.qkv(0, embedded)
         hidden = embedded
         record, positions = self._new_record(), backbone.positions()
+        kept: list[Tensor] = []
         for index in range(backbone.depth):
             hidden = backbone.enter(index, hidden)
             hidden = self._run(index, hidden, positions, None, first_qkv if index == 0 else None, record)
+            if index + 1 in layers and index + 1 < backbone.depth:
+                kept.append(hidden)
         tokens = backbone.finish(hidden)
+        if backbone.depth in layers:
+            kept.append(tokens)
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
-        return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens))
+        return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept)
 
     def attend(
         self,
@@ -206,6 +216,7 @@ class AbSViT(nn.Module):
         image_index: Tensor | None = None,
         *,
         reconstruct: bool = False,
+        layers: Sequence[int] = (),
     ) -> VisionTokens:
         """The second pass: the images again, each under a prior.
 
@@ -215,17 +226,23 @@ class AbSViT(nn.Module):
             image_index: (n,) the image of each prior; None means that prior i belongs to image i, or that all priors
                 belong to the one image there is.
             reconstruct: also compute the reconstruction loss (training).
+            layers: as `encode` was given; those that do not change come from there.
 
         Without feedback and `image_index`, one image comes back as one, whatever the number of priors.
         """
         topdown = self.topdown
         if topdown is None:
-            return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index))
+            kept = [_pick(one, image_index) for one in bottom_up.layers]
+            return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index), layers=kept)
         if not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
-            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct)
+            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct, layers)
             return VisionTokens(
-                _pick(once.tokens, image_index), _pick(once.hidden, image_index), None, once.reconstruction
+                _pick(once.tokens, image_index),
+                _pick(once.hidden, image_index),
+                None,
+                once.reconstruction,
+                [_pick(one, image_index) for one in once.layers],
             )
         if prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
@@ -234,11 +251,21 @@ class AbSViT(nn.Module):
             tokens, hidden = _pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index)
             weights = similarity(prior, tokens)
             scale = (topdown.alpha * weights).unsqueeze(-1)
-            return VisionTokens(scale * tokens, scale * hidden, weights)
-        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct)
+            # What is reweighted is the output: earlier blocks are as they were.
+            kept = [_pick(one, image_index) for one in bottom_up.layers]
+            if self.backbone.depth in layers:
+                kept[-1] = scale * kept[-1]
+            return VisionTokens(scale * tokens, scale * hidden, weights, None, kept)
+        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct, layers)
 
     def _second_pass(
-        self, topdown: TopDown, bottom_up: BottomUp, prior: Tensor, image_index: Tensor | None, reconstruct: bool
+        self,
+        topdown: TopDown,
+        bottom_up: BottomUp,
+        prior: Tensor,
+        image_index: Tensor | None,
+        reconstruct: bool,
+        layers: Sequence[int] = (),
     ) -> VisionTokens:
         backbone = self.backbone
         tokens = _pick(bottom_up.tokens, image_index)
@@ -248,6 +275,7 @@ class AbSViT(nn.Module):
         hidden = _pick(bottom_up.embedded, image_index)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
         record, positions = self._new_record(), backbone.positions()
+        kept: list[Tensor] = []
         for index in range(backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
@@ -260,7 +288,12 @@ class AbSViT(nn.Module):
                     undone = backbone.back(index, hidden.detach(), decoder)
                     reconstruction = reconstruction + F.mse_loss(undone, before.detach())
             hidden = output
-        return VisionTokens(backbone.finish(hidden), hidden, signal.similarity, reconstruction)
+            if index + 1 in layers and index + 1 < backbone.depth:
+                kept.append(hidden)
+        tokens = backbone.finish(hidden)
+        if backbone.depth in layers:
+            kept.append(tokens)
+        return VisionTokens(tokens, hidden, signal.similarity, reconstruction, kept)
 
     def _run(self, *arguments: Any) -> Tensor:
         """A block, its inner activations kept for the backward pass or not."""
@@ -268,6 +301,12 @@ class AbSViT(nn.Module):
             output: Tensor = checkpoint(self.backbone.block, *arguments, use_reentrant=False)
             return output
         return self.backbone.block(*arguments)
+
+    def compile_passes(self, backend: str = "inductor") -> None:
+        """Let `torch.compile` make kernels of both passes; see `VisionLanguageModel.compile_parts`."""
+        compiled = partial(torch.compile, backend=backend, dynamic=True)
+        self.encode = compiled(self.encode)  # type: ignore[method-assign]
+        self.attend = compiled(self.attend)  # type: ignore[method-assign]
 
     def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
         """The top-down signal td of the first block, (n, N, D), before W_v: what feedback makes of the picture.
@@ -395,9 +434,7 @@ class AbSViTClassifier(nn.Module, Shareable):
         Args:
             backend: of `torch.compile`.
         """
-        compiled = partial(torch.compile, backend=backend, dynamic=True)
-        self.encoder.encode = compiled(self.encoder.encode)  # type: ignore[method-assign]
-        self.encoder.attend = compiled(self.encoder.attend)  # type: ignore[method-assign]
+        self.encoder.compile_passes(backend)
 
 
 def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
@@ -410,7 +447,16 @@ def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
     return AbSViTClassifier(vision)
 
 
-def _conv_stem(*, embed_dim: int, in_chans: int, img_size: int, stride: int, **unused: Any) -> HybridEmbed:
+def _conv_stem(
+    *,
+    embed_dim: int,
+    in_chans: int,
+    img_size: int,
+    stride: int,
+    strict_img_size: bool = True,
+    output_fmt: str | None = None,
+    **unused: Any,
+) -> HybridEmbed:
     """timm's convolutional stem: halves the picture until a pixel is a patch, doubling the channels up to D.
 
     Layer norm in the place of batch norm, so that a picture does not depend on the others of its batch.
@@ -422,7 +468,11 @@ def _conv_stem(*, embed_dim: int, in_chans: int, img_size: int, stride: int, **u
     backbone = ConvStem(
         in_chans, depth, channels, stride=(2,) * depth, padding=1, norm_layer=partial(LayerNormAct2d, act_layer=nn.GELU)
     )
-    return HybridEmbed(backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False)
+    # The last two are of pictures of any size, by timm's `dynamic_img_size`.
+    return HybridEmbed(
+        backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False,
+        strict_img_size=strict_img_size, output_fmt=output_fmt,
+    )  # fmt: skip
 
 
 def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:

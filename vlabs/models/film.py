@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class FiLMViT(AbSViT):
         """ξ changes what this encoder sees."""
         return True
 
-    def encode(self, images: Tensor) -> BottomUp:
+    def encode(self, images: Tensor, layers: Sequence[int] = ()) -> BottomUp:
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
         embedded = self.backbone.embed(images)
         return Embedded(embedded, embedded, embedded, embedded, [], embedded)
@@ -63,6 +64,7 @@ class FiLMViT(AbSViT):
         image_index: Tensor | None = None,
         *,
         reconstruct: bool = False,
+        layers: Sequence[int] = (),
     ) -> VisionTokens:
         """The pass over the images, each under a prior; arguments as in `AbSViT`."""
         if prior is None:

@@ -100,8 +100,7 @@ class VisionLanguageModel(nn.Module, Shareable):
             backend: of `torch.compile`.
         """
         compiled = partial(torch.compile, backend=backend, dynamic=True)
-        self.vision.encode = compiled(self.vision.encode)  # type: ignore[method-assign]
-        self.vision.attend = compiled(self.vision.attend)  # type: ignore[method-assign]
+        self.vision.compile_passes(backend)
         self.fusion.forward = compiled(self.fusion.forward)  # type: ignore[method-assign]
 
     def forward(

@@ -32,6 +32,7 @@ class Recipe:
         schedule: a name of transformers' schedules after warm-up, e.g. `linear` (to 0), `cosine`.
         schedule_options: of that schedule, e.g. `min_lr_rate` of `cosine_with_min_lr`.
         fused: AdamW in one kernel.
+        no_decay: parameters without weight decay, by the end of their name, beside those of one dimension.
     """
 
     lr: dict[str, float] = field(default_factory=_default_lr)
@@ -42,6 +43,7 @@ class Recipe:
     schedule: str = "linear"
     schedule_options: dict[str, float] = field(default_factory=dict)
     fused: bool = True
+    no_decay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part, rate in self.lr.items():
@@ -69,7 +71,8 @@ class Recipe:
                 if part not in self.lr:
                     raise UserError(f"task.recipe.lr has no rate for {name}: pass +task.recipe.lr.{part}=RATE")
                 # As in METER, what has one dimension is a bias or a norm.
-                key = part if parameter.ndim > 1 else f"{part}/no_decay"
+                plain = parameter.ndim > 1 and not name.endswith(tuple(self.no_decay))
+                key = part if plain else f"{part}/no_decay"
                 groups.setdefault(key, []).append(parameter)
         if not groups:
             raise UserError("task.freeze leaves nothing to train")

@@ -102,7 +102,7 @@ def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[Task, P
     if run_dir is not None and is_rank_zero():
         save_config(config, run_dir / "config.yaml")
     model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
-    if isinstance(model, VisionLanguageModel):
+    if isinstance(model, VisionLanguageModel) or getattr(model, "text", None) is not None:
         _check_fit(model, data)
     history: list[dict[str, Any]] = []
     if config.init is not None:
@@ -191,7 +191,7 @@ def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
         raise UserError(
             f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
         )
-    if "text" in config.model and not data.preprocessing.tokenizer:
+    if config.model.get("text") and not data.preprocessing.tokenizer:
         raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier")
 
 
@@ -209,7 +209,7 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
     """Sizes in the model's config that are null because only the data know them."""
     answers = len(data.preprocessing.answers)
     with open_dict(config.model):
-        text, head, vision = (config.model.get(part, {}) for part in ("text", "head", "vision"))
+        text, head, vision, decoder = (config.model.get(part) or {} for part in ("text", "head", "vision", "decoder"))
         if text.get("vocab_size", 0) is None:
             text.vocab_size = data.preprocessing.vocab_size
         for name in ("num_answers", "num_labels"):
@@ -217,11 +217,12 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
                 head[name] = answers
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
-        if vision.get("num_classes", 0) is None:
-            vision.num_classes = answers
+        for part in (vision, decoder):
+            if part.get("num_classes", 0) is None:
+                part.num_classes = answers
 
 
-def _check_fit(model: VisionLanguageModel, data: PreparedDataModule) -> None:
+def _check_fit(model: Any, data: PreparedDataModule) -> None:
     """The text encoder must know every token that the tokenizer can make, and have a position for each.
 
     A model whose ξ depends on the padding gets its texts padded to one length.

@@ -1,0 +1,304 @@
+"""Pictures with a class a pixel, in batches: scaled, cropped and changed alike, the same in every run."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import RandomPhotometricDistort
+
+from vlabs.data.classes import ImageSampler
+from vlabs.data.images import name_of
+from vlabs.data.loading import GroupLoader, check_whole, eval_loader
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.prepared import IGNORED, check_kind, load_split, read_classes
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
+from vlabs.data.sampling import BatchSpec
+from vlabs.errors import UserError
+
+
+class MaskBatch(NamedTuple):
+    """n pictures with their masks.
+
+    Attributes:
+        images: (n, 3, H, W), normalised.
+        masks: (n, H, W), the class of every pixel; 255 where it does not count.
+        image_ids: n.
+        skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
+    """
+
+    images: Tensor
+    masks: Tensor
+    image_ids: list[int]
+    skipped: list[int]
+
+
+class WholePicture(NamedTuple):
+    """A picture as it is evaluated.
+
+    Attributes:
+        image: (1, 3, H, W), normalised, perhaps resized.
+        mask: (rows, columns) of the picture itself; all 255 where none was published.
+        image_id, name: of the picture.
+        shown: the picture itself.
+    """
+
+    image: Tensor
+    mask: Tensor
+    image_id: int
+    name: str
+    shown: Image.Image
+
+
+class MaskAugmentation(NamedTuple):
+    """How training pictures are changed.
+
+    Attributes:
+        scale: least and largest factor of the size.
+        crop: rows and columns that are cut out; what is smaller is padded, which does not count.
+        most: share of a crop that one class may have, before another place is tried, ten times at most.
+        hflip: how often it is mirrored.
+        photometric: how often brightness, contrast, saturation and hue are changed.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.0)
+    crop: tuple[int, int] = (512, 512)
+    most: float = 0.75
+    hflip: float = 0.5
+    photometric: float = 0.5
+
+
+class MaskDataset(Dataset[Any]):
+    """Reads training batches, indexed by a `BatchSpec`; or whole pictures.
+
+    Args:
+        rows: prepared rows (`vlabs.data.prepared.MASK_FEATURES`).
+        preprocessing: pictures to tensors.
+        augmentation: of training; None for whole pictures.
+        short_side: what a picture's shorter side is resized to first, in pixels; None to leave it.
+        seed: of the augmentation, a function of (seed, epoch, batch, place in it).
+        on_bad: `error`, or `skip` to leave out pictures that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        preprocessing: Preprocessing,
+        augmentation: MaskAugmentation | None = None,
+        short_side: int | None = None,
+        seed: int = 0,
+        on_bad: str = "error",
+    ) -> None:
+        self.rows = rows
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.short_side = short_side
+        self.seed = seed
+        self.on_bad = on_bad
+        self.distort = RandomPhotometricDistort(p=0.5)
+
+    def __getitem__(self, spec: BatchSpec) -> MaskBatch | list[WholePicture]:
+        if self.augmentation is None:
+            whole = [self.whole(group.row) for group in spec.groups]
+            return [one for one in whole if one is not None]
+        images, masks, ids, skipped = [], [], [], []
+        with _generators_kept():
+            for place, group in enumerate(spec.groups):
+                row = self.rows[group.row]
+                read = self._read(row)
+                if read is None:
+                    skipped.append(row["image_id"])
+                    continue
+                seed = np.random.SeedSequence((self.seed, spec.epoch, spec.number, place))
+                torch.manual_seed(int(seed.generate_state(1)[0]))
+                image, mask = self.change(*read, np.random.default_rng(seed))
+                images.append(image)
+                masks.append(mask)
+                ids.append(row["image_id"])
+        rows, columns = self.augmentation.crop
+        stacked = torch.stack(images) if images else torch.empty(0, 3, rows, columns)
+        of = torch.stack(masks) if masks else torch.empty(0, rows, columns, dtype=torch.int64)
+        return MaskBatch(stacked, of, ids, skipped)
+
+    def whole(self, index: int) -> WholePicture | None:
+        """A picture for evaluation; None if it is left out."""
+        row = self.rows[index]
+        read = self._read(row)
+        if read is None:
+            return None
+        image, mask = read
+        resized = image if self.short_side is None else _resized(image, self.short_side / min(image.size))
+        tensor = self.preprocessing.normalize(resized)[None]
+        return WholePicture(tensor, torch.from_numpy(mask.astype(np.int64)), row["image_id"], row["name"], image)
+
+    def _read(self, row: dict[str, Any]) -> tuple[Image.Image, np.ndarray] | None:
+        try:
+            image = decode_image(row["image"], f"{name_of(row)} ({row['name']})")
+        except UserError as error:
+            if self.on_bad != "skip":
+                raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
+            print(f"left out: {error}", file=sys.stderr)
+            return None
+        if not row["mask"]:
+            return image, np.full((image.height, image.width), IGNORED, dtype=np.uint8)
+        with Image.open(io.BytesIO(row["mask"])) as mask:
+            return image, np.asarray(mask)
+
+    def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A training picture (3, rows, columns), normalised, and its mask (rows, columns).
+
+        Args:
+            rng: what is drawn from, but for colours, which torch's global generator changes.
+        """
+        a = self.augmentation
+        assert a is not None
+        factor = rng.uniform(*a.scale) * (1.0 if self.short_side is None else self.short_side / min(image.size))
+        image = _resized(image, factor)
+        if image.size != mask.shape[::-1]:
+            mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+        top, left = self._place(mask, rng)
+        rows, columns = a.crop
+        pixels = np.asarray(image)[top : top + rows, left : left + columns]
+        mask = mask[top : top + rows, left : left + columns]
+        if rng.random() < a.hflip:
+            pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        if rng.random() < a.photometric:
+            picture = self.distort(picture)
+        tensor = self.preprocessing.normalize(picture)
+        missing = columns - pixels.shape[1], rows - pixels.shape[0]
+        padding = (0, missing[0], 0, missing[1])
+        labels = torch.from_numpy(np.ascontiguousarray(mask).astype(np.int64))
+        return F.pad(tensor, padding), F.pad(labels, padding, value=IGNORED)
+
+    def _place(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+        """Where a crop begins in which no class has more than its share."""
+        a = self.augmentation
+        assert a is not None
+        rows, columns = a.crop
+        top = left = 0
+        for _ in range(10):
+            top = int(rng.integers(max(0, mask.shape[0] - rows) + 1))
+            left = int(rng.integers(max(0, mask.shape[1] - columns) + 1))
+            counts = np.bincount(mask[top : top + rows, left : left + columns].ravel(), minlength=256)[:IGNORED]
+            if np.count_nonzero(counts) > 1 and counts.max() < a.most * counts.sum():
+                break
+        return top, left
+
+
+def _resized(image: Image.Image, factor: float) -> Image.Image:
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
+
+class MaskDataModule(PreparedDataModule):
+    """Batches of a prepared folder of masks.
+
+    Args:
+        dir: the prepared folder.
+        crop: rows and columns of a training crop; `image_size` squared if not given.
+        scale, most, hflip, photometric: of `MaskAugmentation`.
+        short_side: what a picture's shorter side is resized to, before it is scaled in training, and in evaluation,
+            whose masks stay as they are; None to leave it.
+        options: of `PreparedDataModule`; there are no texts.
+
+    Raises:
+        UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
+    """
+
+    kind = "masks"
+    holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
+
+    def __init__(
+        self,
+        dir: str | Path,
+        image_size: int = 512,
+        crop: Sequence[int] | None = None,
+        scale: Sequence[float] = (0.5, 2.0),
+        most: float = 0.75,
+        hflip: float = 0.5,
+        photometric: float = 0.5,
+        short_side: int | None = None,
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
+        preprocessing: Preprocessing | None = None,
+        **options: Any,
+    ) -> None:
+        check_whole("image_size", image_size, 1)
+        check_kind(dir, self.kind)
+        own = Preprocessing(
+            image_size, "", answers=tuple(read_classes(dir)), mean=tuple(image_mean), std=tuple(image_std)
+        )
+        super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
+        rows, columns = crop if crop is not None else (self.preprocessing.image_size,) * 2
+        for side in (rows, columns):
+            check_whole("crop", side, 1)
+        if short_side is not None:
+            check_whole("short_side", short_side, 1)
+        low, high = scale
+        if not 0 < low <= high:
+            raise UserError(f"data.scale={list(scale)} must be two factors above 0, the smaller one first")
+        self.short_side = short_side
+        self.augmentation = MaskAugmentation((low, high), (rows, columns), most, hflip, photometric)
+        if tuple(read_classes(dir)) != self.preprocessing.answers:
+            raise UserError(f"{dir} has other classes than those that the checkpoint was trained on")
+
+    def rows(self, split: str) -> datasets.Dataset:
+        """See `PreparedDataModule`."""
+        return load_split(self.dir, split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, full ones only."""
+        rows = self.rows("train")
+        sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed)
+        if not len(sampler):
+            raise UserError(
+                f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
+            )
+        dataset = MaskDataset(
+            rows, self.preprocessing, self.augmentation, self.short_side, self.options.seed, self.options.on_bad
+        )
+        return GroupLoader(dataset, sampler, self.options.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every picture of the validation split, whole."""
+        return self.eval_dataloader(self.val_split)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Any]:
+        """Lists of whole pictures of a split, in stored order."""
+        rows = self.rows(split)
+        sampler = ImageSampler(len(rows), self.options.eval_batch_size or 1, False, self.options.seed)
+        dataset = MaskDataset(rows, self.preprocessing, None, self.short_side, on_bad=self.options.on_bad)
+        return eval_loader(dataset, sampler, self.options)
+
+
+def stacked(pictures: Sequence[WholePicture]) -> Iterator[tuple[Tensor, list[WholePicture]]]:
+    """Whole pictures with their images (n, 3, H, W), together where their sizes allow it."""
+    start = 0
+    for end in range(1, len(pictures) + 1):
+        if end == len(pictures) or pictures[end].image.shape != pictures[start].image.shape:
+            yield torch.cat([one.image for one in pictures[start:end]]), list(pictures[start:end])
+            start = end

@@ -1,0 +1,202 @@
+"""Semantic segmentation, and the segmentation of what a text names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.masks import MaskBatch, MaskDataModule, WholePicture, stacked
+from vlabs.data.prepared import IGNORED
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.metrics.segmentation import mean_iou, region_iou
+from vlabs.models.segmentation import Segmenter
+from vlabs.tasks.base import Losses, Task, check_weight
+from vlabs.tasks.optim import Recipe
+
+TRANSFER = ("end_to_end", "linear", "top_down")
+
+
+class SegmentationTask(Task):
+    """What both tasks share: pixel cross-entropy of two heads, and which parts are trained.
+
+    Args:
+        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
+        transfer: `end_to_end`; `linear`: the encoder is frozen; `top_down`: of the encoder, only the feedback decoders
+            and ξ are trained (the released code's three).
+        auxiliary_weight: of the auxiliary head's loss.
+        reconstruction_weight: of the reconstruction loss.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        preprocessing: Preprocessing,
+        data: dict[str, Any],
+        recipe: Recipe,
+        transfer: str = "end_to_end",
+        auxiliary_weight: float = 0.4,
+        reconstruction_weight: float = 0.0,
+        freeze: Sequence[str] = (),
+        recompute_activations: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if not isinstance(model, Segmenter):
+            raise UserError(f"task={self.name} trains a segmenter: leave model out, or pass model=segmenter")
+        if transfer not in TRANSFER:
+            raise UserError(f"task.transfer={transfer}: choose one of {', '.join(TRANSFER)}")
+        frozen = {"end_to_end": (), "linear": ("vision", "prompt", "text", "prior"), "top_down": ("vision.vit",)}
+        kept = [part for part in frozen[transfer] if getattr(model, part.split(".")[0], None) is not None]
+        super().__init__(model, preprocessing, data, recipe, (*kept, *freeze), recompute_activations, compile)
+        self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
+        if model.decoder.auxiliary is None or not self.auxiliary_weight:
+            self.auxiliary_weight = 0.0
+            if model.decoder.auxiliary is not None:
+                model.decoder.auxiliary.requires_grad_(False)
+        weight = check_weight("reconstruction_weight", reconstruction_weight)
+        self.reconstruction_weight = weight if model.vision.reconstructs else 0.0
+        if model.prompt is not None and not model.vision.needs_prior:
+            model.prompt.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+
+    def lr_group(self, name: str) -> str:
+        """The head is `head`, ξ and the feedback decoders are `feedback`."""
+        if name.startswith("model.decoder."):
+            return "head"
+        if name == "model.prompt":
+            return "feedback"
+        return super().lr_group(name)
+
+    def pixel_losses(self, found: Any, masks: Tensor, count: int) -> Losses:
+        """Cross-entropy over the pixels that count, of both heads.
+
+        Args:
+            found: `Segments`.
+            masks: (n, H, W).
+            count: of pictures or texts.
+        """
+        others = {}
+        if self.auxiliary_weight and found.auxiliary is not None:
+            others["auxiliary"] = _cross_entropy(found.auxiliary, masks)
+        if found.seen.reconstruction is not None:
+            others["reconstruction"] = found.seen.reconstruction
+        return Losses({"segment": _cross_entropy(found.logits, masks)}, count, others)
+
+
+def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
+    return total / (masks != IGNORED).sum().clamp_min(1)
+
+
+class SegmentTask(SegmentationTask):
+    """Semantic segmentation; logs `val/miou` over all pixels of the validation split, in percent, and the accuracy."""
+
+    name = "segment"
+    monitor = "val/miou"
+    reads = MaskDataModule
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model.text is not None:
+            raise UserError("task=segment has no texts to steer by: pass model.prior=trained, or task=refer")
+        classes = len(self.preprocessing.answers)
+        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False)
+
+    def sample_ids(self, batch: MaskBatch | list[WholePicture]) -> list[int]:
+        """The pictures' ids."""
+        return [one.image_id for one in batch] if isinstance(batch, list) else batch.image_ids
+
+    def losses(self, batch: MaskBatch) -> Losses:
+        """Of both heads."""
+        found = self.model(
+            batch.images, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0
+        )
+        return self.pixel_losses(found, batch.masks, len(batch.image_ids))
+
+    def validation_step(self, batch: list[WholePicture], batch_idx: int) -> None:
+        """Add pictures to the confusion matrix, each at its own size."""
+        for images, pictures in stacked(batch):
+            logits = self.model(images.to(self.device)).logits
+            for one, mask in zip(logits, pictures, strict=True):
+                self.confusion.update(at_size(one, mask.mask.shape).argmax(dim=0), mask.mask.to(self.device))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean IoU of the epoch."""
+        counts = self.confusion.compute()
+        self.log("val/miou", mean_iou(counts), prog_bar=True)
+        self.log("val/pixel_accuracy", 100 * counts.diag().sum() / counts.sum().clamp_min(1))
+        self.confusion.reset()
+
+
+def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (K, H, W) at another size (K, rows, columns)."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+class ReferTask(SegmentationTask):
+    """What a text names against all else; a pixel is of two classes. Logs `val/iou`, the mean over texts, in percent.
+
+    It reads captions whose regions are known. With `model.prior=trained`, nothing tells the model what is asked for: the
+    control.
+    """
+
+    name = "refer"
+    monitor = "val/iou"
+    reads = CaptionDataModule
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model.decoder.num_classes != 2:
+            raise UserError(f"model.decoder.num_classes={self.model.decoder.num_classes}: task=refer has two classes")
+        self.iou = MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Ask the data for regions a pixel."""
+        data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not data.regions_known:
+            raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
+        data.region_grid = (self.preprocessing.image_size,) * 2
+        data.regions_in_validation = True
+
+    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+        """The texts' ids."""
+        return batch.caption_ids
+
+    def segment(self, batch: CaptionBatch, **options: Any) -> Any:
+        """`Segments` of n texts."""
+        if self.model.text is None:
+            # Without ξ of a text, a picture is segmented for each of them alike.
+            return self.model(batch.images[batch.image_index], **options)
+        return self.model(batch.images, batch.input_ids, batch.attention_mask, batch.image_index, **options)
+
+    def losses(self, batch: CaptionBatch) -> Losses:
+        """Of both heads."""
+        found = self.segment(batch, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0)
+        return self.pixel_losses(found, region_masks(batch, found.logits.shape[-2:]), len(batch.caption_ids))
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
+        """Add texts to the mean."""
+        if batch.caption_ids:
+            logits = self.segment(batch).logits
+            self.iou.update(100 * region_iou(logits.argmax(dim=1), region_masks(batch, logits.shape[-2:])))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the IoU of the epoch."""
+        self.log("val/iou", self.iou.compute(), prog_bar=True)
+        self.iou.reset()
+
+
+def region_masks(batch: CaptionBatch, size: Sequence[int]) -> Tensor:
+    """(n, H, W): 1 where a text is about, 0 elsewhere; all ignored where nobody said what it is about."""
+    assert batch.coverage is not None
+    masks = (batch.coverage > 0.5).long().unflatten(1, tuple(size))
+    unknown = ~(batch.coverage > 0).any(dim=1)
+    masks[unknown] = IGNORED
+    return masks
