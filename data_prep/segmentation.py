@@ -25,7 +25,7 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ class Layout(NamedTuple):
 
     classes: Sequence[str]
     labels: np.ndarray
-    splits: dict[str, Callable[[], Iterator[Pair]]]
+    splits: Mapping[str, Callable[[], Iterator[Pair]]]
     files: Sequence[Path]
 
 

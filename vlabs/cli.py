@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train, sweep, go on with a run, or plan one",
     "evaluate": "measure a checkpoint: accuracy, ranking, where it looks, whether it is steered",
     "predict": "answer questions about a picture",
+    "segment": "the class of every pixel of a picture, or what a text names",
     "search": "rank a folder of pictures by text",
     "attention": "draw where a model looks",
     "report": "a page about the runs of a sweep",

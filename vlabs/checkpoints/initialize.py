@@ -161,6 +161,6 @@ def _move_answers(
 def _resample(
     name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier | Segmenter
 ) -> Tensor | None:
-    vision = model.vision if isinstance(model, VisionLanguageModel) else model.encoder
-    within = "vision.vit." if isinstance(model, VisionLanguageModel) else "encoder.vit."
+    vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
+    within = "encoder.vit." if isinstance(model, AbSViTClassifier) else "vision.vit."
     return vision.backbone.resample(name.removeprefix(within), value, target) if name.startswith(within) else None

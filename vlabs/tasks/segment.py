@@ -143,8 +143,8 @@ def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
 class ReferTask(SegmentationTask):
     """What a text names against all else; a pixel is of two classes. Logs `val/iou`, the mean over texts, in percent.
 
-    It reads captions whose regions are known. With `model.prior=trained`, nothing tells the model what is asked for: the
-    control.
+    It reads captions whose regions are known. With `model.prior=trained`, nothing tells the model what is asked for:
+    the control.
     """
 
     name = "refer"

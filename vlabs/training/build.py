@@ -209,7 +209,8 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
     """Sizes in the model's config that are null because only the data know them."""
     answers = len(data.preprocessing.answers)
     with open_dict(config.model):
-        text, head, vision, decoder = (config.model.get(part) or {} for part in ("text", "head", "vision", "decoder"))
+        parts: list[Any] = [config.model.get(part) or {} for part in ("text", "head", "vision", "decoder")]
+        text, head, vision, decoder = parts
         if text.get("vocab_size", 0) is None:
             text.vocab_size = data.preprocessing.vocab_size
         for name in ("num_answers", "num_labels"):

@@ -46,7 +46,8 @@ class GroundingCurve(EveryNValidations):
         if wrong := [name for name in self.maps if name not in MAPS]:
             raise UserError(f"callbacks.grounding.maps names {', '.join(wrong)}: choose of {', '.join(MAPS)}")
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if self.every and self.targets is None and isinstance(data, PreparedDataModule):
+        looks = isinstance(pl_module, VisionLanguageTask) and isinstance(data, PreparedDataModule)
+        if self.every and self.targets is None and looks:
             self.targets = find_targets(data.rows(data.val_split), data.dir, self.instances, self.num_texts)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

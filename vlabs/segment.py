@@ -1,0 +1,62 @@
+"""Segment a picture: the class of every pixel, or what a text names.
+
+python -m vlabs.segment --ckpt RUN --image street.jpg                             # of task=segment
+python -m vlabs.segment --ckpt RUN --image scene.jpg --text "red large star"      # of task=refer
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlabs.attention.figures import save_figure
+from vlabs.attention.segments import Segmented, segment_figure
+from vlabs.errors import UserError, run_cli
+from vlabs.prediction.predictor import load_any, open_image
+
+
+def main() -> None:
+    """Entry point of `python -m vlabs.segment`."""
+    parser = argparse.ArgumentParser(prog="python -m vlabs.segment", description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
+    parser.add_argument("--image", required=True, help="the picture")
+    parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
+    parser.add_argument("--out", default="segments.png", help="where the figure goes (.png or .svg)")
+    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    arguments = parser.parse_args()
+    if Path(arguments.out).suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    image = open_image(arguments.image)
+    checkpoint = load_any(arguments.ckpt, trained_for=("segment", "refer"))
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
+    if (model.text is None) == bool(arguments.text):
+        raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")
+    if model.text is None:
+        shown = image
+        with torch.no_grad():
+            found = model(preprocessing.normalize(image)[None].to(device)).logits.argmax(dim=1)
+        rows = [Segmented(shown, found[0].byte().cpu().numpy(), None)]
+        classes = preprocessing.answers
+    else:
+        shown = preprocessing.resize(image)
+        ids, mask = preprocessing.pad(preprocessing.token_ids(arguments.text))
+        index = torch.zeros(len(ids), dtype=torch.int64, device=device)
+        with torch.no_grad():
+            tensor = preprocessing.normalize(shown)[None].to(device)
+            found = model(tensor, ids.to(device), mask.to(device), index).logits.argmax(dim=1)
+        labels = found.byte().cpu().numpy()
+        rows = [Segmented(shown, one, None, text) for one, text in zip(labels, arguments.text, strict=True)]
+        classes = ("all else", "what the text names")
+    for row in rows:
+        counts = np.bincount(row.found.ravel(), minlength=len(classes)) / row.found.size
+        said = ", ".join(f"{classes[n]} {counts[n]:.1%}" for n in np.argsort(-counts) if counts[n] > 0)
+        print(f"{row.title + ': ' if row.title else ''}{said}")
+    print(save_figure(segment_figure(rows, classes), arguments.out))
+
+
+if __name__ == "__main__":
+    run_cli(main)
