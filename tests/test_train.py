@@ -185,3 +185,48 @@ def test_every_validation_says_what_was_seen_until_then(tiny_run):
     assert [float(row["seen/texts"]) for row in rows] == [96, 192]
     first, second = (float(row["seen/minutes"]) for row in rows)
     assert 0 < first < second
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(precision, tmp_path):
+    import pytorch_lightning as pl
+    import torch
+    from torch import nn
+
+    from vlabs.data.preprocessing import Preprocessing
+    from vlabs.tasks.base import Losses, Task
+    from vlabs.tasks.optim import Recipe
+
+    norms = []
+
+    class Steep(Task):
+        name, monitor = "steep", "val/loss"
+
+        def sample_ids(self, batch):
+            return [0]
+
+        def losses(self, batch):
+            return Losses({"steep": 1e3 * self.model(batch).sum()}, 1)
+
+        def on_train_start(self):
+            optimizer = self.trainer.optimizers[0]
+            assert optimizer.param_groups[0]["fused"]
+            optimizer.register_step_pre_hook(
+                lambda *_: norms.append(float(nn.utils.get_total_norm([p.grad for p in self.model.parameters()])))
+            )
+
+    task = Steep(nn.Linear(4, 4), Preprocessing(8, ""), {}, Recipe())
+    task.on_save_checkpoint = lambda checkpoint: None
+    trainer = pl.Trainer(
+        max_steps=3, precision=precision, gradient_clip_val=0.5, logger=False, enable_checkpointing=False,
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(torch.ones(3, 4)))
+    assert norms == pytest.approx([0.5] * 3, rel=1e-2)
+
+
+def test_a_run_in_bfloat16_trains(tiny_options, tmp_path, in_process):
+    options = [*tiny_options, "logger=csv", "trainer.precision=bf16-mixed", "hydra.run.dir=run"]
+    result = in_process("vlabs.train", options, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import header_of
@@ -187,12 +189,26 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped once an optimiser step."""
-        optimizer = self.recipe.optimizer(self, self.lr_group)
+        # Where losses are scaled (16-mixed), gradients must be seen before the step, which a fused one does not allow.
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        recipe = replace(self.recipe, fused=False) if scales else self.recipe
+        optimizer = recipe.optimizer(self, self.lr_group)
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning clips; in bf16-mixed too, where nothing is scaled: it refuses that for a fused optimiser."""
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""
