@@ -6,7 +6,7 @@
 
 Weights, image and captions are random; the captions have lengths as Flickr30K's do. The released arithmetic is the one
 of `released_ranking.py`, in float32. Our time has everything in it: the image's bottom-up pass, the text encoder over
-every caption, second pass and fusion of every pair. See README.md beside this file.
+every caption, second pass and fusion of every pair. See docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 A step is forward, backward and AdamW, on random weights, images and questions of real lengths, without dropout. The
 released arithmetic is the one of `released_training.py`. k is `data.questions_per_image`: k questions of an image share
-its first pass. See README.md beside this file.
+its first pass. See docs/benchmarks.md.
 """
 
 from __future__ import annotations

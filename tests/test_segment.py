@@ -508,3 +508,26 @@ def test_wrong_options_are_one_line(scenes, phrases, tmp_path, in_process):
         (["task=segment", "data=coco_captions", f"data.dir={phrases}", *common], ["task=segment trains on"]),
     ):
         assert_one_line_error(in_process("vlabs.train", options, tmp_path), *parts)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("voc", 20_000), ("cityscapes", 40_000), ("ade20k", 160_000)])
+def test_the_experiments_of_real_data_are_the_papers(name, steps):
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    from vlabs.runs.config import config_dir
+
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", overrides=[f"experiment={name}_absvit_b", "model.decoder.num_classes=19"])
+    with torch.device("meta"):
+        model = instantiate(config.model, _convert_="all")
+    assert model.layers == [3, 6, 9, 12]
+    assert model.vision.topdown.alpha == 1.0
+    assert model.decoder.head.channels == 512
+    assert model.vision.vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    recipe = config.task.recipe
+    assert recipe.warmup * config.trainer.max_steps == pytest.approx(1500)
+    assert config.trainer.max_steps == steps
+    assert (set(recipe.lr.values()), list(recipe.betas), recipe.weight_decay) == ({6e-5}, [0.9, 0.999], 0.01)
+    assert config.data.batch_size == 16
+    assert list(config.data.crop or [512, 512]) == ([512, 1024] if name == "cityscapes" else [512, 512])

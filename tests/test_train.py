@@ -211,7 +211,7 @@ def test_gradients_are_clipped_in_every_precision(precision, tmp_path):
         def on_train_start(self):
             optimizer = self.trainer.optimizers[0]
             assert optimizer.param_groups[0]["fused"]
-            optimizer.register_step_pre_hook(
+            optimizer.register_step_post_hook(
                 lambda *_: norms.append(float(nn.utils.get_total_norm([p.grad for p in self.model.parameters()])))
             )
 

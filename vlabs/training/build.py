@@ -192,7 +192,7 @@ def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
             f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
         )
     if config.model.get("text") and not data.preprocessing.tokenizer:
-        raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier")
+        raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier, or model=segmenter")
 
 
 def _take_tokenizer(data: PreparedDataModule, init: str) -> None:
