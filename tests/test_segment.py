@@ -15,6 +15,8 @@ from PIL import Image
 from test_models import make_vision
 
 from data_prep.segmentation import CITYSCAPES, VOC_CLASSES, prepare_masks
+from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.programs import write_programs
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
 from vlabs.data.prepared import load_split, read_classes, read_manifest
 from vlabs.data.preprocessing import Preprocessing
@@ -398,7 +400,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def run(scenes, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("segment")
-    result = command("vlabs.train", "task=segment", "data=voc", f"data.dir={scenes}", "data.short_side=null",
+    result = command("vlabs.train", "task=segment", "data=voc", f"data.dir={scenes}", "data.short_side=40",
                      "data.batch_size=8", *SMALL, "hydra.run.dir=run", cwd=cwd)  # fmt: skip
     assert result.returncode == 0, result.stderr
     return cwd
@@ -434,6 +436,8 @@ def test_a_picture_of_ones_own_is_segmented(run, tmp_path):
     result = command("vlabs.segment", "--ckpt", run / "run", "--image", "own.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "segments.png").is_file()
+    with pytest.raises(UserError, match="export it as weights"):
+        write_programs(load_checkpoint(run / "run"), tmp_path / "programs")
     asked = command("vlabs.segment", "--ckpt", run / "run", "--image", "own.png", "--text", "a star", cwd=tmp_path)
     assert_one_line_error(asked, "--text")
 

@@ -10,6 +10,7 @@ minutes at most; answers are not written anywhere.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import socket
 from pathlib import Path
 
@@ -55,10 +56,8 @@ def main() -> None:
     if arguments.pictures is not None and not arguments.pictures.is_dir():
         raise UserError(f"--pictures {arguments.pictures}: there is no such folder")
     _check_address(arguments.host, arguments.port or 0)
-    try:
-        from vlabs.page.app import build, serve
-    except ImportError:
-        raise UserError("the page needs the package gradio: pip install 'vlabs[web]'") from None
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
         raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} pictures at a time, the page about one")
@@ -72,6 +71,9 @@ def main() -> None:
     if pictures:  # what a first answer makes and keeps is there before anybody asks
         page.ask(str(pictures[0]), "What is it?", "fusion", None, "")
     why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
+    # Only now, because it makes a folder for uploads, which `serve` removes.
+    from vlabs.page.app import build, serve
+
     blocks = build(page, f"Ask the model `{arguments.ckpt}` about a picture, and see where it looks.", examples, why)
 
     def ready(address: str) -> None:

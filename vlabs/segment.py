@@ -14,8 +14,10 @@ import torch
 
 from vlabs.attention.figures import save_figure
 from vlabs.attention.segments import Segmented, segment_figure
+from vlabs.data.masks import resize_by
 from vlabs.errors import UserError, run_cli
 from vlabs.prediction.predictor import load_any, open_image
+from vlabs.tasks.segment import at_size
 
 
 def main() -> None:
@@ -36,10 +38,12 @@ def main() -> None:
     if (model.text is None) == bool(arguments.text):
         raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")
     if model.text is None:
-        shown = image
+        side = checkpoint.data.get("short_side")
+        seen = image if side is None else resize_by(image, int(side) / min(image.size))
         with torch.no_grad():
-            found = model(preprocessing.normalize(image)[None].to(device)).logits.argmax(dim=1)
-        rows = [Segmented(shown, found[0].byte().cpu().numpy(), None)]
+            logits = model(preprocessing.normalize(seen)[None].to(device)).logits[0]
+        found = at_size(logits, image.size[::-1]).argmax(dim=0)
+        rows = [Segmented(image, found.byte().cpu().numpy(), None)]
         classes = preprocessing.answers
     else:
         shown = preprocessing.resize(image)

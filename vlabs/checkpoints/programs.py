@@ -177,6 +177,8 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     """The parts of a model, by name, in the order in which they are run."""
     if isinstance(checkpoint.network, AbSViTClassifier):
         return _parts_of_classifier(checkpoint)
+    if not isinstance(checkpoint.network, VisionLanguageModel):
+        raise UserError(f"{checkpoint.path} is of task={checkpoint.task}, which has no programs: export it as weights")
     model = checkpoint.model
     pictures = model.head.pictures if isinstance(model.head, LabelHead) else 1
     images, ids, mask = example_inputs(checkpoint)

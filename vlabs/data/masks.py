@@ -139,7 +139,7 @@ class MaskDataset(Dataset[Any]):
         if read is None:
             return None
         image, mask = read
-        resized = image if self.short_side is None else _resized(image, self.short_side / min(image.size))
+        resized = image if self.short_side is None else resize_by(image, self.short_side / min(image.size))
         tensor = self.preprocessing.normalize(resized)[None]
         return WholePicture(tensor, torch.from_numpy(mask.astype(np.int64)), row["image_id"], row["name"], image)
 
@@ -165,7 +165,7 @@ class MaskDataset(Dataset[Any]):
         a = self.augmentation
         assert a is not None
         factor = rng.uniform(*a.scale) * (1.0 if self.short_side is None else self.short_side / min(image.size))
-        image = _resized(image, factor)
+        image = resize_by(image, factor)
         if image.size != mask.shape[::-1]:
             mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
         top, left = self._place(mask, rng)
@@ -198,7 +198,8 @@ class MaskDataset(Dataset[Any]):
         return top, left
 
 
-def _resized(image: Image.Image, factor: float) -> Image.Image:
+def resize_by(image: Image.Image, factor: float) -> Image.Image:
+    """A picture at another size, by a factor of its sides."""
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
@@ -265,6 +266,11 @@ class MaskDataModule(PreparedDataModule):
         self.augmentation = MaskAugmentation((low, high), (rows, columns), most, hflip, photometric)
         if tuple(read_classes(dir)) != self.preprocessing.answers:
             raise UserError(f"{dir} has other classes than those that the checkpoint was trained on")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `PreparedDataModule`; and the size that pictures are resized to, which evaluation keeps to."""
+        return super().identity | ({} if self.short_side is None else {"short_side": self.short_side})
 
     def rows(self, split: str) -> datasets.Dataset:
         """See `PreparedDataModule`."""

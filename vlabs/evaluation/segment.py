@@ -77,6 +77,9 @@ class SegmentEvaluation(Evaluation):
     def run(self, checkpoint: Checkpoint, data: MaskDataModule, setting: Setting) -> dict[str, Any]:
         """See `Evaluation`; IoU in percent."""
         device = device_of(setting.trainer)
+        if data.short_side is None and (side := checkpoint.data.get("short_side")) is not None:
+            data.short_side = int(side)
+            print(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
         model = checkpoint.segmenter.to(device)
         classes = checkpoint.preprocessing.answers
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
