@@ -137,14 +137,14 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
         model = restore(header["architecture"], weights)
         preprocessing = Preprocessing.from_plain(header["preprocessing"])
         checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
+        # Saved again, it may be for others, who have no use for where the data lay here.
+        shared = _with_relative_folders(header["data"], outside=False)
     except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
     if not isinstance(model, VisionLanguageModel | AbSViTClassifier | Segmenter):
         raise UserError(f"{path} holds a {type(model).__name__}, not a whole model")
-    # Saved again, it may be for others, who have no use for where the data lay here.
-    own = {"data": _with_relative_folders(header["data"], outside=False)}
-    model.about = {name: header[name] for name in ("format", "task", "preprocessing")} | own
+    model.about = {name: header[name] for name in ("format", "task", "preprocessing")} | {"data": shared}
     return checkpoint
 
 
@@ -270,7 +270,9 @@ def _with_relative_folders(data: Any, outside: bool = True) -> Any:
     if not isinstance(data, dict):
         return data
     return {
-        key: _relative(Path(value), outside) if key == "dir" else _with_relative_folders(value, outside)
+        key: _relative(Path(value), outside)
+        if key == "dir" and isinstance(value, str)
+        else _with_relative_folders(value, outside)
         for key, value in data.items()
     }
 
