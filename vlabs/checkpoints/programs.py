@@ -11,7 +11,6 @@ images, texts and tokens are free. A classifier has no text, and its second pass
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from vlabs.models.absvit import AbSViT, AbSViTClassifier, BottomUp
 from vlabs.models.heads import LabelHead
 from vlabs.models.hub import PREPROCESSING, TOKENIZER
 from vlabs.models.vlm import VisionLanguageModel
+from vlabs.utils.files import new_folder
 
 FORMATS = ("onnx", "torch")
 _SUFFIX = {"onnx": "onnx", "torch": "pt2"}
@@ -138,23 +138,12 @@ def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx") 
         except ImportError:
             raise UserError("--format onnx needs the package onnxscript: pip install 'vlabs[onnx]'") from None
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} is there already: name another folder")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out, "--out") as partial:
         described = {
             _write_part(name, part, partial, form): {"inputs": part.given, "outputs": part.gives}
             for name, part in parts_of(checkpoint).items()
         }
         _write_rest(checkpoint, described, partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out
 
 

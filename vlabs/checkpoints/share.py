@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from vlabs.checkpoints.card import model_card
-from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from vlabs.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from vlabs.errors import UserError, one_line
+from vlabs.utils.files import new_folder
 
 
 def export_folder(
@@ -29,21 +29,10 @@ def export_folder(
         UserError: no such checkpoint, or `out` is there already.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} is there already: name another folder")
-    checkpoint = load_checkpoint(ckpt)
-    card = model_card(checkpoint, _run_of(ckpt), name or str(out), licence, metrics)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(checkpoint, partial)
-        card.save(partial / "README.md")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(out, "--out") as partial:
+        checkpoint = load_checkpoint(ckpt)
+        checkpoint.network._save_pretrained(partial)  # type: ignore[operator]
+        model_card(checkpoint, _run_of(ckpt), name or str(out), licence, metrics).save(partial / "README.md")
     return out
 
 
@@ -86,12 +75,6 @@ def push_to_hub(
                 "with --out FOLDER and upload it with `hf upload`"
             ) from None
     return str(commit.commit_url)
-
-
-def _write(checkpoint: Checkpoint, folder: Path) -> None:
-    network = checkpoint.network
-    folder.mkdir(parents=True)
-    network._save_pretrained(folder)  # type: ignore[operator]
 
 
 def _run_of(ckpt: str | Path) -> Path | None:
