@@ -302,7 +302,7 @@ def instances(raw_dir: Path, work: Path) -> Layout:
                 if isinstance(shape, dict)
                 else fill_polygons(shape, height, width)
             )
-            labels[inside] = IGNORED if one.get("iscrowd") and isinstance(shape, list) else label_of[one["category_id"]]
+            labels[inside] = IGNORED if one.get("iscrowd") else label_of[one["category_id"]]
         return labels
 
     def pairs(subset: str) -> Iterator[Pair]:
@@ -375,6 +375,8 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
         counts[split], image_id = _write_split(split, pairs(), found, folder, image_id, on_bad, dropped)
         if not counts[split]["images"]:
             raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
+    for record in prepared.glob("*-*.json"):  # of files that are there, for a run that goes on
+        record.unlink()
     write_json(prepared / "classes.json", list(found.classes))
     manifest_of = {
         "format": FORMAT_VERSION, "kind": "masks", "name": name or layout, "layout": layout, "splits": counts,
@@ -437,8 +439,6 @@ def _write_split(
             dropped += kept["bad"]
             names.append(file.name)
     write_datasets_files(folder, names, str(count["sha256"]), MASK_FEATURES)
-    for record in folder.parent.glob(f"{split}-*.json"):
-        record.unlink()
     return count, image_id
 
 

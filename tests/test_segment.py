@@ -535,3 +535,52 @@ def test_the_experiments_of_real_data_are_the_papers(name, steps):
     assert (set(recipe.lr.values()), list(recipe.betas), recipe.weight_decay) == ({6e-5}, [0.9, 0.999], 0.01)
     assert config.data.batch_size == 16
     assert list(config.data.crop or [512, 512]) == ([512, 1024] if name == "cityscapes" else [512, 512])
+
+
+def test_a_preparation_that_was_stopped_reads_no_finished_split_again(tmp_path, monkeypatch):
+    import data_prep.segmentation as module
+
+    masks = {name: labels([0, 1, 150]) for name in ("ADE_train_1", "ADE_train_2", "ADE_val_1")}
+    raw = write_ade(tmp_path / "raw", masks)
+    read, checked = [], module._checked
+
+    def stopping(pair, known):
+        read.append(pair.name)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return checked(pair, known)
+
+    monkeypatch.setattr(module, "_checked", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_masks("ade20k", raw, tmp_path / "out")
+    prepare_masks("ade20k", raw, tmp_path / "out")
+    assert read == ["ADE_train_1", "ADE_train_2", "ADE_val_1", "ADE_val_1", "ADE_test_1"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classes.json", "manifest.json", "test", "train", "val",
+    ]  # fmt: skip
+
+
+def test_of_instances_the_smaller_one_counts_and_a_crowd_does_not(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    box = lambda x, y, w, h: [[x, y, x + w, y, x + w, y + h, x, y + h]]  # noqa: E731
+    crowd = {"size": [30, 40], "counts": [0, 60, 1140]}  # the first two columns
+    annotations = [
+        {"id": 1, "image_id": 7, "category_id": 3, "area": 400, "iscrowd": 0, "segmentation": box(10, 5, 20, 20)},
+        {"id": 2, "image_id": 7, "category_id": 9, "area": 25, "iscrowd": 0, "segmentation": box(15, 10, 5, 5)},
+        {"id": 3, "image_id": 7, "category_id": 9, "area": 60, "iscrowd": 1, "segmentation": crowd},
+    ]
+    content = {
+        "categories": [{"id": 3, "name": "dog"}, {"id": 9, "name": "cat"}],
+        "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": annotations,
+    }
+    write_zip(raw / "annotations.zip", {"annotations/instances_train2014.json": json.dumps(content)})
+    write_zip(raw / "train2014.zip", {"train2014/a.jpg": picture()})
+    prepare_masks("instances", raw, tmp_path / "out")
+    mask = masks_of(tmp_path / "out", "train")["a"]
+    assert read_classes(tmp_path / "out") == ["background", "dog", "cat"]
+    assert (mask[:, :2] == 255).all()
+    assert mask[7, 12] == 1
+    assert mask[12, 17] == 2
+    assert mask[28, 38] == 0

@@ -155,7 +155,7 @@ class ClassDataset(Dataset[ClassBatch]):
 
     def __getitem__(self, spec: BatchSpec) -> ClassBatch:
         images, labels, ids, skipped = [], [], [], []
-        with self._generators_kept():
+        with generators_kept():
             for place, group in enumerate(spec.groups):
                 row = self.rows[group.row]
                 image = self._read(row, spec, place)
@@ -210,18 +210,17 @@ class ClassDataset(Dataset[ClassBatch]):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    @contextmanager
-    def _generators_kept(self) -> Iterator[None]:
-        if self.transform is None:
-            yield
-            return
-        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
-            torch.set_rng_state(kept[2])
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the global generators of random, numpy and torch as they are, whatever is drawn or seeded inside."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
 
 
 def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
-from vlabs.data.classes import ImageSampler
+from vlabs.data.classes import ImageSampler, generators_kept
 from vlabs.data.images import name_of
 from vlabs.data.loading import GroupLoader, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
@@ -114,7 +112,7 @@ class MaskDataset(Dataset[Any]):
             whole = [self.whole(group.row) for group in spec.groups]
             return [one for one in whole if one is not None]
         images, masks, ids, skipped = [], [], [], []
-        with _generators_kept():
+        with generators_kept():
             for place, group in enumerate(spec.groups):
                 row = self.rows[group.row]
                 read = self._read(row)
@@ -202,17 +200,6 @@ def resize_by(image: Image.Image, factor: float) -> Image.Image:
     """A picture at another size, by a factor of its sides."""
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
 
 
 class MaskDataModule(PreparedDataModule):

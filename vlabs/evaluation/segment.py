@@ -26,7 +26,7 @@ from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.segmentation import class_iou, mean_iou
 from vlabs.runs.config import device_of
-from vlabs.tasks.segment import ReferTask, at_size, region_masks
+from vlabs.tasks.segment import at_size, region_masks, segment_texts
 from vlabs.utils.files import write_json, write_text
 
 # The raw label value of every class, of what has a server that scores it.
@@ -201,7 +201,7 @@ class ReferEvaluation(Evaluation):
                 images=batch.images.to(device), input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device), image_index=batch.image_index.to(device),
             )  # fmt: skip
-            logits = ReferTask.segment(_Holder(model), given).logits  # type: ignore[arg-type]
+            logits = segment_texts(model, given).logits
             found = logits.argmax(dim=1).cpu()
             masks = region_masks(batch, logits.shape[-2:])
             known = (masks != IGNORED).flatten(1).any(dim=1)
@@ -238,13 +238,6 @@ class ReferEvaluation(Evaluation):
         print(save_figure(figure, setting.out_dir / "figures" / "refer.png"))
         print(write_json(setting.out_dir / "metrics.json", metrics))
         return metrics
-
-
-class _Holder:
-    """A task's model without the task."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
 
 
 def _picture(image: Tensor, checkpoint: Checkpoint) -> Image.Image:

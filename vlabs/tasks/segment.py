@@ -16,7 +16,7 @@ from vlabs.data.prepared import IGNORED
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.segmentation import mean_iou, region_iou
-from vlabs.models.segmentation import Segmenter
+from vlabs.models.segmentation import Segmenter, Segments
 from vlabs.tasks.base import Losses, Task, check_weight
 from vlabs.tasks.optim import Recipe
 
@@ -72,7 +72,7 @@ class SegmentationTask(Task):
             return "feedback"
         return super().lr_group(name)
 
-    def pixel_losses(self, found: Any, masks: Tensor, count: int) -> Losses:
+    def pixel_losses(self, found: Segments, masks: Tensor, count: int) -> Losses:
         """Cross-entropy over the pixels that count, of both heads.
 
         Args:
@@ -169,28 +169,31 @@ class ReferTask(SegmentationTask):
         """The texts' ids."""
         return batch.caption_ids
 
-    def segment(self, batch: CaptionBatch, **options: Any) -> Any:
-        """`Segments` of n texts."""
-        if self.model.text is None:
-            # Without ξ of a text, a picture is segmented for each of them alike.
-            return self.model(batch.images[batch.image_index], **options)
-        return self.model(batch.images, batch.input_ids, batch.attention_mask, batch.image_index, **options)
-
     def losses(self, batch: CaptionBatch) -> Losses:
         """Of both heads."""
-        found = self.segment(batch, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0)
+        found = segment_texts(
+            self.model, batch, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0
+        )
         return self.pixel_losses(found, region_masks(batch, found.logits.shape[-2:]), len(batch.caption_ids))
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
         """Add texts to the mean."""
         if batch.caption_ids:
-            logits = self.segment(batch).logits
+            logits = segment_texts(self.model, batch).logits
             self.iou.update(100 * region_iou(logits.argmax(dim=1), region_masks(batch, logits.shape[-2:])))
 
     def on_validation_epoch_end(self) -> None:
         """Log the IoU of the epoch."""
         self.log("val/iou", self.iou.compute(), prog_bar=True)
         self.iou.reset()
+
+
+def segment_texts(model: Segmenter, batch: CaptionBatch, **options: Any) -> Segments:
+    """What the n texts of a batch name; `options` as of `Segmenter.forward`."""
+    if model.text is None:
+        # Without ξ of a text, a picture is segmented for each of them alike.
+        return model(batch.images[batch.image_index], **options)  # type: ignore[no-any-return]
+    return model(batch.images, batch.input_ids, batch.attention_mask, batch.image_index, **options)  # type: ignore[no-any-return]
 
 
 def region_masks(batch: CaptionBatch, size: Sequence[int]) -> Tensor:
