@@ -27,8 +27,7 @@ def write_table(sweep_dir: Path) -> str:
         row["error"] = summary.get("error", "")
         rows.append(row)
     header = list(dict.fromkeys(key for row in rows for key in row if key != "error")) + ["error"]
-    # Runs may be processes side by side.
-    with replacing(sweep_dir / "runs.csv", side_by_side=True) as partial, open(partial, "w", newline="") as file:
+    with replacing(sweep_dir / "runs.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=header)
         writer.writeheader()
         writer.writerows(rows)

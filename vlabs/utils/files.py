@@ -1,61 +1,176 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there, and never in the place of something of the user's.
+
+Whatever vlabs writes goes through this module. What is not whole yet lies beside its place under a name that begins
+with `.vlabs-` (a file) or ends with `.vlabs-partial` (a folder, with a mark inside). Who writes holds a lock that ends
+with its process, so what a killed process left is known from what another one is writing now, and is removed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlabs.errors import UserError
 
+MARK = ".vlabs"
+"""The file that says that a folder was made by vlabs, and as what."""
+_LOCK = ".vlabs-lock"
+_PARTIAL = ".vlabs-partial"
+
 
 @contextmanager
-def replacing(path: str | Path, *, side_by_side: bool = False) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write to. It takes the place of `path` when all is written, and is removed if that fails.
 
-    Args:
-        side_by_side: other processes may write the same file at the same time.
+    Several processes may write the same file at the same time: the last one to end is the one that stays. Through a
+    link the file that it points to is written; a device, such as /dev/null, is written as it is.
+
+    Raises:
+        UserError: `path` is a folder, or the system does not let it be written (full disk, no right to); what was there
+            before is untouched.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial" + f"-{os.getpid()}" * side_by_side)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    given, path = path, Path(os.path.realpath(path))
+    with _explained(path, str(given)):
+        if path.is_dir():
+            raise UserError(f"{given} is a folder: name a file")
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Short, whatever the length of the name itself.
+        key = hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:12]
+        _remove_leftovers(path.parent, f".vlabs-{key}-*")
+        partial = path.with_name(f".vlabs-{key}-{secrets.token_hex(4)}")
+        file = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            _try_lock(file, fcntl.flock)
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(file)
 
 
 @contextmanager
-def new_folder(path: str | Path, option: str) -> Iterator[Path]:
-    """A folder beside `path` to write to. It gets its name when all is written, and is removed if that fails.
+def new_file(path: str | Path, option: str, overwrite: bool = False) -> Iterator[Path]:
+    """`replacing`, of a file that a user named and that must not be there.
+
+    Args:
+        option: what it was named with, for messages.
+        overwrite: it may be there.
+
+    Raises:
+        UserError: see `replacing`, or it is there already.
+    """
+    check_absent(path, option, overwrite)
+    with replacing(path) as partial:
+        yield partial
+
+
+def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None:
+    """Raise a UserError if a file that a user named is there, before the work whose result goes there.
+
+    Args:
+        option: what it was named with; `hydra`-like if it ends with `=`, which says how to overwrite.
+        overwrite: it may be there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{_named(option, path)} is a folder: name a file")
+    if path.is_file() and not overwrite:
+        how = "overwrite=true" if option.endswith("=") else "--overwrite"
+        raise UserError(f"{_named(option, path)} is there already: name another file, or pass {how}")
+
+
+@contextmanager
+def new_folder(
+    path: str | Path,
+    option: str,
+    *,
+    resumable: bool = False,
+    replaces: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """A folder beside `path` to work in. It gets its name when all is written.
 
     Args:
         option: what the folder was named with, for messages.
+        resumable: what a stopped or failed process wrote is kept, and the next one goes on in it; else it is removed.
+        replaces: overwrite what stands at `path`, if this says that vlabs made it.
 
     Raises:
-        UserError: `path` is there already, and is no empty folder.
+        UserError: something else stands at `path` or where the work is done, another process is at work there, or the
+            system does not let it be written.
     """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{option} {path} is there already: name another folder")
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    given, path = path, Path(os.path.realpath(path))
+    named = _named(option, given)
+    partial = path.with_name(path.name + _PARTIAL)
+    with _explained(path, named), contextlib.ExitStack() as held:
+        _check_replaceable(path, named, replaces)
+        _enter(partial, named, held)
+        try:
+            if not resumable:
+                _empty(partial)
+            yield partial
+            _check_replaceable(path, named, replaces)  # work takes its time, and others may write meanwhile
+            if path.exists():
+                _remove_folder(path)
+            partial.rename(path)
+        except BaseException:
+            if not resumable and partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for name in (MARK, _LOCK):
+            (path / name).unlink(missing_ok=True)
+
+
+def mark(folder: Path, what: str) -> None:
+    """Say in a folder that vlabs made it, as `what`."""
+    (folder / MARK).write_text(f"{what}\n", encoding="utf-8")
+
+
+def is_marked(folder: Path, what: str) -> bool:
+    """Whether vlabs made a folder, as `what`."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / MARK).read_text(encoding="utf-8").strip() == what
+    return False
+
+
+@contextmanager
+def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
+    """Be the only process that works in a folder, which is there. The lock ends with the process, however it ends.
+
+    Args:
+        message: of the error where another process has it.
+        wait: for that process to end, in its place.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = folder / _LOCK
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            # Of this process alone, where flock would be of its loader processes too, which may outlive it.
+            if not _try_lock(file, fcntl.lockf, wait):
+                raise UserError(message)
+            # The process that had it may have renamed the folder or removed the file meanwhile.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                yield
+                return
+        finally:
+            os.close(file)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -81,3 +196,124 @@ def content_sha256(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def reason_of(error: BaseException) -> str | None:
+    """What the system says where something cannot be written, in words; None where an error is not about that.
+
+    torch.save and safetensors raise errors of their own from the system's: it is in their context, or in their text.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError):
+        if cause.errno in _FULL:
+            return "the disk is full"
+        return "there is no right to write there" if cause.errno in _FORBIDDEN else cause.strerror
+    return "the disk is full" if any(f"(os error {number})" in str(error) for number in _FULL) else None
+
+
+@contextmanager
+def _explained(path: Path, named: str) -> Iterator[None]:
+    """Turn what the system says of a place that is written into a UserError; errors about other files go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = reason_of(error)
+        if reason is None or not _is_about(error, path):
+            raise
+        raise UserError(f"{named} cannot be written: {reason}; what was there before is untouched") from error
+
+
+def _is_about(error: Exception, path: Path) -> bool:
+    """Whether an error is about writing `path`: about a folder above it, or what is written beside it. What names no
+    file is, if only writing can fail so."""
+    names = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    if not names:
+        return reason_of(error) == "the disk is full"
+    found = [Path(os.path.realpath(os.fsdecode(name))) for name in names]
+    partial = path.with_name(path.name + _PARTIAL)
+    return any(
+        path.is_relative_to(one)
+        or one.is_relative_to(partial)
+        or (one.parent == path.parent and one.name.startswith(".vlabs-"))
+        for one in found
+    )
+
+
+def _named(option: str, path: str | Path) -> str:
+    return f"{option}{path}" if option.endswith("=") else f"{option} {path}"
+
+
+def _check_replaceable(path: Path, named: str, replaces: Callable[[Path], bool] | None) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if replaces is None:
+        raise UserError(f"{named} is there already: name another folder")
+    if not replaces(path):
+        raise UserError(f"{named} is there already and was not made by this command: name another folder")
+
+
+def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
+    """Make the folder of the work or go on in it, marked and locked."""
+    busy = f"{named} is being made by another process: wait for it, or name another folder"
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir(parents=True)
+            mark(partial, "partial")
+        ours = partial.is_dir() and not partial.is_symlink() and (is_marked(partial, "partial") or _is_empty(partial))
+        if not ours:
+            if not partial.exists():
+                continue  # another process has just ended
+            raise UserError(f"{partial} stands where the work for {named} is done, and vlabs did not make it: move it")
+        with contextlib.suppress(FileNotFoundError):  # another process has just ended
+            held.enter_context(locked(partial, busy))
+            mark(partial, "partial")
+            return
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name in (MARK, _LOCK) for path in folder.iterdir())
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in (MARK, _LOCK):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder that is replaced, under another name first: at no time is half of it there."""
+    old = path.with_name(f".vlabs-old-{secrets.token_hex(4)}")
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the files of processes that were killed: nobody holds their locks."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if _try_lock(file, fcntl.flock):
+                    path.unlink()
+            finally:
+                os.close(file)
+
+
+def _try_lock(file: int, kind: Callable[[int, int], None], wait: bool = False) -> bool:
+    """Lock an open file; False where another process has it. Where the file system has no locks, all goes without."""
+    try:
+        kind(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return True
