@@ -22,7 +22,7 @@ from conftest import assert_one_line_error, command
 from vlabs.data.loading import LoaderOptions, make_loader
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
-from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO, previous_of
+from vlabs.training.callbacks.checkpoints import KeepLast, Stopped, WholeCheckpointIO, previous_of
 from vlabs.training.callbacks.gradients import FiniteGradients
 from vlabs.training.callbacks.resume import GoOn
 from vlabs.training.callbacks.schedule import EveryNValidations
@@ -55,11 +55,11 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-def start(options, cwd):
+def start(options, cwd, **more):
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen(
-        [sys.executable, "-m", "vlabs.train", *options, "hydra.run.dir=run"],
-        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "vlabs.train", "hydra.run.dir=run", *options],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
     )  # fmt: skip
 
 
@@ -111,15 +111,16 @@ class Rows(torch.utils.data.Dataset):
 class Small(pl.LightningModule):
     """A model of two numbers whose every step draws from torch's generator."""
 
-    def __init__(self, signal_in=None):
+    def __init__(self, signal_in=None, number=signal.SIGTERM):
         super().__init__()
+        self.number = number
         self.layer = torch.nn.Linear(1, 1)
         self.validated = []
         self.signal_in = signal_in
 
     def signal(self, *place):
         if place == self.signal_in:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self.number)
 
     def training_step(self, rows, batch_idx):
         self.signal("training", self.trainer.current_epoch, batch_idx)
@@ -151,22 +152,26 @@ class Recording(WholeCheckpointIO):
             self.paths[-1].write_bytes(Path(path).read_bytes())
 
 
-def fit(folder, options, start_from=None, signal_in=None):
+def fit(folder, options, start_from=None, signal_in=None, number=signal.SIGTERM):
     """Train the small model for three epochs of five batches; its checkpoints, validations and itself."""
     folder.mkdir()
     pl.seed_everything(1, verbose=False)
     rows = np.arange(15)
     options_of = LoaderOptions(batch_size=3, num_workers=0)
     loaders = [make_loader(Rows(), None, "", rows, rows * 0, options_of, training) for training in (True, False)]
-    model, io = Small(signal_in), Recording(folder)
+    model, io = Small(signal_in, number), Recording(folder)
     # In one folder for all, or Lightning would not take over what was best.
     best = pl.callbacks.ModelCheckpoint(folder.parent, "best", "val/loss", enable_version_counter=False)
+    keeps = KeepLast(folder / "last.ckpt", every_n_steps=None if signal_in else 1)
     trainer = pl.Trainer(
         **{"max_epochs": 3, "check_val_every_n_epoch": 1, **options}, accelerator="cpu", logger=False, plugins=[io],
-        callbacks=[best, KeepLast(folder / "last.ckpt", every_n_steps=None if signal_in else 1), GoOn()],
+        callbacks=[best, keeps, GoOn()],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(model, *loaders, ckpt_path=start_from, weights_only=True)
+    try:
+        trainer.fit(model, *loaders, ckpt_path=start_from, weights_only=True)
+    finally:
+        keeps.listen_no_more()
     return io.paths, model.validated
 
 
@@ -196,7 +201,7 @@ def differences(ours, theirs, name=""):
         ({"limit_val_batches": 0}, []),
         ({"accumulate_grad_batches": 2}, [3, 6, 9]),
         ({"accumulate_grad_batches": 2, "val_check_interval": 3}, [1, 4, 7]),
-        ({"max_epochs": None, "max_steps": 7}, [5]),
+        ({"max_epochs": None, "max_steps": 7}, [5, 7]),
         ({"max_epochs": None, "max_steps": 10}, [5, 10]),
     ],
     ids=str,
@@ -230,15 +235,29 @@ def test_a_run_goes_on_the_same_from_every_checkpoint_that_it_ever_wrote(options
     ],
     ids=str,
 )
-def test_sigterm_anywhere_in_an_epoch_loses_nothing(place, options, step, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_anywhere_in_an_epoch_loses_nothing(place, options, step, number, tmp_path):
     whole, validated = fit(tmp_path / "whole", options)
-    with pytest.raises(SystemExit):
-        fit(tmp_path / "stopped", options, signal_in=place)
+    listening = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path / "stopped", options, signal_in=place, number=number)
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) == listening
     last = tmp_path / "stopped/last.ckpt"
     assert read(last)["global_step"] == step
     again, validated_again = fit(tmp_path / "again", options, last)
     assert not differences(read(again[-1]), read(whole[-1]))
     assert validated_again == validated[len(validated) - len(validated_again) :]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    keeps = KeepLast(tmp_path / "last.ckpt")
+    keeps._ask_stop(signal.SIGINT)
+    keeps.saving = True
+    keeps._ask_stop(signal.SIGINT)  # what is being saved is saved
+    keeps.saving = False
+    with pytest.raises(Stopped):
+        keeps._ask_stop(signal.SIGINT)
 
 
 def test_sigterm_after_the_last_step_lets_a_run_end(tmp_path):
@@ -286,6 +305,20 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
     assert command("vlabs.train", "resume=run", cwd=tmp_path).returncode == 0
     assert_same_end(read(last), whole)
     assert logged_steps(tmp_path / "run") == list(range(STEPS))
+
+
+def test_ctrl_c_in_a_terminal_saves_says_so_and_ends_a_sweep(long_options, tmp_path):
+    options = [*long_options, "trainer.max_epochs=50", "seed=0,1", "hydra.sweep.dir=sweep", "-m"]
+    process = start(options, tmp_path, start_new_session=True)
+    wait_for_step(process, tmp_path / "sweep/0/checkpoints/last.ckpt", 3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to loader processes too
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "saved" in output
+    assert "resume=" in output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "sweep/0/summary.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "sweep/1").exists()
 
 
 def test_sigterm_to_one_process_saves_and_stops_all(long_options, tmp_path):

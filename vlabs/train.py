@@ -55,11 +55,16 @@ def run(config: DictConfig) -> dict[str, Any]:
     try:
         summary |= train(config, run_dir, sweep=Path(hydra.sweep.dir) if sweeping else None)
         summary["status"] = "done"
-    except SIGTERMException:
+    except (SIGTERMException, KeyboardInterrupt) as stop:
         # Not a failure of this run, and no next run of a sweep is to begin.
-        summary |= {"status": "stopped", "error": f"SIGTERM; go on with resume={run_dir}"}
+        by = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else getattr(stop, "signal", signal.SIGTERM)
+        saved = (run_dir / "checkpoints" / "last.ckpt").is_file()
+        error = f"{signal.Signals(by).name}; " + (f"go on with resume={run_dir}" if saved else "nothing was saved yet")
+        summary |= {"status": "stopped", "error": error}
         _write_summary(run_dir, summary, started)
-        sys.exit(128 + signal.SIGTERM)
+        if is_rank_zero():
+            print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(128 + by)
     except Exception as error:
         if "DataLoader worker" in str(error):
             # torch raises it wherever the main process happens to be.
@@ -111,7 +116,10 @@ def fit(training: Training) -> dict[str, Any]:
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
     started = time.perf_counter()
-    trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
+    try:
+        trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
+    finally:
+        last.listen_no_more()
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     checkpoint = best.best_model_path or (str(last.path) if last.path.is_file() else None)
     summary = {

@@ -16,14 +16,14 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import name_of, read_bytes
 from vlabs.data.loading import GroupLoader, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import check_kind, load_split, read_classes
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
-from vlabs.data.sampling import BatchSpec, Group
+from vlabs.data.sampling import BatchSpec, EpochSampler, Group
 from vlabs.errors import UserError
 from vlabs.utils.ranks import rank_and_world
 
@@ -72,7 +72,7 @@ class Augmentation(NamedTuple):
     repeats: int = 1
 
 
-class ImageSampler(Sampler[BatchSpec]):
+class ImageSampler(EpochSampler):
     """Yields the batches of an epoch, this process's part; a pure function of (seed, epoch).
 
     Args:
@@ -80,38 +80,49 @@ class ImageSampler(Sampler[BatchSpec]):
         batch_size: pictures a batch; in training the last batch is left out if it is not full.
         training: shuffled; else in stored order.
         repeats: as in `Augmentation`, by timm's sampler.
-
-    Attributes:
-        epoch: which epoch is next.
-        first: the batch of it to begin with.
     """
 
     def __init__(self, count: int, batch_size: int, training: bool, seed: int, repeats: int = 1) -> None:
-        self.count, self.batch_size, self.training, self.seed, self.repeats = count, batch_size, training, seed, repeats
-        self.epoch = self.first = 0
+        super().__init__(count)
+        self.batch_size, self.training, self.seed, self.repeats = batch_size, training, seed, repeats
         self.rank, self.world_size = rank_and_world()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
+    @property
+    def how(self) -> dict[str, int]:
+        """See `EpochSampler`."""
+        return {
+            "pictures": self.size, "batch_size": self.batch_size, "processes": self.world_size, "seed": self.seed,
+        }  # fmt: skip
+
+    @property
+    def left(self) -> int:
+        """See `EpochSampler`."""
+        return max(0, self.size - self._given)
+
+    def batches_of(self, size: int) -> int:
+        """See `EpochSampler`."""
+        if not self.training:
+            return -(-len(range(self.rank, size, self.world_size)) // self.batch_size)
+        return size // self.world_size // self.batch_size
+
+    @property
+    def _given(self) -> int:
+        """Pictures of the epoch that came before: whatever the options, they are the first ones of its order."""
+        return sum(part["given"] * part["batch_size"] * part["processes"] for part in self.before)
 
     def _order(self) -> list[int]:
         if not self.training:
-            return list(range(self.rank, self.count, self.world_size))
+            return list(range(self.rank, self.size, self.world_size))
+        seed = self.before[0]["seed"] if self.before else self.seed
         if self.repeats > 1:
             sampler = RepeatAugSampler(
-                range(self.count), self.world_size, self.rank, num_repeats=self.repeats, selected_round=0
+                range(self.size), self.world_size, self.rank, num_repeats=self.repeats, selected_round=0
             )
-            sampler.set_epoch(self.epoch + 1_000_003 * self.seed)
-            return list(sampler)
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        whole = self.count - self.count % self.world_size
+            sampler.set_epoch(self.epoch + 1_000_003 * seed)
+            return list(sampler)[self._given // self.world_size :]
+        order = np.random.default_rng((seed, self.epoch)).permutation(self.size)[self._given :]
+        whole = len(order) - len(order) % self.world_size
         return [int(n) for n in order[:whole][self.rank :: self.world_size]]
-
-    def __len__(self) -> int:
-        if not self.training:
-            return -(-len(range(self.rank, self.count, self.world_size)) // self.batch_size)
-        return self.count // self.world_size // self.batch_size
 
     def __iter__(self) -> Iterator[BatchSpec]:
         order = self._order()

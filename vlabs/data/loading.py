@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlabs.data.prepared import read_manifest
-from vlabs.data.sampling import BatchSpec, GroupSampler
+from vlabs.data.sampling import BatchSpec, EpochSampler, GroupSampler
 from vlabs.errors import UserError
 from vlabs.utils.files import content_sha256
 from vlabs.utils.ranks import rank_and_world
@@ -99,38 +100,55 @@ def text_lengths(rows: datasets.Dataset, column: str, text_rows: np.ndarray, pos
 class GroupLoader(DataLoader[Any]):
     """A loader for training that knows how far it is, so that a run goes on in mid-epoch with the next batch.
 
-    `sampler` yields the batches of an epoch, has `epoch`, `first` (the batch to begin with), `seed` and a length.
     Randomness of its own leaves the global generator alone.
+
+    Attributes:
+        groups: the batches of an epoch.
+        begun: batches that the length of the loader counts for what `groups.before` gave; 0 for a whole epoch.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: Any, num_workers: int) -> None:
+    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, num_workers: int) -> None:
         super().__init__(
             dataset,
             sampler=sampler,
             persistent_workers=num_workers > 0,
-            **_loader_options(num_workers, sampler.seed),
+            **_loader_options(num_workers, sampler.how["seed"]),
         )
         self.groups = sampler
-        self.first = self.given = 0
+        self.begun = self.given = 0
+
+    @property
+    def whole_length(self) -> int:
+        """Batches of a whole epoch."""
+        return self.groups.whole_length
+
+    def __len__(self) -> int:
+        return self.begun + len(self.groups)
 
     def __iter__(self) -> Any:
         # A generator, so that workers start on an epoch only when its first batch is asked for: Lightning makes the
         # iterator before it says which epoch it is.
-        self.groups.first = self.given = self.first
-        self.first = 0
+        self.given = self.groups.first
         for batch in super().__iter__():
             self.given += 1
             yield batch
+        self.begin()
 
-    def state_dict(self) -> dict[str, int]:
+    def begin(self) -> None:
+        """Make the next epoch a whole one."""
+        self.groups.begin()
+        self.begun = 0
+
+    def state_dict(self) -> dict[str, Any]:
         """How many batches of which epoch were given."""
-        return {"epoch": self.groups.epoch, "given": self.given}
+        return self.groups.state_dict(self.given)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that were given; with the next epoch, if that was all."""
-        self.groups.epoch = state["epoch"]
-        self.given = state["given"]
-        self.first = state["given"] if state["given"] < len(self.groups) else 0
+        self.groups.load_state_dict(state)
+        self.given = self.groups.first
+        if self.given >= len(self.groups):
+            self.begin()
 
 
 def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
@@ -139,12 +157,18 @@ def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
         "batch_size": None,
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _keep_memory_flat,
+        "worker_init_fn": _start_worker,
         "generator": torch.Generator().manual_seed(seed),
     }
 
 
-def _keep_memory_flat(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to loader processes too, to the main process; and keep memory flat."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory_flat()
+
+
+def _keep_memory_flat() -> None:
     """Let a loader process give the memory of every picture and batch back to the system at once.
 
     glibc raises the size from which it does so with every large block that is freed, and keeps the holes between

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class Losses:
     count: int
     others: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
+
+
+_STEPS_OF_A_TIMED_SCHEDULE = 1_000_000  # whatever they are, `trainer.max_time` is shared out among them
 
 
 class Task(pl.LightningModule):
@@ -188,16 +192,35 @@ class Task(pl.LightningModule):
         return count * dist.get_world_size() / everyone
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped once an optimiser step."""
+        """AdamW and its schedule, stepped once an optimiser step.
+
+        Raises:
+            UserError: nothing says how long the training is.
+        """
         # Where losses are scaled (16-mixed), gradients must be seen before the step, which a fused one does not allow.
         scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         recipe = replace(self.recipe, fused=False) if scales else self.recipe
         optimizer = recipe.optimizer(self, self.lr_group)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"},
-        }
+        steps = self.trainer.estimated_stepping_batches
+        endless = steps == float("inf")
+        schedule = self.recipe.scheduler(optimizer, _STEPS_OF_A_TIMED_SCHEDULE if endless else int(steps))
+        if endless:
+            schedule.lr_lambdas[0].elapsed = self._share_of_time()  # type: ignore[attr-defined]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _share_of_time(self) -> Callable[[], float]:
+        """The share of `trainer.max_time` that has passed, the same on all ranks."""
+        timers = [one for one in self.trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
+        if not timers:
+            raise UserError(
+                "trainer.max_epochs=-1 has no end: pass trainer.max_steps=N or +trainer.max_time=DAYS:HOURS:MM:SS too"
+            )
+
+        def elapsed() -> float:
+            passed, left = timers[0].time_elapsed(), timers[0].time_remaining() or 0.0
+            return float(self.trainer.strategy.broadcast(passed / max(passed + left, 1e-9)))
+
+        return elapsed
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

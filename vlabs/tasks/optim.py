@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -92,9 +93,13 @@ class Recipe:
         )
 
     def scheduler(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
-        """The rate's course over `total_steps` optimiser steps."""
+        """The rate's course over `total_steps` optimiser steps.
+
+        Raises:
+            UserError: there is no such schedule, or it is no function of the steps alone.
+        """
         try:
-            return get_scheduler(
+            made = get_scheduler(
                 self.schedule,
                 optimizer,
                 num_warmup_steps=round(self.warmup * total_steps),
@@ -103,3 +108,46 @@ class Recipe:
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"task.recipe.schedule={self.schedule}: {error}") from None
+        if not isinstance(made, LambdaLR):
+            raise UserError(f"task.recipe.schedule={self.schedule} is no function of the step: choose linear or cosine")
+        for group in optimizer.param_groups:  # as before the schedule was made
+            group["lr"] = group.pop("initial_lr")
+        rate: Callable[[Any], float] = made.lr_lambdas[0]  # of fractions of steps too
+        return LambdaLR(optimizer, Course(rate, total_steps))
+
+
+class Course:
+    """How far a training is: the factor of its rates as a function of its optimiser steps.
+
+    The schedule has `total` steps. From step `since`, which stands at `place` in the schedule, the rest of the training
+    takes `steps` steps, whatever the schedule's own were: so a training that goes on with another batch size or another
+    length has the rate of the share of it that is done. A whole training has `place` = `since` = 0, `steps` = `total`.
+
+    Args:
+        rate: of schedule steps, fractions of them too, to the factor.
+        total: of the schedule.
+
+    Attributes:
+        elapsed: the share of the training that is done, in [0, 1], where it is not steps that end it; else None.
+    """
+
+    __slots__ = ("__dict__", "elapsed", "planned", "rate")  # a scheduler's state is `__dict__` alone
+
+    def __init__(self, rate: Callable[[float], float], total: int) -> None:
+        self.rate, self.planned = rate, total
+        self.elapsed: Callable[[], float] | None = None
+        self.go_on(0, 0.0, total, total)
+
+    def go_on(self, since: int, place: float, steps: int, total: int) -> None:
+        """See the class."""
+        self.since, self.place, self.steps, self.total = since, place, steps, total
+
+    def at(self, step: int) -> float:
+        """The place in the schedule after so many steps, in [0, total]."""
+        if self.elapsed is not None:
+            return self.total * min(1.0, self.elapsed())
+        return self.place + (step - self.since) * ((self.total - self.place) / max(1, self.steps))
+
+    def __call__(self, step: int) -> float:
+        """The factor after so many steps."""
+        return self.rate(self.at(step))

@@ -11,11 +11,73 @@ from typing import Any
 import pytorch_lightning as pl
 
 
+def between_steps(trainer: pl.Trainer) -> bool:
+    """Whether no gradients wait for those of the next batch."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 def can_go_on(trainer: pl.Trainer) -> bool:
-    """Whether a run could go on from a checkpoint of now: no gradients wait for those of the next batch, and steps are
-    left; of a run that has made its last step, Lightning would not do the validation after it.
+    """Whether a run could go on from a checkpoint of now as it goes on itself: not in half a step, and not where a stop
+    was asked for, after which Lightning still validates: a run that goes on would not.
     """
-    return not trainer.fit_loop._should_accumulate() and trainer.global_step != trainer.max_steps
+    return between_steps(trainer) and not trainer.should_stop
+
+
+def epoch_is_over(trainer: pl.Trainer) -> bool:
+    """Whether the epoch has ended with its last batch, and not before."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def take_over_max_steps(trainer: pl.Trainer) -> int:
+    """Lightning's limit of steps, or -1; it has none from here on.
+
+    With one, Lightning counts an epoch that the limit cuts short as done and does not validate at the end, and begins
+    an epoch anew that it goes on with.
+    """
+    limit = trainer.max_steps
+    trainer.fit_loop.epoch_loop.max_steps = -1
+    return limit
+
+
+def limited(batches: int, limit: float | int | None) -> int:
+    """Batches of an epoch under Lightning's `limit_train_batches`: a number of them, or a share."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
+    """Let the epoch that begins, or goes on, have so many batches, those included that are over; validation within it
+    is where the share of them says. The loader is asked for batches from its own place on.
+    """
+    fit: Any = trainer.fit_loop
+    fit._combined_loader.limits = [batches]
+    fit.max_batches = batches
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and trainer.val_check_batch is not None:
+        trainer.val_check_batch = max(1, int(batches * interval))
+    iter(fit._data_fetcher)
+
+
+def is_in_epoch(trainer: pl.Trainer) -> bool:
+    """Of a run that goes on, before its first batch: whether an epoch has begun that is not counted as done."""
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    return epochs.started > epochs.processed
+
+
+def batches_done(trainer: pl.Trainer) -> tuple[int, bool]:
+    """Of a run that goes on, before its first batch: batches of the begun epoch, and whether these were all."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return batches.current.processed, batches.is_last_batch
+
+
+def count_batches_as(trainer: pl.Trainer, batches: int) -> None:
+    """Of a run that goes on, before its first batch: let the begun epoch have had another number of batches."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    more = batches - progress.current.processed
+    for part in (progress.current, progress.total):
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(part, name, getattr(part, name) + more)
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
@@ -48,6 +110,12 @@ def validation_is_next(loops: dict[str, Any]) -> bool:
     """Whether a run that goes on from this state of Lightning's loops begins with a validation."""
     batches = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
     return bool(batches["processed"] < batches["started"])
+
+
+def validation_waits(trainer: pl.Trainer) -> bool:
+    """Of a run that goes on, before its first batch: whether it begins with a validation."""
+    batches: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    return bool(trainer.fit_loop.restarting and batches.processed < batches.started)
 
 
 def place_in_epoch(checkpoint: dict[str, Any]) -> tuple[int, int]:

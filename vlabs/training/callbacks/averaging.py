@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging
 
 
-class WeightAverage(EMAWeightAveraging, Checkpoint):
+class WeightAverage(EMAWeightAveraging):
     """Lightning's exponential moving average, that a validation and all that follows from it is of.
 
     Lightning gives the trained weights back before a task's own measurements at the end of a validation and before
     best.ckpt is written, which would then hold other weights than those that were measured. This one gives them back
-    after that: it counts as a checkpoint callback because those come last.
+    when training goes on.
 
     Args:
         decay: of the average.
@@ -26,14 +26,30 @@ class WeightAverage(EMAWeightAveraging, Checkpoint):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average."""
-        super().on_validation_epoch_start(trainer, pl_module)
+        if not self.validating:
+            super().on_validation_epoch_start(trainer, pl_module)
         self.validating = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not yet."""
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Train on."""
+        self._give_back(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train on, before the epoch is saved."""
+        self._give_back(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The trained model is the average."""
+        self._give_back(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _give_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.validating:
             super().on_validation_epoch_end(trainer, pl_module)
         self.validating = False

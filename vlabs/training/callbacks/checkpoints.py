@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import threading
@@ -17,7 +16,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
-from vlabs.training.lightning_state import can_go_on, validation_follows
+from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
+from vlabs.utils.files import replacing
+from vlabs.utils.ranks import is_rank_zero
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -33,31 +34,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full or the folder cannot be written to; what was there before is untouched.
         """
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == "last.ckpt" and path.is_file():
-                # A second name of the old file first: at no time is there no checkpoint.
-                older = path.with_name(path.name + ".older")
-                older.unlink(missing_ok=True)
-                older.hardlink_to(path)
-                older.replace(previous_of(path))
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if not isinstance(error, OSError) and not full:
-                raise
-            reason = "the disk is full" if full else str(error)
-            raise UserError(
-                f"checkpoint {path} could not be written: {reason}; the one before it is untouched, "
-                "make room and go on with resume=RUN_DIR"
-            ) from None
+            with replacing(path) as partial:
+                with open(partial, "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.name == "last.ckpt" and path.is_file():
+                    # A second name of the old file first: at no time is there no checkpoint.
+                    older = path.with_name(path.name + ".older")
+                    older.unlink(missing_ok=True)
+                    older.hardlink_to(path)
+                    older.replace(previous_of(path))
+        except UserError as error:
+            raise UserError(f"{error}: mend it, and go on with resume=RUN_DIR") from None
 
 
 def previous_of(path: Path) -> Path:
@@ -65,12 +55,25 @@ def previous_of(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+class Stopped(SIGTERMException):
+    """A run that was asked to stop, by SIGTERM or Ctrl-C, and has saved what it needs to go on.
+
+    Attributes:
+        signal: which signal asked.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
 class KeepLast(pl.callbacks.Checkpoint):
     """Keeps `last.ckpt`, all that a run needs to go on.
 
-    It is saved before and after every validation, at the end of every epoch, at intervals, and when SIGTERM (then the
-    run stops) or SIGUSR1 (then it goes on) comes, as SLURM sends them before it takes a job's machine. It is saved
-    between two optimiser steps only: the gradients of a step that is half accumulated are not in it.
+    It is saved before and after every validation, at the end of every epoch, at intervals, where the training ends, and
+    when SIGTERM or Ctrl-C (then the run stops) or SIGUSR1 (then it goes on) comes, as SLURM sends them before it takes
+    a job's machine. It is saved between two optimiser steps only: the gradients of a step that is half accumulated are
+    not in it. A second Ctrl-C stops at once.
 
     Args:
         path: of the checkpoint.
@@ -84,37 +87,65 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.saved_at = time.monotonic()
         self.save_asked = False
-        self.stop_asked = False
-        self.stops = False
+        self.stop_asked: int | None = None
+        self.stops = self.saving = False
+        self.handlers: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen for SIGUSR1 before Lightning does: it would look for its own kind of checkpoint after a requeue."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._ask_save)
+        """Listen before Lightning does: after SIGUSR1 it would look for its own kind of checkpoint, and Ctrl-C it takes
+        for an error.
+        """
+        self._listen(signal.SIGUSR1, self._ask_save)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for SIGTERM in the place of Lightning, which would stop in mid-validation and in half a step."""
+        """Listen for SIGTERM and Ctrl-C in the place of Lightning, which would stop in half a step."""
         self.saved_at = time.monotonic()
+        self._listen(signal.SIGTERM, self._ask_stop)
+        self._listen(signal.SIGINT, self._ask_stop)
+
+    def _listen(self, number: int, handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_stop)
+            self.handlers.setdefault(number, signal.getsignal(number))
+            signal.signal(number, handler)
+
+    def listen_no_more(self) -> None:
+        """To be called after the training: Lightning gives signals back to whoever listened when it began."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _ask_save(self, *_: Any) -> None:
         self.save_asked = True
 
-    def _ask_stop(self, *_: Any) -> None:
-        self.save_asked = self.stop_asked = True
+    def _stop_now(self, number: int, *_: Any) -> None:
+        raise Stopped(number)
+
+    def _ask_stop(self, number: int, *_: Any) -> None:
+        if number == signal.SIGINT:
+            if self.stop_asked == number and not self.saving:
+                raise Stopped(number)
+            if is_rank_zero():
+                # Not print, which may be at work just now.
+                os.write(2, b"\nCtrl-C: the run stops when this step is saved; a second one stops it at once\n")
+        self.save_asked, self.stop_asked = True, number
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, on all ranks if one of them was asked to or has its clock ahead."""
-        if not can_go_on(trainer):
+        if not between_steps(trainer):
             return
         late = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
         due = trainer.strategy.reduce_boolean_decision(self.save_asked or late, all=False)
         due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if trainer.should_stop:  # the end is saved after its validation
+            due, follows = not validation_follows(trainer), False
+        else:
+            follows = validation_follows(trainer)
         # An epoch that ends without validation is saved once it has ended.
-        if validation_follows(trainer) or (due and not trainer.is_last_batch):
+        if follows or (due and not trainer.is_last_batch):
             self._save(trainer)
 
     def on_validation_batch_end(
@@ -127,19 +158,17 @@ class KeepLast(pl.callbacks.Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if asked to: all is saved. Several ranks end the validation first, as they may have unequal batches."""
-        if self.stop_asked and trainer.world_size == 1 and can_go_on(trainer):
-            raise SIGTERMException
+        if self.stop_asked is not None and trainer.world_size == 1 and can_go_on(trainer):
+            raise Stopped(self.stop_asked)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save after a validation in mid-epoch, so that it is not done again."""
-        if can_go_on(trainer) and not (trainer.sanity_checking or trainer.is_last_batch):
+        if between_steps(trainer) and not (trainer.sanity_checking or trainer.is_last_batch):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save. Where steps are counted and not epochs, Lightning would end the epoch a second time if it went on from
-        here; the checkpoint from before its validation does as well.
-        """
-        if trainer.max_steps == -1 or trainer.global_step >= trainer.max_steps:
+        """Save, unless the training ends in mid-epoch: then it is saved, and goes on from there."""
+        if epoch_is_over(trainer):
             self._save(trainer)
 
     def on_train_batch_start(
@@ -158,13 +187,17 @@ class KeepLast(pl.callbacks.Checkpoint):
 
     def _stop_if_saved(self) -> None:
         if self.stops:
-            raise SIGTERMException
+            raise Stopped(self.stop_asked or signal.SIGTERM)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Save; nothing more is to be done if one of the ranks was asked to stop."""
-        trainer.save_checkpoint(self.path)
+        self.saving = True
+        try:
+            trainer.save_checkpoint(self.path)
+        finally:
+            self.saving = False
         self.saved_at = time.monotonic()
         if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
             self.save_asked = False
             say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
-        self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False)
+        self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked is not None, all=False)
