@@ -278,7 +278,9 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     folders: Any = OmegaConf.to_container(own.hydra, resolve=False)
     name = str(OmegaConf.select(config, "task.name", default="train"))
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
-    return [*_QUIET, f"hydra.job.name={name}", *dirs, *arguments]
+    # Among the other overrides: Hydra takes them all in one place.
+    first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
+    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
 
 
 def main() -> None:
@@ -286,7 +288,9 @@ def main() -> None:
     global _began
     _began = time.time()
     try:
-        sys.argv[1:] = _same_arguments(_resume_arguments(sys.argv[1:]))
+        given = sys.argv[1:]
+        resumed = _resume_arguments(given)
+        sys.argv[1:] = resumed if resumed != given else _same_arguments(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -45,6 +45,7 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
         ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on
         r".*on epoch level in distributed setting.*",  # a metric's value is of all ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
