@@ -363,7 +363,7 @@ def test_a_damaged_environment_is_written_anew(tmp_path):
     assert json.loads(path.read_text()) == {"code": "a"}
 
 
-@pytest.mark.parametrize("content", [None, b"", bytes(9), b"task: ["], ids=str)
+@pytest.mark.parametrize("content", [None, b"", bytes(9), b"task: [", b"data: {dir: x}\n"], ids=str)
 def test_a_damaged_config_is_taken_from_the_last_checkpoint(content, run, tmp_path, in_process):
     path = run / "config.yaml"
     config = yaml.safe_load(path.read_text())

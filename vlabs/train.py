@@ -253,9 +253,9 @@ def _mend_config(run_dir: Path) -> None:
     Raises:
         UserError: that has none either.
     """
-    if read_config(run_dir) is not None:
+    config, path = read_config(run_dir), run_dir / "config.yaml"
+    if config is not None and "resume" in config:  # the last of its lines
         return
-    path = run_dir / "config.yaml"
     reason = "is damaged" if path.exists() else "is not there"
     try:
         kept = last_whole(run_dir, str(run_dir)).callbacks[Recorder.__qualname__]["config"]
@@ -272,7 +272,7 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     parser.add_argument("--config-name", "-cn")
     named, _ = parser.parse_known_args(arguments)
     config = read_config(Path(named.config_dir or ""))
-    if named.config_name not in ("config", "config.yaml") or config is None:
+    if named.config_name not in ("config", "config.yaml") or config is None or "resume" not in config:
         return arguments
     own: Any = OmegaConf.load(Path(config_dir()) / "train.yaml")
     folders: Any = OmegaConf.to_container(own.hydra, resolve=False)

@@ -175,7 +175,8 @@ def recorded(config: DictConfig) -> DictConfig:
             return os.path.abspath(value)
         return value
 
-    return OmegaConf.create(whole(plain(config)) | {"resume": None, "plan": False})
+    content = {name: value for name, value in plain(config).items() if name not in ("plan", "resume")}
+    return OmegaConf.create(whole(content) | {"plan": False, "resume": None})
 
 
 def save_config(config: DictConfig, path: Path) -> None:
