@@ -25,7 +25,7 @@ def metrics_of(run):
 
 def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_run):
     run, _ = tiny_run
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]["num_answers"] > 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "last.ckpt.previous"}
     for figure in ("val", "questions", "pathway", "alpha"):
         assert list((run / "figures").glob(f"{figure}_step*.png"))
@@ -122,12 +122,14 @@ def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
     assert not torch.equal(after["model.fusion.text_map.weight"], before["fusion.text_map.weight"])
 
 
-def test_a_sweep_leaves_a_folder_a_run_and_a_table_with_the_failures(tiny_options, tmp_path):
-    result = command(
-        "vlabs.train", "-m", *tiny_options, "model/topdown=none,absvit_released", "model.fusion.num_heads=2,5",
+def test_a_sweep_leaves_a_folder_a_run_and_a_table_with_the_failures(tiny_options, tmp_path, in_process):
+    options = [
+        "-m", *tiny_options, "model/topdown=none,absvit_released", "model.fusion.num_heads=2,5",
         "trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.predictions.every_n_validations=0",
-        "logger=csv", "hydra.sweep.dir=sweep", cwd=tmp_path,
-    )  # fmt: skip
+        "logger=csv", "hydra.sweep.dir=sweep",
+        "hydra.sweep.subdir='${hydra:runtime.choices.model/topdown}/heads=${model.fusion.num_heads}'",
+    ]  # fmt: skip
+    result = command("vlabs.train", *options, cwd=tmp_path)
     assert result.returncode == 1
     with open(tmp_path / "sweep/runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,8 +141,14 @@ def test_a_sweep_leaves_a_folder_a_run_and_a_table_with_the_failures(tiny_option
     for row in rows:
         assert bool(row["error"]) == (row["status"] == "failed")
         assert row["status"] == "failed" or float(row["best/val/vqa_accuracy"]) >= 0
-    assert all((tmp_path / f"sweep/{n}/config.yaml").is_file() for n in range(4))
+    folders = [f"{topdown}/heads={heads}" for topdown in ("none", "absvit_released") for heads in (2, 5)]
+    assert {row["run"] for row in rows} == set(folders)
+    assert all((tmp_path / "sweep" / folder / "config.yaml").is_file() for folder in folders)
     assert "runs.csv" in result.stdout
+    table = (tmp_path / "sweep/runs.csv").read_bytes()
+    again = in_process("vlabs.train", options, tmp_path)
+    assert_one_line_error(again, "sweep/none/heads=2", "resume=", "a new folder")
+    assert (tmp_path / "sweep/runs.csv").read_bytes() == table
 
 
 def test_train_val_leaves_the_minival_out(tiny_data):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import html
 import io
 import json
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from scipy import stats
 from tqdm import tqdm
 
@@ -45,6 +43,8 @@ from vlabs.evaluation.robustness import ATTACKS
 from vlabs.metrics.bootstrap import paired_bootstrap
 from vlabs.metrics.robustness import CORRUPTIONS
 from vlabs.runs.config import config_dir
+from vlabs.runs.logging import read_metrics
+from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.files import write_text
 
 SPLITS = ("val", "distractors", "systematic", "productive")
@@ -81,7 +81,7 @@ class Run:
 
 
 def read_runs(sweep: Path) -> list[Run]:
-    """The finished runs of a sweep, by name.
+    """The finished runs of a sweep, at any depth within its folder, by name.
 
     Raises:
         UserError: there is no such folder, or no finished run in it.
@@ -89,15 +89,18 @@ def read_runs(sweep: Path) -> list[Run]:
     if not sweep.is_dir():
         raise UserError(f"{sweep}: there is no such folder")
     runs = []
-    for folder in sorted(sweep.iterdir(), key=lambda path: (len(path.name), path.name)):
-        if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
+    for folder in find_runs(sweep):
+        summary = read_summary(folder)
+        if summary is None or not (folder / "config.yaml").is_file():
             continue
-        summary = json.loads((folder / "summary.json").read_text())
-        if summary.get("status") != "done":
-            print(f"left out: {folder} ({summary.get('status')}: {summary.get('error', '')})", file=sys.stderr)
+        if summary["status"] != "done":
+            print(f"left out: {folder} ({summary['status']}: {summary.get('error', '')})", file=sys.stderr)
             continue
-        config = OmegaConf.load(folder / "config.yaml")
-        runs.append(Run(folder, "", summary, str(config.data.dir)))  # type: ignore[union-attr]
+        config = read_config(folder)
+        if config is None:
+            say_left_out(folder / "config.yaml")
+            continue
+        runs.append(Run(folder, "", summary, str(config.data.dir)))
     if not runs:
         raise UserError(f"{sweep} holds no finished run (a folder with config.yaml and summary.json)")
     common = set.intersection(*(set(run.summary["overrides"]) for run in runs))
@@ -125,11 +128,10 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
     """
     for name, options in wanted.items():
         out = run.path / "evaluation" / name
-        if (out / "metrics.json").is_file():
-            done = _metrics(run, name)
-            # A report of before may have measured fewer maps.
-            if name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS):
-                continue
+        done = read_json(out / "metrics.json")
+        # A report of before may have measured fewer maps.
+        if done and (name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS)):
+            continue
         fixed = [f"ckpt='{run.path}'", f"data.dir='{run.data_dir}'", "data.num_workers=0"]
         with initialize_config_dir(config_dir(), version_base="1.3"):
             config = compose("evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"])
@@ -449,8 +451,8 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
 def _course(run: Run) -> np.ndarray:
     """(validations, 3): thousand texts seen, minutes and accuracy, from metrics.csv; (0, 3) where it has none."""
     columns = ("seen/texts", "seen/minutes", "val/vqa_accuracy")
-    with open(run.path / "metrics.csv", newline="") as file:
-        rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
+    path = run.path / "metrics.csv"
+    rows = [[row.get(column) for column in columns] for row in (read_metrics(path).rows if path.is_file() else [])]
     course = np.array([row for row in rows if all(row)], dtype=float).reshape(-1, 3)
     course[:, 0] /= 1000
     return course

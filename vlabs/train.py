@@ -5,8 +5,10 @@ A run folder holds config.yaml (resolved), environment.json, metrics.csv, summar
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -19,123 +21,196 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError, one_line
-from vlabs.runs.config import command_line, explain, run_hydra
-from vlabs.runs.logging import log_data, log_outcome, quiet_lightning, say
+from vlabs.runs.config import command_line, config_dir, explain, plain, recorded, run_hydra, save_config
+from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
+from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import write_table
 from vlabs.training.build import Training, build, build_task, data_sets
+from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
-from vlabs.utils.files import write_json
+from vlabs.training.start import Last, last_whole
+from vlabs.utils.files import reason_of
 from vlabs.utils.ranks import is_rank_zero
 
 _failed_runs: list[str] = []
+_began = time.time()  # of the process; a folder that is older was there before
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it. In a sweep a failure is returned, not raised, so that the sweep goes on."""
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    sweeping = hydra.mode == RunMode.MULTIRUN
-    overrides = [item for item in hydra.overrides.task if not item.startswith("hydra.")]
-    if sweeping:
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    if sweep is not None:
         _check_sweep(config, hydra)
+        if "group" in config.logger:
+            config.logger.group = config.logger.group or sweep.name
+            config.logger.name = config.logger.name or hydra.job.override_dirname.replace(",", " ") or run_dir.name
     if config.plan:
-        if sweeping:
+        if sweep is not None:
             raise UserError("plan=true is of one training, not of a sweep: leave out -m")
-        found = train(config, run_dir)
+        found = plan_run(config, *build_task(config, _last(config, run_dir)))
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra made it; what is not empty stays
         return found
-    summary: dict[str, Any] = {"status": "running", "command": command_line(), "overrides": overrides}
-    started = time.perf_counter()
+    with run_folder(run_dir, config.resume is not None, _began):
+        return _run(config, hydra, run_dir, sweep)
+
+
+def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> dict[str, Any]:
+    record = _record(hydra, run_dir, config)
+    summary: dict[str, Any] = {"status": "failed"}
     try:
-        summary |= train(config, run_dir, sweep=Path(hydra.sweep.dir) if sweeping else None)
-        summary["status"] = "done"
+        summary = train(config, record)
     except (SIGTERMException, KeyboardInterrupt) as stop:
         # Not a failure of this run, and no next run of a sweep is to begin.
         by = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else getattr(stop, "signal", signal.SIGTERM)
-        saved = (run_dir / "checkpoints" / "last.ckpt").is_file()
-        error = f"{signal.Signals(by).name}; " + (f"go on with resume={run_dir}" if saved else "nothing was saved yet")
-        summary |= {"status": "stopped", "error": error}
-        _write_summary(run_dir, summary, started)
+        said = f"{signal.Signals(by).name}; {way_on(run_dir)}"
+        _end(record, "stopped", said)
         if is_rank_zero():
-            print(f"stopped: {error}", file=sys.stderr)
+            print(f"stopped: {said}", file=sys.stderr)
         sys.exit(128 + by)
     except Exception as error:
         if "DataLoader worker" in str(error):
             # torch raises it wherever the main process happens to be.
             error = UserError(
                 f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; "
-                f"go on with resume={run_dir}"
+                f"{way_on(run_dir)}"
             )
-        user_error = error if isinstance(error, UserError) else None
-        summary |= {"status": "failed", "error": one_line(explain(error))}
-        if not sweeping:
-            _write_summary(run_dir, summary, started)
+        elif not isinstance(error, UserError) and reason_of(error) == "the disk is full":
+            error = UserError(f"{one_line(str(error))}: the disk is full; make room and {way_on(run_dir)}")
+        if sweep is None:
+            _end(record, "failed", one_line(explain(error)))
             raise error
-        _failed_runs.append(run_dir.name)
-        print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
-        if user_error is None:
-            traceback.print_exc()
+        summary = _failed(record, config, one_line(explain(error)))
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
     finally:
         # The next run of a sweep, in this same process, is a W&B run of its own.
         if wandb.run is not None:
             wandb.finish(exit_code=int(summary["status"] != "done"))
-    _write_summary(run_dir, summary, started)
     if not is_rank_zero():
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra makes one in every process; the run's is rank zero's
-    if sweeping and is_rank_zero():
-        print(write_table(Path(hydra.sweep.dir)), flush=True)
+    if sweep is not None and is_rank_zero():
+        print(write_table(sweep), flush=True)
     return summary
 
 
-def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[str, Any]:
-    """Build everything that the config names, fit, and return what goes into summary.json.
+def train(config: DictConfig, record: Record) -> dict[str, Any]:
+    """Build everything that the config names, fit, and return what summary.json says then.
 
-    With `plan=true` nothing is written, and what the whole training would cost is returned.
+    Args:
+        config: of this module's program.
+        record: of the run.
     """
-    torch.set_float32_matmul_precision("high")
-    quiet_lightning()
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    if config.plan:
-        return plan_run(config, *build_task(config))
-    return fit(build(config, run_dir, sweep))
+    resumed = _last(config, record.folder)
+    if resumed is not None:
+        record.take_over(resumed.callbacks.get(Recorder.__qualname__, {}).get("summary", {}))
+        if record.is_done and not resumed.changed:
+            return _nothing_to_train(record)
+    return fit(build(config, record, resumed), record)
 
 
-def fit(training: Training) -> dict[str, Any]:
-    """Run a training to its end, and return what goes into summary.json."""
+def fit(training: Training, record: Record) -> dict[str, Any]:
+    """Run a training to its end, and return what summary.json says then."""
     task, trainer, best, last = training.task, training.trainer, training.best, training.last
     parameters = sum(p.numel() for p in task.model.parameters())
     say(f"run: {trainer.default_root_dir} · {parameters / 1e6:.1f} M parameters · seed {os.environ['PL_GLOBAL_SEED']}")
     runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger) and is_rank_zero()]
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
-    started = time.perf_counter()
+    record.fit_started = time.perf_counter()
     try:
         trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
     finally:
         last.listen_no_more()
+    record.fit_ended = time.perf_counter()
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    checkpoint = best.best_model_path or (str(last.path) if last.path.is_file() else None)
-    summary = {
+    if not record.begun:
+        if record.is_done:
+            return _nothing_to_train(record)
+        record.first_step = trainer.global_step
+        training.begin()
+        metrics = metrics or last_metrics(record.folder / "metrics.csv")
+    kept = [path for path in (Path(best.best_model_path), last.path) if path.is_file()]
+    found = {
         "parameters": parameters,
-        "fit_seconds": round(time.perf_counter() - started, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         f"best/{task.monitor}": None if best.best_model_score is None else float(best.best_model_score),
         "metrics": metrics,
-        "checkpoint": checkpoint,
+        # Within the folder, which may be moved.
+        "checkpoint": os.path.relpath(kept[0], os.path.realpath(record.folder)) if kept else None,
     }
     for wandb_run in runs:
-        log_outcome(wandb_run, summary, checkpoint)
+        log_outcome(wandb_run, record.summary("done", **found), str(kept[0]) if kept else None)
     for logger in trainer.loggers:
         logger.finalize("success")
-    return summary
+    return record.end("done", **found)
+
+
+def _nothing_to_train(record: Record) -> dict[str, Any]:
+    say(f"run: {record.folder} is done, and nothing is left to train: pass trainer.max_epochs=N to go on further")
+    return record.before
+
+
+def _last(config: DictConfig, run_dir: Path) -> Last | None:
+    """What a run goes on from, with what is to be other than before; None for a new run. Seeds all generators."""
+    torch.set_float32_matmul_precision("high")
+    quiet_lightning()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.resume is None:
+        return None
+    last = last_whole(run_dir, config.resume)
+    last.changed = _changed(config, run_dir)
+    return last
+
+
+def _changed(config: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
+    """The options that are other than in the run's own config."""
+    if config.resume is None:
+        return {}
+    own = read_config(run_dir)
+    return changes(plain(recorded(own)), plain(recorded(config))) if own is not None else {}
+
+
+def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
+    """The record of a run that begins, goes on, or begins with another run's config (`--config-dir=RUN`)."""
+    given = [item for item in hydra.overrides.task if not re.match(r"hydra[./]|\+*(resume|plan)=", item)]
+    before = same_as = None
+    if config.resume is not None:
+        before = read_summary(run_dir)
+        given = changing(given, _changed(config, run_dir))
+    else:
+        folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        same_as = next((found for path in folders if (found := read_summary(Path(path)))), None)
+    return Record(run_dir, command_line(), given, before, same_as, hydra.runtime.choices.get("model/topdown"))
+
+
+def _end(record: Record, status: str, error: str) -> None:
+    """Say how a run ended that has begun; where that cannot be written, the first error is the one to be told."""
+    if record.begun:
+        with contextlib.suppress(UserError):
+            record.end(status, error=error)
+
+
+def _failed(record: Record, config: DictConfig, error: str) -> dict[str, Any]:
+    """Say of a run of a sweep that it failed, also where it could not begin."""
+    _failed_runs.append(record.folder.name)
+    print(f"run {record.folder.name} failed: {error}", file=sys.stderr)
+    if not record.begun and is_rank_zero():
+        with contextlib.suppress(UserError, OmegaConfBaseException):
+            save_config(recorded(config), record.folder / "config.yaml")
+    record.begun = True
+    _end(record, "failed", error)
+    return record.summary("failed", error=error)
 
 
 def _check_sweep(config: DictConfig, hydra: Any) -> None:
@@ -155,38 +230,74 @@ def _check_sweep(config: DictConfig, hydra: Any) -> None:
         )
 
 
-def _write_summary(run_dir: Path, summary: dict[str, Any], started: float) -> None:
-    if not is_rank_zero():
-        return
-    summary["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(run_dir / "summary.json", summary, indent=2)
-
-
 def _resume_arguments(arguments: list[str]) -> list[str]:
     """Turn `resume=RUN_DIR` into Hydra's arguments for that run's own config and folder."""
     named = [item for item in arguments if item.startswith("resume=")]
     if not named or named[-1] == "resume=null":
         return arguments
-    run_dir = Path(named[-1].removeprefix("resume="))
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"resume={run_dir}: there is no config.yaml, so it is not a run folder")
+    run_dir = Path(named[-1].removeprefix("resume=")).expanduser()
+    if not run_dir.is_dir():
+        raise UserError(f"resume={run_dir}: there is no such folder")
+    _mend_config(run_dir)
     others = [item for item in arguments if not item.startswith("resume=")]
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
         f"++resume='{run_dir}'",
         f"hydra.run.dir='{run_dir}'",
-        "hydra.output_subdir=null",
-        "hydra/job_logging=stdout",
-        "hydra.job_logging.root.level=WARNING",
+        *_QUIET,
         *others,
     ]
 
 
+# What conf/train.yaml sets for runs whose config is a file of their own.
+_QUIET = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.job_logging.root.level=WARNING")
+
+
+def _mend_config(run_dir: Path) -> None:
+    """Write a config.yaml that is damaged or gone as the run's last checkpoint has it.
+
+    Raises:
+        UserError: that has none either.
+    """
+    config, path = read_config(run_dir), run_dir / "config.yaml"
+    if config is not None and "resume" in config:  # the last of its lines
+        return
+    reason = "is damaged" if path.exists() else "is not there"
+    try:
+        kept = last_whole(run_dir, str(run_dir)).callbacks[Recorder.__qualname__]["config"]
+    except (UserError, KeyError):
+        raise UserError(f"resume={run_dir}: config.yaml {reason}, so it is not a run folder to go on with") from None
+    save_config(OmegaConf.create(kept), path)
+    say(f"{path} {reason}: the last checkpoint has it")
+
+
+def _same_arguments(arguments: list[str]) -> list[str]:
+    """Add what conf/train.yaml says of run folders to the arguments of `--config-dir=RUN --config-name=config`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn")
+    named, _ = parser.parse_known_args(arguments)
+    config = read_config(Path(named.config_dir or ""))
+    if named.config_name not in ("config", "config.yaml") or config is None or "resume" not in config:
+        return arguments
+    own: Any = OmegaConf.load(Path(config_dir()) / "train.yaml")
+    folders: Any = OmegaConf.to_container(own.hydra, resolve=False)
+    name = str(OmegaConf.select(config, "task.name", default="train"))
+    dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
+    # Among the other overrides: Hydra takes them all in one place.
+    first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
+    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
+
+
 def main() -> None:
     """Entry point of `python -m vlabs.train`."""
+    global _began
+    _began = time.time()
     try:
-        sys.argv[1:] = _resume_arguments(sys.argv[1:])
+        given = sys.argv[1:]
+        resumed = _resume_arguments(given)
+        sys.argv[1:] = resumed if resumed != given else _same_arguments(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -155,6 +155,30 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+# Options that name a folder or a file; others do where they name one that is there.
+_FOLDERS = re.compile(r"data\.(raw_)?dir|data\.sets\..*")
+_MAY_BE_PATHS = re.compile(r"init|.*\.(tokenizer|name_or_path|weights|instances)")
+
+
+def recorded(config: DictConfig) -> DictConfig:
+    """The config as a run keeps it, which is of use from any working folder: resolved, with whole paths, and without
+    what is of one start alone. Sizes that only the data know are still to be found.
+    """
+
+    def whole(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: whole(one, f"{name}.{key}" if name else str(key)) for key, one in value.items()}
+        if not isinstance(value, str) or not value:
+            return value
+        may_be = "/" in value or _MAY_BE_PATHS.fullmatch(name)
+        if _FOLDERS.fullmatch(name) or (may_be and os.path.exists(value)):
+            return os.path.abspath(value)
+        return value
+
+    content = {name: value for name, value in plain(config).items() if name not in ("plan", "resume")}
+    return OmegaConf.create(whole(content) | {"plan": False, "resume": None})
+
+
 def save_config(config: DictConfig, path: Path) -> None:
     """Write a resolved config, whole or not at all."""
     with replacing(path) as partial:

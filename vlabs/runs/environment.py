@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlabs.runs.record import read_json, say_left_out
 from vlabs.utils.files import write_json
 
 
@@ -58,16 +58,20 @@ def write_environment(path: str | Path, found: dict[str, Any], going_on: bool) -
     Args:
         path: of the file.
         found: what `describe_environment` gave.
-        going_on: the run was begun before; the file of a new run replaces one that lies in its folder.
+        going_on: the run was begun before; the file of a new run replaces one that lies in its folder, and so does
+            that of a run whose own is damaged.
 
     Returns:
         A line for each difference: `torch 2.9.0, was 2.8.0`.
     """
     path = Path(path)
-    if not (going_on and path.is_file()):
+    before = read_json(path) if going_on else None
+    if before is not None and not _is_whole(before):
+        say_left_out(path)
+        before = None
+    if before is None:
         write_json(path, found)
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
     compared = [
         ({key: part[key] for key in ("code", "python", "device")}, part["packages"]) for part in (before, found)
     ]
@@ -77,3 +81,12 @@ def write_environment(path: str | Path, found: dict[str, Any], going_on: bool) -
         changed += [f"{name} {new.get(name)}, was {old.get(name)}" for name in names if old.get(name) != new.get(name)]
     hashes = [[item["manifest_sha256"] for item in part["data"]] for part in (before, found)]
     return changed + ["the prepared data"] * (hashes[0] != hashes[1])
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    return (
+        {"code", "python", "device"} <= found.keys()
+        and isinstance(found.get("packages"), dict)
+        and isinstance(found.get("data"), list)
+        and all(isinstance(item, dict) and "manifest_sha256" in item for item in found["data"])
+    )

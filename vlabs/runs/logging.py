@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import netrc
@@ -12,15 +13,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import wandb
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-from vlabs.errors import one_line
+from vlabs.errors import UserError, one_line
+from vlabs.runs.record import resumable
+from vlabs.utils.files import reason_of, replacing, write_text
 from vlabs.utils.ranks import is_rank_zero
 
 
@@ -40,39 +45,135 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
         ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on
         r".*on epoch level in distributed setting.*",  # a metric's value is of all ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
+class Metrics(NamedTuple):
+    """What can be read of a metrics.csv.
+
+    Attributes:
+        header: the columns.
+        rows: each with all columns, as text.
+        lost: how many lines could not be read.
+    """
+
+    header: list[str]
+    rows: list[dict[str, str]]
+    lost: int
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a metrics.csv, also one that a full disk or a machine that went down has cut or filled with zeros."""
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    lost = bool(lines.pop())  # what does not end with its line was being written
+    fields = [None if {"\0", "\ufffd"} & set(line) else next(csv.reader([line.rstrip("\r")]), []) for line in lines]
+    header = fields[0] if fields and fields[0] and "step" in fields[0] else []
+    rows = [dict(zip(header, row, strict=True)) for row in fields[1:] if header and row and len(row) == len(header)]
+    rows = [row for row in rows if row["step"].isdecimal()]
+    return Metrics(header, rows, lost + len(lines) - len(rows) - bool(header))
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """The last value of every metric in a metrics.csv; none where there is no such file."""
+    found: dict[str, float] = {}
+    for row in read_metrics(path).rows if path.is_file() else []:
+        found |= {name: float(value) for name, value in row.items() if value and name not in ("step", "epoch")}
+    return found
+
+
+class _Rows(ExperimentWriter):
+    """Lightning's writer of metrics.csv, which loses nothing that is in the file where it cannot be written.
+
+    Args:
+        resumed_step, validates: of `csv_logger`.
+    """
+
+    def __init__(self, log_dir: str, resumed_step: int | None, validates: bool) -> None:
+        self.path = Path(log_dir) / self.NAME_METRICS_FILE
+        self.resumed_step, self.validates = resumed_step, validates
+        self.opened = False
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        """What is there belongs to this run; Lightning would remove it."""
+
+    def save(self) -> None:
+        """Append what was logged since.
+
+        Raises:
+            UserError: the system does not let it be written; no row is there in part.
+        """
+        if not self.metrics:
+            return
+        with resumable(self.path.parent):
+            if not self.opened:
+                self._open()
+            size = self.path.stat().st_size if self.path.exists() else None
+            try:
+                super().save()
+            except OSError as error:
+                self.metrics = []
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size or 0)
+                raise UserError(f"{self.path} cannot be written: {reason_of(error)}") from error
+
+    def _open(self) -> None:
+        """Keep the rows before the step that a run goes on from; of a new run none."""
+        self.opened = True
+        if self.resumed_step is None or not self.path.is_file():
+            self.path.unlink(missing_ok=True)
+            return
+        header, rows, lost = read_metrics(self.path)
+        if lost:
+            say(f"{self.path}: {lost} lines are damaged and left out")
+        rows = [row for row in rows if int(row["step"]) < self.resumed_step]
+        if self.validates:
+            rows = [row for row in rows if int(row["step"]) < self.resumed_step - 1 or not _is_of_validation(row)]
+        self.metrics_keys = header
+        self._write(header, rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(fieldnames, read_metrics(self.path).rows)
+
+    def _write(self, header: list[str], rows: list[dict[str, str]]) -> None:
+        with replacing(self.path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=header)
+            if header:
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+class _MetricsFile(CSVLogger):
+    """RUN_DIR/metrics.csv, written after every step.
+
+    Args:
+        run_dir, rows: as of `csv_logger`.
+    """
+
+    def __init__(self, run_dir: str | Path, *rows: Any) -> None:
+        super().__init__(run_dir, name="", version="", flush_logs_every_n_steps=1)
+        self._rows = rows
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """See `CSVLogger`."""
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir, *self._rows)
+        return self._experiment
+
+
 def csv_logger(run_dir: str | Path, resumed_step: int | None = None, validates: bool = False) -> CSVLogger:
-    """Log to RUN_DIR/metrics.csv.
+    """Log to RUN_DIR/metrics.csv, which is left as it is until there is something to log.
 
     Args:
         resumed_step: the optimiser step that a resumed run goes on from: rows before it are kept.
         validates: the resumed run begins with the validation after the step before, whose row is then not kept.
     """
-    path = Path(run_dir) / "metrics.csv"
-    kept: list[dict[str, str]] = []
-    header: list[str] = []
-    if resumed_step is not None and path.is_file():
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            kept = [row for row in reader if int(row["step"]) < resumed_step]
-        if validates:
-            kept = [row for row in kept if int(row["step"]) < resumed_step - 1 or not _is_of_validation(row)]
-    logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Experiment logs directory")
-        experiment = logger.experiment  # Lightning deletes an old metrics.csv here
-    if header:
-        experiment.metrics_keys = header
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=header)
-            writer.writeheader()
-            writer.writerows(kept)
-    return logger
+    return _MetricsFile(run_dir, resumed_step, validates)
 
 
 def _is_of_validation(row: dict[str, str]) -> bool:
@@ -92,8 +193,7 @@ def wandb_logger(
     """
     save_dir = Path(save_dir)
     mode = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
-    id_file = save_dir / "wandb" / "run_id"
-    run_id = id_file.read_text().strip() if id_file.is_file() else None
+    run_id = _run_id(save_dir / "wandb")
     # A lost connection must not hold a run at its end: what was not sent by then is on disk.
     waits = {
         "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
@@ -123,9 +223,17 @@ def wandb_logger(
 
 def remember_run_id(logger: WandbLogger) -> None:
     """Keep the W&B run's id in the run folder, so that a resumed run goes on in the same W&B run."""
-    path = Path(logger.save_dir or ".") / "wandb" / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(logger.experiment.id))
+    write_text(Path(logger.save_dir or ".") / "wandb" / "run_id", str(logger.experiment.id))
+
+
+def _run_id(folder: Path) -> str | None:
+    """The W&B run that a run folder's logs are of; None where there is none yet."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch(r"[\w-]+", found := (folder / "run_id").read_text(encoding="utf-8").strip()):
+            return found
+    # Damaged: W&B names the folder of each part by it.
+    parts = sorted(path.name for path in folder.glob("*run-*-*"))
+    return parts[-1].rpartition("-")[2] if parts else None
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
+from vlabs.runs.record import find_runs, read_summary
 from vlabs.utils.files import replacing
 
 _SHOWN = ("fit_seconds", "parameters")
@@ -15,12 +15,15 @@ _SHOWN = ("fit_seconds", "parameters")
 def write_table(sweep_dir: Path) -> str:
     """Write SWEEP_DIR/runs.csv, a row a run with what it overrides and what came out, and return it as text.
 
-    A run that failed is a row that says why.
+    Runs lie at any depth within it. A run that failed is a row that says why; one whose summary.json is damaged is left
+    out, which is said.
     """
     rows = []
-    for path in sorted(sweep_dir.glob("*/summary.json"), key=lambda p: (len(p.parent.name), p.parent.name)):
-        summary = json.loads(path.read_text())
-        row: dict[str, Any] = {"run": path.parent.name, "status": summary["status"]}
+    for run in find_runs(sweep_dir):
+        summary = read_summary(run)
+        if summary is None:
+            continue
+        row: dict[str, Any] = {"run": run.relative_to(sweep_dir).as_posix(), "status": summary["status"]}
         row |= dict(item.lstrip("+").split("=", 1) for item in summary["overrides"] if "=" in item)
         row |= {key: value for key, value in summary.items() if key.startswith("best/")}
         row |= {key: summary.get(key) for key in _SHOWN}

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.checkpoints.initialize import initialize, read_source
 from vlabs.data.module import PreparedDataModule
+from vlabs.data.prepared import read_answers
+from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.runs.config import make_trainer, save_config
+from vlabs.runs.config import make_trainer, plain, recorded, save_config
 from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id, say
+from vlabs.runs.record import Record, resumable
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
+from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.callbacks.resume import GoOn
-from vlabs.training.lightning_state import validation_is_next
-from vlabs.training.start import last_whole, make_start
+from vlabs.training.start import Last, make_start
 from vlabs.utils.ranks import is_rank_zero
 
 
@@ -40,6 +44,7 @@ class Training:
         trainer: of Lightning, with all callbacks and loggers.
         best, last: which keep the checkpoints.
         resumed: the checkpoint to go on from; None for a new run.
+        begin: writes what the run folder says of the run.
     """
 
     data: PreparedDataModule
@@ -48,31 +53,45 @@ class Training:
     best: ModelCheckpoint
     last: KeepLast
     resumed: Path | None
+    begin: Callable[[], None]
 
 
-def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Training:
-    """Everything that a config names.
+def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Training:
+    """Everything that a config names. Nothing is written before the run begins.
 
     Args:
         config: of `vlabs.train`; sizes that only the data know are filled in.
-        run_dir: the run folder; its config.yaml and environment.json are written.
-        sweep: the folder of the sweep that the run belongs to.
+        record: of the run; its folder gets config.yaml and environment.json.
+        resumed: what the run goes on from.
 
     Raises:
-        UserError: parts that do not fit each other, or cannot be made.
+        UserError: parts that do not fit each other, or what the run goes on from, or cannot be made.
     """
+    run_dir = record.folder
+    given = copy.deepcopy(config)
     callbacks = chosen_callbacks(config.callbacks, config.trainer)  # before the data, which may have to be made
-    task, data = build_task(config, run_dir)
-    resumed = last_whole(run_dir, config.resume) if config.resume is not None else None
-    if is_rank_zero():
-        found = describe_environment(data_sets(data))
-        if changed := write_environment(run_dir / "environment.json", found, going_on=resumed is not None):
-            say(f"not as when this run began: {'; '.join(changed)}")
-    loggers = build_loggers(config, run_dir, sweep, resumed)
+    task, data = build_task(config, resumed)
+    kept = recorded(given)
+    loggers = build_loggers(config, record, resumed)
     best, last = build_checkpoints(run_dir, task.monitor, config.checkpoints)
+
+    def begin() -> None:
+        record.begin()
+        if is_rank_zero():
+            with resumable(run_dir):
+                save_config(kept, run_dir / "config.yaml")
+                found = describe_environment(data_sets(data))
+                changed = write_environment(run_dir / "environment.json", found, going_on=resumed is not None)
+                for logger in loggers:
+                    if isinstance(logger, WandbLogger):
+                        remember_run_id(logger)
+            if changed:
+                say(f"not as when this run began: {'; '.join(changed)}")
+
     trainer = make_trainer(
         config.trainer,
         callbacks=[
+            Recorder(record, begin, plain(kept)),
             best,
             last,
             GoOn(),
@@ -83,36 +102,86 @@ def build(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> Train
         plugins=[WholeCheckpointIO()],
         default_root_dir=str(run_dir),
     )
-    return Training(data, task, trainer, best, last, resumed)
+    return Training(data, task, trainer, best, last, resumed.path if resumed else None, begin)
 
 
-def build_task(config: DictConfig, run_dir: Path | None = None) -> tuple[Task, PreparedDataModule]:
+def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, PreparedDataModule]:
     """The task with its model, started from other weights where the config says so, and its data.
 
     Args:
-        config, run_dir: as in `build`; None to write nothing.
+        config, resumed: as in `build`.
     """
+    if resumed is not None:
+        return _build_resumed(config, resumed)
     if config.init is not None and config.init_by:
         make_start(Path(config.init), list(config.init_by))
     data: PreparedDataModule = instantiate(config.data)
     _check_kind(config, data)
     if config.init is not None and config.data.get("tokenizer") is None:
         _take_tokenizer(data, config.init)
-    _fill_in_sizes(config, data)
-    if run_dir is not None and is_rank_zero():
-        save_config(config, run_dir / "config.yaml")
-    model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
-    if isinstance(model, VisionLanguageModel) or getattr(model, "text", None) is not None:
-        _check_fit(model, data)
+    model = _new_model(config, data)
     history: list[dict[str, Any]] = []
     if config.init is not None:
         initialized = initialize(model, config.init, data.preprocessing.answers)
         history = initialized.history
         say(initialized.report())
+    return _make_task(config, model, data, history), data
+
+
+def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataModule]:
+    """`build_task` of a run that goes on. Of what it was made of only the data are outside its own checkpoint."""
+    for name, (old, new) in last.changed.items():
+        if _FIXED.fullmatch(name) and "drop" not in name:
+            raise UserError(
+                f"{name}={new} cannot change within a run, which was begun with {old}: leave it out, or start a new "
+                "run (init=RUN takes its weights)"
+            )
+    for name, folder in [("dir", config.data.get("dir")), *(config.data.get("sets") or {}).items()]:
+        if folder is not None and not Path(folder).is_dir():
+            option = "data.dir" if name == "dir" else f"data.sets.{name}"
+            raise UserError(f"{option}={folder}: the data of this run are not there: pass {option}=FOLDER")
+    make_data = instantiate(config.data, _partial_=True, _convert_="all")
+    data: PreparedDataModule = make_data(preprocessing=last.preprocessing)
+    _check_kind(config, data)
+    known = read_answers(data.dir) if isinstance(data, VQADataModule) else getattr(data, "labels", None)
+    if known is not None and tuple(known) != data.preprocessing.answers:
+        raise UserError(
+            f"data.dir={data.dir} has other answers than the data that this run was begun with: name those, or start a "
+            "new run (init=RUN takes its weights)"
+        )
+    changed = [name for name in last.changed if name.startswith(("model.", "task.", "data."))]
+    anew = any(name.startswith("model.") for name in changed)
+    task = _make_task(config, _new_model(config, data) if anew else last.model(), data, last.history)
+    if (part := last.differs_from(task)) is not None:
+        what = ", ".join(f"{name}={last.changed[name][1]} (was {last.changed[name][0]})" for name in changed)
+        raise UserError(
+            f"{what or 'config.yaml'}: what is trained is not what {last.path} holds ({part}), which cannot change "
+            "within a run: start a new run (init=RUN takes its weights)"
+        )
+    return task, data
+
+
+# What makes a model, and what is trained of it on which texts: options that stay as they are within a run.
+_FIXED = re.compile(
+    r"model\..*|task\.(_target_|name|freeze|lora\..*)|seed|init|init_by"
+    r"|data\.(_target_|size|layout|phrases|image_size|max_length|tokenizer|image_mean|image_std|crop|seed)"
+)
+
+
+def _new_model(config: DictConfig, data: PreparedDataModule) -> Any:
+    """The model that a config describes, which fits the data."""
+    _fill_in_sizes(config, data)
+    model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
+    if isinstance(model, VisionLanguageModel) or getattr(model, "text", None) is not None:
+        _check_fit(model, data)
+    return model
+
+
+def _make_task(config: DictConfig, model: Any, data: PreparedDataModule, history: list[dict[str, Any]]) -> Task:
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     task: Task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
-    return task, data
+    return task
 
 
 def data_sets(data: PreparedDataModule) -> list[dict[str, Any]]:
@@ -158,28 +227,17 @@ def build_checkpoints(run_dir: Path, monitor: str, often: DictConfig) -> tuple[M
     return best, KeepLast(run_dir / "checkpoints" / "last.ckpt", minutes, steps)
 
 
-def build_loggers(config: DictConfig, run_dir: Path, sweep: Path | None, resumed: Path | None) -> list[Logger]:
+def build_loggers(config: DictConfig, record: Record, resumed: Last | None) -> list[Logger]:
     """metrics.csv, and the logger that was chosen."""
-    step, validates = None, False
-    if resumed is not None:
-        state = read_tensors(resumed)
-        step, validates = int(state["global_step"]), validation_is_next(state["loops"])
-    loggers: list[Logger] = [csv_logger(run_dir, step, validates)]
+    step, validates = (resumed.step, resumed.validates) if resumed is not None else (None, False)
+    loggers: list[Logger] = [csv_logger(record.folder, step, validates)]
     if config.logger.get("_target_") is None:
         return loggers
-    chosen = config.logger.copy()
-    if sweep is not None and "group" in chosen:
-        overrides = HydraConfig.get().job.override_dirname.replace(",", " ")
-        chosen.group = chosen.group or sweep.name
-        chosen.name = chosen.name or overrides or run_dir.name
-    logger = instantiate(chosen, save_dir=str(run_dir))
+    logger = instantiate(config.logger, save_dir=str(record.folder))
     if isinstance(logger, WandbLogger) and is_rank_zero():
-        remember_run_id(logger)
         logged = OmegaConf.to_container(config, resolve=True)
         assert isinstance(logged, dict)
-        # A resumed run reads its config from its folder, and no choices are made; W&B has the variant already.
-        if (variant := HydraConfig.get().runtime.choices.get("model/topdown")) is not None:
-            logged["variant"] = variant
+        logged["variant"] = record.variant
         logger.experiment.config.update(logged, allow_val_change=True)
     return [*loggers, logger]
 

@@ -147,6 +147,11 @@ def is_marked(folder: Path, what: str) -> bool:
     return False
 
 
+def unmark(folder: Path) -> None:
+    """Take the mark of `mark` away."""
+    (folder / MARK).unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
     """Be the only process that works in a folder, which is there. The lock ends with the process, however it ends.
@@ -167,7 +172,11 @@ def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
                 raise UserError(message)
             # The process that had it may have renamed the folder or removed the file meanwhile.
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                yield
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
                 return
         finally:
             os.close(file)

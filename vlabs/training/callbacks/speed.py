@@ -35,6 +35,11 @@ class SamplesPerSecond(pl.Callback):
         self.texts = 0
         self.seconds = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, also of a run that goes on in mid-epoch."""
+        self.samples, self.since = 0, time.perf_counter()
+        self.last = self.since
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock anew, so that validation does not count."""
         self.samples, self.since = 0, time.perf_counter()
@@ -66,8 +71,10 @@ class SamplesPerSecond(pl.Callback):
             pl_module.log("seen/minutes", self.seconds / 60, rank_zero_only=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the clock after a validation in mid-epoch."""
-        self.last = time.perf_counter()
+        """Go on with the clocks after a validation in mid-epoch."""
+        now = time.perf_counter()
+        self.since += now - self.last
+        self.last = now
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen."""

@@ -1,0 +1,72 @@
+"""The record of a run (`vlabs.runs.record`), as training goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from vlabs.runs.record import Record
+
+
+class Recorder(pl.Callback):
+    """Says that a run has begun once nothing is left that could refuse it, and keeps its record in checkpoints.
+
+    A run whose folder was moved, renamed or copied since finds its own checkpoints where it is now.
+
+    Args:
+        record: of the run.
+        begin: called before the first step.
+        config: of the run, as plain data.
+    """
+
+    def __init__(self, record: Record, begin: Callable[[], None], config: dict[str, Any]) -> None:
+        self.record = record
+        self.begin = begin
+        self.config = config
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin."""
+        self.record.first_step = trainer.global_step
+        self.record.step = lambda: trainer.global_step
+        self.begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        folder = os.path.realpath(self.record.folder)
+        return {"folder": folder, "config": self.config, "summary": self.record.summary("running")}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Move what other callbacks say of files in the run folder to where it is; forget a best one that is gone."""
+        states = checkpoint["callbacks"]
+        then, now = _folder_of(states), os.path.realpath(self.record.folder)
+        if then is not None:
+            states.update(_moved(states, then, now))
+        for name, state in list(states.items()):
+            best = state.get("best_model_path") if isinstance(state, dict) else None
+            if best and not Path(best).is_file():
+                del states[name]
+
+
+def _folder_of(states: dict[str, Any]) -> str | None:
+    """Where a run lay, by the states of its callbacks."""
+    if (own := states.get(Recorder.__qualname__)) is not None:
+        return str(own["folder"])
+    kept = [Path(str(state["dirpath"])) for state in states.values() if isinstance(state, dict) and "dirpath" in state]
+    return next((str(path.parent) for path in kept if path.name == "checkpoints"), None)
+
+
+def _moved(value: Any, then: str, now: str) -> Any:
+    """Plain data in which every path within one folder is within another."""
+    if isinstance(value, dict):
+        return {_moved(key, then, now): _moved(one, then, now) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_moved(one, then, now) for one in value]
+    if isinstance(value, str) and (value == then or value.startswith(then + os.sep)):
+        return now + value.removeprefix(then)
+    return value
