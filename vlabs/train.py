@@ -23,10 +23,11 @@ from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, one_line
-from vlabs.runs.config import command_line, explain, run_hydra
+from vlabs.errors import UserError, fault, one_line
+from vlabs.runs.config import command_line, explain, hydra_quoted, path_of, run_hydra
 from vlabs.runs.logging import log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.sweep import write_table
+from vlabs.runs.values import check_seed
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.plan import plan_run
 from vlabs.utils.files import write_json
@@ -61,20 +62,14 @@ def run(config: DictConfig) -> dict[str, Any]:
         _write_summary(run_dir, summary, started)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
-        if "DataLoader worker" in str(error):
-            # torch raises it wherever the main process happens to be.
-            error = UserError(
-                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; "
-                f"go on with resume={run_dir}"
-            )
-        user_error = error if isinstance(error, UserError) else None
-        summary |= {"status": "failed", "error": one_line(explain(error))}
+        sentence = explain(error)
+        summary |= {"status": "failed", "error": one_line(sentence or fault(error))}
         if not sweeping:
             _write_summary(run_dir, summary, started)
-            raise error
+            raise
         _failed_runs.append(run_dir.name)
         print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
-        if user_error is None:
+        if sentence is None:
             traceback.print_exc()
     finally:
         # The next run of a sweep, in this same process, is a W&B run of its own.
@@ -96,6 +91,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
+    check_seed("seed", config.seed)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.plan:
         return plan_run(config, *build_task(config))
@@ -159,15 +155,15 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
     named = [item for item in arguments if item.startswith("resume=")]
     if not named or named[-1] == "resume=null":
         return arguments
-    run_dir = Path(named[-1].removeprefix("resume="))
+    run_dir = Path(path_of(named[-1].removeprefix("resume=")))
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"resume={run_dir}: there is no config.yaml, so it is not a run folder")
     others = [item for item in arguments if not item.startswith("resume=")]
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
-        f"++resume='{run_dir}'",
-        f"hydra.run.dir='{run_dir}'",
+        f"++resume={hydra_quoted(run_dir)}",
+        f"hydra.run.dir={hydra_quoted(run_dir)}",
         "hydra.output_subdir=null",
         "hydra/job_logging=stdout",
         "hydra.job_logging.root.level=WARNING",
@@ -177,12 +173,7 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of `python -m vlabs.train`."""
-    try:
-        sys.argv[1:] = _resume_arguments(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    run_hydra(run, "train")
+    run_hydra(run, "train", prepare=_resume_arguments)
     if _failed_runs:
         sys.exit(1)
 

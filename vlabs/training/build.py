@@ -19,9 +19,10 @@ from vlabs.checkpoints.initialize import initialize, read_source
 from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.runs.config import make_trainer, save_config
+from vlabs.runs.config import save_config
 from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id, say
+from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
