@@ -19,7 +19,7 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -27,7 +27,7 @@ from vlabs.errors import UserError, fault, one_line
 from vlabs.runs.config import command_line, explain, hydra_quoted, path_of, run_hydra
 from vlabs.runs.logging import log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.sweep import write_table
-from vlabs.runs.values import check_seed
+from vlabs.runs.values import check_type
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.plan import plan_run
 from vlabs.utils.files import write_json
@@ -91,7 +91,8 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
-    check_seed("seed", config.seed)
+    check_type("plan", config.plan, bool)
+    check_type("init_by", OmegaConf.to_container(config).get("init_by"), list[str] | None)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.plan:
         return plan_run(config, *build_task(config))

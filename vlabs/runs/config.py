@@ -57,6 +57,8 @@ def run_hydra(
 
     def tell(error: Exception) -> NoReturn:
         text = explain(error)
+        if text and isinstance(error, OSError) and (option := _option_of(error)):
+            text = f"{option}: {text}"
         for short, group in renamed.items():
             text = text and text.replace(f"there is no {group.split('@')[0]}=", f"there is no {short}=")
         fail(error, text)
@@ -125,7 +127,8 @@ def _as_path(name: str, value: str, sweeping: bool) -> str:
         read = OverridesParser.create().parse_override(f"{name}={value}").value()
     except HydraException:
         return hydra_quoted(value)
-    keeps = read is None or isinstance(read, str) or (sweeping and isinstance(read, Sweep))
+    written = isinstance(read, str) and (read == value or re.search(r"['\"\\]", value))
+    keeps = read is None or written or (sweeping and isinstance(read, Sweep))
     return value if keeps else hydra_quoted(value)
 
 
@@ -168,6 +171,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.full_key} must be given: pass {error.full_key}=..."
     if isinstance(error, OverrideParseException):
         return _unread(error.override)
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return _wrong_group(str(error))
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sentence = foreseen(error)
         return named(sentence) if sentence and sentence.startswith("trainer: ") else sentence
@@ -184,9 +189,33 @@ def explain(error: BaseException) -> str | None:
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
     if isinstance(error, InstantiationException):
         where = re.search(r"^full_key: (\S+)", str(error), re.M)
-        said = foreseen(chain[-1]) or str(chain[-1])
+        said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
         return f"{where[1]}: {said}" if where else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+
+
+def _option_of(error: OSError) -> str:
+    """The option on the command line whose path an error of the system is about, if any."""
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        if equals and _PATHS.fullmatch(name) and isinstance(error.filename, str):
+            path, about = Path(os.path.abspath(path_of(value))), Path(os.path.abspath(error.filename))
+            if path.is_relative_to(about) or about.is_relative_to(path):
+                return f"{name}={path_of(value)}"
+    return ""
+
+
+def _wrong_group(message: str) -> str:
+    """What Hydra says of a group whose choice is no name, with the group."""
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        folder = Path(config_dir()) / name.lstrip("+").split("@")[0]
+        if equals and folder.is_dir() and not re.fullmatch(r"\[.*\]|[A-Za-z]\w*", value.replace("null", "")):
+            if not name:
+                return _unread(argument.removeprefix("="))
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            return f"{argument}: {name} is a group of options, choose one of {names}"
+    return message
 
 
 def _unread(override: str) -> str:

@@ -14,14 +14,20 @@ from vlabs.errors import UserError
 
 _FILLED_IN = ("vocab_size", "num_answers", "num_labels", "num_classes")
 """Sizes that are null until the data are known."""
+_SIZES = (
+    *("depth", "embed_dim", "num_heads", "patch_size", "img_size", "width", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "intermediate_size", "channels", "pictures", *_FILLED_IN),
+)
+"""Of models; at least 1."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
 def check_values(config: Any, path: str = "") -> None:
-    """Check numbers and simple types of a config, as plain data with interpolations unresolved.
+    """Check numbers, seeds and simple types of a config, as plain data with interpolations unresolved.
 
     Raises:
-        UserError: a number is not finite, or an option of a class or function of vlabs' is of another type than it says.
+        UserError: a number is not finite, a seed out of range, or an option of a class or function of vlabs' of another
+            type than that says.
     """
     if isinstance(config, float) and not math.isfinite(config):
         raise UserError(f"{path}={config} must be a finite number")
@@ -33,8 +39,13 @@ def check_values(config: Any, path: str = "") -> None:
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             check_values(value, inner)
+            if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < 1:
+                if not (name == "num_classes" and value == 0):
+                    raise UserError(f"{inner}={as_given(value)} must be a whole number, at least 1")
+            if name == "seed" and not _is_open(value):
+                check_seed(inner, value)
             if name in hints and not (value is None and name in _FILLED_IN):
-                _check(value, hints[name], inner)
+                check_type(inner, value, hints[name])
 
 
 def as_given(value: Any) -> str:
@@ -48,23 +59,32 @@ def _hints(target: Any) -> dict[str, Any]:
         return {}
     try:
         found = pkgutil.resolve_name(target)
-        # What a class does not name itself it hands on to those that it is made of.
-        makers = [kind.__init__ for kind in reversed(found.__mro__)] if inspect.isclass(found) else [found]
-        return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()}
-    except Exception:  # whatever is wrong with it is said where it is made
+    except Exception:  # said where it is made
         return {}
+    # What a class or a function does not name itself it hands on to what it is made of, or makes.
+    own = {} if inspect.isclass(found) else typing.get_type_hints(found)
+    made = own.get("return", found)
+    kinds = reversed(made.__mro__) if inspect.isclass(made) else ()
+    makers = [kind.__init__ for kind in kinds if kind.__module__.startswith("vlabs.")]
+    return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()} | own
 
 
-def _check(value: Any, hint: Any, path: str) -> None:
+def check_type(path: str, value: Any, hint: Any) -> None:
+    """Raise a UserError if an option is not of a type, as far as that is of numbers, truth values, texts and lists."""
     if get_origin(hint) in (dict, Mapping) and isinstance(value, dict):
         for name, item in value.items():
-            _check(item, get_args(hint)[1], f"{path}.{name}")
+            check_type(f"{path}.{name}", item, get_args(hint)[1])
     elif not _fits(value, hint):
         raise UserError(f"{path}={as_given(value)} must be {_words(hint)}")
 
 
+def _is_open(value: Any) -> bool:
+    """Whether it is an interpolation, or missing."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, str) and ("${" in value or value == "???"):
+    if _is_open(value):
         return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -91,7 +111,7 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(as_given, inner))}"
     if origin is not None and inner and origin not in (dict, Mapping):
-        return f"a list, of each {_words(inner[0])}"
+        return f"a list, each item {_words(inner[0])}"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
