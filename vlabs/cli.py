@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from vlabs.errors import run_cli
+from vlabs.errors import UserError, run_cli
 
 COMMANDS = {
     "train": "train, sweep, go on with a run, or plan one",
@@ -25,20 +25,22 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of `vlabs`."""
+    run_cli(_run)
+
+
+def _run() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in COMMANDS:
-        asked = name in ("-h", "--help")
+    if name in ("-h", "--help"):
         lines = ["usage: vlabs COMMAND ...   (each has --help)", ""]
-        lines += [f"  {command:11}{what}" for command, what in COMMANDS.items()]
-        print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-        if not asked:
-            print(f"error: there is no command '{name}': choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(0 if asked else 1)
+        print("\n".join(lines + [f"  {command:11}{what}" for command, what in COMMANDS.items()]))
+        return
+    if name not in COMMANDS:
+        raise UserError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
     place = "attention.__main__" if name == "attention" else name.replace("-", "_")
     module = importlib.import_module(f"vlabs.{place}")
     # As `python -m` has it: what is recorded of a run, and what starts its other processes, reads this.
     sys.argv = [str(module.__file__), *sys.argv[2:]]
-    run_cli(module.main)
+    module.main()
 
 
 if __name__ == "__main__":

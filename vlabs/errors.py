@@ -1,33 +1,207 @@
-"""How vlabs tells a user that something they gave is wrong: one line, exit status 1, no traceback."""
+"""How a user hears that something is wrong: one line on standard error, a status that is not 0, and no traceback.
+
+A `UserError` is in vlabs' own words. What the system, torch, Lightning or another library says is put into one line by
+`foreseen`, here for all commands. All else is a fault of vlabs' own and keeps its traceback; with VLABS_DEBUG=1 there
+always is one.
+"""
 
 from __future__ import annotations
 
+import argparse
+import builtins
+import errno
+import os
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file or option and says what to do."""
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may have it: what steers a terminal, or is no character at all, is written out."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def one_line(message: str) -> str:
-    """A message without line breaks; of an error that a loader process passed on, only what it says."""
-    message = message.rsplit("vlabs.errors.UserError: ", 1)[-1]
-    return " ".join(message.split())
+    """A message without line breaks and control characters; of an error that a loader process passed on, only what it
+    says."""
+    return printable(" ".join(_said(message)[1].split()))
 
 
-def exit_with(message: str) -> None:
-    """Print `error: message` on one line of standard error and leave with status 1."""
+def fault(error: BaseException) -> str:
+    """What is said of an error that nobody foresaw."""
+    return f"{type(error).__name__}: {error} (a fault of vlabs' own: please report it with its traceback)"
+
+
+def exit_with(message: str, status: int = 1) -> NoReturn:
+    """Print `error: message` on one line of standard error and leave."""
     print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(status)
+
+
+def fail(error: BaseException, sentence: str | None) -> NoReturn:
+    """Say what an error means, and leave with a status that is not 0.
+
+    Args:
+        sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
+    """
+    if isinstance(error, BrokenPipeError) and not _can_flush():
+        # Nobody reads the output any more, as in `vlabs predict ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    if sentence is None or os.environ.get("VLABS_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    exit_with(sentence or fault(error))
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command line program; a `UserError` becomes one line and status 1, Ctrl-C status 130."""
+    """Run a command line program. Whatever is wrong becomes one line and status 1, Ctrl-C status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # whatever the terminal's encoding, what it lacks is written out
+            stream.reconfigure(errors="backslashreplace")
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # Hydra's parser too
+    sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
-        main()
-    except UserError as error:
-        exit_with(str(error))
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        fail(error, foreseen(error))
+
+
+def foreseen(error: BaseException) -> str | None:
+    """A sentence for what is wrong outside of vlabs: input, files, memory, the machine, a library's options.
+
+    Returns:
+        None for all else.
+    """
+    name, text = _said(str(error))
+    kinds = {kind.__name__ for kind in type(error).__mro__} | _bases(name)
+    # A library's errors are told by its name: none of them is imported for that.
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    if "UserError" in kinds:
+        return text
+    if "DataLoader worker" in text or "DataLoader timed out" in text:
+        return f"a loader process died ({text}): if memory ran out, pass a smaller data.num_workers"
+    if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
+        return (
+            f"memory ran out ({text}): give it less at a time (vlabs.train: a smaller data.batch_size, with "
+            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or --device cpu"
+        )
+    if isinstance(error, OSError) or "OSError" in kinds:
+        return _of_the_system(error, text)
+    if "UnicodeError" in kinds:
+        return f"a text is not UTF-8 ({text}): write it in UTF-8"
+    if "ModuleNotFoundError" in kinds and (missing := re.search(r"No module named '(?!vlabs|data_prep)(.+?)'", text)):
+        return f"the package {missing[1]} is missing: pip install it, or correct the name"
+    if "BrokenProcessPool" in kinds:
+        return f"a process died ({text}): if memory ran out, pass a smaller --num-workers"
+    for start, sentence in _LIBRARIES:
+        if any(f"{module}.".startswith(f"{start}.") for module in modules):
+            return sentence.format(text)
+    if _CUDA.search(text):
+        return f"the GPU cannot be used ({text}): pass trainer.accelerator=cpu, or --device cpu"
+    if "MisconfigurationException" in kinds or _raised_in(error, "pytorch_lightning", "lightning_fabric"):
+        return f"trainer: {text}"
+    return None
+
+
+_MEMORY = re.compile(r"out of memory|n't allocate memory|not enough memory|annot allocate memory", re.I)
+_CUDA = re.compile(r"CUDA error|NVIDIA driver|CUDA driver|cuDNN error|NCCL|not compiled with CUDA")
+_DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 says which)"
+_LIBRARIES = (
+    ("torch._dynamo", "torch.compile does not work here ({}): pass task.compile=false"),
+    ("torch._inductor", "torch.compile does not work here ({}): pass task.compile=false"),
+    ("torch.distributed", "the processes of a run do not reach each other ({}): see trainer.devices and MASTER_PORT"),
+    ("wandb", "W&B: {}; pass logger=csv to go without it, or logger.mode=offline"),
+    ("pydantic_core", "an option or an environment variable is wrong ({})"),
+    ("huggingface_hub", "the hub: {}; without network, name a local folder"),
+    ("httpx", "the network: {}; without network, name a local folder"),
+    ("requests", "the network: {}; without network, name a local folder"),
+    *((name, _DAMAGED) for name in ("json", "lzma", "pickle", "_pickle", "pyarrow", "safetensors_rust", "tarfile")),
+    *((name, _DAMAGED) for name in ("safetensors", "yaml", "zipfile", "zlib")),
+)
+_REMEDY = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EACCES: "name another place, or change its rights",
+    errno.EPERM: "name another place, or change its rights",
+    errno.EROFS: "name another place",
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "name another place",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another place",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EMFILE: "raise `ulimit -n`, or pass fewer loader processes",
+    errno.EADDRINUSE: "name another port",
+}
+
+
+def _of_the_system(error: BaseException, text: str) -> str:
+    """Which file, what the system says of it, and what to do."""
+    number = getattr(error, "errno", None)
+    reason = getattr(error, "strerror", None)
+    if reason is None:  # of a library, or passed on by a loader process
+        found = re.search(r"\[Errno (\d+)\]", text)
+        number = int(found[1]) if found else None
+        said = re.sub(r"\[Errno \d+\] ", "", text) or type(error).__name__
+    else:
+        names = [os.fsdecode(name) for name in (getattr(error, "filename", None),) if isinstance(name, str | bytes)]
+        said = ": ".join([*names, str(reason)])
+    remedy = _REMEDY.get(number or 0)
+    return f"{said}: {remedy}" if remedy else said
+
+
+def _said(message: str) -> tuple[str, str]:
+    """The name of an error and what it says, where a loader process passed it on with its traceback; else no name."""
+    if passed := re.match(r"Caught (\w+) in .*\nOriginal Traceback", message):
+        last = list(re.finditer(rf"^(?:[\w.]+\.)?{passed[1]}(?:: |$)", message, re.M))
+        return passed[1], message[last[-1].end() :].strip() if last else message
+    return "", message.rsplit("vlabs.errors.UserError: ", 1)[-1]
+
+
+def _bases(name: str) -> set[str]:
+    kind = getattr(builtins, name, None)
+    return {base.__name__ for base in kind.__mro__} if isinstance(kind, type) else {name}
+
+
+def _raised_in(error: BaseException, *packages: str) -> bool:
+    """Whether the code that raised an error is of a package."""
+    frames = list(_frames(error))
+    return bool(frames) and frames[-1].split(".")[0] in packages
+
+
+def _frames(error: BaseException) -> Iterator[str]:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield str(frame.f_globals.get("__name__", ""))
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In the place of argparse's own, which prints the usage first."""
+    exit_with(f"{message} (--help says what there is)", 2)
+
+
+def _at_home(argument: str) -> str:
+    """`--ckpt=~/run` with the home folder, as `--ckpt ~/run` has it from the shell."""
+    name, equals, value = argument.partition("=")
+    if equals and re.fullmatch(r"--[\w-]+", name) and value.startswith("~/"):
+        return f"{name}={Path(value).expanduser()}"
+    return argument

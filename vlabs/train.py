@@ -26,16 +26,26 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, one_line
-from vlabs.runs.config import command_line, config_dir, explain, plain, recorded, run_hydra, save_config
+from vlabs.errors import UserError, fault, one_line
+from vlabs.runs.config import (
+    command_line,
+    config_dir,
+    explain,
+    hydra_quoted,
+    path_of,
+    plain,
+    recorded,
+    run_hydra,
+    save_config,
+)  # fmt: skip
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import write_table
+from vlabs.runs.values import check_type
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
 from vlabs.training.start import Last, last_whole
-from vlabs.utils.files import reason_of
 from vlabs.utils.ranks import is_rank_zero
 
 _failed_runs: list[str] = []
@@ -77,19 +87,17 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
             print(f"stopped: {said}", file=sys.stderr)
         sys.exit(128 + by)
     except Exception as error:
-        if "DataLoader worker" in str(error):
-            # torch raises it wherever the main process happens to be.
-            error = UserError(
-                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; "
-                f"{way_on(run_dir)}"
-            )
-        elif not isinstance(error, UserError) and reason_of(error) == "the disk is full":
-            error = UserError(f"{one_line(str(error))}: the disk is full; make room and {way_on(run_dir)}")
+        sentence = explain(error)
+        if sentence is not None and record.begun and not isinstance(error, UserError):
+            sentence += f"; {way_on(run_dir)}"
+        said = one_line(sentence or fault(error))
         if sweep is None:
-            _end(record, "failed", one_line(explain(error)))
-            raise error
-        summary = _failed(record, config, one_line(explain(error)))
-        if not isinstance(error, UserError):
+            _end(record, "failed", said)
+            if sentence is None or isinstance(error, UserError):
+                raise
+            raise UserError(sentence) from error
+        summary = _failed(record, config, said)
+        if sentence is None:
             traceback.print_exception(error)
     finally:
         # The next run of a sweep, in this same process, is a W&B run of its own.
@@ -110,6 +118,8 @@ def train(config: DictConfig, record: Record) -> dict[str, Any]:
         config: of this module's program.
         record: of the run.
     """
+    check_type("plan", config.plan, bool)
+    check_type("init_by", OmegaConf.to_container(config).get("init_by"), list[str] | None)
     resumed = _last(config, record.folder)
     if resumed is not None:
         record.take_over(resumed.callbacks.get(Recorder.__qualname__, {}).get("summary", {}))
@@ -235,7 +245,7 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
     named = [item for item in arguments if item.startswith("resume=")]
     if not named or named[-1] == "resume=null":
         return arguments
-    run_dir = Path(named[-1].removeprefix("resume=")).expanduser()
+    run_dir = Path(path_of(named[-1].removeprefix("resume=")))
     if not run_dir.is_dir():
         raise UserError(f"resume={run_dir}: there is no such folder")
     _mend_config(run_dir)
@@ -243,8 +253,8 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
-        f"++resume='{run_dir}'",
-        f"hydra.run.dir='{run_dir}'",
+        f"++resume={hydra_quoted(run_dir)}",
+        f"hydra.run.dir={hydra_quoted(run_dir)}",
         *_QUIET,
         *others,
     ]
@@ -290,18 +300,17 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
 
 
+def _arguments(given: list[str]) -> list[str]:
+    """Hydra's arguments of those of the command line."""
+    resumed = _resume_arguments(given)
+    return resumed if resumed != given else _same_arguments(given)
+
+
 def main() -> None:
     """Entry point of `python -m vlabs.train`."""
     global _began
     _began = time.time()
-    try:
-        given = sys.argv[1:]
-        resumed = _resume_arguments(given)
-        sys.argv[1:] = resumed if resumed != given else _same_arguments(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    run_hydra(run, "train")
+    run_hydra(run, "train", prepare=_arguments)
     if _failed_runs:
         sys.exit(1)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import name_of, read_bytes
-from vlabs.data.loading import GroupLoader, check_whole, eval_loader
+from vlabs.data.loading import GroupLoader, check_augment, check_number, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import check_kind, load_split, read_classes
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
@@ -297,6 +297,12 @@ class ClassDataModule(PreparedDataModule):
         super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
         self.augmentation = Augmentation(**(augmentation or {}))
         check_whole("augmentation.repeats", self.augmentation.repeats, 1)
+        for name in ("scale", "hflip", "random_erasing", "label_smoothing"):
+            check_number(f"augmentation.{name}", getattr(self.augmentation, name), 1)
+        for name in ("color_jitter", "mixup", "cutmix"):
+            check_number(f"augmentation.{name}", getattr(self.augmentation, name))
+        if self.augmentation.auto_augment is not None:
+            check_augment("augmentation.auto_augment", self.augmentation.auto_augment)
         mixes = self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
         if mixes and self.options.batch_size % 2:
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlabs.data.prepared import read_manifest
@@ -33,8 +35,24 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_whole(name: str, number: Any, least: int) -> None:
     """Raise a UserError unless the option `data.NAME` is a whole number and at least `least`."""
-    if not isinstance(number, int) or number < least:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise UserError(f"data.{name}={number} must be a whole number, at least {least}")
+
+
+def check_number(name: str, value: Any, most: float = math.inf) -> None:
+    """Raise a UserError unless the option `data.NAME` is a number from 0 to `most`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+        raise UserError(
+            f"data.{name}={value} must be a number, " + (f"0 to {most:g}" if most < math.inf else "at least 0")
+        )
+
+
+def check_augment(name: str, value: Any) -> None:
+    """Raise a UserError unless timm can make an augmentation of the option `data.NAME`."""
+    try:
+        create_transform(32, is_training=True, auto_augment=value)
+    except Exception:  # timm asserts, or fails wherever it happens to be
+        raise UserError(f"data.{name}={value} is no augmentation of timm's: write it as rand-m9-n2") from None
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,16 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         check_choice("on_bad", self.on_bad, ("error", "skip"))
         check_whole("batch_size", self.batch_size, 1)
-        check_whole("eval_batch_size", self.eval_batch_size or self.batch_size, 1)
+        check_whole("eval_batch_size", self.batch_size if self.eval_batch_size is None else self.eval_batch_size, 1)
         check_whole("texts_per_image", self.texts_per_image, 1)
         check_whole("bucket_batches", self.bucket_batches, 0)
         check_whole("shuffle_block", self.shuffle_block, 0)
         check_whole("num_workers", self.num_workers, 0)
+        check_whole("seed", self.seed, 0)
+        if not isinstance(self.scaled_decoding, bool):
+            raise UserError(f"data.scaled_decoding={self.scaled_decoding} must be true or false")
+        if self.rand_augment is not None:
+            check_augment("rand_augment", self.rand_augment)
 
 
 def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from vlabs.data.classes import ImageSampler, generators_kept
 from vlabs.data.images import name_of
-from vlabs.data.loading import GroupLoader, check_whole, eval_loader
+from vlabs.data.loading import GroupLoader, check_number, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import IGNORED, check_kind, load_split, read_classes
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
@@ -241,12 +241,19 @@ class MaskDataModule(PreparedDataModule):
             image_size, "", answers=tuple(read_classes(dir)), mean=tuple(image_mean), std=tuple(image_std)
         )
         super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
+        for name, pair in (("crop", crop), ("scale", scale)):
+            if pair is not None and (isinstance(pair, int | float | str) or len(pair) != 2):
+                raise UserError(f"data.{name}={pair} must be two numbers")
         rows, columns = crop if crop is not None else (self.preprocessing.image_size,) * 2
         for side in (rows, columns):
             check_whole("crop", side, 1)
         if short_side is not None:
             check_whole("short_side", short_side, 1)
+        for name, value in (("most", most), ("hflip", hflip), ("photometric", photometric)):
+            check_number(name, value, 1)
         low, high = scale
+        for factor in scale:
+            check_number("scale", factor)
         if not 0 < low <= high:
             raise UserError(f"data.scale={list(scale)} must be two factors above 0, the smaller one first")
         self.short_side = short_side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,10 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # ImageNet's, which METER uses for its Swins.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _is_deviation(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGE_STD
     pad_token_id: int = field(default=1)
     crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, values, fits in (("mean", self.mean, math.isfinite), ("std", self.std, _is_deviation)):
+            if len(values) != 3 or not all(isinstance(value, int | float) and fits(value) for value in values):
+                what = "three numbers" if name == "mean" else "three numbers above 0"
+                raise UserError(f"data.image_{name}={list(values)} must be {what}, one for each channel")
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:

@@ -21,7 +21,7 @@ class Setting:
     Attributes:
         split: of the data.
         out_dir: where what comes out goes.
-        trainer: Lightning's options, see `vlabs.runs.config.make_trainer`.
+        trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
     """
 
     split: str

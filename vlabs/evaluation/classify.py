@@ -11,7 +11,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.utils.files import write_json
 
 _WORST = 5

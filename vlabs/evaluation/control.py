@@ -20,7 +20,7 @@ from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import Interval, bootstrap_interval
 from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.utils.files import write_json, write_text
 
 LAYOUTS = ("pairs", "several")

@@ -16,7 +16,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.statements import told_apart
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.utils.files import write_json, write_text
 
 CHANCE = {1: {"text": 50.0}, 2: {"text": 25.0, "image": 25.0, "group": 100 / 6}}  # by pictures of an example

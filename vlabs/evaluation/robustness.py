@@ -22,7 +22,7 @@ from vlabs.data.loading import eval_loader
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.utils.files import write_json, write_text
 
 ATTACKS = ("fgsm", "pgd")

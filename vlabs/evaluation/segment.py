@@ -25,7 +25,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.segmentation import class_iou, mean_iou
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.tasks.segment import at_size, region_masks, segment_texts
 from vlabs.utils.files import write_json, write_text
 

@@ -16,7 +16,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.statements import consistency
-from vlabs.runs.config import device_of
+from vlabs.runs.trainer import device_of
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.statements import NLVR2Task, SNLIVETask, StatementTask
 from vlabs.utils.files import write_json, write_text

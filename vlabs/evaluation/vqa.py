@@ -12,7 +12,7 @@ from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.vqa import format_table, vqa_accuracy
-from vlabs.runs.config import make_trainer
+from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import Prediction, VQATask
 from vlabs.utils.files import write_json

@@ -1,4 +1,4 @@
-"""Hydra programs that answer a wrong override with one sentence, and resumed runs in their own config."""
+"""Hydra programs that take paths as they are and answer whatever is wrong with one sentence."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-import pytorch_lightning as pl
-import torch
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString, Sweep
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -23,10 +22,10 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
-from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfiler
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from vlabs.errors import UserError, exit_with, run_cli
+from vlabs.errors import UserError, fail, foreseen, run_cli
+from vlabs.runs.trainer import named
+from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
 
 
@@ -39,39 +38,47 @@ def config_dir() -> str:
     raise UserError(f"the configs are missing from the installation at {here}: install vlabs again")
 
 
-def run_hydra(main: Callable[[DictConfig], Any], config_name: str, renamed: Mapping[str, str] | None = None) -> None:
-    """Run `main(config)` as a Hydra program. Errors of the user's become one line and status 1.
+def run_hydra(
+    main: Callable[[DictConfig], Any],
+    config_name: str,
+    renamed: Mapping[str, str] | None = None,
+    prepare: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Run `main(config)` as a Hydra program. Whatever is wrong becomes one line and status 1.
 
     Args:
         main: what to run.
         config_name: the file it is configured by.
         renamed: groups that have a shorter name on the command line: `{"task": "evaluation@task"}`.
+        prepare: makes Hydra's arguments of those of the command line.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours
-    ours = (UserError, HydraException, OmegaConfBaseException)
     renamed = renamed or {}
-    sys.argv[1:] = [_rename(item, renamed) for item in sys.argv[1:]]
 
-    def sentence(error: BaseException) -> str:
+    def tell(error: Exception) -> NoReturn:
         text = explain(error)
+        if text and isinstance(error, OSError) and (option := _option_of(error)):
+            text = f"{option}: {text}"
         for short, group in renamed.items():
-            text = text.replace(f"there is no {group.split('@')[0]}=", f"there is no {short}=")
-        return text
+            text = text and text.replace(f"there is no {group.split('@')[0]}=", f"there is no {short}=")
+        fail(error, text)
 
     @functools.wraps(main)
     def guarded(config: DictConfig) -> Any:
         try:
+            check_values(OmegaConf.to_container(config))
             return main(config)
-        except ours as error:
-            exit_with(sentence(error))  # here, because Hydra adds lines of its own to an exception that reaches it
+        except Exception as error:
+            tell(error)  # here, because Hydra adds lines of its own to an exception that reaches it
 
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
+        sys.argv[1:] = hydra_arguments([_rename(item, renamed) for item in prepare(sys.argv[1:])])
         try:
             program()
-        except ours as error:
-            raise UserError(sentence(error)) from error
+        except Exception as error:
+            tell(error)
 
     run_cli(run)
 
@@ -81,8 +88,69 @@ def _rename(argument: str, renamed: Mapping[str, str]) -> str:
     return f"{renamed[name]}={value}" if equals and name in renamed else argument
 
 
-def explain(error: BaseException) -> str:
-    """One sentence for an error of Hydra or OmegaConf, with the valid choices where it is a wrong name."""
+_PATHS = re.compile(
+    r"\+{0,2}(?:.*\.)?(?:ckpt|init|resume|dir|raw_dir|subdir|tokenizer|instances|several|imagenet_c|human_maps"
+    r"|name_or_path|weights|sets\.[^.]+)"
+)
+"""Options whose value is a path, or may be one."""
+
+
+def hydra_quoted(value: str | Path) -> str:
+    """A text, such as a path, as Hydra reads it back in an override, whatever is in it."""
+    return QuotedString(str(value), Quote.single).with_quotes()
+
+
+def hydra_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line whose paths Hydra reads as they are: `ckpt=runs/lr=0.1` is `ckpt='runs/lr=0.1'`.
+
+    What is there on disk is always a path. Else what Hydra reads as a text stays, quotes, escapes and `${...}` too, and
+    with `-m` a comma separates the values of a sweep. `~` is the home folder.
+    """
+    sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and _PATHS.fullmatch(name) and value:
+            several = sweeping and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
+            values = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value) if several else [value]
+            argument = f"{name}={','.join(_as_path(name, one, sweeping) for one in values)}"
+        result.append(argument)
+    return result
+
+
+def _as_path(name: str, value: str, sweeping: bool) -> str:
+    if _is_there(value):
+        return hydra_quoted(value.replace("${", "\\${"))
+    if value.startswith("~"):
+        value = os.path.expanduser(value)
+    try:
+        read = OverridesParser.create().parse_override(f"{name}={value}").value()
+    except HydraException:
+        return hydra_quoted(value)
+    written = isinstance(read, str) and (read == value or re.search(r"['\"\\]", value))
+    keeps = read is None or written or (sweeping and isinstance(read, Sweep))
+    return value if keeps else hydra_quoted(value)
+
+
+def _is_there(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def path_of(value: str) -> str:
+    """The path that the value of an option says on the command line, without quotes of Hydra's and with the home
+    folder."""
+    if not value or _is_there(value):
+        return value
+    read = OverridesParser.create().parse_override(f"path={_as_path('path', value, sweeping=False)}").value()
+    return "" if read is None else str(read)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error of Hydra or OmegaConf, with the valid choices where it is a wrong name, or as of
+    `foreseen`."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -101,6 +169,13 @@ def explain(error: BaseException) -> str:
                 )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: pass {error.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return _unread(error.override)
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return _wrong_group(str(error))
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        sentence = foreseen(error)
+        return named(sentence) if sentence and sentence.startswith("trainer: ") else sentence
     missing = re.search(
         r"Could not find '(.+)/(.+?)'\s+Available options in '.+?':\s+(.+?)\s+Config search", str(error), re.S
     )
@@ -112,40 +187,45 @@ def explain(error: BaseException) -> str:
         group, choice = unloaded.groups()
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
-    message = str(chain[-1]) if isinstance(error, InstantiationException) else str(error)
-    return re.sub(r"\s+", " ", message.replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+    if isinstance(error, InstantiationException):
+        where = re.search(r"^full_key: (\S+)", str(error), re.M)
+        said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
+        return f"{where[1]}: {said}" if where else said
+    return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 
-_PROFILERS: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+def _option_of(error: OSError) -> str:
+    """The option on the command line whose path an error of the system is about, if any."""
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        if equals and _PATHS.fullmatch(name) and isinstance(error.filename, str):
+            path, about = Path(os.path.abspath(path_of(value))), Path(os.path.abspath(error.filename))
+            if path.is_relative_to(about) or about.is_relative_to(path):
+                return f"{name}={path_of(value)}"
+    return ""
 
 
-def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
-    """Lightning's trainer from the group `trainer`; vlabs shares batches out over devices itself.
-
-    Raises:
-        UserError: Lightning does not take an option's value.
-    """
-    for name in ("max_epochs", "max_steps", "num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
-        if not isinstance(config.get(name), int | None):
-            raise UserError(f"trainer.{name}={config.get(name)} must be a whole number")
-    profiler = config.get("profiler")
-    if isinstance(profiler, str):
-        if profiler not in _PROFILERS:
-            raise UserError(f"trainer.profiler={profiler} must be one of {', '.join(_PROFILERS)}, or null")
-        parts["profiler"] = _PROFILERS[profiler](parts.get("default_root_dir"), "profile")
-    try:
-        trainer: pl.Trainer = instantiate(config, _partial_=True, _convert_="all")(
-            use_distributed_sampler=False, enable_model_summary=False, **parts
-        )
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise UserError(f"trainer: {error}") from None
-    return trainer
+def _wrong_group(message: str) -> str:
+    """What Hydra says of a group whose choice is no name, with the group."""
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        folder = Path(config_dir()) / name.lstrip("+").split("@")[0]
+        if equals and folder.is_dir() and not re.fullmatch(r"\[.*\]|[A-Za-z]\w*", value.replace("null", "")):
+            if not name:
+                return _unread(argument.removeprefix("="))
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            return f"{argument}: {name} is a group of options, choose one of {names}"
+    return message
 
 
-def device_of(config: DictConfig) -> str:
-    """The device for what is computed without Lightning's loops, by the option `trainer.accelerator`."""
-    wanted = str(config.get("accelerator", "auto"))
-    return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
+def _unread(override: str) -> str:
+    """What to do about an override that Hydra cannot read."""
+    name, equals, value = override.partition("=")
+    if not equals:
+        return f"'{override}' is no option: write NAME=VALUE"
+    quoted = f"{name}={hydra_quoted(value)}"
+    quoted = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+    return f"{override}: this value cannot be read as it is; if it is a text, put it in quotes: {quoted}"
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 import wandb
@@ -181,7 +181,11 @@ def _is_of_validation(row: dict[str, str]) -> bool:
 
 
 def wandb_logger(
-    project: str, save_dir: str | Path, name: str | None = None, group: str | None = None, mode: str | None = None
+    project: str,
+    save_dir: str | Path,
+    name: str | None = None,
+    group: str | None = None,
+    mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> WandbLogger:
     """Log to Weights & Biases: online when the user is logged in and W&B answers, else offline. Never asks.
 
@@ -192,12 +196,14 @@ def wandb_logger(
         mode: `online` or `offline` to decide it; W&B's own WANDB_MODE decides before that.
     """
     save_dir = Path(save_dir)
-    mode = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
+    wanted = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
+    if wanted not in ("online", "offline", "disabled", "shared", "dryrun", "run"):
+        raise UserError(f"WANDB_MODE={wanted}: choose one of online, offline, disabled")
     run_id = _run_id(save_dir / "wandb")
     # A lost connection must not hold a run at its end: what was not sent by then is on disk.
     waits = {
-        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
-        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", 300)),
+        "init_timeout": _seconds("WANDB_INIT_TIMEOUT", 60),
+        "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", 300),
     }
 
     def make(mode: str) -> WandbLogger:
@@ -207,18 +213,26 @@ def wandb_logger(
             settings=settings,
         )  # fmt: skip
 
-    logger = make(mode)
+    logger = make(wanted)
     why = "not logged in"
-    if mode == "online" and is_rank_zero():
+    if wanted == "online" and is_rank_zero():
         try:
             logger.experiment  # noqa: B018  it connects
         except wandb.errors.Error as error:
-            why, mode = f"cannot be reached or refuses ({one_line(str(error))})", "offline"
+            why, wanted = f"cannot be reached or refuses ({one_line(str(error))})", "offline"
             wandb.teardown()
-            logger = make(mode)
-    if mode == "offline":
+            logger = make(wanted)
+    if wanted == "offline":
         say(f"W&B: {why}, so this run is recorded offline; upload it with `wandb sync {save_dir}/wandb/offline-run-*`")
     return logger
+
+
+def _seconds(variable: str, otherwise: float) -> float:
+    given = os.environ.get(variable) or otherwise
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"{variable}={given} must be a number of seconds") from None
 
 
 def remember_run_id(logger: WandbLogger) -> None:

@@ -52,6 +52,12 @@ class Recipe:
                 raise UserError(f"task.recipe.lr.{part}={rate} must be a number, at least 0")
         if not 0 <= self.warmup < 1:
             raise UserError(f"task.recipe.warmup={self.warmup} must be a share of the steps, in [0, 1)")
+        if self.weight_decay < 0:
+            raise UserError(f"task.recipe.weight_decay={self.weight_decay} must be at least 0")
+        if self.eps <= 0:
+            raise UserError(f"task.recipe.eps={self.eps} must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"task.recipe.betas={list(self.betas)} must be two numbers in [0, 1)")
 
     def optimizer(self, module: nn.Module, lr_group: Callable[[str], str]) -> AdamW:
         """AdamW over the trainable parameters of a task, in groups `part` and `part/no_decay`.

@@ -58,6 +58,9 @@ class VisionLanguageTask(Task):
     ) -> None:
         super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora)
         has_prior = model.prior is not None
+        reconstruction_weight = check_weight("reconstruction_weight", reconstruction_weight)
+        prior_weight = check_weight("prior_weight", prior_weight)
+        prior_bottom_up_weight = check_weight("prior_bottom_up_weight", prior_bottom_up_weight)
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         # Where ξ steers nothing, there is no second pass for it to be compared with.
         self.prior_weight = prior_weight if model.vision.needs_prior else 0.0

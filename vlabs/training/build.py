@@ -22,10 +22,11 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.runs.config import make_trainer, plain, recorded, save_config
+from vlabs.runs.config import plain, recorded, save_config
 from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id, say
 from vlabs.runs.record import Record, resumable
+from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
@@ -202,7 +203,10 @@ def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
             continue
         if "_target_" not in options:
             raise UserError(f"callbacks.{name} names no class: pass +callbacks.{name}._target_=..., or null for none")
-        callbacks.append(instantiate(options, _convert_="all"))
+        callback = instantiate(options, _convert_="all")
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks.{name}: {options._target_} makes no callback of Lightning's")
+        callbacks.append(callback)
     wants_bar = bool(trainer.get("enable_progress_bar"))
     return [callback for callback in callbacks if wants_bar or not isinstance(callback, ProgressBar)]
 
@@ -274,11 +278,19 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
         for name in ("num_answers", "num_labels"):
             if head.get(name, 0) is None:
                 head[name] = answers
+            elif answers and head.get(name, answers) != answers:
+                raise UserError(
+                    f"model.head.{name}={head[name]}: {data.dir} has {answers}; pass null to take its number"
+                )
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
-        for part in (vision, decoder):
+        for where, part in (("vision", vision), ("decoder", decoder)):
             if part.get("num_classes", 0) is None:
                 part.num_classes = answers
+            elif answers and part.get("num_classes", 0) not in (0, answers):
+                raise UserError(
+                    f"model.{where}.num_classes={part.num_classes}: {data.dir} has {answers}; pass null to take its number"
+                )
 
 
 def _check_fit(model: Any, data: PreparedDataModule) -> None:
@@ -287,6 +299,8 @@ def _check_fit(model: Any, data: PreparedDataModule) -> None:
     A model whose ξ depends on the padding gets its texts padded to one length.
     """
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
+    if data.pictures >= (types := getattr(model, "fusion", None) and model.fusion.token_type.num_embeddings or 99):
+        raise UserError(f"model.fusion.pictures={types - 1}: the texts are about {data.pictures} pictures each")
     known = model.text.vocab_size
     if data.preprocessing.vocab_size > known:
         raise UserError(

@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
 
-from vlabs.runs.config import make_trainer
 from vlabs.runs.logging import say
+from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
 
 # Batches that are measured, after those that warm up.
@@ -62,7 +62,7 @@ def plan_run(config: DictConfig, task: Task, data: pl.LightningDataModule) -> di
         accumulate = int(config.trainer.accumulate_grad_batches)
         short.limit_train_batches = _WARM_UP + max(_MEASURED, accumulate)
         short.limit_val_batches, short.num_sanity_val_steps = _VALIDATION, 0
-        short.enable_progress_bar, short.log_every_n_steps = False, 1
+        short.enable_progress_bar, short.log_every_n_steps, short.overfit_batches = False, 1, 0.0
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
@@ -80,14 +80,15 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
     options = config.trainer
     accumulate, devices = int(options.accumulate_grad_batches), trainer.world_size
     loader = data.train_dataloader()
-    batches = _limited(len(loader), options.limit_train_batches)
+    few = options.get("overfit_batches") or None
+    batches = _limited(len(loader), few or options.limit_train_batches)
     steps_an_epoch = math.ceil(batches / accumulate)
     epochs = int(options.max_epochs) if options.max_epochs is not None and options.max_epochs >= 0 else 1000
     steps = steps_an_epoch * epochs
     if options.max_steps is not None and 0 <= options.max_steps < steps:
         steps = int(options.max_steps)
     second = statistics.median(clock.training[_WARM_UP:] or clock.training)
-    checked = _limited(len(data.val_dataloader()), options.limit_val_batches)
+    checked = _limited(len(data.val_dataloader()), few or options.limit_val_batches)
     validation = checked * statistics.median(clock.validation) if clock.validation else 0.0
     validations = steps / steps_an_epoch / (options.check_val_every_n_epoch or 1)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)

@@ -49,7 +49,8 @@ class FiniteGradients(pl.Callback):
         """
         texts, self.seen = self.seen, []
         norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
             pl_module.log("train/gradient_norm", norm)
         if gradient_scaler(trainer) is not None:
             return

@@ -60,7 +60,8 @@ class SamplesPerSecond(pl.Callback):
         self.seconds += now - self.last
         self.last = now
         self.samples += count
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (batch_idx + 1) % every == 0:
             pl_module.log("train/samples_per_second", self.samples / (now - self.since))
             self.samples, self.since = 0, now
 
