@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import errno
 import os
 import re
@@ -64,8 +65,9 @@ def run_cli(main: Callable[[], None]) -> None:
     """Run a command line program. Whatever is wrong becomes one line and status 1, Ctrl-C status 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever the terminal's encoding, what it lacks is written out
-            stream.reconfigure(errors="backslashreplace")
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # Hydra's parser too
+            with contextlib.suppress(OSError):  # of a stream that is not where it was opened
+                stream.reconfigure(errors="backslashreplace")
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's parser too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
         try:
@@ -96,7 +98,7 @@ def foreseen(error: BaseException) -> str | None:
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
             f"memory ran out ({text}): give it less at a time (vlabs.train: a smaller data.batch_size, with "
-            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or --device cpu"
+            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or the CPU"
         )
     if isinstance(error, OSError) or "OSError" in kinds:
         return _of_the_system(error, text)

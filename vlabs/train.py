@@ -119,7 +119,7 @@ def train(config: DictConfig, record: Record) -> dict[str, Any]:
         record: of the run.
     """
     check_type("plan", config.plan, bool)
-    check_type("init_by", OmegaConf.to_container(config).get("init_by"), list[str] | None)
+    check_type("init_by", plain(config).get("init_by"), list[str] | None)
     resumed = _last(config, record.folder)
     if resumed is not None:
         record.take_over(resumed.callbacks.get(Recorder.__qualname__, {}).get("summary", {}))

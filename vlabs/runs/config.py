@@ -188,9 +188,9 @@ def explain(error: BaseException) -> str | None:
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
     if isinstance(error, InstantiationException):
-        where = re.search(r"^full_key: (\S+)", str(error), re.M)
+        key = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
-        return f"{where[1]}: {said}" if where else said
+        return f"{key[1]}: {said}" if key else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 

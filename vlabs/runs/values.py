@@ -39,9 +39,9 @@ def check_values(config: Any, path: str = "") -> None:
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             check_values(value, inner)
-            if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < 1:
-                if not (name == "num_classes" and value == 0):
-                    raise UserError(f"{inner}={as_given(value)} must be a whole number, at least 1")
+            least = 0 if name == "num_classes" else 1
+            if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < least:
+                raise UserError(f"{inner}={as_given(value)} must be a whole number, at least {least}")
             if name == "seed" and not _is_open(value):
                 check_seed(inner, value)
             if name in hints and not (value is None and name in _FILLED_IN):
@@ -65,7 +65,11 @@ def _hints(target: Any) -> dict[str, Any]:
     own = {} if inspect.isclass(found) else typing.get_type_hints(found)
     made = own.get("return", found)
     kinds = reversed(made.__mro__) if inspect.isclass(made) else ()
-    makers = [kind.__init__ for kind in kinds if kind.__module__.startswith("vlabs.")]
+    makers = [
+        kind.__init__  # type: ignore[misc]
+        for kind in kinds
+        if kind.__module__.startswith("vlabs.")
+    ]
     return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()} | own
 
 
