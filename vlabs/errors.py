@@ -10,10 +10,15 @@ class UserError(Exception):
     """Bad input. The message is one sentence that names the file or option and says what to do."""
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may have it: what steers a terminal, or is no character at all, is written out."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def one_line(message: str) -> str:
     """A message without line breaks; of an error that a loader process passed on, only what it says."""
     message = message.rsplit("vlabs.errors.UserError: ", 1)[-1]
-    return " ".join(message.split())
+    return printable(" ".join(message.split()))
 
 
 def exit_with(message: str) -> None:

@@ -132,10 +132,9 @@ class AbSViT(nn.Module):
             raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
         if stem == "conv" and architecture in backbones.OWN:
             raise UserError(f"{architecture} has a stem of its own: leave stem out")
-        if stem == "conv":
-            vit_options["embed_layer"] = partial(_conv_stem, stride=patch_size)
         self.backbone = backbones.create(
             architecture,
+            embed_layer=partial(_conv_stem, stride=patch_size) if stem == "conv" else None,
             img_size=img_size,
             patch_size=patch_size,
             global_pool=global_pool,

@@ -7,16 +7,17 @@ is known how pictures and texts are read, `preprocessing.json` and `tokenizer.js
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
 import safetensors.torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from vlabs.errors import UserError, one_line
 from vlabs.models.registry import restore
+from vlabs.utils.plain import parse_json, read_text
 
 CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER = "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER, "README.md")
@@ -55,7 +56,11 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
             options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
             folder = download(model_id, revision, token=token, **options)
         header = read_header(folder)
-        model = restore(header["architecture"], read_weights(folder))
+        weights = read_weights(folder)
+        try:
+            model = restore(header["architecture"], weights)
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG} does not fit {WEIGHTS}: {error}") from None
         if not isinstance(model, cls):
             raise UserError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
         model.about = {name: value for name, value in header.items() if name != "architecture"}
@@ -115,17 +120,31 @@ def read_header(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no such folder.
     """
+    _check_files(folder)
     header = _read_json(folder / CONFIG)
     if not isinstance(header, dict) or "architecture" not in header:
         raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it does not say its architecture")
-    if (folder / PREPROCESSING).is_file():
+    if (folder / PREPROCESSING).exists():
         preprocessing = _read_json(folder / PREPROCESSING)
         if not isinstance(preprocessing, dict):
             raise UserError(f"{folder / PREPROCESSING} is damaged: it holds no preprocessing")
-        tokenizer = folder / TOKENIZER
-        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
+        text = read_text(folder / TOKENIZER) if (folder / TOKENIZER).exists() else ""
         header["preprocessing"] = preprocessing | {"tokenizer": text}
     return header
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
+    root = Path(os.path.realpath(folder))
+    inside = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        inside.append(root.parent.parent / "blobs")  # the hub's cache, whose folders are of links
+    for name in FILES:
+        path, real = folder / name, Path(os.path.realpath(folder / name))
+        if not any(real.is_relative_to(one) for one in inside):
+            raise UserError(f"{path} is a link out of its folder, to {real}: a model's folder holds its own files")
+        if os.path.lexists(path) and not real.is_file():
+            raise UserError(f"{path} is no regular file")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -136,7 +155,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     try:
         return safetensors.torch.load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
+    except Exception as error:  # a damaged file makes the reader fail in every way there is
         raise UserError(f"{folder / WEIGHTS} is not a whole safetensors file: {one_line(str(error))}") from None
 
 
@@ -145,9 +164,4 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it is part of a model's folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(str(error))}") from None
+    return parse_json(read_text(path), str(path))
