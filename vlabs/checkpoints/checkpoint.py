@@ -26,7 +26,7 @@ import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header
+from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header, read_weights
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
 from vlabs.models.segmentation import Segmenter
@@ -221,9 +221,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        content: dict[str, Any] = {"state_dict": safetensors.torch.load_file(path)}
     except Exception as error:  # a damaged file makes the reader fail in every way there is
         raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
+    content: dict[str, Any] = {"state_dict": read_weights(path)}
     if "vlabs" in metadata:
         content["vlabs"] = parse_json(metadata["vlabs"], f"{path}: its header")
     elif path.name == WEIGHTS and (path.parent / CONFIG).is_file():
@@ -271,7 +271,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_sizes(content: dict[str, Any], size: int) -> None:
-    """Raise an error if a tensor anywhere is not plain, or larger than what there is of it in a file of `size` bytes."""
+    """Raise an error if a tensor anywhere is not plain, or there is less of it in a file of `size` bytes."""
     left, seen, total = [content], set(), 0
     while left:
         one: Any = left.pop()

@@ -173,7 +173,9 @@ def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
 
 def _three(low: float, what: str) -> tuple[Callable[[Any], bool], str]:
     def is_valid(value: Any) -> bool:
-        numbers = isinstance(value, list | tuple) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        numbers = (
+            isinstance(value, list | tuple) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        )
         return numbers and all(low < one < 1000 for one in value)
 
     return is_valid, what

@@ -7,7 +7,6 @@ is known how pictures and texts are read, `preprocessing.json` and `tokenizer.js
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vlabs.errors import UserError, one_line
 from vlabs.models.registry import restore
-from vlabs.utils.plain import parse_json, read_text
+from vlabs.utils.plain import check_files, parse_json, read_text
 
 CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER = "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER, "README.md")
@@ -56,7 +55,7 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
             options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
             folder = download(model_id, revision, token=token, **options)
         header = read_header(folder)
-        weights = read_weights(folder)
+        weights = read_weights(folder / WEIGHTS)
         try:
             model = restore(header["architecture"], weights)
         except UserError as error:
@@ -120,7 +119,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no such folder.
     """
-    _check_files(folder)
+    check_files(folder, FILES)
     header = _read_json(folder / CONFIG)
     if not isinstance(header, dict) or "architecture" not in header:
         raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it does not say its architecture")
@@ -133,30 +132,16 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _check_files(folder: Path) -> None:
-    """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
-    root = Path(os.path.realpath(folder))
-    inside = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        inside.append(root.parent.parent / "blobs")  # the hub's cache, whose folders are of links
-    for name in FILES:
-        path, real = folder / name, Path(os.path.realpath(folder / name))
-        if not any(real.is_relative_to(one) for one in inside):
-            raise UserError(f"{path} is a link out of its folder, to {real}: a model's folder holds its own files")
-        if os.path.lexists(path) and not real.is_file():
-            raise UserError(f"{path} is no regular file")
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a model's folder.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
-        UserError: they are not there, or damaged.
+        UserError: it is not there, or damaged.
     """
     try:
-        return safetensors.torch.load_file(folder / WEIGHTS)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # a damaged file makes the reader fail in every way there is
-        raise UserError(f"{folder / WEIGHTS} is not a whole safetensors file: {one_line(str(error))}") from None
+        raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -138,10 +138,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def restore(spec: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> nn.Module:
     """Build the module that a spec describes and fill it with weights.
 
     A spec that asks for more memory or time than there are weights for gets none: shapes alone are built first.
+
+    Args:
+        left_over: weights may be there that the module has no place for.
 
     Raises:
         UserError: the spec names what vlabs does not have, or the weights are not its.
@@ -151,6 +154,8 @@ def restore(spec: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     try:
         with torch.device("meta"), _no_more_parameters_than(4 * len(weights) + 100):
             model = build(spec)
+        if left_over:
+            weights = {name: weights[name] for name in model.state_dict() if name in weights}
         _check_shapes(model, weights)
         module = build(spec)
         module.load_state_dict(weights)
@@ -192,7 +197,7 @@ def _no_more_parameters_than(most: int) -> Iterator[None]:
 
 
 def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raise a UserError for weights that are missing, left over or of another shape, and for buffers beyond all size."""
+    """Raise a UserError for weights that are missing, left over or of another shape, and for huge buffers."""
     wanted = model.state_dict()
     wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
     wrong += [name for name in weights if name not in wanted]

@@ -27,6 +27,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfil
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vlabs.errors import UserError, exit_with, run_cli
+from vlabs.runs.trusted import check_config
 from vlabs.utils.files import replacing
 
 
@@ -68,6 +69,7 @@ def run_hydra(main: Callable[[DictConfig], Any], config_name: str, renamed: Mapp
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
+        sys.argv[1:] = check_config(sys.argv[1:], config_name, Path(config_dir()))
         try:
             program()
         except ours as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,20 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is damaged: it is no UTF-8") from None
 
 
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
+    root = Path(os.path.realpath(folder))
+    inside = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        inside.append(root.parent.parent / "blobs")  # the hub's cache, whose folders are of links
+    for name in names:
+        path, real = folder / name, Path(os.path.realpath(folder / name))
+        if not any(real.is_relative_to(one) for one in inside):
+            raise UserError(f"{path} is a link out of its folder, to {real}: a model's folder holds its own files")
+        if os.path.lexists(path) and not real.is_file():
+            raise UserError(f"{path} is no regular file")
+
+
 def parse_json(text: str, name: str) -> Any:
     """What a JSON text holds.
 
@@ -50,14 +66,20 @@ def parse_json(text: str, name: str) -> Any:
     return value
 
 
-def check_plain(value: Any, name: str) -> None:
-    """Raise a UserError unless a value is nested lists and dictionaries of texts, finite numbers and nothing else."""
+def check_plain(value: Any, name: str, most: int = _MOST, finite: bool = True) -> None:
+    """Raise a UserError unless a value is nested lists and dictionaries of texts and numbers, and nothing else.
+
+    Args:
+        name: of the file, for messages.
+        most: values in all; what occurs several times counts so often.
+        finite: numbers must be.
+    """
     left = [(value, 0)]
     count = 0
     while left:
         one, depth = left.pop()
         count += 1
-        if depth > _DEEPEST or count > _MOST:
+        if depth > _DEEPEST or count > most:
             raise UserError(f"{name} is not plain data: it is nested too deeply, or larger than any that vlabs writes")
         if isinstance(one, dict):
             if not all(isinstance(key, str) for key in one):
@@ -65,7 +87,7 @@ def check_plain(value: Any, name: str) -> None:
             left += [(inner, depth + 1) for inner in one.values()]
         elif isinstance(one, list | tuple):
             left += [(inner, depth + 1) for inner in one]
-        elif isinstance(one, float) and not math.isfinite(one):
+        elif isinstance(one, float) and finite and not math.isfinite(one):
             raise UserError(f"{name} is not plain data: a number in it is {one}")
         elif not (one is None or isinstance(one, bool | int | float | str)):
             raise UserError(f"{name} is not plain data: it holds a {type(one).__name__}")
