@@ -20,14 +20,14 @@ from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-from vlabs.errors import one_line
+from vlabs.errors import one_line, show
 from vlabs.utils.ranks import is_rank_zero
 
 
 @rank_zero_only
 def say(message: str) -> None:
     """Print a line of a run's own, once whatever the number of processes."""
-    print(message, flush=True)
+    show(message, flush=True)
 
 
 def quiet_lightning() -> None:

@@ -35,17 +35,24 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is damaged: it is no UTF-8") from None
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is in a folder; in the hub's cache, whose folders are of links, in its blobs."""
+    root, real = (Path(os.path.realpath(one)) for one in (folder, path))
+    inside = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
+        inside.append(root.parent.parent / "blobs")
+    return any(real.is_relative_to(one) for one in inside)
+
+
 def check_files(folder: Path, names: Sequence[str]) -> None:
     """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
-    root = Path(os.path.realpath(folder))
-    inside = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        inside.append(root.parent.parent / "blobs")  # the hub's cache, whose folders are of links
     for name in names:
-        path, real = folder / name, Path(os.path.realpath(folder / name))
-        if not any(real.is_relative_to(one) for one in inside):
-            raise UserError(f"{path} is a link out of its folder, to {real}: a model's folder holds its own files")
-        if os.path.lexists(path) and not real.is_file():
+        path = folder / name
+        if not is_inside(path, folder):
+            raise UserError(
+                f"{path} is a link out of its folder, to {os.path.realpath(path)}: put the file itself there"
+            )
+        if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is no regular file")
 
 
