@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -172,8 +173,12 @@ def _check_fit(
     """Raise a UserError if pictures or texts, read as a checkpoint says, are none that its model takes."""
     if not isinstance(model, Segmenter):
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
-        if (side := vision.spec.get("img_size")) != preprocessing.image_size:
+        spec: dict[str, Any] = vision.spec  # type: ignore[assignment]
+        if (side := spec.get("img_size")) != preprocessing.image_size:
             raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
+    known, wanted = len(preprocessing.answers), _answers_of(model)
+    if wanted is not None and known != wanted:
+        raise UserError(f"it tells {wanted} answers apart, and its preprocessing names {known}")
     short = data.get("short_side")
     if short is not None and not (type(short) is int and 1 <= short <= 8192):
         raise UserError(f"its data's short_side={short!r} must be a whole number of pixels")
@@ -189,6 +194,17 @@ def _check_fit(
         raise UserError(
             f"its preprocessing makes {preprocessing.max_length} tokens, and its text encoder takes {text.max_length}"
         )
+
+
+def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
+    """How many answers, labels or classes a model tells apart; None where they have no names."""
+    if isinstance(model, Segmenter):
+        return int(model.decoder.spec["num_classes"]) if model.text is None else None
+    if isinstance(model, AbSViTClassifier):
+        return int(model.encoder.spec["num_classes"])
+    spec: dict[str, Any] = getattr(model.head, "spec", {})
+    size = {"VQAHead": "num_answers", "LabelHead": "num_labels"}.get(spec.get("class", ""))
+    return None if size is None else int(spec[size])
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -226,7 +242,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = {"state_dict": read_weights(path)}
     if "vlabs" in metadata:
         content["vlabs"] = parse_json(metadata["vlabs"], f"{path}: its header")
-    elif path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+    elif path.name == WEIGHTS and os.path.lexists(path.parent / CONFIG):
         # A folder as on the hub: weights by the model's own names.
         content["vlabs"] = read_header(path.parent)
         content["state_dict"] = {f"model.{name}": value for name, value in content["state_dict"].items()}
@@ -275,13 +291,10 @@ def _check_sizes(content: dict[str, Any], size: int) -> None:
     left, seen, total = [content], set(), 0
     while left:
         one: Any = left.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, dict):
-            left += one.values()
-        elif isinstance(one, list | tuple):
-            left += one
+        if isinstance(one, dict | list | tuple):
+            if id(one) not in seen:
+                left += one.values() if isinstance(one, dict) else one
+            seen.add(id(one))
         elif isinstance(one, Tensor):
             if one.layout is not torch.strided or one.is_quantized or one.device.type != "cpu":
                 raise ValueError(f"a tensor in it is {one.layout} on {one.device.type}, not plain")

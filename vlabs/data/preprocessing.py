@@ -67,7 +67,8 @@ class Preprocessing:
             is_valid, what = _VALID[name]
             if not is_valid(value):
                 raise UserError(f"the preprocessing's {name} must be {what}, and is {str(value)[:40]!r}")
-        made = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
+        made = cls(**values)
         if made.tokenizer:
             made.check_tokenizer()
         return made
