@@ -173,8 +173,7 @@ def _check_fit(
     """Raise a UserError if pictures or texts, read as a checkpoint says, are none that its model takes."""
     if not isinstance(model, Segmenter):
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
-        spec: dict[str, Any] = vision.spec  # type: ignore[assignment]
-        if (side := spec.get("img_size")) != preprocessing.image_size:
+        if (side := vision.spec.get("img_size")) != preprocessing.image_size:
             raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
     known, wanted = len(preprocessing.answers), _answers_of(model)
     if wanted is not None and known != wanted:

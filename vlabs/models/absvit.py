@@ -111,6 +111,7 @@ class AbSViT(nn.Module):
         UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`.
     """
 
+    spec: dict[str, Any]
     has_bottom_up = True
 
     def __init__(
