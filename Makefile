@@ -1,6 +1,7 @@
 # make demo: set up, fine-tune a small AbSViT on the embedded corpus, evaluate it, leave a picture (under 8 minutes on 2 cores).
 # make web: set up, and serve a web page where the model that comes with vlabs answers questions (no network).
 # make test: set up and run the tests.
+# make test-oldest: install the oldest versions that pyproject.toml allows, in .venv-oldest, and run the core of the tests.
 # make docs: set up and build the site in site/.
 #
 # TORCH=cpu: PyTorch without CUDA, from its own index: a small part of the download. LOCKED=1: the exact versions that
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo web test lint docs lock setup clean
+.PHONY: demo web test test-oldest lint docs lock setup clean
 
 # What the demo needs; the page, and tests, lint and documentation, need more.
 setup: .venv/.installed
@@ -48,6 +49,17 @@ web: .venv/.web
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# Models, checkpoints, what files of others may do, and a training, its evaluation and going on with it.
+CORE := models backbones pretrained released hub damaged security registry data train resume lora prepare_datasets
+
+.venv-oldest/.installed: pyproject.toml | .venv/.dev
+	$(BIN)/uv venv -q --clear --python $(BIN)/python .venv-oldest
+	VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install -q --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist loadfile $(wildcard $(CORE:%=tests/test_%.py))
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +75,4 @@ lock: .venv/.dev
 	    --no-annotate --no-emit-index-url --quiet --constraints .venv/constraints.txt --output-file requirements.lock
 
 clean:
-	rm -rf .venv $(DEMO) outputs data site
+	rm -rf .venv .venv-oldest $(DEMO) outputs data site

@@ -24,6 +24,7 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_prep.hub_datasets import check_sources, read_picture
 from data_prep.images import members, open_tar
 from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli
@@ -284,6 +285,7 @@ def dataset_units(name: str, image: str, label: str) -> tuple[list[Unit], list[P
     Raises:
         UserError: it cannot be had, or has no such columns.
     """
+    check_sources(Path(name))
     try:
         local = Path(name).is_dir()
         loaded = datasets.load_from_disk(name) if local else datasets.load_dataset(name)
@@ -299,20 +301,20 @@ def dataset_units(name: str, image: str, label: str) -> tuple[list[Unit], list[P
     feature = next(iter(splits.values())).features[label]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     units = [
-        Unit(split, split, lambda rows=rows: _of_dataset(rows, image, label, names))  # type: ignore[misc]
+        Unit(split, split, lambda rows=rows: _of_dataset(rows, image, label, names, Path(name)))  # type: ignore[misc]
         for split, rows in splits.items()
     ]
     return units, [Path(name)] if local else [], names
 
 
-def _of_dataset(rows: Any, image: str, label: str, names: list[str] | None) -> Iterator[Entry]:
+def _of_dataset(rows: Any, image: str, label: str, names: list[str] | None, folder: Path) -> Iterator[Entry]:
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     for row in rows.select_columns([image, label]):
         picture = row[image]
         content = picture["bytes"] if isinstance(picture, dict) else picture
         if content is None:
-            content = Path(picture["path"]).read_bytes()
+            content = read_picture(f"--dataset {folder}", str(picture["path"]), folder)
         yield Entry(names[row[label]] if names is not None else str(row[label]), image=content)
 
 

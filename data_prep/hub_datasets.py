@@ -6,26 +6,30 @@ kept once. A stream that was cut off goes on after the last whole row.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
+import yaml
+from huggingface_hub import metadata_load
 from tqdm import tqdm
 
 from vlabs.errors import UserError, one_line
 from vlabs.utils.files import replacing
+from vlabs.utils.plain import is_inside
 
 FIELDS = (
     "image", "question", "caption", "answers", "question_id", "caption_id", "question_type", "answer_type", "boxes"
 )  # fmt: skip
 _LISTED = ("question", "caption")  # a list of them in a row is as many rows
+_LARGEST = 256 * 2**20  # bytes of a picture's file
 _SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
 
 
@@ -92,16 +96,17 @@ def write_table(source: Source, folder: Path) -> Path:
         streams = _open(source)
         for split, rows in streams.items():
             columns = _columns(source, rows, split)
-            if rows.features is not None and isinstance(rows.features.get(columns["image"]), datasets.Image):
-                # Its bytes as they are, neither decoded nor compressed again.
-                rows = rows.cast_column(columns["image"], datasets.Image(decode=False))
+            rows = rows.decode(False)  # pictures are bytes as they are, and no decoder is started
             own = None if list(streams) == ["train"] else split  # one split is divided as a table without any is
             start = done.get(split, 0)
             progress = tqdm(rows.skip(start), unit="row", desc=f"{source.name} ({split})", initial=start)
             try:
                 for number, row in enumerate(progress, start=start):
                     where = f"--dataset {source.name}, {split}, row {number}"
-                    entry = {"row": [split, number], "entries": list(_entries(where, row, columns, own, images))}
+                    entry = {
+                        "row": [split, number],
+                        "entries": list(_entries(where, row, columns, own, images, Path(source.name))),
+                    }
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                     if number % 1000 == 0:
                         file.flush()
@@ -140,6 +145,7 @@ def _whole_rows(table: Path) -> dict[str, int]:
 def _open(source: Source) -> dict[str, Any]:
     """Its splits by the names that they get, as streams."""
     name = source.name
+    check_sources(Path(name))
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -195,11 +201,11 @@ def _value(row: Any, path: str) -> Any:
 
 
 def _entries(
-    where: str, row: dict[str, Any], columns: dict[str, str], split: str | None, images: Path
+    where: str, row: dict[str, Any], columns: dict[str, str], split: str | None, images: Path, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """The lines of the table that a row of the data set makes: one a question or caption."""
     values = {one: _value(row, column) for one, column in columns.items()}
-    picture = _keep(where, values.pop("image"), images)
+    picture = _keep(where, values.pop("image"), images, folder)
     values = {one: value for one, value in values.items() if value is not None}
     asked = next((one for one in _LISTED if one in values), None)
     if asked is None:
@@ -221,19 +227,55 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-def _keep(where: str, value: Any, images: Path) -> str:
+def read_picture(where: str, path: str, folder: Path) -> bytes:
+    """The file that a row of a data set names in the place of a picture's bytes.
+
+    Args:
+        where: the row, for messages.
+        folder: of the data set; what lies outside is not read, whatever a row says.
+
+    Raises:
+        UserError: it is not there, outside, no regular file, or larger than any picture.
+    """
+    file = folder / path
+    try:
+        if not folder.is_dir() or not is_inside(file, folder):
+            raise UserError(f"{where} names the image {path}, which is not in the folder of the data set")
+        if not file.is_file() or file.stat().st_size > _LARGEST:
+            raise UserError(f"{where}: the image {path} is not there, or is no picture's file")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: the image {path} cannot be read: {one_line(str(error))}") from None
+
+
+def check_sources(folder: Path) -> None:
+    """Raise a UserError if a local data set says that its files are elsewhere, from where `datasets` would read them.
+
+    Args:
+        folder: of the data set; for a name on the hub there is none.
+    """
+    said: list[tuple[Path, Any]] = []
+    for file in (folder / "README.md", folder / ".huggingface.yaml"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # which datasets itself says then
+            text = file.read_text(encoding="utf-8")
+            said.append((file, metadata_load(file) if file.suffix == ".md" else yaml.safe_load(text)))
+    for file in (folder / "state.json", *folder.glob("*/state.json")):
+        with contextlib.suppress(OSError, ValueError):
+            said.append((file, {"configs": json.loads(file.read_text(encoding="utf-8")).get("_data_files")}))
+    for file, content in said:
+        configs = content.get("configs") if isinstance(content, dict) else None
+        if found := re.search(r'"([^"]*://[^"]*|/[^"]*|([^"]*/)?\.\.(/[^"]*)?)"', json.dumps(configs, default=str)):
+            raise UserError(
+                f"{file} says that the data set's files are elsewhere ({found[1]}): copy them into {folder}"
+            )
+
+
+def _keep(where: str, value: Any, images: Path, folder: Path) -> str:
     """Write a picture once, by its content, and return its path in the table's folder."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, Image.Image):
-        file = io.BytesIO()
-        value.save(file, "PNG")
-        value = file.getvalue()
     if isinstance(value, str):
-        try:
-            value = Path(value).read_bytes()
-        except OSError as error:
-            raise UserError(f"{where}: the image {value} cannot be read: {error.strerror}") from None
+        value = read_picture(where, value, folder)
     if not isinstance(value, bytes):
         raise UserError(f"{where} has no image, but {type(value).__name__}")
     digest = hashlib.sha256(value).hexdigest()

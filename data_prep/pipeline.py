@@ -48,7 +48,7 @@ from data_prep.shards import (
     start_worker,
 )
 from vlabs.data.prepared import FORMAT_VERSION
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 
 AnyIndex = TypeVar("AnyIndex", bound=Index)
 
@@ -438,7 +438,7 @@ class _Run(Generic[AnyIndex]):
         counted = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items()))
         # A single bad item is named in the error's own line.
         for item in dropped[:_NAMED_BAD_ITEMS] if skip or len(dropped) > 1 else ():
-            print(f"{'dropped' if skip else 'bad'}: {name(item)}", file=sys.stderr)
+            show(f"{'dropped' if skip else 'bad'}: {name(item)}", file=sys.stderr)
         if skip:
             print(f"dropped {len(dropped):,} items ({counted})")
             return

@@ -39,7 +39,7 @@ from data_prep.images import members, open_tar, open_zip
 from data_prep.pipeline import write_datasets_files
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import FORMAT_VERSION, IGNORED, MASK_FEATURES
-from vlabs.errors import UserError, one_line, run_cli
+from vlabs.errors import UserError, one_line, run_cli, show
 from vlabs.utils.files import write_json
 
 _SHARD = 256  # pictures a file
@@ -390,7 +390,7 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
     for split, count in counts.items():
         print(f"{split}: {count['images']:,} images")
     if dropped:
-        print(f"left out {len(dropped):,}, the first: {dropped[0]}")
+        show(f"left out {len(dropped):,}, the first: {dropped[0]}")
     print(f"{out_dir} is ready")
 
 

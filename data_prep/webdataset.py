@@ -28,7 +28,7 @@ from data_prep.classes import PICTURES
 from data_prep.images import members, open_tar
 from data_prep.pipeline import train_tokenizer, write_datasets_files
 from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION
-from vlabs.errors import UserError, one_line, run_cli
+from vlabs.errors import UserError, one_line, run_cli, show
 from vlabs.utils.files import replacing, write_json
 
 FEATURES = datasets.Features(
@@ -145,7 +145,7 @@ def prepare_shards(
             f"{len(bad):,} samples cannot be used, the first: {bad[0]}: mend them, or leave them out with --on-bad skip"
         )
     if bad:
-        print(f"left out {len(bad):,} samples, the first: {bad[0]}")
+        show(f"left out {len(bad):,} samples, the first: {bad[0]}")
     prepared = partial / "prepared"
     shutil.rmtree(prepared, ignore_errors=True)
     counts = _write_splits(records, prepared, val_fraction)

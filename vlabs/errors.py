@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -27,6 +27,15 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """A text as a terminal may have it: what steers a terminal, or is no character at all, is written out."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def show(text: object, **options: Any) -> None:
+    """Print what has names, answers or texts of data and checkpoints in it, line by line `printable`.
+
+    Args:
+        options: of `print`.
+    """
+    print("\n".join(printable(line) for line in str(text).split("\n")), **options)
 
 
 def one_line(message: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlabs.attention.figures import Cell, Panel, grid_figure, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, run_cli, show
 from vlabs.prediction.predictor import Answer, load, open_image
 
 
@@ -44,9 +44,9 @@ def main() -> None:
     map_name = arguments.map or default_map(predictor.model)
     answers = predictor.answer(pictures, arguments.question, map_name=map_name)
     for answer in answers:
-        print(answer.question)
+        show(answer.question)
         for text, probability in answer.answers:
-            print(f"  {probability:6.1%}  {text}")
+            show(f"  {probability:6.1%}  {text}")
     shown = [predictor.preprocessing.resize(picture) for picture in pictures]
     print(save_figure(_figure(shown, answers, map_name), arguments.out))
 

@@ -35,7 +35,7 @@ from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, run_cli, show
 from vlabs.evaluate import evaluate_checkpoint
 from vlabs.evaluation.control import LAYOUTS
 from vlabs.evaluation.grounding import find_instances
@@ -94,7 +94,7 @@ def read_runs(sweep: Path) -> list[Run]:
         if summary is None or not (folder / "config.yaml").is_file():
             continue
         if summary["status"] != "done":
-            print(f"left out: {folder} ({summary['status']}: {summary.get('error', '')})", file=sys.stderr)
+            show(f"left out: {folder} ({summary['status']}: {summary.get('error', '')})", file=sys.stderr)
             continue
         config = read_config(folder)
         if config is None:

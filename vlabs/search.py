@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vlabs.attention.figures import ranking_figure, save_figure
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, run_cli, show
 from vlabs.prediction.predictor import load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
 
@@ -46,9 +46,9 @@ def main() -> None:
     rows = []
     for query in arguments.query:
         found = search.find(query, None if arguments.exact else arguments.k)
-        print(query)
+        show(query)
         for item in found[: arguments.top]:
-            print(f"  {item.score:8.3f}  {item.path}")
+            show(f"  {item.score:8.3f}  {item.path}")
         rows.append((query, search.show(query, found[:5])))
     print(save_figure(ranking_figure(rows), arguments.out))
 

@@ -15,7 +15,7 @@ import torch
 from vlabs.attention.figures import save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, run_cli, show
 from vlabs.prediction.predictor import load_any, open_image
 from vlabs.tasks.segment import at_size
 
@@ -58,7 +58,7 @@ def main() -> None:
     for row in rows:
         counts = np.bincount(row.found.ravel(), minlength=len(classes)) / row.found.size
         said = ", ".join(f"{classes[n]} {counts[n]:.1%}" for n in np.argsort(-counts) if counts[n] > 0)
-        print(f"{row.title + ': ' if row.title else ''}{said}")
+        show(f"{row.title + ': ' if row.title else ''}{said}")
     print(save_figure(segment_figure(rows, classes), arguments.out))
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vlabs.errors import UserError, run_cli
+from vlabs.errors import UserError, run_cli, show
 from vlabs.metrics.vqa import format_table, vqa_accuracy
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
     arguments = parser.parse_args()
     accuracy = vqa_accuracy(arguments.annotations, arguments.results)
-    print(format_table(accuracy))
+    show(format_table(accuracy))
     if arguments.out is not None:
         try:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from vlabs.errors import printable
 from vlabs.utils.files import replacing
 
 COLORMAP = "cividis"  # readable with any colour vision
@@ -123,6 +125,9 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figu
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure, whole or not at all. The suffix chooses the format."""
     path = Path(path)
+    for text in figure.findobj(Text):
+        # What is in no font steers the terminal from matplotlib's warning, and breaks an SVG.
+        text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))  # type: ignore[attr-defined]
     with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix.lstrip(".") or "png", bbox_inches="tight", pad_inches=0.08)
     return path

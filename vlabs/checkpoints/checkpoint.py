@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +25,15 @@ from torch import Tensor, nn
 
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header
+from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header, read_weights
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import replacing
+from vlabs.utils.plain import check_plain, parse_json
 
 FORMAT = 1
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
@@ -132,47 +135,133 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
         )
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
+    check_header(header, path)
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
-        model = restore(header["architecture"], weights)
+        model = restore(header.get("architecture"), weights)
         preprocessing = Preprocessing.from_plain(header["preprocessing"])
-        checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
-        # Saved again, it may be for others, who have no use for where the data lay here.
-        shared = _with_relative_folders(header["data"], outside=False)
-    except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} does not fit the architecture that it names: {reason}") from None
-    if not isinstance(model, VisionLanguageModel | AbSViTClassifier | Segmenter):
-        raise UserError(f"{path} holds a {type(model).__name__}, not a whole model")
+        if not isinstance(model, VisionLanguageModel | AbSViTClassifier | Segmenter):
+            raise UserError(f"it holds a {type(model).__name__}, not a whole model")
+        _check_fit(model, preprocessing, header["data"])
+    except UserError as error:
+        raise UserError(f"{path} does not fit the architecture that it names: {error}") from None
+    checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
+    # Saved again, it may be for others, who have no use for where the data lay here.
+    shared = _with_relative_folders(header["data"], outside=False)
     model.about = {name: header[name] for name in ("format", "task", "preprocessing")} | {"data": shared}
     return checkpoint
+
+
+def check_header(header: dict[str, Any], path: Path) -> None:
+    """Raise a UserError if what a checkpoint says of its training is not as `header_of` writes it."""
+    data, history, trained = header.get("data"), [], header.get("trained", [])
+    if isinstance(data, dict):
+        history = data.get("history", [])
+    items = [{"task": header.get("task"), "data": data}, *(history if isinstance(history, list) else [None])]
+    whole = all(
+        isinstance(item, dict) and isinstance(item.get("task"), str) and isinstance(item.get("data"), dict)
+        for item in items
+    )
+    named = whole and all(isinstance(item["data"].get("name") or "", str) for item in items)
+    if not named or not isinstance(trained, list) or not isinstance(header.get("preprocessing"), dict):
+        raise UserError(f"{path} is damaged or not vlabs': its task, data or preprocessing is not as vlabs writes it")
+
+
+def _check_fit(
+    model: VisionLanguageModel | AbSViTClassifier | Segmenter, preprocessing: Preprocessing, data: dict[str, Any]
+) -> None:
+    """Raise a UserError if pictures or texts, read as a checkpoint says, are none that its model takes."""
+    if not isinstance(model, Segmenter):
+        vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
+        if (side := vision.spec.get("img_size")) != preprocessing.image_size:
+            raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
+    known, wanted = len(preprocessing.answers), _answers_of(model)
+    if wanted is not None and known != wanted:
+        raise UserError(f"it tells {wanted} answers apart, and its preprocessing names {known}")
+    short = data.get("short_side")
+    if short is not None and not (type(short) is int and 1 <= short <= 8192):
+        raise UserError(f"its data's short_side={short!r} must be a whole number of pixels")
+    text = getattr(model, "text", None)
+    if text is None:
+        return
+    if not preprocessing.tokenizer:
+        raise UserError("it reads texts, and has no tokenizer")
+    largest = max(preprocessing.largest_token_id, preprocessing.pad_token_id)
+    if largest >= text.vocab_size:
+        raise UserError(f"its tokenizer makes the token {largest}, and its text encoder knows {text.vocab_size}")
+    if preprocessing.max_length > text.max_length:
+        raise UserError(
+            f"its preprocessing makes {preprocessing.max_length} tokens, and its text encoder takes {text.max_length}"
+        )
+
+
+def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
+    """How many answers, labels or classes a model tells apart; None where they have no names."""
+    if isinstance(model, Segmenter):
+        return int(model.decoder.spec["num_classes"]) if model.text is None else None
+    if isinstance(model, AbSViTClassifier):
+        return int(model.encoder.spec["num_classes"])
+    spec: dict[str, Any] = getattr(model.head, "spec", {})
+    size = {"VQAHead": "num_answers", "LabelHead": "num_labels"}.get(spec.get("class", ""))
+    return None if size is None else int(spec[size])
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors; nothing in it is executed.
 
-    Safetensors come back in the shape of a checkpoint: `state_dict`, and `vlabs` if it is an export of ours.
+    Safetensors come back in the shape of a checkpoint: `state_dict`, and `vlabs` if it is an export of ours. The
+    tensors of a `.ckpt` may lie in the file until they are used.
 
     Raises:
-        UserError: the file is damaged, not a checkpoint, or holds pickled objects other than inert ones.
+        UserError: the file is damaged, not a checkpoint, holds pickled objects other than inert ones, or asks for more
+            memory than it has bytes.
     """
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            content: dict[str, Any] = {"state_dict": safetensors.torch.load_file(path)}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-        if "vlabs" in metadata:
-            content["vlabs"] = json.loads(metadata["vlabs"])
-        elif path.name == WEIGHTS and (path.parent / CONFIG).is_file():
-            # A folder as on the hub: weights by the model's own names.
-            content["vlabs"] = read_header(path.parent)
-            content["state_dict"] = {f"model.{name}": value for name, value in content["state_dict"].items()}
-        return content
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if "vlabs" in content:
+        header, state = content["vlabs"], content.get("state_dict")
+        if not isinstance(header, dict) or not isinstance(state, dict):
+            raise UserError(f"{path} is not a vlabs checkpoint: its header or its weights are no dictionary")
+        check_plain(header, f"{path}: its header")
+        if "lora" in header:
+            # Training alone knows of adapters: whoever reads the file gets the weights that they make.
+            try:
+                content["state_dict"] = merge_adapters(state, float(header["lora"]["scale"]))
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{path} has adapters that fit nothing: {one_line(str(error))}") from None
+            content["vlabs"] = {key: value for key, value in header.items() if key != "lora"}
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:  # a damaged file makes the reader fail in every way there is
+        raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
+    content: dict[str, Any] = {"state_dict": read_weights(path)}
+    if "vlabs" in metadata:
+        content["vlabs"] = parse_json(metadata["vlabs"], f"{path}: its header")
+    elif path.name == WEIGHTS and os.path.lexists(path.parent / CONFIG):
+        # A folder as on the hub: weights by the model's own names.
+        content["vlabs"] = read_header(path.parent)
+        content["state_dict"] = {f"model.{name}": value for name, value in content["state_dict"].items()}
+    return content
+
+
+def _read_pickled(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"
+        if is_archive:
+            _check_archive(path)
         with _inert_globals(path):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # Out of the mapped file no tensor reaches beyond its record, whatever the pickle says of it.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
+        _check_sizes(loaded, path.stat().st_size)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         if "GLOBAL" in str(error):
@@ -182,13 +271,37 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file makes the unpickler fail in every way there is
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
-    if (lora := (loaded.get("vlabs") or {}).get("lora")) is not None:
-        # Training alone knows of adapters: whoever reads the file gets the weights that they make.
-        loaded["state_dict"] = merge_adapters(loaded["state_dict"], float(lora["scale"]))
-        loaded["vlabs"] = {key: value for key, value in loaded["vlabs"].items() if key != "lora"}
     return loaded
+
+
+def _check_archive(path: Path) -> None:
+    """Raise an error if a record of a checkpoint's archive is not what was written, or larger than the file."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if compressed or sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("its records are larger than the file")
+        if bad := archive.testzip():
+            raise ValueError(f"the bytes of {bad} are not those that were written (CRC)")
+
+
+def _check_sizes(content: dict[str, Any], size: int) -> None:
+    """Raise an error if a tensor anywhere is not plain, or there is less of it in a file of `size` bytes."""
+    left, seen, total = [content], set(), 0
+    while left:
+        one: Any = left.pop()
+        if isinstance(one, dict | list | tuple):
+            if id(one) not in seen:
+                left += one.values() if isinstance(one, dict) else one
+            seen.add(id(one))
+        elif isinstance(one, Tensor):
+            if one.layout is not torch.strided or one.is_quantized or one.device.type != "cpu":
+                raise ValueError(f"a tensor in it is {one.layout} on {one.device.type}, not plain")
+            if one.nbytes > one.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of the shape {list(one.shape)} repeats the few bytes that it has")
+            total += one.nbytes
+    if total > 4 * size + 2**20:
+        raise ValueError("its tensors repeat the same bytes many times")
 
 
 class _Inert:

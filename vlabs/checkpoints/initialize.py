@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlabs.checkpoints.checkpoint import find_checkpoint, history_of, read_tensors
+from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
 from vlabs.checkpoints.released import find_state, load_released, task_of
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
@@ -66,7 +66,9 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """
     path = find_checkpoint(source)
     content = read_tensors(path)
-    if "vlabs" not in content:
+    if "vlabs" in content:
+        check_header(content["vlabs"], path)
+    else:
         state = find_state(content, str(path))
         task = task_of(state)
         if task is None and "prompt" not in state:

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.checkpoints.released import find_state
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT
 from vlabs.models.film import FiLMViT
-from vlabs.models.text import OTHER_TYPES, OtherEncoder, RobertaEncoder, TextEncoder
+from vlabs.models.hub import read_weights
+from vlabs.models.registry import restore
+from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
+from vlabs.utils.plain import check_files, parse_json, read_text
 
-_ROBERTA_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "pad_token_id",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-)
-
-# What a config says of the file that it came with, and not of the architecture.
-_OF_THE_FILE = ("transformers_version", "model_type", "architectures", "dtype", "_name_or_path", "use_cache")
+_ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - {"self"}
 
 
 def vit_from_timm(
@@ -70,6 +60,8 @@ def vit_from_timm(
     if is_file and architecture is None:
         raise UserError(f"model.vision.weights={weights} is a file: say what it holds with model.vision.architecture")
     name = architecture or weights.split(".")[0]
+    if not is_file and weights.split(".")[0] not in timm.list_models():
+        raise UserError(f"model.vision.weights={weights} is no tag of timm, and no .safetensors or .pth file")
     encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
     state = find_state(read_tensors(local), weights) if is_file else _tag_state(weights, **vit_options)
     try:
@@ -120,30 +112,58 @@ def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
 def text_from_pretrained(name_or_path: str) -> TextEncoder:
     """A text encoder by hub name (`FacebookAI/roberta-base`, `answerdotai/ModernBERT-base`) or from a local folder.
 
+    Its `config.json` says the type and the sizes; what else it says (code, quantization, dtype) is not followed.
+
     Raises:
         UserError: it cannot be had (the message says which local folder to pass), or it is of another type.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise _not_there(name_or_path, error) from None
-    if config.model_type not in ("roberta", *OTHER_TYPES):
-        raise UserError(
-            f"{name_or_path} is a {config.model_type}: a text encoder is one of roberta, {', '.join(OTHER_TYPES)}"
-        )
-    without_pooler = {"add_pooling_layer": False} if config.model_type in ("roberta", "bert") else {}
-    try:
-        source = AutoModel.from_pretrained(name_or_path, **without_pooler)
-    except (OSError, ValueError) as error:
-        raise _not_there(name_or_path, error) from None
-    encoder: TextEncoder
-    if config.model_type == "roberta":
-        encoder = RobertaEncoder(**{name: getattr(config, name) for name in _ROBERTA_SIZES})
+    config = parse_json(read_text(_part_of(name_or_path, "config.json")), f"{name_or_path}: config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ("roberta", *OTHER_TYPES):
+        raise UserError(f"{name_or_path} is a {kind}: a text encoder is one of roberta, {', '.join(OTHER_TYPES)}")
+    weights = _part_of(name_or_path, "model.safetensors", needed=False)
+    if weights is not None:
+        state = read_weights(weights)
     else:
-        settings = {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_FILE}
-        encoder = OtherEncoder(config.model_type, **settings)
-    encoder.network.load_state_dict(source.state_dict())
+        state = find_state(read_tensors(_part_of(name_or_path, "pytorch_model.bin")), name_or_path)
+    spec: dict[str, Any] = {"class": "RobertaEncoder"} if kind == "roberta" else {"class": "OtherEncoder"}
+    part = "roberta" if kind == "roberta" else "encoder"
+    prefix = "model." if kind == "modernbert" else f"{kind.partition('-')[0]}."
+    try:
+        # transformers' own defaults for what its config leaves out, and not ours.
+        known = AutoConfig.for_model(kind, **{name: config[name] for name in config.keys() & OPTIONS}).to_dict()
+        if kind == "roberta":
+            spec |= {name: known[name] for name in _ROBERTA_SIZES}
+        else:
+            spec |= {"model_type": kind} | {name: known[name] for name in known.keys() & OPTIONS}
+        named = {f"{part}.{_today(name.removeprefix(prefix))}": value for name, value in state.items()}
+        encoder = restore(spec, named, left_over=True)
+    except Exception as error:  # whatever a config that was tampered with makes of transformers
+        raise UserError(f"{name_or_path} holds no text encoder that can be loaded: {one_line(str(error))}") from None
+    assert isinstance(encoder, TextEncoder)
     return encoder
+
+
+def _today(name: str) -> str:
+    """A parameter's name as it is called today; BERT's files are from before."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
+def _part_of(name_or_path: str, file: str, needed: bool = True) -> Any:
+    """The local path of a file of a text encoder, in its folder, the local cache or from the hub.
+
+    Raises:
+        UserError: it is needed and cannot be had.
+    """
+    if (folder := Path(name_or_path)).is_dir():
+        check_files(folder, (file,))
+    try:
+        found = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise _not_there(name_or_path, error) from None
+    if found is None and needed:
+        raise _not_there(name_or_path, FileNotFoundError(f"there is no {file}"))
+    return None if found is None else Path(found)
 
 
 roberta_from_pretrained = text_from_pretrained  # what the configs of earlier runs call it

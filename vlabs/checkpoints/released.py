@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import read_tensors
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
@@ -158,11 +159,23 @@ def load_released(
     """
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = find_state(source if isinstance(source, dict) else read_tensors(_existing(Path(source))), name)
-    if task == "classification":
-        return _load_classifier(state, name, vision_heads, alpha)
-    if task not in TASKS:
+    if task not in ("classification", *TASKS):
         raise UserError(f"task '{task}': choose one of classification, {', '.join(TASKS)}")
-    return _load_vlm(state, name, task, vision_heads, text_heads, fusion_heads)
+
+    def load(state: State) -> ReleasedClassifier | ReleasedVLM:
+        if task == "classification":
+            return _load_classifier(state, name, vision_heads, alpha)
+        return _load_vlm(state, name, task, vision_heads, text_heads, fusion_heads)
+
+    try:
+        with torch.device("meta"):
+            # Shapes alone: sizes of tensors that do not fit each other make no network.
+            load({key: value.to("meta") for key, value in state.items()})
+        return load(state)
+    except UserError:
+        raise
+    except Exception as error:  # tensors of other shapes make the parts fail in every way there is
+        raise UserError(f"{name} is not a checkpoint of this kind: {one_line(str(error))}") from None
 
 
 def _existing(path: Path) -> Path:
@@ -352,7 +365,11 @@ def _need(state: State, key: str, name: str) -> tuple[int, ...]:
 
 
 def _depth(state: State, prefix: str) -> int:
-    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
+    """Blocks, which are numbered from 0; never more than there are tensors."""
+    blocks = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
+    if blocks != {str(number) for number in range(len(blocks))}:
+        raise UserError(f"it is not a checkpoint of this kind: its blocks '{prefix}' are not numbered from 0")
+    return len(blocks)
 
 
 def _default_heads(width: int) -> int:

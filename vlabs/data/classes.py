@@ -24,7 +24,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import check_kind, load_split, read_classes
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, EpochSampler, Group
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.utils.ranks import rank_and_world
 
 
@@ -196,7 +196,7 @@ class ClassDataset(Dataset[ClassBatch]):
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; mend it, or pass data.on_bad=skip") from None
-            print(f"left out: {error}", file=sys.stderr)
+            show(f"left out: {error}", file=sys.stderr)
             return None
         return self.prepare(image, row, spec, place)
 

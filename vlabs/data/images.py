@@ -19,7 +19,7 @@ from torch import Tensor
 from vlabs.data.instances import crop_map
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 
 # RandAugment's that move pixels; all others change colours only.
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
@@ -99,7 +99,7 @@ class ImageReader:
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
-            print(f"left out: {error}", file=sys.stderr)
+            show(f"left out: {error}", file=sys.stderr)
             return None
         exact = self.at_least is None
         image = self.preprocessing.resize(image) if exact else self.preprocessing.resize_for_training(image)

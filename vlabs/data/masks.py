@@ -24,7 +24,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import IGNORED, check_kind, load_split, read_classes
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 
 
 class MaskBatch(NamedTuple):
@@ -147,7 +147,7 @@ class MaskDataset(Dataset[Any]):
         except UserError as error:
             if self.on_bad != "skip":
                 raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
-            print(f"left out: {error}", file=sys.stderr)
+            show(f"left out: {error}", file=sys.stderr)
             return None
         if not row["mask"]:
             return image, np.full((image.height, image.width), IGNORED, dtype=np.uint8)

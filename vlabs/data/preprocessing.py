@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 
 # CLIP's, which METER uses for CLIP's encoders, and the released AbSViT for its ViT.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -63,9 +63,26 @@ class Preprocessing:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
-        """Rebuild from `to_plain`'s dictionary."""
+        """Rebuild from `to_plain`'s dictionary, which may be somebody else's.
+
+        Raises:
+            UserError: a value is missing, unknown, of another type or out of range; the message names it.
+        """
+        if not isinstance(plain, dict):
+            raise UserError("the preprocessing is no dictionary")
+        if unknown := sorted(str(name) for name in plain.keys() - _VALID.keys()):
+            raise UserError(f"the preprocessing has '{unknown[0]}', which is none of {', '.join(_VALID)}")
+        if missing := [name for name in ("image_size", "tokenizer") if name not in plain]:
+            raise UserError(f"the preprocessing has no '{missing[0]}'")
+        for name, value in plain.items():
+            is_valid, what = _VALID[name]
+            if not is_valid(value):
+                raise UserError(f"the preprocessing's {name} must be {what}, and is {str(value)[:40]!r}")
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
-        return cls(**values)
+        made = cls(**values)
+        if made.tokenizer:
+            made.check_tokenizer()
+        return made
 
     def to_plain(self) -> dict[str, Any]:
         """As a JSON-able dictionary."""
@@ -109,6 +126,21 @@ class Preprocessing:
         tokenizer.no_padding()
         return tokenizer
 
+    def check_tokenizer(self) -> None:
+        """Raise a UserError if the tokenizer is none, or texts cannot be read with it."""
+        try:
+            self.token_ids(["a", ""])
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of tokenizers is no Exception
+            raise UserError(f"the tokenizer is damaged: {one_line(str(error))[:200]}") from None
+
+    @property
+    def largest_token_id(self) -> int:
+        """Of all ids that texts can become, the largest."""
+        known = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return max((*known, *self.token_ids([""])[0]), default=0)
+
     @property
     def vocab_size(self) -> int:
         """Tokens that the text encoder needs an embedding for."""
@@ -145,6 +177,38 @@ class Preprocessing:
             input_ids[row, : len(tokens)] = torch.tensor(tokens)
             attention_mask[row, : len(tokens)] = 1
         return input_ids, attention_mask
+
+
+def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+
+
+def _three(low: float, what: str) -> tuple[Callable[[Any], bool], str]:
+    def is_valid(value: Any) -> bool:
+        numbers = (
+            isinstance(value, list | tuple) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        )
+        return numbers and all(low < one < 1000 for one in value)
+
+    return is_valid, what
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) and len(one) <= 1000 for one in value)
+
+
+# What a checkpoint may say of each value, and how that is called.
+_VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": _whole(1, 4096),
+    "tokenizer": (lambda value: isinstance(value, str), "the text of a tokenizer.json"),
+    "max_length": _whole(1, 2**16),
+    "pad_to_max_length": (lambda value: isinstance(value, bool), "true or false"),
+    "answers": (_texts, "a list of texts"),
+    "mean": _three(-1000, "three numbers"),
+    "std": _three(0, "three numbers above 0"),
+    "pad_token_id": _whole(0, 2**24),
+    "crop": (lambda value: type(value) in (int, float) and 0.05 <= value <= 1, "a number from 0.05 to 1"),
+}
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
+from vlabs.utils.plain import check_files, read_text
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
@@ -20,23 +22,46 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
             raise UserError(
                 f"{path} is missing: prepare the data with --vocab-size, or pass data.tokenizer=DIR of a text encoder's"
             )
-        return path.read_text(encoding="utf-8")
-    local = Path(name_or_path) / "tokenizer.json"
-    if local.is_file():
-        return local.read_text(encoding="utf-8")
+        return _whole(read_text(path), str(path))
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        check_files(folder, [path.name for path in folder.iterdir()])
+        if (folder / "tokenizer.json").exists():
+            return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        config = get_tokenizer_config(name_or_path)
+        if named := [name for name in config if name.endswith("_file")]:
+            raise UserError(f"the tokenizer {name_or_path} names a file of its own choice ({named[0]})")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"the tokenizer {name_or_path} needs a package: {one_line(str(error))}") from None
-    except (OSError, ValueError):
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub, the network and damaged files can do
+        if folder.is_dir():
+            raise UserError(f"{folder} holds no tokenizer that can be read: {one_line(str(error))}") from None
         raise UserError(
             f"the tokenizer {name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: "
             f"download it where there is a network, with `hf download {name_or_path} --local-dir DIR`, "
             "and pass data.tokenizer=DIR"
         ) from None
-    return str(tokenizer.backend_tokenizer.to_str())
+    return _whole(str(tokenizer.backend_tokenizer.to_str()), str(name_or_path))
+
+
+def _whole(text: str, name: str) -> str:
+    """The text, if it is a tokenizer's.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        Preprocessing(1, text).check_tokenizer()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return text
 
 
 def special_token(tokenizer: str, name: str) -> int | None:

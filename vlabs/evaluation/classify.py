@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
+from vlabs.errors import show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.runs.trainer import device_of
@@ -49,7 +50,7 @@ class ClassifyEvaluation(Evaluation):
             interval = bootstrap_interval(100 * values.numpy())
             metrics[name] = interval.mean
             metrics[f"{name}_interval"] = [interval.low, interval.high]
-            print(f"{name.replace('_', ' '):18}{interval.mean:7.2f} [{interval.low:.2f}, {interval.high:.2f}]")
+            show(f"{name.replace('_', ' '):18}{interval.mean:7.2f} [{interval.low:.2f}, {interval.high:.2f}]")
         per_class = {
             names[n]: 100 * float(found["top1"][label == n].mean()) for n in range(len(names)) if (label == n).any()
         }
@@ -59,6 +60,6 @@ class ClassifyEvaluation(Evaluation):
         for name in sorted(per_class, key=per_class.__getitem__)[:_WORST]:
             wrong = guess[(label == names.index(name)) & (guess != label)]
             taken = f" (for {names[int(wrong.mode().values)]})" if len(wrong) else ""
-            print(f"  {name:24}{per_class[name]:7.2f}{taken}")
+            show(f"  {name:24}{per_class[name]:7.2f}{taken}")
         print(write_json(setting.out_dir / "metrics.json", metrics))
         return metrics

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.prepared import LABELS
 from vlabs.data.statements import StatementDataModule
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.statements import told_apart
@@ -59,7 +59,7 @@ class PairsEvaluation(Evaluation):
         metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split}
         metrics |= {"examples": len(found), "left_out": len(left_out)}
         if left_out:
-            print(f"left out, because something of them is missing: {', '.join(left_out[:20])}")
+            show(f"left out, because something of them is missing: {', '.join(left_out[:20])}")
         print(f"\n{len(found):,} examples, {setting.split}; chance in brackets\n")
         for pictures, chances in CHANCE.items():
             of_kind = [measures for measures in found.values() if ("group" in measures) == (pictures == 2)]
@@ -70,7 +70,7 @@ class PairsEvaluation(Evaluation):
                 interval = bootstrap_interval([100.0 * measures[name] for measures in of_kind])
                 metrics[label] = interval.mean
                 metrics[f"{label}_interval"] = [interval.low, interval.high]
-                print(f"{label:8}{interval.mean:7.2f} [{interval.low:.2f}, {interval.high:.2f}] ({chance:.1f})")
+                show(f"{label:8}{interval.mean:7.2f} [{interval.low:.2f}, {interval.high:.2f}] ({chance:.1f})")
         lines = (
             json.dumps({"example": name, **measures, "scores": {f"{p}/{c}": s for (p, c), s in examples[name].items()}})
             for name, measures in found.items()

@@ -27,7 +27,7 @@ from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader, name_of, read_bytes
 from vlabs.data.loading import identity_of
 from vlabs.data.preprocessing import decode_image
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.retrieval import RECALLS, Rows, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
@@ -312,8 +312,8 @@ def _report(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, split: 
     known = None not in hashes
     seen = not hashes.isdisjoint(data.manifests) or data.name in {item["name"] for item in trained_on}
     images, captions = scores.shape
-    print(f"\n{data.name} {split}, {images:,} images, {captions:,} captions, {ranker}")
-    print("trained on: " + ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on))
+    show(f"\n{data.name} {split}, {images:,} images, {captions:,} captions, {ranker}")
+    show("trained on: " + ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on))
     print(
         "not zero-shot: the model was trained on this data set"
         if seen

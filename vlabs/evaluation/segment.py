@@ -21,7 +21,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.masks import MaskDataModule, WholePicture, stacked
 from vlabs.data.prepared import IGNORED, read_manifest
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.segmentation import class_iou, mean_iou
@@ -134,7 +134,7 @@ def _report(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     recall = 100 * right / counts.sum(dim=1).where(counts.sum(dim=1) > 0, torch.nan)
     print(f"\n{'class':24}{'IoU':>8}{'recall':>8}{'pixels':>14}")
     for name, one, of, pixels in zip(classes, iou.tolist(), recall.tolist(), counts.sum(dim=1).tolist(), strict=True):
-        print(f"{name[:23]:24}{one:8.2f}{of:8.2f}{int(pixels):14,}")
+        show(f"{name[:23]:24}{one:8.2f}{of:8.2f}{int(pixels):14,}")
     found = {
         "miou": float(mean_iou(confusion)),
         "pixel_accuracy": float(100 * right.sum() / counts.sum().clamp_min(1)),

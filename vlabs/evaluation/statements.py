@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vlabs.attention.figures import save_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.statements import StatementDataModule
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.statements import consistency
@@ -101,9 +101,9 @@ def _score(right: torch.Tensor, truth: torch.Tensor, guessed: torch.Tensor, name
     }
     width = max(14, *(len(name) + 2 for name in names))
     print("\nlabel (down), taken for (across)")
-    print(" " * width + "".join(name.rjust(width) for name in names))
+    show(" " * width + "".join(name.rjust(width) for name in names))
     for name, row in metrics["confusion"].items():
-        print(f"{name:{width}}" + "".join(f"{count:{width},}" for count in row.values()))
+        show(f"{name:{width}}" + "".join(f"{count:{width},}" for count in row.values()))
     print()
     return metrics
 

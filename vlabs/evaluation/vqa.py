@@ -9,7 +9,7 @@ import datasets
 
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.vqa import VQADataModule
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.vqa import format_table, vqa_accuracy
 from vlabs.runs.trainer import make_trainer
@@ -58,7 +58,7 @@ def report(
     accuracy = vqa_accuracy({"annotations": annotations}, results)
     others = [accuracy["per_question"][a["question_id"]] for a in annotations if a["answer_type"] != "yes/no"]
     not_yes_no = sum(others) / len(others) if others else None
-    print(format_table(accuracy))
+    show(format_table(accuracy))
     if not_yes_no is not None:
         print(f"\nall that are not yes/no: {not_yes_no:.2f}")
     metrics = {

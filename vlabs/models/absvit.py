@@ -111,6 +111,7 @@ class AbSViT(nn.Module):
         UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`.
     """
 
+    spec: dict[str, Any]
     has_bottom_up = True
 
     def __init__(
@@ -132,10 +133,9 @@ class AbSViT(nn.Module):
             raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
         if stem == "conv" and architecture in backbones.OWN:
             raise UserError(f"{architecture} has a stem of its own: leave stem out")
-        if stem == "conv":
-            vit_options["embed_layer"] = partial(_conv_stem, stride=patch_size)
         self.backbone = backbones.create(
             architecture,
+            embed_layer=partial(_conv_stem, stride=patch_size) if stem == "conv" else None,
             img_size=img_size,
             patch_size=patch_size,
             global_pool=global_pool,

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
 import safetensors.torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from vlabs.errors import UserError, one_line
 from vlabs.models.registry import restore
+from vlabs.utils.plain import check_files, parse_json, read_text
 
 CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER = "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER, "README.md")
@@ -55,7 +55,11 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
             options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
             folder = download(model_id, revision, token=token, **options)
         header = read_header(folder)
-        model = restore(header["architecture"], read_weights(folder))
+        weights = read_weights(folder / WEIGHTS)
+        try:
+            model = restore(header["architecture"], weights)
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG} does not fit {WEIGHTS}: {error}") from None
         if not isinstance(model, cls):
             raise UserError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
         model.about = {name: value for name, value in header.items() if name != "architecture"}
@@ -115,29 +119,29 @@ def read_header(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no such folder.
     """
+    check_files(folder, FILES)
     header = _read_json(folder / CONFIG)
     if not isinstance(header, dict) or "architecture" not in header:
         raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it does not say its architecture")
-    if (folder / PREPROCESSING).is_file():
+    if (folder / PREPROCESSING).exists():
         preprocessing = _read_json(folder / PREPROCESSING)
         if not isinstance(preprocessing, dict):
             raise UserError(f"{folder / PREPROCESSING} is damaged: it holds no preprocessing")
-        tokenizer = folder / TOKENIZER
-        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
+        text = read_text(folder / TOKENIZER) if (folder / TOKENIZER).exists() else ""
         header["preprocessing"] = preprocessing | {"tokenizer": text}
     return header
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a model's folder.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
-        UserError: they are not there, or damaged.
+        UserError: it is not there, or damaged.
     """
     try:
-        return safetensors.torch.load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS} is not a whole safetensors file: {one_line(str(error))}") from None
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # a damaged file makes the reader fail in every way there is
+        raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -145,9 +149,4 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it is part of a model's folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(str(error))}") from None
+    return parse_json(read_text(path), str(path))

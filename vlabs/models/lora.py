@@ -91,6 +91,9 @@ def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     Args:
         state: names and values, of a model or with any prefix.
         scale: of `LoRA`.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: adapters that are missing or of another shape.
     """
     merged = {}
     for name, value in state.items():
@@ -100,6 +103,8 @@ def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         adapter = name.removesuffix(f"{_BASE}weight")
         if name != plain and name.endswith(".weight"):
             a, b = state[adapter + _A], state[adapter + _B]
+            if (len(b), *a.shape[1:]) != tuple(value.shape):
+                raise ValueError(f"the adapter of {plain} is of another shape")
             precise = torch.promote_types(value.dtype, torch.float32)
             value = (value.to(precise) + scale * (b.to(precise) @ a.to(precise))).to(value.dtype)
         merged[plain] = value

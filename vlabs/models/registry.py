@@ -1,23 +1,32 @@
-"""Architectures as plain data: what a checkpoint carries, and the only classes it can name.
+"""Architectures as plain data: what a checkpoint carries, and the only classes and arguments it can name.
 
 A class under `@register` remembers the arguments it was built with as `module.spec`, a JSON-able dictionary with the
 class name under `"class"` and nested modules as nested specs. `build(spec)` makes the module again. Names are looked up
-in this registry alone: an import path written in a file is never followed.
+in this registry alone: an import path written in a file is never followed. An argument must be one that the class
+declares, of the type that it declares; a class that takes others (`**options`) checks them against a list of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, TypeVar
+import math
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vlabs.errors import UserError
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_LARGEST = 2**20  # of a number in an architecture
+_LARGEST_VOCABULARY = 2**24
 
 
 def register(cls: type[ModuleT]) -> type[ModuleT]:
@@ -43,6 +52,11 @@ def register(cls: type[ModuleT]) -> type[ModuleT]:
     return cls
 
 
+def registered_names() -> set[str]:
+    """The registered classes by their import paths."""
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in _CLASSES.values()}
+
+
 def _to_plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return value.spec
@@ -59,43 +73,139 @@ def build(spec: dict[str, Any]) -> nn.Module:
     """Build the module that a spec describes, with fresh weights.
 
     Raises:
-        UserError: the spec names a class or an argument that vlabs does not have.
+        UserError: the spec names a class or an argument that vlabs does not have, or an argument is of another type.
     """
-    if not isinstance(spec, dict) or "class" not in spec:
+    cls = _class_of(spec)
+    _check_arguments(cls, spec)
+    arguments = {key: build(value) if _is_spec(value) else value for key, value in spec.items() if key != "class"}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's {cls.__name__} cannot be built: {error}") from None
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, dict) and "class" in value
+
+
+def _class_of(spec: Any) -> type[nn.Module]:
+    if not _is_spec(spec):
         raise UserError("the checkpoint's architecture is not a vlabs spec (no 'class' in it)")
     name = spec["class"]
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         raise UserError(f"the checkpoint names the class '{name}'; vlabs has: {', '.join(sorted(_CLASSES))}")
-    arguments = {
-        key: build(value) if isinstance(value, dict) and "class" in value else value
-        for key, value in spec.items()
-        if key != "class"
-    }
-    try:
-        return _CLASSES[name](**arguments)
-    except TypeError as error:
-        raise UserError(f"the checkpoint's {name} cannot be built: {error}") from None
+    return _CLASSES[name]
 
 
-def restore(spec: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+def _check_arguments(cls: type[nn.Module], spec: dict[str, Any]) -> None:
+    """Raise a UserError that names the first argument of a spec that the class does not declare so."""
+    parameters = inspect.signature(cls.__init__).parameters
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # a class of the user's own may be annotated with what is not imported
+        hints = get_type_hints(inspect.unwrap(cls.__init__))
+    for name, value in spec.items():
+        if name == "class":
+            continue
+        declared = name in parameters and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD and name != "self"
+        if not declared and not open_ended:
+            raise UserError(f"the checkpoint's {cls.__name__} has '{name}', which is no option of that class")
+        if not _fits(value, hints.get(name, Any) if declared else Any):
+            raise UserError(f"the checkpoint's {cls.__name__}.{name} cannot be {_short(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a spec is of the type that a class declares; numbers within what any architecture has."""
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is type(None):
+        return value is None
+    if get_origin(hint) in (Sequence, list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if isinstance(hint, type) and issubclass(hint, nn.Module):
+        return _is_spec(value) and issubclass(_class_of(value), hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _short(value: Any) -> str:
+    text = f"a {value['class']}" if _is_spec(value) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> nn.Module:
     """Build the module that a spec describes and fill it with weights.
 
+    A spec that asks for more memory or time than there are weights for gets none: shapes alone are built first.
+
+    Args:
+        left_over: weights may be there that the module has no place for.
+
     Raises:
-        UserError: the spec names what vlabs does not have.
-        RuntimeError: weights are missing, left over or of another shape.
+        UserError: the spec names what vlabs does not have, or the weights are not its.
     """
-    with torch.device("meta"):
-        # Shapes alone: a spec that asks for more memory than there are weights for gets none.
-        _check_shapes(build(spec), weights)
-    module = build(spec)
-    module.load_state_dict(weights)
+    _class_of(spec)
+    _check_numbers(spec)
+    try:
+        with torch.device("meta"), _no_more_parameters_than(4 * len(weights) + 100):
+            model = build(spec)
+        if left_over:
+            weights = {name: weights[name] for name in model.state_dict() if name in weights}
+        _check_shapes(model, weights)
+        module = build(spec)
+        module.load_state_dict(weights)
+    except UserError:
+        raise
+    except Exception as error:  # a spec that was tampered with makes the parts fail in every way there is
+        raise UserError(str(error) or type(error).__name__) from None
     return module
 
 
+def _check_numbers(value: Any, name: str = "") -> None:
+    """Raise a UserError for a number that no architecture has."""
+    items = value.items() if isinstance(value, dict) else [(name, one) for one in value]
+    for key, one in items:
+        if isinstance(one, dict | list | tuple):
+            _check_numbers(one, key)
+        elif isinstance(one, int | float):
+            most = _LARGEST_VOCABULARY if "vocab" in key else _LARGEST
+            if not math.isfinite(one) or abs(one) > most:
+                raise UserError(f"the checkpoint's {key}={_short(one)} is out of range")
+
+
+@contextmanager
+def _no_more_parameters_than(most: int) -> Iterator[None]:
+    """Raise a UserError as soon as more parameters are made."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise UserError("its architecture has many more parameters than the file has weights")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _check_shapes(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raise a RuntimeError that names the first weights that are missing, left over or of another shape."""
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name]]
+    """Raise a UserError for weights that are missing, left over or of another shape, and for huge buffers."""
+    wanted = model.state_dict()
+    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
     wrong += [name for name in weights if name not in wanted]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")
+        raise UserError(f"{len(wrong)} weights are missing, left over or of another shape: {', '.join(wrong[:5])}")
+    wrong = [name for name, value in wanted.items() if value.is_floating_point() != weights[name].is_floating_point()]
+    if wrong:
+        raise UserError(f"the weights {wrong[0]} are of the type {weights[wrong[0]].dtype}")
+    held = sum(value.nbytes for value in weights.values())
+    if sum(buffer.nbytes for buffer in model.buffers()) > 4 * held + 2**28:
+        raise UserError("its architecture asks for many times the memory of its weights")

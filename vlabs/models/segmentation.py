@@ -39,6 +39,8 @@ class UperNet(nn.Module):
         pool_scales: of the pyramid pooling.
     """
 
+    spec: dict[str, Any]
+
     def __init__(
         self,
         in_channels: int,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
 
+from vlabs.errors import UserError
 from vlabs.models.registry import register
 
 
@@ -93,6 +94,41 @@ class RobertaEncoder(TextEncoder):
 # Types whose first token stands for the text, as ξ and the fusion's pooler take it to.
 OTHER_TYPES = ("bert", "deberta-v2", "modernbert")
 
+OPTIONS = frozenset(
+    [
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "type_vocab_size", "pad_token_id", "bos_token_id", "eos_token_id",
+        "cls_token_id", "sep_token_id", "layer_norm_eps", "hidden_act", "hidden_dropout_prob",
+        "attention_probs_dropout_prob", "initializer_range", "position_embedding_type", "relative_attention",
+        "max_relative_positions", "position_buckets", "pos_att_type", "norm_rel_ebd", "share_att_key",
+        "position_biased_input", "legacy", "conv_kernel_size", "conv_act", "conv_groups", "embedding_size",
+        "hidden_activation", "initializer_cutoff_factor", "norm_eps", "norm_bias", "attention_bias",
+        "attention_dropout", "layer_types", "rope_parameters", "rope_theta", "local_rope_theta",
+        "global_rope_theta", "global_attn_every_n_layers", "local_attention", "embedding_dropout", "mlp_bias",
+        "mlp_dropout", "reference_compile", "attention_head_size",
+    ]
+)  # fmt: skip
+"""What a config or a checkpoint may say of an encoder's architecture, by transformers' names."""
+
+IGNORED = frozenset(
+    [
+        "transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "_name_or_path",
+        "name_or_path", "use_cache", "use_bfloat16", "tokenizer_class", "finetuning_task",
+        "task_specific_params", "torchscript", "pruned_heads", "output_past", "repad_logits_with_grad",
+        "gradient_checkpointing", "return_dict", "output_hidden_states", "output_attentions",
+        "tie_word_embeddings", "is_decoder", "add_cross_attention", "is_encoder_decoder",
+        "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "classifier_dropout",
+        "pooler_dropout", "pooler_hidden_act", "pooler_hidden_size", "summary_type", "decoder_bias",
+        "classifier_pooling", "classifier_bias", "classifier_activation", "deterministic_flash_attn",
+        "sparse_prediction", "sparse_pred_ignore_index", "pooler_fc_size", "pooler_num_attention_heads",
+        "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "directionality",
+    ]
+)  # fmt: skip
+"""What such a config says of its file, of heads and of decoders, none of which is here."""
+
+
+_OF_DECODERS = ("is_decoder", "add_cross_attention", "is_encoder_decoder")
+
 
 @register
 class OtherEncoder(TextEncoder):
@@ -100,19 +136,29 @@ class OtherEncoder(TextEncoder):
 
     Args:
         model_type: of `OTHER_TYPES`.
-        config: arguments of transformers' config of that type, as plain data.
+        config: arguments of transformers' config of that type, as plain data: of `OPTIONS`; those of `IGNORED` change
+            nothing.
 
     Raises:
         ValueError: another type.
+        UserError: another argument.
     """
 
     def __init__(self, model_type: str, **config: Any) -> None:
         super().__init__()
         if model_type not in OTHER_TYPES:
             raise ValueError(f"text encoder of type '{model_type}': choose one of roberta, {', '.join(OTHER_TYPES)}")
-        settings = AutoConfig.for_model(model_type, **config)
+        if unknown := sorted(config.keys() - OPTIONS - IGNORED):
+            raise UserError(f"the text encoder has '{unknown[0]}', which is no option of a {model_type}")
+        if decodes := [
+            name for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if config.get(name)
+        ]:
+            raise UserError(f"the text encoder has {decodes[0]}: it is a decoder")
+        settings = AutoConfig.for_model(model_type, **{name: config[name] for name in config.keys() & OPTIONS})
         without_pooler = {"add_pooling_layer": False} if model_type == "bert" else {}
-        self.encoder = AutoModel.from_config(settings, attn_implementation=_attention(model_type), **without_pooler)
+        self.encoder = AutoModel.from_config(
+            settings, attn_implementation=_attention(model_type), trust_remote_code=False, **without_pooler
+        )
         self.width = int(settings.hidden_size)
         self.vocab_size = int(settings.vocab_size)
         self.max_length = int(settings.max_position_embeddings)

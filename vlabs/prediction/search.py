@@ -14,7 +14,7 @@ from torch import Tensor
 from vlabs.attention.figures import RankedImage
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.errors import UserError
+from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
 from vlabs.ranking.texts import encode_texts, score_texts
@@ -130,6 +130,6 @@ def _decodes(path: Path) -> bool:
     try:
         open_image(path)
     except UserError as error:
-        print(f"left out: {error}")
+        show(f"left out: {error}")
         return False
     return True

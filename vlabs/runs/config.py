@@ -25,6 +25,7 @@ from omegaconf.errors import (
 
 from vlabs.errors import UserError, fail, foreseen, run_cli
 from vlabs.runs.trainer import named
+from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
 
@@ -74,7 +75,8 @@ def run_hydra(
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
-        sys.argv[1:] = hydra_arguments([_rename(item, renamed) for item in prepare(sys.argv[1:])])
+        given = hydra_arguments([_rename(item, renamed) for item in prepare(sys.argv[1:])])
+        sys.argv[1:] = check_config(given, config_name, Path(config_dir()))
         try:
             program()
         except Exception as error:

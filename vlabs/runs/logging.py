@@ -23,7 +23,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError, one_line, show
 from vlabs.runs.record import resumable
 from vlabs.utils.files import reason_of, replacing, write_text
 from vlabs.utils.ranks import is_rank_zero
@@ -32,7 +32,7 @@ from vlabs.utils.ranks import is_rank_zero
 @rank_zero_only
 def say(message: str) -> None:
     """Print a line of a run's own, once whatever the number of processes."""
-    print(message, flush=True)
+    show(message, flush=True)
 
 
 def quiet_lightning() -> None:

@@ -23,7 +23,7 @@ from vlabs.models.backbones.rvt import PATCH, RVT, RVTNetwork
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.backbones.vit import ViT
 
-__all__ = ["Backbone", "FeedbackDecoder", "OWN", "Steer", "TIMM", "ViT", "create", "of"]
+__all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "Steer", "TIMM", "ViT", "create", "of"]
 
 TIMM: dict[type[nn.Module], Callable[[Any], Backbone]] = {
     VisionTransformer: ViT,
@@ -63,17 +63,61 @@ OWN: dict[str, Callable[..., Backbone]] = {
 """Architectures that timm does not have."""
 
 
-def create(architecture: str, **options: Any) -> Backbone:
+_FLAG = (bool,)
+_COUNT = (int,)
+_NUMBER = (int, float)
+_NAME = (str,)
+_COUNTS = (int, list, tuple)
+
+OPTIONS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("img_size", "patch_size", "num_classes", "in_chans", "embed_dim", "depth"), _COUNT),
+    **dict.fromkeys(("reg_tokens", "num_reg_tokens", "head_dim", "masked_blocks", "cls_depth"), _COUNT),
+    **dict.fromkeys(("attn_pool_num_heads", "swiglu_align_to"), _COUNT),
+    **dict.fromkeys(("num_heads", "num_kv_heads", "depths", "heads", "widths", "window_size"), _COUNTS),
+    **dict.fromkeys(("ref_feat_shape", "rope_mrope_section"), _COUNTS),
+    **dict.fromkeys(("mlp_ratio", "init_values", "attn_pool_mlp_ratio", "head_init_scale"), _NUMBER),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"), _NUMBER),
+    **dict.fromkeys(("drop_path_rate", "rope_temperature", "rope_grid_offset", "rope_shift_coords"), _NUMBER),
+    **dict.fromkeys(("rope_jitter_coords", "rope_rescale_coords"), _NUMBER),
+    **dict.fromkeys(("qkv_bias", "qkv_fused", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm"), _FLAG),
+    **dict.fromkeys(("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "fix_init"), _FLAG),
+    **dict.fromkeys(("pool_include_prefix", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"), _FLAG),
+    **dict.fromkeys(("always_partition", "local_mlp", "swiglu_mlp", "scale_mlp", "scale_attn_inner"), _FLAG),
+    **dict.fromkeys(("attn_only_layer_scale", "use_abs_pos_emb", "use_rot_pos_emb", "rope_rotate_half"), _FLAG),
+    **dict.fromkeys(("use_post_norm", "use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"), _FLAG),
+    **dict.fromkeys(("global_pool", "pos_embed", "weight_init", "norm_layer", "act_layer", "attn_type"), _NAME),
+    **dict.fromkeys(("rope_type", "rope_grid_indexing"), _NAME),
+}
+"""What a config or a checkpoint may say of an architecture, and as what; None stands for the architecture's own.
+
+All else that timm takes is left out: it may name files, fetch weights, or leave the architecture.
+"""
+
+
+def _check_options(architecture: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise UserError(f"{architecture} has '{name}', which is no option of an architecture")
+        of_flag = isinstance(value, bool) and OPTIONS[name] is not _FLAG
+        whole = not isinstance(value, list | tuple) or all(type(one) is int for one in value)
+        if value is not None and (of_flag or not whole or not isinstance(value, OPTIONS[name])):
+            kinds = " or ".join(kind.__name__ for kind in OPTIONS[name])
+            raise UserError(f"{architecture} has {name}={value!r}, which must be of the type {kinds}")
+
+
+def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = None, **options: Any) -> Backbone:
     """A backbone with fresh weights.
 
     Args:
         architecture: a key of `OWN`, or a model of timm.
-        options: of the one or the other; `img_size`, `patch_size`, `num_classes` and `global_pool` are common to all,
-            and a `global_pool` of None is the architecture's own.
+        embed_layer: what makes the input of the first block; None for the architecture's own.
+        options: of the one or the other, of `OPTIONS`; `img_size`, `patch_size`, `num_classes` and `global_pool` are
+            common to all, and a `global_pool` of None is the architecture's own.
 
     Raises:
         UserError: there is no such model, it does not take the options, or feedback cannot be added to it.
     """
+    _check_options(architecture, options)
     given = {name: value for name, value in options.items() if name != "global_pool" or value is not None}
     if architecture in OWN:
         try:
@@ -87,10 +131,12 @@ def create(architecture: str, **options: Any) -> Backbone:
     if not family.endswith((".vision_transformer", ".eva", ".swin_transformer")):
         raise UserError(_refusal(architecture, "it is no ViT"))
     if family.endswith(".swin_transformer"):
-        if "embed_layer" in given:
+        if embed_layer is not None:
             raise UserError(f"{architecture} has a stem of its own: leave stem out")
         # METER's: windows grow with the picture, so that in the last stage there is one.
         given.setdefault("window_size", max(1, given.get("img_size", 224) // 32))
+    if embed_layer is not None:
+        given["embed_layer"] = embed_layer
     try:
         network = timm.create_model(architecture, pretrained=False, **given)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:

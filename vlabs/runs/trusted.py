@@ -1,0 +1,145 @@
+"""What the config of a run folder may name: it may be somebody else's, and Hydra makes whatever `_target_` says.
+
+A run that goes on (`resume=RUN`) or begins again (`--config-dir=RUN --config-name=config`) reads its whole config from
+its folder. In that file `_target_` may name what the configs of vlabs name, registered parts of models, and Lightning's
+own trainer, callbacks and the like; for others the command line says so, by `trust=MODULE` or with the option itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
+from omegaconf._utils import get_yaml_loader
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import Precision
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import Strategy
+
+from vlabs.errors import UserError, one_line
+from vlabs.models.registry import registered_names
+from vlabs.utils.plain import check_plain, read_text
+
+_LIGHTNING = (Callback, Trainer, Logger, Profiler, Strategy, Precision, CheckpointIO, ClusterEnvironment)
+_EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # of the configs of earlier runs
+_OVERRIDE = re.compile(r"[+~]*[\w./@]+=.*", re.S)
+
+
+def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]:
+    """Check the file that a Hydra program is to read its whole config from, where it is not one of vlabs' own.
+
+    Args:
+        arguments: of the command line.
+        program: the config that the program reads by itself.
+        own: folder of vlabs' configs.
+
+    Returns:
+        The arguments, `trust=` as an option that Hydra takes.
+
+    Raises:
+        UserError: it names what it may not, or is no plain data; the message says how to allow it.
+    """
+    arguments = [re.sub(r"^\+*trust=", "++trust=", item) for item in arguments]
+    given = get_args_parser().parse_known_args(arguments)[0]
+    if given.config_name is None and given.config_path is None:
+        return arguments
+    name = (given.config_name or program).removesuffix(".yaml")
+    if given.config_path is None and (own / f"{name}.yaml").is_file():
+        return arguments
+    trusted = _trusted(arguments)
+    for folder in (given.config_path, given.config_dir):
+        if folder is not None and (Path(folder) / f"{name}.yaml").exists():
+            _check_file(Path(folder) / f"{name}.yaml", own, trusted)
+    return arguments
+
+
+def _trusted(arguments: Sequence[str]) -> set[str]:
+    """Names that the command line gives: modules, or what options with `_target_` make."""
+    names: set[str] = set()
+    for item in arguments:
+        if item.startswith("++trust="):
+            names |= set(re.findall(r"[\w.]+", item.removeprefix("++trust=")))
+        elif "_target_" in item:
+            names |= set(re.findall(r"[\w.]+", item.split("_target_", 1)[1]))
+    return names
+
+
+def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
+    text = read_text(path)
+    if re.search(r"^\s*#\s*@", text, re.M):
+        raise UserError(f"{path} says where in the config it belongs (# @package): a run's config is a whole one")
+    try:
+        content = yaml.load(text, Loader=get_yaml_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no config")
+    check_plain(content, str(path), most=20_000, finite=False)
+    for key in ("hydra", "defaults"):
+        if key in content:
+            raise UserError(f"{path} has '{key}', which decides what Hydra reads and runs: a run's config has none")
+    for where, value in _texts(content):
+        if where.rpartition(".")[2] == "_target_":
+            if value is not None and not _is_allowed(str(value), own, trusted):
+                module = str(value).rpartition(".")[0]
+                raise UserError(
+                    f"{path} names {value} ({where}), which is neither vlabs' nor a part of Lightning: if it is "
+                    f"yours, pass trust={module or value}"
+                )
+        elif isinstance(value, str) and _LOOKED_UP.search(value):
+            raise UserError(f"{path} has {where}={value}, which Hydra would look up: a run's config is plain data")
+    for item in content.get("init_by") or []:
+        # The command line of another training, which is run.
+        if not isinstance(item, str) or not _OVERRIDE.fullmatch(item) or re.search(_UNSAFE, item):
+            raise UserError(f"{path} has init_by={item}, which is no plain option: pass init_by=null, or your own")
+
+
+_LOOKED_UP = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+_UNSAFE = r"^[+~]*(hydra|trust|resume)\b|_target_"
+
+
+def _texts(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no dictionary or list, and every `_target_`, with its place."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            place = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                yield place, inner
+            else:
+                yield from _texts(inner, place)
+    else:
+        yield where, value
+
+
+def _is_allowed(name: str, own: Path, trusted: set[str]) -> bool:
+    if name in _own_targets(own) or name in _EARLIER or (name.startswith("vlabs.") and name in registered_names()):
+        return True
+    return any(name == one or name.startswith(f"{one}.") for one in trusted) or _is_lightning(name)
+
+
+@functools.cache
+def _own_targets(own: Path) -> set[str]:
+    """What vlabs' configs make."""
+    files = own.rglob("*.yaml")
+    return {name for file in files for name in re.findall(r"_target_: *([\w.]+)", file.read_text(encoding="utf-8"))}
+
+
+def _is_lightning(name: str) -> bool:
+    """Whether a name is that of one of Lightning's parts; nothing but its own modules is imported to see that."""
+    module, _, last = name.rpartition(".")
+    if not re.fullmatch(r"pytorch_lightning(\.[a-z]\w*)*", module):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), last, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and issubclass(found, _LIGHTNING)

@@ -1,0 +1,100 @@
+"""Plain data out of files that may be somebody else's: bounded, and nothing but what JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlabs.errors import UserError, one_line
+
+LARGEST = 64 * 2**20
+"""Bytes of a file of plain data, at most."""
+_DEEPEST = 50
+_MOST = 2_000_000  # values
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        UserError: it is not there, no regular file, larger than `LARGEST`, or no UTF-8.
+    """
+    try:
+        if not path.is_file():  # reading a pipe or a device need not end
+            raise UserError(f"{path} is not there, or no regular file")
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB, which no file of its kind is")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is no UTF-8") from None
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is in a folder; in the hub's cache, whose folders are of links, in its blobs."""
+    root, real = (Path(os.path.realpath(one)) for one in (folder, path))
+    inside = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
+        inside.append(root.parent.parent / "blobs")
+    return any(real.is_relative_to(one) for one in inside)
+
+
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
+    for name in names:
+        path = folder / name
+        if not is_inside(path, folder):
+            raise UserError(
+                f"{path} is a link out of its folder, to {os.path.realpath(path)}: put the file itself there"
+            )
+        if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no regular file")
+
+
+def parse_json(text: str, name: str) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        UserError: it is no JSON, or not plain, see `check_plain`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not JSON: {one_line(str(error))}") from None
+    check_plain(value, name)
+    return value
+
+
+def check_plain(value: Any, name: str, most: int = _MOST, finite: bool = True) -> None:
+    """Raise a UserError unless a value is nested lists and dictionaries of texts and numbers, and nothing else.
+
+    Args:
+        name: of the file, for messages.
+        most: values in all; what occurs several times counts so often.
+        finite: numbers must be.
+    """
+    left = [(value, 0)]
+    count = 0
+    while left:
+        one, depth = left.pop()
+        count += 1
+        if depth > _DEEPEST or count > most:
+            raise UserError(f"{name} is not plain data: it is nested too deeply, or larger than any that vlabs writes")
+        if isinstance(one, dict):
+            if not all(isinstance(key, str) for key in one):
+                raise UserError(f"{name} is not plain data: a key in it is no text")
+            left += [(inner, depth + 1) for inner in one.values()]
+        elif isinstance(one, list | tuple):
+            left += [(inner, depth + 1) for inner in one]
+        elif isinstance(one, float) and finite and not math.isfinite(one):
+            raise UserError(f"{name} is not plain data: a number in it is {one}")
+        elif not (one is None or isinstance(one, bool | int | float | str)):
+            raise UserError(f"{name} is not plain data: it holds a {type(one).__name__}")
