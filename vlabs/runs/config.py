@@ -26,6 +26,7 @@ from omegaconf.errors import (
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, exit_with, run_cli
 from vlabs.utils.files import replacing
 
