@@ -148,7 +148,7 @@ def _report(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
 def _writer(
     folder: Path | None, data: MaskDataModule, classes: int
 ) -> Iterator[Callable[[WholePicture, np.ndarray], None]]:
-    """What writes classes of pictures as PNGs in a folder, which is there when all are; or nothing, without a folder."""
+    """What writes classes of pictures as PNGs in a folder, which is there when all are; nothing, without a folder."""
     if folder is None:
         yield lambda picture, labels: None
         return
