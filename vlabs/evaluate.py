@@ -58,8 +58,6 @@ def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
             raise UserError(
                 f"hydra.run.dir={out_dir} holds an evaluation already: name another folder, or pass overwrite=true"
             )
-        for name in ("config.yaml", "metrics.json"):
-            (out_dir / name).unlink(missing_ok=True)
         yield
 
 
@@ -80,6 +78,9 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
     _check_kind(data, evaluation.reads)
+    if is_rank_zero():
+        for name in ("config.yaml", "metrics.json"):  # of an evaluation that is overwritten, now that nothing is wrong
+            (out_dir / name).unlink(missing_ok=True)
     metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer))
     if not is_rank_zero():
         return metrics  # what is written is written once

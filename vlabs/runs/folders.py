@@ -81,6 +81,8 @@ def _data_name(root: DictConfig) -> str:
 
 def _checkpoint_name(ckpt: str) -> str:
     """The run that a checkpoint is of, or what its file or folder is called."""
+    if not ckpt:
+        return ""
     path = Path(ckpt)
     if path.parent.name == "checkpoints":
         return path.parent.absolute().parent.name

@@ -89,7 +89,7 @@ def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None
         overwrite: it may be there.
     """
     path = Path(path)
-    with _explained(path, _named(option, path)):
+    with _explained(Path(os.path.realpath(path)), _named(option, path)):
         if path.is_dir():
             raise UserError(f"{_named(option, path)} is a folder: name a file")
         if path.is_file() and not overwrite:
