@@ -74,5 +74,10 @@ lock: .venv/.dev
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11.5 --generate-hashes --no-header \
 	    --no-annotate --no-emit-index-url --quiet --constraints .venv/constraints.txt --output-file requirements.lock
 
+# What make made: never outputs or data, and of the demo's folder only what the demo left there.
 clean:
-	rm -rf .venv .venv-oldest $(DEMO) outputs data site
+	rm -rf .venv .venv-oldest site
+	@if [ "$$(cat '$(DEMO)/.vlabs' 2>/dev/null)" = demo ]; then \
+	    cd '$(DEMO)' && rm -rf run evaluation grounding picture.png .vlabs .vlabs-lock; \
+	    cd - >/dev/null && rmdir '$(DEMO)' 2>/dev/null || true; \
+	fi

@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 from data_prep.hub_datasets import check_sources, read_picture
 from data_prep.images import members, open_tar
-from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION
+from data_prep.pipeline import check_split_name, is_made, say_ready
+from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION, PICTURES
 from vlabs.errors import UserError, one_line, run_cli
-from vlabs.utils.files import replacing, write_json
-
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+from vlabs.utils.files import WORK, clear, new_folder, replacing, write_json
 
 
 class Entry(NamedTuple):
@@ -78,25 +77,40 @@ def prepare_classes(
     """
     out_dir = Path(out_dir).absolute()
     described = [_describe(path) for path in raw_files]
-    if out_dir.exists() and any(out_dir.iterdir()):
-        manifest = out_dir / "manifest.json"
-        if manifest.is_file() and json.loads(manifest.read_text()).get("raw_files") == described:
-            print(f"{out_dir} is there already, made from the same files")
-            return
-        raise UserError(f"{out_dir} exists and holds something else: remove it or name another --out-dir")
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    inputs = partial / "inputs.json"
-    if partial.exists() and not (inputs.is_file() and json.loads(inputs.read_text()) == described):
-        shutil.rmtree(partial)
-    write_json(inputs, described)
+    if is_made(out_dir, {"raw_files": described}):
+        return
+    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
+        parts = _read_parts(units, described, partial / WORK, name)
+        clear(partial, WORK)
+        counts = _write_folder(parts, described, partial, name, classes)
+    say_ready(out_dir, counts)
+
+
+def _read_parts(units: Sequence[Unit], described: list[dict[str, Any]], work: Path, name: str) -> dict[str, list[Path]]:
+    """Read what an earlier run of the same files did not; returns a file a unit, by split."""
+    inputs = work / "inputs.json"
+    if not (inputs.is_file() and json.loads(inputs.read_text()) == described):
+        shutil.rmtree(work, ignore_errors=True)
+        write_json(inputs, described)
     parts: dict[str, list[Path]] = {}
     with tqdm(units, unit="part", desc=f"reading {name}") as progress:
         for number, unit in enumerate(progress):
             progress.set_postfix_str(unit.name)
-            part = partial / f"{number:06d}.arrow"
-            parts.setdefault(unit.split, []).append(part)
+            part = work / f"{number:06d}.arrow"
+            parts.setdefault(check_split_name(unit.split, name), []).append(part)
             if not part.is_file():
                 _write_part(part, unit.read())
+    return parts
+
+
+def _write_folder(
+    parts: dict[str, list[Path]],
+    described: list[dict[str, Any]],
+    folder: Path,
+    name: str,
+    classes: Sequence[str] | None,
+) -> dict[str, dict[str, int]]:
+    """Write what a prepared folder holds; returns what its manifest says of the splits."""
     tables = {split: pa.concat_tables([_read_part(path) for path in paths]) for split, paths in parts.items()}
     if not tables.get("train", ()) or not len(tables["train"]):
         raise UserError(f"{name} has no picture to train on: there must be a split called train")
@@ -104,20 +118,11 @@ def prepare_classes(
     names = sorted(found) if classes is None else list(classes)
     if unknown := sorted(found - set(names)):
         raise UserError(f"{name}: the class {unknown[0]} is none of the {len(names)} that it should have")
-    prepared = partial / "prepared"
-    if prepared.exists():
-        shutil.rmtree(prepared)
-    counts = {split: _write_split(table, prepared / split, names) for split, table in tables.items()}
-    write_json(prepared / "classes.json", names)
-    manifest_of = {"format": FORMAT_VERSION, "kind": "classes", "name": name, "splits": counts, "raw_files": described}
-    write_json(prepared / "manifest.json", manifest_of)
-    if out_dir.exists():
-        out_dir.rmdir()
-    prepared.rename(out_dir)
-    shutil.rmtree(partial)
-    for split, count in counts.items():
-        print(f"{split}: {count['images']:,} images of {count['classes']:,} classes")
-    print(f"{out_dir} is ready")
+    counts = {split: _write_split(table, folder / split, names) for split, table in tables.items()}
+    write_json(folder / "classes.json", names)
+    manifest = {"format": FORMAT_VERSION, "kind": "classes", "name": name, "splits": counts, "raw_files": described}
+    write_json(folder / "manifest.json", manifest)
+    return counts
 
 
 _PART_SCHEMA = pa.schema(
@@ -332,13 +337,13 @@ def main() -> None:
     classes = None
     if arguments.raw_dir is not None:
         units, files = folder_units(arguments.raw_dir)
-        name = arguments.raw_dir.name
+        name = arguments.raw_dir.resolve().name
     elif arguments.table is not None:
         units, files = table_units(arguments.table)
         name = arguments.table.stem
     else:
         units, files, classes = dataset_units(arguments.dataset, arguments.image_column, arguments.label_column)
-        name = Path(arguments.dataset).name
+        name = Path(arguments.dataset).name or Path.cwd().name
     prepare_classes(units, files, arguments.out_dir, name, classes)
 
 

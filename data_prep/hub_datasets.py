@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -283,7 +282,7 @@ def _keep(where: str, value: Any, images: Path, folder: Path) -> str:
     path = images / name
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial = path.with_suffix(".part")
         partial.write_bytes(value)
-        partial.rename(path)
+        partial.replace(path)
     return f"images/{name}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from data_prep.images import NamedImages, Store
 from data_prep.index import check_value
 from data_prep.json_file import get_value, read_lines
-from data_prep.pipeline import add_options, prepare, read_options
+from data_prep.pipeline import add_options, name_of_rendered, prepare, read_options
 from data_prep.regions import add_instances, find_instances
 from data_prep.statements import StatementIndex, statements
 from vlabs.data.prepared import LABELS
@@ -44,7 +44,6 @@ class NLVR2:
         UserError: there are none.
     """
 
-    name = "nlvr2"
     kind = statements(LABELS["nlvr2"], pictures=2)
 
     def __init__(self, raw_dir: Path) -> None:
@@ -61,6 +60,7 @@ class NLVR2:
                 f"{raw_dir} holds no train.json, dev.json or test1.json: download them from nlvr2/data of"
                 " https://github.com/lil-lab/nlvr"
             )
+        self.name = name_of_rendered(raw_dir) or "nlvr2"
         self.store = NamedImages.within(raw_dir)
         self.instances = find_instances(raw_dir)
         self.tables: Sequence[Path] = [*self.splits.values(), *self.instances]

@@ -17,7 +17,6 @@ import io
 import math
 import multiprocessing
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from data_prep.scene_render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
 from data_prep.scenes import run_lengths
 from vlabs.errors import UserError, run_cli
-from vlabs.utils.files import write_json
+from vlabs.utils.files import new_folder, write_json
 
 SPLITS = ("train", "val")
 
@@ -135,36 +134,31 @@ def make_several(size: str, out_dir: str | Path, count: int, seed: int = 0) -> N
     _check_size(size)
     if count < 1:
         raise UserError(f"--several is {count}, and has to be 1 or more")
-    if out_dir.exists():
-        raise UserError(f"{out_dir} exists; name a new folder with --out-dir")
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     side = SIZES[size].image_size
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number in tqdm(range(count), unit="image", desc=f"objects {size}, several"):
-        jpeg, labels, masks = draw_several(size, number, seed)
-        name = f"{number:06d}.jpg"
-        (partial / name).write_bytes(jpeg)
-        images.append({"id": number, "file_name": name, "width": side, "height": side})
-        for label, mask in zip(labels, masks, strict=True):
-            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-            box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
-            annotations.append({
-                "id": len(annotations), "image_id": number, "category_id": label, "iscrowd": 0,
-                "bbox": [int(value) for value in box], "area": int(mask.sum()),
-                "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
-            })  # fmt: skip
-    categories = [{"id": label, "name": name} for label, name in enumerate(SIZES[size].classes_by_folder)]
-    write_json(partial / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
-    partial.rename(out_dir)
+    with new_folder(out_dir, "--out-dir") as partial:
+        for number in tqdm(range(count), unit="image", desc=f"objects {size}, several"):
+            jpeg, labels, masks = draw_several(size, number, seed)
+            name = f"{number:06d}.jpg"
+            (partial / name).write_bytes(jpeg)
+            images.append({"id": number, "file_name": name, "width": side, "height": side})
+            for label, mask in zip(labels, masks, strict=True):
+                rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+                box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+                annotations.append({
+                    "id": len(annotations), "image_id": number, "category_id": label, "iscrowd": 0,
+                    "bbox": [int(value) for value in box], "area": int(mask.sum()),
+                    "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
+                })  # fmt: skip
+        categories = [{"id": label, "name": name} for label, name in enumerate(SIZES[size].classes_by_folder)]
+        write_json(partial / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
 
 
 def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int | None = None) -> None:
     """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
 
-    Every byte written is a function of size and seed. The work is done in `<out_dir>.partial`.
+    Every byte written is a function of size and seed.
 
     Args:
         size: a key of `SIZES`.
@@ -185,20 +179,16 @@ def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int
             raise UserError(f"{out_dir} exists and holds something else; name a new folder with --out-dir")
         print(f"{out_dir} holds the {size} objects of seed {seed} already")
         return
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for split, count in zip(SPLITS, (SIZES[size].train_images, SIZES[size].val_images), strict=True):
-        tasks = [Task(size, split, number, seed) for number in range(count)]
-        with tarfile.open(partial / f"{split}.tar", "w") as archive:
-            pictures = tqdm(_drawn(tasks, workers), total=count, unit="image", desc=f"objects {size} {split}")
-            for task, jpeg in zip(tasks, pictures, strict=True):
-                member = tarfile.TarInfo(f"{SIZES[size].classes_by_folder[task.label]}/{task.number:06d}.jpg")
-                member.size = len(jpeg)
-                archive.addfile(member, io.BytesIO(jpeg))
-    write_json(partial / "objects.json", record)
-    partial.rename(out_dir)
+    with new_folder(out_dir, "--out-dir") as partial:
+        for split, count in zip(SPLITS, (SIZES[size].train_images, SIZES[size].val_images), strict=True):
+            tasks = [Task(size, split, number, seed) for number in range(count)]
+            with tarfile.open(partial / f"{split}.tar", "w") as archive:
+                pictures = tqdm(_drawn(tasks, workers), total=count, unit="image", desc=f"objects {size} {split}")
+                for task, jpeg in zip(tasks, pictures, strict=True):
+                    member = tarfile.TarInfo(f"{SIZES[size].classes_by_folder[task.label]}/{task.number:06d}.jpg")
+                    member.size = len(jpeg)
+                    archive.addfile(member, io.BytesIO(jpeg))
+        write_json(partial / "objects.json", record)
 
 
 def _drawn(tasks: list[Task], workers: int) -> Iterator[bytes]:

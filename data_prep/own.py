@@ -39,9 +39,7 @@ import argparse
 import csv
 import hashlib
 import itertools
-import json
 import re
-import shutil
 import sqlite3
 import sys
 from collections import Counter
@@ -54,11 +52,22 @@ from data_prep.captions import CAPTIONS, CaptionIndex
 from data_prep.hub_datasets import FIELDS, Source, read_pairs, write_table
 from data_prep.images import ImageStore
 from data_prep.json_file import read_lines
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.pipeline import (
+    Options,
+    add_options,
+    check_split_name,
+    is_made,
+    prepare,
+    prepare_in,
+    raw_files_of,
+    read_options,
+    say_ready,
+)
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from data_prep.regions import describe_files
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import clean_answer, normalize_answer
+from vlabs.utils.files import WORK, new_folder
 
 _HUMANS = 10
 _NUMBER = re.compile(r"[-+]?\d+([.,:]\d+)*")
@@ -96,7 +105,7 @@ class Table:
         UserError: there is no such table or folder, or the fraction is out of range.
     """
 
-    name = "own"
+    name = ""
     item: ClassVar[str]
 
     def __init__(self, path: Path, image_root: Path, val_fraction: float) -> None:
@@ -418,7 +427,8 @@ def main() -> None:
         if given := [name for name in ("columns", "splits", "config") if getattr(arguments, name)]:
             raise UserError(f"--{given[0]} is of --dataset, and a --table is given")
         root = arguments.image_root or arguments.table.parent
-        _prepare_table(arguments, open_table(arguments.table, root, arguments.val_fraction), {})
+        rows: Any = open_table(arguments.table, root, arguments.val_fraction)
+        prepare(rows, arguments.out_dir, _options(arguments, rows, {}))
         return
     source = Source(
         arguments.dataset,
@@ -427,25 +437,20 @@ def main() -> None:
         read_pairs("--splits", arguments.splits),
     )
     out_dir: Path = arguments.out_dir.absolute()
-    if out_dir.exists() and any(out_dir.iterdir()):
-        manifest = out_dir / "manifest.json"
-        made_from = json.loads(manifest.read_text()).get("options", {}).get("source") if manifest.is_file() else None
-        if made_from == source.plain():
-            print(f"{out_dir} is there already, made from the same data set")
-            return
-        raise UserError(f"{out_dir} exists and holds something else: remove it or name another --out-dir")
-    # Pictures and texts as they came, until the folder is whole.
-    folder = out_dir.with_name(f"{out_dir.name}.source")
-    table = open_table(write_table(source, folder), folder, arguments.val_fraction)
-    table.name = PurePosixPath(arguments.dataset).name
-    _prepare_table(arguments, table, {"source": source.plain()})
-    shutil.rmtree(folder)
+    wanted = read_options(arguments, val_fraction=arguments.val_fraction, source=source.plain())
+    if is_made(out_dir, wanted.recorded(["min_answer_count"])):  # which is of questions alone
+        return
+    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
+        folder = partial / WORK / "source"  # pictures and texts as they came
+        table: Any = open_table(write_table(source, folder), folder, arguments.val_fraction)
+        table.name = PurePosixPath(arguments.dataset).name
+        options = _options(arguments, table, {"source": source.plain()})
+        splits = prepare_in(partial, table, options, out_dir.name, raw_files_of(table))
+    say_ready(out_dir, splits)
 
 
-def _prepare_table(arguments: argparse.Namespace, table: Table, others: dict[str, Any]) -> None:
-    options = read_options(arguments, val_fraction=arguments.val_fraction, **table.options(), **others)
-    raw: Any = table
-    prepare(raw, arguments.out_dir, options)
+def _options(arguments: argparse.Namespace, table: Table, others: dict[str, Any]) -> Options:
+    return read_options(arguments, val_fraction=arguments.val_fraction, **table.options(), **others)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 2. Worker processes build shards of a fixed number of images; a finished shard has its final name and a record.
 3. The finished folder gets its name, in one step, when nothing is left to do.
 
-All that is written depends on the raw data and the options alone. Until the end it lies in `OUT.partial`, where a run
-that was stopped, however roughly, goes on.
+All that is written depends on the raw data and the options alone. Until the end it lies in `OUT.vlabs-partial`, where a
+run that was stopped, however roughly, goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import concurrent.futures.process
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -24,8 +23,8 @@ import shutil
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -49,6 +48,7 @@ from data_prep.shards import (
 )
 from vlabs.data.prepared import FORMAT_VERSION
 from vlabs.errors import UserError, show
+from vlabs.utils.files import WORK, clear, content_sha256, is_free, new_folder, write_text
 
 AnyIndex = TypeVar("AnyIndex", bound=Index)
 
@@ -147,7 +147,7 @@ class RawData(Protocol[AnyIndex]):
     """One form of raw data.
 
     Attributes:
-        name: goes into the manifest.
+        name: goes into the manifest; empty for what is called as the folder that it is prepared in.
         kind: what is asked or said about the images.
         tables: the files with all that is not an image.
         images: the files and folders with images, for the manifest.
@@ -183,31 +183,80 @@ def prepare(raw: RawData[AnyIndex], out_dir: Path, options: Options) -> None:
         UserError: the raw data is bad, the folder exists and holds something else, or it cannot be written.
     """
     out_dir = out_dir.absolute()
-    raw_files = [_describe(path, hashed=True) for path in raw.tables] + [_describe(path) for path in raw.images]
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        recorded = options.recorded(raw.kind.unused_options)
-        _check_same(out_dir, {"name": raw.name, "options": recorded, "raw_files": raw_files})
-        print(f"{out_dir} is there already, made from the same files with the same options")
+    raw_files = raw_files_of(raw)
+    made_from = {"options": options.recorded(raw.kind.unused_options), "raw_files": raw_files}
+    if is_made(out_dir, made_from | ({"name": raw.name} if raw.name else {})):
         return
-    partial = out_dir.with_name(out_dir.name + ".partial")
+    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
+        splits = prepare_in(partial, raw, options, out_dir.name, raw_files)
+    say_ready(out_dir, splits)
+
+
+def is_made(out_dir: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether a prepared folder is there already, made from the same; this is then said.
+
+    Args:
+        made_from: entries of its manifest, or of the options in it.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if is_free(out_dir):
+        return False
     try:
-        with _locked(partial):
-            run = _Run(raw, options, partial)
-            run.start_or_go_on()
-            run.read_tables()
-            run.locate_images()
-            run.build_shards()
-            manifest = run.describe(raw_files)
-            run.prepared.rename(out_dir)
-            shutil.rmtree(partial)
+        manifest = json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
+        found = {**manifest.get("options", {}), **manifest}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{out_dir} exists and holds no prepared data: name another --out-dir") from None
+    for name, value in made_from.items():
+        if found.get(name) != value:
+            what = "raw files" if name in ("name", "raw_files", "source") else "options"
+            raise UserError(f"{out_dir} holds something else, made from other {what}: name another --out-dir")
+    print(f"{out_dir} is there already, made from the same files with the same options")
+    return True
+
+
+def prepare_in(
+    partial: Path, raw: RawData[AnyIndex], options: Options, name: str, raw_files: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """`prepare` in a folder that `vlabs.utils.files.new_folder` gave.
+
+    Args:
+        name: of a data set that has no name of its own.
+        raw_files: of `raw_files_of`.
+
+    Returns:
+        What the manifest says of the splits.
+    """
+    try:
+        run = _Run(raw, options, partial, raw.name or name)
+        run.start_or_go_on()
+        run.read_tables()
+        run.locate_images()
+        run.build_shards()
+        return run.describe(raw_files)
     except (OSError, sqlite3.OperationalError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "full" in str(error)
         hint = "; free some space and run again, it goes on where it stopped" if full else ""
-        raise UserError(f"cannot make {out_dir}: {error}{hint}") from error
-    for split, counts in manifest["splits"].items():
+        raise UserError(f"cannot make {partial}: {error}{hint}") from error
+
+
+def say_ready(out_dir: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what a new prepared folder holds."""
+    for split, counts in splits.items():
         counted = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if name != "sha256")
         print(f"{split}: {', '.join(counted)}")
     print(f"{out_dir} is ready")
+
+
+def name_of_rendered(raw_dir: Path) -> str | None:
+    """The name of the embedded corpus if a folder holds it (`data_prep.scenes`), in whatever layout."""
+    return "scenes" if (raw_dir / "scenes.json").is_file() else None
+
+
+def raw_files_of(raw: RawData[AnyIndex]) -> list[dict[str, Any]]:
+    """What a manifest says of raw data."""
+    return [_describe(path, hashed=True) for path in raw.tables] + [_describe(path) for path in raw.images]
 
 
 def _describe(path: Path, hashed: bool = False) -> dict[str, Any]:
@@ -217,54 +266,28 @@ def _describe(path: Path, hashed: bool = False) -> dict[str, Any]:
         return {"name": f"{path.name}/", "files": len(sizes), "size": sum(sizes)}
     described: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
     if hashed:
-        with path.open("rb") as file:
-            described["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        described["sha256"] = content_sha256(path)
     return described
-
-
-def _check_same(out_dir: Path, wanted: dict[str, Any]) -> None:
-    try:
-        manifest = json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{out_dir} exists and holds no prepared data: name another --out-dir") from None
-    for name, value in wanted.items():
-        if not isinstance(manifest, dict) or manifest.get(name) != value:
-            what = "other options" if name == "options" else "other raw files"
-            raise UserError(f"{out_dir} exists and was made from {what}: remove it or name another --out-dir")
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold the folder under construction, so that two runs do not write to it at the same time."""
-    lock = partial / "lock"
-    if partial.exists() and not lock.exists() and (not partial.is_dir() or any(partial.iterdir())):
-        raise UserError(f"{partial} exists and is not a folder under construction: move it away")
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {partial}: wait for it or name another --out-dir") from None
-        yield
 
 
 class _Run(Generic[AnyIndex]):
     """The steps of `prepare`, each of which finds what is done already."""
 
-    def __init__(self, raw: RawData[AnyIndex], options: Options, partial: Path) -> None:
+    def __init__(self, raw: RawData[AnyIndex], options: Options, prepared: Path, name: str) -> None:
         self.raw = raw
+        self.name = name
         self.kind = raw.kind
         self.options = options
         self.recorded_options = options.recorded(raw.kind.unused_options)
-        self.partial = partial
-        self.prepared = partial / "prepared"
-        self.records = partial / "records"
-        self.index_file = partial / "index.sqlite"
-        self.images_file = partial / "images.sqlite"
+        self.prepared = prepared
+        self.work = prepared / WORK / "pipeline"
+        self.records = self.work / "records"
+        self.index_file = self.work / "index.sqlite"
+        self.images_file = self.work / "images.sqlite"
 
     def start_or_go_on(self) -> None:
         """Keep what an earlier run left if it had the same tables and options; make the folders."""
-        identity_file = self.partial / "inputs.json"
+        identity_file = self.work / "inputs.json"
         options = {**self.recorded_options}
         del options["on_bad"]  # changes what happens in the end, not the shards
         tables = [
@@ -275,25 +298,21 @@ class _Run(Generic[AnyIndex]):
             {
                 "format": FORMAT_VERSION,
                 "kind": self.kind.name,
-                "name": self.raw.name,
+                "name": self.name,
                 "tables": tables,
                 "options": options,
             },
             indent=1,
         )
         if identity_file.exists() and identity_file.read_text(encoding="utf-8") == identity:
-            print(f"going on in {self.partial}")
+            print(f"going on in {self.prepared}")
         else:
             if identity_file.exists():
-                print(f"{self.partial} was made from other files or options: starting anew")
-            for path in self.partial.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "lock":
-                    path.unlink()
-            identity_file.write_text(identity, encoding="utf-8")
-        self.prepared.mkdir(exist_ok=True)
-        self.records.mkdir(exist_ok=True)
+                print(f"{self.prepared} was made from other files or options: starting anew")
+            clear(self.prepared, WORK)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.records.mkdir(parents=True)
+            write_text(identity_file, identity)
 
     def read_tables(self) -> None:
         """Make the index, the tokenizer, and the files of the kind."""
@@ -385,15 +404,15 @@ class _Run(Generic[AnyIndex]):
                 )
                 yield task, len(image_ids)
 
-    def describe(self, raw_files: list[dict[str, Any]]) -> dict[str, Any]:
-        """Write the files that make the folder a prepared one, and return the manifest.
+    def describe(self, raw_files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Write the files that make the folder a prepared one, and return what it says of the splits.
 
         Raises:
             UserError: there are bad items, which are not to be skipped.
         """
         splits: dict[str, dict[str, Any]] = {}
         reasons: Counter[str] = Counter()
-        bad_file = self.partial / "bad_items.jsonl"
+        bad_file = self.work / "bad_items.jsonl"
         dropped: list[dict[str, str]] = []
         with closing(open_readonly(self.index_file)) as index:
             for row in index.execute("SELECT reason, split, item FROM bad"):
@@ -419,7 +438,7 @@ class _Run(Generic[AnyIndex]):
         manifest = {
             "format": FORMAT_VERSION,
             "kind": self.kind.name,
-            "name": self.raw.name,
+            "name": self.name,
             "splits": splits,
             **rows.summary(),
             "dropped": dict(sorted(reasons.items())),
@@ -428,7 +447,7 @@ class _Run(Generic[AnyIndex]):
             "raw_files": raw_files,
         }
         write_json(self.prepared / "manifest.json", manifest)
-        return manifest
+        return splits
 
     def _report_bad(self, dropped: list[dict[str, str]], reasons: Counter[str], bad_file: Path) -> None:
         def name(item: dict[str, str]) -> str:

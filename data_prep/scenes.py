@@ -26,7 +26,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +44,7 @@ from data_prep.question_only import format_table, question_only_accuracy
 from data_prep.scene_questions import Balance, Caption, Question, captions, possible_questions, ten_answers
 from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.files import new_folder
 
 ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
 ANSWER_TYPES = {"yes/no": "yes/no", "number": "number"}  # of a question type; every other is "other"
@@ -111,8 +111,7 @@ def make_scenes(
 ) -> None:
     """Render a corpus into the new folder `out_dir`; nothing happens if it holds this corpus already.
 
-    Every byte written is a function of size, seed, train_images and layout, whatever the number of workers. The work is
-    done in `<out_dir>.partial`, which replaces what an interrupted run left there.
+    Every byte written is a function of size, seed, train_images and layout, whatever the number of workers.
 
     Args:
         size: a key of `SIZES`.
@@ -140,15 +139,11 @@ def make_scenes(
     if _is_finished(out_dir, size, seed, images["train"], layout):
         print(f"{out_dir} holds the {size} scenes of seed {seed} already")
         return
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    if layout == "vqa":
-        _write_corpus(size, images, partial, seed, workers)
-    else:
-        write_layout(layout, size, images["train"], partial, seed, workers)
-    partial.rename(out_dir)
+    with new_folder(out_dir, "--out-dir") as partial:
+        if layout == "vqa":
+            _write_corpus(size, images, partial, seed, workers)
+        else:
+            write_layout(layout, size, images["train"], partial, seed, workers)
 
 
 def _num_cores() -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,11 +35,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.images import members, open_tar, open_zip
-from data_prep.pipeline import write_datasets_files
+from data_prep.pipeline import check_split_name, is_made, name_of_rendered, say_ready, write_datasets_files
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import FORMAT_VERSION, IGNORED, MASK_FEATURES
 from vlabs.errors import UserError, one_line, run_cli, show
-from vlabs.utils.files import write_json
+from vlabs.utils.files import WORK, clear, new_folder, write_json, write_text
 
 _SHARD = 256  # pictures a file
 
@@ -77,13 +76,13 @@ class Layout(NamedTuple):
     Attributes:
         classes: their names.
         labels: (256,), the class of every raw label value; -1 for a value that the data set does not have.
-        splits: by name, what gives their pairs.
+        splits: by name, what gives their pairs; it may keep something in the folder that it is given, meanwhile.
         files: what is read.
     """
 
     classes: Sequence[str]
     labels: np.ndarray
-    splits: Mapping[str, Callable[[], Iterator[Pair]]]
+    splits: Mapping[str, Callable[[Path], Iterator[Pair]]]
     files: Sequence[Path]
 
 
@@ -114,11 +113,10 @@ def _png_labels(content: bytes) -> np.ndarray:
 # --- PASCAL VOC -------------------------------------------------------------------------------------------------------
 
 
-def voc(raw_dir: Path, work: Path) -> Layout:
+def voc(raw_dir: Path) -> Layout:
     """PASCAL VOC 2012, with SBD's masks for training where they are there.
 
-    Args:
-        work: where SBD's masks are kept meanwhile; its archive is compressed and can be read from its start only.
+    SBD's masks are kept meanwhile: its archive is compressed and can be read from its start only.
     """
     archive = _find(raw_dir, "VOCtrainval_11-May-2012.tar")
     assert archive is not None
@@ -149,15 +147,20 @@ def voc(raw_dir: Path, work: Path) -> Layout:
 
     val = names("val")
     sbd = _find(raw_dir, "benchmark.tgz", required=False)
-    train, more = names("train"), None
-    if sbd is not None:
+    train = names("train")
+
+    def training(work: Path) -> Iterator[Pair]:
+        if sbd is None:
+            return (pair(name, None) for name in train)
         more = work / "sbd"
         extra = set(_unpack_sbd(sbd, more)) - set(val)
-        train = sorted(set(train) | {name for name in extra if f"JPEGImages/{name}.jpg" in places})
+        every = sorted(set(train) | {name for name in extra if f"JPEGImages/{name}.jpg" in places})
+        return (pair(name, more) for name in every)
+
     labels = _label_map({n: n for n in range(len(VOC_CLASSES))} | {IGNORED: IGNORED})
-    splits = {
-        "train": lambda: (pair(name, more) for name in train),
-        "val": lambda: (pair(name, None) for name in val),
+    splits: dict[str, Callable[[Path], Iterator[Pair]]] = {
+        "train": training,
+        "val": lambda work: (pair(name, None) for name in val),
     }
     return Layout(VOC_CLASSES, labels, splits, [archive, *([sbd] if sbd else [])])
 
@@ -206,7 +209,7 @@ def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     return names, read
 
 
-def cityscapes(raw_dir: Path, work: Path) -> Layout:
+def cityscapes(raw_dir: Path) -> Layout:
     """Cityscapes, fine annotations; the masks of test are kept back."""
     pictures, masks = (_find(raw_dir, f"{name}_trainvaltest.zip") for name in ("leftImg8bit", "gtFine"))
     assert pictures is not None
@@ -229,11 +232,11 @@ def cityscapes(raw_dir: Path, work: Path) -> Layout:
 
     train_ids = {label: n for n, label in enumerate(CITYSCAPES.values())}
     labels = _label_map({n: train_ids.get(n, IGNORED) for n in range(_CITYSCAPES_LABELS)} | {IGNORED: IGNORED})
-    splits = {split: lambda split=split: pairs(split) for split in ("train", "val", "test")}  # type: ignore[misc]
+    splits = {split: lambda work, split=split: pairs(split) for split in ("train", "val", "test")}  # type: ignore[misc]
     return Layout(tuple(CITYSCAPES), labels, splits, [pictures, masks])
 
 
-def ade20k(raw_dir: Path, work: Path) -> Layout:
+def ade20k(raw_dir: Path) -> Layout:
     """ADE20K's scene parsing, 150 classes."""
     path, test = _find(raw_dir, "ADEChallengeData2016.zip"), _find(raw_dir, "release_test.zip", required=False)
     assert path is not None
@@ -261,12 +264,12 @@ def ade20k(raw_dir: Path, work: Path) -> Layout:
         for image in sorted(one for one in found if one.endswith(".jpg")):
             yield Pair(PurePosixPath(image).stem, lambda image=image: read_test(image), None)  # type: ignore[misc]
 
-    splits: dict[str, Callable[[], Iterator[Pair]]] = {
-        "train": lambda: pairs("training"),
-        "val": lambda: pairs("validation"),
+    splits: dict[str, Callable[[Path], Iterator[Pair]]] = {
+        "train": lambda work: pairs("training"),
+        "val": lambda work: pairs("validation"),
     }
     if test is not None:
-        splits["test"] = lambda: unlabelled(test)
+        splits["test"] = lambda work: unlabelled(test)
     labels = _label_map({0: IGNORED} | {n + 1: n for n in range(len(classes))})
     return Layout(classes, labels, splits, [path, *([test] if test else [])])
 
@@ -274,7 +277,7 @@ def ade20k(raw_dir: Path, work: Path) -> Layout:
 # --- instances --------------------------------------------------------------------------------------------------------
 
 
-def instances(raw_dir: Path, work: Path) -> Layout:
+def instances(raw_dir: Path) -> Layout:
     """COCO instances as semantic maps: those of the embedded corpus, or of one's own."""
     annotations = _find(raw_dir, "annotations.zip")
     assert annotations is not None
@@ -318,7 +321,7 @@ def instances(raw_dir: Path, work: Path) -> Layout:
             )
 
     splits = {
-        subset.rstrip("0123456789"): lambda subset=subset: pairs(subset)  # type: ignore[misc]
+        subset.rstrip("0123456789"): lambda work, subset=subset: pairs(subset)  # type: ignore[misc]
         for subset in subsets
     }
     files = [annotations, *(raw_dir / f"{subset}.zip" for subset in subsets if (raw_dir / f"{subset}.zip").is_file())]
@@ -326,7 +329,7 @@ def instances(raw_dir: Path, work: Path) -> Layout:
     return Layout(("background", *(categories[one] for one in sorted(categories))), labels, splits, files)
 
 
-LAYOUTS: dict[str, Callable[[Path, Path], Layout]] = {
+LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "voc": voc, "cityscapes": cityscapes, "ade20k": ade20k, "instances": instances,
 }  # fmt: skip
 
@@ -340,7 +343,7 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
     Args:
         layout: a key of `LAYOUTS`.
         on_bad: `error`, or `skip` to leave out pairs that cannot be used.
-        name: of the data set; the layout's if not given.
+        name: of the data set; that of the layout, or of what was rendered, or of `out_dir` if not given.
 
     Raises:
         UserError: files are missing or damaged, a pair cannot be used, or `out_dir` holds something else.
@@ -348,58 +351,45 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
     if not raw_dir.is_dir():
         raise UserError(f"--raw-dir {raw_dir}: there is no such folder")
     out_dir = out_dir.absolute()
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    found = LAYOUTS[layout](raw_dir, partial / "work")
     options = {"layout": layout, "on_bad": on_bad}
+    found = LAYOUTS[layout](raw_dir)
     raw_files = [{"name": path.name, "size": path.stat().st_size} for path in found.files]
-    if out_dir.exists() and any(out_dir.iterdir()):
-        manifest = out_dir / "manifest.json"
-        made = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        if made.get("raw_files") == raw_files and made.get("options") == options:
-            print(f"{out_dir} is there already, made from the same files with the same options")
-            return
-        raise UserError(f"{out_dir} exists and holds something else: remove it or name another --out-dir")
-    inputs = partial / "inputs.json"
-    prepared = partial / "prepared"
-    identity = json.dumps([raw_files, options])
-    if not inputs.is_file() or inputs.read_text() != identity:
-        shutil.rmtree(prepared, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        inputs.write_text(identity)
-    counts: dict[str, dict[str, Any]] = {}
-    dropped: list[str] = []
-    image_id = 0
-    for split, pairs in found.splits.items():
-        folder = prepared / split
-        folder.mkdir(parents=True, exist_ok=True)
-        counts[split], image_id = _write_split(split, pairs(), found, folder, image_id, on_bad, dropped)
-        if not counts[split]["images"]:
-            raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
-    for record in prepared.glob("*-*.json"):  # of files that are there, for a run that goes on
-        record.unlink()
-    write_json(prepared / "classes.json", list(found.classes))
-    manifest_of = {
-        "format": FORMAT_VERSION, "kind": "masks", "name": name or layout, "layout": layout, "splits": counts,
-        "dropped_items": dropped, "options": options, "raw_files": raw_files,
-    }  # fmt: skip
-    write_json(prepared / "manifest.json", manifest_of)
-    if out_dir.exists():
-        out_dir.rmdir()
-    prepared.rename(out_dir)
-    shutil.rmtree(partial)
-    for split, count in counts.items():
-        print(f"{split}: {count['images']:,} images")
+    if is_made(out_dir, {"raw_files": raw_files, "options": options}):
+        return
+    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
+        work = partial / WORK
+        inputs, identity = work / "inputs.json", json.dumps([raw_files, options])
+        if not inputs.is_file() or inputs.read_text() != identity:
+            clear(partial)
+            work.mkdir()
+            write_text(inputs, identity)
+        counts: dict[str, dict[str, Any]] = {}
+        dropped: list[str] = []
+        image_id = 0
+        for split, pairs in found.splits.items():
+            counts[split], image_id = _write_split(split, pairs(work), found, partial, image_id, on_bad, dropped)
+            if not counts[split]["images"]:
+                raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
+        write_json(partial / "classes.json", list(found.classes))
+        called = name or name_of_rendered(raw_dir) or (out_dir.name if layout == "instances" else layout)
+        manifest = {
+            "format": FORMAT_VERSION, "kind": "masks", "name": called, "layout": layout, "splits": counts,
+            "dropped_items": dropped, "options": options, "raw_files": raw_files,
+        }  # fmt: skip
+        write_json(partial / "manifest.json", manifest)
     if dropped:
         show(f"left out {len(dropped):,}, the first: {dropped[0]}")
-    print(f"{out_dir} is ready")
+    say_ready(out_dir, counts)
 
 
 def _write_split(
-    split: str, pairs: Iterator[Pair], found: Layout, folder: Path, image_id: int, on_bad: str, dropped: list[str]
+    split: str, pairs: Iterator[Pair], found: Layout, partial: Path, image_id: int, on_bad: str, dropped: list[str]
 ) -> tuple[dict[str, Any], int]:
     """Write the pairs of a split in files of so many, of which those that are there are kept."""
     import hashlib
 
+    folder = partial / check_split_name(split, "the archive")
+    folder.mkdir(exist_ok=True)
     schema = MASK_FEATURES.arrow_schema
     count = {"images": 0, "sha256": ""}
     names = []
@@ -408,7 +398,7 @@ def _write_split(
             chosen = list(islice(pairs, _SHARD))
             if not chosen:
                 break
-            file, record = folder / f"data-{number:05d}.arrow", folder.parent / f"{split}-{number:05d}.json"
+            file, record = folder / f"data-{number:05d}.arrow", partial / WORK / f"{split}-{number:05d}.json"
             if not (file.is_file() and record.is_file()):
                 bad: list[str] = []
                 rows = []

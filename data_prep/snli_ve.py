@@ -22,7 +22,7 @@ from pathlib import Path
 from data_prep.images import NamedImages, Store
 from data_prep.index import check_value
 from data_prep.json_file import get_value, read_lines
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
 from data_prep.regions import add_instances, find_instances
 from data_prep.statements import StatementIndex, statements
 from vlabs.data.prepared import LABELS
@@ -41,7 +41,6 @@ class SNLIVE:
         UserError: there are none.
     """
 
-    name = "snli_ve"
     kind = statements(LABELS["snli_ve"])
 
     def __init__(self, raw_dir: Path) -> None:
@@ -54,6 +53,7 @@ class SNLIVE:
                 f"{raw_dir} holds no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl: download them from"
                 " https://github.com/necla-ml/SNLI-VE"
             )
+        self.name = name_of_rendered(raw_dir) or "snli_ve"
         self.store = NamedImages.within(raw_dir)
         self.instances = find_instances(raw_dir)
         self.tables: Sequence[Path] = [*self.splits.values(), *self.instances]

@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep.images import ImageStore, open_zip
 from data_prep.json_file import JsonFile, get_value
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
 from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
 from data_prep.regions import add_instances, describe_files, find_instances
 from vlabs.errors import UserError, run_cli
@@ -57,7 +57,6 @@ class VQAv2:
         UserError: files are missing, and the message names all of them; or a folder of maps is not what it should be.
     """
 
-    name = "vqav2"
     kind = QUESTIONS
 
     def __init__(self, raw_dir: Path, human_maps: Sequence[Path] = ()) -> None:
@@ -96,6 +95,7 @@ class VQAv2:
             self.splits[split] = Split(file, annotations.get(subset), release, store)
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
+        self.name = name_of_rendered(raw_dir) or _name_of(raw_dir, next(iter(self.splits.values())).questions)
         json_files = [*questions.values(), *annotations.values()]
         self.instances = find_instances(raw_dir)
         self.tables: Sequence[Path] = sorted({*(file.path for file in json_files), *self.instances})
@@ -202,6 +202,12 @@ def _find_human_maps(folders: Sequence[Path]) -> dict[int, list[Path]]:
             # Their order, and with it how their mean is rounded, must not be that of the folders.
             maps[question_id] = sorted([*maps.get(question_id, []), *paths], key=lambda path: path.name)
     return maps
+
+
+def _name_of(raw_dir: Path, questions: JsonFile) -> str:
+    """`vqav2` if a file says that it is of the VQA dataset; data of one's own are called as their folder."""
+    said = questions.text("info.description") or ""
+    return "vqav2" if re.search(r"\bVQA dataset\b", said) else raw_dir.resolve().name
 
 
 def _split_name(subset: str) -> str:

@@ -15,7 +15,7 @@ import argparse
 import glob
 import hashlib
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -24,12 +24,11 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.classes import PICTURES
 from data_prep.images import members, open_tar
-from data_prep.pipeline import train_tokenizer, write_datasets_files
-from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION
+from data_prep.pipeline import is_made, say_ready, train_tokenizer, write_datasets_files
+from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION, PICTURES
 from vlabs.errors import UserError, one_line, run_cli, show
-from vlabs.utils.files import replacing, write_json
+from vlabs.utils.files import WORK, clear, new_folder, replacing, write_json
 
 FEATURES = datasets.Features(
     {
@@ -126,51 +125,38 @@ def prepare_shards(
     options = {"field": field, "val_fraction": val_fraction, "vocab_size": vocab_size, "on_bad": on_bad}
     files = [path for paths in shards.values() for path in paths]
     raw_files = [{"name": path.name, "size": path.stat().st_size} for path in files]
-    if out_dir.exists() and any(out_dir.iterdir()):
-        manifest = out_dir / "manifest.json"
-        made = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        if made.get("raw_files") == raw_files and made.get("options") == options:
-            print(f"{out_dir} is there already, made from the same shards with the same options")
-            return
-        raise UserError(f"{out_dir} exists and holds something else: remove it or name another --out-dir")
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    records = []
-    with tqdm([(split, path) for split, paths in shards.items() for path in paths], unit="shard") as progress:
-        for split, path in progress:
-            progress.set_postfix_str(path.name)
-            records.append((split, path, *_read_part(path, partial, field)))
-    bad = [f"{path.name}: {key} ({wrong})" for _, path, _, found in records for key, wrong in found["bad"]]
-    if bad and on_bad != "skip":
-        raise UserError(
-            f"{len(bad):,} samples cannot be used, the first: {bad[0]}: mend them, or leave them out with --on-bad skip"
-        )
-    if bad:
-        show(f"left out {len(bad):,} samples, the first: {bad[0]}")
-    prepared = partial / "prepared"
-    shutil.rmtree(prepared, ignore_errors=True)
-    counts = _write_splits(records, prepared, val_fraction)
-    if not counts.get("train", {}).get("images"):
-        raise UserError(f"{name} has no sample to train on")
-    if vocab_size:
-        print("training the tokenizer")
-        (prepared / "tokenizer").mkdir()
-        train_tokenizer(_captions(prepared / "train"), vocab_size).save(str(prepared / "tokenizer/tokenizer.json"))
-    reasons: dict[str, int] = {}
-    for _, _, _, found in records:
-        for _, wrong in found["bad"]:
-            reasons[wrong.split(" (")[0]] = reasons.get(wrong.split(" (")[0], 0) + 1
-    manifest_of = {
-        "format": FORMAT_VERSION, "kind": "captions", "name": name, "splits": counts, "dropped": reasons,
-        "dropped_items": bad, "options": options, "raw_files": raw_files,
-    }  # fmt: skip
-    write_json(prepared / "manifest.json", manifest_of)
-    if out_dir.exists():
-        out_dir.rmdir()
-    prepared.rename(out_dir)
-    shutil.rmtree(partial)
-    for split, count in counts.items():
-        print(f"{split}: {count['images']:,} images, {count['captions']:,} captions")
-    print(f"{out_dir} is ready")
+    if is_made(out_dir, {"raw_files": raw_files, "options": options}):
+        return
+    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
+        (partial / WORK).mkdir(exist_ok=True)
+        records = []
+        with tqdm([(split, path) for split, paths in shards.items() for path in paths], unit="shard") as progress:
+            for split, path in progress:
+                progress.set_postfix_str(path.name)
+                records.append((split, path, *_read_part(path, partial / WORK, field)))
+        bad = [f"{path.name}: {key} ({wrong})" for _, path, _, found in records for key, wrong in found["bad"]]
+        if bad and on_bad != "skip":
+            raise UserError(
+                f"{len(bad):,} samples cannot be used, the first: {bad[0]}: mend them, or leave them out with "
+                "--on-bad skip"
+            )
+        if bad:
+            show(f"left out {len(bad):,} samples, the first: {bad[0]}")
+        clear(partial, WORK)
+        counts = _write_splits(records, partial, val_fraction)
+        if not counts.get("train", {}).get("images"):
+            raise UserError(f"{name} has no sample to train on")
+        if vocab_size:
+            print("training the tokenizer")
+            (partial / "tokenizer").mkdir()
+            train_tokenizer(_captions(partial / "train"), vocab_size).save(str(partial / "tokenizer/tokenizer.json"))
+        reasons = Counter(wrong.split(" (")[0] for _, _, _, found in records for _, wrong in found["bad"])
+        manifest = {
+            "format": FORMAT_VERSION, "kind": "captions", "name": name, "splits": counts, "dropped": reasons,
+            "dropped_items": bad, "options": options, "raw_files": raw_files,
+        }  # fmt: skip
+        write_json(partial / "manifest.json", manifest)
+    say_ready(out_dir, counts)
 
 
 _PART = pa.schema(
@@ -178,12 +164,12 @@ _PART = pa.schema(
 )
 
 
-def _read_part(path: Path, partial: Path, field: str) -> tuple[Path, dict[str, Any]]:
+def _read_part(path: Path, work: Path, field: str) -> tuple[Path, dict[str, Any]]:
     """The samples of a shard as an Arrow file, and what is bad in it; of an earlier run, if the shard is as it was."""
     stat = path.stat()
     identity = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, field]
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
-    part, record = partial / f"{name}.arrow", partial / f"{name}.json"
+    part, record = work / f"{name}.arrow", work / f"{name}.json"
     if record.is_file() and part.is_file():
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         if found["shard"] == identity:
@@ -319,8 +305,8 @@ def main() -> None:
             raise UserError(f"{min(both)} is among --shards and --val-shards: it can be of one split only")
     fraction = 0.0 if arguments.val_shards else arguments.val_fraction
     prepare_shards(
-        shards, arguments.out_dir, arguments.out_dir.name, arguments.caption_field, fraction, arguments.vocab_size,
-        arguments.on_bad,
+        shards, arguments.out_dir, arguments.out_dir.resolve().name, arguments.caption_field, fraction,
+        arguments.vocab_size, arguments.on_bad,
     )  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def test_finished_folder_is_left_alone(flickr: tuple[Raw, Path, Path]) -> None:
 
 def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     zipped = Raw("coco", ["train", "restval", "val", "test"] * 100).zipped(tmp_path / "raw")
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    out, partial = tmp_path / "out", tmp_path / "out.vlabs-partial"
     options = ["--raw-dir", zipped, "--vocab-size", 0, "--shard-size", 4, "--num-workers", 2]
     process = subprocess.Popen(
         command("data_prep.coco_captions", *options, "--out-dir", out),
@@ -226,14 +226,14 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while not list(partial.glob("prepared/*/*.arrow")):
+    while not list(partial.glob("*/*.arrow")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    assert 0 < len(list(partial.glob("records/*.json"))) < 100
+    assert 0 < len(list(partial.glob(".vlabs-work/pipeline/records/*.json"))) < 100
     resumed = run("data_prep.coco_captions", *options, "--out-dir", out)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on" in resumed.stdout

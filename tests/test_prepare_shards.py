@@ -121,7 +121,7 @@ def test_a_run_that_was_stopped_reads_no_shard_again(tmp_path, monkeypatch):
     module.prepare_shards(shards, tmp_path / "out", "shards")
     assert read == ["00000.tar", "00001.tar", "00002.tar", "00002.tar"]
     assert len(load_split(tmp_path / "out", "train")) == 30
-    assert not list(tmp_path.glob("out.partial"))
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_pre_training_reads_shards_beside_other_captions(prepared, tmp_path):

@@ -298,20 +298,20 @@ def test_number_of_workers_changes_nothing(example: tuple[Raw, Path, Path], tmp_
 
 def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     zipped = Raw(images=400, splits=("train", "val")).zipped(tmp_path / "raw")
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    out, partial = tmp_path / "out", tmp_path / "out.vlabs-partial"
     options = ["--raw-dir", zipped, "--min-answer-count", 1, "--vocab-size", 0, "--shard-size", 4, "--num-workers", 2]
     process = subprocess.Popen(
         command("data_prep.vqav2", *options, "--out-dir", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not list(partial.glob("prepared/*/*.arrow")):
+    while not list(partial.glob("*/*.arrow")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    finished = {path: path.stat().st_mtime_ns for path in partial.glob("records/*.json")}
+    finished = {path: path.stat().st_mtime_ns for path in partial.glob(".vlabs-work/pipeline/records/*.json")}
     assert 0 < len(finished) < 200
     resumed = run("data_prep.vqav2", *options, "--out-dir", out)
     assert resumed.returncode == 0, resumed.stderr
@@ -346,7 +346,8 @@ def test_truncated_image_is_named_and_can_be_mended_or_dropped(tmp_path: Path) -
     out = tmp_path / "out"
     assert name in error_line(run_vqav2(folder, out, "--shard-size", 5))
     assert not out.exists()
-    bad = [json.loads(line) for line in (tmp_path / "out.partial" / "bad_items.jsonl").read_text().splitlines()]
+    listed = tmp_path / "out.vlabs-partial/.vlabs-work/pipeline/bad_items.jsonl"
+    bad = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [item["reason"] for item in bad] == ["unreadable image"]
 
     dropped = read_manifest(prepared(folder, tmp_path / "skipped", "--on-bad", "skip"))

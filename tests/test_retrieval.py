@@ -80,7 +80,7 @@ def rank(run, cwd, *options, ranker="exact"):
     """Run the ranking of the test split; the metrics and the folder of the scores."""
     result = command(
         "vlabs.evaluate", "task=retrieval", f"ckpt={run}", "split=test", f"ranker={ranker}", "task.figure_queries=0",
-        *QUICK, *options, "hydra.run.dir=out", cwd=cwd,
+        *QUICK, *options, "hydra.run.dir=out", "overwrite=true", cwd=cwd,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads((cwd / "out/metrics.json").read_text()), next((cwd / "outputs/scores").iterdir()), result
@@ -448,7 +448,8 @@ def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned
     pictures.mkdir()
     for n, row in enumerate(load_split(tiny_captions, "test")):
         (pictures / f"{n}.jpg").write_bytes(row["image"])
-    options = ["--ckpt", fine_tuned[0], "--images", pictures, "--index", tmp_path / "index", "--top", 3]
+    options = ["--ckpt", fine_tuned[0], "--images", pictures, "--index", tmp_path / "index", "--top", 3, "--overwrite"]
+    options += ["--out", "search.png"]
     first = command("vlabs.search", *options, "--query", "what's left, the red one?", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count(".jpg") == 3

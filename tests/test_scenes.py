@@ -133,7 +133,7 @@ def test_same_seed_same_bytes_whatever_the_workers(corpus: Path, tmp_path: Path)
     first = {path.name: path.read_bytes() for path in corpus.iterdir()}
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert len(first) == 3 * len(SPLITS) + 3
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*partial"))
 
 
 def test_another_seed_gives_other_images(corpus: Path, tmp_path: Path) -> None:

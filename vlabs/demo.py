@@ -6,11 +6,13 @@ python -m vlabs.demo --out demo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.prediction.predictor import load
+from vlabs.utils.files import is_free, is_marked, locked, mark
 
+MADE = ("run", "evaluation", "grounding")
+PICTURE = "picture.png"
 TRAINING = ("experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1")
 
 
@@ -31,14 +36,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder that is left")
     parser.add_argument("overrides", nargs="*", help="overrides of the training, e.g. trainer.max_epochs=1")
     arguments = parser.parse_args()
-    out: Path = arguments.out
-    if out.exists() and not (out / "run" / "config.yaml").is_file() and any(out.iterdir()):
+    with _demo_folder(arguments.out) as out:
+        _run(out, arguments.overrides)
+
+
+@contextlib.contextmanager
+def _demo_folder(out: Path) -> Iterator[Path]:
+    """A new folder, or one that a demo made, without what that demo left there.
+
+    Raises:
+        UserError: there is something else, or another demo is at work there.
+    """
+    if not is_free(out) and not is_marked(out, "demo"):
         raise UserError(f"--out {out} exists and is no demo folder: name another")
-    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    mark(out, "demo")
+    with locked(out, f"--out {out}: another demo is at work there: name another folder"):
+        for name in MADE:
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / PICTURE).unlink(missing_ok=True)
+        yield out
+
+
+def _run(out: Path, overrides: Sequence[str]) -> None:
     started = time.perf_counter()
     _step(
         "1/4 fine-tuning a small AbSViT, RoBERTa and fusion on the embedded corpus, from vlabs' own start",
-        "vlabs.train", *TRAINING, "logger=csv", f"hydra.run.dir={out / 'run'}", *arguments.overrides,
+        "vlabs.train", *TRAINING, "logger=csv", f"hydra.run.dir={out / 'run'}", *overrides,
     )  # fmt: skip
     _step(
         "2/4 evaluating the best checkpoint on the validation split",
@@ -51,7 +75,7 @@ def main() -> None:
     )  # fmt: skip
     print("== 4/4 one image, three questions, and where the model looked for each", flush=True)
     data_dir = _data_dir(out)
-    picture = draw(out / "run", data_dir, out / "picture.png")
+    picture = draw(out / "run", data_dir, out / PICTURE)
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
     print(f"\naccuracy on questions that are not yes/no: {metrics['not_yes_no']:.1f}%", end="")
     raw = Path(data_dir + "-raw") / "scenes.json"

@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--ckpt", default="scenes", help="of a model that answers or labels (default %(default)s)")
     parser.add_argument("--search-ckpt", help="of a model trained on captions, for the search tab")
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
+    parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files of --images that are no "
+                        "whole picture (default %(default)s)")  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of pictures to begin with")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default %(default)s: this machine)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -111,7 +113,8 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)
-        found["scenes" if own else folder] = Search(checkpoint, list_pictures(folder), arguments.index, device)
+        pictures, skips = list_pictures(folder), arguments.on_bad == "skip"
+        found["scenes" if own else folder] = Search(checkpoint, pictures, arguments.index, device, skips)
     return found
 
 

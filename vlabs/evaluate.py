@@ -5,6 +5,8 @@ What is measured is in `vlabs.evaluation`, a module a task.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.prediction.predictor import load_any
 from vlabs.runs.config import run_hydra, save_config
 from vlabs.runs.logging import quiet_lightning
+from vlabs.utils.files import is_marked, locked, mark
 from vlabs.utils.ranks import is_rank_zero
 
 # What is written `task=NAME` on the command line is a file of the group `evaluation`.
@@ -29,7 +32,33 @@ RENAMED = {"task": "evaluation@task"}
 
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
-    evaluate_checkpoint(config, Path(HydraConfig.get().runtime.output_dir))
+    out_dir = Path(HydraConfig.get().runtime.output_dir)
+    if is_rank_zero():
+        with _claimed(out_dir, bool(config.overwrite)):
+            evaluate_checkpoint(config, out_dir)
+        return
+    evaluate_checkpoint(config, out_dir)
+    with contextlib.suppress(OSError):
+        out_dir.rmdir()  # Hydra makes one in every process; the evaluation's is rank zero's
+
+
+@contextlib.contextmanager
+def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
+    """Work alone in a folder that is empty or an evaluation's: one that did not end, or one that may be overwritten.
+
+    Raises:
+        UserError: it holds something else, or another process is at work there.
+    """
+    ours = is_marked(out_dir, "evaluation")
+    if not ours and any(out_dir.iterdir()):
+        raise UserError(f"hydra.run.dir={out_dir} holds something else than an evaluation: name another folder")
+    mark(out_dir, "evaluation")
+    with locked(out_dir, f"hydra.run.dir={out_dir} is being written by another evaluation: name another folder"):
+        if (out_dir / "config.yaml").is_file() and not overwrite:  # it is written last
+            raise UserError(
+                f"hydra.run.dir={out_dir} holds an evaluation already: name another folder, or pass overwrite=true"
+            )
+        yield
 
 
 def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
@@ -49,6 +78,9 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
     _check_kind(data, evaluation.reads)
+    if is_rank_zero():
+        for name in ("config.yaml", "metrics.json"):  # of an evaluation that is overwritten, now that nothing is wrong
+            (out_dir / name).unlink(missing_ok=True)
     metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer))
     if not is_rank_zero():
         return metrics  # what is written is written once

@@ -25,6 +25,7 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", help="the .safetensors file or the folder to write")
     where.add_argument("--to-hub", metavar="USER/NAME", help="put it on the Hugging Face hub")
+    parser.add_argument("--overwrite", action="store_true", help="with --out: an earlier export may be there")
     parser.add_argument("--private", action="store_true", help="with --to-hub: a repository that others do not see")
     parser.add_argument("--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
     parser.add_argument(
@@ -41,15 +42,19 @@ def main() -> None:
             raise UserError("--format writes several files: pass --out FOLDER")
         from vlabs.checkpoints.programs import export_programs
 
-        print(export_programs(arguments.ckpt, arguments.out, arguments.format))
+        print(export_programs(arguments.ckpt, arguments.out, arguments.format, arguments.overwrite))
     elif arguments.to_hub is not None:
         print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, arguments.licence, arguments.metrics))
     elif is_file:
-        print(export_safetensors(arguments.ckpt, arguments.out))
+        print(export_safetensors(arguments.ckpt, arguments.out, arguments.overwrite))
     elif Path(arguments.out).suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"--out {arguments.out}: name a .safetensors file, or a folder")
     else:
-        print(export_folder(arguments.ckpt, arguments.out, None, arguments.licence, arguments.metrics))
+        print(
+            export_folder(
+                arguments.ckpt, arguments.out, None, arguments.licence, arguments.metrics, arguments.overwrite
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlabs.attention.figures import Cell, Panel, grid_figure, question_figure, save_figure
+from vlabs.attention.figures import Cell, Panel, add_out, check_out, grid_figure, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
-from vlabs.errors import UserError, run_cli, show
+from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import Answer, load, open_image
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--question", required=True, action="append", help="a question or statement; may be given several times"
     )
-    parser.add_argument("--out", default="prediction.png", help="where the figure goes (.png or .svg)")
+    add_out(parser, "prediction.png")
     parser.add_argument(
         "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
     )
@@ -37,8 +36,7 @@ def main() -> None:
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
-    if Path(arguments.out).suffix not in (".png", ".svg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    out = check_out(arguments)
     pictures = [open_image(path) for path in arguments.image]
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     map_name = arguments.map or default_map(predictor.model)
@@ -48,7 +46,7 @@ def main() -> None:
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
     shown = [predictor.preprocessing.resize(picture) for picture in pictures]
-    print(save_figure(_figure(shown, answers, map_name), arguments.out))
+    print(save_figure(_figure(shown, answers, map_name), out))
 
 
 def _figure(shown: Sequence[Image.Image], answers: Sequence[Answer], map_name: str) -> Figure:

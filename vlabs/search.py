@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vlabs.attention.figures import ranking_figure, save_figure
+from vlabs.attention.figures import add_out, check_out, ranking_figure, save_figure
 from vlabs.errors import UserError, run_cli, show
 from vlabs.prediction.predictor import load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
@@ -30,15 +30,14 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="rank all pictures exactly")
     parser.add_argument("--index", type=Path, default=CACHE, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole picture")
-    parser.add_argument("--out", default="search.png", help="where the figure goes (.png or .svg)")
+    add_out(parser, "search.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
     for name in ("top", "k"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    if Path(arguments.out).suffix not in (".png", ".svg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    out = check_out(arguments)
     pictures = list_pictures(arguments.images)
     checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +49,7 @@ def main() -> None:
         for item in found[: arguments.top]:
             show(f"  {item.score:8.3f}  {item.path}")
         rows.append((query, search.show(query, found[:5])))
-    print(save_figure(ranking_figure(rows), arguments.out))
+    print(save_figure(ranking_figure(rows), out))
 
 
 if __name__ == "__main__":

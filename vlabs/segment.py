@@ -7,12 +7,11 @@ python -m vlabs.segment --ckpt RUN --image scene.jpg --text "red large star"    
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlabs.attention.figures import save_figure
+from vlabs.attention.figures import add_out, check_out, save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
 from vlabs.errors import UserError, run_cli, show
@@ -26,11 +25,10 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
     parser.add_argument("--image", required=True, help="the picture")
     parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
-    parser.add_argument("--out", default="segments.png", help="where the figure goes (.png or .svg)")
+    add_out(parser, "segments.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     arguments = parser.parse_args()
-    if Path(arguments.out).suffix not in (".png", ".svg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    out = check_out(arguments)
     image = open_image(arguments.image)
     checkpoint = load_any(arguments.ckpt, trained_for=("segment", "refer"))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +57,7 @@ def main() -> None:
         counts = np.bincount(row.found.ravel(), minlength=len(classes)) / row.found.size
         said = ", ".join(f"{classes[n]} {counts[n]:.1%}" for n in np.argsort(-counts) if counts[n] > 0)
         show(f"{row.title + ': ' if row.title else ''}{said}")
-    print(save_figure(segment_figure(rows, classes), arguments.out))
+    print(save_figure(segment_figure(rows, classes), out))
 
 
 if __name__ == "__main__":

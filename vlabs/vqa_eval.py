@@ -6,11 +6,11 @@ python -m vlabs.vqa_eval --annotations v2_mscoco_val2014_annotations.json --resu
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from vlabs.errors import UserError, run_cli, show
+from vlabs.errors import run_cli, show
 from vlabs.metrics.vqa import format_table, vqa_accuracy
+from vlabs.utils.files import check_absent, write_json
 
 
 def main() -> None:
@@ -19,15 +19,14 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, required=True, help="v2_mscoco_*_annotations.json")
     parser.add_argument("--results", type=Path, required=True, help='a list of {"question_id": ..., "answer": ...}')
     parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
     arguments = parser.parse_args()
+    if arguments.out is not None:
+        check_absent(arguments.out, "--out", arguments.overwrite)
     accuracy = vqa_accuracy(arguments.annotations, arguments.results)
     show(format_table(accuracy))
     if arguments.out is not None:
-        try:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {arguments.out}: {error.strerror}") from None
+        write_json(arguments.out, accuracy)
 
 
 if __name__ == "__main__":

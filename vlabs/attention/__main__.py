@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlabs.attention.figures import save_figure
+from vlabs.attention.figures import add_out, check_out, save_figure
 from vlabs.attention.maps import MAPS, default_map
 from vlabs.attention.pictures import (
     alpha_figure,
@@ -59,12 +59,11 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10) and "
                         "control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
-    parser.add_argument("--out", default="attention.png", help="where the figure goes (.png or .svg)")
+    add_out(parser, "attention.png")
     arguments = parser.parse_args()
-    if Path(arguments.out).suffix not in (".png", ".svg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    out = check_out(arguments)
     if arguments.figure == "control":
-        print(save_figure(_control(arguments), arguments.out))
+        print(save_figure(_control(arguments), out))
         return
     if not arguments.question:
         raise UserError(f"--figure {arguments.figure} needs a --question")
@@ -78,7 +77,7 @@ def main() -> None:
     images = [open_image(path) for path in arguments.image]
     checkpoints = [_load(text) for text in arguments.ckpt]
     figure = _figure(arguments, checkpoints, images)
-    print(save_figure(figure, arguments.out))
+    print(save_figure(figure, out))
 
 
 def _figure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vlabs.errors import printable
-from vlabs.utils.files import replacing
+from vlabs.errors import UserError, printable
+from vlabs.utils.files import check_absent, replacing
 
 COLORMAP = "cividis"  # readable with any colour vision
 
@@ -120,6 +122,34 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figu
             bar.outline.set_visible(False)
     figure.supxlabel(legend, fontsize=8, color="0.4")
     return figure
+
+
+def add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--out` and `--overwrite` of a figure to a command line; `check_out` reads them."""
+    told = f"where the figure goes, .png or .svg (default: {default}, or {_numbered(default, 2)} where that is there)"
+    parser.add_argument("--out", help=told)
+    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
+    parser.set_defaults(default_out=default)
+
+
+def check_out(arguments: argparse.Namespace) -> Path:
+    """Where the figure of a command line goes, before the work.
+
+    Raises:
+        UserError: it cannot go there.
+    """
+    if arguments.out is None:
+        names = (_numbered(arguments.default_out, n) for n in itertools.count(1))
+        return next(path for path in map(Path, names) if not path.exists())
+    if Path(arguments.out).suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    check_absent(arguments.out, "--out", arguments.overwrite)
+    return Path(arguments.out)
+
+
+def _numbered(name: str, number: int) -> str:
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

@@ -32,7 +32,7 @@ from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.utils.files import replacing
+from vlabs.utils.files import check_absent, replacing
 from vlabs.utils.plain import check_plain, parse_json
 
 FORMAT = 1
@@ -355,12 +355,19 @@ def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     return [*data.get("history", []), {"task": task, "data": own}]
 
 
-def export_safetensors(checkpoint: str | Path, out: str | Path) -> Path:
+def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
 
     Data folders in the current folder are named relative to it,
     because an export is for others too.
+
+    Args:
+        overwrite: `out` may be there already.
+
+    Raises:
+        UserError: no such checkpoint, or `out` is there already.
     """
+    check_absent(out, "--out", overwrite)
     path, out = find_checkpoint(checkpoint), Path(out)
     content = read_tensors(path)
     if "vlabs" not in content:

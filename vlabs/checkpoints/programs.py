@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vlabs.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from vlabs.checkpoints.share import PROGRAMS, is_export
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT, AbSViTClassifier, BottomUp
 from vlabs.models.heads import LabelHead
@@ -110,22 +111,23 @@ def _bottom_up(images: Sequence[Tensor]) -> BottomUp:
     return BottomUp(prepared=list(images[len(_IMAGES) :]), **known)  # type: ignore[arg-type]
 
 
-def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx") -> Path:
+def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx", overwrite: bool = False) -> Path:
     """Write the programs of a run folder or checkpoint, see `write_programs`.
 
     Raises:
         UserError: no such checkpoint; and as there.
     """
-    return write_programs(load_checkpoint(ckpt), out, form)
+    return write_programs(load_checkpoint(ckpt), out, form, overwrite)
 
 
-def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx") -> Path:
+def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx", overwrite: bool = False) -> Path:
     """Write the programs of a model with `preprocessing.json` and `tokenizer.json`, whole or not at all.
 
     Args:
         checkpoint: the model.
         out: the folder to make.
         form: `onnx` or `torch`.
+        overwrite: `out` may be an export already.
 
     Raises:
         UserError: `out` is there, a package is missing, or a part of the model cannot be exported.
@@ -138,7 +140,7 @@ def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx") 
         except ImportError:
             raise UserError("--format onnx needs the package onnxscript: pip install 'vlabs[onnx]'") from None
     out = Path(out)
-    with new_folder(out, "--out") as partial:
+    with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
         described = {
             _write_part(name, part, partial, form): {"inputs": part.given, "outputs": part.gives}
             for name, part in parts_of(checkpoint).items()
@@ -253,5 +255,5 @@ def _write_rest(checkpoint: Checkpoint, described: dict[str, Any], folder: Path)
     programs: dict[str, Any] = {"task": checkpoint.task, "programs": described}
     if isinstance(checkpoint.network, AbSViTClassifier):
         programs["prior"] = [float(value) for value in checkpoint.network.prompt.detach()]
-    for name, content in ((PREPROCESSING, rest), ("programs.json", programs)):
+    for name, content in ((PREPROCESSING, rest), (PROGRAMS, programs)):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +13,20 @@ from huggingface_hub import HfApi
 from vlabs.checkpoints.card import model_card
 from vlabs.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from vlabs.errors import UserError, one_line
+from vlabs.models.hub import CONFIG, FILES
 from vlabs.utils.files import new_folder
+
+PROGRAMS = "programs.json"
+_PROGRAM = (".onnx", ".data", ".pt2")
 
 
 def export_folder(
-    ckpt: str | Path, out: str | Path, name: str | None = None, licence: str | None = None, metrics: Sequence[Path] = ()
+    ckpt: str | Path,
+    out: str | Path,
+    name: str | None = None,
+    licence: str | None = None,
+    metrics: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Write a folder that `vlabs.load`, `ckpt=`, `init=` and `from_pretrained` take, whole or not at all.
 
@@ -24,16 +35,29 @@ def export_folder(
         out: the folder to make.
         name: what the card says that it is loaded by; the folder's name if not given.
         licence, metrics: see `model_card`.
+        overwrite: `out` may be an export already.
 
     Raises:
         UserError: no such checkpoint, or `out` is there already.
     """
     out = Path(out)
-    with new_folder(out, "--out") as partial:
+    with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
         checkpoint = load_checkpoint(ckpt)
         checkpoint.network._save_pretrained(partial)  # type: ignore[operator]
         model_card(checkpoint, _run_of(ckpt), name or str(out), licence, metrics).save(partial / "README.md")
     return out
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export of vlabs, of weights or programs, and holds nothing else."""
+    known = (*FILES, PROGRAMS)
+    if not folder.is_dir() or any(one.name not in known and one.suffix not in _PROGRAM for one in folder.iterdir()):
+        return False
+    for name, entry in ((CONFIG, "architecture"), (PROGRAMS, "programs")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if entry in json.loads((folder / name).read_text(encoding="utf-8")):
+                return True
+    return False
 
 
 def push_to_hub(

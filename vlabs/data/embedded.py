@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
@@ -18,6 +18,7 @@ from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.logging import say
+from vlabs.utils.files import locked
 
 
 def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
@@ -127,7 +128,7 @@ def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any
     def make() -> None:
         raw.parent.mkdir(parents=True, exist_ok=True)
         make_scenes(size, raw)
-        prepare_masks("instances", raw, directory, name="scenes")
+        prepare_masks("instances", raw, directory)
 
     real = "data=voc, cityscapes or ade20k, made by `python -m data_prep.segmentation`"
     _make_once(directory, f"the masks of the embedded corpus scenes-{size}", real, make)
@@ -168,8 +169,8 @@ def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
     from data_prep.objects import make_several
 
     folder = Path(dir).with_name(Path(dir).name + "-several")
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+    with _alone(folder, "instances.json") as there:
+        if not there:
             say(f"data: making {count} pictures of several objects in {folder}")
             make_several(size, folder, count)
     return folder
@@ -182,12 +183,21 @@ def _check_size(size: str, sizes: Collection[str]) -> None:
 
 def _make_once(directory: Path, what: str, real: str, make: Callable[[], None]) -> None:
     """Make a prepared folder if it is not there, by one process at a time, and say what it is and what to use else."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        there = (directory / "manifest.json").is_file()
+    with _alone(directory, "manifest.json") as there:
         say(f"data: {'' if there else 'making '}{what} in {directory}; to use real data: {real}")
         if not there:
             make()
+
+
+@contextmanager
+def _alone(directory: Path, last: str) -> Iterator[bool]:
+    """Whether a folder holds its last file. Where it does not, others that make one beside it are waited for."""
+    if (directory / last).is_file():
+        yield True
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with locked(directory.parent, "", wait=True):
+        yield (directory / last).is_file()
 
 
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:

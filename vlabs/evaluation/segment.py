@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.metrics.segmentation import class_iou, mean_iou
 from vlabs.runs.trainer import device_of
 from vlabs.tasks.segment import at_size, region_masks, segment_texts
-from vlabs.utils.files import write_json, write_text
+from vlabs.utils.files import new_folder, write_json, write_text
 
 # The raw label value of every class, of what has a server that scores it.
 _RAW_LABELS = {
@@ -85,26 +85,25 @@ class SegmentEvaluation(Evaluation):
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
         shown: list[Segmented] = []
         hidden = not any(data.rows(setting.split)[:1]["mask"])
-        folder = setting.out_dir / "predictions"
-        writer = _Writer(folder, data, len(classes)) if self.predictions or hidden else None
+        predictions = setting.out_dir / "predictions" if self.predictions or hidden else None
         count = 0
         loader = data.eval_dataloader(setting.split)
-        for batch in tqdm(loader, unit="batch", desc="segment", disable=not setting.shows_progress):
-            for images, pictures in stacked(batch):
-                logits = self._logits(model, images.to(device))
-                for one, picture in zip(logits, pictures, strict=True):
-                    found = at_size(one, picture.mask.shape).argmax(dim=0)
-                    confusion.update(found, picture.mask.to(device))
-                    count += 1
-                    labels = found.byte().cpu().numpy()
-                    if writer is not None:
-                        writer.add(picture, labels)
-                    if len(shown) < self.num_pictures:
-                        truth = None if hidden else picture.mask.numpy()
-                        shown.append(Segmented(picture.shown, labels, truth, picture.name))
+        with _writer(predictions, data, len(classes)) as write:
+            for batch in tqdm(loader, unit="batch", desc="segment", disable=not setting.shows_progress):
+                for images, pictures in stacked(batch):
+                    logits = self._logits(model, images.to(device))
+                    for one, picture in zip(logits, pictures, strict=True):
+                        found = at_size(one, picture.mask.shape).argmax(dim=0)
+                        confusion.update(found, picture.mask.to(device))
+                        count += 1
+                        labels = found.byte().cpu().numpy()
+                        write(picture, labels)
+                        if len(shown) < self.num_pictures:
+                            truth = None if hidden else picture.mask.numpy()
+                            shown.append(Segmented(picture.shown, labels, truth, picture.name))
         metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": count}
-        if writer is not None:
-            print(writer.finish())
+        if predictions is not None:
+            print(predictions)
         if not hidden:
             metrics |= _report(confusion.compute().cpu(), classes)
         if shown:
@@ -145,27 +144,24 @@ def _report(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     return found | {"per_class": known}
 
 
-class _Writer:
-    """Classes of pictures as PNGs in a folder, which has its name when all are there."""
+@contextlib.contextmanager
+def _writer(
+    folder: Path | None, data: MaskDataModule, classes: int
+) -> Iterator[Callable[[WholePicture, np.ndarray], None]]:
+    """What writes classes of pictures as PNGs in a folder, which is there when all are; nothing, without a folder."""
+    if folder is None:
+        yield lambda picture, labels: None
+        return
+    layout = read_manifest(data.dir).get("layout")
+    raw = _RAW_LABELS[layout]() if layout in _RAW_LABELS else list(range(classes))
+    values = np.zeros(256, dtype=np.uint8)
+    values[: len(raw)] = raw
+    with new_folder(folder, "predictions", replaces=_is_predictions) as partial:
+        yield lambda picture, labels: Image.fromarray(values[labels]).save(partial / f"{Path(picture.name).name}.png")
 
-    def __init__(self, folder: Path, data: MaskDataModule, classes: int) -> None:
-        layout = read_manifest(data.dir).get("layout")
-        raw = _RAW_LABELS[layout]() if layout in _RAW_LABELS else list(range(classes))
-        self.values = np.zeros(256, dtype=np.uint8)
-        self.values[: len(raw)] = raw
-        self.folder, self.partial = folder, folder.with_name("predictions.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
 
-    def add(self, picture: WholePicture, labels: np.ndarray) -> None:
-        """Write one."""
-        Image.fromarray(self.values[labels]).save(self.partial / f"{picture.name}.png")
-
-    def finish(self) -> Path:
-        """Give the folder its name."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.partial.rename(self.folder)
-        return self.folder
+def _is_predictions(folder: Path) -> bool:
+    return folder.is_dir() and all(path.suffix == ".png" for path in folder.iterdir())
 
 
 class ReferEvaluation(Evaluation):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from vlabs.attention.figures import RankedImage
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.prepared import PICTURES
 from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
@@ -111,7 +112,7 @@ class Search:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The files under a folder whose names end as pictures' do, sorted.
+    """The files under a folder whose names end as pictures' do, sorted; how many others there are is said.
 
     Raises:
         UserError: there is no such folder, or no picture in it.
@@ -119,8 +120,12 @@ def list_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--images {folder}: there is no such folder")
-    suffixes = Image.registered_extensions()
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in PICTURES)
+    if others:
+        named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        print(f"left out: {others.total()} files that are no pictures by their names ({named})")
     if not pictures:
         raise UserError(f"--images {folder}: there is no picture in it")
     return pictures

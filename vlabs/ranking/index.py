@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.errors import UserError
-from vlabs.utils.files import replacing
+from vlabs.utils.files import locked, replacing
 
 # Pictures between two saves, so that a search that is stopped goes on.
 _SAVE_EVERY = 200
@@ -31,14 +31,17 @@ class ImageIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.vectors: dict[str, Tensor] = {}
-        if path.is_file():
-            try:
-                with safetensors.safe_open(path, "pt") as file:
-                    names = json.loads((file.metadata() or {})["sha256"])
-                    self.vectors = dict(zip(names, file.get_tensor("cls"), strict=True))
-            except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-                raise UserError(f"{path} is not a search index ({error}): remove it") from None
+        self.vectors = self._read()
+
+    def _read(self) -> dict[str, Tensor]:
+        if not self.path.is_file():
+            return {}
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                names = json.loads((file.metadata() or {})["sha256"])
+                return dict(zip(names, file.get_tensor("cls"), strict=True))
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise UserError(f"{self.path} is not a search index ({error}): remove it") from None
 
     def add(self, contents: Iterable[tuple[str, Path]], encode: Callable[[Path], Tensor]) -> None:
         """Encode the pictures that are not there yet, with a progress bar.
@@ -56,7 +59,8 @@ class ImageIndex:
             self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
-        tensors = {"cls": torch.stack(list(self.vectors.values()))}
-        with replacing(self.path) as partial:
+        """Write the file, whole or not at all, with what other searches added meanwhile."""
+        with replacing(self.path) as partial, locked(self.path.parent, "", wait=True):
+            self.vectors = self._read() | self.vectors
+            tensors = {"cls": torch.stack(list(self.vectors.values()))}
             safetensors.torch.save_file(tensors, partial, metadata={"sha256": json.dumps(list(self.vectors))})

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from vlabs.errors import UserError
-from vlabs.utils.files import replacing, write_json
+from vlabs.utils.files import locked, replacing, write_json
 
 
 class ScoreMatrix:
@@ -32,7 +31,7 @@ class ScoreMatrix:
         self.path = Path(directory) / f"{name}.npy"
         header = self.path.with_suffix(".json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
+        with locked(self.path.parent, "", wait=True):
             if self.path.is_file() and header.is_file():
                 found = _read(header)
                 different = [key for key, value in identity.items() if found.get(key) != value]

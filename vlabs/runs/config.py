@@ -23,6 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, fail, foreseen, run_cli
 from vlabs.runs.trainer import named
 from vlabs.runs.trusted import check_config

@@ -24,6 +24,8 @@ from vlabs.errors import UserError
 
 MARK = ".vlabs"
 """The file that says that a folder was made by vlabs, and as what."""
+WORK = ".vlabs-work"
+"""Within the folder of `new_folder`: what is needed on the way and is not to stay."""
 _LOCK = ".vlabs-lock"
 _PARTIAL = ".vlabs-partial"
 
@@ -87,11 +89,11 @@ def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None
         overwrite: it may be there.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{_named(option, path)} is a folder: name a file")
-    if path.is_file() and not overwrite:
-        how = "overwrite=true" if option.endswith("=") else "--overwrite"
-        raise UserError(f"{_named(option, path)} is there already: name another file, or pass {how}")
+    with _explained(Path(os.path.realpath(path)), _named(option, path)):
+        if path.is_dir():
+            raise UserError(f"{_named(option, path)} is a folder: name a file")
+        if path.is_file() and not overwrite:
+            raise UserError(f"{_named(option, path)} is there already: name another file, or pass {_how(option)}")
 
 
 @contextmanager
@@ -101,13 +103,15 @@ def new_folder(
     *,
     resumable: bool = False,
     replaces: Callable[[Path], bool] | None = None,
+    overwrite: bool = True,
 ) -> Iterator[Path]:
-    """A folder beside `path` to work in. It gets its name when all is written.
+    """A folder beside `path` to work in. It gets its name when all is written, without what lies in `WORK` then.
 
     Args:
         option: what the folder was named with, for messages.
         resumable: what a stopped or failed process wrote is kept, and the next one goes on in it; else it is removed.
-        replaces: overwrite what stands at `path`, if this says that vlabs made it.
+        replaces: whether vlabs made what stands at `path`, which is then overwritten; None if it never is.
+        overwrite: what `replaces` allows; without it, how to ask for it is said.
 
     Raises:
         UserError: something else stands at `path` or where the work is done, another process is at work there, or the
@@ -117,12 +121,14 @@ def new_folder(
     named = _named(option, given)
     partial = path.with_name(path.name + _PARTIAL)
     with _explained(path, named), contextlib.ExitStack() as held:
-        _check_replaceable(path, named, replaces)
+        _check_replaceable(path, named, replaces, None if overwrite else _how(option))
         _enter(partial, named, held)
         try:
             if not resumable:
-                _empty(partial)
+                clear(partial)
             yield partial
+            if (partial / WORK).exists():
+                shutil.rmtree(partial / WORK)
             _check_replaceable(path, named, replaces)  # work takes its time, and others may write meanwhile
             if path.exists():
                 _remove_folder(path)
@@ -133,6 +139,18 @@ def new_folder(
             raise
         for name in (MARK, _LOCK):
             (path / name).unlink(missing_ok=True)
+
+
+def is_free(path: Path) -> bool:
+    """Whether a folder can be made there: there is nothing, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def clear(folder: Path, *keep: str) -> None:
+    """Remove what is in a folder of `new_folder`, but what has one of the names in `keep`."""
+    for path in folder.iterdir():
+        if path.name not in (MARK, _LOCK, *keep):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def mark(folder: Path, what: str) -> None:
@@ -260,13 +278,19 @@ def _named(option: str, path: str | Path) -> str:
     return f"{option}{path}" if option.endswith("=") else f"{option} {path}"
 
 
-def _check_replaceable(path: Path, named: str, replaces: Callable[[Path], bool] | None) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+def _how(option: str) -> str:
+    return "overwrite=true" if option.endswith("=") else "--overwrite"
+
+
+def _check_replaceable(path: Path, named: str, replaces: Callable[[Path], bool] | None, ask: str | None = None) -> None:
+    if is_free(path):
         return
     if replaces is None:
         raise UserError(f"{named} is there already: name another folder")
     if not replaces(path):
         raise UserError(f"{named} is there already and was not made by this command: name another folder")
+    if ask is not None:
+        raise UserError(f"{named} is there already: name another folder, or pass {ask}")
 
 
 def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
@@ -289,12 +313,6 @@ def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
 
 def _is_empty(folder: Path) -> bool:
     return all(path.name in (MARK, _LOCK) for path in folder.iterdir())
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name not in (MARK, _LOCK):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _remove_folder(path: Path) -> None:
