@@ -68,7 +68,7 @@ class FiLMViT(AbSViT):
         alpha: float | None = None,
         record: list[Tensor] | None = None,
     ) -> VisionTokens:
-        """The pass over the images, each under a prior; arguments as in `AbSViT`. There is no strength to be changed."""
+        """The pass over the images, each under a prior; arguments as in `AbSViT`. It has no strength."""
         if prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         hidden = bottom_up.embedded if image_index is None else bottom_up.embedded.index_select(0, image_index)
