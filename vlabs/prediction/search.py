@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from vlabs.attention.figures import RankedImage
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.decoding import known_suffixes
 from vlabs.errors import UserError
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
@@ -119,7 +119,7 @@ def list_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--images {folder}: there is no such folder")
-    suffixes = Image.registered_extensions()
+    suffixes = known_suffixes()
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not pictures:
         raise UserError(f"--images {folder}: there is no picture in it")
