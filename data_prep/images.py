@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol
 
-from PIL import Image, UnidentifiedImageError
-
+from vlabs.data.decoding import open_picture
 from vlabs.errors import UserError
 
 IMAGES_SCHEMA = """
@@ -260,10 +259,8 @@ def read_image(image: ImageFile) -> bytes:
     """
     try:
         content = _read_file(image)
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(content) as picture:
             picture.load()
-    except UnidentifiedImageError:  # whose message holds an address in memory, different in every run
-        raise ValueError("not an image, or of no known format") from None
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return content

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.index import Index
+from vlabs.data.decoding import open_picture
 from vlabs.data.instances import Instance, list_annotations
 from vlabs.errors import UserError
 
@@ -188,7 +189,7 @@ def _read_gray(path: Path, member: str | None) -> np.ndarray:
         else:
             with closing(zipfile.ZipFile(path)) as archive:
                 data = archive.read(member)
-        with Image.open(io.BytesIO(data)) as image:
+        with open_picture(data) as image:
             return np.asarray(image.convert("L"), dtype=np.float32)
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
         reason = "is no picture" if isinstance(error, Image.UnidentifiedImageError) else f"cannot be read ({error})"

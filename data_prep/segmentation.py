@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from data_prep.images import members, open_tar, open_zip
 from data_prep.pipeline import check_split_name, is_made, name_of_rendered, say_ready, write_datasets_files
+from vlabs.data.decoding import open_picture
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import FORMAT_VERSION, IGNORED, MASK_FEATURES
 from vlabs.errors import UserError, one_line, run_cli, show
@@ -103,7 +104,7 @@ def _find(raw_dir: Path, name: str, required: bool = True) -> Path | None:
 
 
 def _png_labels(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
+    with open_picture(content) as picture:
         values = np.asarray(picture)
     if values.ndim != 2:
         raise ValueError("not one channel of labels")
@@ -440,7 +441,7 @@ def _checked(pair: Pair, labels: np.ndarray) -> tuple[bytes, bytes]:
     """
     try:
         image = pair.image()
-        with Image.open(io.BytesIO(image)) as picture:
+        with open_picture(image) as picture:
             picture.load()
             size = picture.size
     except KeyError:

@@ -15,7 +15,6 @@ from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
 from vlabs.data.several import open_several, pairs, read_several
 from vlabs.metrics.grounding import energy_inside, to_pixels
-from vlabs.models.topdown import strength
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +79,12 @@ def test_a_class_is_asked_for_by_its_row_of_the_last_layer(run):
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = look_for(model, image, [4, 1], alpha=7.0)
     weight = model.encoder.vit.head.weight
-    with strength(model.encoder.topdown, 7.0):
-        for n, label in enumerate((4, 1)):
-            logits, before, seen = model(image, weight[label][None])
-            torch.testing.assert_close(found.after[n], logits[0].softmax(-1), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.before, before[0].softmax(-1), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.norm[n].flatten(), seen.hidden[0, 1:].norm(dim=-1), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.weights[n].flatten(), seen.token_weights[0, 1:], rtol=1e-4, atol=1e-5)
+    for n, label in enumerate((4, 1)):
+        logits, before, seen = model(image, weight[label][None], alpha=7.0)
+        torch.testing.assert_close(found.after[n], logits[0].softmax(-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.before, before[0].softmax(-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.norm[n].flatten(), seen.hidden[0, 1:].norm(dim=-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.weights[n].flatten(), seen.token_weights[0, 1:], rtol=1e-4, atol=1e-5)
     assert model.encoder.topdown.alpha == 1.0
     assert (found.norm[0] - found.norm[1]).abs().max() > 0
 

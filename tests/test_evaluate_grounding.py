@@ -76,9 +76,8 @@ def test_maps_of_recorded_attention_equal_their_definitions(tiny_run):
     model = load_checkpoint(tiny_run[0]).model
     image = torch.randn(1, 3, 32, 32)
     ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
-    with model.vision.recording_attention() as recorded:
-        written_out = model(image.expand(2, -1, -1, -1), ids, mask)
-        attention = recorded()
+    attention = []
+    written_out = model(image.expand(2, -1, -1, -1), ids, mask, record=attention)
     assert len(attention) == len(model.vision.vit.blocks)
     torch.testing.assert_close(attention[0].sum(-1), torch.ones_like(attention[0].sum(-1)))
     plain = model(image.expand(2, -1, -1, -1), ids, mask)

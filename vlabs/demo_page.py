@@ -3,26 +3,33 @@
 python -m vlabs.demo_page                                              # the model that comes with vlabs, no network
 python -m vlabs.demo_page --ckpt RUN --search-ckpt RUN2 --images holidays/
 
-It answers on this machine alone, unless --host says otherwise. An uploaded picture lies in a temporary folder for ten
-minutes at most; answers are not written anywhere.
+It answers on this machine alone, unless --host says otherwise: it then needs the token that is in its address. An
+uploaded picture lies in a temporary folder for ten minutes at most; answers are not written anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
+import signal
 import socket
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlabs.checkpoints.checkpoint import packaged_starts
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.page.answers import Page, example_pictures
-from vlabs.page.uploads import Limits
+from vlabs.page.decoder import Decoder
+from vlabs.page.hosts import Hosts
+from vlabs.page.uploads import Limits, Uploads, own_folder
 from vlabs.prediction.predictor import load, load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
 
+_PORT = 7860
 # Of the scenes that come with vlabs, in the order of their files.
 _QUESTIONS = (
     "What is the color of the cross?\nWhich shape is left of the cross?",
@@ -46,6 +53,10 @@ def main() -> None:
                         "whole picture (default %(default)s)")  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of pictures to begin with")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default %(default)s: this machine)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="another name that the page may be asked by; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--max-megabytes", type=float, default=Limits.megabytes, help="of a picture's file (10)")
     parser.add_argument("--max-megapixels", type=float, default=Limits.megapixels, help="of a picture (30)")
@@ -57,9 +68,17 @@ def main() -> None:
     limits = Limits(arguments.max_megabytes, arguments.max_megapixels)
     if arguments.pictures is not None and not arguments.pictures.is_dir():
         raise UserError(f"--pictures {arguments.pictures}: there is no such folder")
-    _check_address(arguments.host, arguments.port or 0)
+    for name in arguments.allow_host:
+        if name not in Hosts("127.0.0.1", 0, [name]):
+            raise UserError(f"--allow-host {name} is no name of a host, with or without a port: host.example:7860")
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
+    with ExitStack() as at_end:
+        listener = at_end.enter_context(_listener(arguments.host, arguments.port))
+        _serve(arguments, limits, listener, at_end)
+
+
+def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socket, at_end: ExitStack) -> None:
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
         raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} pictures at a time, the page about one")
@@ -69,30 +88,56 @@ def main() -> None:
     known = _QUESTIONS if embedded and arguments.pictures is None else ()
     examples = [(path, known[n] if n < len(known) else "") for n, path in enumerate(pictures)]
     examples = examples[: len(known)] if known else examples
-    page = Page(predictor, searches, limits)
-    if pictures:  # what a first answer makes and keeps is there before anybody asks
-        page.ask(str(pictures[0]), "What is it?", "fusion", None, "")
-    why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
-    # Only now, because it makes a folder for uploads, which `serve` removes.
     from vlabs.page.app import build, serve
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end)
+    decoder = Decoder(limits.megapixels, limits.seconds)
+    at_end.callback(decoder.close)
+    uploads = Uploads(at_end.enter_context(own_folder()), limits)
+    page = Page(predictor, searches, uploads, decoder)
+    if pictures:  # what a first answer makes and keeps is there before anybody asks
+        page.ask(uploads.keep(pictures[0].read_bytes()), "What is it?", "fusion", None, "")
+    why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
     blocks = build(page, f"Ask the model `{arguments.ckpt}` about a picture, and see where it looks.", examples, why)
 
     def ready(address: str) -> None:
-        shown = "" if arguments.host in ("127.0.0.1", "localhost") else "; whoever reaches this address can use it"
+        shown = "; whoever knows this address can use it" if "?" in address else ""
         print(f"the page is at {address}{shown} (Ctrl-C ends it)", flush=True)
 
-    serve(blocks, arguments.host, arguments.port, limits.megabytes, ready)
+    at_end.callback(_finish)
+    serve(page, blocks, listener, arguments.host, arguments.allow_host, ready)
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raise a UserError where a server cannot answer; Gradio would try a hundred ports, some seconds each."""
+def _end(number: int, frame: Any) -> None:
+    """End as Ctrl-C does, with what that removes."""
+    raise SystemExit(128 + number)
+
+
+def _finish() -> None:
+    """Nothing disturbs the end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _listener(host: str, port: int | None) -> socket.socket:
+    """A socket at the address, or at the first free port from 7860 on.
+
+    Raises:
+        UserError: no server can answer there.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
-        what = f"--host {host}" + (f" --port {port}" if port else "")
-        raise UserError(f"{what}: no server can answer there ({one_line(str(error))}): name another") from None
+    for place in range(_PORT, _PORT + 100) if port is None else [port]:
+        try:
+            return socket.create_server((host, place), family=family)
+        except (OSError, OverflowError, UnicodeError) as error:
+            said = one_line(str(error))
+            if port is None and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                continue
+            break
+    what = f"--host {host}" + (f" --port {port}" if port is not None else "")
+    raise UserError(f"{what}: no server can answer there ({said}): name another")
 
 
 def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search]:
@@ -113,8 +158,8 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)
-        pictures, skips = list_pictures(folder), arguments.on_bad == "skip"
-        found["scenes" if own else folder] = Search(checkpoint, pictures, arguments.index, device, skips)
+        skips = arguments.on_bad == "skip"
+        found["scenes" if own else folder] = Search(checkpoint, list_pictures(folder), arguments.index, device, skips)
     return found
 
 

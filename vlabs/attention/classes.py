@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.models.topdown import strength
 
 
 @dataclass
@@ -45,9 +44,8 @@ def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alph
     weight = model.class_priors(labels)
     n, grid = len(labels), encoder.grid_size
     index = torch.zeros(n, dtype=torch.int64, device=weight.device)
-    with strength(encoder.topdown, alpha):
-        bottom_up = encoder.encode(image.to(weight.device))
-        seen = encoder.attend(bottom_up, weight, index)
+    bottom_up = encoder.encode(image.to(weight.device))
+    seen = encoder.attend(bottom_up, weight, index, alpha=alpha)
     before, after = (
         encoder.backbone.classify(tokens).float().softmax(-1) for tokens in (bottom_up.tokens, seen.tokens)
     )

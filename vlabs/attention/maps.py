@@ -41,7 +41,7 @@ def attention_map(
             `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
             of [cls]. Without a [cls], both are the mean of all rows. `gradient`: gradient × attention in the last
             block, of the best answer or the ranking score, positive part, summed over queries and heads.
-        attention: what `AbSViT.recording_attention` kept, for the last three; with gradients for `gradient`.
+        attention: what `record` of the model has taken, for the last three; with gradients for `gradient`.
         image_index: (n,) as given to the model.
 
     Returns:
@@ -101,6 +101,7 @@ def look(
     attention_mask: Tensor,
     names: Sequence[str],
     prior: Tensor | None = None,
+    alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
     """Run a model on one image with n texts, or on p pictures that every text is about, and make maps of it.
 
@@ -110,6 +111,7 @@ def look(
         input_ids, attention_mask: (n, T).
         names: of `MAPS`.
         prior: ξ, (n, D_vision), in the place of the texts' own.
+        alpha: the strength of the top-down signal in the place of the model's own, where it has one.
 
     Returns:
         The output, and by name the maps (n p, rows, columns), those of a text's pictures one after another,
@@ -122,15 +124,20 @@ def look(
     if not set(names) & set(NEEDS_ATTENTION):
         index = torch.arange(pictures, device=image.device).expand(n, -1)
         with torch.no_grad():
-            output = model(image, input_ids, attention_mask, _one_column(index), prior=prior, read_image=read_image)
+            output = model(
+                image, input_ids, attention_mask, _one_column(index), prior=prior, read_image=read_image, alpha=alpha
+            )
         return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
     # An image a text: where the passes are shared, a gradient would mix the texts.
     images = image.repeat(n, 1, 1, 1)
     index = torch.arange(n * pictures, device=image.device).view(n, pictures)
-    with torch.set_grad_enabled("gradient" in names), model.vision.recording_attention() as recorded:
+    record: list[Tensor] = []
+    with torch.set_grad_enabled("gradient" in names):
         given = None if pictures == 1 else index
-        output = model(images, input_ids, attention_mask, given, prior=prior, read_image=read_image)
-        maps = {name: attention_map(output, model.vision, name, recorded()).detach().cpu() for name in names}
+        output = model(
+            images, input_ids, attention_mask, given, prior=prior, read_image=read_image, alpha=alpha, record=record
+        )
+        maps = {name: attention_map(output, model.vision, name, record).detach().cpu() for name in names}
     return output, maps
 
 

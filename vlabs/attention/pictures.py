@@ -20,7 +20,6 @@ from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
 from vlabs.data.several import side_by_side
 from vlabs.errors import UserError
-from vlabs.models.topdown import strength
 
 LEGENDS = {
     "fusion": "bright: what the text reads of the picture (fusion attention)",
@@ -102,10 +101,7 @@ def alpha_figure(
     if topdown is None or not hasattr(topdown, "alpha"):
         raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
     picture = as_picture(checkpoint, image)
-    by_alpha = []
-    for alpha in alphas:
-        with strength(topdown, alpha):
-            by_alpha.append(_maps(checkpoint, picture, texts, map_name))
+    by_alpha = [_maps(checkpoint, picture, texts, map_name, alpha) for alpha in alphas]
     rows = []
     for n, text in enumerate(texts):
         cells = [Cell(picture.shown, title="picture" if n == 0 else "")]
@@ -231,10 +227,10 @@ def _tokens(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[Tensor, Tenso
 
 
 def _maps(
-    checkpoint: Checkpoint, picture: Picture, texts: Sequence[str], map_name: str
+    checkpoint: Checkpoint, picture: Picture, texts: Sequence[str], map_name: str, alpha: float | None = None
 ) -> tuple[list[np.ndarray], list[str]]:
     """A map for every text, and the best answer or the ranking score as a line."""
-    output, maps = look(checkpoint.model, picture.tensor, *_tokens(checkpoint, texts), [map_name])
+    output, maps = look(checkpoint.model, picture.tensor, *_tokens(checkpoint, texts), [map_name], alpha=alpha)
     answers = checkpoint.preprocessing.answers
     if answers:
         best, ids = output.logits.detach().sigmoid().max(dim=1)

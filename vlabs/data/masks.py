@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from vlabs.data.classes import ImageSampler, generators_kept
+from vlabs.data.decoding import open_picture
 from vlabs.data.images import name_of
 from vlabs.data.loading import GroupLoader, check_number, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
@@ -151,7 +151,7 @@ class MaskDataset(Dataset[Any]):
             return None
         if not row["mask"]:
             return image, np.full((image.height, image.width), IGNORED, dtype=np.uint8)
-        with Image.open(io.BytesIO(row["mask"])) as mask:
+        with open_picture(row["mask"]) as mask:
             return image, np.asarray(mask)
 
     def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

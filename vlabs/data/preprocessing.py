@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from vlabs.data.decoding import open_picture, reason_of
 from vlabs.errors import UserError, one_line
 
 # CLIP's, which METER uses for CLIP's encoders, and the released AbSViT for its ViT.
@@ -165,8 +165,15 @@ class Preprocessing:
         return 1 / (255 * std), -mean / std
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, cut to `max_length`, not padded."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        """Token ids of each text, special tokens included, cut to `max_length`, not padded.
+
+        Raises:
+            UserError: a text is not Unicode.
+        """
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        except TypeError:  # the tokenizer's word for half of a character that has two
+            raise UserError("a text has a character that cannot be written (a lone surrogate): type it anew") from None
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Pad token ids to one length: `input_ids` and `attention_mask`, both int64 (n, T)."""
@@ -220,13 +227,13 @@ def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.I
             pixels. Decoding becomes a little faster, and resizing much. None for the whole picture.
 
     Raises:
-        UserError: not an image, or a truncated one; the message says `name`.
+        UserError: not an image, a truncated one, or one of too many pixels; the message says `name`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if at_least is not None:
-                image.draft("RGB", (at_least, at_least))  # what is no JPEG ignores it
+        with open_picture(data, at_least) as image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is not a whole image that can be decoded: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise UserError(f"{name} is not a whole image that can be decoded: {reason_of(error)}") from None

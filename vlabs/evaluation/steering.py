@@ -83,8 +83,7 @@ class SteeringEvaluation(Evaluation):
         questions = sum(len(pairs) for pairs in images)
         if questions < 2:
             raise UserError(f"{where}: no picture has two questions about different parts of it")
-        topdown = checkpoint.model.vision.topdown
-        trained = getattr(topdown, "alpha", None)
+        trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
         rated = _Scores(rows, read_answers(data.dir))
@@ -92,18 +91,14 @@ class SteeringEvaluation(Evaluation):
         total = len(strengths) * questions
         progress = tqdm(total=total, unit="text", desc="steering", disable=not setting.shows_progress)
         for alpha in strengths:
-            if alpha is not None:
-                topdown.alpha = alpha  # type: ignore[union-attr]
             found: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), OTHER: defaultdict(list)}
             for pairs in images:
-                for whose, measure, value in _measure(checkpoint, rated, pairs):
+                for whose, measure, value in _measure(checkpoint, rated, pairs, alpha):
                     found[whose][measure].append(value)
                 progress.update(len(pairs))
             for whose, measures in found.items():
                 scores["as trained" if alpha is None else f"α={alpha:g}", whose] = measures
         progress.close()
-        if trained is not None:
-            topdown.alpha = trained  # type: ignore[union-attr]
         metrics = _table(scores, questions)
         metrics |= {"checkpoint": str(checkpoint.path), "split": setting.split, "questions": questions}
         print(write_json(setting.out_dir / "metrics.json", metrics))
@@ -169,8 +164,10 @@ def _pairs(targets: Targets, size: int, count: int | None) -> list[list[_Pair]]:
 
 
 @torch.no_grad()
-def _measure(checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair]) -> Iterator[tuple[str, str, float]]:
-    """Whose ξ, what is measured, and its value, for all pairs of one picture."""
+def _measure(
+    checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair], alpha: float | None = None
+) -> Iterator[tuple[str, str, float]]:
+    """Whose ξ, what is measured, and its value, for all pairs of one picture; α as in `AbSViT.attend`."""
     model, preprocessing = checkpoint.model, checkpoint.preprocessing
     _, image = ImageReader(scores.rows, preprocessing).read(pairs[0].own.row, 0)
     assert image is not None
@@ -184,7 +181,7 @@ def _measure(checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair]) -> Ite
     index = torch.zeros(n, dtype=torch.int64)
     for whose, part in ((OWN, slice(0, n)), (OTHER, slice(n, None))):
         given: Tensor | None = None if prior is None else prior[part]
-        output = model.join(bottom_up, given, states[:n], attention_mask[:n], index, read_image=True)
+        output = model.join(bottom_up, given, states[:n], attention_mask[:n], index, read_image=True, alpha=alpha)
         best = output.logits.argmax(dim=1).tolist()
         maps = {name: attention_map(output, model.vision, name).numpy() for name in MAPS}
         for k, pair in enumerate(pairs):

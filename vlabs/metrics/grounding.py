@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from scipy.stats import rankdata
 
+from vlabs.data.decoding import open_picture
 from vlabs.data.instances import resize_area
 from vlabs.errors import UserError
 
@@ -204,11 +205,13 @@ def read_human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
 
 def _read_gray(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_picture(path.read_bytes()) as image:
             return np.asarray(image.convert("L"), dtype=np.float32) / 255
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture: download VQA-HAT again") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise UserError(f"{path} cannot be read ({error}): download VQA-HAT again") from None
 
 

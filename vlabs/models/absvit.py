@@ -11,8 +11,7 @@ What a block is, and what lies between blocks, is the backbone's (`vlabs.models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -151,7 +150,6 @@ class AbSViT(nn.Module):
                 self.vit.pos_embed[:, -len(positions) :] = positions  # type: ignore[index,operator]
         self.topdown = topdown
         self.recompute = False
-        self._recorded: list[Tensor] | None = None
         feeds_back = topdown is not None and topdown.needs_decoders
         self.decoders = self.backbone.make_decoders() if feeds_back else nn.ModuleList()
 
@@ -185,18 +183,21 @@ class AbSViT(nn.Module):
         """Rows and columns of patches."""
         return self.backbone.grid_size
 
-    def encode(self, images: Tensor, layers: Sequence[int] = ()) -> BottomUp:
+    def encode(self, images: Tensor, layers: Sequence[int] = (), record: list[Tensor] | None = None) -> BottomUp:
         """The bottom-up pass, and what the top-down variant can prepare without a prior.
 
         Args:
             images: (B, 3, H, W), normalised.
             layers: blocks, counted from 1, whose outputs are to be kept.
+            record: a list that is emptied and takes the attention of every block, (B, heads, N, N) with gradients;
+                slower, because it is written out.
         """
         backbone = self.backbone
         embedded = backbone.embed(images)
         first_qkv = backbone.qkv(0, embedded)
         hidden = embedded
-        record, positions = self._new_record(), backbone.positions()
+        positions = backbone.positions()
+        forget(record)
         kept: list[Tensor] = []
         for index in range(backbone.depth):
             hidden = backbone.enter(index, hidden)
@@ -217,6 +218,8 @@ class AbSViT(nn.Module):
         *,
         reconstruct: bool = False,
         layers: Sequence[int] = (),
+        alpha: float | None = None,
+        record: list[Tensor] | None = None,
     ) -> VisionTokens:
         """The second pass: the images again, each under a prior.
 
@@ -227,16 +230,19 @@ class AbSViT(nn.Module):
                 belong to the one image there is.
             reconstruct: also compute the reconstruction loss (training).
             layers: as `encode` was given; those that do not change come from there.
+            alpha: the strength of the top-down signal in the place of the variant's own, where it has one.
+            record: as in `encode`, of this pass, (n, heads, N, N); where there is none, what the first pass left stays.
 
         Without feedback and `image_index`, one image comes back as one, whatever the number of priors.
         """
         topdown = self.topdown
+        alpha = alpha if hasattr(topdown, "alpha") else None
         if topdown is None:
             kept = [_pick(one, image_index) for one in bottom_up.layers]
             return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index), layers=kept)
         if not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
-            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct, layers)
+            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct, layers, alpha, record)
             return VisionTokens(
                 _pick(once.tokens, image_index),
                 _pick(once.hidden, image_index),
@@ -250,13 +256,13 @@ class AbSViT(nn.Module):
             assert isinstance(topdown, PerceiverIO)
             tokens, hidden = _pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index)
             weights = similarity(prior, tokens)
-            scale = (topdown.alpha * weights).unsqueeze(-1)
+            scale = ((topdown.alpha if alpha is None else alpha) * weights).unsqueeze(-1)
             # What is reweighted is the output: earlier blocks are as they were.
             kept = [_pick(one, image_index) for one in bottom_up.layers]
             if self.backbone.depth in layers:
                 kept[-1] = scale * kept[-1]
             return VisionTokens(scale * tokens, scale * hidden, weights, None, kept)
-        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct, layers)
+        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct, layers, alpha, record)
 
     def _second_pass(
         self,
@@ -265,16 +271,21 @@ class AbSViT(nn.Module):
         prior: Tensor,
         image_index: Tensor | None,
         reconstruct: bool,
-        layers: Sequence[int] = (),
+        layers: Sequence[int],
+        alpha: float | None,
+        record: list[Tensor] | None,
     ) -> VisionTokens:
         backbone = self.backbone
         tokens = _pick(bottom_up.tokens, image_index)
-        signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback)
+        # Variants without a strength, and those of a user that have none to be changed, need not take it.
+        given = {} if alpha is None else {"alpha": alpha}
+        signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         if not backbone.is_even:
             signal.spread = backbone.spread
         hidden = _pick(bottom_up.embedded, image_index)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
-        record, positions = self._new_record(), backbone.positions()
+        positions = backbone.positions()
+        forget(record)
         kept: list[Tensor] = []
         for index in range(backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
@@ -341,25 +352,6 @@ class AbSViT(nn.Module):
             tokens = self.backbone.back(index, tokens, decoder)
         return decoded
 
-    @contextmanager
-    def recording_attention(self) -> Iterator[Callable[[], list[Tensor]]]:
-        """Keep the attention of the last pass that runs inside the context; slower, because it is written out.
-
-        Yields:
-            A function that returns it: for every block the weights (n, heads, N, N), which carry gradients. n is the
-            number of images where the pass was the bottom-up one.
-        """
-        self._recorded = []
-        try:
-            yield lambda: list(self._recorded or [])
-        finally:
-            self._recorded = None
-
-    def _new_record(self) -> list[Tensor] | None:
-        if self._recorded is not None:
-            self._recorded.clear()
-        return self._recorded
-
     def feedback(self, tokens: Tensor) -> list[Tensor]:
         """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v.
 
@@ -397,7 +389,7 @@ class AbSViTClassifier(nn.Module, Shareable):
         nn.init.trunc_normal_(self.prompt, std=0.02)
 
     def forward(
-        self, images: Tensor, prior: Tensor | None = None, reconstruct: bool = True
+        self, images: Tensor, prior: Tensor | None = None, reconstruct: bool = True, alpha: float | None = None
     ) -> tuple[Tensor, Tensor, VisionTokens]:
         """Classify images.
 
@@ -405,6 +397,7 @@ class AbSViTClassifier(nn.Module, Shareable):
             images: (B, 3, H, W), normalised.
             prior: ξ, (B, D), in the place of the trained vector.
             reconstruct: compute the reconstruction loss.
+            alpha: the strength of the top-down signal in the place of the variant's own.
 
         Returns:
             Logits after feedback and of the bottom-up pass, both (B, K), the same tensor where nothing is fed back; and
@@ -416,7 +409,7 @@ class AbSViTClassifier(nn.Module, Shareable):
         if self.encoder.topdown is None:
             return before, before, VisionTokens(bottom_up.tokens, bottom_up.hidden)
         given = self.prompt.expand(images.shape[0], -1) if prior is None else prior
-        seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct)
+        seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct, alpha=alpha)
         return head(seen.tokens), before, seen
 
     def class_priors(self, labels: Sequence[int]) -> Tensor:
@@ -473,6 +466,12 @@ def _conv_stem(
         backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False,
         strict_img_size=strict_img_size, output_fmt=output_fmt,
     )  # fmt: skip
+
+
+def forget(record: list[Tensor] | None) -> None:
+    """Empty what the attention of another pass was kept in."""
+    if record is not None:
+        record.clear()
 
 
 def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:

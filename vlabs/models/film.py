@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens, forget
 from vlabs.models.backbones.vit import ViT, attend_to
 from vlabs.models.registry import register
 
@@ -52,7 +52,7 @@ class FiLMViT(AbSViT):
         """ξ changes what this encoder sees."""
         return True
 
-    def encode(self, images: Tensor, layers: Sequence[int] = ()) -> BottomUp:
+    def encode(self, images: Tensor, layers: Sequence[int] = (), record: list[Tensor] | None = None) -> BottomUp:
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
         embedded = self.backbone.embed(images)
         return Embedded(embedded, embedded, embedded, embedded, [], embedded)
@@ -65,12 +65,14 @@ class FiLMViT(AbSViT):
         *,
         reconstruct: bool = False,
         layers: Sequence[int] = (),
+        alpha: float | None = None,
+        record: list[Tensor] | None = None,
     ) -> VisionTokens:
-        """The pass over the images, each under a prior; arguments as in `AbSViT`."""
+        """The pass over the images, each under a prior; arguments as in `AbSViT`. It has no strength."""
         if prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         hidden = bottom_up.embedded if image_index is None else bottom_up.embedded.index_select(0, image_index)
-        record = self._new_record()
+        forget(record)
         for block, modulation in zip(self.vit.blocks, self.modulations, strict=True):
             scale, shift, mlp_scale, mlp_shift = modulation(prior).unsqueeze(1).chunk(4, dim=-1)
             qkv = block.attn.qkv(block.norm1(hidden) * (1 + scale) + shift)

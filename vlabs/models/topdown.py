@@ -10,8 +10,7 @@ A variant with feedback says what the scalars `w_i` and the directions `C_l ·` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +113,13 @@ class TopDown(nn.Module):
         return []
 
     def signal(
-        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+        self,
+        tokens: Tensor,
+        prior: Tensor,
+        prepared: list[Tensor],
+        image_index: Tensor | None,
+        feedback: Feedback,
+        alpha: float | None = None,
     ) -> TopDownSignal | ValueMask:
         """The signal of n priors.
 
@@ -124,21 +129,9 @@ class TopDown(nn.Module):
             prepared: what `prepare` gave.
             image_index: (n,) the image of each prior in `prepared`; None where it is the same or there is one image.
             feedback: see `Feedback`.
+            alpha: the strength of the signal in the place of the variant's own; it is given to variants that have one.
         """
         raise NotImplementedError
-
-
-@contextmanager
-def strength(topdown: TopDown | None, alpha: float | None) -> Iterator[None]:
-    """Another α inside the context; nothing where it is None, or where the variant has none."""
-    if alpha is None or not hasattr(topdown, "alpha"):
-        yield
-        return
-    before, topdown.alpha = topdown.alpha, float(alpha)  # type: ignore[union-attr,assignment]
-    try:
-        yield
-    finally:
-        topdown.alpha = before  # type: ignore[union-attr]
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
@@ -174,11 +167,18 @@ class AbSTopDown(TopDown):
         return feedback(tokens)
 
     def signal(
-        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+        self,
+        tokens: Tensor,
+        prior: Tensor,
+        prepared: list[Tensor],
+        image_index: Tensor | None,
+        feedback: Feedback,
+        alpha: float | None = None,
     ) -> TopDownSignal:
         """See `TopDown`."""
         weights = similarity(prior, tokens)
-        return TopDownSignal((self.alpha * weights).unsqueeze(-1), prepared, image_index, weights)
+        alpha = self.alpha if alpha is None else alpha
+        return TopDownSignal((alpha * weights).unsqueeze(-1), prepared, image_index, weights)
 
 
 @register
@@ -211,10 +211,17 @@ class FeedbackOnly(TopDown):
         return feedback(tokens)
 
     def signal(
-        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+        self,
+        tokens: Tensor,
+        prior: Tensor,
+        prepared: list[Tensor],
+        image_index: Tensor | None,
+        feedback: Feedback,
+        alpha: float | None = None,
     ) -> TopDownSignal:
         """See `TopDown`; `prior` is not read."""
-        return TopDownSignal(torch.full_like(tokens[..., :1], self.alpha), prepared, image_index, None)
+        alpha = self.alpha if alpha is None else alpha
+        return TopDownSignal(torch.full_like(tokens[..., :1], alpha), prepared, image_index, None)
 
 
 @register
@@ -224,7 +231,13 @@ class MaskAttention(TopDown):
     needs_decoders = False
 
     def signal(
-        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+        self,
+        tokens: Tensor,
+        prior: Tensor,
+        prepared: list[Tensor],
+        image_index: Tensor | None,
+        feedback: Feedback,
+        alpha: float | None = None,
     ) -> ValueMask:
         """See `TopDown`."""
         return ValueMask(similarity(prior, tokens))
@@ -262,9 +275,15 @@ class ReleasedTopDown(TopDown):
         self.alpha = float(alpha)
 
     def signal(
-        self, tokens: Tensor, prior: Tensor, prepared: list[Tensor], image_index: Tensor | None, feedback: Feedback
+        self,
+        tokens: Tensor,
+        prior: Tensor,
+        prepared: list[Tensor],
+        image_index: Tensor | None,
+        feedback: Feedback,
+        alpha: float | None = None,
     ) -> TopDownSignal:
         """See `TopDown`."""
         weights = similarity(prior, tokens)
-        scale = self.alpha * weights * torch.einsum("nd,nid->ni", prior, tokens)
+        scale = (self.alpha if alpha is None else alpha) * weights * torch.einsum("nd,nid->ni", prior, tokens)
         return TopDownSignal(scale.unsqueeze(-1), feedback(prior.unsqueeze(1)), None, weights)

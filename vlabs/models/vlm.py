@@ -115,6 +115,8 @@ class VisionLanguageModel(nn.Module, Shareable):
         reconstruct: bool = False,
         all_features: bool = False,
         read_image: bool = False,
+        alpha: float | None = None,
+        record: list[Tensor] | None = None,
     ) -> VLMOutput:
         """Encode images and texts, and join them.
 
@@ -129,8 +131,10 @@ class VisionLanguageModel(nn.Module, Shareable):
             reconstruct: compute the reconstruction loss.
             all_features: return every token's fused features, not the first alone.
             read_image: return the fusion's text-to-image attention.
+            alpha: the strength of the top-down signal in the place of the variant's own, where it has one.
+            record: takes the attention of the last pass over the images, see `AbSViT.encode`.
         """
-        bottom_up = self.vision.encode(images) if isinstance(images, Tensor) else images
+        bottom_up = self.vision.encode(images, record=record) if isinstance(images, Tensor) else images
         text_states = self.text(input_ids, attention_mask)
         prior = self.prior_of(text_states, input_ids) if prior is None else prior
         if text_index is not None:
@@ -151,6 +155,8 @@ class VisionLanguageModel(nn.Module, Shareable):
             reconstruct=reconstruct,
             all_features=all_features,
             read_image=read_image,
+            alpha=alpha,
+            record=record,
         )
 
     def prior_of(self, text_states: Tensor, input_ids: Tensor) -> Tensor | None:
@@ -169,6 +175,8 @@ class VisionLanguageModel(nn.Module, Shareable):
         reconstruct: bool = False,
         all_features: bool = False,
         read_image: bool = False,
+        alpha: float | None = None,
+        record: list[Tensor] | None = None,
     ) -> VLMOutput:
         """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
 
@@ -177,7 +185,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         Args:
             pictures: p, of a text: each stands there p times in a row, and `image_index` says with which picture.
         """
-        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct)
+        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record)
         if prior is not None and not self.vision.needs_prior:
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)

@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import html
 import io
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import numpy as np
 from PIL import Image
 
 from vlabs.attention.figures import enlarged, overlay
+from vlabs.attention.maps import MAPS
 from vlabs.attention.pictures import LEGENDS
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
-from vlabs.page.uploads import Limits, read_upload
+from vlabs.page.decoder import Decoder
+from vlabs.page.uploads import Uploads
 from vlabs.prediction.predictor import Answer, Predictor
 from vlabs.prediction.search import Search
 
@@ -26,34 +30,52 @@ TOP = 5
 
 
 class Page:
-    """Answers requests of the page with a model, one at a time.
+    """Answers requests of the page with a model, one at a time. What it is asked may be anything that JSON has.
 
     Args:
         predictor: the model that answers.
         searches: by the name of a folder, what finds pictures in it.
-        limits: of a request.
+        uploads: the pictures that are asked about, and the limits of a request.
+        decoder: of the pictures.
+
+    Attributes:
+        maps: that may be asked for.
+        most_alpha: the largest α that may be asked for.
     """
 
-    def __init__(self, predictor: Predictor, searches: dict[str, Search], limits: Limits) -> None:
+    def __init__(self, predictor: Predictor, searches: dict[str, Search], uploads: Uploads, decoder: Decoder) -> None:
         self.predictor = predictor
         self.searches = searches
-        self.limits = limits
+        self.uploads = uploads
+        self.decoder = decoder
+        self.limits = uploads.limits
+        self.maps = [name for name in MAPS if name != "weights" or predictor.model.prior is not None]
+        self.most_alpha = 2 * (predictor.alpha or 1)
+        self._lock = threading.Lock()
 
-    def ask(self, picture: str | None, questions: str, map_name: str, alpha: float | None, other: str) -> str:
+    def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any) -> str:
         """Answer questions about a picture, which share its first pass.
 
         Args:
-            picture: file; None where there is none yet.
+            picture: its name among the uploads; None where there is none yet.
             questions: one a line.
-            map_name: of `vlabs.attention.maps.MAPS`.
-            alpha: strength of the top-down signal; None for the model's own.
-            other: a text whose ξ is shown beside the questions' own; empty for none.
-        """
-        return _or_error(self._ask, picture, questions, map_name, alpha, other)
+            map_name: of `maps`.
+            alpha: strength of the top-down signal, up to `most_alpha`; None for the model's own.
+            other: a text whose ξ is shown beside the questions' own; empty or None for none.
 
-    def _ask(self, picture: str | None, questions: str, map_name: str, alpha: float | None, other: str) -> str:
+        Returns:
+            HTML, which says in one sentence what is wrong where something is.
+        """
+        return self._or_error(self._ask, picture, questions, map_name, alpha, other)
+
+    def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any) -> str:
         if picture is None:
             raise UserError("there is no picture yet: choose or drop one")
+        questions, other = _text(questions, "the questions"), _text(other, "the text of the other ξ")
+        if map_name not in self.maps:
+            raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
+        if alpha is not None:
+            alpha = _number(alpha, "α", 0, self.most_alpha)
         asked = [line.strip() for line in questions.splitlines() if line.strip()]
         if not asked:
             raise UserError("there is no question yet: type one a line")
@@ -61,20 +83,29 @@ class Page:
             raise UserError(f"there are {len(asked)} questions, and {self.limits.questions} at a time are allowed")
         for text in (*asked, other):
             self._check_length(text)
-        image = read_upload(picture, self.limits)
+        image = self._decoded(picture)
         shown = _shown(image, self.predictor.preprocessing)
         said = _row(shown, self.predictor.answer(image, asked, TOP, map_name, alpha))
         if other.strip():
             said += _row(shown, self.predictor.answer(image, asked, TOP, map_name, alpha, other), other)
         return f"{said}<p class='legend'>{html.escape(LEGENDS[map_name])}</p>"
 
-    def find(self, folder: str, query: str, count: float) -> str:
-        """The pictures of a folder that fit a text best."""
-        return _or_error(self._find, folder, query, int(count))
+    def _decoded(self, picture: Any) -> Image.Image:
+        content = self.uploads.read(picture)
+        try:
+            return self.decoder.decode(content)
+        except UserError:
+            self.uploads.remove(picture)  # it would take as long the next time
+            raise
 
-    def _find(self, folder: str, query: str, count: int) -> str:
-        if folder not in self.searches:
-            raise UserError(f"there is no folder {folder}: choose one of {', '.join(self.searches)}")
+    def find(self, folder: Any, query: Any, count: Any) -> str:
+        """The pictures of a folder that fit a text best; HTML as of `ask`."""
+        return self._or_error(self._find, folder, query, count)
+
+    def _find(self, folder: Any, query: Any, count: Any) -> str:
+        if not isinstance(folder, str) or folder not in self.searches:
+            raise UserError(f"there is no such folder: choose one of {', '.join(self.searches)}")
+        query, count = _text(query, "the text"), int(_number(count, "the number of pictures", 1, self.limits.pictures))
         if not query.strip():
             raise UserError("there is no text to search for yet: type one")
         self._check_length(query)
@@ -91,12 +122,33 @@ class Page:
         if len(text) > self.limits.characters:
             raise UserError(f"a text has {len(text)} characters, and {self.limits.characters} are allowed: shorten it")
 
+    def _or_error(self, function: Callable[..., str], *arguments: Any) -> str:
+        try:
+            with self._lock:
+                return function(*arguments)
+        except UserError as error:
+            said = one_line(str(error))
+        except Exception:  # a fault of vlabs' own, by which the page does not end
+            traceback.print_exc()
+            said = "this could not be answered, by a fault of the page: its terminal says which"
+        return f"<p class='error' role='alert'>{html.escape(said)}</p>"
 
-def _or_error(function: Callable[..., str], *arguments: Any) -> str:
-    try:
-        return function(*arguments)
-    except UserError as error:
-        return f"<p class='error' role='alert'>{html.escape(one_line(str(error)))}</p>"
+
+def _text(given: Any, what: str) -> str:
+    """A text that can be written; None is an empty one."""
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise UserError(f"{what} must be a text")
+    if any("\ud800" <= character <= "\udfff" for character in given):
+        raise UserError(f"{what} has a character that cannot be written: type it anew")
+    return given
+
+
+def _number(given: Any, what: str, least: float, most: float) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not least <= given <= most:
+        raise UserError(f"{what} must be a number from {least:g} to {most:g}")
+    return float(given)
 
 
 def _shown(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

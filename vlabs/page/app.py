@@ -1,28 +1,28 @@
-"""The page itself, by Gradio: a form and what `vlabs.page.answers` says. Importing this imports Gradio."""
+"""The page itself: a form by Gradio, and what `vlabs.page.answers` says. Importing this imports Gradio."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import tempfile
+import secrets
+import socket
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vlabs.attention.maps import MAPS, default_map
+from vlabs.attention.maps import default_map
 from vlabs.page.answers import Page
+from vlabs.page.hosts import Hosts, in_address, is_loopback
+from vlabs.page.line import Line
+from vlabs.page.server import make_app
 
-# Read when Gradio is imported: uploads lie in a folder of this process's own, and nobody is told that it runs.
-os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="vlabs-page-")
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
-# Seconds: how often uploads are looked through, and how old they get.
-_LOOK, _KEEP = 60, 600
 _WAITING = 100  # requests in line; more are told to come back
 _CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
@@ -40,11 +40,6 @@ _CSS = """
 _FONTS = ["system-ui", "sans-serif"]
 
 
-def _path(payload: Any) -> str | None:
-    """The file of an upload, which Gradio itself would decode before anything is known of its size."""
-    return None if payload is None else str(payload.path)
-
-
 def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_search: str) -> gr.Blocks:
     """The page.
 
@@ -55,21 +50,20 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
         no_search: why there is no search, where there is none.
     """
     model, alpha = page.predictor.model, page.predictor.alpha
-    one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # α is the model's: one request at a time
-    with gr.Blocks(title="vlabs", analytics_enabled=False, delete_cache=(_LOOK, _KEEP)) as blocks:
+    # Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
+    raw: dict[str, Any] = {"preprocess": False, "postprocess": False}
+    with gr.Blocks(title="vlabs", analytics_enabled=False) as blocks:
         gr.Markdown(f"## vlabs\n{title}")
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
                     type="filepath", sources=["upload", "clipboard"], label="Picture", height=220, elem_id="picture"
                 )
-                picture.preprocess = _path  # type: ignore[method-assign,assignment]
                 questions = gr.Textbox(label="Questions, one a line", lines=3, elem_id="questions")
                 with gr.Accordion("Where it looks", open=True):
-                    known = [name for name in MAPS if name != "weights" or model.prior is not None]
-                    map_name = gr.Radio(known, value=default_map(model), label="Map", elem_id="map")
+                    map_name = gr.Radio(page.maps, value=default_map(model), label="Map", elem_id="map")
                     strength = gr.Slider(
-                        0, 2 * (alpha or 1), value=alpha or 0, label="α, strength of the top-down signal",
+                        0, page.most_alpha, value=alpha or 0, label="α, strength of the top-down signal",
                         visible=alpha is not None, elem_id="alpha",
                     )  # fmt: skip
                     other = gr.Textbox(
@@ -80,22 +74,34 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
             with gr.Column(scale=5):
                 answers = gr.HTML(elem_id="answers")
                 if examples:
-                    rows = [[str(path), text] for path, text in examples]
-                    gr.Examples(rows, [picture, questions], label="Pictures to begin with", examples_per_page=12)
+                    begins = [(_file(page.uploads.keep(path.read_bytes())), text) for path, text in examples]
+                    shown = gr.Dataset(
+                        components=[picture, questions], samples=[[None, ""] for _ in begins],
+                        label="Pictures to begin with", samples_per_page=12, type="index",
+                    )  # fmt: skip
+                    shown.samples = [list(one) for one in begins]
+
+                    def begin(number: Any) -> tuple[Any, str]:
+                        return begins[number] if type(number) is int and 0 <= number < len(begins) else (None, "")
+
+                    shown.click(
+                        begin, shown, [picture, questions], api_visibility="private", show_progress="hidden", **raw
+                    )
         given = [picture, questions, map_name, strength, other]
 
-        def ask(picture: str | None, questions: str, map_name: str, strength: float, other: str) -> str:
-            return page.ask(picture, questions, map_name, strength if alpha is not None else None, other)
+        def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any) -> str:
+            name = picture.get("path") if isinstance(picture, dict) else picture
+            return page.ask(name, questions, map_name, strength if alpha is not None else None, other)
 
-        button.click(ask, given, answers, api_name="ask", **one)
-        questions.submit(ask, given, answers, api_visibility="private", **one)
+        button.click(ask, given, answers, api_name="ask", **raw)
+        questions.submit(ask, given, answers, api_visibility="private", **raw)
         for control in (map_name, strength):
             event = control.release if isinstance(control, gr.Slider) else control.input
 
             def again(*values: Any) -> str:
-                return ask(*values) if values[0] is not None and values[1].strip() else ""
+                return ask(*values) if values[0] and values[1] else ""
 
-            event(again, given, answers, api_visibility="private", show_progress="hidden", **one)
+            event(again, given, answers, api_visibility="private", show_progress="hidden", **raw)
         with gr.Tab("Search"):
             if page.searches:
                 with gr.Row():
@@ -107,30 +113,45 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
                     count = gr.Slider(1, 24, value=6, step=1, label="Pictures", scale=1)
                 search = gr.Button("Search", variant="primary", elem_id="search")
                 found = gr.HTML(elem_id="found")
-                search.click(page.find, [folder, query, count], found, api_name="find", **one)
-                query.submit(page.find, [folder, query, count], found, api_visibility="private", **one)
+                search.click(page.find, [folder, query, count], found, api_name="find", **raw)
+                query.submit(page.find, [folder, query, count], found, api_visibility="private", **raw)
             else:
                 gr.Markdown(no_search)
-    return blocks.queue(max_size=_WAITING)
+    return blocks
 
 
-def serve(blocks: gr.Blocks, host: str, port: int | None, megabytes: float, ready: Any) -> None:
-    """Serve the page until Ctrl-C; uploads are removed at the end.
+def _file(name: str) -> dict[str, Any]:
+    """A picture as Gradio's form has it."""
+    return {"path": name, "url": f"/gradio_api/file={name}", "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+def serve(page: Page, blocks: gr.Blocks, listener: socket.socket, host: str, others: Sequence[str], ready: Any) -> None:
+    """Serve the page until Ctrl-C.
 
     Args:
-        host, port: where; any port from 7860 on if not given.
-        megabytes: the largest upload.
+        page, blocks: what answers, and the form.
+        listener: where, bound already.
+        host: that it is bound to; where others reach it, they need a token.
+        others: more names that the page may be asked by.
         ready: is called with the address once it answers.
     """
+    port = listener.getsockname()[1]
+    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    # All in the background of the process: Gradio's own server, queue and files are not used.
+    form = gr.mount_gradio_app(
+        FastAPI(), blocks, "/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
+        mcp_server=False, css=_CSS, theme=gr.themes.Default(font=_FONTS, font_mono=["monospace"]),
+    )  # fmt: skip
+    functions = {n: (one.fn, len(one.inputs)) for n, one in blocks.fns.items() if one.fn is not None}
+    line = Line(_WAITING)
+    app = make_app(form, functions, line, page.uploads, Hosts(host, port, others), token)
+    config = uvicorn.Config(app, log_level="error", server_header=False, timeout_graceful_shutdown=1, ws="none")
+    server = uvicorn.Server(config)
+    running = threading.Thread(target=server.run, args=([listener],), daemon=True)
     with ExitStack() as at_end:
-        at_end.callback(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
-        _, address, _ = blocks.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-            max_file_size=int(megabytes * 2**20), footer_links=[], run_history=False, css=_CSS,
-            theme=gr.themes.Default(font=_FONTS, font_mono=["monospace"]),
-        )  # fmt: skip
-        at_end.callback(blocks.close, verbose=False)
-        ready(address)
-        ended = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: ended.set())
-        ended.wait()
+        at_end.callback(running.join, 3)
+        at_end.callback(setattr, server, "should_exit", True)
+        running.start()
+        name = "localhost" if host in ("", "0.0.0.0", "::") else in_address(host)
+        ready(f"http://{name}:{port}/{'' if token is None else f'?token={token}'}")
+        line.work()

@@ -1,17 +1,29 @@
-"""Pictures that somebody else gives: bounded before they are decoded, of known formats only."""
+"""Pictures that somebody else gives: in a folder of the page's own, under names that only the page makes."""
 
 from __future__ import annotations
 
 import os
-import warnings
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from vlabs.errors import UserError
+from vlabs.utils.files import is_marked, locked, mark
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_PREFIX = "vlabs-page-"
+_KIND = "page"
+_NAME = re.compile(r"[0-9a-f]{32}")
+LOOK = 5
+"""Seconds between looks for old uploads."""
+KEPT = 600 - 2 * LOOK
+"""Seconds that an upload is kept: with the time until it is looked at, ten minutes at most."""
+_ROOM = 100  # times the largest upload that lies here at once
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,8 @@ class Limits:
         megapixels: of a picture, whatever its file takes.
         questions: at a time.
         characters: of a text.
+        pictures: found ones that are shown.
+        seconds: that decoding a picture may take.
 
     Raises:
         UserError: one of them is not above 0.
@@ -32,42 +46,107 @@ class Limits:
     megapixels: float = 30
     questions: int = 8
     characters: int = 500
+    pictures: int = 24
+    seconds: float = 5
 
     def __post_init__(self) -> None:
         for name in ("megabytes", "megapixels"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--max-{name} must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 10_000:
+                raise UserError(f"--max-{name} must be above 0 and at most 10000, not {getattr(self, name)}")
+
+    @property
+    def bytes(self) -> int:
+        """Of a picture's file."""
+        return int(self.megabytes * 2**20)
 
 
-def read_upload(path: str | Path, limits: Limits) -> Image.Image:
-    """Decode a picture to RGB, turned as its camera says; of an animation the first frame.
+class Uploads:
+    """Pictures by the names that they were given when they came. There is no other way to name one.
 
-    Raises:
-        UserError: it is too large, is gone, or is no whole picture of a known format.
+    Args:
+        folder: where they lie, of this process alone.
+        limits: of a picture.
     """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder = folder
+        self.limits = limits
+        self._came: dict[str, float] = {}
+        self._kept: dict[str, bytes] = {}
+
+    def keep(self, content: bytes) -> str:
+        """Take a picture that stays as long as the page does; returns its name."""
+        name = secrets.token_hex(16)
+        self._kept[name] = content
+        return name
+
+    def take(self, content: bytes) -> str:
+        """Take a picture for some minutes; returns its name.
+
+        Raises:
+            UserError: it is too large, or very many lie here already.
+        """
+        if len(content) > self.limits.bytes:
+            raise UserError(f"the file has more than {self.limits.megabytes:g} MB, which are allowed: make it smaller")
+        self.remove_old()
+        there = sum(entry.stat().st_size for entry in os.scandir(self.folder) if _NAME.fullmatch(entry.name))
+        if there + len(content) > _ROOM * self.limits.bytes:
+            raise UserError("very many pictures have come within ten minutes: try again in some")
+        name = secrets.token_hex(16)
+        self._came[name] = time.monotonic()
+        try:
+            (self.folder / name).write_bytes(content)
+        except OSError as error:
+            self.remove(name)
+            raise UserError(f"there is no room for the picture here ({error.strerror}): try again later") from None
+        return name
+
+    def read(self, name: object) -> bytes:
+        """The content of a picture.
+
+        Raises:
+            UserError: there is no picture of this name, or no more; one sentence, whatever it is the name of.
+        """
+        if isinstance(name, str) and _NAME.fullmatch(name):
+            if name in self._kept:
+                return self._kept[name]
+            if time.monotonic() - self._came.get(name, -KEPT) < KEPT:
+                with suppress(OSError):
+                    file = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+                    with open(file, "rb") as opened:
+                        return opened.read()
+        raise UserError("the picture is no longer here: load it again")
+
+    def remove(self, name: str) -> None:
+        """Remove a picture that came."""
+        if self._came.pop(name, None) is not None:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def remove_old(self) -> None:
+        """Remove what came long ago; to be called every `LOOK` seconds."""
+        now = time.monotonic()
+        for name, came in list(self._came.items()):
+            if now - came >= KEPT:
+                self.remove(name)
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A temporary folder that goes when the context ends, or when the next page starts if this one was killed."""
+    _remove_leftovers()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
-        size = os.path.getsize(path)
-    except OSError:
-        raise UserError("the picture is no longer here: load it again") from None
-    if size > limits.megabytes * 2**20:
-        raise UserError(f"the file has {size / 2**20:.1f} MB, and {limits.megabytes:g} are allowed: make it smaller")
-    known = ", ".join(FORMATS)
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            # Only the header is read until here, so a small file of very many pixels costs nothing.
-            warnings.simplefilter("ignore")
-            pixels = image.width * image.height
-            if pixels > limits.megapixels * 1e6:
-                raise UserError(
-                    f"the picture has {image.width} x {image.height} pixels, and {limits.megapixels:g} million are"
-                    " allowed: make it smaller"
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError:
-        raise UserError(f"the picture has more than {limits.megapixels:g} million pixels: make it smaller") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"the file is no picture that is known here: give one of {known}") from None
-    except UserError:
-        raise
-    except Exception:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise UserError(f"the file is no whole picture: give one of {known}") from None
+        with locked(folder, "it is new"):
+            mark(folder, _KIND)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of pages that were killed: those of this user that a page marked and no process holds."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError, UserError):
+            if folder.lstat().st_uid == os.getuid() and not folder.is_symlink() and is_marked(folder, _KIND):
+                with locked(folder, "a page is at work"):
+                    shutil.rmtree(folder, ignore_errors=True)

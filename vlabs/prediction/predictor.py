@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlabs.attention.maps import default_map, look
+from vlabs.attention.maps import MAPS, default_map, look
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
 from vlabs.data.prepared import LABELS, read_answers
@@ -28,7 +28,6 @@ from vlabs.errors import UserError
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
-from vlabs.models.topdown import strength
 
 AnyImage = str | Path | Image.Image
 
@@ -112,12 +111,12 @@ class Predictor:
             questions: any text; longer than the model's limit is cut.
             top: answers a question.
             map_name: which map says where it looked (see `attention_map`); None for `default_map`.
-            alpha: strength of the top-down signal in the place of the model's own; not for two threads at a time.
+            alpha: strength of the top-down signal in the place of the model's own.
             prior_of: a text whose ξ steers the encoder in the place of the questions' own.
 
         Raises:
-            UserError: a file is missing or no image, there are too many or too few, a question is empty, or the model
-                has no α or no ξ to be replaced.
+            UserError: a file is missing or no image, there are too many or too few, a question is empty, there is no
+                such map, α is no number or too large, or the model has no α or no ξ to be replaced.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -125,8 +124,10 @@ class Predictor:
             if not question.strip():
                 raise UserError("a question is empty: give it some text")
         map_name = map_name or default_map(self.model)
-        if alpha is not None and self.alpha is None:
-            raise UserError("alpha is the strength of the top-down signal, and this model has none")
+        if map_name not in MAPS:
+            raise UserError(f"there is no map {map_name!r}: choose one of {', '.join(MAPS)}")
+        if alpha is not None:
+            self._check_alpha(alpha)
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if len(given) != self.pictures:
             raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
@@ -135,10 +136,11 @@ class Predictor:
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
-        with strength(self.model.vision.topdown, alpha):
-            output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior)
+        output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior, alpha)
         answers = self.preprocessing.answers
         logits = output.logits.detach().float()
+        if alpha is not None and not logits.isfinite().all():
+            raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
         probabilities = logits.softmax(dim=1) if self.labels_statements else logits.sigmoid()
         best, ids = probabilities.topk(min(top, len(answers)), dim=1)
         maps = maps_by_name[map_name].cpu().numpy()
@@ -147,6 +149,12 @@ class Predictor:
             Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], list(maps[n]))
             for n, (question, row_ids, row) in enumerate(zip(questions, ids.tolist(), best.tolist(), strict=True))
         ]
+
+    def _check_alpha(self, alpha: float) -> None:
+        if self.alpha is None:
+            raise UserError("alpha is the strength of the top-down signal, and this model has none")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
+            raise UserError(f"alpha must be a number, not {alpha!r}")
 
 
 def open_image(path: str | Path) -> Image.Image:

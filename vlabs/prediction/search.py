@@ -14,7 +14,7 @@ from torch import Tensor
 from vlabs.attention.figures import RankedImage
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.prepared import PICTURES
+from vlabs.data.decoding import known_suffixes
 from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
@@ -120,12 +120,13 @@ def list_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--images {folder}: there is no such folder")
+    suffixes = known_suffixes()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    pictures = [path for path in files if path.suffix.lower() in PICTURES]
-    others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in PICTURES)
+    pictures = [path for path in files if path.suffix.lower() in suffixes]
+    others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in suffixes)
     if others:
         named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        print(f"left out: {others.total()} files that are no pictures by their names ({named})")
+        show(f"left out: {others.total()} files that are no pictures by their names ({named})")
     if not pictures:
         raise UserError(f"--images {folder}: there is no picture in it")
     return pictures

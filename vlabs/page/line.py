@@ -1,0 +1,175 @@
+"""Requests in a line: one is worked on at a time, and only while somebody waits for what it gives.
+
+The messages are those of Gradio's queue (its protocol `sse_v3`), by which its page and its clients hear of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlabs.errors import UserError
+
+Message = dict[str, Any]
+
+_BEAT = 10.0  # seconds between signs of life
+_UNHEARD = 20.0  # seconds after which a request is dropped that nobody has come to listen for
+
+
+@dataclass
+class Job:
+    """A request.
+
+    Attributes:
+        session: who has asked.
+        work: what gives the values of the outputs.
+        id: of the request.
+        came: when.
+        done: there is nothing to be done any more, and its session will hear so.
+    """
+
+    session: str
+    work: Callable[[], list[Any]]
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    came: float = field(default_factory=time.monotonic)
+    done: bool = False
+
+
+class Line:
+    """The requests that wait and the one that is worked on. Requests come from an event loop, another thread works.
+
+    Args:
+        most: requests in line.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._jobs: dict[str, Job] = {}  # in the order in which they came
+        self._listeners: dict[str, Callable[[Message], None]] = {}
+        self._begun: str | None = None
+        self._changed = threading.Condition()
+
+    def join(self, session: str, work: Callable[[], list[Any]]) -> str:
+        """Put a request in line; returns its id.
+
+        Raises:
+            UserError: the line is full.
+        """
+        job = Job(session, work)
+        with self._changed:
+            self._drop_unheard()
+            if len(self._jobs) >= self.most:
+                raise UserError(f"{self.most} requests wait already: try again in a minute")
+            self._jobs[job.id] = job
+            self._changed.notify()
+        return job.id
+
+    def leave(self, session: str, job: str) -> None:
+        """Take a request out of the line; what it gives if it is worked on already is told to nobody."""
+        with self._changed:
+            if job in self._jobs and self._jobs[job].session == session:
+                self._finish(self._jobs[job], [])
+
+    def knows(self, session: str) -> bool:
+        """Whether a session has a request in line."""
+        with self._changed:
+            return any(job.session == session for job in self._jobs.values())
+
+    async def listen(self, session: str) -> AsyncIterator[Message]:
+        """What happens to the requests of a session, until all are done. Those of one that stops to listen leave."""
+        loop, messages = asyncio.get_running_loop(), asyncio.Queue[Message]()
+
+        def tell(message: Message) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(messages.put_nowait, message)
+
+        with self._changed:
+            self._listeners[session] = tell
+            self._changed.notify()
+        self._tell_ranks()
+        try:
+            while True:
+                try:
+                    message = await asyncio.wait_for(messages.get(), _BEAT)
+                except TimeoutError:
+                    message = {"msg": "heartbeat"}
+                yield message
+                if message["msg"] == "process_completed" and self._is_last(message["event_id"], session, tell):
+                    yield {"msg": "close_stream", "event_id": None}
+                    return
+        finally:
+            with self._changed:
+                if self._listeners.get(session) is tell:  # it has gone before the end
+                    del self._listeners[session]
+                    for job in [job for job in self._jobs.values() if job.session == session]:
+                        del self._jobs[job.id]
+
+    def _is_last(self, heard: str, session: str, tell: Callable[[Message], None]) -> bool:
+        """Whether a session has nothing more to listen for; it is then no listener any more."""
+        with self._changed:
+            self._jobs.pop(heard, None)
+            if self.knows(session):
+                return False
+            if self._listeners.get(session) is tell:
+                del self._listeners[session]
+            return True
+
+    def work(self) -> None:
+        """Work on the requests, one after another, without end."""
+        while True:
+            job = self._next()
+            self._tell(job.session, {"msg": "process_starts", "event_id": job.id, "eta": None})
+            began = time.monotonic()
+            values = job.work()
+            with self._changed:
+                self._finish(job, values, time.monotonic() - began)
+            self._tell_ranks()
+
+    def _finish(self, job: Job, values: list[Any], seconds: float = 0.0) -> None:
+        """Tell what a request gave, once. It stays known until its session has heard it."""
+        if not job.done:
+            job.done = True
+            if job.session in self._listeners:
+                self._tell(job.session, _completed(job.id, values, seconds))
+            else:
+                self._jobs.pop(job.id, None)
+
+    def _next(self) -> Job:
+        with self._changed:
+            while True:
+                for job in self._jobs.values():
+                    if job.session in self._listeners and not job.done:
+                        self._begun = job.id
+                        return job
+                self._changed.wait()
+
+    def _drop_unheard(self) -> None:
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if job.session not in self._listeners and now - job.came > _UNHEARD:
+                del self._jobs[job.id]
+
+    def _tell(self, session: str, message: Message) -> None:
+        tell = self._listeners.get(session)
+        if tell is not None:
+            tell(message)
+
+    def _tell_ranks(self) -> None:
+        with self._changed:
+            waiting = [job for job in self._jobs.values() if job.id != self._begun and not job.done]
+        heard = [job for job in waiting if job.session in self._listeners]
+        for rank, job in enumerate(heard):
+            place = {"event_id": job.id, "rank": rank, "queue_size": len(heard), "rank_eta": None}
+            self._tell(job.session, {"msg": "estimation", **place})
+
+
+def _completed(job: str, values: list[Any], seconds: float) -> Message:
+    output = {"data": values, "is_generating": False, "duration": seconds, "average_duration": seconds}
+    output |= {"render_config": None, "changed_state_ids": []}
+    return {"msg": "process_completed", "event_id": job, "output": output, "success": True}
