@@ -173,7 +173,7 @@ def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int
     if workers < 1:
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
     record = {"size": size, "seed": seed, "image_size": SIZES[size].image_size, "classes": SIZES[size].classes}
-    if out_dir.exists():
+    if os.path.exists(out_dir):
         found = (out_dir / "objects.json").read_text() if (out_dir / "objects.json").is_file() else ""
         if f'"size": "{size}"' not in found or f'"seed": {seed},' not in found:
             raise UserError(f"{out_dir} exists and holds something else; name a new folder with --out-dir")

@@ -152,7 +152,7 @@ def _num_cores() -> int:
 
 
 def _is_finished(out_dir: Path, size: str, seed: int, train_images: int, layout: str) -> bool:
-    if not out_dir.exists():
+    if not os.path.exists(out_dir):
         return False
     try:
         found = json.loads((out_dir / "scenes.json").read_text())

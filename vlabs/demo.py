@@ -23,7 +23,7 @@ from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
 from vlabs.prediction.predictor import load
-from vlabs.utils.files import is_free, is_marked, locked, mark
+from vlabs.utils.files import is_free, is_marked, locked, mark, reason_of
 
 MADE = ("run", "evaluation", "grounding")
 PICTURE = "picture.png"
@@ -49,8 +49,11 @@ def _demo_folder(out: Path) -> Iterator[Path]:
     """
     if not is_free(out) and not is_marked(out, "demo"):
         raise UserError(f"--out {out} exists and is no demo folder: name another")
-    out.mkdir(parents=True, exist_ok=True)
-    mark(out, "demo")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        mark(out, "demo")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {reason_of(error)}; name another folder") from None
     with locked(out, f"--out {out}: another demo is at work there: name another folder"):
         for name in MADE:
             shutil.rmtree(out / name, ignore_errors=True)

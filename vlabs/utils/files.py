@@ -143,7 +143,7 @@ def new_folder(
 
 def is_free(path: Path) -> bool:
     """Whether a folder can be made there: there is nothing, or an empty folder."""
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    return not os.path.exists(path) or (path.is_dir() and os.access(path, os.R_OK) and not any(path.iterdir()))
 
 
 def clear(folder: Path, *keep: str) -> None:
