@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -80,3 +81,19 @@ def test_wandb_that_cannot_be_reached_means_a_run_recorded_offline(tiny_options,
     assert "cannot be reached" in result.stdout
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_the_same_variant(tiny_run, tmp_path):
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    less = [f"callbacks.{name}.every_n_validations=0" for name in ("predictions", "grounding")]
+    known = (tmp_path / "run/wandb/run_id").read_text()
+    result = command("vlabs.train", "resume=run", "trainer.max_epochs=3", *less, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/wandb/run_id").read_text() == known
+    first, second = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert first.name.endswith(f"-{known}")
+    assert second.name.endswith(f"-{known}")
+    for part in (first, second):
+        logged = (part / f"run-{known}.wandb").read_bytes()
+        assert b"variant" in logged
+        assert b'"absvit"' in logged

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -142,13 +143,13 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     finally:
         last.listen_no_more()
     record.fit_ended = time.perf_counter()
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if not record.begun:
         if record.is_done:
             return _nothing_to_train(record)
         record.first_step = trainer.global_step
         training.begin()
-        metrics = metrics or last_metrics(record.folder / "metrics.csv")
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    metrics = metrics or last_metrics(record.folder / "metrics.csv")  # all was trained before summary.json was written
     kept = [path for path in (Path(best.best_model_path), last.path) if path.is_file()]
     found = {
         "parameters": parameters,
@@ -195,13 +196,15 @@ def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
     """The record of a run that begins, goes on, or begins with another run's config (`--config-dir=RUN`)."""
     given = [item for item in hydra.overrides.task if not re.match(r"hydra[./]|\+*(resume|plan)=", item)]
     before = same_as = None
+    command = command_line()
     if config.resume is not None:
         before = read_summary(run_dir)
+        command = shlex.join(["python", "-m", "vlabs.train", f"resume={config.resume}", *given])
         given = changing(given, _changed(config, run_dir))
     else:
         folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
         same_as = next((found for path in folders if (found := read_summary(Path(path)))), None)
-    return Record(run_dir, command_line(), given, before, same_as, hydra.runtime.choices.get("model/topdown"))
+    return Record(run_dir, command, given, before, same_as, hydra.runtime.choices.get("model/topdown"))
 
 
 def _end(record: Record, status: str, error: str) -> None:
@@ -238,6 +241,12 @@ def _check_sweep(config: DictConfig, hydra: Any) -> None:
             f"trainer.devices={devices} in a sweep: its runs use one device, or are jobs of their own "
             "(hydra/launcher=slurm, hydra/launcher=submitit_local): pass trainer.devices=1"
         )
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """Arguments for Hydra of a run that goes on, or begins with the config of another."""
+    resumed = _resume_arguments(given)
+    return resumed if resumed != given else _same_arguments(given)
 
 
 def _resume_arguments(arguments: list[str]) -> list[str]:

@@ -191,9 +191,9 @@ def explain(error: BaseException) -> str | None:
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
     if isinstance(error, InstantiationException):
-        key = re.search(r"^full_key: (\S+)", str(error), re.M)
+        part = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
-        return f"{key[1]}: {said}" if key else said
+        return f"{part[1]}: {said}" if part else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 

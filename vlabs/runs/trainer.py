@@ -124,11 +124,11 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
         said = one_line(str(error))
         # The option that it is about, by its name or its value.
         about = [
-            n
+            str(n)
             for n, value in options.items()
             if n in re.findall(r"\w+", said.lower()) or (isinstance(value, str) and value.lower() in said.lower())
         ]
-        what = f"trainer.{about[0]}={as_given(options[about[0]])}" if about else "trainer"
+        what = f"trainer.{about[0]!s}={as_given(options[about[0]])}" if about else "trainer"
         raise UserError(f"{what}: {named(said)}") from error
     return trainer
 

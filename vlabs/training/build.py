@@ -92,12 +92,12 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     trainer = make_trainer(
         config.trainer,
         callbacks=[
-            Recorder(record, begin, plain(kept)),
             best,
             last,
             GoOn(),
             FiniteGradients(config.max_bad_steps, last.path),
             *callbacks,
+            Recorder(record, begin, plain(kept)),  # after all that may refuse
         ],
         logger=loggers,
         plugins=[WholeCheckpointIO()],

@@ -19,7 +19,7 @@ class Recorder(pl.Callback):
 
     Args:
         record: of the run.
-        begin: called before the first step.
+        begin: called before the first batch.
         config: of the run, as plain data.
     """
 
@@ -29,10 +29,24 @@ class Recorder(pl.Callback):
         self.config = config
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin."""
+        """Count the steps of this part."""
         self.record.first_step = trainer.global_step
         self.record.step = lambda: trainer.global_step
-        self.begin()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin."""
+        self._begin()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, where a run goes on with a validation."""
+        if not trainer.sanity_checking:
+            self._begin()
+
+    def _begin(self) -> None:
+        if not self.record.begun:
+            self.begin()
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data."""
