@@ -14,14 +14,14 @@ import importlib.util
 import socket
 from pathlib import Path
 
-import torch
-
 from vlabs.checkpoints.checkpoint import packaged_starts
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.page.answers import Page, example_pictures
 from vlabs.page.uploads import Limits
 from vlabs.prediction.predictor import load, load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
+from vlabs.utils.arguments import number, whole
+from vlabs.utils.device import find_device
 
 # Of the scenes that come with vlabs, in the order of their files.
 _QUESTIONS = (
@@ -44,9 +44,11 @@ def main() -> None:
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
     parser.add_argument("--pictures", type=Path, help="folder of pictures to begin with")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default %(default)s: this machine)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--max-megabytes", type=float, default=Limits.megabytes, help="of a picture's file (10)")
-    parser.add_argument("--max-megapixels", type=float, default=Limits.megapixels, help="of a picture (30)")
+    parser.add_argument("--port", type=whole(0, 65535), help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of a picture's file (10)"
+    )
+    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of a picture (30)")
     parser.add_argument("--index", type=Path, default=CACHE, help="folder of the search index (default %(default)s)")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
@@ -55,6 +57,7 @@ def main() -> None:
     limits = Limits(arguments.max_megabytes, arguments.max_megapixels)
     if arguments.pictures is not None and not arguments.pictures.is_dir():
         raise UserError(f"--pictures {arguments.pictures}: there is no such folder")
+    find_device(arguments.device)  # before anything is loaded
     _check_address(arguments.host, arguments.port or 0)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
@@ -107,11 +110,12 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     if not folders:
         raise UserError("--search-ckpt has nothing to search: pass --images FOLDER")
     checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)
-        found["scenes" if own else folder] = Search(checkpoint, list_pictures(folder), arguments.index, device)
+        found["scenes" if own else folder] = Search(
+            checkpoint, list_pictures(folder), arguments.index, find_device(arguments.device)
+        )
     return found
 
 

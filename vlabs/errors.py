@@ -12,6 +12,7 @@ import builtins
 import errno
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -51,9 +52,9 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
     Args:
         sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
     """
-    if isinstance(error, BrokenPipeError) and not _can_flush():
+    if isinstance(error, BrokenPipeError) and _has_no_reader():
         # Nobody reads the output any more, as in `vlabs predict ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)
     if sentence is None or os.environ.get("VLABS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
@@ -65,7 +66,7 @@ def run_cli(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever the terminal's encoding, what it lacks is written out
             stream.reconfigure(errors="backslashreplace")
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # Hydra's parser too
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
         try:
@@ -96,7 +97,8 @@ def foreseen(error: BaseException) -> str | None:
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
             f"memory ran out ({text}): give it less at a time (vlabs.train: a smaller data.batch_size, with "
-            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or --device cpu"
+            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or"
+            " --device cpu"
         )
     if isinstance(error, OSError) or "OSError" in kinds:
         return _of_the_system(error, text)
@@ -186,12 +188,11 @@ def _frames(error: BaseException) -> Iterator[str]:
         yield str(frame.f_globals.get("__name__", ""))
 
 
-def _can_flush() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return False
-    return True
+def _has_no_reader() -> bool:
+    """Whether the standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

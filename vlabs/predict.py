@@ -15,8 +15,10 @@ from PIL import Image
 
 from vlabs.attention.figures import Cell, Panel, grid_figure, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli
 from vlabs.prediction.predictor import Answer, load, open_image
+from vlabs.utils.device import find_device
 
 
 def main() -> None:
@@ -39,8 +41,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if Path(arguments.out).suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    for question in arguments.question:
+        check_text("a --question", question)
+    device = find_device(arguments.device)
     pictures = [open_image(path) for path in arguments.image]
-    predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
+    predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     map_name = arguments.map or default_map(predictor.model)
     answers = predictor.answer(pictures, arguments.question, map_name=map_name)
     for answer in answers:

@@ -15,9 +15,11 @@ import torch
 from vlabs.attention.figures import save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli
 from vlabs.prediction.predictor import load_any, open_image
 from vlabs.tasks.segment import at_size
+from vlabs.utils.device import find_device
 
 
 def main() -> None:
@@ -31,9 +33,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if Path(arguments.out).suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    for text in arguments.text:
+        check_text("a --text", text)
+    device = find_device(arguments.device)
     image = open_image(arguments.image)
     checkpoint = load_any(arguments.ckpt, trained_for=("segment", "refer"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
     if (model.text is None) == bool(arguments.text):
         raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")

@@ -19,15 +19,14 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, fault, one_line
-from vlabs.runs.config import command_line, explain, hydra_quoted, path_of, run_hydra
+from vlabs.errors import UserError, one_line
+from vlabs.runs.config import command_line, explain, hydra_quoted, is_fault, path_of, run_hydra
 from vlabs.runs.logging import log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.sweep import write_table
-from vlabs.runs.values import check_type
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.plan import plan_run
 from vlabs.utils.files import write_json
@@ -62,15 +61,20 @@ def run(config: DictConfig) -> dict[str, Any]:
         _write_summary(run_dir, summary, started)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
-        sentence = explain(error)
-        summary |= {"status": "failed", "error": one_line(sentence or fault(error))}
+        if "DataLoader worker" in str(error):
+            # torch raises it wherever the main process happens to be.
+            error = UserError(
+                f"a loader process died ({one_line(str(error))}): if memory ran out, pass a smaller data.num_workers; "
+                f"go on with resume={run_dir}"
+            )
+        summary |= {"status": "failed", "error": one_line(explain(error))}
         if not sweeping:
             _write_summary(run_dir, summary, started)
-            raise
+            raise error
         _failed_runs.append(run_dir.name)
         print(f"run {run_dir.name} failed: {summary['error']}", file=sys.stderr)
-        if sentence is None:
-            traceback.print_exc()
+        if is_fault(error):
+            traceback.print_exception(error)
     finally:
         # The next run of a sweep, in this same process, is a W&B run of its own.
         if wandb.run is not None:
@@ -91,8 +95,6 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
-    check_type("plan", config.plan, bool)
-    check_type("init_by", OmegaConf.to_container(config).get("init_by"), list[str] | None)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.plan:
         return plan_run(config, *build_task(config))

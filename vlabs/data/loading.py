@@ -41,7 +41,9 @@ def check_whole(name: str, number: Any, least: int) -> None:
 def check_number(name: str, value: Any, most: float = math.inf) -> None:
     """Raise a UserError unless the option `data.NAME` is a number from 0 to `most`."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
-        raise UserError(f"data.{name}={value} must be a number, " + (f"0 to {most:g}" if most < math.inf else "at least 0"))
+        raise UserError(
+            f"data.{name}={value} must be a number, " + (f"0 to {most:g}" if most < math.inf else "at least 0")
+        )
 
 
 def check_augment(name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from vlabs.errors import UserError, fail, foreseen, run_cli
+from vlabs.errors import UserError, fail, fault, foreseen, run_cli
 from vlabs.runs.trainer import named
 from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
@@ -56,7 +56,7 @@ def run_hydra(
     renamed = renamed or {}
 
     def tell(error: Exception) -> NoReturn:
-        text = explain(error)
+        text = _sentence(error)
         if text and isinstance(error, OSError) and (option := _option_of(error)):
             text = f"{option}: {text}"
         for short, group in renamed.items():
@@ -148,9 +148,18 @@ def path_of(value: str) -> str:
     return "" if read is None else str(read)
 
 
-def explain(error: BaseException) -> str | None:
-    """One sentence for an error of Hydra or OmegaConf, with the valid choices where it is a wrong name, or as of
-    `foreseen`."""
+def explain(error: BaseException) -> str:
+    """One sentence for any error."""
+    return _sentence(error) or fault(error)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is a fault of vlabs' own, which is shown with its traceback."""
+    return _sentence(error) is None
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What is wrong with an option or outside of vlabs, with the valid choices where it is a wrong name."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -188,9 +197,9 @@ def explain(error: BaseException) -> str | None:
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
     if isinstance(error, InstantiationException):
-        where = re.search(r"^full_key: (\S+)", str(error), re.M)
+        place = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
-        return f"{where[1]}: {said}" if where else said
+        return f"{place[1]}: {said}" if place else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 

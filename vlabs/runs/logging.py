@@ -101,7 +101,10 @@ def wandb_logger(
     id_file = save_dir / "wandb" / "run_id"
     run_id = id_file.read_text().strip() if id_file.is_file() else None
     # A lost connection must not hold a run at its end: what was not sent by then is on disk.
-    waits = {"init_timeout": _seconds("WANDB_INIT_TIMEOUT", 60), "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", 300)}
+    waits = {
+        "init_timeout": _seconds("WANDB_INIT_TIMEOUT", 60),
+        "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", 300),
+    }
 
     def make(mode: str) -> WandbLogger:
         settings = wandb.Settings(**waits)

@@ -19,6 +19,8 @@ _SIZES = (
     *("num_attention_heads", "intermediate_size", "channels", "pictures", *_FILLED_IN),
 )
 """Of models; at least 1."""
+_TOP: dict[str, Any] = {"plan": bool, "init": str | None, "init_by": list[str] | None, "split": str}
+"""What the options of no group are."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
@@ -35,13 +37,13 @@ def check_values(config: Any, path: str = "") -> None:
         for item in config:
             check_values(item, path)
     if isinstance(config, dict):
-        hints = _hints(config.get("_target_"))
+        hints = _hints(config.get("_target_")) if path else _TOP
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             check_values(value, inner)
-            if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < 1:
-                if not (name == "num_classes" and value == 0):
-                    raise UserError(f"{inner}={as_given(value)} must be a whole number, at least 1")
+            is_size = name in _SIZES and path.startswith("model") and isinstance(value, int)
+            if is_size and value < (0 if name == "num_classes" else 1):
+                raise UserError(f"{inner}={as_given(value)} must be a whole number, at least 1")
             if name == "seed" and not _is_open(value):
                 check_seed(inner, value)
             if name in hints and not (value is None and name in _FILLED_IN):
@@ -65,7 +67,7 @@ def _hints(target: Any) -> dict[str, Any]:
     own = {} if inspect.isclass(found) else typing.get_type_hints(found)
     made = own.get("return", found)
     kinds = reversed(made.__mro__) if inspect.isclass(made) else ()
-    makers = [kind.__init__ for kind in kinds if kind.__module__.startswith("vlabs.")]
+    makers = [vars(kind).get("__init__", object) for kind in kinds if kind.__module__.startswith("vlabs.")]
     return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()} | own
 
 

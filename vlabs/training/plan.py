@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
 
-from vlabs.runs.trainer import make_trainer
 from vlabs.runs.logging import say
+from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
 
 # Batches that are measured, after those that warm up.
