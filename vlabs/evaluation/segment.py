@@ -159,7 +159,9 @@ class _Writer:
 
     def add(self, picture: WholePicture, labels: np.ndarray) -> None:
         """Write one."""
-        Image.fromarray(self.values[labels]).save(self.partial / f"{picture.name}.png")
+        # What data call a picture is one name of a file, whatever is in it.
+        name = picture.name.replace("/", "_").replace("\0", "_")
+        Image.fromarray(self.values[labels]).save(self.partial / f"{name}.png")
 
     def finish(self) -> Path:
         """Give the folder its name."""

@@ -1,4 +1,4 @@
-"""Lightning's trainer from the group `trainer`; its options work as Lightning documents them, or are refused by name."""
+"""Lightning's trainer from the group `trainer`: options work as Lightning documents them, or are refused by name."""
 
 from __future__ import annotations
 
