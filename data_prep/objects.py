@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data_prep.scene_render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
 from data_prep.scenes import run_lengths
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.arguments import MOST_SEED, whole
 from vlabs.utils.files import new_folder, write_json
 
 SPLITS = ("train", "val")
@@ -205,9 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.objects", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small", help="(default: %(default)s)")
     parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the corpus")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-    parser.add_argument("--num-workers", type=int, help="processes that render (default: every core)")
-    parser.add_argument("--several", type=int, help="in the place of the corpus, so many pictures of several objects")
+    parser.add_argument(
+        "--seed", type=whole(0, MOST_SEED), default=0, help="of everything that is drawn (default: %(default)s)"
+    )
+    parser.add_argument("--num-workers", type=whole(1), help="processes that render (default: every core)")
+    parser.add_argument(
+        "--several", type=whole(1), help="in the place of the corpus, so many pictures of several objects"
+    )
     arguments = parser.parse_args()
     if arguments.several is not None:
         make_several(arguments.size, arguments.out_dir, arguments.several, arguments.seed)

@@ -44,6 +44,7 @@ from data_prep.question_only import format_table, question_only_accuracy
 from data_prep.scene_questions import Balance, Caption, Question, captions, possible_questions, ten_answers
 from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.arguments import MOST_SEED, whole
 from vlabs.utils.files import new_folder
 
 ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
@@ -388,9 +389,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="render the embedded corpus of scenes, questions and captions")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out-dir", type=Path, required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-images", type=int, default=None, help="images to train on, if not the size's number")
-    parser.add_argument("--num-workers", type=int, default=None, help="processes that render (default: every core)")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0)
+    parser.add_argument(
+        "--train-images", type=whole(1), default=None, help="images to train on, if not the size's number"
+    )
+    parser.add_argument(
+        "--num-workers", type=whole(1), default=None, help="processes that render (default: every core)"
+    )
     parser.add_argument(
         "--layout", default="vqa", help="vqa (questions and captions), nlvr2 or snli_ve (default: %(default)s)"
     )

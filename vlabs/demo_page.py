@@ -18,8 +18,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlabs.checkpoints.checkpoint import packaged_starts
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.page.answers import Page, example_pictures
@@ -28,6 +26,8 @@ from vlabs.page.hosts import Hosts
 from vlabs.page.uploads import Limits, Uploads, own_folder
 from vlabs.prediction.predictor import load, load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
+from vlabs.utils.arguments import number, whole
+from vlabs.utils.device import find_device
 
 _PORT = 7860
 # Of the scenes that come with vlabs, in the order of their files.
@@ -57,9 +57,11 @@ def main() -> None:
         "--allow-host", action="append", default=[], metavar="NAME",
         help="another name that the page may be asked by; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--max-megabytes", type=float, default=Limits.megabytes, help="of a picture's file (10)")
-    parser.add_argument("--max-megapixels", type=float, default=Limits.megapixels, help="of a picture (30)")
+    parser.add_argument("--port", type=whole(0, 65535), help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of a picture's file (10)"
+    )
+    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of a picture (30)")
     parser.add_argument("--index", type=Path, default=CACHE, help="folder of the search index (default %(default)s)")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
@@ -71,6 +73,7 @@ def main() -> None:
     for name in arguments.allow_host:
         if name not in Hosts("127.0.0.1", 0, [name]):
             raise UserError(f"--allow-host {name} is no name of a host, with or without a port: host.example:7860")
+    find_device(arguments.device)  # before anything is loaded
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
     with ExitStack() as at_end:
@@ -90,9 +93,9 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     examples = examples[: len(known)] if known else examples
     from vlabs.page.app import build, serve
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _end)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(one, _end)
     decoder = Decoder(limits.megapixels, limits.seconds)
     at_end.callback(decoder.close)
     uploads = Uploads(at_end.enter_context(own_folder()), limits)
@@ -117,8 +120,8 @@ def _end(number: int, frame: Any) -> None:
 
 def _finish() -> None:
     """Nothing disturbs the end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
 
 
 def _listener(host: str, port: int | None) -> socket.socket:
@@ -154,11 +157,10 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     if not folders:
         raise UserError("--search-ckpt has nothing to search: pass --images FOLDER")
     checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)
-        skips = arguments.on_bad == "skip"
+        skips, device = arguments.on_bad == "skip", find_device(arguments.device)
         found["scenes" if own else folder] = Search(checkpoint, list_pictures(folder), arguments.index, device, skips)
     return found
 

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -61,9 +62,9 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
     Args:
         sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
     """
-    if isinstance(error, BrokenPipeError) and not _can_flush():
+    if isinstance(error, BrokenPipeError) and _has_no_reader():
         # Nobody reads the output any more, as in `vlabs predict ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)
     if sentence is None or os.environ.get("VLABS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
@@ -197,12 +198,11 @@ def _frames(error: BaseException) -> Iterator[str]:
         yield str(frame.f_globals.get("__name__", ""))
 
 
-def _can_flush() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return False
-    return True
+def _has_no_reader() -> bool:
+    """Whether the standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -14,8 +14,10 @@ from PIL import Image
 
 from vlabs.attention.figures import Cell, Panel, add_out, check_out, grid_figure, question_figure, save_figure
 from vlabs.attention.maps import MAPS, default_map
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import Answer, load, open_image
+from vlabs.utils.device import find_device
 
 
 def main() -> None:
@@ -37,8 +39,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
     out = check_out(arguments)
+    for question in arguments.question:
+        check_text("a --question", question)
+    device = find_device(arguments.device)
     pictures = [open_image(path) for path in arguments.image]
-    predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
+    predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     map_name = arguments.map or default_map(predictor.model)
     answers = predictor.answer(pictures, arguments.question, map_name=map_name)
     for answer in answers:

@@ -45,6 +45,7 @@ from vlabs.metrics.robustness import CORRUPTIONS
 from vlabs.runs.config import config_dir
 from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
+from vlabs.utils.arguments import whole
 from vlabs.utils.files import write_text
 
 SPLITS = ("val", "distractors", "systematic", "productive")
@@ -497,7 +498,9 @@ def main() -> None:
     parser.add_argument("sweep", type=Path, help="folder of a sweep of VQA runs, or of classifiers")
     parser.add_argument("--out", type=Path, help="where the report goes (default: SWEEP/report)")
     parser.add_argument("--baseline", default="model/topdown=none", help="what to compare with (default %(default)s)")
-    parser.add_argument("--grounding-texts", type=int, default=500, help="questions measured (default %(default)s)")
+    parser.add_argument(
+        "--grounding-texts", type=whole(1), default=500, help="questions measured (default %(default)s)"
+    )
     parser.add_argument("--instances", type=Path, help="COCO's instances (default: annotations.zip of DATA-raw)")
     arguments = parser.parse_args()
     out = arguments.out or arguments.sweep / "report"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from vlabs.attention.figures import add_out, check_out, ranking_figure, save_figure
-from vlabs.errors import UserError, run_cli, show
+from vlabs.data.preprocessing import check_text
+from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import load_any
 from vlabs.prediction.search import CACHE, Search, list_pictures
+from vlabs.utils.arguments import whole
+from vlabs.utils.device import find_device
 
 
 def main() -> None:
@@ -25,8 +26,8 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
     parser.add_argument("--images", required=True, help="folder of pictures, searched with its sub-folders")
     parser.add_argument("--query", required=True, action="append", help="a text; may be given several times")
-    parser.add_argument("--top", type=int, default=10, help="pictures to print (default %(default)s)")
-    parser.add_argument("--k", type=int, default=32, help="pictures that ξ may find for the exact ranking (32)")
+    parser.add_argument("--top", type=whole(1), default=10, help="pictures to print (default %(default)s)")
+    parser.add_argument("--k", type=whole(1), default=32, help="pictures that ξ may find for the exact ranking (32)")
     parser.add_argument("--exact", action="store_true", help="rank all pictures exactly")
     parser.add_argument("--index", type=Path, default=CACHE, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole picture")
@@ -34,13 +35,12 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
-    for name in ("top", "k"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
     out = check_out(arguments)
+    for query in arguments.query:
+        check_text("a --query", query)
+    device = find_device(arguments.device)
     pictures = list_pictures(arguments.images)
     checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip")
     rows = []
     for query in arguments.query:

@@ -14,9 +14,11 @@ import torch
 from vlabs.attention.figures import add_out, check_out, save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli, show
 from vlabs.prediction.predictor import load_any, open_image
 from vlabs.tasks.segment import at_size
+from vlabs.utils.device import find_device
 
 
 def main() -> None:
@@ -29,9 +31,11 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     arguments = parser.parse_args()
     out = check_out(arguments)
+    for text in arguments.text:
+        check_text("a --text", text)
+    device = find_device(arguments.device)
     image = open_image(arguments.image)
     checkpoint = load_any(arguments.ckpt, trained_for=("segment", "refer"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
     if (model.text is None) == bool(arguments.text):
         raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")

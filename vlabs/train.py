@@ -27,18 +27,19 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, fault, one_line
+from vlabs.errors import UserError, one_line
 from vlabs.runs.config import (
     command_line,
     config_dir,
     explain,
     hydra_quoted,
+    is_fault,
     path_of,
     plain,
     recorded,
     run_hydra,
     save_config,
-)  # fmt: skip
+)
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import write_table
@@ -88,17 +89,16 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
             print(f"stopped: {said}", file=sys.stderr)
         sys.exit(128 + by)
     except Exception as error:
-        sentence = explain(error)
-        if sentence is not None and record.begun and not isinstance(error, UserError):
-            sentence += f"; {way_on(run_dir)}"
-        said = one_line(sentence or fault(error))
+        said = one_line(explain(error))
+        if record.begun and not isinstance(error, UserError) and not is_fault(error):
+            said += f"; {way_on(run_dir)}"
         if sweep is None:
             _end(record, "failed", said)
-            if sentence is None or isinstance(error, UserError):
+            if isinstance(error, UserError) or is_fault(error):
                 raise
-            raise UserError(sentence) from error
+            raise UserError(said) from error
         summary = _failed(record, config, said)
-        if sentence is None:
+        if is_fault(error):
             traceback.print_exception(error)
     finally:
         # The next run of a sweep, in this same process, is a W&B run of its own.
@@ -307,12 +307,6 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     # Among the other overrides: Hydra takes them all in one place.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
     return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
-
-
-def _arguments(given: list[str]) -> list[str]:
-    """Hydra's arguments of those of the command line."""
-    resumed = _resume_arguments(given)
-    return resumed if resumed != given else _same_arguments(given)
 
 
 def main() -> None:

@@ -25,10 +25,12 @@ from vlabs.attention.pictures import (
     side_by_side_figure,
 )
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli
 from vlabs.evaluation.control import ControlEvaluation
 from vlabs.evaluation.grounding import GroundingEvaluation
 from vlabs.prediction.predictor import load_any, open_image
+from vlabs.utils.arguments import number
 
 FIGURES = {
     "questions": "pictures by questions",
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
                         "the encoder, else fusion; fusion for --figure alpha)")  # fmt: skip
-    parser.add_argument("--alpha", type=float, action="append", help="for --figure alpha (default 1, 3 and 10) and "
+    parser.add_argument("--alpha", type=number(0), action="append", help="for --figure alpha (default 1, 3 and 10) and "
                         "control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     add_out(parser, "attention.png")
@@ -67,8 +69,8 @@ def main() -> None:
         return
     if not arguments.question:
         raise UserError(f"--figure {arguments.figure} needs a --question")
-    if any(not question.strip() for question in arguments.question):
-        raise UserError("a --question is empty: give it some text")
+    for question in arguments.question:
+        check_text("a --question", question)
     if len(arguments.ckpt) > 1 and arguments.figure != "checkpoints":
         raise UserError(f"--figure {arguments.figure} is of one model: give --ckpt once, or --figure checkpoints")
     wanted = {"questions": None, "side-by-side": 2}.get(arguments.figure, 1)

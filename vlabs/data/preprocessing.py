@@ -216,6 +216,23 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pad_token_id": _whole(0, 2**24),
     "crop": (lambda value: type(value) in (int, float) and 0.05 <= value <= 1, "a number from 0.05 to 1"),
 }
+_LONGEST_TEXT = 10_000
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise a UserError if there is nothing in a text that a user asks, or more than anybody asks, or no characters.
+
+    Args:
+        what: it is, for the message.
+    """
+    if not text.strip():
+        raise UserError(f"{what} is empty: give it some text")
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{what} has {len(text):,} characters: give it {_LONGEST_TEXT:,} at most")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 ({text[:40]}): write it in UTF-8") from None
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:

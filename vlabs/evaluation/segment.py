@@ -157,7 +157,13 @@ def _writer(
     values = np.zeros(256, dtype=np.uint8)
     values[: len(raw)] = raw
     with new_folder(folder, "predictions", replaces=_is_predictions) as partial:
-        yield lambda picture, labels: Image.fromarray(values[labels]).save(partial / f"{Path(picture.name).name}.png")
+
+        def write(picture: WholePicture, labels: np.ndarray) -> None:
+            # What data call a picture is one name of a file, whatever is in it.
+            name = picture.name.replace("/", "_").replace("\0", "_")
+            Image.fromarray(values[labels]).save(partial / f"{name}.png")
+
+        yield write
 
 
 def _is_predictions(folder: Path) -> bool:

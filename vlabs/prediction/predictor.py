@@ -21,6 +21,7 @@ from vlabs.data.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
+    check_text,
     decode_image,
 )
 from vlabs.data.tokenizer import read_tokenizer
@@ -28,6 +29,7 @@ from vlabs.errors import UserError
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
+from vlabs.utils.device import find_device
 
 AnyImage = str | Path | Image.Image
 
@@ -90,8 +92,7 @@ class Predictor:
         """
         if self.model.prior is None:
             raise UserError("there is no ξ to be replaced: this model has none")
-        if not text.strip():
-            raise UserError("the text of the other ξ is empty: give it some text")
+        check_text("the text of the other ξ", text)
         input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([text])))
         return self.model.prior(self.model.text(input_ids, mask), input_ids)  # type: ignore[no-any-return]
 
@@ -121,8 +122,7 @@ class Predictor:
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
         for question in questions:
-            if not question.strip():
-                raise UserError("a question is empty: give it some text")
+            check_text("a question", question)
         map_name = map_name or default_map(self.model)
         if map_name not in MAPS:
             raise UserError(f"there is no map {map_name!r}: choose one of {', '.join(MAPS)}")
@@ -260,6 +260,6 @@ def load(
     Raises:
         UserError: the file is no checkpoint of a model that answers or labels.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(device)
     tasks = ("vqa", "snli_ve", "nlvr2")
     return Predictor(load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks), device)

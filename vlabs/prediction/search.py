@@ -15,6 +15,7 @@ from vlabs.attention.figures import RankedImage
 from vlabs.attention.maps import attention_map, default_map
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.decoding import known_suffixes
+from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
@@ -85,8 +86,7 @@ class Search:
             k: pictures that go through the whole network, those with the largest cosine of ξ and the bottom-up [cls];
                 None for all. Where there is no ξ, or no bottom-up [cls], all are scored.
         """
-        if not query.strip():
-            raise UserError("--query is empty: give it some text")
+        check_text("a query", query)
         texts = encode_texts(self.model, self.preprocessing, [query])
         chosen = list(range(len(self.pictures)))
         if k is not None and self.seen is not None and texts.prior is not None:

@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 
 import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
-from vlabs.errors import UserError, fail, foreseen, run_cli
+from vlabs.errors import UserError, fail, fault, foreseen, run_cli
 from vlabs.runs.trainer import named
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
@@ -58,7 +58,7 @@ def run_hydra(
     renamed = renamed or {}
 
     def tell(error: Exception) -> NoReturn:
-        text = explain(error)
+        text = _sentence(error)
         if text and isinstance(error, OSError) and (option := _option_of(error)):
             text = f"{option}: {text}"
         for short, group in renamed.items():
@@ -151,9 +151,18 @@ def path_of(value: str) -> str:
     return "" if read is None else str(read)
 
 
-def explain(error: BaseException) -> str | None:
-    """One sentence for an error of Hydra or OmegaConf, with the valid choices where it is a wrong name, or as of
-    `foreseen`."""
+def explain(error: BaseException) -> str:
+    """One sentence for any error."""
+    return _sentence(error) or fault(error)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is a fault of vlabs' own, which is shown with its traceback."""
+    return _sentence(error) is None
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What is wrong with an option or outside of vlabs, with the valid choices where it is a wrong name."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -191,9 +200,9 @@ def explain(error: BaseException) -> str | None:
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
     if isinstance(error, InstantiationException):
-        part = re.search(r"^full_key: (\S+)", str(error), re.M)
+        place = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
-        return f"{part[1]}: {said}" if part else said
+        return f"{place[1]}: {said}" if place else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
 
 

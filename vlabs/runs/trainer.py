@@ -109,9 +109,10 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
     Raises:
         UserError: an option has a value that it cannot have, or is not one of the trainer's.
     """
-    options = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(options, dict)
-    check_options({str(name): value for name, value in options.items() if name != "_target_"})
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    options: dict[str, Any] = {str(name): value for name, value in resolved.items()}
+    check_options(options)
     if (profiler := options.pop("profiler", None)) is not None:
         parts["profiler"] = _PROFILERS[profiler](parts.get("default_root_dir"), "profile")
     if few := options.pop("overfit_batches", 0):
@@ -123,12 +124,10 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
     except Exception as error:
         said = one_line(str(error))
         # The option that it is about, by its name or its value.
-        about = [
-            str(n)
-            for n, value in options.items()
-            if n in re.findall(r"\w+", said.lower()) or (isinstance(value, str) and value.lower() in said.lower())
-        ]
-        what = f"trainer.{about[0]!s}={as_given(options[about[0]])}" if about else "trainer"
+        words = re.findall(r"\w+", said.lower())
+        about = (n for n, given in options.items() if n in words or (isinstance(given, str) and given in said.lower()))
+        option = next(about, None)
+        what = "trainer" if option is None else f"trainer.{option}={as_given(options[option])}"
         raise UserError(f"{what}: {named(said)}") from error
     return trainer
 
@@ -145,12 +144,12 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         UserError: one has a value that it cannot have, or is not one of the trainer's.
     """
-    known = [name for name in inspect.signature(pl.Trainer).parameters if name not in _ELSEWHERE]
+    known = ["_target_", *(name for name in inspect.signature(pl.Trainer).parameters if name not in _ELSEWHERE)]
     for name, value in options.items():
         if name in _ELSEWHERE:
             raise UserError(f"trainer.{name}={as_given(value)} is not for vlabs: {_ELSEWHERE[name]}")
         if name not in known:
-            raise UserError(f"there is no option trainer.{name}: Lightning's trainer has {', '.join(known)}")
+            raise UserError(f"there is no option trainer.{name}: Lightning's trainer has {', '.join(known[1:])}")
         fits, words = _CHECKS.get(name, (lambda value: True, ""))
         if not fits(value):
             raise UserError(f"trainer.{name}={as_given(value)} must be {words}")

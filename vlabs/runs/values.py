@@ -19,6 +19,8 @@ _SIZES = (
     *("num_attention_heads", "intermediate_size", "channels", "pictures", *_FILLED_IN),
 )
 """Of models; at least 1."""
+_TOP: dict[str, Any] = {"plan": bool, "init": str | None, "init_by": list[str] | None, "split": str}
+"""What the options of no group are."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
@@ -35,7 +37,7 @@ def check_values(config: Any, path: str = "") -> None:
         for item in config:
             check_values(item, path)
     if isinstance(config, dict):
-        hints = _hints(config.get("_target_"))
+        hints = _hints(config.get("_target_")) if path else _TOP
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             check_values(value, inner)
@@ -65,11 +67,7 @@ def _hints(target: Any) -> dict[str, Any]:
     own = {} if inspect.isclass(found) else typing.get_type_hints(found)
     made = own.get("return", found)
     kinds = reversed(made.__mro__) if inspect.isclass(made) else ()
-    makers = [
-        kind.__init__  # type: ignore[misc]
-        for kind in kinds
-        if kind.__module__.startswith("vlabs.")
-    ]
+    makers = [vars(kind).get("__init__", object) for kind in kinds if kind.__module__.startswith("vlabs.")]
     return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()} | own
 
 

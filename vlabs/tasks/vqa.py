@@ -46,7 +46,9 @@ class VQATask(VisionLanguageTask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.accuracy = MeanMetric()
-        self.accuracy_by_type = torch.nn.ModuleDict()
+        # A list, because a module cannot have any name that data may have.
+        self.answer_types: list[str] = []
+        self.accuracies = torch.nn.ModuleList()
 
     def setup(self, stage: str) -> None:
         """One accuracy for every answer type of the validation split; and see `VisionLanguageTask`."""
@@ -54,8 +56,9 @@ class VQATask(VisionLanguageTask):
         if stage in ("fit", "validate"):
             data: VQADataModule = self.trainer.datamodule  # type: ignore[attr-defined]
             for answer_type in data.answer_types(data.val_split):
-                if answer_type not in self.accuracy_by_type:
-                    self.accuracy_by_type[answer_type] = MeanMetric()
+                if answer_type not in self.answer_types:
+                    self.answer_types.append(answer_type)
+                    self.accuracies.append(MeanMetric())
 
     def forward(self, batch: VQABatch, read_image: bool = False) -> VLMOutput:
         """The model's output for a batch, without losses."""
@@ -92,7 +95,7 @@ class VQATask(VisionLanguageTask):
         output = self(batch)
         scores = batch.targets.gather(1, output.logits.argmax(dim=1, keepdim=True))[:, 0] * 100
         self.accuracy.update(scores)
-        for answer_type, metric in self.accuracy_by_type.items():
+        for answer_type, metric in zip(self.answer_types, self.accuracies, strict=True):
             chosen = torch.tensor([t == answer_type for t in batch.answer_types], device=scores.device)
             if chosen.any():
                 metric.update(scores[chosen])  # type: ignore[operator]
@@ -103,7 +106,7 @@ class VQATask(VisionLanguageTask):
         """Log the accuracies of the epoch."""
         self.log("val/vqa_accuracy", self.accuracy.compute(), prog_bar=True)
         self.accuracy.reset()
-        for answer_type, metric in self.accuracy_by_type.items():
+        for answer_type, metric in zip(self.answer_types, self.accuracies, strict=True):
             self.log(f"val/vqa_accuracy/{answer_type}", metric.compute())  # type: ignore[operator]
             metric.reset()  # type: ignore[operator]
 

@@ -283,12 +283,10 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
         for where, part in (("vision", vision), ("decoder", decoder)):
-            if part.get("num_classes", 0) is None:
+            if (given := part.get("num_classes", 0)) is None:
                 part.num_classes = answers
-            elif answers and part.get("num_classes", 0) not in (0, answers):
-                raise UserError(
-                    f"model.{where}.num_classes={part.num_classes}: {data.dir} has {answers}: pass null to take that"
-                )
+            elif answers and given not in (0, answers):
+                raise UserError(f"model.{where}.num_classes={given}: {data.dir} has {answers}: pass null to take that")
 
 
 def _check_fit(model: Any, data: PreparedDataModule) -> None:
