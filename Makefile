@@ -53,7 +53,7 @@ test: .venv/.dev
 CORE := models backbones pretrained released hub damaged security registry data train resume lora prepare_datasets
 
 .venv-oldest/.installed: pyproject.toml | .venv/.dev
-	$(BIN)/uv venv -q --clear --python $(BIN)/python .venv-oldest
+	$(BIN)/uv venv -q --clear --seed --python $(BIN)/python .venv-oldest
 	VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install -q --resolution lowest-direct -e '.[dev]'
 	@touch $@
 

@@ -95,7 +95,8 @@ def write_table(source: Source, folder: Path) -> Path:
         streams = _open(source)
         for split, rows in streams.items():
             columns = _columns(source, rows, split)
-            rows = rows.decode(False)  # pictures are bytes as they are, and no decoder is started
+            if rows.features is not None:
+                rows = rows.decode(False)  # pictures are bytes as they are, and no decoder is started
             own = None if list(streams) == ["train"] else split  # one split is divided as a table without any is
             start = done.get(split, 0)
             progress = tqdm(rows.skip(start), unit="row", desc=f"{source.name} ({split})", initial=start)

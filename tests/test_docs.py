@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 # Pages of tables and links, without commands that could run in seconds.
-TOLD = ("index", "results", "steering", "benchmarks", "notebook")
+TOLD = ("index", "results", "steering", "benchmarks", "notebook", "security")
 DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in TOLD)
 BLOCK = re.compile(r"<!-- (file: (?P<file>\S+)|run) -->\n```\w*\n(?P<body>.*?)```", re.DOTALL)
 

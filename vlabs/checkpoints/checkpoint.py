@@ -27,6 +27,7 @@ import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header, read_weights
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
@@ -135,14 +136,13 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
         )
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
-    check_header(header, path)
+    preprocessing = check_header(header, path)
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     try:
         model = restore(header.get("architecture"), weights)
-        preprocessing = Preprocessing.from_plain(header["preprocessing"])
         if not isinstance(model, VisionLanguageModel | AbSViTClassifier | Segmenter):
             raise UserError(f"it holds a {type(model).__name__}, not a whole model")
-        _check_fit(model, preprocessing, header["data"])
+        _check_fit(model, preprocessing, header["task"], header["data"])
     except UserError as error:
         raise UserError(f"{path} does not fit the architecture that it names: {error}") from None
     checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
@@ -152,8 +152,12 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
     return checkpoint
 
 
-def check_header(header: dict[str, Any], path: Path) -> None:
-    """Raise a UserError if what a checkpoint says of its training is not as `header_of` writes it."""
+def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
+    """Its preprocessing, of what a checkpoint says of its training.
+
+    Raises:
+        UserError: that is not as `header_of` writes it.
+    """
     data, history, trained = header.get("data"), [], header.get("trained", [])
     if isinstance(data, dict):
         history = data.get("history", [])
@@ -165,12 +169,46 @@ def check_header(header: dict[str, Any], path: Path) -> None:
     named = whole and all(isinstance(item["data"].get("name") or "", str) for item in items)
     if not named or not isinstance(trained, list) or not isinstance(header.get("preprocessing"), dict):
         raise UserError(f"{path} is damaged or not vlabs': its task, data or preprocessing is not as vlabs writes it")
+    try:
+        return Preprocessing.from_plain(header["preprocessing"])
+    except UserError as error:
+        raise UserError(f"{path} is damaged or not vlabs': {error}") from None
+
+
+_OF_TEXTS = ("vqa", "snli_ve", "nlvr2", "retrieval", "pretrain", "naming")
+_NETWORKS: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(_OF_TEXTS, VisionLanguageModel),
+    "classify": AbSViTClassifier,
+    "segment": Segmenter,
+    "refer": Segmenter,
+}
+_HEADS: dict[str, type[nn.Module]] = {
+    "vqa": VQAHead,
+    "snli_ve": LabelHead,
+    "nlvr2": LabelHead,
+    "retrieval": RankingHead,
+    "pretrain": PretrainHead,
+}
 
 
 def _check_fit(
-    model: VisionLanguageModel | AbSViTClassifier | Segmenter, preprocessing: Preprocessing, data: dict[str, Any]
+    model: VisionLanguageModel | AbSViTClassifier | Segmenter,
+    preprocessing: Preprocessing,
+    task: str,
+    data: dict[str, Any],
 ) -> None:
-    """Raise a UserError if pictures or texts, read as a checkpoint says, are none that its model takes."""
+    """Raise a UserError if a model is not of its task's kind, or does not take what its preprocessing makes."""
+    head = getattr(model, "head", None)
+    others = tuple(kind for kind in _HEADS.values() if kind is not _HEADS.get(task, type(head)))
+    is_read = getattr(model, "text", None) is not None
+    # Of a task of one's own nothing is known.
+    if not isinstance(model, _NETWORKS.get(task, type(model))) or (task in _NETWORKS and isinstance(head, others)):
+        kind = type(model).__name__ if head is None else f"{type(model).__name__} with a {type(head).__name__}"
+        raise UserError(f"it says that it was trained for the task '{task}', and holds a {kind}")
+    if task in ("segment", "refer") and is_read != (task == "refer"):
+        raise UserError(
+            f"it says that it was trained for the task '{task}', and {'reads' if is_read else 'has no'} texts"
+        )
     if not isinstance(model, Segmenter):
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
         if (side := vision.spec.get("img_size")) != preprocessing.image_size:
@@ -201,9 +239,9 @@ def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> in
         return int(model.decoder.spec["num_classes"]) if model.text is None else None
     if isinstance(model, AbSViTClassifier):
         return int(model.encoder.spec["num_classes"])
-    spec: dict[str, Any] = getattr(model.head, "spec", {})
-    size = {"VQAHead": "num_answers", "LabelHead": "num_labels"}.get(spec.get("class", ""))
-    return None if size is None else int(spec[size])
+    if isinstance(model.head, VQAHead | LabelHead):
+        return int(model.head.spec["num_answers" if isinstance(model.head, VQAHead) else "num_labels"])
+    return None
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
