@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import os
 import signal
 import socket
 from contextlib import ExitStack
@@ -91,14 +92,16 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     known = _QUESTIONS if embedded and arguments.pictures is None else ()
     examples = [(path, known[n] if n < len(known) else "") for n, path in enumerate(pictures)]
     examples = examples[: len(known)] if known else examples
-    from vlabs.page.app import build, serve
-
     for one in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(one) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(one, _end)
     decoder = Decoder(limits.megapixels, limits.seconds)
     at_end.callback(decoder.close)
-    uploads = Uploads(at_end.enter_context(own_folder()), limits)
+    folder = at_end.enter_context(own_folder())
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
+    from vlabs.page.app import build, serve
+
+    uploads = Uploads(folder, limits)
     page = Page(predictor, searches, uploads, decoder)
     if pictures:  # what a first answer makes and keeps is there before anybody asks
         page.ask(uploads.keep(pictures[0].read_bytes()), "What is it?", "fusion", None, "")

@@ -51,7 +51,12 @@ class Decoder:
         with self._lock:
             process = self._running()
             late = threading.Event()
-            timer = threading.Timer(self.seconds, lambda: (late.set(), process.kill()))
+
+            def give_up() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(self.seconds, give_up)
             timer.start()
             try:
                 assert process.stdin is not None

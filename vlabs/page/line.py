@@ -63,8 +63,8 @@ class Line:
         """
         job = Job(session, work)
         with self._changed:
-            self._drop_unheard()
-            if len(self._jobs) >= self.most:
+            unheard = self._drop_unheard()
+            if len(self._jobs) - unheard >= self.most:
                 raise UserError(f"{self.most} requests wait already: try again in a minute")
             self._jobs[job.id] = job
             self._changed.notify()
@@ -149,11 +149,15 @@ class Line:
                         return job
                 self._changed.wait()
 
-    def _drop_unheard(self) -> None:
+    def _drop_unheard(self) -> int:
+        """Drop requests that nobody has come to listen for, in time or before many others; returns how many stay."""
         now = time.monotonic()
-        for job in list(self._jobs.values()):
-            if job.session not in self._listeners and now - job.came > _UNHEARD:
+        unheard = [job for job in self._jobs.values() if job.session not in self._listeners]
+        fresh = [job for job in unheard if now - job.came < _UNHEARD][-self.most + 1 :]
+        for job in unheard:
+            if job not in fresh:
                 del self._jobs[job.id]
+        return len(fresh)
 
     def _tell(self, session: str, message: Message) -> None:
         tell = self._listeners.get(session)
