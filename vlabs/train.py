@@ -29,6 +29,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError, one_line
 from vlabs.runs.config import (
+    as_given,
     command_line,
     config_dir,
     explain,
@@ -194,7 +195,7 @@ def _changed(config: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
     """The record of a run that begins, goes on, or begins with another run's config (`--config-dir=RUN`)."""
-    given = [item for item in hydra.overrides.task if not re.match(r"hydra[./]|\+*(resume|plan)=", item)]
+    given = [as_given(item) for item in hydra.overrides.task if not re.match(r"hydra[./]|\+*(resume|plan)=", item)]
     before = same_as = None
     command = command_line()
     if config.resume is not None:

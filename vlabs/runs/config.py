@@ -121,6 +121,13 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def as_given(argument: str) -> str:
+    """An override without the quotes that `hydra_arguments` put around its path."""
+    name, equals, value = argument.partition("=")
+    plain_value = path_of(value) if value.startswith("'") else value
+    return f"{name}{equals}{plain_value}" if hydra_quoted(plain_value) == value else argument
+
+
 def _as_path(name: str, value: str, sweeping: bool) -> str:
     if _is_there(value):
         return hydra_quoted(value.replace("${", "\\${"))
