@@ -259,6 +259,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
         header, state = content["vlabs"], content.get("state_dict")
         if not isinstance(header, dict) or not isinstance(state, dict):
             raise UserError(f"{path} is not a vlabs checkpoint: its header or its weights are no dictionary")
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+            raise UserError(f"{path} is damaged: its weights are no tensors by name")
         check_plain(header, f"{path}: its header")
         if "lora" in header:
             # Training alone knows of adapters: whoever reads the file gets the weights that they make.
