@@ -344,6 +344,13 @@ def test_a_storage_that_claims_more_than_its_record_is_not_read_beyond_it(tmp_pa
         read_tensors(tmp_path / "lie.ckpt")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_makes_bytes_without_end_is_refused(zipped, tmp_path):
+    torch.save({"a": bytearray(b"123")}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="bytearray"):
+        read_tensors(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize(
     "value", ["{", "[]", "[" * 5000, "null", '{"format": NaN}', '{"format": 1, "task": "vqa"}', "7"]
 )
