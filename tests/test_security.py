@@ -304,6 +304,11 @@ def lora(content):
         (lambda c: c["vlabs"]["data"].update(short_side=10**6), "short_side"),
         (lambda c: c["vlabs"]["data"].update(x=torch.zeros(1)), "not plain data"),
         (lambda c: c["vlabs"]["data"].update(x=float("nan")), "not plain data"),
+        (lambda c: c["state_dict"].update({3: torch.zeros(1)}), "no tensors by name"),
+        (lambda c: c["state_dict"].update({"model.x": None}), "no tensors by name"),
+        (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', and holds"),
+        (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', and holds"),
+        (lambda c: c["vlabs"]["architecture"]["text"].update(pad_token_id=-5), "pad_token_id"),
         (lambda c: c["vlabs"].update(architecture=None), "spec"),
         (lambda c: c["vlabs"].pop("architecture"), "spec"),
     ],
@@ -337,6 +342,13 @@ def test_a_storage_that_claims_more_than_its_record_is_not_read_beyond_it(tmp_pa
             target.writestr(record.filename, data)
     with pytest.raises(UserError, match=r"lie\.ckpt"):
         read_tensors(tmp_path / "lie.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_makes_bytes_without_end_is_refused(zipped, tmp_path):
+    torch.save({"a": bytearray(b"123")}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="bytearray"):
+        read_tensors(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import pickle
 import re
@@ -259,6 +260,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
         header, state = content["vlabs"], content.get("state_dict")
         if not isinstance(header, dict) or not isinstance(state, dict):
             raise UserError(f"{path} is not a vlabs checkpoint: its header or its weights are no dictionary")
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+            raise UserError(f"{path} is damaged: its weights are no tensors by name")
         check_plain(header, f"{path}: its header")
         if "lora" in header:
             # Training alone knows of adapters: whoever reads the file gets the weights that they make.
@@ -290,8 +293,11 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"
-        if is_archive:
-            _check_archive(path)
+            if is_archive:
+                _check_archive(path)
+            else:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    _check_pickle(content)
         with _inert_globals(path):
             # Out of the mapped file no tensor reaches beyond its record, whatever the pickle says of it.
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -301,7 +307,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0] or "its pickle is damaged"
         if "GLOBAL" in str(error):
             reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
             raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
@@ -321,6 +327,15 @@ def _check_archive(path: Path) -> None:
             raise ValueError("its records are larger than the file")
         if bad := archive.testzip():
             raise ValueError(f"the bytes of {bad} are not those that were written (CRC)")
+        for record in records:
+            if record.filename.endswith("data.pkl"):
+                _check_pickle(archive.read(record))
+
+
+def _check_pickle(content: bytes | mmap.mmap) -> None:
+    """Raise an error if a pickle makes a `bytearray`, which torch allows, and which may be of any size."""
+    if content.find(b"\nbytearray\n") >= 0:
+        raise ValueError("it makes a bytearray, which no checkpoint of vlabs has")
 
 
 def _check_sizes(content: dict[str, Any], size: int) -> None:

@@ -165,4 +165,7 @@ def _resample(
 ) -> Tensor | None:
     vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
     within = "encoder.vit." if isinstance(model, AbSViTClassifier) else "vision.vit."
-    return vision.backbone.resample(name.removeprefix(within), value, target) if name.startswith(within) else None
+    if not name.startswith(within):
+        return None
+    resampled = vision.backbone.resample(name.removeprefix(within), value, target)
+    return None if resampled is None or resampled.shape != target.shape else resampled

@@ -190,7 +190,7 @@ def find_state(content: dict[str, Any], name: str) -> State:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{name} holds no tensors by name, so it is no checkpoint of the released code")
     if all(key.startswith("module.") for key in state):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -80,8 +80,8 @@ def build(spec: dict[str, Any]) -> nn.Module:
     arguments = {key: build(value) if _is_spec(value) else value for key, value in spec.items() if key != "class"}
     try:
         return cls(**arguments)
-    except TypeError as error:
-        raise UserError(f"the checkpoint's {cls.__name__} cannot be built: {error}") from None
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's {cls.__name__} cannot be built: {one_line(str(error))}") from None
 
 
 def _is_spec(value: Any) -> bool:
@@ -162,7 +162,7 @@ def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> n
     except UserError:
         raise
     except Exception as error:  # a spec that was tampered with makes the parts fail in every way there is
-        raise UserError(str(error) or type(error).__name__) from None
+        raise UserError(one_line(str(error)) or type(error).__name__) from None
     return module
 
 

@@ -47,6 +47,9 @@ class RobertaEncoder(TextEncoder):
 
     Positions count the non-padding tokens from `pad_token_id + 1`, so a text of T tokens needs
     `max_position_embeddings >= T + pad_token_id + 1`.
+
+    Raises:
+        ValueError: `pad_token_id` is no token.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class RobertaEncoder(TextEncoder):
         attention_probs_dropout_prob: float = 0.1,
     ) -> None:
         super().__init__()
+        if not 0 <= pad_token_id < vocab_size:
+            raise ValueError(f"pad_token_id {pad_token_id} is none of {vocab_size} tokens")
         config = RobertaConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,

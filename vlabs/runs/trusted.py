@@ -26,7 +26,7 @@ from pytorch_lightning.strategies import Strategy
 
 from vlabs.errors import UserError, one_line
 from vlabs.models.registry import registered_names
-from vlabs.utils.plain import check_plain, read_text
+from vlabs.utils.plain import check_plain, is_inside, read_text
 
 _LIGHTNING = (Callback, Trainer, Logger, Profiler, Strategy, Precision, CheckpointIO, ClusterEnvironment)
 _EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # of the configs of earlier runs
@@ -52,12 +52,12 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
     if given.config_name is None and given.config_path is None:
         return arguments
     name = (given.config_name or program).removesuffix(".yaml")
-    if given.config_path is None and (own / f"{name}.yaml").is_file():
-        return arguments
     trusted = _trusted(arguments)
-    for folder in (given.config_path, given.config_dir):
-        if folder is not None and (Path(folder) / f"{name}.yaml").exists():
-            _check_file(Path(folder) / f"{name}.yaml", own, trusted)
+    for folder in (given.config_path or own, given.config_dir):
+        if folder is not None and (file := Path(folder) / f"{name}.yaml").exists():
+            if is_inside(file, own):
+                return arguments  # which comes first for Hydra too
+            _check_file(file, own, trusted)
     return arguments
 
 

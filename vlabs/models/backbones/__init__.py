@@ -122,7 +122,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
     if architecture in OWN:
         try:
             return OWN[architecture](**given)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{architecture} cannot be built with {given}: {error}") from None
     if architecture not in timm.list_models():
         near = ", ".join([*timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8], *sorted(OWN)])
@@ -139,7 +139,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
         given["embed_layer"] = embed_layer
     try:
         network = timm.create_model(architecture, pretrained=False, **given)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (TypeError, AssertionError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"timm cannot build {architecture} with {given}: {error}") from None
     return of(network, architecture)
 
