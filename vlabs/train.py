@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError, one_line
-from vlabs.runs.config import command_line, explain, hydra_quoted, is_fault, path_of, run_hydra
+from vlabs.runs.config import check, command_line, explain, hydra_quoted, is_fault, path_of, run_hydra
 from vlabs.runs.logging import log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.sweep import write_table
 from vlabs.training.build import Training, build, build_task, data_sets
@@ -95,6 +95,7 @@ def train(config: DictConfig, run_dir: Path, sweep: Path | None = None) -> dict[
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
+    check(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.plan:
         return plan_run(config, *build_task(config))
