@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import errno
 import os
 import re
@@ -64,8 +65,8 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command line program. Whatever is wrong becomes one line and status 1, Ctrl-C status 130."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # whatever the terminal's encoding, what it lacks is written out
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
