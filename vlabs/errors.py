@@ -74,10 +74,9 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command line program. Whatever is wrong becomes one line and status 1, Ctrl-C status 130."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # whatever the terminal's encoding, what it lacks is written out
-            with contextlib.suppress(OSError):  # of a stream that is not where it was opened
-                stream.reconfigure(errors="backslashreplace")
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's parser too
+        with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
         try:

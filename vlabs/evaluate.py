@@ -21,7 +21,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.prediction.predictor import load_any
-from vlabs.runs.config import run_hydra, save_config
+from vlabs.runs.config import check, run_hydra, save_config
 from vlabs.runs.logging import quiet_lightning
 from vlabs.utils.files import is_marked, locked, mark
 from vlabs.utils.ranks import is_rank_zero
@@ -69,6 +69,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     """
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
+    check(config)
     evaluation: Evaluation = instantiate(config.task, _convert_="all")
     checkpoint = load_any(
         config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, trained_for=evaluation.trained_for

@@ -42,7 +42,7 @@ from vlabs.evaluation.grounding import find_instances
 from vlabs.evaluation.robustness import ATTACKS
 from vlabs.metrics.bootstrap import paired_bootstrap
 from vlabs.metrics.robustness import CORRUPTIONS
-from vlabs.runs.config import config_dir
+from vlabs.runs.config import config_dir, hydra_quoted
 from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.arguments import whole
@@ -115,7 +115,7 @@ def _wanted(splits: Sequence[str], instances: Path | None, num_texts: int) -> di
     """The evaluations of a run on questions: the name of each and its options."""
     wanted = {split: [f"split={split}"] for split in splits}
     if instances is not None:
-        masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances='{instances}'"]
+        masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
         wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
         wanted["steering"] = ["evaluation@task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
     return wanted
@@ -133,7 +133,7 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
         # A report of before may have measured fewer maps.
         if done and (name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS)):
             continue
-        fixed = [f"ckpt='{run.path}'", f"data.dir='{run.data_dir}'", "data.num_workers=0"]
+        fixed = [f"ckpt={hydra_quoted(run.path)}", f"data.dir={hydra_quoted(run.data_dir)}", "data.num_workers=0"]
         with initialize_config_dir(config_dir(), version_base="1.3"):
             config = compose("evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"])
         with contextlib.redirect_stdout(io.StringIO()):

@@ -30,6 +30,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from vlabs.errors import UserError, one_line
 from vlabs.runs.config import (
     as_given,
+    check,
     command_line,
     config_dir,
     explain,
@@ -44,7 +45,6 @@ from vlabs.runs.config import (
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import write_table
-from vlabs.runs.values import check_type
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
@@ -120,8 +120,7 @@ def train(config: DictConfig, record: Record) -> dict[str, Any]:
         config: of this module's program.
         record: of the run.
     """
-    check_type("plan", config.plan, bool)
-    check_type("init_by", plain(config).get("init_by"), list[str] | None)
+    check(config)
     resumed = _last(config, record.folder)
     if resumed is not None:
         record.take_over(resumed.callbacks.get(Recorder.__qualname__, {}).get("summary", {}))

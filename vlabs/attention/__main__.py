@@ -29,6 +29,7 @@ from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli
 from vlabs.evaluation.control import ControlEvaluation
 from vlabs.evaluation.grounding import GroundingEvaluation
+from vlabs.evaluation.steering import MOST_ALPHA
 from vlabs.prediction.predictor import load_any, open_image
 from vlabs.utils.arguments import number
 
@@ -58,8 +59,8 @@ def main() -> None:
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
                         "the encoder, else fusion; fusion for --figure alpha)")  # fmt: skip
-    parser.add_argument("--alpha", type=number(0), action="append", help="for --figure alpha (default 1, 3 and 10) and "
-                        "control (default 10)")  # fmt: skip
+    parser.add_argument("--alpha", type=number(0, MOST_ALPHA), action="append", help="for --figure alpha (default 1, 3 "
+                        "and 10) and control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     add_out(parser, "attention.png")
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ from vlabs.data.embedded import several_objects
 from vlabs.data.several import Several, open_several, pairs, read_several
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.evaluation.steering import MOST_ALPHA
 from vlabs.metrics.bootstrap import Interval, bootstrap_interval
 from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
 from vlabs.models.absvit import AbSViTClassifier
@@ -55,8 +56,8 @@ class ControlEvaluation(Evaluation):
     reads = ClassDataModule
 
     def __init__(self, alpha: float = 10.0, num_images: int = 300, several: str | None = None, seed: int = 0) -> None:
-        if not isinstance(alpha, int | float) or alpha < 0:
-            raise UserError(f"task.alpha={alpha} must be a number, at least 0")
+        if not isinstance(alpha, int | float) or not 0 <= alpha <= MOST_ALPHA:
+            raise UserError(f"task.alpha={alpha} must be a number, 0 to {MOST_ALPHA:g}")
         if not isinstance(num_images, int) or num_images < 2:
             raise UserError(f"task.num_images={num_images} must be a whole number, at least 2")
         self.alpha, self.num_images, self.several, self.seed = float(alpha), num_images, several, seed

@@ -101,6 +101,8 @@ class GroundingEvaluation(Evaluation):
         wrong = [name for name in maps if name not in MAPS]
         if wrong or not maps:
             raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
+        if num_texts is not None and num_texts < 1:
+            raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
         self.maps = list(maps)
         self.instances = instances
         self.num_texts = num_texts

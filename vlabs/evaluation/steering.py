@@ -31,6 +31,8 @@ from vlabs.metrics.grounding import energy_inside, to_pixels
 from vlabs.utils.files import write_json
 
 MAPS = ("weights", "norm", "fusion")
+MOST_ALPHA = 1e6
+"""More leaves no finite number in a map."""
 OWN, OTHER = "own", "other"
 
 
@@ -53,8 +55,8 @@ class SteeringEvaluation(Evaluation):
 
     def __init__(self, alphas: Sequence[float], num_texts: int | None = None, instances: str | None = None) -> None:
         for value in alphas:
-            if not isinstance(value, int | float) or value < 0:
-                raise UserError(f"task.alphas names {value}: a strength of feedback is a number, at least 0")
+            if not isinstance(value, int | float) or not 0 <= value <= MOST_ALPHA:
+                raise UserError(f"task.alphas names {value}: a strength of feedback is a number, 0 to {MOST_ALPHA:g}")
         if num_texts is not None and (not isinstance(num_texts, int) or num_texts < 1):
             raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
         self.alphas = list(alphas)

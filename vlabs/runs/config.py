@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -25,7 +27,7 @@ from omegaconf.errors import (
 
 import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, fail, fault, foreseen, run_cli
-from vlabs.runs.trainer import named
+from vlabs.runs.trainer import check_options, named
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
@@ -68,7 +70,8 @@ def run_hydra(
     @functools.wraps(main)
     def guarded(config: DictConfig) -> Any:
         try:
-            check_values(OmegaConf.to_container(config))
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                check(config)  # before anything is written; in a sweep, a run's own affair
             return main(config)
         except Exception as error:
             tell(error)  # here, because Hydra adds lines of its own to an exception that reaches it
@@ -98,6 +101,13 @@ _PATHS = re.compile(
 """Options whose value is a path, or may be one."""
 
 
+_WITH_VALUE = (
+    *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"),
+    *("--info", "-i", "--experimental-rerun"),
+)
+"""Hydra's flags whose value is the next argument."""
+
+
 def hydra_quoted(value: str | Path) -> str:
     """A text, such as a path, as Hydra reads it back in an override, whatever is in it."""
     return QuotedString(str(value), Quote.single).with_quotes()
@@ -107,18 +117,23 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line whose paths Hydra reads as they are: `ckpt=runs/lr=0.1` is `ckpt='runs/lr=0.1'`.
 
     What is there on disk is always a path. Else what Hydra reads as a text stays, quotes, escapes and `${...}` too, and
-    with `-m` a comma separates the values of a sweep. `~` is the home folder.
+    with `-m` a comma separates the values of a sweep. `~` is the home folder. Flags may stand among the options, which
+    Hydra wants in one place.
     """
     sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
-    result = []
-    for argument in arguments:
+    flags: list[str] = []
+    result: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or before in _WITH_VALUE:
+            flags.append(argument)
+            continue
         name, equals, value = argument.partition("=")
         if equals and _PATHS.fullmatch(name) and value:
             several = sweeping and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
             values = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value) if several else [value]
             argument = f"{name}={','.join(_as_path(name, one, sweeping) for one in values)}"
         result.append(argument)
-    return result
+    return flags + result
 
 
 def as_given(argument: str) -> str:
@@ -156,6 +171,16 @@ def path_of(value: str) -> str:
         return value
     read = OverridesParser.create().parse_override(f"path={_as_path('path', value, sweeping=False)}").value()
     return "" if read is None else str(read)
+
+
+def check(config: DictConfig) -> None:
+    """Check what can be checked of options before anything is made.
+
+    Raises:
+        UserError: a value that an option cannot have.
+    """
+    check_values(OmegaConf.to_container(config))
+    check_options(plain(config.trainer))
 
 
 def explain(error: BaseException) -> str:

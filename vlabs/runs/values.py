@@ -19,7 +19,7 @@ _SIZES = (
     *("num_attention_heads", "intermediate_size", "channels", "pictures", *_FILLED_IN),
 )
 """Of models; at least 1."""
-_TOP: dict[str, Any] = {"plan": bool, "init": str | None, "init_by": list[str] | None, "split": str}
+_TOP: dict[str, Any] = {"plan": bool, "init": str | None, "init_by": list[str] | None, "ckpt": str, "split": str}
 """What the options of no group are."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
@@ -44,6 +44,9 @@ def check_values(config: Any, path: str = "") -> None:
             least = 0 if name == "num_classes" else 1
             if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < least:
                 raise UserError(f"{inner}={as_given(value)} must be a whole number, at least {least}")
+            is_count = str(name).startswith(("num_", "every_n_")) and isinstance(value, int) and path != "trainer"
+            if is_count and value < 0:
+                raise UserError(f"{inner}={value} must be a whole number, at least 0")
             if name == "seed" and not _is_open(value):
                 check_seed(inner, value)
             if name in hints and not (value is None and name in _FILLED_IN):

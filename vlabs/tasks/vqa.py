@@ -29,7 +29,14 @@ def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits, targets: (n, answers); targets in [0, 1].
+
+    Raises:
+        UserError: the model has another number of answers than the data.
     """
+    if logits.shape != targets.shape:
+        raise UserError(
+            f"model.head.num_answers={logits.shape[1]}: the data have {targets.shape[1]}; pass null for theirs"
+        )
     return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
 
 

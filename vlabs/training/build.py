@@ -278,7 +278,7 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
         for name in ("num_answers", "num_labels"):
             if head.get(name, 0) is None:
                 head[name] = answers
-            elif answers and head.get(name, answers) != answers:
+            elif answers and name == "num_labels" and head.get(name, answers) != answers:
                 raise UserError(f"model.head.{name}={head[name]}: {data.dir} has {answers}: pass null to take that")
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
