@@ -48,7 +48,9 @@ def server(tmp_path_factory):
         started.terminate()
         assert started.wait(30) == 128 + signal.SIGTERM
         assert "Traceback" not in "".join(started.lines)
-    assert [path.name for path in folder.iterdir()] == ["index"]
+    # The first three are of the home folder, the last one is torch's.
+    known = ("index", ".cache", ".config", "torchinductor")
+    assert not [path.name for path in folder.iterdir() if not path.name.startswith(known)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def in_page(predictor, tmp_path_factory):
     uploads = Uploads(tmp_path_factory.mktemp("uploads"), Limits(megabytes=1, megapixels=1, questions=3, characters=60))
     decoder = Decoder(1, 5)
     page = Page(predictor, {}, uploads, decoder)
-    page.picture = uploads.keep(CONTENTS[0])
+    page.picture = uploads.keep(PICTURES[0])
     yield page
     decoder.close()
 
@@ -376,7 +378,9 @@ def test_an_upload_is_gone_after_ten_minutes_and_a_full_folder_takes_no_more(tmp
     uploads = Uploads(tmp_path, Limits(megabytes=0.001))
     name, now = uploads.take(b"picture"), time.monotonic()
     assert uploads.read(name) == b"picture"
-    kept = uploads.keep(b"example")
+    small = tmp_path.parent / f"{tmp_path.name}.png"
+    small.write_bytes(b"example")
+    kept = uploads.keep(small)
     monkeypatch.setattr(time, "monotonic", lambda: now + KEPT + 1)
     with pytest.raises(UserError, match="no longer here"):
         uploads.read(name)

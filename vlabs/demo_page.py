@@ -104,7 +104,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     uploads = Uploads(folder, limits)
     page = Page(predictor, searches, uploads, decoder)
     if pictures:  # what a first answer makes and keeps is there before anybody asks
-        page.ask(uploads.keep(pictures[0].read_bytes()), "What is it?", "fusion", None, "")
+        page.ask(uploads.keep(pictures[0]), "What is it?", "fusion", None, "")
     why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
     blocks = build(page, f"Ask the model `{arguments.ckpt}` about a picture, and see where it looks.", examples, why)
 
@@ -137,7 +137,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
     for place in range(_PORT, _PORT + 100) if port is None else [port]:
         try:
             return socket.create_server((host, place), family=family)
-        except (OSError, OverflowError, UnicodeError) as error:
+        except (OSError, OverflowError, ValueError, TypeError) as error:  # the last ones of names that are none
             said = one_line(str(error))
             if port is None and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 continue

@@ -6,6 +6,7 @@ import functools
 import io
 import math
 import os
+import warnings
 
 from PIL import Image, UnidentifiedImageError
 
@@ -15,6 +16,8 @@ LIMIT = "VLABS_MAX_MEGAPIXELS"
 """The environment variable that says how many million pixels a picture may have."""
 _MEGAPIXELS = 120.0  # up to a gigabyte where a picture is converted; a phone's largest usual picture has 108
 _SCANS = 200  # of a progressive JPEG, which has some ten; each is as much work as the whole picture
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is a limit here
 
 # What Pillow decodes itself or by a library. Of the others it starts programs (EPS), asks the network's plug-ins, or
 # keeps another picture inside whose size it does not say.

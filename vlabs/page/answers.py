@@ -188,4 +188,5 @@ def example_pictures(folder: Path | None = None) -> list[Path]:
     """Pictures to begin with: those of a folder, at most 24, or scenes that the model which comes with vlabs has not
     seen."""
     folder = folder or Path(__file__).parent / "pictures"
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:24]
+    suffixes = (".jpg", ".jpeg", ".png", ".webp")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())[:24]

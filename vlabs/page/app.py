@@ -74,7 +74,7 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
             with gr.Column(scale=5):
                 answers = gr.HTML(elem_id="answers")
                 if examples:
-                    begins = [(_file(page.uploads.keep(path.read_bytes())), text) for path, text in examples]
+                    begins = [(_file(page.uploads.keep(path)), text) for path, text in examples]
                     shown = gr.Dataset(
                         components=[picture, questions], samples=[[None, ""] for _ in begins],
                         label="Pictures to begin with", samples_per_page=12, type="index",

@@ -18,6 +18,7 @@ from vlabs.errors import UserError
 
 Message = dict[str, Any]
 
+_CLOSE: Message = {"msg": "close_stream", "event_id": None}
 _BEAT = 10.0  # seconds between signs of life
 _UNHEARD = 20.0  # seconds after which a request is dropped that nobody has come to listen for
 
@@ -90,6 +91,7 @@ class Line:
                 loop.call_soon_threadsafe(messages.put_nowait, message)
 
         with self._changed:
+            self._tell(session, _CLOSE)  # who listened for it before
             self._listeners[session] = tell
             self._changed.notify()
         self._tell_ranks()
@@ -101,7 +103,9 @@ class Line:
                     message = {"msg": "heartbeat"}
                 yield message
                 if message["msg"] == "process_completed" and self._is_last(message["event_id"], session, tell):
-                    yield {"msg": "close_stream", "event_id": None}
+                    message = _CLOSE
+                    yield message
+                if message is _CLOSE:
                     return
         finally:
             with self._changed:

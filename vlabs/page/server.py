@@ -92,8 +92,8 @@ class Gate:
         given = request.headers.get("host", "")
         if given not in self.hosts:
             raise HTTPException(421, "the page is not known by this name: start it with --allow-host NAME to allow one")
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] not in self.hosts:
+        origins = request.headers.getlist("origin")
+        if any(origin.partition("://")[2] not in self.hosts for origin in origins):
             raise HTTPException(403, "the page is asked from its own address only, and this is another")
         elsewhere = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere and not (request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"):
@@ -134,7 +134,8 @@ def make_app(
         path = request.url.path
         if path.startswith(("/assets", "/static")) and not _ASSET.fullmatch(path):
             raise HTTPException(404)
-        given = {name: request.headers[name] for name in ("host", "if-none-match") if name in request.headers}
+        given = {name: request.headers.get(name, "") for name in ("host", "if-none-match")}
+        given = {name: value for name, value in given.items() if value.isascii()}
         transport = httpx.ASGITransport(form, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url=str(request.base_url)) as client:
             answer = await client.get(path, headers=given | {"accept-encoding": "identity"})

@@ -74,8 +74,18 @@ class Uploads:
         self._came: dict[str, float] = {}
         self._kept: dict[str, bytes] = {}
 
-    def keep(self, content: bytes) -> str:
-        """Take a picture that stays as long as the page does; returns its name."""
+    def keep(self, path: Path) -> str:
+        """Take a picture of one's own that stays as long as the page does; returns its name.
+
+        Raises:
+            UserError: it cannot be read, or is too large.
+        """
+        try:
+            if path.stat().st_size > self.limits.bytes:
+                raise UserError(f"{path} has more than {self.limits.megabytes:g} MB: pass --max-megabytes to allow it")
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         name = secrets.token_hex(16)
         self._kept[name] = content
         return name
@@ -132,9 +142,16 @@ class Uploads:
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A temporary folder that goes when the context ends, or when the next page starts if this one was killed."""
+    """A temporary folder that goes when the context ends, or when the next page starts if this one was killed.
+
+    Raises:
+        UserError: none can be made.
+    """
     _remove_leftovers()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    except OSError as error:
+        raise UserError(f"no temporary folder can be made ({error.strerror}): name another in TMPDIR") from None
     try:
         with locked(folder, "it is new"):
             mark(folder, _KIND)
