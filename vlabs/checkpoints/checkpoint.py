@@ -237,7 +237,8 @@ def _check_fit(
 def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
     """How many answers, labels or classes a model tells apart; None where they have no names."""
     if isinstance(model, Segmenter):
-        return int(model.decoder.spec["num_classes"]) if model.text is None else None
+        spec: Any = model.decoder.spec
+        return int(spec["num_classes"]) if model.text is None else None
     if isinstance(model, AbSViTClassifier):
         return int(model.encoder.spec["num_classes"])
     if isinstance(model.head, VQAHead | LabelHead):
