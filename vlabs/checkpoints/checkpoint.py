@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -237,8 +237,7 @@ def _check_fit(
 def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
     """How many answers, labels or classes a model tells apart; None where they have no names."""
     if isinstance(model, Segmenter):
-        spec: Any = model.decoder.spec
-        return int(spec["num_classes"]) if model.text is None else None
+        return int(cast(dict[str, Any], model.decoder.spec)["num_classes"]) if model.text is None else None
     if isinstance(model, AbSViTClassifier):
         return int(model.encoder.spec["num_classes"])
     if isinstance(model.head, VQAHead | LabelHead):
