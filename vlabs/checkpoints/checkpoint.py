@@ -237,11 +237,12 @@ def _check_fit(
 def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
     """How many answers, labels or classes a model tells apart; None where they have no names."""
     if isinstance(model, Segmenter):
-        return int(cast(dict[str, Any], model.decoder.spec)["num_classes"]) if model.text is None else None
+        return int(model.decoder.spec["num_classes"]) if model.text is None else None
     if isinstance(model, AbSViTClassifier):
-        return int(cast(Any, model.encoder).spec["num_classes"])
+        return int(model.encoder.spec["num_classes"])
     if isinstance(model.head, VQAHead | LabelHead):
-        return int(model.head.spec["num_answers" if isinstance(model.head, VQAHead) else "num_labels"])
+        spec = cast(dict[str, Any], model.head.spec)
+        return int(spec["num_answers" if isinstance(model.head, VQAHead) else "num_labels"])
     return None
 
 
