@@ -230,8 +230,10 @@ def _check_sweep(config: DictConfig, hydra: Any) -> None:
     """Runs of a sweep that Hydra starts in this process use one device: another process would start the sweep again.
 
     Raises:
-        UserError: they would use more.
+        UserError: they would use more, or it is a sweep over runs that go on.
     """
+    if config.resume is not None:
+        raise UserError(f"resume={config.resume} is of one run, not of a sweep: leave out -m")
     devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
     several = {"auto": torch.cuda.device_count(), -1: torch.cuda.device_count(), "-1": torch.cuda.device_count()}
     count = len(devices) if isinstance(devices, ListConfig) else several.get(devices, devices)

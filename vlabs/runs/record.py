@@ -32,13 +32,13 @@ _RESULTS = ("parameters", "epochs", "steps", "metrics", "checkpoint")
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A small file of a run; None where it is not there or, which is said in a line, cannot be read."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-        if path.exists():
-            say_left_out(path)
+    if not path.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    say_left_out(path)
     return None
 
 
@@ -53,8 +53,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 def read_config(run: Path) -> DictConfig | None:
     """config.yaml of a run folder; None where it is not there or cannot be read."""
+    if not (path := run / "config.yaml").is_file():
+        return None
     try:
-        config = OmegaConf.load(run / "config.yaml")
+        config = OmegaConf.load(path)
     except Exception:  # a damaged file makes the parser fail in every way there is
         return None
     return config if isinstance(config, DictConfig) and isinstance(config.get("data"), DictConfig) else None
