@@ -94,7 +94,7 @@ def test_wrong_inputs_are_one_line(tiny_run, tmp_path, in_process):
     for options, part in (
         (["task.instances=nowhere.zip"], "nowhere.zip"),
         (["split=nowhere"], "nowhere"),
-        (["task.alphas=[strong]"], "task.alphas names strong"),
+        (["task.alphas=[strong]"], "must be a list"),
         (["task.alphas=[-1]"], "at least 0"),
         (["task.num_texts=0"], "task.num_texts=0"),
     ):
