@@ -120,6 +120,19 @@ def test_a_closed_pipe_and_an_encoding_without_the_characters_are_no_error(tmp_p
     closed = subprocess.run(python, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (141, b"")
+    none = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *python], capture_output=True, cwd=tmp_path)
+    assert (none.returncode, none.stderr) == (0, b"")
+
+
+def test_what_libraries_say_when_they_are_taken_apart_is_not_heard(tmp_path):
+    program = (
+        "from vlabs.errors import UserError, run_cli\n"
+        "class Half:\n    def __del__(self): self.missing\n"
+        "def main():\n    half.append(Half())\n    raise UserError('wrong')\n"
+        "half = []\nrun_cli(main)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "error: wrong\n")
 
 
 @pytest.mark.parametrize(
@@ -453,3 +466,12 @@ def test_a_predictors_question_of_no_characters_is_named(tiny_run, tmp_path):
 def test_a_line_of_a_loader_process_is_what_it_says():
     error = passed_on(UserError("the third image\nis none"))
     assert one_line(str(error)) == "the third image is none"
+
+
+def test_of_processes_that_fail_alike_the_one_that_started_the_others_is_heard(tmp_path):
+    program = "from vlabs.errors import UserError, run_cli\ndef main(): raise UserError('wrong')\nrun_cli(main)"
+    both = 'LOCAL_RANK=1 "$@" & sleep 0.5; exec "$@"'
+    result = subprocess.run(
+        ["sh", "-c", both, "sh", sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (result.returncode, result.stderr) == (1, "error: wrong\n")

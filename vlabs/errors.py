@@ -15,6 +15,7 @@ import os
 import re
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +52,14 @@ def fault(error: BaseException) -> str:
 
 
 def exit_with(message: str, status: int = 1) -> NoReturn:
-    """Print `error: message` on one line of standard error and leave."""
+    """Print `error: message` on one line of standard error and leave. Of several processes that fail alike, only the
+    one that started the others is heard.
+    """
+    parent = os.getppid()
+    for _ in range(50 if int(os.environ.get("LOCAL_RANK") or 0) > 0 else 0):
+        time.sleep(0.1)
+        if os.getppid() != parent:
+            sys.exit(status)
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
@@ -68,6 +76,8 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
         sys.exit(128 + 13)
     if sentence is None or os.environ.get("VLABS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
+    else:  # what half-made parts of libraries say when they are taken apart
+        sys.unraisablehook = lambda _: None
     exit_with(sentence or fault(error))
 
 
@@ -82,7 +92,8 @@ def run_cli(main: Callable[[], None]) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it may be closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
