@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import assert_one_line_error, command
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
 from vlabs import demo, export, predict, search, segment, vqa_eval
 from vlabs.attention import __main__ as attention
-from vlabs.attention.figures import add_out, check_out
+from vlabs.attention.figures import add_out, check_out, save_out
 from vlabs.checkpoints.checkpoint import find_checkpoint
 from vlabs.errors import UserError
 from vlabs.evaluate import _claimed
@@ -69,12 +70,21 @@ def test_a_figure_without_a_name_gets_one_that_is_free_and_a_named_one_overwrite
     monkeypatch.chdir(tmp_path)
     parser = ArgumentParser()
     add_out(parser, "prediction.png")
-    names = []
-    for _ in range(3):
-        names.append(check_out(parser.parse_args([])))
-        names[-1].touch()
-    assert [path.name for path in names] == ["prediction.png", "prediction-2.png", "prediction-3.png"]
-    assert check_out(parser.parse_args(["--out", "prediction.png", "--overwrite"])) == Path("prediction.png")
+    (tmp_path / "prediction.png").write_text("of the user")
+    names = [save_out(Figure((1, 1)), parser.parse_args([])).name for _ in range(2)]
+    assert names == ["prediction-2.png", "prediction-3.png"]
+    assert (tmp_path / "prediction.png").read_text() == "of the user"
+    named = parser.parse_args(["--out", "prediction.png", "--overwrite"])
+    check_out(named)
+    save_out(Figure((1, 1)), named)
+    with Image.open("prediction.png") as picture:
+        assert picture.width > 0
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_out(Figure((1, 1)), parser.parse_args([]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "prediction-2.png", "prediction-3.png", "prediction.png",
+    ]  # fmt: skip
 
 
 def exported(*arguments, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlabs.attention.figures import Cell, Panel, add_out, check_out, grid_figure, question_figure, save_figure
+from vlabs.attention.figures import Cell, Panel, add_out, check_out, grid_figure, question_figure, save_out
 from vlabs.attention.maps import MAPS, default_map
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
-    out = check_out(arguments)
+    check_out(arguments)
     for question in arguments.question:
         check_text("a --question", question)
     device = find_device(arguments.device)
@@ -51,7 +51,7 @@ def main() -> None:
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
     shown = [predictor.preprocessing.resize(picture) for picture in pictures]
-    print(save_figure(_figure(shown, answers, map_name), out))
+    print(save_out(_figure(shown, answers, map_name), arguments))
 
 
 def _figure(shown: Sequence[Image.Image], answers: Sequence[Answer], map_name: str) -> Figure:

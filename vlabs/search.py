@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlabs.attention.figures import add_out, check_out, ranking_figure, save_figure
+from vlabs.attention.figures import add_out, check_out, ranking_figure, save_out
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import load_any
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.parse_args()
-    out = check_out(arguments)
+    check_out(arguments)
     for query in arguments.query:
         check_text("a --query", query)
     device = find_device(arguments.device)
@@ -49,7 +49,7 @@ def main() -> None:
         for item in found[: arguments.top]:
             show(f"  {item.score:8.3f}  {item.path}")
         rows.append((query, search.show(query, found[:5])))
-    print(save_figure(ranking_figure(rows), out))
+    print(save_out(ranking_figure(rows), arguments))
 
 
 if __name__ == "__main__":

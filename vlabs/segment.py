@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 
-from vlabs.attention.figures import add_out, check_out, save_figure
+from vlabs.attention.figures import add_out, check_out, save_out
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
 from vlabs.data.preprocessing import check_text
@@ -30,7 +30,7 @@ def main() -> None:
     add_out(parser, "segments.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     arguments = parser.parse_args()
-    out = check_out(arguments)
+    check_out(arguments)
     for text in arguments.text:
         check_text("a --text", text)
     device = find_device(arguments.device)
@@ -61,7 +61,7 @@ def main() -> None:
         counts = np.bincount(row.found.ravel(), minlength=len(classes)) / row.found.size
         said = ", ".join(f"{classes[n]} {counts[n]:.1%}" for n in np.argsort(-counts) if counts[n] > 0)
         show(f"{row.title + ': ' if row.title else ''}{said}")
-    print(save_figure(segment_figure(rows, classes), out))
+    print(save_out(segment_figure(rows, classes), arguments))
 
 
 if __name__ == "__main__":

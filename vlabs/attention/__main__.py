@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlabs.attention.figures import add_out, check_out, save_figure
+from vlabs.attention.figures import add_out, check_out, save_out
 from vlabs.attention.maps import MAPS, default_map
 from vlabs.attention.pictures import (
     alpha_figure,
@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     add_out(parser, "attention.png")
     arguments = parser.parse_args()
-    out = check_out(arguments)
+    check_out(arguments)
     if arguments.figure == "control":
-        print(save_figure(_control(arguments), out))
+        print(save_out(_control(arguments), arguments))
         return
     if not arguments.question:
         raise UserError(f"--figure {arguments.figure} needs a --question")
@@ -80,7 +80,7 @@ def main() -> None:
     images = [open_image(path) for path in arguments.image]
     checkpoints = [_load(text) for text in arguments.ckpt]
     figure = _figure(arguments, checkpoints, images)
-    print(save_figure(figure, out))
+    print(save_out(figure, arguments))
 
 
 def _figure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,26 +126,41 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figu
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add `--out` and `--overwrite` of a figure to a command line; `check_out` reads them."""
+    """Add `--out` and `--overwrite` of a figure to a command line; `check_out` and `save_out` read them."""
     told = f"where the figure goes, .png or .svg (default: {default}, or {_numbered(default, 2)} where that is there)"
     parser.add_argument("--out", help=told)
     parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
     parser.set_defaults(default_out=default)
 
 
-def check_out(arguments: argparse.Namespace) -> Path:
-    """Where the figure of a command line goes, before the work.
-
-    Raises:
-        UserError: it cannot go there.
-    """
+def check_out(arguments: argparse.Namespace) -> None:
+    """Raise a UserError if the figure of a command line cannot go where it says, before the work."""
     if arguments.out is None:
-        names = (_numbered(arguments.default_out, n) for n in itertools.count(1))
-        return next(path for path in map(Path, names) if not path.exists())
+        return
     if Path(arguments.out).suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: name a .png or .svg file")
     check_absent(arguments.out, "--out", arguments.overwrite)
-    return Path(arguments.out)
+
+
+def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
+    """Write the figure of a command line, without `--out` under the first name that is free; returns where."""
+    if arguments.out is not None:
+        return save_figure(figure, arguments.out)
+    for number in itertools.count(1):
+        path = Path(_numbered(arguments.default_out, number))
+        try:
+            path.touch(exist_ok=False)  # so that of two commands at once none takes the other's
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # which `save_figure` says
+        break
+    try:
+        return save_figure(figure, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _numbered(name: str, number: int) -> str:

@@ -227,6 +227,7 @@ def content_sha256(path: str | Path) -> str:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 
 def reason_of(error: BaseException) -> str | None:
@@ -240,6 +241,8 @@ def reason_of(error: BaseException) -> str | None:
     if isinstance(cause, OSError):
         if cause.errno in _FULL:
             return "the disk is full"
+        if cause.errno in _NO_FOLDER:
+            return "a file stands where a folder has to be"
         return "there is no right to write there" if cause.errno in _FORBIDDEN else cause.strerror
     return "the disk is full" if any(f"(os error {number})" in str(error) for number in _FULL) else None
 
