@@ -164,7 +164,7 @@ class Run:
         elif mishap == "empty summary.json":
             (self.path / "summary.json").write_text("")
         elif mishap == "no last.ckpt" and self.last.with_name("last.ckpt.previous").is_file():
-            self.last.unlink()
+            self.last.unlink(missing_ok=True)
 
 
 def round_of(run: Run, draw: random.Random, options: list[str]) -> str:
@@ -172,10 +172,11 @@ def round_of(run: Run, draw: random.Random, options: list[str]) -> str:
     way, mishap = draw.choice(WAYS), draw.choice(MISHAPS)
     if way == "full disk":
         size = run.last.stat().st_size if run.last.is_file() else 10_000
-        run.start(*options, file_bytes=draw.choice([2_000, size // 2]))
+        # Without loader processes, which hand over their batches in files of memory that the limit is on too.
+        run.start(*options, "data.num_workers=0", file_bytes=draw.choice([2_000, size // 2]))
         run.end(1)
     else:
-        run.start(*options)
+        run.start(*options, "data.num_workers=2")
         if not run.stop(way, draw):
             run.end(0)
             return ""
