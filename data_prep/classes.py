@@ -27,7 +27,8 @@ from tqdm import tqdm
 from data_prep.hub_datasets import check_sources, read_picture
 from data_prep.images import members, open_tar
 from data_prep.pipeline import check_split_name, is_made, say_ready
-from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION, PICTURES
+from vlabs.data.decoding import known_suffixes
+from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.files import WORK, clear, new_folder, replacing, write_json
 
@@ -219,7 +220,7 @@ def _reader(function: Callable[[Path], Iterator[Entry]], path: Path) -> Callable
 def _of_folder(folder: Path) -> Iterator[Entry]:
     """The pictures of a class folder."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURES and path.is_file():
+        if path.suffix.lower() in known_suffixes() and path.is_file():
             yield Entry(folder.name, str(path.absolute()), 0, path.stat().st_size)
 
 
@@ -228,7 +229,7 @@ def _of_tar(path: Path) -> Iterator[Entry]:
     with open_tar(path) as archive:
         for member in members(archive, path):
             parts = Path(member.name).parts
-            if member.isfile() and Path(member.name).suffix.lower() in PICTURES and len(parts) > 1:
+            if member.isfile() and Path(member.name).suffix.lower() in known_suffixes() and len(parts) > 1:
                 yield Entry(parts[-2], str(path.absolute()), member.offset_data, member.size)
 
 

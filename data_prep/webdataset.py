@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from data_prep.images import members, open_tar
 from data_prep.pipeline import is_made, say_ready, train_tokenizer, write_datasets_files
-from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION, PICTURES
+from vlabs.data.decoding import known_suffixes
+from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli, show
 from vlabs.utils.files import WORK, clear, new_folder, replacing, write_json
 
@@ -74,7 +75,7 @@ def read_shard(path: Path, field: str = "caption") -> Iterator[Sample]:
                 if found:
                     yield _sample(key, found, field)
                 key, found = this, {}
-            if f".{suffix.lower()}" in PICTURES:
+            if f".{suffix.lower()}" in known_suffixes():
                 found["picture"] = (member.offset_data, member.size)
             elif suffix in ("txt", "json"):
                 content = archive.extractfile(member)

@@ -1,6 +1,8 @@
 """From prepared rows to tensors: what a batch holds, and that augmentation is a function of seed, epoch and image."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -165,3 +167,16 @@ def test_buckets_pad_less_and_leave_no_question_out(tiny_data, split):
     bucketed, fewer = tokens(bucket_batches=8)
     assert bucketed == everything
     assert fewer < 0.95 * plain
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_its_process_and_is_not_waited_for(tmp_path):
+    # As where /dev/shm is full: no file, that of shared memory included, may have more than a page.
+    code = (
+        "import resource, torch\nfrom vlabs.data.loading import LoaderOptions, eval_loader\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "class Rows(torch.utils.data.Dataset):\n    def __getitem__(self, plan): return torch.zeros(100_000)\n"
+        "next(iter(eval_loader(Rows(), [0, 1], LoaderOptions(num_workers=1))))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "a loader process cannot hand over a batch" in ended.stderr

@@ -114,7 +114,7 @@ def foreseen(error: BaseException) -> str | None:
     if "UserError" in kinds:
         return text
     if "DataLoader worker" in text or "DataLoader timed out" in text:
-        return f"a loader process died ({text}): if memory ran out, pass a smaller data.num_workers"
+        return f"a loader process died ({text}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
             f"memory ran out ({text}): give it less at a time (vlabs.train: a smaller data.batch_size, with "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlabs.data.prepared import read_manifest
 from vlabs.data.sampling import BatchSpec, EpochSampler, GroupSampler
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 from vlabs.utils.files import content_sha256
 from vlabs.utils.ranks import rank_and_world
 
@@ -186,9 +188,17 @@ def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to loader processes too, to the main process; and keep memory flat."""
+    """Leave Ctrl-C, which a terminal sends to loader processes too, to the main process; end where a batch cannot be
+    handed over; and keep memory flat."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     _keep_memory_flat()
+
+
+def _end_worker(error: BaseException, batch: Any) -> None:
+    """The main process would wait for this batch for ever. It goes through files in /dev/shm, which may be full."""
+    os.write(2, f"a loader process cannot hand over a batch (is /dev/shm full?): {one_line(str(error))}\n".encode())
+    os._exit(1)
 
 
 def _keep_memory_flat() -> None:

@@ -17,12 +17,6 @@ from vlabs.errors import UserError, one_line
 # Goes up when a reader of older folders would misread a newer one.
 FORMAT_VERSION = 2
 
-# How the names of files with pictures end.
-PICTURES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm",
-    ".pbm", ".pnm",
-)  # fmt: skip
-
 VQA_FEATURES = datasets.Features(
     {
         "image_id": datasets.Value("int64"),
