@@ -81,9 +81,9 @@ def assert_one_line_error(result, *parts):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """The prepared folder of the tiny corpus, made by the real preparation."""
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scenes import make_scenes
-    from data_prep.vqav2 import VQAv2
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.readers.vqav2 import VQAv2
+    from data_prep.scenes.corpus import make_scenes
 
     folder = tmp_path_factory.mktemp("corpus")
     make_scenes("tiny", folder / "raw", num_workers=1)

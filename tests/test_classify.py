@@ -16,9 +16,9 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 from torchvision.transforms import v2
 
-from data_prep.classes import Entry, Unit, dataset_units, folder_units, prepare_classes, table_units
-from data_prep.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
-from data_prep.objects import SIZES, Task, draw_object, make_objects
+from data_prep.readers.classes import Entry, Unit, dataset_units, folder_units, prepare_classes, table_units
+from data_prep.readers.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
+from data_prep.scenes.objects import SIZES, Task, draw_object, make_objects
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler
 from vlabs.data.images import read_bytes

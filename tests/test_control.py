@@ -9,7 +9,7 @@ from conftest import TINY_MODEL, assert_one_line_error, command
 from PIL import Image
 from test_classify import TINY, objects  # noqa: F401  (a fixture)
 
-from data_prep.objects import SIZES, draw_several, make_several
+from data_prep.scenes.objects import SIZES, draw_several, make_several
 from vlabs.attention.classes import look_for
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from meter import Meter
 from torch.nn import functional as F
 
-from data_prep.nlvr2 import NLVR2
-from data_prep.pipeline import Options, prepare
-from data_prep.scenes import make_scenes
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.readers.nlvr2 import NLVR2
+from data_prep.scenes.corpus import make_scenes
 from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.released import load_released
 from vlabs.errors import UserError

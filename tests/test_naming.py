@@ -11,8 +11,8 @@ from conftest import TINY_MODEL, assert_one_line_error, command
 from test_models import make_model
 from test_train import metrics_of
 
-from data_prep.pipeline import Options, prepare
-from data_prep.scenes_captions import ScenesCaptions
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.scenes.scenes_captions import ScenesCaptions
 from vlabs.checkpoints.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.instances import read_instances

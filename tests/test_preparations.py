@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_prepare_vqa import Raw
 
-from data_prep import classes, objects, own, scenes, segmentation, vqav2, webdataset
+from data_prep.readers import classes, objects, own, scenes, segmentation, vqav2, webdataset
 from vlabs.checkpoints.checkpoint import history_of, load_checkpoint, packaged_starts
 from vlabs.data import embedded
 from vlabs.data.prepared import read_manifest
@@ -119,8 +119,8 @@ def test_a_data_set_of_the_hub_is_read_within_the_folder_of_the_work_and_goes_on
 
 
 def test_data_are_called_as_they_are_and_not_as_their_layout(tmp_path, tiny_data):
-    from data_prep.snli_ve import SNLIVE
-    from data_prep.vqav2 import VQAv2
+    from data_prep.readers.snli_ve import SNLIVE
+    from data_prep.readers.vqav2 import VQAv2
 
     assert read_manifest(tiny_data)["name"] == "scenes"
     raw = Raw(images=2, splits=("train",))

@@ -18,11 +18,11 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from data_prep.flickr30k import Flickr30k
-from data_prep.pipeline import Options, prepare
-from data_prep.scene_render import SPLITS
-from data_prep.scenes import make_scenes
-from data_prep.scenes_captions import ScenesCaptions
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.readers.flickr30k import Flickr30k
+from data_prep.scenes.corpus import make_scenes
+from data_prep.scenes.render import SPLITS
+from data_prep.scenes.scenes_captions import ScenesCaptions
 from vlabs.data.prepared import CAPTION_FEATURES, check_kind, load_split, read_manifest
 from vlabs.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import assert_one_line_error, command
 from PIL import Image
 
-from data_prep.hub_datasets import Source, write_table
+from data_prep.engine.hub import Source, write_table
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 
@@ -93,7 +93,7 @@ def test_a_list_of_captions_in_a_row_is_as_many_captions_and_one_split_is_divide
 
 
 def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, tmp_path, monkeypatch):
-    import data_prep.hub_datasets as module
+    import data_prep.engine.hub as module
 
     source = Source(str(vqa_folder), {"image": "picture", "question": "asked", "answers": "people.answer"})
     whole = write_table(source, tmp_path / "whole").read_bytes()
@@ -130,7 +130,7 @@ def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, 
 def test_what_does_not_fit_is_one_line(options, parts, vqa_folder, tmp_path, monkeypatch, capsys):
     import sys
 
-    from data_prep import own
+    from data_prep.readers import own
     from vlabs.errors import run_cli
 
     monkeypatch.chdir(tmp_path)

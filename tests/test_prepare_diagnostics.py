@@ -9,9 +9,9 @@ import pytest
 from conftest import TINY_MODEL, assert_one_line_error
 from PIL import Image
 
-from data_prep.gqa import GQA
-from data_prep.pairs import find_pairs, open_table
-from data_prep.pipeline import Options, prepare
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.readers.gqa import GQA
+from data_prep.readers.pairs import find_pairs, open_table
 from vlabs.data.images import decode_region
 from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.errors import UserError

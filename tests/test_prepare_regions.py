@@ -15,13 +15,13 @@ import pytest
 from conftest import assert_one_line_error, command
 from PIL import Image
 
-from data_prep.entities import find_entities
-from data_prep.flickr30k import Flickr30k
-from data_prep.own import open_table, read_rows
-from data_prep.pipeline import Options, prepare
-from data_prep.refcoco import RefCoco, read_plain_pickle
-from data_prep.regions import describe_files, draw_regions
-from data_prep.vqav2 import VQAv2
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.engine.regions import describe_files, draw_regions
+from data_prep.readers.entities import find_entities
+from data_prep.readers.flickr30k import Flickr30k
+from data_prep.readers.own import open_table, read_rows
+from data_prep.readers.refcoco import RefCoco, read_plain_pickle
+from data_prep.readers.vqav2 import VQAv2
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 

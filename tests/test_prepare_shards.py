@@ -101,7 +101,7 @@ def test_blocks_keep_reading_in_a_few_places_and_differ_by_epoch():
 
 
 def test_a_run_that_was_stopped_reads_no_shard_again(tmp_path, monkeypatch):
-    import data_prep.webdataset as module
+    import data_prep.readers.webdataset as module
 
     folder = write_shards(tmp_path / "raw")
     shards = {"train": sorted(folder.glob("*.tar"))}

@@ -32,8 +32,8 @@ QUICK = ["data.num_workers=0", "trainer.enable_progress_bar=false"]
 @pytest.fixture(scope="session")
 def tiny_captions(tiny_data):
     """The prepared captions of the tiny corpus."""
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scenes_captions import ScenesCaptions
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.scenes.scenes_captions import ScenesCaptions
 
     folder = tiny_data.parent / "captions"
     prepare(ScenesCaptions(tiny_data.parent / "raw"), folder, Options())

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.question_only import answer_scores, question_only_accuracy, read_split
-from data_prep.scene_questions import MARGIN, Balance, Question, possible_questions
-from data_prep.scene_render import SHAPES, SIZES, SPLITS, SceneObject, _shape_table, sample_objects
-from data_prep.scenes import Task, make_scenes, subset_name
+from data_prep.scenes.corpus import Task, make_scenes, subset_name
+from data_prep.scenes.question_only import answer_scores, question_only_accuracy, read_split
+from data_prep.scenes.questions import MARGIN, Balance, Question, possible_questions
+from data_prep.scenes.render import SHAPES, SIZES, SPLITS, SceneObject, _shape_table, sample_objects
 from vlabs.errors import UserError
 
 SIDE = SIZES["tiny"].image_size

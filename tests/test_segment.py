@@ -14,7 +14,7 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 from test_models import make_vision
 
-from data_prep.segmentation import CITYSCAPES, VOC_CLASSES, prepare_masks
+from data_prep.readers.segmentation import CITYSCAPES, VOC_CLASSES, prepare_masks
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.programs import write_programs
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
@@ -466,8 +466,8 @@ def test_a_test_split_becomes_a_submission_with_the_servers_values(run, scenes, 
 
 @pytest.fixture(scope="module")
 def phrases(tiny_data, tmp_path_factory):
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scenes_captions import ScenesCaptions
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.scenes.scenes_captions import ScenesCaptions
 
     out = tmp_path_factory.mktemp("phrases") / "out"
     source = ScenesCaptions(tiny_data.parent / "raw", True)
@@ -538,7 +538,7 @@ def test_the_experiments_of_real_data_are_the_papers(name, steps):
 
 
 def test_a_preparation_that_was_stopped_reads_no_finished_split_again(tmp_path, monkeypatch):
-    import data_prep.segmentation as module
+    import data_prep.readers.segmentation as module
 
     masks = {name: labels([0, 1, 150]) for name in ("ADE_train_1", "ADE_train_2", "ADE_val_1")}
     raw = write_ade(tmp_path / "raw", masks)

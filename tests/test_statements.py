@@ -13,11 +13,11 @@ from conftest import TINY_MODEL, assert_one_line_error, command
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from data_prep.nlvr2 import NLVR2
-from data_prep.pipeline import Options, prepare
-from data_prep.scene_render import SIZES
-from data_prep.scenes import make_scenes
-from data_prep.snli_ve import SNLIVE
+from data_prep.engine.pipeline import Options, prepare
+from data_prep.readers.nlvr2 import NLVR2
+from data_prep.readers.snli_ve import SNLIVE
+from data_prep.scenes.corpus import make_scenes
+from data_prep.scenes.render import SIZES
 from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.images import decode_region

@@ -29,10 +29,10 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
         dir: the prepared folder; the raw files go to `dir` with `-raw` added.
         options: of `VQADataModule`.
     """
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scene_render import SIZES
-    from data_prep.scenes import make_scenes
-    from data_prep.vqav2 import VQAv2
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.readers.vqav2 import VQAv2
+    from data_prep.scenes.corpus import make_scenes
+    from data_prep.scenes.render import SIZES
 
     directory = Path(dir)
     _check_size(size, SIZES)
@@ -59,10 +59,10 @@ def scenes_captions(
         phrases: what each object is, in the place of captions.
         options: of `CaptionDataModule`.
     """
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scene_render import SIZES
-    from data_prep.scenes import make_scenes
-    from data_prep.scenes_captions import ScenesCaptions
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.scenes.corpus import make_scenes
+    from data_prep.scenes.render import SIZES
+    from data_prep.scenes.scenes_captions import ScenesCaptions
 
     directory, raw, what = Path(dir), Path(raw_dir), "phrases" if phrases else "the captions"
     _check_size(size, SIZES)
@@ -83,15 +83,15 @@ def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -
 
     Args:
         size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
-        layout: `snli_ve` or `nlvr2` (see `data_prep.scene_layouts`).
+        layout: `snli_ve` or `nlvr2` (see `data_prep.scenes.layouts`).
         dir: the prepared folder; the raw files go to `dir` with `-raw` added.
         options: of `StatementDataModule`.
     """
-    from data_prep.nlvr2 import NLVR2
-    from data_prep.pipeline import Options, prepare
-    from data_prep.scene_render import SIZES
-    from data_prep.scenes import make_scenes
-    from data_prep.snli_ve import SNLIVE
+    from data_prep.engine.pipeline import Options, prepare
+    from data_prep.readers.nlvr2 import NLVR2
+    from data_prep.readers.snli_ve import SNLIVE
+    from data_prep.scenes.corpus import make_scenes
+    from data_prep.scenes.render import SIZES
 
     directory = Path(dir)
     _check_size(size, SIZES)
@@ -118,9 +118,9 @@ def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any
         raw_dir: where the corpus is rendered to, or is already.
         options: of `MaskDataModule`.
     """
-    from data_prep.scene_render import SIZES
-    from data_prep.scenes import make_scenes
-    from data_prep.segmentation import prepare_masks
+    from data_prep.readers.segmentation import prepare_masks
+    from data_prep.scenes.corpus import make_scenes
+    from data_prep.scenes.render import SIZES
 
     directory, raw = Path(dir), Path(raw_dir)
     _check_size(size, SIZES)
@@ -143,8 +143,8 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
         dir: the prepared folder; the pictures go to `dir` with `-raw` added, and stay there.
         options: of `ClassDataModule`.
     """
-    from data_prep.classes import folder_units, prepare_classes
-    from data_prep.objects import SIZES, make_objects
+    from data_prep.readers.classes import folder_units, prepare_classes
+    from data_prep.scenes.objects import SIZES, make_objects
 
     directory = Path(dir)
     _check_size(size, SIZES)
@@ -166,7 +166,7 @@ def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
     Args:
         count: how many are made.
     """
-    from data_prep.objects import make_several
+    from data_prep.scenes.objects import make_several
 
     folder = Path(dir).with_name(Path(dir).name + "-several")
     with _alone(folder, "instances.json") as there:
@@ -209,7 +209,7 @@ def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
     Raises:
         UserError: there is no picture, or one of another class.
     """
-    from data_prep.classes import entries_of
+    from data_prep.readers.classes import entries_of
 
     label_of = {name: n for n, name in enumerate(classes)}
     rows: dict[str, list[Any]] = {name: [] for name in CLASS_FEATURES}

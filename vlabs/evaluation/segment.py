@@ -37,7 +37,7 @@ _RAW_LABELS = {
 
 
 def _cityscapes() -> dict[str, int]:
-    from data_prep.segmentation import CITYSCAPES
+    from data_prep.readers.segmentation import CITYSCAPES
 
     return CITYSCAPES
 

@@ -19,12 +19,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.images import NamedImages, Store
-from data_prep.index import check_value
-from data_prep.json_file import get_value, read_lines
-from data_prep.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
-from data_prep.regions import add_instances, find_instances
-from data_prep.statements import StatementIndex, statements
+from data_prep.engine.images import NamedImages, Store
+from data_prep.engine.index import check_value
+from data_prep.engine.json_file import get_value, read_lines
+from data_prep.engine.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
+from data_prep.engine.regions import add_instances, find_instances
+from data_prep.engine.statements import StatementIndex, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 

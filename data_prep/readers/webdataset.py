@@ -24,8 +24,8 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.images import members, open_tar
-from data_prep.pipeline import is_made, say_ready, train_tokenizer, write_datasets_files
+from data_prep.engine.images import members, open_tar
+from data_prep.engine.pipeline import is_made, say_ready, train_tokenizer, write_datasets_files
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.prepared import CAPTION_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli, show

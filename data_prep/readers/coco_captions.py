@@ -14,7 +14,7 @@ With `--phrases` the captions are what COCO's instances are ("traffic light"), e
 
 from __future__ import annotations
 
-from data_prep.karpathy import KarpathyCaptions, Layout, run_command
+from data_prep.readers.karpathy import KarpathyCaptions, Layout, run_command
 from vlabs.errors import run_cli
 
 

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.images import ImageStore, NamedImages, Store
-from data_prep.index import check_value
-from data_prep.json_file import JsonFile, get_value, read_lines
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.statements import StatementIndex, statements
+from data_prep.engine.images import ImageStore, NamedImages, Store
+from data_prep.engine.index import check_value
+from data_prep.engine.json_file import JsonFile, get_value, read_lines
+from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.engine.statements import StatementIndex, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 

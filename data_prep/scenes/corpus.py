@@ -15,7 +15,7 @@ Beside train, val and test there are three splits that measure generalisation: `
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
 asks longer questions. All answers are public. Every question and caption has one key more than the originals,
 `target_instances`: the COCO annotation ids of the objects it is about. The other two write scenes of their own in the
-layouts of NLVR2 and SNLI-VE, see `data_prep.scene_layouts`.
+layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.question_only import format_table, question_only_accuracy
-from data_prep.scene_questions import Balance, Caption, Question, captions, possible_questions, ten_answers
-from data_prep.scene_render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
-from vlabs.errors import UserError, run_cli
+from data_prep.scenes.question_only import format_table, question_only_accuracy
+from data_prep.scenes.questions import Balance, Caption, Question, captions, possible_questions, ten_answers
+from data_prep.scenes.render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
+from vlabs.errors import UserError
 from vlabs.utils.arguments import MOST_SEED, whole
 from vlabs.utils.files import new_folder
 
@@ -118,7 +118,7 @@ def make_scenes(
         size: a key of `SIZES`.
         num_workers: processes that render; every core by default.
         train_images: images of the training split, if not as many as the size has; the other splits stay as they are.
-        layout: `vqa` for questions and captions, or one of `data_prep.scene_layouts`.
+        layout: `vqa` for questions and captions, or one of `data_prep.scenes.layouts`.
 
     Raises:
         UserError: for an unknown size, fewer than one worker or image, or an `out_dir` that holds something else.
@@ -131,7 +131,7 @@ def make_scenes(
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
     if train_images is not None and train_images < 1:
         raise UserError(f"--train-images is {train_images}, and has to be 1 or more")
-    from data_prep.scene_layouts import LAYOUTS, write_layout  # which is made of what is here
+    from data_prep.scenes.layouts import LAYOUTS, write_layout  # which is made of what is here
 
     if layout not in ("vqa", *LAYOUTS):
         raise UserError(f"--layout is {layout!r}, and has to be one of vqa, {', '.join(LAYOUTS)}")
@@ -386,7 +386,9 @@ def _write_json(stream: IO[bytes], header: dict[str, Any], key: str, items: Iter
 
 def main() -> None:
     """Make the corpus that the command line names."""
-    parser = argparse.ArgumentParser(description="render the embedded corpus of scenes, questions and captions")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.scenes", description="render the embedded corpus of scenes, questions and captions"
+    )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out-dir", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0)
@@ -401,7 +403,3 @@ def main() -> None:
     )
     args = parser.parse_args()
     make_scenes(args.size, args.out_dir, args.seed, args.num_workers, args.train_images, args.layout)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.index import Index
-from data_prep.pipeline import Kind
+from data_prep.engine.index import Index
+from data_prep.engine.pipeline import Kind
 from vlabs.data.prepared import CAPTION_FEATURES
 
 
@@ -34,7 +34,7 @@ class CaptionIndex(Index):
         target_instances: Sequence[int] = (),
         regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Add one caption; `where` names its place in the raw data, `regions` are as in `data_prep.regions`.
+        """Add one caption; `where` names its place in the raw data, `regions` are as in `data_prep.engine.regions`.
 
         Raises:
             UserError: a value is of the wrong kind.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from data_prep.scene_render import FILLS, SceneObject, SceneSize
+from data_prep.scenes.render import FILLS, SceneObject, SceneSize
 
 MARGIN = 0.15  # of the image side: how far apart two centres are before one is "left of" the other
 MAX_TRAIN_WORDS = 10  # longer questions are the productive split's

@@ -24,9 +24,9 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.hub_datasets import check_sources, read_picture
-from data_prep.images import members, open_tar
-from data_prep.pipeline import check_split_name, is_made, say_ready
+from data_prep.engine.hub import check_sources, read_picture
+from data_prep.engine.images import members, open_tar
+from data_prep.engine.pipeline import check_split_name, is_made, say_ready
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.prepared import CLASS_FEATURES, FORMAT_VERSION
 from vlabs.errors import UserError, one_line, run_cli

@@ -24,7 +24,7 @@ A table of captions has `caption` instead of `question`:
 - `caption_id` (whole number, once in the table), if wanted. Otherwise: the row's number from 1.
 
 In the place of a table, `--dataset` streams a data set of the Hugging Face hub, or of a local copy; see
-`data_prep.hub_datasets`. A list of questions or captions in a row is as many rows. Its splits are taken as they are,
+`data_prep.engine.hub`. A list of questions or captions in a row is as many rows. Its splits are taken as they are,
 `validation` as `val`; a data set of one split is divided as a table without splits is.
 
 Fewer than ten answers are repeated in turn until they are ten, because the official accuracy is made for ten: one
@@ -48,11 +48,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from data_prep.captions import CAPTIONS, CaptionIndex
-from data_prep.hub_datasets import FIELDS, Source, read_pairs, write_table
-from data_prep.images import ImageStore
-from data_prep.json_file import read_lines
-from data_prep.pipeline import (
+from data_prep.engine.captions import CAPTIONS, CaptionIndex
+from data_prep.engine.hub import FIELDS, Source, read_pairs, write_table
+from data_prep.engine.images import ImageStore
+from data_prep.engine.json_file import read_lines
+from data_prep.engine.pipeline import (
     Options,
     add_options,
     check_split_name,
@@ -63,8 +63,8 @@ from data_prep.pipeline import (
     read_options,
     say_ready,
 )
-from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
-from data_prep.regions import describe_files
+from data_prep.engine.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.engine.regions import describe_files
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import clean_answer, normalize_answer
 from vlabs.utils.files import WORK, new_folder
@@ -133,7 +133,7 @@ class Table:
         return {"masks": describe_files(masks)} if masks else {}
 
     def regions(self, row: Row) -> list[dict[str, Any]]:
-        """Return what part of the picture a row is about, as in `data_prep.regions`."""
+        """Return what part of the picture a row is about, as in `data_prep.engine.regions`."""
         if row.mask is not None:
             return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
         return [{"box": box} for box in row.boxes]

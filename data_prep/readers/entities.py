@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.images import open_zip
-from data_prep.regions import describe_files
+from data_prep.engine.images import open_zip
+from data_prep.engine.regions import describe_files
 from vlabs.errors import UserError
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")
@@ -29,7 +29,7 @@ _FOLDERS = {"Annotations": ".xml", "Sentences": ".txt"}
 
 @dataclass(frozen=True)
 class Phrase:
-    """A phrase of a sentence; its regions, as in `data_prep.regions`, are none where nothing of it is to be seen."""
+    """A phrase of a sentence; its regions, as in `engine.regions`, are none where nothing of it is to be seen."""
 
     text: str
     regions: list[dict[str, Any]]

@@ -34,8 +34,8 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.images import members, open_tar, open_zip
-from data_prep.pipeline import check_split_name, is_made, name_of_rendered, say_ready, write_datasets_files
+from data_prep.engine.images import members, open_tar, open_zip
+from data_prep.engine.pipeline import check_split_name, is_made, name_of_rendered, say_ready, write_datasets_files
 from vlabs.data.decoding import open_picture
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import FORMAT_VERSION, IGNORED, MASK_FEATURES

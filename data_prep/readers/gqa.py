@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import NamedImages, Store, open_zip
-from data_prep.index import check_value
-from data_prep.json_file import JsonFile, get_value
-from data_prep.own import answer_type, ten_answers
-from data_prep.pipeline import add_options, prepare, read_options
-from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.engine.images import NamedImages, Store, open_zip
+from data_prep.engine.index import check_value
+from data_prep.engine.json_file import JsonFile, get_value
+from data_prep.engine.pipeline import add_options, prepare, read_options
+from data_prep.engine.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.readers.own import answer_type, ten_answers
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.vqa import clean_answer, normalize_answer
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import ijson
 
-from data_prep.images import open_zip
+from data_prep.engine.images import open_zip
 from vlabs.errors import UserError
 
 _READ_BYTES = 2**20

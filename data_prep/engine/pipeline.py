@@ -33,9 +33,9 @@ import datasets
 import tokenizers
 from tqdm import tqdm
 
-from data_prep.images import IMAGES_SCHEMA, Store, fingerprint, read_images, write_images
-from data_prep.index import Index
-from data_prep.shards import (
+from data_prep.engine.images import IMAGES_SCHEMA, Store, fingerprint, read_images, write_images
+from data_prep.engine.index import Index
+from data_prep.engine.shards import (
     BadItem,
     Rows,
     ShardBuilder,
@@ -471,7 +471,7 @@ def _build_in_pool(tasks: Iterable[ShardTask], num_workers: int, arguments: tupl
     """Build shards in worker processes, few of them waiting at a time; yield the number of images of each."""
     # Workers are forked from a server that has imported everything once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.pipeline"])
+    context.set_forkserver_preload(["data_prep.engine.pipeline"])
     waiting: set[concurrent.futures.Future[int]] = set()
     with concurrent.futures.ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=start_worker, initargs=arguments

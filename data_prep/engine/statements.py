@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.index import Index, as_json, check_value
-from data_prep.pipeline import Kind, write_json
+from data_prep.engine.index import Index, as_json, check_value
+from data_prep.engine.pipeline import Kind, write_json
 from vlabs.data.prepared import statement_features
 
 KEPT_BACK = -1  # the label of a statement whose label nobody tells

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.captions import CAPTIONS, CaptionIndex
-from data_prep.images import ImageStore, open_zip
-from data_prep.index import check_value
-from data_prep.json_file import JsonFile, get_value
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.regions import add_instances, find_instances
+from data_prep.engine.captions import CAPTIONS, CaptionIndex
+from data_prep.engine.images import ImageStore, open_zip
+from data_prep.engine.index import check_value
+from data_prep.engine.json_file import JsonFile, get_value
+from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.engine.regions import add_instances, find_instances
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.errors import UserError
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.index import Index
+from data_prep.engine.index import Index
 from vlabs.data.decoding import open_picture
 from vlabs.data.instances import Instance, list_annotations
 from vlabs.errors import UserError

@@ -9,9 +9,9 @@ With `--phrases` the captions are what the objects are ("red large striped star"
 
 from __future__ import annotations
 
-from data_prep.karpathy import KarpathyCaptions, Layout, run_command
-from data_prep.scene_render import SPLITS
-from data_prep.scenes import subset_name
+from data_prep.readers.karpathy import KarpathyCaptions, Layout, run_command
+from data_prep.scenes.corpus import subset_name
+from data_prep.scenes.render import SPLITS
 from vlabs.errors import run_cli
 
 

@@ -18,8 +18,8 @@ from typing import IO
 
 import scipy.io
 
-from data_prep.classes import Entry, Unit, prepare_classes
-from data_prep.images import members, open_tar
+from data_prep.engine.images import members, open_tar
+from data_prep.readers.classes import Entry, Unit, prepare_classes
 from vlabs.errors import UserError, run_cli
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"

@@ -14,8 +14,8 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from data_prep.scene_questions import MARGIN, RELATIONS, Description, with_article
-from data_prep.scene_render import FILLS, SceneObject, SceneSize
+from data_prep.scenes.questions import MARGIN, RELATIONS, Description, with_article
+from data_prep.scenes.render import FILLS, SceneObject, SceneSize
 from vlabs.data.prepared import LABELS as ALL_LABELS
 
 Objects = Sequence[SceneObject]

@@ -1,7 +1,7 @@
 """Scenes in the raw layouts of other data sets of statements, so that the same preparation reads both.
 
 `snli_ve`: `snli_ve_<split>.jsonl` for train, dev and test, and `flickr30k-images.zip`. The premise is a picture, and
-the hypotheses are those of `data_prep.scene_statements`: neutral is what speaks of something that is not in the
+the hypotheses are those of `data_prep.scenes.statements`: neutral is what speaks of something that is not in the
 picture.
 
 `nlvr2`: `train.json`, `dev.json` and `test1.json`, and `<split>_img.zip`. Two sentences are about each of the four
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.scene_questions import captions
-from data_prep.scene_render import SIZES, SceneObject, sample_objects
-from data_prep.scene_statements import Hypothesis, Sentence, balance, draw_hypotheses, draw_sentences, statement_only
-from data_prep.scenes import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
+from data_prep.scenes.corpus import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
+from data_prep.scenes.questions import captions
+from data_prep.scenes.render import SIZES, SceneObject, sample_objects
+from data_prep.scenes.statements import Hypothesis, Sentence, balance, draw_hypotheses, draw_sentences, statement_only
 
 LAYOUTS = ("nlvr2", "snli_ve")
 

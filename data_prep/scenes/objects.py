@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.scene_render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
-from data_prep.scenes import run_lengths
+from data_prep.scenes.corpus import run_lengths
+from data_prep.scenes.render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.arguments import MOST_SEED, whole
 from vlabs.utils.files import new_folder, write_json

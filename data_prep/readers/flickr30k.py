@@ -7,7 +7,7 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, in the f
 `flickr30k_images/` or in a zip file of one of these names. The splits are train, val and test; an image's id is its
 `imgid`, a caption's its `sentid`. A run that was stopped goes on where it was when it is started again.
 
-Where the folder also holds Flickr30K Entities (see `data_prep.entities`), what part of its picture a caption is about
+Where the folder also holds Flickr30K Entities (`entities.py`), what part of its picture a caption is about
 are the boxes of all phrases of its sentence. With `--phrases`, the phrases that have boxes are the captions, in place
 of the sentences: a phrase's words, about its own boxes, with 100 * `sentid` + its place in the sentence, from 1, as
 its id.
@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.captions import CaptionIndex
-from data_prep.entities import find_entities, match_sentences
-from data_prep.index import check_value
-from data_prep.karpathy import KarpathyCaptions, Layout, run_command
+from data_prep.engine.captions import CaptionIndex
+from data_prep.engine.index import check_value
+from data_prep.readers.entities import find_entities, match_sentences
+from data_prep.readers.karpathy import KarpathyCaptions, Layout, run_command
 from vlabs.errors import UserError, run_cli
 
 _PHRASES_A_SENTENCE = 100  # more than any has

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.captions import CAPTIONS, CaptionIndex
-from data_prep.images import ImageStore, open_zip
-from data_prep.index import check_value
-from data_prep.json_file import get_value
-from data_prep.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.regions import add_instances
+from data_prep.engine.captions import CAPTIONS, CaptionIndex
+from data_prep.engine.images import ImageStore, open_zip
+from data_prep.engine.index import check_value
+from data_prep.engine.json_file import get_value
+from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
+from data_prep.engine.regions import add_instances
 from vlabs.errors import UserError, run_cli
 
 _SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}

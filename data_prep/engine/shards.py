@@ -24,8 +24,8 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.images import ImageFile, fingerprint, read_image, read_images
-from data_prep.regions import draw_regions
+from data_prep.engine.images import ImageFile, fingerprint, read_image, read_images
+from data_prep.engine.regions import draw_regions
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
 _BATCH_BYTES = 16 * 2**20
@@ -105,8 +105,8 @@ class ShardBuilder:
     Args:
         make_rows: from the prepared folder, how items become rows.
         prepared: the prepared folder.
-        index_file: sqlite file with the table `items` of `data_prep.index`.
-        images_file: sqlite file with the table `images` of `data_prep.images`.
+        index_file: sqlite file with the table `items` of `data_prep.engine.index`.
+        images_file: sqlite file with the table `images` of `data_prep.engine.images`.
     """
 
     def __init__(self, make_rows: Callable[[Path], Rows], prepared: Path, index_file: Path, images_file: Path) -> None:

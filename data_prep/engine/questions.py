@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.index import Index, as_json, check_value
-from data_prep.pipeline import Kind, write_json
+from data_prep.engine.index import Index, as_json, check_value
+from data_prep.engine.pipeline import Kind, write_json
 from vlabs.data.prepared import VQA_FEATURES, read_answers
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import clean_answer, match_accuracy, normalize_answer
@@ -42,7 +42,7 @@ class QuestionIndex(Index):
         question: str,
         regions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Add one question; `where` names its place in the raw data, `regions` are as in `data_prep.regions`.
+        """Add one question; `where` names its place in the raw data, `regions` are as in `data_prep.engine.regions`.
 
         Raises:
             UserError: a value is of the wrong kind.
@@ -82,7 +82,7 @@ class QuestionIndex(Index):
     ) -> None:
         """Add the human answers to a question of the index.
 
-        `regions`, as in `data_prep.regions`, replace those that the question was added with, where there are any.
+        `regions`, as in `engine.regions`, replace those that the question was added with, where there are any.
 
         Raises:
             UserError: a value is of the wrong kind.

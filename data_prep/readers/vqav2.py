@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import ImageStore, open_zip
-from data_prep.json_file import JsonFile, get_value
-from data_prep.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
-from data_prep.questions import QUESTIONS, QuestionIndex, add_answer_options
-from data_prep.regions import add_instances, describe_files, find_instances
+from data_prep.engine.images import ImageStore, open_zip
+from data_prep.engine.json_file import JsonFile, get_value
+from data_prep.engine.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
+from data_prep.engine.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.engine.regions import add_instances, describe_files, find_instances
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.grounding import list_hat
 from vlabs.metrics.vqa import normalize_answer
