@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from data_prep.engine.questions import SoftScores
+from data_prep.engine.texts import SoftScores
 from vlabs.data.prepared import VQA_FEATURES, load_split, read_answers, read_manifest
 from vlabs.metrics.vqa import answer_accuracy, vqa_accuracy
 

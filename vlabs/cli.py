@@ -8,6 +8,7 @@ import sys
 from vlabs.errors import UserError, run_cli
 
 COMMANDS = {
+    "prepare": "a folder of data from raw files: VQA v2, COCO, your own table, …",
     "train": "train, sweep, go on with a run, or plan one",
     "evaluate": "measure a checkpoint: accuracy, ranking, where it looks, whether it is steered",
     "predict": "answer questions about a picture",
@@ -36,8 +37,8 @@ def _run() -> None:
         return
     if name not in COMMANDS:
         raise UserError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
-    place = "attention.__main__" if name == "attention" else name.replace("-", "_")
-    module = importlib.import_module(f"vlabs.{place}")
+    elsewhere = {"attention": "vlabs.attention.__main__", "prepare": "data_prep.__main__"}
+    module = importlib.import_module(elsewhere.get(name, f"vlabs.{name.replace('-', '_')}"))
     # As `python -m` has it: what is recorded of a run, and what starts its other processes, reads this.
     sys.argv = [str(module.__file__), *sys.argv[2:]]
     module.main()

@@ -23,34 +23,30 @@ import shutil
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import datasets
 import tokenizers
 from tqdm import tqdm
 
-from data_prep.engine.images import IMAGES_SCHEMA, Store, fingerprint, read_images, write_images
-from data_prep.engine.index import Index
+from data_prep.engine.images import IMAGES_SCHEMA, Store, fingerprint, write_images
 from data_prep.engine.shards import (
     BadItem,
-    Rows,
     ShardBuilder,
     ShardRecord,
     ShardTask,
     build_shard,
-    more_images,
     open_readonly,
     start_worker,
 )
+from data_prep.engine.texts import QUESTIONS, Index, Kind, Rows
 from vlabs.data.prepared import FORMAT_VERSION
 from vlabs.errors import UserError, show
-from vlabs.utils.files import WORK, clear, content_sha256, is_free, new_folder, write_text
-
-AnyIndex = TypeVar("AnyIndex", bound=Index)
+from vlabs.utils.files import WORK, clear, content_sha256, is_free, new_folder, write_json, write_text
 
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _BYTES = 256
@@ -68,6 +64,7 @@ class Options:
         on_bad: `error`, or `skip` to leave out what cannot be used.
         shard_size: images a file.
         num_workers: processes; has no influence on what is written.
+        name: what the data set is called; what the raw data say if empty.
         others: options of one kind of raw data.
     """
 
@@ -76,6 +73,7 @@ class Options:
     on_bad: str = "error"
     shard_size: int = 512
     num_workers: int = 1
+    name: str = ""
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,10 +84,10 @@ class Options:
         if 0 < self.vocab_size < smallest:
             raise UserError(f"--vocab-size must be 0 (no tokenizer) or at least {smallest}, not {self.vocab_size}")
 
-    def recorded(self, unused: Sequence[str]) -> dict[str, Any]:
-        """Return the options that what is written depends on, which leaves out the `unused` ones."""
+    def recorded(self, kind: Kind) -> dict[str, Any]:
+        """Return the options that what is written depends on."""
         values = asdict(self)
-        for name in ("num_workers", *unused):
+        for name in ("num_workers", "name", *(() if kind == QUESTIONS else ("min_answer_count",))):
             del values[name]
         return {**values.pop("others"), **values}
 
@@ -111,6 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--num-workers", type=int, default=cores, help="processes (default: all cores)")
+    parser.add_argument("--name", default="", help="what the data set is called (default: what its files say)")
     parser.add_argument("--shard-size", type=int, default=512, help="images a file (default %(default)s)")
 
 
@@ -122,47 +121,34 @@ def read_options(arguments: argparse.Namespace, **others: Any) -> Options:
         on_bad=arguments.on_bad,
         shard_size=arguments.shard_size,
         num_workers=arguments.num_workers,
+        name=arguments.name,
         others=others,
     )
 
 
-@dataclass(frozen=True)
-class Kind(Generic[AnyIndex]):
-    """What is asked or said about images, as far as the preparation depends on it.
+class RawData(Protocol):
+    """One form of raw data."""
 
-    Attributes:
-        name: the manifest's `kind`.
-        make_index: makes the index at a path.
-        make_rows: makes, for a prepared folder, what turns the index's items into rows.
-        unused_options: attributes of `Options` that change nothing here.
-    """
+    @property
+    def kind(self) -> Kind:
+        """What is asked or said about the images."""
 
-    name: str
-    make_index: Callable[[Path], AnyIndex]
-    make_rows: Callable[[Path], Rows]
-    unused_options: tuple[str, ...] = ()
+    @property
+    def tables(self) -> Sequence[Path]:
+        """The files with all that is not an image."""
 
+    @property
+    def images(self) -> Sequence[Path]:
+        """The files and folders with images, for the manifest."""
 
-class RawData(Protocol[AnyIndex]):
-    """One form of raw data.
+    def fill(self, index: Index) -> None:
+        """Put all texts into the index."""
 
-    Attributes:
-        name: goes into the manifest; empty for what is called as the folder that it is prepared in.
-        kind: what is asked or said about the images.
-        tables: the files with all that is not an image.
-        images: the files and folders with images, for the manifest.
-    """
+    def image_store(self, split: str) -> Store:
+        """Return where a split's images are."""
 
-    name: str
-    kind: Kind[AnyIndex]
-    tables: Sequence[Path]
-    images: Sequence[Path]
-
-    def fill(self, index: AnyIndex) -> None:
-        """Put all questions and answers, or all captions, into the index."""
-
-    def image_store(self, split: str) -> tuple[str, Store]:
-        """Return where a split's images are, and a key; splits with the same key share their image ids."""
+    def called(self, seen: Mapping[str, int]) -> str:
+        """Return what the data set is called, from its texts by split; empty for the name of its prepared folder."""
 
 
 def check_split_name(split: str, where: str) -> str:
@@ -176,7 +162,7 @@ def check_split_name(split: str, where: str) -> str:
     return split
 
 
-def prepare(raw: RawData[AnyIndex], out_dir: Path, options: Options) -> None:
+def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
     """Make the prepared folder, or go on making it where an earlier run stopped.
 
     Raises:
@@ -184,8 +170,8 @@ def prepare(raw: RawData[AnyIndex], out_dir: Path, options: Options) -> None:
     """
     out_dir = out_dir.absolute()
     raw_files = raw_files_of(raw)
-    made_from = {"options": options.recorded(raw.kind.unused_options), "raw_files": raw_files}
-    if is_made(out_dir, made_from | ({"name": raw.name} if raw.name else {})):
+    made_from = {"options": options.recorded(raw.kind), "raw_files": raw_files}
+    if is_made(out_dir, made_from | ({"name": options.name} if options.name else {})):
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
         splits = prepare_in(partial, raw, options, out_dir.name, raw_files)
@@ -217,7 +203,7 @@ def is_made(out_dir: Path, made_from: Mapping[str, Any]) -> bool:
 
 
 def prepare_in(
-    partial: Path, raw: RawData[AnyIndex], options: Options, name: str, raw_files: list[dict[str, Any]]
+    partial: Path, raw: RawData, options: Options, name: str, raw_files: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """`prepare` in a folder that `vlabs.utils.files.new_folder` gave.
 
@@ -229,7 +215,7 @@ def prepare_in(
         What the manifest says of the splits.
     """
     try:
-        run = _Run(raw, options, partial, raw.name or name)
+        run = _Run(raw, options, partial, name)
         run.start_or_go_on()
         run.read_tables()
         run.locate_images()
@@ -254,7 +240,7 @@ def name_of_rendered(raw_dir: Path) -> str | None:
     return "scenes" if (raw_dir / "scenes.json").is_file() else None
 
 
-def raw_files_of(raw: RawData[AnyIndex]) -> list[dict[str, Any]]:
+def raw_files_of(raw: RawData) -> list[dict[str, Any]]:
     """What a manifest says of raw data."""
     return [_describe(path, hashed=True) for path in raw.tables] + [_describe(path) for path in raw.images]
 
@@ -270,15 +256,15 @@ def _describe(path: Path, hashed: bool = False) -> dict[str, Any]:
     return described
 
 
-class _Run(Generic[AnyIndex]):
+class _Run:
     """The steps of `prepare`, each of which finds what is done already."""
 
-    def __init__(self, raw: RawData[AnyIndex], options: Options, prepared: Path, name: str) -> None:
+    def __init__(self, raw: RawData, options: Options, prepared: Path, name: str) -> None:
         self.raw = raw
         self.name = name
         self.kind = raw.kind
         self.options = options
-        self.recorded_options = options.recorded(raw.kind.unused_options)
+        self.recorded_options = options.recorded(raw.kind)
         self.prepared = prepared
         self.work = prepared / WORK / "pipeline"
         self.records = self.work / "records"
@@ -298,7 +284,6 @@ class _Run(Generic[AnyIndex]):
             {
                 "format": FORMAT_VERSION,
                 "kind": self.kind.name,
-                "name": self.name,
                 "tables": tables,
                 "options": options,
             },
@@ -320,7 +305,7 @@ class _Run(Generic[AnyIndex]):
             return
         part = self.index_file.with_suffix(".part")
         part.unlink(missing_ok=True)
-        index = self.kind.make_index(part)
+        index = Index(part, self.kind)
         self.raw.fill(index)
         index.write_files(self.prepared, self.options.min_answer_count)
         index.finish()
@@ -344,17 +329,12 @@ class _Run(Generic[AnyIndex]):
         ):
             images.execute(IMAGES_SCHEMA)
             for split in _splits(index):
-                key, store = self.raw.image_store(split)
-                # The index answers this in the order of the ids; GROUP BY keeps one name an image.
-                wanted = index.execute(
-                    "SELECT image_id, min(image_name) FROM items WHERE split = ? GROUP BY image_id", (split,)
-                )
-                write_images(images, key, store.locate(wanted))
-                for column in more_images(self.kind.make_rows(self.prepared).features):
+                for place in range(self.kind.pictures):
                     wanted = index.execute(
-                        f"SELECT image_id, min({column}) FROM items WHERE split = ? GROUP BY image_id", (split,)
+                        "SELECT image_id, name FROM pictures WHERE split = ? AND place = ? ORDER BY image_id",
+                        (split, place),
                     )
-                    write_images(images, f"{key}/{column}", store.locate(wanted))
+                    write_images(images, f"{split}/{place}", self.raw.image_store(split).locate(wanted))
             images.commit()
 
     def build_shards(self) -> None:
@@ -364,13 +344,12 @@ class _Run(Generic[AnyIndex]):
             closing(open_readonly(self.images_file)) as images,
         ):
             total = index.execute("SELECT count(*) FROM (SELECT DISTINCT split, image_id FROM items)").fetchone()
-            arguments = (self.kind.make_rows, self.prepared, self.index_file, self.images_file)
-            more = more_images(self.kind.make_rows(self.prepared).features)
+            arguments = (self.kind, self.prepared, self.index_file, self.images_file)
             with tqdm(total=total[0], unit="image", desc="images", smoothing=0.05) as progress:
 
                 def unfinished() -> Iterator[ShardTask]:
                     for task, size in self._tasks(index):
-                        if _is_done(task, images, more):
+                        if _is_done(task, images, self.kind):
                             progress.update(size)
                         else:
                             yield task
@@ -386,7 +365,6 @@ class _Run(Generic[AnyIndex]):
         """Yield the shards of all splits, with the number of images in each."""
         for split in _splits(index):
             (self.prepared / split).mkdir(exist_ok=True)
-            key, _ = self.raw.image_store(split)
             number_of_images: int = index.execute(
                 "SELECT count(*) FROM (SELECT DISTINCT image_id FROM items WHERE split = ?)", (split,)
             ).fetchone()[0]
@@ -396,7 +374,6 @@ class _Run(Generic[AnyIndex]):
                 image_ids = [image_id for (image_id,) in ids.fetchmany(self.options.shard_size)]
                 task = ShardTask(
                     split=split,
-                    source=key,
                     first_image=image_ids[0],
                     last_image=image_ids[-1],
                     data_file=self.prepared / split / f"data-{number:05d}-of-{shards:05d}.arrow",
@@ -432,13 +409,15 @@ class _Run(Generic[AnyIndex]):
                 "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in dropped), encoding="utf-8"
             )
             self._report_bad(dropped, reasons, bad_file)
-        rows = self.kind.make_rows(self.prepared)
+        with closing(open_readonly(self.index_file)) as index:
+            rows = Rows(self.kind, self.prepared, index)
+            seen = dict(index.execute("SELECT split, count FROM seen"))
         for split, names in files.items():
             write_datasets_files(self.prepared / split, names, splits[split]["sha256"], rows.features)
         manifest = {
             "format": FORMAT_VERSION,
             "kind": self.kind.name,
-            "name": self.name,
+            "name": self.options.name or self.raw.called(seen) or self.name,
             "splits": splits,
             **rows.summary(),
             "dropped": dict(sorted(reasons.items())),
@@ -474,7 +453,7 @@ def _build_in_pool(tasks: Iterable[ShardTask], num_workers: int, arguments: tupl
     context.set_forkserver_preload(["data_prep.engine.pipeline"])
     waiting: set[concurrent.futures.Future[int]] = set()
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=start_worker, initargs=arguments
+        num_workers, mp_context=context, initializer=start_worker, initargs=(arguments,)
     ) as pool:
         try:
             for task in tasks:
@@ -497,23 +476,12 @@ def _splits(index: sqlite3.Connection) -> list[str]:
     return [split for (split,) in index.execute("SELECT DISTINCT split FROM items ORDER BY split")]
 
 
-def _is_done(task: ShardTask, images: sqlite3.Connection, more: Sequence[str]) -> bool:
-    """Whether a shard is there, has nothing bad in it, and is made of the raw images as they are now.
-
-    Args:
-        more: columns of images beside the first.
-    """
+def _is_done(task: ShardTask, images: sqlite3.Connection, kind: Kind) -> bool:
+    """Whether a shard is there, has nothing bad in it, and is made of the raw images as they are now."""
     if not task.record_file.exists() or not task.data_file.exists():
         return False
     record = ShardRecord.read(task.record_file)
-    found = read_images(images, task.source, task.first_image, task.last_image)
-    others = [task.read_more(images, column) for column in more]
-    return not record.bad and record.images_fingerprint == fingerprint(found, *others)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that a person can read."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return not record.bad and record.images_fingerprint == fingerprint(*task.read_images(images, kind).values())
 
 
 def write_datasets_files(folder: Path, data_files: Sequence[str], sha256: str, features: datasets.Features) -> None:

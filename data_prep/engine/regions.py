@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.engine.index import Index
 from vlabs.data.decoding import open_picture
-from vlabs.data.instances import Instance, list_annotations
+from vlabs.data.instances import Instance
 from vlabs.errors import UserError
 
 # In the order in which they are looked for: of the scenes, of COCO 2014, and COCO's unpacked.
@@ -41,50 +39,6 @@ def find_instances(raw_dir: Path) -> list[Path]:
         if (raw_dir / name).is_file():
             return [raw_dir / name]
     return sorted([*raw_dir.glob("instances_*.json"), *raw_dir.glob("annotations/instances_*.json")])
-
-
-def add_instances(index: Index, files: Sequence[Path]) -> None:
-    """Give every item of the index that names target instances their masks, from COCO's instances files.
-
-    Nothing is read where no item does, or where there are no files: then the items have no regions.
-
-    Raises:
-        UserError: a file is damaged, or has not all instances that are named.
-    """
-    connection = index.connection
-    connection.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, region TEXT)")
-    columns = [name for (name,) in connection.execute("SELECT name FROM pragma_table_info('items')")]
-    columns = [name for name in columns if name.startswith("target_instances")]  # one for each picture of an item
-    for column in columns:
-        connection.execute(f"INSERT OR IGNORE INTO instances (id) SELECT value FROM items, json_each(items.{column})")
-    (wanted,) = connection.execute("SELECT count(*) FROM instances").fetchone()
-    if not wanted or not files:
-        return
-    found = 0
-    for file in files:
-        print(f"reading {file}")
-        for entry in list_annotations(file):
-            region = json.dumps({"segmentation": entry["segmentation"]})
-            changed = connection.execute(
-                "UPDATE instances SET region = ? WHERE id = ? AND region IS NULL", (region, entry["id"])
-            )
-            found += changed.rowcount
-            if found == wanted:
-                break
-    missing = [
-        str(n) for (n,) in connection.execute("SELECT id FROM instances WHERE region IS NULL ORDER BY id LIMIT 5")
-    ]
-    if missing:
-        raise UserError(
-            f"{', '.join(map(str, files))}: no instance {', '.join(missing)}, which {wanted - found} target_instances"
-            " name: is it of the corpus that is prepared?"
-        )
-    for column in columns:
-        connection.execute(
-            f"UPDATE items SET {column.replace('target_instances', 'regions')} ="
-            f" (SELECT json_group_array(json(instances.region)) FROM json_each({column})"
-            f" AS target JOIN instances ON instances.id = target.value) WHERE {column} IS NOT NULL"
-        )
 
 
 def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:

@@ -1,31 +1,29 @@
-"""One shard of a prepared split: rows of images with what is asked or said, built in one process of several."""
+"""One shard of a prepared split: rows of pictures with their texts, built in one process of several."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import operator
 import os
-import re
 import signal
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import datasets
 import pyarrow as pa
-from PIL import Image
 
 from data_prep.engine.images import ImageFile, fingerprint, read_image, read_images
 from data_prep.engine.regions import draw_regions
+from data_prep.engine.texts import Kind, Rows
+from vlabs.data.decoding import open_picture
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
 _BATCH_BYTES = 16 * 2**20
@@ -36,15 +34,17 @@ class ShardTask:
     """What a worker needs to build one shard."""
 
     split: str
-    source: str  # of the images, a key of the table `images`
     first_image: int
     last_image: int
     data_file: Path
     record_file: Path
 
-    def read_more(self, connection: sqlite3.Connection, column: str) -> dict[int, ImageFile]:
-        """Return the images of a column beside `image`, where a row has several."""
-        return read_images(connection, f"{self.source}/{column}", self.first_image, self.last_image)
+    def read_images(self, connection: sqlite3.Connection, kind: Kind) -> dict[str, dict[int, ImageFile]]:
+        """Where the pictures are, by column and by image id."""
+        return {
+            column: read_images(connection, f"{self.split}/{place}", self.first_image, self.last_image)
+            for place, column in enumerate(["image", *kind.more_images])
+        }
 
 
 @dataclass(frozen=True)
@@ -78,67 +78,40 @@ class ShardRecord:
         return cls(**{**values, "bad": [BadItem(**item) for item in values["bad"]]})
 
 
-class Rows(Protocol):
-    """How items of one kind become rows.
-
-    Attributes:
-        features: of a row: `image_id`, `image`, and lists with one entry an item.
-        columns: of the index's table `items`, which an entry is made of.
-    """
-
-    features: datasets.Features
-    columns: tuple[str, ...]
-
-    def entry(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Return an item's entry in every list of its image's row, from the values of its columns."""
-
-    def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Return what a row adds to the counts of its split."""
-
-    def summary(self) -> dict[str, Any]:
-        """Return what the manifest says of the whole folder."""
-
-
 class ShardBuilder:
-    """Builds shards from the index of the items and the table of the images.
+    """Builds shards from the index of the texts and the table of the images.
 
     Args:
-        make_rows: from the prepared folder, how items become rows.
+        kind: of the texts.
         prepared: the prepared folder.
-        index_file: sqlite file with the table `items` of `data_prep.engine.index`.
-        images_file: sqlite file with the table `images` of `data_prep.engine.images`.
+        index_file: sqlite file of `texts.Index`.
+        images_file: sqlite file with the table `images` of `engine.images`.
     """
 
-    def __init__(self, make_rows: Callable[[Path], Rows], prepared: Path, index_file: Path, images_file: Path) -> None:
-        self.rows = make_rows(prepared)
-        self.schema = self.rows.features.arrow_schema
-        self.more_images = more_images(self.rows.features)
+    def __init__(self, kind: Kind, prepared: Path, index_file: Path, images_file: Path) -> None:
+        self.kind = kind
         self.index = open_readonly(index_file)
         self.images = open_readonly(images_file)
+        self.rows = Rows(kind, prepared, self.index)
+        self.schema = self.rows.features.arrow_schema
 
     def build(self, task: ShardTask) -> int:
         """Write the shard and its record, each under its name only once it is whole; return the number of images."""
-        images = read_images(self.images, task.source, task.first_image, task.last_image)
-        more = {name: task.read_more(self.images, name) for name in self.more_images}
+        images = task.read_images(self.images, self.kind)
         seen = 0
-        # An image without items counts nothing, but every name is there.
-        counts: Counter[str] = Counter({"images": 0, **self.rows.count(self._new_row(0))})
+        # A picture without texts counts nothing, but every name is there.
+        counts: Counter[str] = Counter({"images": 0, **self.rows.count(self.rows.row(0, ()))})
         bad: list[BadItem] = []
         part = task.data_file.with_suffix(".part")
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, self.schema) as writer:
             rows: list[dict[str, Any]] = []
             waiting_bytes = 0
-            for name, row in self._rows(task):
+            for row in self._rows(task):
                 seen += 1
-                found = {"image": images.get(row["image_id"])}
-                found |= {column: of.get(row["image_id"]) for column, of in more.items()}
-                for column, image in found.items():
-                    if not self._read(image, name, column, row, task.split, bad):
-                        break
-                else:
-                    counts.update({"images": len(found), **self.rows.count(row)})
+                if all(self._read(of.get(row["image_id"]), column, row, task, bad) for column, of in images.items()):
+                    counts.update({"images": len(images), **self.rows.count(row)})
                     rows.append(row)
-                    waiting_bytes += sum(len(row[column]) for column in found)
+                    waiting_bytes += sum(len(row[column]) for column in images)
                 if waiting_bytes >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.schema))
                     rows, waiting_bytes = [], 0
@@ -147,27 +120,29 @@ class ShardBuilder:
         with part.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         part.replace(task.data_file)
-        fingerprints = fingerprint(images, *more.values())
-        ShardRecord(sha256=digest, images_fingerprint=fingerprints, counts=dict(counts), bad=bad).write(
-            task.record_file
-        )
+        ShardRecord(digest, fingerprint(*images.values()), dict(counts), bad).write(task.record_file)
         return seen
 
     def _read(
-        self, image: ImageFile | None, name: str, column: str, row: dict[str, Any], split: str, bad: list[BadItem]
+        self, image: ImageFile | None, column: str, row: dict[str, Any], task: ShardTask, bad: list[BadItem]
     ) -> bool:
-        """Read an image and its regions into a row; what is bad is noted, and False if it is the image."""
+        """Read a picture and its regions into a row; what is bad is noted, and False if it is the picture."""
         if image is None:
-            bad.append(BadItem("missing image", split, name if column == "image" else f"{name} ({column})"))
+            place = ["image", *self.kind.more_images].index(column)
+            found = self.index.execute(
+                "SELECT name FROM pictures WHERE split = ? AND image_id = ? AND place = ?",
+                (task.split, row["image_id"], place),
+            ).fetchone()
+            bad.append(BadItem("missing image", task.split, found[0] if place == 0 else f"{found[0]} ({column})"))
             return False
         try:
             row[column] = read_image(image)
         except ValueError as error:
-            bad.append(BadItem("unreadable image", split, f"{image.name} ({error})"))
+            bad.append(BadItem("unreadable image", task.split, f"{image.name} ({error})"))
             return False
         region = column.replace("image", "region")
         row[region] = [
-            self._region(regions, row[column], f"{name}, text {number}", split, bad)
+            self._region(regions, row[column], f"{image.name}, text {number}", task.split, bad)
             for number, regions in enumerate(row[region], 1)
         ]
         return True
@@ -177,7 +152,7 @@ class ShardBuilder:
         """The prepared form of a text's region; a bad one is noted, and the text then has none."""
         if not regions:
             return b""
-        with Image.open(io.BytesIO(image)) as picture:
+        with open_picture(image) as picture:
             width, height = picture.size
         try:
             return draw_regions(regions, width, height)
@@ -185,29 +160,15 @@ class ShardBuilder:
             bad.append(BadItem("unusable region", split, f"{where} ({error})"))
             return b""
 
-    def _rows(self, task: ShardTask) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the shard's rows by image id, without the image but with its name, their items by item id."""
+    def _rows(self, task: ShardTask) -> Iterator[dict[str, Any]]:
+        """Yield the shard's rows by image id, without the pictures, their texts by their ids."""
         found = self.index.execute(
-            f"SELECT image_id, image_name, {', '.join(self.rows.columns)} FROM items"
+            "SELECT image_id, item_id, text, more, targets, regions FROM items"
             " WHERE split = ? AND image_id BETWEEN ? AND ? ORDER BY image_id, item_id",
             (task.split, task.first_image, task.last_image),
         )
-        for (image_id, image_name), items in itertools.groupby(found, key=operator.itemgetter(0, 1)):
-            row = self._new_row(image_id)
-            for _, _, *values in items:
-                for column, value in self.rows.entry(values).items():
-                    row[column].append(value)
-            yield image_name, row
-
-    def _new_row(self, image_id: int) -> dict[str, Any]:
-        single = ("image_id", "image", *self.more_images)
-        lists: dict[str, Any] = {column: [] for column in self.schema.names if column not in single}
-        return {"image_id": image_id, **lists}
-
-
-def more_images(features: datasets.Features) -> list[str]:
-    """The columns of a row's images beside `image`: `image_2` and so on."""
-    return [name for name in features if re.fullmatch(r"image_\d+", name)]
+        for image_id, items in itertools.groupby(found, key=operator.itemgetter(0)):
+            yield self.rows.row(image_id, (item[1:] for item in items))
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:
@@ -218,12 +179,12 @@ def open_readonly(path: Path) -> sqlite3.Connection:
 _builder: ShardBuilder | None = None
 
 
-def start_worker(make_rows: Callable[[Path], Rows], prepared: Path, index_file: Path, images_file: Path) -> None:
+def start_worker(arguments: Sequence[Any]) -> None:
     """Make this process a worker: it leaves Ctrl-C to its parent, and ends when the parent is gone."""
     global _builder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _builder = ShardBuilder(make_rows, prepared, index_file, images_file)
+    _builder = ShardBuilder(*arguments)
 
 
 def _end_with_parent() -> None:

@@ -1,12 +1,14 @@
-"""Prepare COCO's captions in Karpathy's splits from the files as they are downloaded, which need no unpacking.
+"""Prepare COCO's captions in Karpathy's splits.
 
-    python -m data_prep.coco_captions --raw-dir downloads --out-dir data/coco_captions
+    vlabs prepare coco_captions --raw-dir downloads --out-dir data/coco_captions
 
-`--raw-dir` holds the captions, in `dataset_coco.json` or in `coco.zip` or `caption_datasets.zip` of
-https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, in `train2014.zip` and `val2014.zip` or in
-folders of these names. The splits are train (113,287 images: Karpathy's `restval` counts as training), val and test
-(5,000 each); an image's id is COCO's, a caption's its `sentid`. A run that was stopped goes on where it was when it is
-started again.
+Download: the captions, `coco.zip` or `caption_datasets.zip` of
+https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, `train2014.zip` and `val2014.zip` of
+https://cocodataset.org/#download.
+
+Nothing needs unpacking, but `dataset_coco.json` and folders of images do as well. The splits are train (113,287 images:
+Karpathy's `restval` counts as training), val and test (5,000 each); an image's id is COCO's, a caption's its `sentid`.
+A run that was stopped goes on where it was when it is started again.
 
 With `--phrases` the captions are what COCO's instances are ("traffic light"), each with its mask, for `task=naming`;
 `annotations_trainval2014.zip` has to be in the same folder.
@@ -14,27 +16,26 @@ With `--phrases` the captions are what COCO's instances are ("traffic light"), e
 
 from __future__ import annotations
 
-from data_prep.readers.karpathy import KarpathyCaptions, Layout, run_command
+from data_prep.engine.reader import command
+from data_prep.readers.karpathy import KarpathyCaptions
 from vlabs.errors import run_cli
 
 
 class CocoCaptions(KarpathyCaptions):
     """The raw files of COCO's captions in one folder."""
 
-    layout = Layout(
-        name="coco",
-        image_folders=("train2014", "val2014"),
-        image_id="cocoid",
-        source="captions: https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip;"
-        " images: https://cocodataset.org/#download",
-        json_archives=("coco.zip", "caption_datasets.zip"),
+    name = "coco_captions"
+    layout = "coco"
+    image_folders = ("train2014", "val2014")
+    image_key = "cocoid"
+    source = (
+        "captions: https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip; images:"
+        " https://cocodataset.org/#download"
     )
+    json_archives = ("coco.zip", "caption_datasets.zip")
 
 
-def main() -> None:
-    """Run the command line."""
-    run_command(CocoCaptions, "data_prep.coco_captions", "Prepare COCO's images and captions in Karpathy's splits.")
-
+main = command(CocoCaptions)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -1,16 +1,19 @@
-"""Prepare Flickr30k in Karpathy's splits from the files as they are downloaded, which need no unpacking.
+"""Prepare Flickr30k's captions in Karpathy's splits.
 
-    python -m data_prep.flickr30k --raw-dir downloads --out-dir data/flickr30k
+    vlabs prepare flickr30k --raw-dir downloads --out-dir data/flickr30k
 
-`--raw-dir` holds the captions, in `dataset_flickr30k.json` or in `flickr30k.zip` or `caption_datasets.zip` of
-https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, in the folder `flickr30k-images/` or
-`flickr30k_images/` or in a zip file of one of these names. The splits are train, val and test; an image's id is its
-`imgid`, a caption's its `sentid`. A run that was stopped goes on where it was when it is started again.
+Download: the captions, `flickr30k.zip` or `caption_datasets.zip` of
+https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images of https://shannon.cs.illinois.edu/DenotationGraph/
+(a tar file, which has to be unpacked); if wanted, `annotations.zip` of
+https://github.com/BryanPlummer/flickr30k_entities.
 
-Where the folder also holds Flickr30K Entities (`entities.py`), what part of its picture a caption is about
-are the boxes of all phrases of its sentence. With `--phrases`, the phrases that have boxes are the captions, in place
-of the sentences: a phrase's words, about its own boxes, with 100 * `sentid` + its place in the sentence, from 1, as
-its id.
+`dataset_flickr30k.json` does as well; the images lie in the folder `flickr30k-images/` or `flickr30k_images/` or in a
+zip file of one of these names. The splits are train, val and test; an image's id is its `imgid`, a caption's its
+`sentid`. A run that was stopped goes on where it was when it is started again.
+
+Where the folder also holds Flickr30K Entities (`entities.py`), what part of its picture a caption is about are the
+boxes of all phrases of its sentence. With `--phrases`, the phrases that have boxes are the captions, in place of the
+sentences: a phrase's words, about its own boxes, with 100 * `sentid` + its place in the sentence, from 1, as its id.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.engine.captions import CaptionIndex
-from data_prep.engine.index import check_value
+from data_prep.engine.reader import command
+from data_prep.engine.texts import Index, Text, check_value
 from data_prep.readers.entities import find_entities, match_sentences
-from data_prep.readers.karpathy import KarpathyCaptions, Layout, run_command
+from data_prep.readers.karpathy import KarpathyCaptions
 from vlabs.errors import UserError, run_cli
 
 _PHRASES_A_SENTENCE = 100  # more than any has
@@ -35,24 +38,21 @@ class Flickr30k(KarpathyCaptions):
         raw_dir: the folder.
         phrases: whether phrases that have boxes are the captions, and not sentences.
 
-    Attributes:
-        options: what the command line's options have to say of this, so that a run with other ones starts anew.
-
     Raises:
         UserError: files are missing; the message names all of them.
     """
 
+    name = layout = "flickr30k"
     what_phrases_are = "the phrases of Flickr30K Entities that have boxes"
-    layout = Layout(
-        name="flickr30k",
-        image_folders=("flickr30k-images",),
-        image_id="imgid",
-        source="captions: https://cs.stanford.edu/people/karpathy/deepimagesent/flickr30k.zip;"
-        " images: https://shannon.cs.illinois.edu/DenotationGraph/, a tar file has to be unpacked",
-        json_archives=("flickr30k.zip", "caption_datasets.zip"),
-        folder_in_json=False,
-        other_folders=("flickr30k_images",),
+    image_folders = ("flickr30k-images",)
+    image_key = "imgid"
+    source = (
+        "captions: https://cs.stanford.edu/people/karpathy/deepimagesent/flickr30k.zip; images:"
+        " https://shannon.cs.illinois.edu/DenotationGraph/, a tar file has to be unpacked"
     )
+    json_archives = ("flickr30k.zip", "caption_datasets.zip")
+    folder_in_json = False
+    other_folders = ("flickr30k_images",)
 
     def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
         super().__init__(raw_dir)
@@ -72,7 +72,7 @@ class Flickr30k(KarpathyCaptions):
             self.tables = [self.json_file.path, *self.entities.tables, *self.instances]
             self.options |= self.entities.options
 
-    def fill(self, index: CaptionIndex) -> None:
+    def fill(self, index: Index) -> None:
         """Put all captions into the index, and say how many have no sentence among the Entities."""
         if self.entities is not None:
             print(f"reading {self.entities.place}")
@@ -80,33 +80,33 @@ class Flickr30k(KarpathyCaptions):
         if self.entities is not None:
             print(f"{self.unmatched:,} captions match no sentence of {self.entities.place}, and have no region")
 
-    def _texts(self, where: str, image_name: str, sentences: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        texts = list(super()._texts(where, image_name, sentences))
+    def _captions(self, of_image: Text, sentences: Sequence[dict[str, Any]]) -> Iterator[Text]:
+        captions = list(super()._captions(of_image, sentences))
         if self.entities is None:
-            yield from texts
+            yield from captions
             return
-        for text in texts:
-            check_value(where, "raw", text["caption"], str)
-            check_value(where, "sentid", text["caption_id"], int)
-        found = self.entities.sentences(PurePosixPath(image_name).stem)
-        for text, sentence in zip(texts, match_sentences([text["caption"] for text in texts], found), strict=True):
+        for caption in captions:
+            check_value(caption.where, "raw", caption.text, str)
+            check_value(caption.where, "sentid", caption.id, int)
+        found = self.entities.sentences(PurePosixPath(of_image.images[0]).stem)
+        matched = match_sentences([caption.text for caption in captions], found)
+        for caption, sentence in zip(captions, matched, strict=True):
             self.unmatched += sentence is None
             if not self.of_entities:
-                yield {**text, "regions": sentence.regions if sentence else []}
+                yield caption._replace(regions=sentence.regions if sentence else [])
                 continue
             phrases = sentence.phrases if sentence else []
             if len(phrases) >= _PHRASES_A_SENTENCE:
-                raise UserError(f"{where}: a sentence has {len(phrases)} phrases among the Entities, which is too many")
+                raise UserError(
+                    f"{caption.where}: a sentence has {len(phrases)} phrases among the Entities, which is too many"
+                )
             for place, phrase in enumerate(phrases, 1):
                 if phrase.regions and phrase.text:
-                    caption_id = _PHRASES_A_SENTENCE * text["caption_id"] + place
-                    yield {"caption_id": caption_id, "caption": phrase.text, "regions": phrase.regions}
+                    number = _PHRASES_A_SENTENCE * int(caption.id) + place
+                    yield caption._replace(id=number, text=phrase.text, targets=(), regions=phrase.regions)
 
 
-def main() -> None:
-    """Run the command line."""
-    run_command(Flickr30k, "data_prep.flickr30k", "Prepare Flickr30k's images and captions in Karpathy's splits.")
-
+main = command(Flickr30k)
 
 if __name__ == "__main__":
     run_cli(main)

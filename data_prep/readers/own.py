@@ -27,9 +27,9 @@ In the place of a table, `--dataset` streams a data set of the Hugging Face hub,
 `data_prep.engine.hub`. A list of questions or captions in a row is as many rows. Its splits are taken as they are,
 `validation` as `val`; a data set of one split is divided as a table without splits is.
 
-Fewer than ten answers are repeated in turn until they are ten, because the official accuracy is made for ten: one
-answer counts as ten people agreeing, two as five against five (either is fully right), and of five different answers
-each is 60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same,
+Fewer than ten answers count as ten, those given in turn, because the official accuracy is made for ten: one answer
+counts as ten people agreeing, two as five against five (either is fully right), and of five different answers each is
+60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same,
 the official evaluation compares letter by letter, so "Red" could never be answered with the vocabulary's "red".
 """
 
@@ -38,17 +38,13 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import itertools
-import re
 import sqlite3
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from data_prep.engine.captions import CAPTIONS, CaptionIndex
 from data_prep.engine.hub import FIELDS, Source, read_pairs, write_table
 from data_prep.engine.images import ImageStore
 from data_prep.engine.json_file import read_lines
@@ -63,14 +59,12 @@ from data_prep.engine.pipeline import (
     read_options,
     say_ready,
 )
-from data_prep.engine.questions import QUESTIONS, QuestionIndex, add_answer_options
+from data_prep.engine.reader import add_answer_option, new_parser
 from data_prep.engine.regions import describe_files
+from data_prep.engine.texts import CAPTIONS, QUESTIONS, Index, Kind, Text, normal_form
 from vlabs.errors import UserError, run_cli
-from vlabs.metrics.vqa import clean_answer, normalize_answer
 from vlabs.utils.files import WORK, new_folder
 
-_HUMANS = 10
-_NUMBER = re.compile(r"[-+]?\d+([.,:]\d+)*")
 _IMAGES_OF_TABLE = """
 CREATE TABLE table_images (
     image_id INTEGER PRIMARY KEY, name TEXT UNIQUE, draw TEXT, undecided INTEGER DEFAULT 0, in_val INTEGER DEFAULT 0
@@ -105,23 +99,36 @@ class Table:
         UserError: there is no such table or folder, or the fraction is out of range.
     """
 
-    name = ""
-    item: ClassVar[str]
+    kind: ClassVar[Kind]
 
     def __init__(self, path: Path, image_root: Path, val_fraction: float) -> None:
         if not image_root.is_dir():
             raise UserError(f"there is no folder {image_root} for the images")
         if not 0 <= val_fraction < 1:
             raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
+        self.name = ""
         self.path = path
         self.image_root = image_root
         self.val_fraction = val_fraction
         self.tables: Sequence[Path] = [path]
         self.images: Sequence[Path] = []
 
-    def image_store(self, split: str) -> tuple[str, ImageStore]:
-        """Return where the images are; ids are the table's, whatever the split."""
-        return "table", ImageStore((self.image_root,))
+    def image_store(self, split: str) -> ImageStore:
+        """Return where the images are."""
+        return ImageStore((self.image_root,))
+
+    def called(self, seen: Mapping[str, int]) -> str:
+        """Return the data set's name; empty for that of the prepared folder."""
+        return self.name
+
+    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
+        """Yield all texts; see `placed_rows`."""
+        raise NotImplementedError
+
+    def fill(self, index: Index) -> None:
+        """Put all texts into the index."""
+        for text in self.texts(index.connection):
+            index.add(text)
 
     def options(self) -> dict[str, Any]:
         """Return what the options have to say of the masks that the table names, so that others start anew.
@@ -138,8 +145,8 @@ class Table:
             return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
         return [{"box": box} for box in row.boxes]
 
-    def placed_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[Row, str, int, int]]:
-        """Yield the rows, each with its split, image id and item id.
+    def placed_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[Text, Row]]:
+        """Yield the rows, each as a text.
 
         Args:
             connection: of the index, where the images are numbered.
@@ -154,18 +161,19 @@ class Table:
             if numbered is None:
                 numbered = row.item_id is not None
             if numbered != (row.item_id is not None):
-                raise UserError(f"{row.where}: either all rows have a {self.item}_id or none has")
+                raise UserError(f"{row.where}: either all rows have a {self.kind.item}_id or none has")
             image_id, in_val = connection.execute(
                 "SELECT image_id, in_val FROM table_images WHERE name = ?", (row.image,)
             ).fetchone()
             split = row.split or ("val" if in_val else "train")
-            yield row, split, image_id, number if row.item_id is None else row.item_id
+            item_id = number if row.item_id is None else row.item_id
+            yield Text(row.where, split, (row.image,), item_id, row.text, image_id, regions=self.regions(row)), row
 
     def _rows(self) -> Iterator[Row]:
         for row in read_rows(self.path):
-            if row.item != self.item:
+            if row.item != self.kind.item:
                 raise UserError(
-                    f"{row.where} has a '{row.item}' where the rows before it have a '{self.item}': a table holds"
+                    f"{row.where} has a '{row.item}' where the rows before it have a '{self.kind.item}': a table holds"
                     " questions or captions, not both"
                 )
             yield row
@@ -196,55 +204,25 @@ class QuestionTable(Table):
     """A table of questions about images."""
 
     kind = QUESTIONS
-    item = "question"
 
-    def fill(self, index: QuestionIndex) -> None:
-        """Put all questions and answers into the index, and count the answers of train and val."""
-        for row, split, image_id, question_id in self.placed_rows(index.connection):
-            index.add_question(
-                row.where,
-                split=split,
-                image_id=image_id,
-                image_name=row.image,
-                question_id=question_id,
-                question=row.text,
-                regions=self.regions(row),
-            )
+    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
+        """See `Table`."""
+        for text, row in self.placed_rows(connection):
             answers = _answers(row.where, row.values.get("answers"))
-            types = [_text(row.where, row.values, name) for name in ("answer_type", "question_type")]
-            if not answers:
-                continue
-            major = Counter(answers).most_common(1)[0][0]
-            index.add_annotation(
-                row.where,
-                split=split,
-                question_id=question_id,
-                answers=ten_answers(answers),
-                answer_type=types[0] or answer_type(major),
-                question_type=types[1] or " ".join(row.text.lower().split()[:2]),
-            )
-            if split in ("train", "val"):
-                index.count_answer(major)
+            types: dict[str, Any] = {
+                name: _text(row.where, row.values, name) for name in ("answer_type", "question_type")
+            }
+            yield text._replace(answers=answers, **types)
 
 
 class CaptionTable(Table):
     """A table of captions of images."""
 
     kind = CAPTIONS
-    item = "caption"
 
-    def fill(self, index: CaptionIndex) -> None:
-        """Put all captions into the index."""
-        for row, split, image_id, caption_id in self.placed_rows(index.connection):
-            index.add_caption(
-                row.where,
-                split=split,
-                image_id=image_id,
-                image_name=row.image,
-                caption_id=caption_id,
-                caption=row.text,
-                regions=self.regions(row),
-            )
+    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
+        """See `Table`."""
+        return (text for text, _ in self.placed_rows(connection))
 
 
 def open_table(path: Path, image_root: Path, val_fraction: float) -> QuestionTable | CaptionTable:
@@ -260,7 +238,7 @@ def open_table(path: Path, image_root: Path, val_fraction: float) -> QuestionTab
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} has no rows")
-    if first.item == CaptionTable.item:
+    if first.item == CAPTIONS.item:
         return CaptionTable(path, image_root, val_fraction)
     return QuestionTable(path, image_root, val_fraction)
 
@@ -281,18 +259,6 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield _as_row(where, values)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def ten_answers(answers: Sequence[str]) -> list[str]:
-    """Return at least ten answers, those given in turn."""
-    return list(itertools.islice(itertools.cycle(answers), max(_HUMANS, len(answers))))
-
-
-def answer_type(answer: str) -> str:
-    """Return `yes/no`, `number` or `other` for an answer in normal form."""
-    if answer in ("yes", "no"):
-        return "yes/no"
-    return "number" if _NUMBER.fullmatch(answer) else "other"
 
 
 def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -386,20 +352,12 @@ def _answers(where: str, value: object) -> list[str]:
     answers = [value] if isinstance(value, str) else value or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: 'answers' must be a text or a list of texts, not {value!r:.80}")
-    return [_normal_form(answer) for answer in answers if answer.strip()]
-
-
-def _normal_form(answer: str) -> str:
-    # "A", "?" or "the" have an empty official form, and may well be the answers of a table.
-    return normalize_answer(answer) or clean_answer(answer).lower()
+    return [normal_form(answer) for answer in answers if answer.strip()]
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.own",
-        description="Prepare your own questions or captions of images, listed in a table.",
-    )
+    parser = new_parser("own", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", type=Path, help=".jsonl or .csv with image, and question, answers, ... or caption")
     what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
@@ -420,7 +378,7 @@ def main() -> None:
         default=0.1,
         help="part of the images of rows without a split that goes into val (default %(default)s)",
     )
-    add_answer_options(parser, min_answer_count=1)
+    add_answer_option(parser, 1)
     add_options(parser)
     arguments = parser.parse_args()
     if arguments.dataset is None:
@@ -438,7 +396,7 @@ def main() -> None:
     )
     out_dir: Path = arguments.out_dir.absolute()
     wanted = read_options(arguments, val_fraction=arguments.val_fraction, source=source.plain())
-    if is_made(out_dir, wanted.recorded(["min_answer_count"])):  # which is of questions alone
+    if is_made(out_dir, wanted.recorded(CAPTIONS)):  # without what is of questions alone
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
         folder = partial / WORK / "source"  # pictures and texts as they came

@@ -20,15 +20,14 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.engine.images import ImageStore, NamedImages, Store
-from data_prep.engine.index import check_value
 from data_prep.engine.json_file import JsonFile, get_value, read_lines
 from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.engine.statements import StatementIndex, statements
+from data_prep.engine.texts import Index, Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 
@@ -62,9 +61,13 @@ class Pairs:
         self.store = store
         self.images: Sequence[Path] = [path for path in store.locations if path not in tables]
 
-    def image_store(self, split: str) -> tuple[str, Store]:
-        """Return where the pictures are, which all splits share."""
-        return "pairs", self.store
+    def image_store(self, split: str) -> Store:
+        """Return where the pictures are."""
+        return self.store
+
+    def called(self, seen: Mapping[str, int]) -> str:
+        """Return what the data set is called."""
+        return self.name
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples.
@@ -74,23 +77,17 @@ class Pairs:
         """
         raise NotImplementedError
 
-    def fill(self, index: StatementIndex) -> None:
+    def fill(self, index: Index) -> None:
         """Put a statement for every picture with every caption into the index: true where they belong together."""
         number = 0
         for example in self.examples():
             for place, image in enumerate(example.images):
                 for which, caption in enumerate(example.captions):
                     number += 1
-                    index.add_statement(
-                        example.where,
-                        split=example.split,
-                        image_names=[image],
-                        statement_id=number,
-                        # With the number of pictures: one that is left out must not make a simpler example.
-                        key=f"{example.name}/{len(example.images)}/{place}/{which}",
-                        statement=caption,
-                        label=str(place == which),
-                    )
+                    # With the number of pictures: one that is left out must not make a simpler example.
+                    key = f"{example.name}/{len(example.images)}/{place}/{which}"
+                    where, split, label = example.where, example.split, str(place == which)
+                    index.add(Text(where, split, (image,), number, caption, key=key, label=label))
 
 
 class Winoground(Pairs):

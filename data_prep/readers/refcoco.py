@@ -16,16 +16,14 @@ import io
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.engine.captions import CAPTIONS, CaptionIndex
 from data_prep.engine.images import ImageStore, open_zip
-from data_prep.engine.index import check_value
 from data_prep.engine.json_file import get_value
 from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.engine.regions import add_instances
+from data_prep.engine.texts import CAPTIONS, Index, Text, check_value
 from vlabs.errors import UserError, run_cli
 
 _SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -83,11 +81,15 @@ class RefCoco:
         self.images: Sequence[Path] = [images]
         self.store = ImageStore((images if images.is_file() else raw_dir,))
 
-    def image_store(self, split: str) -> tuple[str, ImageStore]:
-        """Return one key for all splits, which share their images, and where these are."""
-        return _RELEASE, self.store
+    def image_store(self, split: str) -> ImageStore:
+        """Return where the images are."""
+        return self.store
 
-    def fill(self, index: CaptionIndex) -> None:
+    def called(self, seen: Mapping[str, int]) -> str:
+        """Return what the data set is called."""
+        return self.name
+
+    def fill(self, index: Index) -> None:
         """Put all expressions into the index."""
         name = f"{self.refs} ({self.member})" if self.member else str(self.refs)
         print(f"reading {name}")
@@ -96,7 +98,7 @@ class RefCoco:
             raise UserError(f"{name} is no list of expressions")
         for number, ref in enumerate(refs):
             self._fill_ref(index, f"{name}, entry {number}", ref)
-        add_instances(index, [self.instances])
+        index.add_instances([self.instances])
 
     def _read(self) -> bytes:
         if self.member is None:
@@ -108,7 +110,7 @@ class RefCoco:
             raise UserError(f"{self.refs} is not a whole zip file ({error}): download it again") from None
 
     @staticmethod
-    def _fill_ref(index: CaptionIndex, where: str, ref: object) -> None:
+    def _fill_ref(index: Index, where: str, ref: object) -> None:
         if not isinstance(ref, dict):
             raise UserError(f"{where} is no dictionary")
         split, image_id, instance = (get_value(ref, key, where) for key in ("split", "image_id", "ann_id"))
@@ -119,16 +121,11 @@ class RefCoco:
         if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
             raise UserError(f"{where}: 'sentences' must be a list of dictionaries")
         for sentence in sentences:
-            index.add_caption(
-                where,
-                split=check_split_name(split, where),
-                image_id=image_id,
-                # The entry's own file name has the number of the object in it as well.
-                image_name=f"{_RELEASE}/COCO_{_RELEASE}_{image_id:012d}.jpg",
-                caption_id=get_value(sentence, "sent_id", where),
-                caption=get_value(sentence, "sent", where),
-                target_instances=[instance],
-            )
+            # The entry's own file name has the number of the object in it as well.
+            image = f"{_RELEASE}/COCO_{_RELEASE}_{image_id:012d}.jpg"
+            caption_id, caption = (get_value(sentence, key, where) for key in ("sent_id", "sent"))
+            split = check_split_name(split, where)
+            index.add(Text(where, split, (image,), caption_id, caption, image_id, targets=[[instance]]))
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,10 +1,15 @@
-"""Prepare VQA v2 as it is downloaded: question, annotation and image zip files, none of which needs unpacking.
+"""Prepare VQA v2, or questions of your own in its form: question, annotation and image zip files.
 
-    python -m data_prep.vqav2 --raw-dir downloads --out-dir data/vqav2
+    vlabs prepare vqav2 --raw-dir downloads --out-dir data/vqav2
 
-Unpacked JSON files and image folders (`train2014/`) do as well. Every split that is there is prepared: `train` of
-train2014, `val` of val2014, `test` of test2015, `test-dev` of test-dev2015, and any other by its name. The answer
-vocabulary is METER's, in METER's order. A run that was stopped goes on where it was when it is started again.
+Download: of https://visualqa.org/download.html v2_Questions_Train_mscoco.zip, v2_Annotations_Train_mscoco.zip and
+train2014.zip, the same for val with val2014.zip, and v2_Questions_Test_mscoco.zip with test2015.zip. Any one split
+will do, and so do VQA v1's files.
+
+Nothing needs unpacking, but unpacked JSON files and image folders (`train2014/`) do as well. Every split that is there
+is prepared: `train` of train2014, `val` of val2014, `test` of test2015, `test-dev` of test-dev2015, and any other by
+its name. The answer vocabulary is METER's, in METER's order. Fewer than ten answers to a question count as ten, those
+given in turn. A run that was stopped goes on where it was when it is started again.
 
 What part of the picture a question is about comes from its `target_instances`, where its annotation names them and
 COCO's instances lie in the same folder, or from people: `--human-maps vqahat_train --human-maps vqahat_val` takes the
@@ -15,16 +20,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.engine.images import ImageStore, open_zip
 from data_prep.engine.json_file import JsonFile, get_value
-from data_prep.engine.pipeline import add_options, check_split_name, name_of_rendered, prepare, read_options
-from data_prep.engine.questions import QUESTIONS, QuestionIndex, add_answer_options
-from data_prep.engine.regions import add_instances, describe_files, find_instances
+from data_prep.engine.pipeline import check_split_name, name_of_rendered
+from data_prep.engine.reader import Reader, command
+from data_prep.engine.regions import describe_files
+from data_prep.engine.texts import Index, Text, check_value
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.grounding import list_hat
 from vlabs.metrics.vqa import normalize_answer
@@ -43,25 +49,22 @@ class Split:
     store: ImageStore
 
 
-class VQAv2:
+class VQAv2(Reader):
     """The raw files of VQA v2 in one folder; those of v1, where there are none of v2.
 
     Args:
         raw_dir: the folder.
         human_maps: folders with the maps of VQA-HAT, if wanted.
 
-    Attributes:
-        options: what the command line's options have to say of the maps, so that others start anew.
-
     Raises:
         UserError: files are missing, and the message names all of them; or a folder of maps is not what it should be.
     """
 
-    kind = QUESTIONS
+    name = "vqav2"
+    min_answer_count = 9
 
     def __init__(self, raw_dir: Path, human_maps: Sequence[Path] = ()) -> None:
-        if not raw_dir.is_dir():
-            raise UserError(f"there is no folder {raw_dir}: --raw-dir is where the downloads of VQA v2 lie")
+        super().__init__(raw_dir)
         questions, annotations = _find(raw_dir, _QUESTIONS), _find(raw_dir, _ANNOTATIONS)
         if not questions and not annotations:
             raise UserError(
@@ -83,11 +86,7 @@ class VQAv2:
             split = check_split_name(_split_name(subset), str(file))
             if split in self.splits:
                 raise UserError(f"{raw_dir} holds two '{split}' splits, {self.splits[split].questions} and {file}")
-            release = file.text("data_subtype")
-            if release is None or not re.fullmatch(r"[\w-]+", release):
-                raise UserError(
-                    f"{file} does not say which images it is about: 'data_subtype' must be one like val2014"
-                )
+            release = _release(file)
             archive, folder = raw_dir / f"{release}.zip", raw_dir / release
             if not archive.is_file() and not folder.is_dir():
                 missing.append(f"{release}.zip (or the folder {release}/)")
@@ -95,44 +94,51 @@ class VQAv2:
             self.splits[split] = Split(file, annotations.get(subset), release, store)
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
-        self.name = name_of_rendered(raw_dir) or _name_of(raw_dir, next(iter(self.splits.values())).questions)
         json_files = [*questions.values(), *annotations.values()]
-        self.instances = find_instances(raw_dir)
-        self.tables: Sequence[Path] = sorted({*(file.path for file in json_files), *self.instances})
-        places = {
-            location if location != raw_dir else raw_dir / split.release
-            for split in self.splits.values()
-            for location in split.store.locations
-        }
-        self.images: Sequence[Path] = sorted(places)
+        self.tables = sorted({*(file.path for file in json_files), *self.instances})
         self.human_maps = _find_human_maps(human_maps)
-        self.options: dict[str, Any] = {}
         if self.human_maps:
             files = {path.name: path for paths in self.human_maps.values() for path in paths}
             self.options["human_maps"] = describe_files(files)
 
-    def image_store(self, split: str) -> tuple[str, ImageStore]:
-        """Return the name of the release that a split's images are of, and where they are."""
-        return self.splits[split].release, self.splits[split].store
+    @property
+    def images(self) -> Sequence[Path]:
+        """See `Reader`."""
+        return sorted({
+            location if location != self.raw_dir else self.raw_dir / split.release
+            for split in self.splits.values()
+            for location in split.store.locations
+        })  # fmt: skip
 
-    def fill(self, index: QuestionIndex) -> None:
-        """Put all questions and annotations into the index, and count the answers of train and val."""
+    def image_store(self, split: str) -> ImageStore:
+        """See `Reader`."""
+        return self.splits[split].store
+
+    def called(self, seen: Mapping[str, int]) -> str:
+        """`vqav2` if a file says that it is of the VQA dataset; data of one's own are called as their folder."""
+        said = next(iter(self.splits.values())).questions.text("info.description") or ""
+        own = self.name if re.search(r"\bVQA dataset\b", said) else self.raw_dir.resolve().name
+        return name_of_rendered(self.raw_dir) or own
+
+    def fill(self, index: Index) -> None:
+        """Put all questions and annotations into the index."""
         for name, split in self.splits.items():
-            self._fill_questions(index, name, split)
+            for text in _questions(name, split):
+                index.add(text)
         # METER's vocabulary is in order of first appearance, train before val.
         for name in sorted(self.splits, key=lambda name: (name != "train", name != "val", name)):
-            self._fill_annotations(index, name, self.splits[name])
-        add_instances(index, self.instances)
+            for text in _annotations(name, self.splits[name].annotations):
+                index.annotate(text)
+        index.add_instances(self.instances)
         if self.human_maps:
             self._fill_human_maps(index)
 
-    def _fill_human_maps(self, index: QuestionIndex) -> None:
-        found = index.replace_regions(
-            {
-                question_id: [{"maps": [[str(path.absolute()), None] for path in paths]}]
-                for question_id, paths in self.human_maps.items()
-            }
-        )
+    def _fill_human_maps(self, index: Index) -> None:
+        maps = {
+            question_id: [{"maps": [[str(path.absolute()), None] for path in paths]}]
+            for question_id, paths in self.human_maps.items()
+        }
+        found = index.replace_regions(maps)
         print(f"{found:,} of {len(self.human_maps):,} questions with human maps are prepared")
         if not found:
             folder = next(iter(self.human_maps.values()))[0].parent
@@ -141,50 +147,64 @@ class VQAv2:
                 " the folders for the splits that are there"
             )
 
-    def _fill_questions(self, index: QuestionIndex, name: str, split: Split) -> None:
-        print(f"reading {split.questions}")
-        number = -1
-        for number, entry in enumerate(split.questions.entries("questions")):
-            where = f"{split.questions}, question {number}"
-            image_id = get_value(entry, "image_id", where)
-            index.add_question(
-                where,
-                split=name,
-                image_id=image_id,
-                image_name=f"{split.release}/COCO_{split.release}_{image_id:0>12}.jpg",
-                question_id=get_value(entry, "question_id", where),
-                question=get_value(entry, "question", where),
-            )
-        if number < 0:
-            raise UserError(f"{split.questions} has no 'questions'")
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """See `Reader`."""
+        what = "folder with maps of VQA-HAT, of where people looked; may be given several times"
+        parser.add_argument("--human-maps", type=Path, action="append", default=[], metavar="FOLDER", help=what)
 
-    def _fill_annotations(self, index: QuestionIndex, name: str, split: Split) -> None:
-        if split.annotations is None:
-            return
-        print(f"reading {split.annotations}")
-        number = -1
-        for number, entry in enumerate(split.annotations.entries("annotations")):
-            where = f"{split.annotations}, annotation {number}"
-            answers = get_value(entry, "answers", where)
-            targets = entry.get("target_instances", [])
-            if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-                raise UserError(f"{where}: 'answers' must be a list of objects")
-            index.add_annotation(
-                where,
-                split=name,
-                question_id=get_value(entry, "question_id", where),
-                answers=[get_value(answer, "answer", where) for answer in answers],
-                answer_type=get_value(entry, "answer_type", where),
-                question_type=get_value(entry, "question_type", where),
-                target_instances=targets,
-            )
-            if name in ("train", "val"):
-                major = get_value(entry, "multiple_choice_answer", where)
-                if not isinstance(major, str):
-                    raise UserError(f"{where}: 'multiple_choice_answer' must be text")
-                index.count_answer(normalize_answer(major))
-        if number < 0:
-            raise UserError(f"{split.annotations} has no 'annotations'")
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> VQAv2:
+        """See `Reader`."""
+        return cls(arguments.raw_dir, arguments.human_maps)
+
+
+def _questions(name: str, split: Split) -> Iterator[Text]:
+    print(f"reading {split.questions}")
+    number = -1
+    for number, entry in enumerate(split.questions.entries("questions")):
+        where = f"{split.questions}, question {number}"
+        image_id = get_value(entry, "image_id", where)
+        question_id, question = (get_value(entry, key, where) for key in ("question_id", "question"))
+        image = f"{split.release}/COCO_{split.release}_{image_id:0>12}.jpg"
+        yield Text(where, name, (image,), question_id, question, image_id)
+    if number < 0:
+        raise UserError(f"{split.questions} has no 'questions'")
+
+
+def _annotations(name: str, file: JsonFile | None) -> Iterator[Text]:
+    if file is None:
+        return
+    print(f"reading {file}")
+    number = -1
+    for number, entry in enumerate(file.entries("annotations")):
+        where = f"{file}, annotation {number}"
+        answers, major = get_value(entry, "answers", where), get_value(entry, "multiple_choice_answer", where)
+        if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+            raise UserError(f"{where}: 'answers' must be a list of objects")
+        check_value(where, "multiple_choice_answer", major, str)
+        values: dict[str, Any] = {key: get_value(entry, key, where) for key in ("answer_type", "question_type")}
+        yield Text(
+            where,
+            name,
+            (),
+            get_value(entry, "question_id", where),
+            "",
+            answers=[get_value(answer, "answer", where) for answer in answers],
+            major=normalize_answer(major),
+            targets=[entry.get("target_instances", [])],
+            **values,
+        )
+    if number < 0:
+        raise UserError(f"{file} has no 'annotations'")
+
+
+def _release(file: JsonFile) -> str:
+    """What the images of a file of questions are called."""
+    release = file.text("data_subtype")
+    if release is None or not re.fullmatch(r"[\w-]+", release):
+        raise UserError(f"{file} does not say which images it is about: 'data_subtype' must be one like val2014")
+    return release.replace("test-dev", "test")
 
 
 def _find_human_maps(folders: Sequence[Path]) -> dict[int, list[Path]]:
@@ -202,12 +222,6 @@ def _find_human_maps(folders: Sequence[Path]) -> dict[int, list[Path]]:
             # Their order, and with it how their mean is rounded, must not be that of the folders.
             maps[question_id] = sorted([*maps.get(question_id, []), *paths], key=lambda path: path.name)
     return maps
-
-
-def _name_of(raw_dir: Path, questions: JsonFile) -> str:
-    """`vqav2` if a file says that it is of the VQA dataset; data of one's own are called as their folder."""
-    said = questions.text("info.description") or ""
-    return "vqav2" if re.search(r"\bVQA dataset\b", said) else raw_dir.resolve().name
 
 
 def _split_name(subset: str) -> str:
@@ -238,26 +252,7 @@ def _find(raw_dir: Path, pattern: re.Pattern[str]) -> dict[str, JsonFile]:
     return found
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.vqav2", description="Prepare VQA v2 from the files as they are downloaded."
-    )
-    parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded zip files")
-    parser.add_argument(
-        "--human-maps",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="folder with maps of VQA-HAT, of where people looked; may be given several times",
-    )
-    add_answer_options(parser, min_answer_count=9)
-    add_options(parser)
-    arguments = parser.parse_args()
-    raw = VQAv2(arguments.raw_dir, arguments.human_maps)
-    prepare(raw, arguments.out_dir, read_options(arguments, **raw.options))
-
+main = command(VQAv2)
 
 if __name__ == "__main__":
     run_cli(main)

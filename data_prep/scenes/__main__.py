@@ -1,4 +1,7 @@
-"""`python -m data_prep.scenes`: render the embedded corpus."""
+"""Render the embedded corpus: scenes of several objects, with questions, captions and instance masks.
+
+Download: nothing. See `corpus.py`.
+"""
 
 from data_prep.scenes.corpus import main
 from vlabs.errors import run_cli

@@ -6,6 +6,7 @@ compared as they are where the ten humans wrote the same string, and in normalis
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ _COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # The official call hands `re.UNICODE`, which is 32, to `sub` where it expects the number of replacements.
 _MOST_PERIODS = 32
+_HUMANS = 10
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = {
     "none": "0",
@@ -167,7 +169,7 @@ class VqaAccuracy(TypedDict):
     overall: float
     per_question_type: dict[str, float]
     per_answer_type: dict[str, float]
-    per_question: dict[int, float]
+    per_question: dict[int | str, float]
 
 
 def clean_answer(answer: str) -> str:
@@ -198,15 +200,26 @@ def match_accuracy(matches: int, total: int) -> float:
     return (matches * left_out_agrees + (total - matches) * left_out_differs) / total
 
 
-def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return the official accuracy, in [0, 1], of one prediction against the human answers (ten in VQA).
+def ten_answers(answers: Sequence[str]) -> list[str]:
+    """Return at least ten answers, those given in turn: the official accuracy, which leaves one out, is made for ten.
+
+    As they are, the one answer to a question would score 0, and two people who agree 33%.
 
     Raises:
         ValueError: there are no answers.
     """
     if not answers:
         raise ValueError("an answer's accuracy needs at least one human answer")
-    answers = [clean_answer(answer) for answer in answers]
+    return list(itertools.islice(itertools.cycle(answers), max(_HUMANS, len(answers))))
+
+
+def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the official accuracy, in [0, 1], of one prediction against the human answers: ten, see `ten_answers`.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    answers = [clean_answer(answer) for answer in ten_answers(answers)]
     prediction = clean_answer(prediction)
     if len(set(answers)) > 1:
         answers = [normalize_answer(answer) for answer in answers]
@@ -219,7 +232,7 @@ def vqa_accuracy(annotations: str | Path | Mapping[str, Any], results: str | Pat
 
     Args:
         annotations: a file in the format of `v2_mscoco_val2014_annotations.json`, or what is in it.
-        results: a file with a list of `{"question_id": int, "answer": str}`, or that list.
+        results: a file with a list of `{"question_id": int or str, "answer": str}`, or that list.
 
     Raises:
         UserError: a file cannot be read or has another format, or the results do not answer every question of the
@@ -228,7 +241,7 @@ def vqa_accuracy(annotations: str | Path | Mapping[str, Any], results: str | Pat
     answered = _read_results(results)
     annotated = _read_annotations(annotations)
     _check_same_questions(annotated, answered)
-    per_question: dict[int, float] = {}
+    per_question: dict[int | str, float] = {}
     by_question_type: defaultdict[str, list[float]] = defaultdict(list)
     by_answer_type: defaultdict[str, list[float]] = defaultdict(list)
     for question_id, annotation in annotated.items():
@@ -258,17 +271,17 @@ def _read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def _read_annotations(source: str | Path | Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+def _read_annotations(source: str | Path | Mapping[str, Any]) -> dict[int | str, Mapping[str, Any]]:
     loaded = _read_json(source) if isinstance(source, str | Path) else source
     name = str(source) if isinstance(source, str | Path) else "the annotations"
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("annotations"), list):
         raise UserError(f"{name}: not VQA annotations (an object with a list 'annotations')")
-    annotated: dict[int, Mapping[str, Any]] = {}
+    annotated: dict[int | str, Mapping[str, Any]] = {}
     for number, entry in enumerate(loaded["annotations"]):
         try:
             question_id, answers = entry["question_id"], entry["answers"]
             complete = (
-                isinstance(question_id, int)
+                isinstance(question_id, int | str)
                 and isinstance(answers, list)
                 and answers
                 and all(isinstance(answer["answer"], str) for answer in answers)
@@ -289,7 +302,7 @@ def _read_annotations(source: str | Path | Mapping[str, Any]) -> dict[int, Mappi
     return annotated
 
 
-def _read_results(source: str | Path | Sequence[Any]) -> dict[int, str]:
+def _read_results(source: str | Path | Sequence[Any]) -> dict[int | str, str]:
     loaded: Any = _read_json(source) if isinstance(source, str | Path) else source
     name = str(source) if isinstance(source, str | Path) else "the results"
     if isinstance(loaded, str | bytes) or not isinstance(loaded, Sequence):
@@ -297,10 +310,12 @@ def _read_results(source: str | Path | Sequence[Any]) -> dict[int, str]:
     for number, entry in enumerate(loaded):
         if (
             not isinstance(entry, Mapping)
-            or not isinstance(entry.get("question_id"), int)
+            or not isinstance(entry.get("question_id"), int | str)
             or not isinstance(entry.get("answer"), str)
         ):
-            raise UserError(f"{name}: result {number} needs a whole number 'question_id' and a string 'answer'")
+            raise UserError(
+                f"{name}: result {number} needs a 'question_id', a whole number or text, and a text 'answer'"
+            )
     counts = Counter(entry["question_id"] for entry in loaded)
     twice = [question_id for question_id, count in counts.items() if count > 1]
     if twice:
@@ -308,7 +323,7 @@ def _read_results(source: str | Path | Sequence[Any]) -> dict[int, str]:
     return {entry["question_id"]: entry["answer"] for entry in loaded}
 
 
-def _check_same_questions(annotated: Mapping[int, Any], answered: Mapping[int, Any]) -> None:
+def _check_same_questions(annotated: Mapping[int | str, Any], answered: Mapping[int | str, Any]) -> None:
     missing = [question_id for question_id in annotated if question_id not in answered]
     unknown = [question_id for question_id in answered if question_id not in annotated]
     problems = []

@@ -201,15 +201,15 @@ def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text, whole or not at all; returns where."""
+    """Write a text, whole or not at all; returns where. What is no UTF-8 (names of files) is written as its escape."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
 def write_json(path: str | Path, content: Any, indent: int = 1) -> Path:
     """Write JSON, whole or not at all; returns where."""
-    return write_text(path, json.dumps(content, indent=indent) + "\n")
+    return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def content_sha256(path: str | Path) -> str:
