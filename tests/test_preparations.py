@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from test_prepare_vqa import Raw
 
-from data_prep.readers import classes, objects, own, scenes, segmentation, vqav2, webdataset
+from data_prep.readers import classes, own, segmentation, vqav2, webdataset
+from data_prep.scenes import corpus as scenes
+from data_prep.scenes import objects
 from vlabs.checkpoints.checkpoint import history_of, load_checkpoint, packaged_starts
 from vlabs.data import embedded
 from vlabs.data.prepared import read_manifest
@@ -124,14 +126,15 @@ def test_data_are_called_as_they_are_and_not_as_their_layout(tmp_path, tiny_data
 
     assert read_manifest(tiny_data)["name"] == "scenes"
     raw = Raw(images=2, splits=("train",))
-    assert VQAv2(raw.zipped(tmp_path / "doors")).name == "doors"
+    assert VQAv2(raw.zipped(tmp_path / "doors")).called({}) == "doors"
     questions = next(content for name, content in raw.json.items() if "questions" in name)
     questions["info"] = {"description": "This is v2.0 of the VQA dataset."}
-    assert VQAv2(raw.zipped(tmp_path / "downloads")).name == "vqav2"
+    assert VQAv2(raw.zipped(tmp_path / "downloads")).called({}) == "vqav2"
     (tmp_path / "snli_ve_dev.jsonl").write_text("{}\n")
-    assert SNLIVE(tmp_path).name == "snli_ve"
+    assert SNLIVE(tmp_path).called({"dev": 17_858}) == "snli_ve"
+    assert SNLIVE(tmp_path).called({"dev": 1}) == tmp_path.name
     (tmp_path / "scenes.json").write_text("{}")
-    assert SNLIVE(tmp_path).name == "scenes"
+    assert SNLIVE(tmp_path).called({"dev": 1}) == "scenes"
 
 
 def test_the_models_that_come_with_vlabs_say_that_they_saw_scenes_alone():

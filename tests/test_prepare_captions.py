@@ -362,7 +362,7 @@ def test_missing_files_are_named_together(tmp_path: Path) -> None:
     line = error_line(run_raw("coco_captions", tmp_path / "empty", tmp_path / "out"))
     for name in ("dataset_coco.json", "train2014.zip", "val2014.zip"):
         assert name in line
-    assert "data_prep.scenes " in error_line(run_raw("scenes_captions", tmp_path / "empty", tmp_path / "out"))
+    assert "vlabs prepare scenes " in error_line(run_raw("scenes_captions", tmp_path / "empty", tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
 

@@ -478,8 +478,8 @@ def test_own_table_of_json_lines(own_images: Path) -> None:
     assert rows[0]["question_id"] == [1, 3]
     assert rows[0]["question"] == [OWN[0]["question"], OWN[2]["question"]]
     assert rows[0]["image"] == (own_images / "a.jpg").read_bytes()
-    assert rows[0]["answers"] == [["zebra", "zebra", "pferd"] * 3 + ["zebra"], ["2"] * 10]
-    assert rows[1]["answers"] == [["a"] * 10]
+    assert rows[0]["answers"] == [["zebra", "zebra", "pferd"], ["2"]]
+    assert rows[1]["answers"] == [["a"]]
     assert rows[0]["answer_type"] == ["other", "number"]
     assert rows[2]["answer_type"] == ["yes/no"]
     assert rows[0]["question_type"] == ["was ist", "wie viele,"]
@@ -546,3 +546,39 @@ def test_own_names_the_row_that_is_wrong(own_images: Path, row: str, message: st
     (own_images / "q.jsonl").write_text(f"{first}\n{row}\n")
     assert message in error_line(run_own(own_images / "q.jsonl", own_images / "out"))
     assert not (own_images / "out").exists()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_few_answers_of_a_question_are_as_good_as_ten_of_the_same(number: int) -> None:
+    scores = SoftScores.of_vocabulary(["red", "blue"])
+    assert scores(["red"] * number) == scores(["red"] * 10) == ([0], [1.0])
+    assert answer_accuracy("red", ["red"] * number) == 1.0
+    assert answer_accuracy("blue", ["red"] * number) == 0.0
+
+
+@pytest.mark.parametrize("said", ["test-dev2015", "test2015"])
+def test_the_pictures_of_test_dev_are_those_of_test_whatever_its_file_says(tmp_path: Path, said: str) -> None:
+    raw = Raw(images=2, splits=("test",))
+    test = raw.json.pop("v2_OpenEnded_mscoco_test2015_questions.json")
+    raw.json["v2_OpenEnded_mscoco_test-dev2015_questions.json"] = {**test, "data_subtype": said}
+    assert len(load_split(prepared(raw.unpacked(tmp_path / "raw"), tmp_path / "out"), "test-dev")) == 2
+
+
+def test_ids_of_questions_may_be_texts_and_are_kept_to_the_file_of_results(tmp_path: Path) -> None:
+    raw = Raw(images=2, splits=("train", "val"))
+    for entries in (*map(raw.questions, ("train", "val")), *map(raw.annotations, ("train", "val"))):
+        for entry in entries:
+            entry["question_id"] = f"0{entry['question_id']}"
+    out = prepared(raw.unpacked(tmp_path / "raw"), tmp_path / "out")
+    found = [one for ids in load_split(out, "val")["question_id"] for one in ids]
+    assert sorted(found) == sorted(entry["question_id"] for entry in raw.questions("val"))
+
+
+def test_prepare_lists_every_data_set_with_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
+    from data_prep.__main__ import commands
+
+    known = commands()
+    assert {"vqav2", "gqa", "own", "classes", "segmentation", "scenes"} <= known.keys()
+    rooms = [*Path("data_prep/readers").glob("*.py"), *Path("data_prep/scenes").glob("*.py")]
+    runnable = {path.stem for path in rooms if "run_cli(main)" in path.read_text() and path.stem != "__main__"}
+    assert runnable - {"question_only"} <= known.keys()

@@ -109,7 +109,7 @@ def test_nlvr2_is_read_as_it_is_downloaded(nlvr2_raw, tmp_path):
 
 def test_a_pair_that_lacks_a_picture_is_named_and_can_be_left_out(nlvr2_raw, tmp_path):
     (nlvr2_raw / "images/train/3/train-7-1-img1.png").unlink()
-    with pytest.raises(UserError, match=r"missing image: 1.*train-7-1-img0.png \(image_2\)"):
+    with pytest.raises(UserError, match=r"missing image: 1.*train-7-1-img1.png \(image_2\)"):
         prepare(NLVR2(nlvr2_raw), tmp_path / "out", Options(vocab_size=0))
     assert not (tmp_path / "out").exists()
     prepare(NLVR2(nlvr2_raw), tmp_path / "out", Options(vocab_size=0, on_bad="skip"))
