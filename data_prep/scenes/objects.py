@@ -1,11 +1,13 @@
 """The embedded corpus of single objects: one coloured shape a picture, its class the pair of shape and fill.
 
-    python -m data_prep.objects --size small --out-dir data/objects-raw
+    vlabs prepare objects --size small --out-dir data/objects-raw
 
-writes `train.tar` and `val.tar`, each with a folder a class and JPEG files in it, as any data of class folders come
-(`data_prep.classes` prepares them). Colour, place and diameter are free, backgrounds are those of `data_prep.scenes`.
+Download: nothing, the pictures are rendered.
 
-    python -m data_prep.objects --size small --out-dir data/objects-several --several 500
+The command writes `train.tar` and `val.tar`, each with a folder a class and JPEG files in it, as any data of class
+folders come (`vlabs prepare classes` reads them). Colour, place and diameter are free, backgrounds those of the scenes.
+
+    vlabs prepare objects --size small --out-dir data/objects-several --several 500
 
 writes pictures of two to four objects of different classes, and `instances.json` with their masks as COCO has them.
 """

@@ -2,37 +2,28 @@
 
     python -m data_prep.question_only --raw-dir data/vqa_v2 --train train --val val
 
-reads the zips of a folder in the VQA v2 layout. A model that does not beat these numbers has not looked.
+reads a folder that `vlabs prepare vqav2` takes. A model that does not beat these numbers has not looked.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.readers.vqav2 import VQAv2
 from vlabs.errors import UserError, run_cli
+from vlabs.metrics.vqa import match_accuracy
 
 Record = Mapping[str, Any]
 
 
 def answer_scores(annotation: Record) -> dict[str, float]:
-    """The official VQA accuracy of every answer to one question, in 0..1.
-
-    An answer that n of the ten annotators gave scores min(1, n / 3), averaged over the ten ways to leave one annotator
-    out: 0.3, 0.6, 0.9 and 1 for n = 1, 2, 3 and more. Answers are compared as they are written.
-    """
-    answers = [given["answer"] for given in annotation["answers"]]
-    scores = {}
-    for answer in dict.fromkeys(answers):
-        same = answers.count(answer)
-        left_out = [same - (given == answer) for given in answers]
-        scores[answer] = sum(min(1.0, others / 3) for others in left_out) / len(answers)
-    return scores
+    """The official accuracy, in [0, 1], of every answer to one question; answers are compared as they are written."""
+    counts = Counter(given["answer"] for given in annotation["answers"])
+    return {answer: match_accuracy(same, counts.total()) for answer, same in counts.items()}
 
 
 def question_only_accuracy(
@@ -97,30 +88,18 @@ def format_table(accuracy: Mapping[str, float]) -> str:
     return "\n".join([f"{'question alone':<{width}}       %", *lines])
 
 
-def read_split(raw_dir: Path, split: str) -> tuple[list[Record], list[Record]]:
-    """The (annotations, questions) lists of one split ("train", "val", ...) of a folder in the VQA v2 layout."""
-    label = split.capitalize()
-    annotations = _read_member(raw_dir / f"v2_Annotations_{label}_mscoco.zip", f"v2_mscoco_{split}")
-    questions = _read_member(raw_dir / f"v2_Questions_{label}_mscoco.zip", f"v2_OpenEnded_mscoco_{split}")
-    return annotations["annotations"], questions["questions"]
-
-
-def _read_member(path: Path, prefix: str) -> dict[str, Any]:
-    """The JSON member `<prefix><year>_*.json` of a zip; test-dev's, beside test's, has no digit there."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; --raw-dir takes a folder of VQA v2 zips")
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            stem = name.rsplit("/", 1)[-1]
-            if stem.startswith(prefix) and stem[len(prefix) :][:1].isdigit() and stem.endswith(".json"):
-                content: dict[str, Any] = json.loads(archive.read(name))
-                return content
-    raise UserError(f"{path} has no member {prefix}*.json")
+def read_split(raw_dir: Path, name: str) -> tuple[list[Record], list[Record]]:
+    """The (annotations, questions) lists of one split of a folder that `VQAv2` reads."""
+    raw = VQAv2(raw_dir)
+    split = raw.splits.get(name)
+    if split is None or split.annotations is None:
+        raise UserError(f"there is no split '{name}' with annotations: choose of {', '.join(raw.splits)}")
+    return list(split.annotations.entries("annotations")), list(split.questions.entries("questions"))
 
 
 def main() -> None:
     """Print the table of a raw folder."""
-    parser = argparse.ArgumentParser(description="accuracy of the best question-only answers")
+    parser = argparse.ArgumentParser(prog="python -m data_prep.question_only", description=__doc__)
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder of VQA v2 question and annotation zips")
     parser.add_argument("--train", default="train", help="split that the answers are chosen on (default: train)")
     parser.add_argument("--val", default="val", help="split that they are scored on (default: val)")
