@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.engine.json_file import JsonFile
 from vlabs.checkpoints.checkpoint import load_checkpoint, read_tensors
 from vlabs.data.instances import count_instances
 from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import vqa_accuracy
+from vlabs.utils.json_file import JsonFile
 
 OFFSETS = 200
 FEW = settings(max_examples=50, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -192,7 +192,7 @@ def test_any_json_in_the_place_of_annotations_and_results_is_refused_or_read(ann
 @pytest.mark.parametrize("name", ["../outside.jpg", "/etc/outside.jpg", "a/../../outside.jpg"])
 def test_a_path_in_an_archive_cannot_leave_its_folder(name, tmp_path):
     """Nothing is unpacked: a member is read where it lies, and its name is only what a question asks for."""
-    from data_prep.engine.images import ImageStore
+    from data_prep.engine.places import ImageStore
 
     outside = tmp_path / "outside.jpg"
     outside.write_bytes(b"secret")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.engine.images import ImageFile, read_image
+from data_prep.engine.places import ImageFile, read_image
 from vlabs.data.decoding import known_formats, open_picture
 from vlabs.data.images import decode_region
 from vlabs.data.preprocessing import decode_image

@@ -192,7 +192,7 @@ def test_iou_is_that_of_sets_of_pixels():
     assert iou[3].isnan()
     assert float(mean_iou(confusion)) == pytest.approx(float(iou[:3].mean()), rel=1e-6)
     masks = torch.tensor([[[1, 1, 0, 0]], [[255] * 4]])
-    assert region_iou(torch.tensor([[[1, 0, 1, 0]], [[1] * 4]]), masks).tolist() == pytest.approx([1 / 3])
+    assert region_iou(torch.tensor([[[1, 0, 1, 0]], [[1] * 4]]), masks, 255).tolist() == pytest.approx([1 / 3])
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -42,14 +42,14 @@ from vlabs.runs.config import (
     run_hydra,
     save_config,
 )
-from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
+from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import write_table
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
 from vlabs.training.start import Last, last_whole
-from vlabs.utils.ranks import is_rank_zero
+from vlabs.utils.ranks import is_rank_zero, say
 
 _failed_runs: list[str] = []
 _began = time.time()  # of the process; a folder that is older was there before

@@ -18,39 +18,35 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sqlite3
-import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
-import tokenizers
 from tqdm import tqdm
 
-from data_prep.engine.images import IMAGES_SCHEMA, Store, fingerprint, write_images
-from data_prep.engine.shards import (
+from data_prep.engine.folder import (
+    SPECIAL_TOKENS,
     BadItem,
-    ShardBuilder,
-    ShardRecord,
-    ShardTask,
-    build_shard,
-    open_readonly,
-    start_worker,
+    describe_raw,
+    is_made,
+    report_bad,
+    say_ready,
+    write_datasets_files,
+    write_manifest,
+    write_tokenizer,
 )
+from data_prep.engine.places import IMAGES_SCHEMA, Store, fingerprint, write_images
+from data_prep.engine.shards import ShardBuilder, ShardRecord, ShardTask, build_shard, open_readonly, start_worker
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Rows
 from vlabs.data.prepared import FORMAT_VERSION
-from vlabs.errors import UserError, show
-from vlabs.utils.files import WORK, clear, content_sha256, is_free, new_folder, write_json, write_text
+from vlabs.errors import UserError
+from vlabs.utils.files import WORK, clear, new_folder, write_text
 
-_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _BYTES = 256
-_NAMED_BAD_ITEMS = 20
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,7 @@ class Options:
         for name, least in (("min_answer_count", 1), ("shard_size", 1), ("num_workers", 1), ("vocab_size", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        smallest = _BYTES + len(_SPECIAL_TOKENS)
-        if 0 < self.vocab_size < smallest:
-            raise UserError(f"--vocab-size must be 0 (no tokenizer) or at least {smallest}, not {self.vocab_size}")
+        check_vocab_size(self.vocab_size)
 
     def recorded(self, kind: Kind) -> dict[str, Any]:
         """Return the options that what is written depends on."""
@@ -90,6 +84,13 @@ class Options:
         for name in ("num_workers", "name", *(() if kind == QUESTIONS else ("min_answer_count",))):
             del values[name]
         return {**values.pop("others"), **values}
+
+
+def check_vocab_size(size: int) -> None:
+    """Raise a UserError unless there can be a tokenizer of so many tokens, or none."""
+    smallest = _BYTES + len(SPECIAL_TOKENS)
+    if size and size < smallest:
+        raise UserError(f"--vocab-size must be 0 (no tokenizer) or at least {smallest}, not {size}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -151,17 +152,6 @@ class RawData(Protocol):
         """Return what the data set is called, from its texts by split; empty for the name of its prepared folder."""
 
 
-def check_split_name(split: str, where: str) -> str:
-    """Return a split's name.
-
-    Raises:
-        UserError: it cannot be the name of a folder beside the others.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", split) or split == "tokenizer":
-        raise UserError(f"{where}: '{split}' cannot be a split's name (letters, digits, '_', '-' and '.')")
-    return split
-
-
 def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
     """Make the prepared folder, or go on making it where an earlier run stopped.
 
@@ -176,30 +166,6 @@ def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
         splits = prepare_in(partial, raw, options, out_dir.name, raw_files)
     say_ready(out_dir, splits)
-
-
-def is_made(out_dir: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether a prepared folder is there already, made from the same; this is then said.
-
-    Args:
-        made_from: entries of its manifest, or of the options in it.
-
-    Raises:
-        UserError: something else is there.
-    """
-    if is_free(out_dir):
-        return False
-    try:
-        manifest = json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
-        found = {**manifest.get("options", {}), **manifest}
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{out_dir} exists and holds no prepared data: name another --out-dir") from None
-    for name, value in made_from.items():
-        if found.get(name) != value:
-            what = "raw files" if name in ("name", "raw_files", "source") else "options"
-            raise UserError(f"{out_dir} holds something else, made from other {what}: name another --out-dir")
-    print(f"{out_dir} is there already, made from the same files with the same options")
-    return True
 
 
 def prepare_in(
@@ -227,33 +193,9 @@ def prepare_in(
         raise UserError(f"cannot make {partial}: {error}{hint}") from error
 
 
-def say_ready(out_dir: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print what a new prepared folder holds."""
-    for split, counts in splits.items():
-        counted = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if name != "sha256")
-        print(f"{split}: {', '.join(counted)}")
-    print(f"{out_dir} is ready")
-
-
-def name_of_rendered(raw_dir: Path) -> str | None:
-    """The name of the embedded corpus if a folder holds it (`data_prep.scenes`), in whatever layout."""
-    return "scenes" if (raw_dir / "scenes.json").is_file() else None
-
-
 def raw_files_of(raw: RawData) -> list[dict[str, Any]]:
     """What a manifest says of raw data."""
-    return [_describe(path, hashed=True) for path in raw.tables] + [_describe(path) for path in raw.images]
-
-
-def _describe(path: Path, hashed: bool = False) -> dict[str, Any]:
-    """Return a raw file's name, size in bytes and hash; of a folder, the number and size of its files."""
-    if path.is_dir():
-        sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
-        return {"name": f"{path.name}/", "files": len(sizes), "size": sum(sizes)}
-    described: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-    if hashed:
-        described["sha256"] = content_sha256(path)
-    return described
+    return [describe_raw(path, hashed=True) for path in raw.tables] + [describe_raw(path) for path in raw.images]
 
 
 class _Run:
@@ -311,13 +253,8 @@ class _Run:
         index.finish()
         with closing(open_readonly(part)) as connection:
             if self.options.vocab_size and "train" in _splits(connection):
-                print("training the tokenizer")
                 found = connection.execute("SELECT text FROM items WHERE split = 'train' ORDER BY image_id, item_id")
-                folder = self.prepared / "tokenizer"
-                folder.mkdir(exist_ok=True)
-                train_tokenizer((text for (text,) in found), self.options.vocab_size).save(
-                    str(folder / "tokenizer.json")
-                )
+                write_tokenizer(self.prepared, (text for (text,) in found), self.options.vocab_size)
         part.replace(self.index_file)
 
     def locate_images(self) -> None:
@@ -327,7 +264,7 @@ class _Run:
             closing(open_readonly(self.index_file)) as index,
             closing(sqlite3.connect(self.images_file)) as images,
         ):
-            images.execute(IMAGES_SCHEMA)
+            images.executescript(IMAGES_SCHEMA)
             for split in _splits(index):
                 for place in range(self.kind.pictures):
                     wanted = index.execute(
@@ -388,62 +325,26 @@ class _Run:
             UserError: there are bad items, which are not to be skipped.
         """
         splits: dict[str, dict[str, Any]] = {}
-        reasons: Counter[str] = Counter()
-        bad_file = self.work / "bad_items.jsonl"
-        dropped: list[dict[str, str]] = []
+        files: dict[str, list[str]] = {}
         with closing(open_readonly(self.index_file)) as index:
-            for row in index.execute("SELECT reason, split, item FROM bad"):
-                dropped.append(asdict(BadItem(*row)))
-            files: dict[str, list[str]] = {}
+            bad = [BadItem(*row) for row in index.execute("SELECT reason, split, item FROM bad")]
             for task, _ in self._tasks(index):
                 record = ShardRecord.read(task.record_file)
-                dropped.extend(asdict(item) for item in record.bad)
+                bad.extend(record.bad)
                 counts = splits.setdefault(task.split, {**dict.fromkeys(record.counts, 0), "sha256": ""})
                 for name, count in record.counts.items():
                     counts[name] += count
                 counts["sha256"] = hashlib.sha256((counts["sha256"] + record.sha256).encode()).hexdigest()
                 files.setdefault(task.split, []).append(task.data_file.name)
-        reasons.update(item["reason"] for item in dropped)
-        if dropped:
-            bad_file.write_text(
-                "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in dropped), encoding="utf-8"
-            )
-            self._report_bad(dropped, reasons, bad_file)
-        with closing(open_readonly(self.index_file)) as index:
             rows = Rows(self.kind, self.prepared, index)
             seen = dict(index.execute("SELECT split, count FROM seen"))
+        dropped = report_bad(bad, self.options.on_bad, self.work / "bad_items.jsonl")
         for split, names in files.items():
             write_datasets_files(self.prepared / split, names, splits[split]["sha256"], rows.features)
-        manifest = {
-            "format": FORMAT_VERSION,
-            "kind": self.kind.name,
-            "name": self.options.name or self.raw.called(seen) or self.name,
-            "splits": splits,
-            **rows.summary(),
-            "dropped": dict(sorted(reasons.items())),
-            "dropped_items": dropped,
-            "options": self.recorded_options,
-            "raw_files": raw_files,
-        }
-        write_json(self.prepared / "manifest.json", manifest)
+        name = self.options.name or self.raw.called(seen) or self.name
+        more = {"options": self.recorded_options, "raw_files": raw_files}
+        write_manifest(self.prepared, self.kind.name, name, splits=splits, **rows.summary(), **dropped, **more)
         return splits
-
-    def _report_bad(self, dropped: list[dict[str, str]], reasons: Counter[str], bad_file: Path) -> None:
-        def name(item: dict[str, str]) -> str:
-            return f"{item['split']}: {item['reason']}: {item['item']}"
-
-        skip = self.options.on_bad == "skip"
-        counted = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items()))
-        # A single bad item is named in the error's own line.
-        for item in dropped[:_NAMED_BAD_ITEMS] if skip or len(dropped) > 1 else ():
-            show(f"{'dropped' if skip else 'bad'}: {name(item)}", file=sys.stderr)
-        if skip:
-            print(f"dropped {len(dropped):,} items ({counted})")
-            return
-        raise UserError(
-            f"{len(dropped):,} bad item{'s' if len(dropped) > 1 else ''} ({counted}), the first: {name(dropped[0])};"
-            f" all are listed in {bad_file}: mend them and run again, or leave them out with --on-bad skip"
-        )
 
 
 def _build_in_pool(tasks: Iterable[ShardTask], num_workers: int, arguments: tuple[Any, ...]) -> Iterator[int]:
@@ -482,41 +383,3 @@ def _is_done(task: ShardTask, images: sqlite3.Connection, kind: Kind) -> bool:
         return False
     record = ShardRecord.read(task.record_file)
     return not record.bad and record.images_fingerprint == fingerprint(*task.read_images(images, kind).values())
-
-
-def write_datasets_files(folder: Path, data_files: Sequence[str], sha256: str, features: datasets.Features) -> None:
-    """Write what `datasets.load_from_disk` wants beside the Arrow files; with a fingerprint that is the content's."""
-    write_json(
-        folder / "state.json",
-        {
-            "_data_files": [{"filename": name} for name in data_files],
-            "_fingerprint": sha256[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,  # the folder's name says it; this field takes no name with a hyphen
-        },
-    )
-    write_json(
-        folder / "dataset_info.json",
-        {"citation": "", "description": "", "features": features.to_dict(), "homepage": "", "license": ""},
-    )
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE tokenizer in RoBERTa's form: `<s> text </s>`, padding id 1; no text has unknown tokens."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = [tokenizers.AddedToken(token, special=True, lstrip=token == "<mask>") for token in _SPECIAL_TOKENS]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return tokenizer

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.engine.images import NamedImages, Store
-from data_prep.engine.pipeline import add_options, name_of_rendered, prepare, read_options
+from data_prep.engine.folder import name_of_rendered
+from data_prep.engine.pipeline import add_options, prepare, read_options
+from data_prep.engine.places import NamedImages, Store
 from data_prep.engine.regions import find_instances
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Text
 from vlabs.errors import UserError
@@ -124,4 +125,11 @@ def add_answer_option(parser: argparse.ArgumentParser, default: int) -> None:
         default=default,
         help="questions: how often an answer must be a question's major answer to be in the vocabulary"
         " (default %(default)s)",
+    )
+
+
+def add_on_bad(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option of what is done about bad items, which every preparation has."""
+    parser.add_argument(
+        "--on-bad", choices=("error", "skip"), default="error", help=f"{what}: stop, or leave them out (default: error)"
     )

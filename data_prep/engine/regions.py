@@ -15,18 +15,17 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vlabs.data.decoding import open_picture
-from vlabs.data.instances import Instance
+from vlabs.data.decoding import read_gray
+from vlabs.data.instances import Instance, fault_of_polygon
 from vlabs.errors import UserError
+from vlabs.utils.archives import open_zip, read_member
 
 # In the order in which they are looked for: of the scenes, of COCO 2014, and COCO's unpacked.
 _INSTANCES = ("annotations.zip", "annotations_trainval2014.zip")
@@ -56,57 +55,76 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
     return {"files": len(files), "sha256": digest.hexdigest()}
 
 
-def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) -> bytes:
+class Degenerate(ValueError):
+    """A region that cannot be drawn, and does not say that anything else is wrong."""
+
+
+def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) -> tuple[bytes, list[str]]:
     """The union of some regions of a picture, as a PNG: 1 bit a pixel for masks, 8 for maps.
 
     Args:
         regions: see the module.
-        width, height: of the picture.
+        width, height: of the picture as it is seen.
+
+    Returns:
+        The PNG, empty bytes where nothing can be drawn; and why boxes and polygons are left out that have no area, are
+        no shape, or lie outside the picture.
 
     Raises:
-        ValueError: a region is not as it should be, is not of this picture, or nothing of it is in the picture.
+        ValueError: a region is of another picture, or its file cannot be read.
     """
     union: np.ndarray = np.zeros((height, width), dtype=np.uint8)
+    faults: list[str] = []
     for region in regions:
-        drawn = _draw(region, width, height)
+        try:
+            drawn = _draw(region, width, height, faults)
+        except Degenerate as error:
+            faults.append(str(error))
+            continue
         if drawn.shape != union.shape:
             if len(regions) > 1:
                 raise ValueError("maps of another size than their picture cannot be joined with other regions")
             union = np.zeros_like(drawn)
         union = np.maximum(union, drawn)
     if not union.any():
-        raise ValueError("nothing of the region is in the picture")
+        return b"", faults
     picture = Image.fromarray(union)
     if set(np.unique(union)) <= {0, 255}:
         picture = picture.convert("1", dither=Image.Dither.NONE)
     png = io.BytesIO()
     picture.save(png, "PNG")
-    return png.getvalue()
+    return png.getvalue(), faults
 
 
-def _draw(region: Mapping[str, Any], width: int, height: int) -> np.ndarray:
-    """One region as (H, W) uint8."""
+def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str]) -> np.ndarray:
+    """One region as (H, W) uint8; of several polygons those that can be drawn."""
+    if "maps" in region:
+        return _mean_map(region["maps"], width, height)
     if "box" in region:
         if list(region.get("size") or (height, width)) != [height, width]:
             raise ValueError(f"a box in {region['size']}, and the picture has {[height, width]} (height, width)")
-        return _fill_box(region["box"], width, height)
-    if "maps" in region:
-        return _mean_map(region["maps"], width, height)
-    segmentation = region["segmentation"]
-    size = segmentation.get("size") if isinstance(segmentation, Mapping) else [height, width]
-    if list(size or ()) != [height, width]:
-        raise ValueError(f"a mask of size {size}, and the picture has {[height, width]} (height, width)")
-    try:
-        return np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
-    except UserError as error:
-        raise ValueError(str(error).partition(": ")[2]) from None
+        drawn = _fill_box(region["box"], width, height)
+    else:
+        segmentation = region["segmentation"]
+        size = segmentation.get("size") if isinstance(segmentation, Mapping) else [height, width]
+        if list(size or ()) != [height, width]:
+            raise ValueError(f"a mask of size {size}, and the picture has {[height, width]} (height, width)")
+        try:
+            drawn = np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
+        except UserError as error:
+            raise Degenerate(str(error).partition(": ")[2]) from None
+        if isinstance(segmentation, list):
+            faults += [fault for one in segmentation if (fault := fault_of_polygon(one, height, width)) is not None]
+    if not drawn.any():
+        raise Degenerate("nothing of the region is in the picture")
+    return drawn
 
 
 def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
     """Pixels whose centres are in the box; at least one, of a box that is in the picture."""
     x, y, box_width, box_height = box
     if not (box_width > 0 and box_height > 0):
-        raise ValueError(f"a box of {box_width} x {box_height} pixels")
+        raise Degenerate(f"a box of {box_width} x {box_height} pixels")
     mask = np.zeros((height, width), dtype=np.uint8)
     if x < width and y < height and x + box_width > 0 and y + box_height > 0:
         columns, rows = _pixels(x, box_width, width), _pixels(y, box_height, height)
@@ -125,7 +143,7 @@ def _pixels(start: float, length: float, side: int) -> slice:
 
 def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) -> np.ndarray:
     """The mean of some gray pictures, scaled so that its brightest is white."""
-    maps = [_read_gray(Path(str(file)), member) for file, member in files]
+    maps = [_read_map(Path(str(file)), member) for file, member in files]
     if len({one.shape for one in maps}) > 1:
         raise ValueError(f"{files[0][0]} and the other maps of the same text differ in size")
     mean = np.mean(maps, axis=0)
@@ -136,15 +154,13 @@ def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) ->
     return np.asarray(np.round(255 * mean / max(float(mean.max()), 1e-6)), dtype=np.uint8)
 
 
-def _read_gray(path: Path, member: str | None) -> np.ndarray:
+def _read_map(path: Path, member: str | None) -> np.ndarray:
     try:
         if member is None:
             data = path.read_bytes()
         else:
-            with closing(zipfile.ZipFile(path)) as archive:
-                data = archive.read(member)
-        with open_picture(data) as image:
-            return np.asarray(image.convert("L"), dtype=np.float32)
-    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
-        reason = "is no picture" if isinstance(error, Image.UnidentifiedImageError) else f"cannot be read ({error})"
-        raise ValueError(f"{path}{f' ({member})' if member else ''} {reason}") from None
+            with open_zip(path) as archive:
+                data = read_member(path, archive, member)
+        return read_gray(data)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}{f' ({member})' if member else ''} cannot be read ({error})") from None

@@ -14,16 +14,16 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from data_prep.engine.images import ImageFile, fingerprint, read_image, read_images
+from data_prep.engine.folder import NOT_DROPPED, BadItem
+from data_prep.engine.places import ImageFile, fingerprint, name_like, read_image, read_images
 from data_prep.engine.regions import draw_regions
 from data_prep.engine.texts import Kind, Rows
-from vlabs.data.decoding import open_picture
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
 _BATCH_BYTES = 16 * 2**20
@@ -48,15 +48,6 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
-class BadItem:
-    """Something in the raw data that cannot be used."""
-
-    reason: str
-    split: str
-    item: str
-
-
-@dataclass(frozen=True)
 class ShardRecord:
     """What a finished shard holds; lies beside it as JSON until the whole folder is finished."""
 
@@ -68,14 +59,14 @@ class ShardRecord:
     def write(self, path: Path) -> None:
         """Write the record, under its name only once it is whole."""
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        part.write_text(json.dumps(self.__dict__), encoding="utf-8")
         part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> ShardRecord:
         """Return a record that was written."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "bad": [BadItem(**item) for item in values["bad"]]})
+        return cls(**{**values, "bad": [BadItem(*item) for item in values["bad"]]})
 
 
 class ShardBuilder:
@@ -85,7 +76,7 @@ class ShardBuilder:
         kind: of the texts.
         prepared: the prepared folder.
         index_file: sqlite file of `texts.Index`.
-        images_file: sqlite file with the table `images` of `engine.images`.
+        images_file: sqlite file with the table `images` of `engine.places`.
     """
 
     def __init__(self, kind: Kind, prepared: Path, index_file: Path, images_file: Path) -> None:
@@ -127,38 +118,42 @@ class ShardBuilder:
         self, image: ImageFile | None, column: str, row: dict[str, Any], task: ShardTask, bad: list[BadItem]
     ) -> bool:
         """Read a picture and its regions into a row; what is bad is noted, and False if it is the picture."""
+        place = ["image", *self.kind.more_images].index(column)
         if image is None:
-            place = ["image", *self.kind.more_images].index(column)
             found = self.index.execute(
                 "SELECT name FROM pictures WHERE split = ? AND image_id = ? AND place = ?",
                 (task.split, row["image_id"], place),
             ).fetchone()
-            bad.append(BadItem("missing image", task.split, found[0] if place == 0 else f"{found[0]} ({column})"))
+            which = f" ({column})" if place else ""
+            like = name_like(self.images, f"{task.split}/{place}", row["image_id"])
+            bad.append(BadItem("missing image", task.split, f"{found[0]}{which}{like}"))
             return False
         try:
-            row[column] = read_image(image)
+            row[column], size = read_image(image)
         except ValueError as error:
             bad.append(BadItem("unreadable image", task.split, f"{image.name} ({error})"))
             return False
         region = column.replace("image", "region")
         row[region] = [
-            self._region(regions, row[column], f"{image.name}, text {number}", task.split, bad)
+            self._region(regions, size, f"{image.name}, text {number}", task.split, bad)
             for number, regions in enumerate(row[region], 1)
         ]
         return True
 
     @staticmethod
-    def _region(regions: list[dict[str, Any]], image: bytes, where: str, split: str, bad: list[BadItem]) -> bytes:
-        """The prepared form of a text's region; a bad one is noted, and the text then has none."""
+    def _region(
+        regions: list[dict[str, Any]], size: tuple[int, int], where: str, split: str, bad: list[BadItem]
+    ) -> bytes:
+        """The prepared form of a text's region, as far as it can be drawn; what cannot is noted."""
         if not regions:
             return b""
-        with open_picture(image) as picture:
-            width, height = picture.size
         try:
-            return draw_regions(regions, width, height)
+            drawn, faults = draw_regions(regions, *size)
         except ValueError as error:
             bad.append(BadItem("unusable region", split, f"{where} ({error})"))
             return b""
+        bad += [BadItem(NOT_DROPPED, split, f"{where} ({fault})") for fault in faults]
+        return drawn
 
     def _rows(self, task: ShardTask) -> Iterator[dict[str, Any]]:
         """Yield the shard's rows by image id, without the pictures, their texts by their ids."""

@@ -12,19 +12,19 @@ import io
 import re
 import xml.etree.ElementTree as ET
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.engine.images import open_zip
 from data_prep.engine.regions import describe_files
 from vlabs.errors import UserError
+from vlabs.utils.archives import ERRORS, entries, open_zip, read_member
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")
 _FOLDERS = {"Annotations": ".xml", "Sentences": ".txt"}
+_LARGEST = 256 * 2**20  # bytes of a file of annotations
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,7 @@ class Entities:
             return None
         if self.archive is None:
             return name, Path(name).read_bytes()
-        try:
-            return f"{self.place} ({name})", self.archive.read(name)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.place} is not a whole zip file ({error}): download it again") from None
+        return f"{self.place} ({name})", read_member(self.place, self.archive, name, _LARGEST)
 
 
 def find_entities(raw_dir: Path) -> Entities | None:
@@ -161,22 +158,21 @@ def _nested(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file, and the annotations.zip inside it, as in the zip file of the repository."""
     archive = open_zip(path)
     yield archive
-    for name in archive.namelist():
+    for name, info in entries(archive):
         if PurePosixPath(name).name == "annotations.zip":
+            content = io.BytesIO(read_member(path, archive, info, _LARGEST))
             try:
-                yield zipfile.ZipFile(io.BytesIO(archive.read(name)))
-            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                yield zipfile.ZipFile(content)
+            except ERRORS as error:
                 raise UserError(f"{path} ({name}) is not a whole zip file ({error}): download it again") from None
 
 
 def _in_zip(archive: zipfile.ZipFile) -> dict[tuple[str, str], str]:
     files = {}
-    for name in archive.namelist():
+    for name, info in entries(archive):
         path = PurePosixPath(name)
-        folder = path.parent.name
-        # Archives made on a Mac hold shadow files (__MACOSX/.../._1.txt).
-        if _FOLDERS.get(folder) == path.suffix and not path.name.startswith("."):
-            files[folder, path.stem] = name
+        if _FOLDERS.get(path.parent.name) == path.suffix:
+            files[path.parent.name, path.stem] = info.filename
     return files if any(folder == "Sentences" for folder, _ in files) else {}
 
 

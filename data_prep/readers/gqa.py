@@ -23,11 +23,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine.images import open_zip
-from data_prep.engine.json_file import JsonFile, get_value
+from data_prep.engine.places import json_files
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.texts import Index, Text, check_value, normal_form
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.json_file import JsonFile, get_value
 
 _QUESTIONS = re.compile(r"(train|val|testdev|test)_(balanced|all)_questions(?:_\d+)?\.json")
 _GRAPHS = re.compile(r"(?:train|val)_sceneGraphs\.json")
@@ -52,12 +52,11 @@ class GQA(Reader):
         wanted = "all" if all_questions else "balanced"
         self.questions: dict[str, list[JsonFile]] = {}
         self.graphs: list[JsonFile] = []
-        for file in _json_files(raw_dir):
-            name = Path(file.member or file.path).name
-            match = _QUESTIONS.fullmatch(name)
+        for file in json_files(raw_dir, "[qs]*.zip"):
+            match = _QUESTIONS.fullmatch(file.name)
             if match and match[2] == wanted:
                 self.questions.setdefault(match[1], []).append(file)
-            elif _GRAPHS.fullmatch(name):
+            elif _GRAPHS.fullmatch(file.name):
                 self.graphs.append(file)
         if not self.questions:
             raise UserError(
@@ -147,15 +146,6 @@ class GQA(Reader):
         box = "SELECT box FROM boxes WHERE picture = ? AND object = ?"
         found = (index.connection.execute(box, (picture, name)).fetchone() for name in names)
         return [json.loads(row[0]) for row in found if row is not None]
-
-
-def _json_files(raw_dir: Path) -> list[JsonFile]:
-    """The JSON files of a folder and of its folders, and those in its zip files of questions and scene graphs."""
-    files = [JsonFile(path) for path in sorted(raw_dir.rglob("*.json"))]
-    for path in sorted([*raw_dir.glob("questions*.zip"), *raw_dir.glob("sceneGraphs*.zip")]):
-        with open_zip(path) as archive:
-            files += [JsonFile(path, member) for member in sorted(archive.namelist())]
-    return files
 
 
 main = command(GQA)

@@ -1,29 +1,33 @@
-"""ImageNet-1K from its files as they are downloaded, which stay as they are.
+"""Prepare ImageNet-1K, whose files stay as they are downloaded.
 
-    python -m data_prep.imagenet --raw-dir RAW --out-dir data/imagenet
+    vlabs prepare imagenet --raw-dir RAW --out-dir data/imagenet
 
-RAW holds ILSVRC2012_img_train.tar (a tar file a class inside), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz,
-which has the classes of the validation pictures. For class folders, unpacked, see `data_prep.classes`.
+Download: ILSVRC2012_img_train.tar (a tar file a class inside), ILSVRC2012_img_val.tar and
+ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation pictures, of https://image-net.org.
+
+For class folders, unpacked, see `vlabs prepare classes`.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import scipy.io
 
-from data_prep.engine.images import members, open_tar
-from data_prep.readers.classes import Entry, Unit, prepare_classes
+from data_prep.engine.folder import BadItem
+from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.tars import members, open_tar, read_packed
+from data_prep.engine.units import Row, Unit
+from data_prep.readers.classes import entry, prepare_classes
 from vlabs.errors import UserError, run_cli
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+_LARGEST_DEVKIT = 256 * 2**20
 
 
 def imagenet_units(raw_dir: Path) -> tuple[list[Unit], list[Path], list[str]]:
@@ -55,17 +59,16 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
         UserError: it is not the development kit.
     """
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            truth = archive.extractfile("ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt")
-            meta = archive.extractfile("ILSVRC2012_devkit_t12/data/meta.mat")
-            assert truth is not None
-            assert meta is not None
-            ids = [int(line) for line in truth.read().split()]
-            synsets = scipy.io.loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+        content = dict(read_packed(path, _LARGEST_DEVKIT))
+        data = "ILSVRC2012_devkit_t12/data"
+        ids = [int(line) for line in content[f"{data}/ILSVRC2012_validation_ground_truth.txt"].split()]
+        synsets = scipy.io.loadmat(io.BytesIO(content[f"{data}/meta.mat"]), squeeze_me=True)["synsets"]
         wnid = {int(row[0]): str(row[1]) for row in synsets}
         # Ids above 1000 are of classes that have others under them, and no picture.
         return [wnid[number] for number in ids], sorted({name for number, name in wnid.items() if number <= 1000})
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # scipy raises whatever a damaged file leads it to
         raise UserError(f"{path} is not ImageNet's development kit ({error!r}): download it again") from None
 
 
@@ -96,34 +99,35 @@ class _Part(io.RawIOBase):
         return found
 
 
-def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Entry]:
+def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Row]:
     """The pictures of a class: a tar file inside the tar file."""
     with path.open("rb") as file, open_tar(path, _Part(file, offset, size)) as archive:  # type: ignore[arg-type]
         for member in members(archive, path):
-            if member.isfile():
-                yield Entry(Path(name).stem, str(path.absolute()), offset + member.offset_data, member.size)
+            yield entry(Path(name).stem, path, offset + member.offset_data, member.size)
 
 
-def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Entry]:
+def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:
     """The validation pictures, whose class is known by their number."""
     with open_tar(path) as archive:
         for member in members(archive, path):
             match = _VAL_NAME.fullmatch(Path(member.name).name)
-            if match:
-                number = int(match[1])
-                if not 1 <= number <= len(wnid_of_val):
-                    raise UserError(f"{path}: {member.name} is not among the {len(wnid_of_val)} of the development kit")
-                yield Entry(wnid_of_val[number - 1], str(path.absolute()), member.offset_data, member.size)
+            if match is None:
+                yield BadItem("picture of another name", "val", member.name)
+            elif not 1 <= int(match[1]) <= len(wnid_of_val):
+                raise UserError(f"{path}: {member.name} is not among the {len(wnid_of_val)} of the development kit")
+            else:
+                yield entry(wnid_of_val[int(match[1]) - 1], path, member.offset_data, member.size)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.imagenet", description=__doc__.splitlines()[0])
+    parser = new_parser("imagenet", __doc__)
     parser.add_argument("--raw-dir", type=Path, required=True, help=f"folder with {TRAIN}, {VAL} and {DEVKIT}")
     parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
+    add_on_bad(parser, "pictures whose class is not known")
     arguments = parser.parse_args()
     units, files, wnids = imagenet_units(arguments.raw_dir)
-    prepare_classes(units, files, arguments.out_dir, "imagenet", wnids)
+    prepare_classes(units, files, arguments.out_dir, "imagenet", wnids, arguments.on_bad)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.engine.images import ImageStore, open_zip
-from data_prep.engine.json_file import JsonFile, get_value
-from data_prep.engine.pipeline import check_split_name, name_of_rendered
+from data_prep.engine.folder import name_of_rendered
+from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader
+from data_prep.engine.tables import split_name
 from data_prep.engine.texts import CAPTIONS, Index, Text, check_value
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.errors import UserError
+from vlabs.utils.json_file import get_value
 
 # COCO's `restval` is the part of val2014 that is in neither val nor test; everybody trains on it.
 _SPLITS = {"restval": "train"}
@@ -56,10 +57,12 @@ class KarpathyCaptions(Reader):
     def __init__(self, raw_dir: Path, phrases: bool = False) -> None:
         super().__init__(raw_dir)
         missing = []
-        json_file = next(self._json_files(raw_dir), None)
+        files = json_files(raw_dir, f"*{self.layout}.zip") + json_files(raw_dir, "caption_datasets.zip")
+        called = (f"dataset_{self.layout}.json", f"{self.layout}/dataset.json")
+        json_file = next((file for file in files if (file.member or file.path.as_posix()).endswith(called)), None)
         if json_file is None:
-            archives = "".join(f", or {archive} with it" for archive in self.json_archives)
-            missing.append(f"dataset_{self.layout}.json{archives}")
+            others = "".join(f", or {archive} with it" for archive in self.json_archives)
+            missing.append(f"dataset_{self.layout}.json{others}")
         locations: list[Path] = []  # to look up names in, which start with a folder's
         self.places: list[Path] = []
         for folder in self.image_folders:
@@ -153,7 +156,7 @@ class KarpathyCaptions(Reader):
         split, image_id = get_value(entry, "split", where), get_value(entry, self.image_key, where)
         check_value(where, "split", split, str)
         check_value(where, self.image_key, image_id, int)
-        split = check_split_name(_SPLITS.get(split, split), where)
+        split = split_name(_SPLITS.get(split, split), where)
         name = self._image_name(where, entry)
         sentences = get_value(entry, "sentences", where)
         if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
@@ -189,22 +192,6 @@ class KarpathyCaptions(Reader):
             folder = get_value(entry, "filepath", where)
             check_value(where, "filepath", folder, str)
         return f"{folder}/{name}"
-
-    @classmethod
-    def _json_files(cls, raw_dir: Path) -> Iterator[JsonFile]:
-        name = f"dataset_{cls.layout}.json"
-        in_folder = f"{cls.layout}/dataset.json"
-        for path in (raw_dir / name, raw_dir / in_folder):
-            if path.is_file():
-                yield JsonFile(path)
-        for archive_name in cls.json_archives:
-            path = raw_dir / archive_name
-            if path.is_file():
-                with open_zip(path) as archive:
-                    members = archive.namelist()
-                for member in members:
-                    if Path(member).name == name or member == in_folder:
-                        yield JsonFile(path, member)
 
 
 def _phrase(where: str, entry: dict[str, Any], categories: dict[int, str]) -> str:

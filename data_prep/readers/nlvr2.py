@@ -6,7 +6,7 @@ Download: `train.json`, `dev.json` and `test1.json` (any of them will do), and w
 `balanced/` and `unbalanced/`, of `nlvr2/data` of https://github.com/lil-lab/nlvr; and train_img.zip, dev_img.zip and
 test1_img.zip, for which its authors are asked.
 
-The JSON lines are looked for in the folder itself, in its `data/` or `nlvr2/data/`; the pictures by their names,
+The JSON lines are looked for at any depth of the folder, and the pictures by their names,
 `dev-850-0-img0.png`, in zip and tar files, or in folders at any depth. Each file is a split by its name: `train`,
 `dev`, `test1`, `balanced_dev` and so on. A row is a pair with the sentences about it; the line's `identifier` is the
 sentence's key. A run that was stopped goes on where it was when it is started again.
@@ -21,15 +21,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.engine.json_file import get_value, read_lines
+from data_prep.engine.places import walk
 from data_prep.engine.reader import Reader, command
+from data_prep.engine.tables import read_rows
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.json_file import get_value
 
 _FILES = re.compile(r"(?:(?:un)?balanced_)?(?:train|dev|test[12])\.json")
 _IDENTIFIER = re.compile(r"(.+-\d+-\d+)-\d+")
-_FOLDERS = ("", "data", "nlvr2/data")
 
 
 class NLVR2(Reader):
@@ -41,12 +42,10 @@ class NLVR2(Reader):
 
     def __init__(self, raw_dir: Path) -> None:
         super().__init__(raw_dir)
-        self.splits: dict[str, Path] = {}
-        for folder in _FOLDERS:
-            for part in ("", "balanced", "unbalanced"):
-                for path in sorted((raw_dir / folder / part).glob("*.json")):
-                    if _FILES.fullmatch(path.name):
-                        self.splits.setdefault(path.stem, path)
+        files = [path for path in walk(raw_dir) if _FILES.fullmatch(path.name)]
+        # Of two with one name, that of the folder itself or of `nlvr2/data` before the others.
+        self.splits = {path.stem: path for path in sorted(files, key=lambda path: -len(path.parts))}
+        self.splits = dict(sorted(self.splits.items(), key=lambda one: (one[0].count("balanced"), one[0])))
         if not self.splits:
             raise UserError(
                 f"{raw_dir} holds no train.json, dev.json or test1.json: download them from nlvr2/data of"
@@ -59,7 +58,7 @@ class NLVR2(Reader):
         for split, path in self.splits.items():
             print(f"reading {path}")
             number = 0
-            for number, (where, line) in enumerate(read_lines(path), start=1):
+            for number, (where, line) in enumerate(read_rows(path, lines=True), start=1):
                 identifier = get_value(line, "identifier", where)
                 check_value(where, "identifier", identifier, str)
                 pair = _IDENTIFIER.fullmatch(identifier)

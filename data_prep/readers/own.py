@@ -1,70 +1,66 @@
-"""Prepare your own questions about images, or your own captions, listed in a table.
+"""Prepare your own questions about images, or your own captions, listed in a table or a data set of `datasets`.
 
-    python -m data_prep.own --table questions.jsonl --out-dir data/own
-    python -m data_prep.own --dataset NAME --columns image=img answers=answers.answer --out-dir data/own
+    vlabs prepare own --table questions.jsonl --out-dir data/own
+    vlabs prepare own --dataset NAME --columns image=img answers=answers.answer --out-dir data/own
 
-The table is JSON lines or CSV (UTF-8, with a header line). A table of questions has these columns:
+Download: nothing of its own; for --dataset what its name says, or a local copy (`hf download`).
+
+The table is JSON lines, a JSON list, CSV or TSV, with a header line. A table of questions has these columns:
 
 - `image`: path of an image, relative to the table's folder or to `--image-root`
 - `question`: text of any language and length
-- `answers`: a list or a single string (JSON lines); answers separated by `|` (CSV). May be left out.
+- `answers`: a list or a single one (JSON); answers separated by `|` (CSV). May be left out.
 - `split`, if wanted: `train`, `val`, `test` or any other name. Rows without one are divided between train and val by
   image, so that no image is in both; which images go where depends on their paths alone.
-- `question_id` (whole number), `question_type`, `answer_type`, if wanted. Otherwise: the row's number from 1, the
-  question's first two words, and one of yes/no, number, other.
+- `question_id` (a whole number or a text), `question_type`, `answer_type`, if wanted. Otherwise: the row's number from
+  1, the question's first two words, and one of yes/no, number, other.
 - `boxes` or `mask`, if wanted, not both: what part of the picture the row is about, whether it has answers or not.
   `boxes` is a list of boxes, each `[x, y, width, height]` in pixels from the top left corner, or a single such box; in
   CSV, `x y width height`, several separated by `|`. `mask` is the path of a gray or black and white picture, relative
-  like the image and of the same aspect, in which white is what the row is about.
+  like the image and of the same aspect, in which white is what the row is about. Both are of the picture as a viewer
+  shows it.
 
 A table of captions has `caption` instead of `question`:
 
 - `image`, `split`, `boxes` and `mask`, as above; several rows of one image are several captions of it
 - `caption`: text of any language and length
-- `caption_id` (whole number, once in the table), if wanted. Otherwise: the row's number from 1.
+- `caption_id` (once in the table), if wanted. Otherwise: the row's number from 1.
 
-In the place of a table, `--dataset` streams a data set of the Hugging Face hub, or of a local copy; see
-`data_prep.engine.hub`. A list of questions or captions in a row is as many rows. Its splits are taken as they are,
-`validation` as `val`; a data set of one split is divided as a table without splits is.
+In the place of a table, `--dataset` streams a data set of the Hugging Face hub, or of a local copy. A list of questions
+or captions in a row is as many rows. Its splits are taken as they are, `validation` as `val`; a data set of one split
+is divided as a table without splits is. A row without an image or a text is bad.
 
 Fewer than ten answers count as ten, those given in turn, because the official accuracy is made for ten: one answer
 counts as ten people agreeing, two as five against five (either is fully right), and of five different answers each is
-60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same,
-the official evaluation compares letter by letter, so "Red" could never be answered with the vocabulary's "red".
+60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same, the
+official evaluation compares letter by letter, so "Red" could never be answered with the vocabulary's "red".
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
+import json
 import sqlite3
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
-from data_prep.engine.hub import FIELDS, Source, read_pairs, write_table
-from data_prep.engine.images import ImageStore
-from data_prep.engine.json_file import read_lines
-from data_prep.engine.pipeline import (
-    Options,
-    add_options,
-    check_split_name,
-    is_made,
-    prepare,
-    prepare_in,
-    raw_files_of,
-    read_options,
-    say_ready,
-)
+from data_prep.engine import hub
+from data_prep.engine.folder import is_made, say_ready
+from data_prep.engine.pipeline import Options, add_options, prepare, prepare_in, raw_files_of, read_options
+from data_prep.engine.places import ImageStore
 from data_prep.engine.reader import add_answer_option, new_parser
 from data_prep.engine.regions import describe_files
+from data_prep.engine.tables import as_text, check_table, is_empty, missing_column, read_rows, split_name
 from data_prep.engine.texts import CAPTIONS, QUESTIONS, Index, Kind, Text, normal_form
 from vlabs.errors import UserError, run_cli
-from vlabs.utils.files import WORK, new_folder
+from vlabs.utils.archives import same_name
+from vlabs.utils.files import WORK, new_folder, replacing
 
+FIELDS = (
+    "image", "question", "caption", "answers", "question_id", "caption_id", "question_type", "answer_type", "boxes"
+)  # fmt: skip
 _IMAGES_OF_TABLE = """
 CREATE TABLE table_images (
     image_id INTEGER PRIMARY KEY, name TEXT UNIQUE, draw TEXT, undecided INTEGER DEFAULT 0, in_val INTEGER DEFAULT 0
@@ -72,46 +68,50 @@ CREATE TABLE table_images (
 """
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of the table; what is None was left out."""
 
     where: str
-    item: str  # "question" or "caption"
-    image: str
-    text: str
+    image: str | None
+    text: str | None
     split: str | None
-    item_id: int | None
+    item_id: int | str | None
     boxes: list[list[float]]  # x, y, width and height of each
     mask: str | None
     values: dict[str, Any]  # all columns, as they are
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be used."""
+        return "empty image" if self.image is None else "empty text" if self.text is None else None
 
 
 class Table:
     """A table of questions or captions, and the images that it names.
 
     Args:
-        path: a `.jsonl` or `.csv` file.
+        path: of the table.
         image_root: what the images' paths are relative to.
         val_fraction: part of the images of rows without a split that goes into val, in [0, 1).
+        name: of the data set; empty to call it as its folder.
 
     Raises:
-        UserError: there is no such table or folder, or the fraction is out of range.
+        UserError: there is no such table or folder, it has no rows, or the fraction is out of range.
     """
 
-    kind: ClassVar[Kind]
-
-    def __init__(self, path: Path, image_root: Path, val_fraction: float) -> None:
+    def __init__(self, path: Path, image_root: Path, val_fraction: float, name: str = "") -> None:
+        check_table(path)
         if not image_root.is_dir():
             raise UserError(f"there is no folder {image_root} for the images")
         if not 0 <= val_fraction < 1:
             raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
-        self.name = ""
+        self.name = name
         self.path = path
         self.image_root = image_root
         self.val_fraction = val_fraction
         self.tables: Sequence[Path] = [path]
         self.images: Sequence[Path] = []
+        self.kind = _kind_of(path)
 
     def image_store(self, split: str) -> ImageStore:
         """Return where the images are."""
@@ -120,15 +120,6 @@ class Table:
     def called(self, seen: Mapping[str, int]) -> str:
         """Return the data set's name; empty for that of the prepared folder."""
         return self.name
-
-    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
-        """Yield all texts; see `placed_rows`."""
-        raise NotImplementedError
-
-    def fill(self, index: Index) -> None:
-        """Put all texts into the index."""
-        for text in self.texts(index.connection):
-            index.add(text)
 
     def options(self) -> dict[str, Any]:
         """Return what the options have to say of the masks that the table names, so that others start anew.
@@ -139,56 +130,65 @@ class Table:
         masks = {row.mask: self.image_root / row.mask for row in self._rows() if row.mask is not None}
         return {"masks": describe_files(masks)} if masks else {}
 
-    def regions(self, row: Row) -> list[dict[str, Any]]:
-        """Return what part of the picture a row is about, as in `data_prep.engine.regions`."""
-        if row.mask is not None:
-            return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
-        return [{"box": box} for box in row.boxes]
-
-    def placed_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[Text, Row]]:
-        """Yield the rows, each as a text.
-
-        Args:
-            connection: of the index, where the images are numbered.
+    def fill(self, index: Index) -> None:
+        """Put all texts into the index.
 
         Raises:
             UserError: the table cannot be read, or a row is not as it should be.
         """
         print(f"reading {self.path}")
-        self._number_images(connection)
+        self._number_images(index.connection)
         numbered: bool | None = None
         for number, row in enumerate(self._rows(), start=1):
+            if row.image is None or row.text is None:
+                index.add_bad(str(row.fault), row.split or "train", row.where)
+                continue
             if numbered is None:
                 numbered = row.item_id is not None
             if numbered != (row.item_id is not None):
                 raise UserError(f"{row.where}: either all rows have a {self.kind.item}_id or none has")
-            image_id, in_val = connection.execute(
-                "SELECT image_id, in_val FROM table_images WHERE name = ?", (row.image,)
+            image_id, in_val = index.connection.execute(
+                "SELECT image_id, in_val FROM table_images WHERE name = ?", (same_name(row.image),)
             ).fetchone()
             split = row.split or ("val" if in_val else "train")
             item_id = number if row.item_id is None else row.item_id
-            yield Text(row.where, split, (row.image,), item_id, row.text, image_id, regions=self.regions(row)), row
+            text = Text(row.where, split, (row.image,), item_id, row.text, image_id, regions=self._regions(row))
+            index.add(_with_answers(text, row) if self.kind is QUESTIONS else text)
+
+    def _regions(self, row: Row) -> list[dict[str, Any]]:
+        """What part of the picture a row is about, as in `engine.regions`."""
+        if row.mask is not None:
+            return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
+        return [{"box": box} for box in row.boxes]
 
     def _rows(self) -> Iterator[Row]:
-        for row in read_rows(self.path):
-            if row.item != self.kind.item:
+        other = CAPTIONS.item if self.kind is QUESTIONS else QUESTIONS.item
+        for where, values in read_rows(self.path):
+            if not is_empty(values.get(other)):
+                both = not is_empty(values.get(self.kind.item))
                 raise UserError(
-                    f"{row.where} has a '{row.item}' where the rows before it have a '{self.kind.item}': a table holds"
+                    f"{where} has {'both ' if both else ''}a '{other}'"
+                    f"{' and' if both else ' where the rows before it have'} a '{self.kind.item}': a table holds"
                     " questions or captions, not both"
                 )
-            yield row
+            if isinstance(answers := values.get("answers"), str) and self.path.suffix.lower() in (".csv", ".tsv"):
+                values["answers"] = answers.split("|")
+            yield _as_row(where, values, self.kind)
 
     def _number_images(self, connection: sqlite3.Connection) -> None:
-        """Give the images their ids and, where a row leaves it open, the split."""
+        """Give the images their ids and, where a row leaves it open, the split; one of two spellings is one image."""
         connection.execute(_IMAGES_OF_TABLE)
         for row in self._rows():
+            if row.fault is not None or row.image is None:
+                continue
+            name = same_name(row.image)
             try:
-                draw = hashlib.sha256(row.image.encode()).hexdigest()
+                draw = hashlib.sha256(name.encode()).hexdigest()
             except UnicodeEncodeError:
                 raise UserError(f"{row.where}: 'image' is not a path: {row.image!a}") from None
-            connection.execute("INSERT OR IGNORE INTO table_images (name, draw) VALUES (?, ?)", (row.image, draw))
+            connection.execute("INSERT OR IGNORE INTO table_images (name, draw) VALUES (?, ?)", (name, draw))
             if row.split is None:
-                connection.execute("UPDATE table_images SET undecided = 1 WHERE name = ?", (row.image,))
+                connection.execute("UPDATE table_images SET undecided = 1 WHERE name = ?", (name,))
         undecided = connection.execute("SELECT count(*) FROM table_images WHERE undecided").fetchone()[0]
         in_val = round(self.val_fraction * undecided)
         if self.val_fraction > 0 and undecided > 1:
@@ -200,147 +200,58 @@ class Table:
         )
 
 
-class QuestionTable(Table):
-    """A table of questions about images."""
-
-    kind = QUESTIONS
-
-    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
-        """See `Table`."""
-        for text, row in self.placed_rows(connection):
-            answers = _answers(row.where, row.values.get("answers"))
-            types: dict[str, Any] = {
-                name: _text(row.where, row.values, name) for name in ("answer_type", "question_type")
-            }
-            yield text._replace(answers=answers, **types)
-
-
-class CaptionTable(Table):
-    """A table of captions of images."""
-
-    kind = CAPTIONS
-
-    def texts(self, connection: sqlite3.Connection) -> Iterator[Text]:
-        """See `Table`."""
-        return (text for text, _ in self.placed_rows(connection))
-
-
-def open_table(path: Path, image_root: Path, val_fraction: float) -> QuestionTable | CaptionTable:
-    """Return a table of questions or of captions, whichever its first row has.
-
-    Raises:
-        UserError: there is no such table or folder, it has no rows, or the fraction is out of range.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no table {path}")
-    if path.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"{path}: a table is a .jsonl or a .csv file")
+def _kind_of(path: Path) -> Kind:
+    """Questions or captions, whichever the first row has."""
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} has no rows")
-    if first.item == CAPTIONS.item:
-        return CaptionTable(path, image_root, val_fraction)
-    return QuestionTable(path, image_root, val_fraction)
+    where, values = first
+    if "image" not in values:
+        raise missing_column(where, values, "image")
+    found = [kind for kind in (QUESTIONS, CAPTIONS) if kind.item in values]
+    if not found:
+        raise missing_column(where, values, QUESTIONS.item, CAPTIONS.item)
+    return next((kind for kind in found if not is_empty(values[kind.item])), found[0])
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a table.
-
-    Raises:
-        UserError: the table cannot be read, or a row is not as it should be.
-    """
-    if path.suffix == ".jsonl":
-        for where, values in read_lines(path):
-            yield _as_row(where, values)
-        return
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for where, values in _read_csv(path, file):
-                yield _as_row(where, values)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        for values in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in values:
-                raise UserError(f"{where} has more columns than the header")
-            values["answers"] = (values.get("answers") or "").split("|")
-            values["boxes"] = _split_boxes(where, values.get("boxes") or "")
-            yield where, values
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
-
-
-def _as_row(where: str, values: dict[str, Any]) -> Row:
-    image = _text(where, values, "image")
-    item, text = _item(where, values)
-    if image is None or not isinstance(text, str):
-        raise UserError(f"{where} needs an 'image' and a 'question' or a 'caption', all text")
-    split, item_id = _text(where, values, "split"), values.get(f"{item}_id")
-    if isinstance(item_id, str):
-        try:
-            item_id = int(item_id) if item_id.strip() else None
-        except ValueError:
-            raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}") from None
-    if isinstance(item_id, bool) or not isinstance(item_id, int | None):
-        raise UserError(f"{where}: '{item}_id' must be a whole number, not {item_id!r:.80}")
-    boxes, mask = _boxes(where, values.get("boxes")), _text(where, values, "mask")
+def _as_row(where: str, values: dict[str, Any], kind: Kind) -> Row:
+    text, item_id = values.get(kind.item), values.get(f"{kind.item}_id")
+    if not is_empty(text) and not isinstance(text, str):
+        raise UserError(f"{where}: '{kind.item}' must be text, not {text!r:.80}")
+    if isinstance(item_id, float) and item_id.is_integer():
+        item_id = int(item_id)
+    if isinstance(item_id, str) and item_id.isdecimal() and str(int(item_id)) == item_id:
+        item_id = int(item_id)  # as CSV has it
+    if not is_empty(item_id) and (isinstance(item_id, bool) or not isinstance(item_id, int | str)):
+        raise UserError(f"{where}: '{kind.item}_id' must be a whole number or text, not {item_id!r:.80}")
+    boxes, mask = _boxes(where, values.get("boxes")), as_text(where, "mask", values.get("mask"))
     if boxes and mask is not None:
         raise UserError(f"{where} has both 'boxes' and a 'mask': leave one out")
+    split = as_text(where, "split", values.get("split"))
     return Row(
         where=where,
-        item=item,
-        image=image,
-        text=text,
-        split=None if split is None else check_split_name(split, where),
-        item_id=item_id,
+        image=as_text(where, "image", values.get("image")),
+        text=None if is_empty(text) else text,
+        split=None if split is None else split_name(split, where),
+        item_id=None if is_empty(item_id) else item_id,
         boxes=boxes,
         mask=mask,
         values=values,
     )
 
 
-def _item(where: str, values: dict[str, Any]) -> tuple[str, object]:
-    """Return what a row holds, question or caption, and its value, which is None where it holds neither."""
-    found = {name: values[name] for name in ("question", "caption") if values.get(name) is not None}
-    if len(found) == 2:
-        # CSV with both columns says with an empty field that there is none.
-        found = {name: value for name, value in found.items() if value != ""}
-    if len(found) == 2:
-        raise UserError(f"{where} has both a 'question' and a 'caption': a table holds questions or captions")
-    return next(iter(found.items()), ("question", None))
-
-
-def _text(where: str, values: dict[str, Any], name: str) -> str | None:
-    value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: '{name}' must be text, not {value!r:.80}")
-    return value or None
-
-
-def _split_boxes(where: str, text: str) -> list[list[float]]:
-    """The boxes of a CSV field."""
-    try:
-        return [[float(number) for number in box.split()] for box in text.split("|")] if text.strip() else []
-    except ValueError:
-        raise UserError(f"{where}: 'boxes' must be like 10 20 30 40|50 60 70 80, not {text!r:.80}") from None
-
-
 def _boxes(where: str, value: object) -> list[list[float]]:
-    boxes: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if isinstance(value, str):  # of CSV
+        try:
+            value = [[float(number) for number in box.split()] for box in value.split("|")] if value.strip() else []
+        except ValueError:
+            raise UserError(f"{where}: 'boxes' must be like 10 20 30 40|50 60 70 80, not {value!r:.80}") from None
+    boxes: list[Any] = value if isinstance(value, list) else [] if is_empty(value) else [value]
     if boxes and not any(isinstance(box, list) for box in boxes):
         boxes = [boxes]
     for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) <= 0:
-            raise UserError(
-                f"{where}: a box in 'boxes' must be 4 numbers, x, y, width and height, the last two above 0, not"
-                f" {box!r:.80}"
-            )
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise UserError(f"{where}: a box in 'boxes' must be 4 numbers, x, y, width and height, not {box!r:.80}")
     return boxes
 
 
@@ -348,18 +259,187 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _answers(where: str, value: object) -> list[str]:
-    answers = [value] if isinstance(value, str) else value or []
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: 'answers' must be a text or a list of texts, not {value!r:.80}")
-    return [normal_form(answer) for answer in answers if answer.strip()]
+def _with_answers(text: Text, row: Row) -> Text:
+    names = ("answer_type", "question_type")
+    types: dict[str, Any] = {name: as_text(row.where, name, row.values.get(name)) for name in names}
+    value = row.values.get("answers")
+    answers = value if isinstance(value, list) else [value]
+    try:
+        given = [one for answer in answers if (one := as_text(row.where, "answers", answer)) is not None]
+    except UserError:
+        raise UserError(f"{row.where}: 'answers' must be a text or a list of texts, not {value!r:.80}") from None
+    return text._replace(answers=[normal_form(answer) for answer in given], **types)
+
+
+# --- data sets of `datasets` ------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """What is read of a data set.
+
+    Attributes:
+        dataset: on the hub, or a local folder.
+        columns: by field of `FIELDS`, the column that it is in; `a.b` is `b` inside `a`, also where `a` is a list.
+        config: of the data set, where it has several.
+        splits: by the name that a split gets, the data set's own; empty for all that it has.
+    """
+
+    dataset: str
+    columns: dict[str, str]
+    config: str | None = None
+    splits: dict[str, str] = {}
+
+
+def read_pairs(option: str, pairs: Sequence[str], known: Sequence[str] = ()) -> dict[str, str]:
+    """`A=B` pairs of a command line.
+
+    Raises:
+        UserError: one is none, or names what is not known.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise UserError(f"{option} {pair}: write it as NAME=VALUE")
+        if known and name not in known:
+            raise UserError(f"{option} {pair}: there is no {name}: choose of {', '.join(known)}")
+        found[name] = value
+    return found
+
+
+def write_table(source: Source, folder: Path) -> Path:
+    """Stream a data set into `folder/rows.jsonl` and `folder/images/`, from where an earlier run stopped.
+
+    A picture that many rows show is kept once; memory and disk take no more than what is prepared.
+
+    Raises:
+        UserError: the data set cannot be had, lacks a column, or a row is not as it should be.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    recorded = folder / "source.json"
+    plain = json.dumps(source._asdict(), sort_keys=True)
+    rows, flat = folder / "rows.jsonl", folder / "table.jsonl"
+    if not recorded.is_file() or recorded.read_text(encoding="utf-8") != plain:
+        rows.unlink(missing_ok=True)
+        flat.unlink(missing_ok=True)
+        recorded.write_text(plain, encoding="utf-8")
+    if flat.is_file():
+        return flat
+    done = _whole_rows(rows)
+    with rows.open("a", encoding="utf-8") as file:
+        streams = hub.open_streams(source.dataset, source.config, source.splits)
+        for split, stream in streams.items():
+            columns = _columns(source, hub.columns_of(stream), split)
+            own = None if list(streams) == ["train"] else split  # one split is divided as a table without any is
+            for number, row in hub.rows_of(source.dataset, split, stream, done.get(split, 0)):
+                where = f"--dataset {source.dataset}, {split}, row {number}"
+                entries = list(_entries(where, row, columns, own, images, Path(source.dataset)))
+                file.write(json.dumps({"row": [split, number], "entries": entries}, ensure_ascii=False) + "\n")
+                if number % 1000 == 0:
+                    file.flush()
+    with rows.open(encoding="utf-8") as read, replacing(flat) as part, part.open("w", encoding="utf-8") as written:
+        for line in read:
+            for entry in json.loads(line)["entries"]:
+                written.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    return flat
+
+
+def _whole_rows(table: Path) -> dict[str, int]:
+    """Rows of each split that are there; what a stopped run left of a row is cut off."""
+    done: dict[str, int] = {}
+    if not table.is_file():
+        return done
+    end = 0
+    with table.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            split, number = json.loads(line)["row"]
+            done[split] = number + 1
+            end += len(line)
+    with table.open("r+b") as file:
+        file.truncate(end)
+    return done
+
+
+def _columns(source: Source, names: Sequence[str], split: str) -> dict[str, str]:
+    """The columns of the fields that are there; those that were named must be."""
+    # Ids of a data set need not occur once: only where somebody says so.
+    columns = {one: one for one in FIELDS if one in names and not one.endswith("_id")} | source.columns
+    if "answers" not in columns and "answer" in names:
+        columns["answers"] = "answer"
+    where, has = f"--dataset {source.dataset}, {split}", f"it has {', '.join(names)}"
+    for one, column in columns.items():
+        if column.split(".")[0] not in names:
+            raise UserError(
+                f"{where}: there is no column {column} for {one}: name it with --columns {one}=COLUMN; {has}"
+            )
+    if "question" in source.columns:
+        columns.pop("caption", None)
+    if "caption" in source.columns:
+        columns = {one: column for one, column in columns.items() if not one.startswith(("question", "answer"))}
+    if "image" not in columns or not {"question", "caption"} & columns.keys():
+        raise UserError(
+            f"{where}: which columns hold the image and the question or caption? Name them with --columns image=COLUMN"
+            f" question=COLUMN; {has}"
+        )
+    return columns
+
+
+def _value(row: Any, path: str) -> Any:
+    """`a.b` of a row; of a list of `a` the list of their `b`."""
+    for name in path.split("."):
+        if isinstance(row, list):
+            row = [_value(one, name) for one in row]
+        else:
+            row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def _entries(
+    where: str, row: dict[str, Any], columns: dict[str, str], split: str | None, images: Path, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """The lines of the table that a row of the data set makes: one a question or caption."""
+    values = {one: _value(row, column) for one, column in columns.items()}
+    content = hub.picture_of(where, values.pop("image"), folder)
+    entry: dict[str, Any] = {"image": None if content is None else _keep(content, images)}
+    if split is not None:
+        entry["split"] = split
+    both = [one for one in ("question", "caption") if one in values]
+    asked = next((one for one in both if values[one] is not None), both[0])
+    texts = values.pop(asked)
+    values = {one: value for one, value in values.items() if value is not None and one not in ("question", "caption")}
+    if not isinstance(texts, list):
+        yield entry | {asked: texts} | values
+        return
+    for place, text in enumerate(texts):
+        own = {}
+        for one, value in values.items():
+            own[one] = value
+            if one != "boxes" and isinstance(value, list):
+                if len(value) != len(texts):
+                    raise UserError(f"{where} has {len(texts)} {asked}s and {len(value)} of {one}")
+                own[one] = value[place]
+        yield entry | {asked: text} | own
+
+
+def _keep(content: bytes, images: Path) -> str:
+    """Write a picture once, by its content, and return its path in the table's folder."""
+    digest = hashlib.sha256(content).hexdigest()
+    path = images / digest[:2] / digest
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    return f"images/{digest[:2]}/{digest}"
 
 
 def main() -> None:
     """Run the command line."""
     parser = new_parser("own", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table", type=Path, help=".jsonl or .csv with image, and question, answers, ... or caption")
+    what.add_argument("--table", type=Path, help="table with image, and question, answers, ... or caption")
     what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="FIELD=COLUMN",
@@ -373,20 +453,18 @@ def main() -> None:
         "--image-root", type=Path, help="what the images' paths are relative to (default: the table's folder)"
     )
     parser.add_argument(
-        "--val-fraction",
-        type=float,
-        default=0.1,
+        "--val-fraction", type=float, default=0.1,
         help="part of the images of rows without a split that goes into val (default %(default)s)",
-    )
+    )  # fmt: skip
     add_answer_option(parser, 1)
     add_options(parser)
     arguments = parser.parse_args()
+    fraction = arguments.val_fraction
     if arguments.dataset is None:
         if given := [name for name in ("columns", "splits", "config") if getattr(arguments, name)]:
             raise UserError(f"--{given[0]} is of --dataset, and a --table is given")
-        root = arguments.image_root or arguments.table.parent
-        rows: Any = open_table(arguments.table, root, arguments.val_fraction)
-        prepare(rows, arguments.out_dir, _options(arguments, rows, {}))
+        table = Table(arguments.table, arguments.image_root or arguments.table.parent, fraction)
+        prepare(table, arguments.out_dir, _options(arguments, table, {}))
         return
     source = Source(
         arguments.dataset,
@@ -395,14 +473,13 @@ def main() -> None:
         read_pairs("--splits", arguments.splits),
     )
     out_dir: Path = arguments.out_dir.absolute()
-    wanted = read_options(arguments, val_fraction=arguments.val_fraction, source=source.plain())
+    wanted = read_options(arguments, val_fraction=fraction, source=source._asdict())
     if is_made(out_dir, wanted.recorded(CAPTIONS)):  # without what is of questions alone
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
         folder = partial / WORK / "source"  # pictures and texts as they came
-        table: Any = open_table(write_table(source, folder), folder, arguments.val_fraction)
-        table.name = PurePosixPath(arguments.dataset).name
-        options = _options(arguments, table, {"source": source.plain()})
+        table = Table(write_table(source, folder), folder, fraction, PurePosixPath(arguments.dataset).name)
+        options = _options(arguments, table, {"source": source._asdict()})
         splits = prepare_in(partial, table, options, out_dir.name, raw_files_of(table))
     say_ready(out_dir, splits)
 

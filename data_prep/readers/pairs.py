@@ -1,35 +1,36 @@
 """Prepare examples in which a caption has to be told from a wrong one, or a picture from another.
 
-    python -m data_prep.pairs --raw-dir winoground --out-dir data/winoground
-    python -m data_prep.pairs --raw-dir VALSE --out-dir data/valse
-    python -m data_prep.pairs --table mine.jsonl --out-dir data/mine
+    vlabs prepare pairs --raw-dir winoground --out-dir data/winoground
+    vlabs prepare pairs --raw-dir VALSE --out-dir data/valse
+    vlabs prepare pairs --table mine.jsonl --out-dir data/mine
 
-then `python -m vlabs.evaluate task=pairs data.dir=data/winoground split=test ckpt=RUN`.
+Download: Winoground (`hf download facebook/winoground`), or VALSE (https://github.com/Heidelberg-NLP/VALSE) and the
+pictures of its sources; nothing for a table of your own.
 
-Winoground's folder holds `examples.jsonl` and the pictures, in `images.zip` or a folder (the hub's
-`facebook/winoground`, its `data/`). VALSE's holds its JSON files (`data/` of https://github.com/Heidelberg-NLP/VALSE),
-each of which becomes a split by its name (`existence`, `actant-swap`, …), and the pictures of its sources by their
-names, in folders or zip files; only what its annotators confirmed is taken, as in its paper. A table of one's own, CSV
-or JSON Lines, has an example a row: `image`, `caption` and `foil`; or `image_0`, `image_1`, `caption_0` and
-`caption_1`, of which those with one number belong together; and `split`, if not `test`. Its pictures' paths are
-relative to it.
+Winoground's folder holds `examples.jsonl` and the pictures, in `images.zip` or a folder. VALSE's holds its JSON files,
+each of which becomes a split by its name (`existence`, `actant-swap`, …), and the pictures by their names, in folders
+or zip files; only what its annotators confirmed is taken, as in its paper. A table of one's own has an example a row:
+`image`, `caption` and `foil`; or `image_0`, `image_1`, `caption_0` and `caption_1`, of which those with one number
+belong together; and `split`, if not `test`. Its pictures' paths are relative to it. Then:
+
+    vlabs evaluate task=pairs data.dir=data/winoground split=test ckpt=RUN
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.engine.images import ImageStore, NamedImages, Store
-from data_prep.engine.json_file import JsonFile, get_value, read_lines
-from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.engine.texts import Index, Text, check_value, statements
+from data_prep.engine.folder import BadItem
+from data_prep.engine.pipeline import add_options, prepare, read_options
+from data_prep.engine.places import ImageStore, NamedImages
+from data_prep.engine.reader import new_parser
+from data_prep.engine.tables import as_text, check_table, missing_column, read_rows, split_name
+from data_prep.engine.texts import Index, Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.json_file import JsonFile, get_value
 
 _CONFIRMED = 2  # of VALSE's three annotators
 
@@ -55,13 +56,13 @@ class Pairs:
 
     kind = statements(LABELS["nlvr2"])
 
-    def __init__(self, name: str, tables: Sequence[Path], store: NamedImages | ImageStore) -> None:
+    def __init__(self, name: str, tables: Sequence[Path], store: ImageStore) -> None:
         self.name = name
         self.tables = tables
         self.store = store
         self.images: Sequence[Path] = [path for path in store.locations if path not in tables]
 
-    def image_store(self, split: str) -> Store:
+    def image_store(self, split: str) -> ImageStore:
         """Return where the pictures are."""
         return self.store
 
@@ -69,8 +70,8 @@ class Pairs:
         """Return what the data set is called."""
         return self.name
 
-    def examples(self) -> Iterator[Example]:
-        """Yield the examples.
+    def examples(self) -> Iterator[Example | BadItem]:
+        """Yield the examples, and what is bad in the place of those that cannot be used.
 
         Raises:
             UserError: a file or a row is not as it should be.
@@ -81,6 +82,9 @@ class Pairs:
         """Put a statement for every picture with every caption into the index: true where they belong together."""
         number = 0
         for example in self.examples():
+            if isinstance(example, BadItem):
+                index.add_bad(*example)
+                continue
             for place, image in enumerate(example.images):
                 for which, caption in enumerate(example.captions):
                     number += 1
@@ -96,13 +100,12 @@ class Winoground(Pairs):
     def __init__(self, raw_dir: Path, table: Path) -> None:
         super().__init__("winoground", [table], NamedImages.within(raw_dir))
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
         print(f"reading {self.tables[0]}")
-        for where, line in read_lines(self.tables[0]):
-            images = [f"{_text(line, f'image_{n}', where)}.png" for n in (0, 1)]
-            captions = [_text(line, f"caption_{n}", where) for n in (0, 1)]
-            yield Example(where, "test", str(get_value(line, "id", where)), tuple(images), tuple(captions))
+        for where, line in read_rows(self.tables[0]):
+            name = str(get_value(line, "id", where))
+            yield _example(where, "test", name, line, ["image_0", "image_1"], ["caption_0", "caption_1"], ".png")
 
 
 class Valse(Pairs):
@@ -111,12 +114,12 @@ class Valse(Pairs):
     def __init__(self, raw_dir: Path, tables: Sequence[Path]) -> None:
         super().__init__("valse", tables, NamedImages.within(raw_dir))
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
         for path in self.tables:
             file, left_out = JsonFile(path), 0
             print(f"reading {file}")
-            split = check_split_name(path.stem, str(path))
+            split = split_name(path.stem, str(path))
             for name, entry in file.named():
                 where = f"{file}, {name}"
                 votes = get_value(entry, "mturk", where)
@@ -125,8 +128,7 @@ class Valse(Pairs):
                 if votes["caption"] < _CONFIRMED:
                     left_out += 1
                     continue
-                captions = (_text(entry, "caption", where), _text(entry, "foil", where))
-                yield Example(where, split, name, (_text(entry, "image_file", where),), captions)
+                yield _example(where, split, name, entry, ["image_file"], ["caption", "foil"])
             print(f"{split}: {left_out:,} examples left out that fewer than {_CONFIRMED} annotators confirmed")
 
 
@@ -134,41 +136,32 @@ class PairTable(Pairs):
     """A table of one's own."""
 
     def __init__(self, path: Path) -> None:
+        check_table(path)
         super().__init__(path.stem, [path], ImageStore((path.parent,)))
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
-        for number, (where, row) in enumerate(_rows(self.tables[0]), start=1):
-            split = check_split_name(str(row.get("split") or "test"), where)
-            images: tuple[str, ...]
-            if row.get("image_0"):
-                images = (_text(row, "image_0", where), _text(row, "image_1", where))
-                captions = (_text(row, "caption_0", where), _text(row, "caption_1", where))
+        print(f"reading {self.tables[0]}")
+        for number, (where, row) in enumerate(read_rows(self.tables[0]), start=1):
+            split = split_name(as_text(where, "split", row.get("split")) or "test", where)
+            if row.get("image_0") or "image" not in row:
+                images, captions = ["image_0", "image_1"], ["caption_0", "caption_1"]
             else:
-                images = (_text(row, "image", where),)
-                captions = (_text(row, "caption", where), _text(row, "foil", where))
-            yield Example(where, split, str(number), images, captions)
+                images, captions = ["image"], ["caption", "foil"]
+            yield _example(where, split, str(number), row, images, captions)
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-    value = get_value(row, name, where)
-    check_value(where, name, value, str)
-    return str(value)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    print(f"reading {path}")
-    if path.suffix == ".jsonl":
-        yield from read_lines(path)
-        return
-    csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not CSV: {error}") from None
+def _example(
+    where: str, split: str, name: str, row: dict[str, Any], images: list[str], captions: list[str], suffix: str = ""
+) -> Example | BadItem:
+    """The example of a row with such columns; a bad item if one of them is empty."""
+    if absent := [column for column in (*images, *captions) if column not in row]:
+        raise missing_column(where, row, absent[0])
+    values = {column: as_text(where, column, row[column]) for column in (*images, *captions)}
+    if empty := [column for column, value in values.items() if value is None]:
+        return BadItem(f"empty {empty[0]}", split, where)
+    names, texts = tuple(f"{values[one]}{suffix}" for one in images), tuple(str(values[one]) for one in captions)
+    return Example(where, split, name, names, texts)
 
 
 def find_pairs(raw_dir: Path) -> Pairs:
@@ -187,28 +180,15 @@ def find_pairs(raw_dir: Path) -> Pairs:
     raise UserError(f"{raw_dir} holds neither Winoground's examples.jsonl nor VALSE's JSON files, nor does its data/")
 
 
-def open_table(path: Path) -> PairTable:
-    """A table of one's own.
-
-    Raises:
-        UserError: there is no such table.
-    """
-    if not path.is_file() or path.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--table {path}: name a .csv or .jsonl file that is there")
-    return PairTable(path)
-
-
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.pairs", description="Prepare pairs of captions or pictures to be told apart."
-    )
+    parser = new_parser("pairs", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--raw-dir", type=Path, help="folder with Winoground or VALSE")
-    source.add_argument("--table", type=Path, help=".csv or .jsonl of your own")
+    source.add_argument("--table", type=Path, help="table of your own")
     add_options(parser)
     arguments = parser.parse_args()
-    raw = find_pairs(arguments.raw_dir) if arguments.raw_dir is not None else open_table(arguments.table)
+    raw = find_pairs(arguments.raw_dir) if arguments.raw_dir is not None else PairTable(arguments.table)
     prepare(raw, arguments.out_dir, read_options(arguments))
 
 

@@ -1,12 +1,14 @@
 """Prepare RefCOCO, RefCOCO+ or RefCOCOg: expressions, each of which names one object of a picture of COCO.
 
-    python -m data_prep.refcoco --raw-dir downloads --out-dir data/refcoco --dataset refcoco
+    vlabs prepare refcoco --raw-dir downloads --out-dir data/refcoco --dataset refcoco
 
-`--raw-dir` holds the folder `refcoco/`, `refcoco+/` or `refcocog/`, or the zip file of it
-(https://github.com/lichengunc/refer), with `refs(unc).p` and `instances.json`, and the images, in `train2014.zip` or in
-the folder `train2014/`. Every expression becomes a caption, with its `sent_id` as its id, and its object is what part
-of the picture it is about. The splits are those of the file: train, val, and testA and testB or test. A run that was
-stopped goes on where it was when it is started again.
+Download: refcoco.zip, refcoco+.zip or refcocog.zip of https://github.com/lichengunc/refer, and train2014.zip of
+https://cocodataset.org/#download.
+
+Nothing needs unpacking, but the folders `refcoco/` (with `refs(unc).p` and `instances.json`) and `train2014/` do as
+well. Every expression becomes a caption, with its `sent_id` as its id, and its object is what part of the picture it is
+about. The splits are those of the file: train, val, and testA and testB or test. A run that was stopped goes on where
+it was when it is started again.
 """
 
 from __future__ import annotations
@@ -14,23 +16,24 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+import pickletools
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.engine.images import ImageStore, open_zip
-from data_prep.engine.json_file import get_value
-from data_prep.engine.pipeline import add_options, check_split_name, prepare, read_options
-from data_prep.engine.texts import CAPTIONS, Index, Text, check_value
-from vlabs.errors import UserError, run_cli
+from data_prep.engine.places import ImageStore
+from data_prep.engine.reader import Reader, command
+from data_prep.engine.tables import split_name
+from data_prep.engine.texts import CAPTIONS, Text, check_value
+from vlabs.errors import UserError, one_line, run_cli
+from vlabs.utils.archives import open_zip, read_member
+from vlabs.utils.json_file import get_value
 
 _SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 _RELEASE = "train2014"
 
 
-class RefCoco:
+class RefCoco(Reader):
     """The raw files of one of the data sets.
 
     Args:
@@ -42,23 +45,24 @@ class RefCoco:
         UserError: files are missing; the message names all of them.
     """
 
+    name = "refcoco"
     kind = CAPTIONS
 
     def __init__(self, raw_dir: Path, dataset: str, split_by: str) -> None:
-        if not raw_dir.is_dir():
-            raise UserError(f"there is no folder {raw_dir}: --raw-dir is where the downloads of {dataset} lie")
-        self.name = dataset
+        super().__init__(raw_dir)
+        self.dataset = dataset
+        self.options["split_by"] = split_by
         refs = f"refs({split_by}).p"
         folder, archive = raw_dir / dataset, raw_dir / f"{dataset}.zip"
         self.member: str | None = None
         missing = []
         if folder.is_dir():
-            self.refs, self.instances = folder / refs, folder / "instances.json"
+            self.refs, instances = folder / refs, folder / "instances.json"
             others = [path.name for path in folder.glob("refs(*).p")]
-            missing = [f"{dataset}/{path.name}" for path in (self.refs, self.instances) if not path.is_file()]
-            self.tables: Sequence[Path] = [self.refs, self.instances]
+            missing = [f"{dataset}/{path.name}" for path in (self.refs, instances) if not path.is_file()]
+            self.tables = [self.refs, instances]
         elif archive.is_file():
-            self.refs = self.instances = archive
+            self.refs = instances = archive
             with open_zip(archive) as opened:
                 members = [PurePosixPath(name) for name in opened.namelist()]
             others = [path.name for path in members if path.match("refs(*).p")]
@@ -78,39 +82,44 @@ class RefCoco:
             missing.append(f"{_RELEASE}.zip or the folder {_RELEASE}/ (https://cocodataset.org/#download)")
         if images is None or missing:
             raise UserError(f"missing in {raw_dir}: {'; '.join(missing)}")
-        self.images: Sequence[Path] = [images]
         self.store = ImageStore((images if images.is_file() else raw_dir,))
+        self.instances = [instances]
 
-    def image_store(self, split: str) -> ImageStore:
-        """Return where the images are."""
-        return self.store
+    def called(self, seen: Any) -> str:
+        """See `Reader`."""
+        return self.dataset
 
-    def called(self, seen: Mapping[str, int]) -> str:
-        """Return what the data set is called."""
-        return self.name
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """See `Reader`."""
+        parser.add_argument("--dataset", choices=tuple(_SPLIT_BY), required=True, help="which of the three")
+        what = "who divided it (default: unc, and umd for refcocog)"
+        parser.add_argument("--split-by", choices=("unc", "google", "umd"), help=what)
 
-    def fill(self, index: Index) -> None:
-        """Put all expressions into the index."""
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> RefCoco:
+        """See `Reader`."""
+        split_by = arguments.split_by or _SPLIT_BY[arguments.dataset]
+        return cls(arguments.raw_dir, arguments.dataset, split_by)
+
+    def texts(self) -> Iterator[Text]:
+        """See `Reader`."""
         name = f"{self.refs} ({self.member})" if self.member else str(self.refs)
         print(f"reading {name}")
         refs = read_plain_pickle(name, self._read())
         if not isinstance(refs, list) or not refs:
             raise UserError(f"{name} is no list of expressions")
         for number, ref in enumerate(refs):
-            self._fill_ref(index, f"{name}, entry {number}", ref)
-        index.add_instances([self.instances])
+            yield from self._of_ref(f"{name}, entry {number}", ref)
 
     def _read(self) -> bytes:
         if self.member is None:
             return self.refs.read_bytes()
-        try:
-            with open_zip(self.refs) as archive:
-                return archive.read(self.member)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.refs} is not a whole zip file ({error}): download it again") from None
+        with open_zip(self.refs) as archive:
+            return read_member(self.refs, archive, self.member)
 
     @staticmethod
-    def _fill_ref(index: Index, where: str, ref: object) -> None:
+    def _of_ref(where: str, ref: object) -> Iterator[Text]:
         if not isinstance(ref, dict):
             raise UserError(f"{where} is no dictionary")
         split, image_id, instance = (get_value(ref, key, where) for key in ("split", "image_id", "ann_id"))
@@ -124,18 +133,17 @@ class RefCoco:
             # The entry's own file name has the number of the object in it as well.
             image = f"{_RELEASE}/COCO_{_RELEASE}_{image_id:012d}.jpg"
             caption_id, caption = (get_value(sentence, key, where) for key in ("sent_id", "sent"))
-            split = check_split_name(split, where)
-            index.add(Text(where, split, (image,), caption_id, caption, image_id, targets=[[instance]]))
+            split = split_name(split, where)
+            yield Text(where, split, (image,), caption_id, caption, image_id, targets=[[instance]])
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dictionaries, text and numbers, and refuses whatever would import or call something."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants the class or function {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it wants an object from outside")
+# What plain data need. All that imports or calls something is not among it, nor tuples, which may be keys of any depth.
+_PLAIN = frozenset({
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
+    "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "LIST", "EMPTY_LIST", "APPEND", "APPENDS", "DICT", "EMPTY_DICT", "SETITEM",
+    "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET", "MEMOIZE",
+})  # fmt: skip
 
 
 def read_plain_pickle(name: str, content: bytes) -> Any:
@@ -149,31 +157,51 @@ def read_plain_pickle(name: str, content: bytes) -> Any:
         UserError: it is damaged, or holds more than plain data.
     """
     try:
-        return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        _check_plain(content)
+        return _as_text(_PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
         raise UserError(
-            f"{name} is not read: {str(error) or type(error).__name__}; a file of expressions is a whole pickle of"
-            " lists, dictionaries, text and numbers alone: download it again"
+            f"{name} is not read: {one_line(str(error)) or type(error).__name__}; a file of expressions is a whole"
+            " pickle of lists, dictionaries, text and numbers alone: download it again"
         ) from None
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.refcoco",
-        description="Prepare RefCOCO, RefCOCO+ or RefCOCOg from the downloaded files.",
-    )
-    parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the downloaded files")
-    parser.add_argument("--dataset", choices=tuple(_SPLIT_BY), required=True, help="which of the three")
-    parser.add_argument(
-        "--split-by", choices=("unc", "google", "umd"), help="who divided it (default: unc, and umd for refcocog)"
-    )
-    add_options(parser)
-    arguments = parser.parse_args()
-    split_by = arguments.split_by or _SPLIT_BY[arguments.dataset]
-    raw = RefCoco(arguments.raw_dir, arguments.dataset, split_by)
-    prepare(raw, arguments.out_dir, read_options(arguments, split_by=split_by))
+def _check_plain(content: bytes) -> None:
+    """Raise an error unless a pickle is of plain data, and asks for no more memory than its size explains."""
+    for code, value, _ in pickletools.genops(content):
+        if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise pickle.UnpicklingError(f"it wants the class or function {str(value or '').replace(' ', '.')}")
+        if code.name not in _PLAIN:
+            raise pickle.UnpicklingError(f"it has {code.name}, which no plain data need")
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > len(content):
+            raise pickle.UnpicklingError(f"it wants {value:,} slots")
 
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses what would import or call something, as `_check_plain` has done already."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants the class or function {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it wants an object from outside")
+
+
+def _as_text(value: Any) -> Any:
+    """Texts of Python 2, which are bytes, as UTF-8, or as Latin-1 where they are not."""
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+main = command(RefCoco)
 
 if __name__ == "__main__":
     run_cli(main)

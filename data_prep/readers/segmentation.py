@@ -1,9 +1,8 @@
-"""Pictures with a class a pixel: PASCAL VOC 2012, Cityscapes, ADE20K, from their archives as downloaded, and instances.
+"""Prepare pictures with a class a pixel: PASCAL VOC 2012, Cityscapes, ADE20K, or COCO instances of your own.
 
-    python -m data_prep.segmentation --layout voc --raw-dir RAW --out-dir data/voc
-    python -m data_prep.segmentation --layout cityscapes --raw-dir RAW --out-dir data/cityscapes
-    python -m data_prep.segmentation --layout ade20k --raw-dir RAW --out-dir data/ade20k
-    python -m data_prep.segmentation --layout instances --raw-dir RAW --out-dir data/mine
+    vlabs prepare segmentation --layout voc --raw-dir RAW --out-dir data/voc
+
+Download: what the layout names, to RAW; nothing needs unpacking.
 
     voc          VOCtrainval_11-May-2012.tar; with benchmark.tgz (SBD) beside it the usual 10,582 training images
     cityscapes   leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; the 19 classes of the benchmark
@@ -11,49 +10,43 @@
     instances    annotations.zip of COCO instances and a zip file of images a subset: a class is a category, what is no
                  object is background, and of objects that overlap the smaller one counts
 
-Label values become 0, 1, … in the order of `classes.json`; what does not count is 255: VOC's borders, all but the 19
-classes of Cityscapes, and ADE20K's 0. A picture without its mask, a mask of another size than its picture and a value
-that the data set does not have are named, and stop the preparation unless --on-bad skip leaves them out. Nothing is
-unpacked; a run that was stopped goes on where it was.
+Label values become 0, 1, … in the order of `classes.json`; what does not count is 255 (65535 where there are more than
+254 classes): VOC's borders, all but the 19 classes of Cityscapes, and ADE20K's 0. A picture without its mask, a mask of
+another size than its picture and a value that the data set does not have are bad.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
-from tqdm import tqdm
 
-from data_prep.engine.images import members, open_tar, open_zip
-from data_prep.engine.pipeline import check_split_name, is_made, name_of_rendered, say_ready, write_datasets_files
-from vlabs.data.decoding import open_picture
-from vlabs.data.instances import list_annotations, list_categories
-from vlabs.data.prepared import FORMAT_VERSION, IGNORED, MASK_FEATURES
-from vlabs.errors import UserError, one_line, run_cli, show
-from vlabs.utils.files import WORK, clear, new_folder, write_json, write_text
+from data_prep.engine.folder import BadItem, name_of_rendered
+from data_prep.engine.places import Listing, json_files, read_file
+from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.tables import split_name
+from data_prep.engine.tars import members, open_tar, read_packed
+from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
+from vlabs.data.decoding import read_labels, size_of
+from vlabs.data.instances import Instance, list_annotations, list_categories
+from vlabs.data.prepared import CITYSCAPES, IGNORED, MASK_FEATURES
+from vlabs.errors import UserError, one_line, run_cli
+from vlabs.utils.files import write_json
 
-_SHARD = 256  # pictures a file
+_PAIRS_A_UNIT = 256
+_LARGEST_ARCHIVE = 16 * 2**30
+_INSTANCES = re.compile(r"instances_(.+)\.json")
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
     "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
 )  # fmt: skip
-# Cityscapes' label ids of the classes that its benchmark counts, in the order of its train ids.
-CITYSCAPES = {
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
-    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
-    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
-}  # fmt: skip
 _CITYSCAPES_LABELS = 34
 
 
@@ -63,7 +56,7 @@ class Pair(NamedTuple):
     Attributes:
         name: of the picture.
         image: gives its file's bytes.
-        mask: gives the raw label values (rows, columns), uint8; None where masks of the split are kept back.
+        mask: gives the raw label values (rows, columns); None where masks of the split are kept back.
     """
 
     name: str
@@ -76,58 +69,55 @@ class Layout(NamedTuple):
 
     Attributes:
         classes: their names.
-        labels: (256,), the class of every raw label value; -1 for a value that the data set does not have.
-        splits: by name, what gives their pairs; it may keep something in the folder that it is given, meanwhile.
+        labels: the class of every raw label value that the data set has; `IGNORED` for what does not count.
+        splits: by name, their pairs, in parts that are read and kept at once.
         files: what is read.
     """
 
     classes: Sequence[str]
-    labels: np.ndarray
-    splits: Mapping[str, Callable[[Path], Iterator[Pair]]]
+    labels: Mapping[int, int]
+    splits: Mapping[str, Sequence[Iterable[Pair]]]
     files: Sequence[Path]
 
 
-def _label_map(known: dict[int, int]) -> np.ndarray:
-    labels = np.full(256, -1, dtype=np.int16)
-    for value, label in known.items():
-        labels[value] = label
-    return labels
-
-
-def _find(raw_dir: Path, name: str, required: bool = True) -> Path | None:
-    path = raw_dir / name
-    if path.is_file():
-        return path
-    if required:
+def _find(raw_dir: Path, name: str) -> Path:
+    path = next((path for path in (raw_dir / name, *sorted(raw_dir.glob(f"*/{name}"))) if path.is_file()), None)
+    if path is None:
         raise UserError(f"{raw_dir} lacks {name}: download it there, nothing needs unpacking")
-    return None
+    return path
 
 
-def _png_labels(content: bytes) -> np.ndarray:
-    with open_picture(content) as picture:
-        values = np.asarray(picture)
-    if values.ndim != 2:
-        raise ValueError("not one channel of labels")
-    return values.astype(np.uint8)
+def _chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    return [pairs[start : start + _PAIRS_A_UNIT] for start in range(0, len(pairs), _PAIRS_A_UNIT)]
 
 
-# --- PASCAL VOC -------------------------------------------------------------------------------------------------------
+def _read(listing: Listing, name: str) -> bytes:
+    """A file of an archive.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    image = listing.find(name)
+    if image is None:
+        raise ValueError(f"{name} is missing")
+    return read_file(image)
+
+
+# --- the data sets ----------------------------------------------------------------------------------------------------
 
 
 def voc(raw_dir: Path) -> Layout:
-    """PASCAL VOC 2012, with SBD's masks for training where they are there.
-
-    SBD's masks are kept meanwhile: its archive is compressed and can be read from its start only.
-    """
+    """PASCAL VOC 2012, with SBD's masks for training where they are there, which are read as their archive comes."""
     archive = _find(raw_dir, "VOCtrainval_11-May-2012.tar")
-    assert archive is not None
     places: dict[str, tuple[int, int]] = {}
     with open_tar(archive) as tar:
         for member in members(tar, archive):
-            if member.isfile() and ("JPEGImages" in member.name or "Segmentation" in member.name):
+            if "JPEGImages" in member.name or "Segmentation" in member.name:
                 places["/".join(PurePosixPath(member.name).parts[-2:])] = (member.offset_data, member.size)
 
     def read(name: str) -> bytes:
+        if name not in places:
+            raise ValueError(f"{name} is missing")
         offset, size = places[name]
         with archive.open("rb") as file:
             file.seek(offset)
@@ -136,197 +126,135 @@ def voc(raw_dir: Path) -> Layout:
     def names(split: str) -> list[str]:
         try:
             return read(f"Segmentation/{split}.txt").decode().split()
-        except KeyError:
+        except ValueError:
             raise UserError(f"{archive} lacks ImageSets/Segmentation/{split}.txt: download it again") from None
 
-    def pair(name: str, more: Path | None) -> Pair:
-        if more is not None and f"SegmentationClass/{name}.png" not in places:
-            return Pair(name, lambda: read(f"JPEGImages/{name}.jpg"), lambda: np.load(more / f"{name}.npy"))
+    def pair(name: str) -> Pair:
         return Pair(
-            name, lambda: read(f"JPEGImages/{name}.jpg"), lambda: _png_labels(read(f"SegmentationClass/{name}.png"))
+            name,
+            lambda: read(f"JPEGImages/{name}.jpg"),
+            lambda: read_labels(read(f"SegmentationClass/{name}.png")),
         )
 
-    val = names("val")
-    sbd = _find(raw_dir, "benchmark.tgz", required=False)
-    train = names("train")
+    def of_sbd(path: Path, known: set[str]) -> Iterator[Pair]:
+        for file, content in read_packed(path, _LARGEST_ARCHIVE):
+            name = PurePosixPath(file).stem
+            if file.endswith(".mat") and "/cls/" in file and name not in known and f"JPEGImages/{name}.jpg" in places:
+                yield Pair(name, partial(read, f"JPEGImages/{name}.jpg"), partial(_sbd_labels, path, content))
 
-    def training(work: Path) -> Iterator[Pair]:
-        if sbd is None:
-            return (pair(name, None) for name in train)
-        more = work / "sbd"
-        extra = set(_unpack_sbd(sbd, more)) - set(val)
-        every = sorted(set(train) | {name for name in extra if f"JPEGImages/{name}.jpg" in places})
-        return (pair(name, more) for name in every)
-
-    labels = _label_map({n: n for n in range(len(VOC_CLASSES))} | {IGNORED: IGNORED})
-    splits: dict[str, Callable[[Path], Iterator[Pair]]] = {
-        "train": training,
-        "val": lambda work: (pair(name, None) for name in val),
+    train, val = names("train"), names("val")
+    splits: dict[str, Sequence[Iterable[Pair]]] = {
+        "train": _chunks([pair(name) for name in train]),
+        "val": _chunks([pair(name) for name in val]),
     }
-    return Layout(VOC_CLASSES, labels, splits, [archive, *([sbd] if sbd else [])])
+    files = [archive]
+    if (sbd := raw_dir / "benchmark.tgz").is_file():
+        files.append(sbd)
+        splits["train"] = [*splits["train"], of_sbd(sbd, {*train, *val})]
+    labels = {n: n for n in range(len(VOC_CLASSES))} | {255: IGNORED}
+    return Layout(VOC_CLASSES, labels, splits, files)
 
 
-def _unpack_sbd(path: Path, folder: Path) -> list[str]:
-    """SBD's class masks, one file each, and their names; what an earlier run unpacked is kept."""
+def _sbd_labels(path: Path, content: bytes) -> np.ndarray:
     from scipy.io import loadmat
 
-    done = folder / "done.json"
-    if done.is_file():
-        found: list[str] = json.loads(done.read_text())
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in tqdm(archive, unit="file", desc=path.name):
-                parts = PurePosixPath(member.name).parts
-                if len(parts) > 1 and parts[-2] == "cls" and parts[-1].endswith(".mat"):
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    segmentation = loadmat(io.BytesIO(file.read()), squeeze_me=True, struct_as_record=False)["GTcls"]
-                    name = parts[-1].removesuffix(".mat")
-                    np.save(folder / f"{name}.npy", np.asarray(segmentation.Segmentation, dtype=np.uint8))
-                    names.append(name)
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError) as error:
+        found = loadmat(io.BytesIO(content), squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
+        return np.asarray(found, dtype=np.int64)
+    except Exception as error:  # scipy raises whatever a damaged file leads it to
         raise UserError(f"{path} is not SBD's whole archive ({one_line(str(error))}): download it again") from None
-    done.write_text(json.dumps(names))
-    return names
-
-
-# --- Cityscapes and ADE20K --------------------------------------------------------------------------------------------
-
-
-def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names in a zip file, and what reads one of them."""
-    archive = open_zip(path)
-    names = archive.namelist()
-
-    def read(name: str) -> bytes:
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"the zip file is damaged here ({error})") from None
-
-    return names, read
 
 
 def cityscapes(raw_dir: Path) -> Layout:
     """Cityscapes, fine annotations; the masks of test are kept back."""
-    pictures, masks = (_find(raw_dir, f"{name}_trainvaltest.zip") for name in ("leftImg8bit", "gtFine"))
-    assert pictures is not None
-    assert masks is not None
-    image_names, read_image = _zip_reader(pictures)
-    mask_names, read_mask = _zip_reader(masks)
-    there = set(mask_names)
+    files = [_find(raw_dir, f"{name}_trainvaltest.zip") for name in ("leftImg8bit", "gtFine")]
+    pictures, masks = map(Listing, files)
 
-    def pairs(split: str) -> Iterator[Pair]:
-        for path in sorted(one for one in image_names if f"/{split}/" in one and one.endswith("_leftImg8bit.png")):
-            name = PurePosixPath(path).name.removesuffix("_leftImg8bit.png")
-            mask = f"gtFine/{split}/{PurePosixPath(path).parent.name}/{name}_gtFine_labelIds.png"
+    def pair(path: str, split: str) -> Pair:
+        name = PurePosixPath(path).name.removesuffix("_leftImg8bit.png")
+        mask = path.replace("leftImg8bit", "gtFine").removesuffix(".png") + "_labelIds.png"
+        labels = None if split == "test" else lambda: read_labels(_read(masks, mask))
+        return Pair(name, lambda: _read(pictures, path), labels)
 
-            def labels(mask: str = mask) -> np.ndarray:
-                if mask not in there:
-                    raise ValueError(f"{mask} is missing")
-                return _png_labels(read_mask(mask))
-
-            yield Pair(name, lambda path=path: read_image(path), None if split == "test" else labels)  # type: ignore[misc]
-
+    splits = {
+        split: _chunks([
+            pair(path, split) for path in sorted(pictures.files)
+            if f"/{split}/" in f"/{path}" and path.endswith("_leftImg8bit.png")
+        ])
+        for split in ("train", "val", "test")
+    }  # fmt: skip
     train_ids = {label: n for n, label in enumerate(CITYSCAPES.values())}
-    labels = _label_map({n: train_ids.get(n, IGNORED) for n in range(_CITYSCAPES_LABELS)} | {IGNORED: IGNORED})
-    splits = {split: lambda work, split=split: pairs(split) for split in ("train", "val", "test")}  # type: ignore[misc]
-    return Layout(tuple(CITYSCAPES), labels, splits, [pictures, masks])
+    labels = {n: train_ids.get(n, IGNORED) for n in range(_CITYSCAPES_LABELS)} | {255: IGNORED}
+    return Layout(tuple(CITYSCAPES), labels, splits, files)
 
 
 def ade20k(raw_dir: Path) -> Layout:
     """ADE20K's scene parsing, 150 classes."""
-    path, test = _find(raw_dir, "ADEChallengeData2016.zip"), _find(raw_dir, "release_test.zip", required=False)
-    assert path is not None
-    names, read = _zip_reader(path)
-    there = set(names)
-    listed = next((one for one in names if one.endswith("objectInfo150.txt")), None)
-    if listed is None:
-        raise UserError(f"{path} lacks objectInfo150.txt: download it again")
-    lines = read(listed).decode().splitlines()[1:]
-    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    path = _find(raw_dir, "ADEChallengeData2016.zip")
+    files, listing = [path], Listing(path)
+    listed = next((one for one in listing.files if one.endswith("objectInfo150.txt")), None)
+    try:
+        lines = _read(listing, str(listed)).decode().splitlines()[1:]
+        classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path} lacks a whole objectInfo150.txt ({one_line(str(error))}): download it again") from None
 
-    def pairs(folder: str) -> Iterator[Pair]:
-        for image in sorted(one for one in names if f"/images/{folder}/" in one and one.endswith(".jpg")):
-            mask = image.replace("/images/", "/annotations/").removesuffix(".jpg") + ".png"
+    def pair(of: Listing, image: str, labelled: bool) -> Pair:
+        mask = image.replace("images/", "annotations/").removesuffix(".jpg") + ".png"
+        labels = (lambda: read_labels(_read(of, mask))) if labelled else None
+        return Pair(PurePosixPath(image).stem, lambda: _read(of, image), labels)
 
-            def labels(mask: str = mask) -> np.ndarray:
-                if mask not in there:
-                    raise ValueError(f"{mask} is missing")
-                return _png_labels(read(mask))
+    def pairs(folder: str) -> list[Sequence[Pair]]:
+        names = sorted(one for one in listing.files if f"images/{folder}/" in one and one.endswith(".jpg"))
+        return _chunks([pair(listing, name, True) for name in names])
 
-            yield Pair(PurePosixPath(image).stem, lambda image=image: read(image), labels)  # type: ignore[misc]
-
-    def unlabelled(path: Path) -> Iterator[Pair]:
-        found, read_test = _zip_reader(path)
-        for image in sorted(one for one in found if one.endswith(".jpg")):
-            yield Pair(PurePosixPath(image).stem, lambda image=image: read_test(image), None)  # type: ignore[misc]
-
-    splits: dict[str, Callable[[Path], Iterator[Pair]]] = {
-        "train": lambda work: pairs("training"),
-        "val": lambda work: pairs("validation"),
-    }
-    if test is not None:
-        splits["test"] = lambda work: unlabelled(test)
-    labels = _label_map({0: IGNORED} | {n + 1: n for n in range(len(classes))})
-    return Layout(classes, labels, splits, [path, *([test] if test else [])])
-
-
-# --- instances --------------------------------------------------------------------------------------------------------
+    splits = {"train": pairs("training"), "val": pairs("validation")}
+    if (test := raw_dir / "release_test.zip").is_file():
+        files.append(test)
+        unlabelled = Listing(test)
+        names = sorted(one for one in unlabelled.files if one.endswith(".jpg"))
+        splits["test"] = _chunks([pair(unlabelled, name, False) for name in names])
+    return Layout(classes, {0: IGNORED} | {n + 1: n for n in range(len(classes))}, splits, files)
 
 
 def instances(raw_dir: Path) -> Layout:
     """COCO instances as semantic maps: those of the embedded corpus, or of one's own."""
     annotations = _find(raw_dir, "annotations.zip")
-    assert annotations is not None
     categories = list_categories(annotations)
     label_of = {category: n for n, category in enumerate(sorted(categories), start=1)}
-    with open_zip(annotations) as archive:
-        subsets = [PurePosixPath(name).stem.removeprefix("instances_") for name in archive.namelist()]
-        images = {
-            subset: json.loads(archive.read(name))["images"]
-            for subset, name in zip(subsets, archive.namelist(), strict=True)
-        }
     of_image: dict[int, list[dict[str, Any]]] = {}
     for annotation in list_annotations(annotations):
         of_image.setdefault(int(annotation["image_id"]), []).append(annotation)
 
     def mask(image: dict[str, Any]) -> np.ndarray:
-        from vlabs.data.instances import decode_run_lengths, fill_polygons
-
         height, width = int(image["height"]), int(image["width"])
-        labels = np.zeros((height, width), dtype=np.uint8)
-        for one in sorted(of_image.get(image["id"], []), key=lambda one: -float(one["area"])):
-            shape = one["segmentation"]
-            inside = (
-                decode_run_lengths(shape["counts"], height, width)
-                if isinstance(shape, dict)
-                else fill_polygons(shape, height, width)
-            )
+        labels = np.zeros((height, width), dtype=np.int64)
+        for one in sorted(of_image.get(image["id"], []), key=lambda one: -float(one.get("area") or 0)):
+            if one.get("category_id") not in label_of and not one.get("iscrowd"):
+                raise ValueError(f"instance {one['id']} has a category without a name, {one.get('category_id')!r}")
+            try:
+                inside = Instance(one["id"], image["id"], 0.0, height, width, one["segmentation"]).mask()
+            except UserError as error:
+                raise ValueError(str(error)) from None
             labels[inside] = IGNORED if one.get("iscrowd") else label_of[one["category_id"]]
         return labels
 
-    def pairs(subset: str) -> Iterator[Pair]:
-        path = _find(raw_dir, f"{subset}.zip")
-        assert path is not None
-        _, read = _zip_reader(path)
-        for image in images[subset]:
-            name = image["file_name"]
-            yield Pair(
-                PurePosixPath(name).stem,
-                lambda name=name: read(f"{subset}/{name}"),  # type: ignore[misc]
-                lambda image=image: mask(image),  # type: ignore[misc]
-            )
+    def pair(listing: Listing, subset: str, image: dict[str, Any]) -> Pair:
+        name = str(image["file_name"])
+        inside = next((one for one in (f"{subset}/{name}", name) if listing.find(one)), f"{subset}/{name}")
+        return Pair(PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image))
 
-    splits = {
-        subset.rstrip("0123456789"): lambda work, subset=subset: pairs(subset)  # type: ignore[misc]
-        for subset in subsets
-    }
-    files = [annotations, *(raw_dir / f"{subset}.zip" for subset in subsets if (raw_dir / f"{subset}.zip").is_file())]
-    labels = _label_map({n: n for n in range(len(categories) + 1)} | {IGNORED: IGNORED})
+    splits, files = {}, [annotations]
+    for file in json_files(annotations.parent, "annotations.zip"):
+        match = _INSTANCES.fullmatch(file.name)
+        if match and file.path == annotations:
+            files.append(_find(raw_dir, f"{match[1]}.zip"))
+            listing = Listing(files[-1])
+            pairs = [pair(listing, match[1], image) for image in file.items("images.item")]
+            splits[split_name(match[1].rstrip("0123456789"), str(file))] = _chunks(pairs)
+    if not splits:
+        raise UserError(f"{annotations} holds no COCO instances (no instances_*.json)")
+    labels = {n: n for n in range(len(categories) + 1)} | {IGNORED: IGNORED}
     return Layout(("background", *(categories[one] for one in sorted(categories))), labels, splits, files)
 
 
@@ -339,101 +267,52 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
 
 
 def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "error", name: str | None = None) -> None:
-    """Write the prepared folder `out_dir`, or go on writing it.
+    """Write the prepared folder `out_dir`, see `prepare_units`.
 
     Args:
         layout: a key of `LAYOUTS`.
-        on_bad: `error`, or `skip` to leave out pairs that cannot be used.
-        name: of the data set; that of the layout, or of what was rendered, or of `out_dir` if not given.
+        name: of the data set; that of the layout, or of what was rendered, or of `raw_dir` if not given.
 
     Raises:
         UserError: files are missing or damaged, a pair cannot be used, or `out_dir` holds something else.
     """
     if not raw_dir.is_dir():
         raise UserError(f"--raw-dir {raw_dir}: there is no such folder")
-    out_dir = out_dir.absolute()
-    options = {"layout": layout, "on_bad": on_bad}
     found = LAYOUTS[layout](raw_dir)
+    units = []
+    for split, parts in found.splits.items():
+        if not any(parts):
+            raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
+        units += [Unit(split, f"{split} {n}", partial(_rows, split, part, found)) for n, part in enumerate(parts)]
+
+    def place(read: Callable[[], Batches]) -> Batches:
+        number = 0
+        for split, rows in read():
+            for row in rows:
+                row["image_id"] = number = number + 1
+            yield split, rows
+
+    def finish(folder: Path, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        write_json(folder / "classes.json", list(found.classes))
+        return {"layout": layout}
+
+    called = name or name_of_rendered(raw_dir) or (raw_dir.resolve().name if layout == "instances" else layout)
     raw_files = [{"name": path.name, "size": path.stat().st_size} for path in found.files]
-    if is_made(out_dir, {"raw_files": raw_files, "options": options}):
-        return
-    with new_folder(out_dir, "--out-dir", resumable=True) as partial:
-        work = partial / WORK
-        inputs, identity = work / "inputs.json", json.dumps([raw_files, options])
-        if not inputs.is_file() or inputs.read_text() != identity:
-            clear(partial)
-            work.mkdir()
-            write_text(inputs, identity)
-        counts: dict[str, dict[str, Any]] = {}
-        dropped: list[str] = []
-        image_id = 0
-        for split, pairs in found.splits.items():
-            counts[split], image_id = _write_split(split, pairs(work), found, partial, image_id, on_bad, dropped)
-            if not counts[split]["images"]:
-                raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
-        write_json(partial / "classes.json", list(found.classes))
-        called = name or name_of_rendered(raw_dir) or (out_dir.name if layout == "instances" else layout)
-        manifest = {
-            "format": FORMAT_VERSION, "kind": "masks", "name": called, "layout": layout, "splits": counts,
-            "dropped_items": dropped, "options": options, "raw_files": raw_files,
-        }  # fmt: skip
-        write_json(partial / "manifest.json", manifest)
-    if dropped:
-        show(f"left out {len(dropped):,}, the first: {dropped[0]}")
-    say_ready(out_dir, counts)
+    folder = Folder("masks", called, MASK_FEATURES, units, raw_files, {"layout": layout}, place=place, finish=finish)
+    prepare_units(folder, out_dir, on_bad)
 
 
-def _write_split(
-    split: str, pairs: Iterator[Pair], found: Layout, partial: Path, image_id: int, on_bad: str, dropped: list[str]
-) -> tuple[dict[str, Any], int]:
-    """Write the pairs of a split in files of so many, of which those that are there are kept."""
-    import hashlib
-
-    folder = partial / check_split_name(split, "the archive")
-    folder.mkdir(exist_ok=True)
-    schema = MASK_FEATURES.arrow_schema
-    count = {"images": 0, "sha256": ""}
-    names = []
-    with tqdm(unit="image", desc=split) as progress:
-        for number in range(10**6):
-            chosen = list(islice(pairs, _SHARD))
-            if not chosen:
-                break
-            file, record = folder / f"data-{number:05d}.arrow", partial / WORK / f"{split}-{number:05d}.json"
-            if not (file.is_file() and record.is_file()):
-                bad: list[str] = []
-                rows = []
-                for place, pair in enumerate(chosen):
-                    try:
-                        image, mask = _checked(pair, found.labels)
-                    except ValueError as error:
-                        if on_bad != "skip":
-                            raise UserError(
-                                f"{split}: {pair.name}: {error}: mend it, or leave it out with --on-bad skip"
-                            ) from None
-                        bad.append(f"{split}: {pair.name}: {error}")
-                        continue
-                    rows.append({"image_id": image_id + place, "name": pair.name, "image": image, "mask": mask})
-                    progress.update()
-                part = file.with_suffix(".part")
-                with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                digest = hashlib.sha256(part.read_bytes()).hexdigest()
-                part.rename(file)
-                record.write_text(json.dumps({"images": len(rows), "sha256": digest, "bad": bad}))
-            else:
-                progress.update(len(chosen))
-            image_id += len(chosen)
-            kept = json.loads(record.read_text())
-            count["images"] += kept["images"]
-            count["sha256"] = hashlib.sha256((str(count["sha256"]) + kept["sha256"]).encode()).hexdigest()
-            dropped += kept["bad"]
-            names.append(file.name)
-    write_datasets_files(folder, names, str(count["sha256"]), MASK_FEATURES)
-    return count, image_id
+def _rows(split: str, pairs: Iterable[Pair], layout: Layout) -> Iterator[Row | BadItem]:
+    for pair in pairs:
+        try:
+            image, mask = _checked(pair, layout)
+        except ValueError as error:
+            yield BadItem("unusable pair", split, f"{pair.name} ({error})")
+        else:
+            yield {"image_id": 0, "name": pair.name, "image": image, "mask": mask}
 
 
-def _checked(pair: Pair, labels: np.ndarray) -> tuple[bytes, bytes]:
+def _checked(pair: Pair, layout: Layout) -> tuple[bytes, bytes]:
     """A picture's bytes, and its mask as the PNG that is kept.
 
     Raises:
@@ -441,43 +320,38 @@ def _checked(pair: Pair, labels: np.ndarray) -> tuple[bytes, bytes]:
     """
     try:
         image = pair.image()
-        with open_picture(image) as picture:
-            picture.load()
-            size = picture.size
-    except KeyError:
-        raise ValueError("the picture is missing") from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise ValueError(f"the picture cannot be read ({one_line(str(error))})") from None
+        size = size_of(image)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the picture cannot be read: {one_line(str(error))}") from None
     if pair.mask is None:
         return image, b""
     try:
         raw = pair.mask()
-    except (KeyError, FileNotFoundError):
-        raise ValueError("the mask is missing") from None
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"the mask cannot be read ({one_line(str(error))})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the mask cannot be read: {one_line(str(error))}") from None
     if raw.shape != size[::-1]:
         raise ValueError(f"the mask has {raw.shape[1]} x {raw.shape[0]} pixels and the picture {size[0]} x {size[1]}")
-    mapped = labels[raw]
-    if (mapped < 0).any():
-        values = sorted(set(raw[mapped < 0].tolist()))
-        raise ValueError(f"the mask has the label value {values[0]}, which the data set does not have")
+    values, places = np.unique(raw, return_inverse=True)
+    if unknown := [value for value in values.tolist() if value not in layout.labels]:
+        raise ValueError(f"the mask has the label value {unknown[0]}, which the data set does not have")
+    classes = np.array([layout.labels[value] for value in values.tolist()])
+    wide = len(layout.classes) > 254
+    kept = np.where(classes == IGNORED, IGNORED if wide else 255, classes).astype(np.uint16 if wide else np.uint8)
     file = io.BytesIO()
-    Image.fromarray(mapped.astype(np.uint8)).save(file, "PNG")
+    Image.fromarray(kept[places].reshape(raw.shape)).save(file, "PNG")
     return image, file.getvalue()
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.segmentation", description=__doc__.splitlines()[0])
+    parser = new_parser("segmentation", __doc__)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the archives")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
-    parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="pairs that cannot be used")
+    parser.add_argument("--name", help="what the data set is called (default: as its layout, or its folder)")
+    add_on_bad(parser, "pairs that cannot be used")
     arguments = parser.parse_args()
-    prepare_masks(arguments.layout, arguments.raw_dir, arguments.out_dir, arguments.on_bad)
+    prepare_masks(arguments.layout, arguments.raw_dir, arguments.out_dir, arguments.on_bad, arguments.name)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.engine.json_file import get_value, read_lines
-from data_prep.engine.pipeline import check_split_name
+from data_prep.engine.places import walk
 from data_prep.engine.reader import Reader, command
+from data_prep.engine.tables import read_rows, split_name
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.json_file import get_value
 
 _FILE = re.compile(r"snli_ve_(.+)\.jsonl")
 
@@ -38,8 +39,8 @@ class SNLIVE(Reader):
 
     def __init__(self, raw_dir: Path) -> None:
         super().__init__(raw_dir)
-        found = {path: _FILE.fullmatch(path.name) for path in sorted(raw_dir.glob("snli_ve_*.jsonl"))}
-        self.splits = {check_split_name(match[1], str(path)): path for path, match in found.items() if match}
+        found = {path: _FILE.fullmatch(path.name) for path in walk(raw_dir)}
+        self.splits = {split_name(match[1], str(path)): path for path, match in found.items() if match}
         if not self.splits:
             raise UserError(
                 f"{raw_dir} holds no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl: download them from"
@@ -52,7 +53,7 @@ class SNLIVE(Reader):
         for split, path in self.splits.items():
             print(f"reading {path}")
             number = 0
-            for number, (where, line) in enumerate(read_lines(path), start=1):
+            for number, (where, line) in enumerate(read_rows(path), start=1):
                 picture = get_value(line, "Flickr30K_ID", where)
                 check_value(where, "Flickr30K_ID", picture, str)
                 yield Text(

@@ -25,15 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine.images import ImageStore, open_zip
-from data_prep.engine.json_file import JsonFile, get_value
-from data_prep.engine.pipeline import check_split_name, name_of_rendered
+from data_prep.engine.folder import name_of_rendered
+from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.regions import describe_files
+from data_prep.engine.tables import split_name
 from data_prep.engine.texts import Index, Text, check_value
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.grounding import list_hat
 from vlabs.metrics.vqa import normalize_answer
+from vlabs.utils.json_file import JsonFile, get_value
 
 _QUESTIONS = re.compile(r"(?:v2_)?OpenEnded_mscoco_(.+)_questions\.json")
 _ANNOTATIONS = re.compile(r"(?:v2_)?mscoco_(.+)_annotations\.json")
@@ -65,7 +66,11 @@ class VQAv2(Reader):
 
     def __init__(self, raw_dir: Path, human_maps: Sequence[Path] = ()) -> None:
         super().__init__(raw_dir)
-        questions, annotations = _find(raw_dir, _QUESTIONS), _find(raw_dir, _ANNOTATIONS)
+        files = json_files(raw_dir, "*[QA]*_mscoco.zip")
+        # Files of v1 are called the same but for the v2_, and are of the same form.
+        if any(file.name.startswith("v2_") for file in files):
+            files = [file for file in files if file.name.startswith("v2_")]
+        questions, annotations = _find(files, _QUESTIONS), _find(files, _ANNOTATIONS)
         if not questions and not annotations:
             raise UserError(
                 f"{raw_dir} holds no VQA v2: missing v2_Questions_Train_mscoco.zip, v2_Annotations_Train_mscoco.zip and"
@@ -83,7 +88,7 @@ class VQAv2(Reader):
         ]
         self.splits: dict[str, Split] = {}
         for subset, file in sorted(questions.items()):
-            split = check_split_name(_split_name(subset), str(file))
+            split = split_name(_split_name(subset), str(file))
             if split in self.splits:
                 raise UserError(f"{raw_dir} holds two '{split}' splits, {self.splits[split].questions} and {file}")
             release = _release(file)
@@ -94,12 +99,12 @@ class VQAv2(Reader):
             self.splits[split] = Split(file, annotations.get(subset), release, store)
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
-        json_files = [*questions.values(), *annotations.values()]
-        self.tables = sorted({*(file.path for file in json_files), *self.instances})
+        tables = {file.path for file in (*questions.values(), *annotations.values())}
+        self.tables = sorted({*tables, *self.instances})
         self.human_maps = _find_human_maps(human_maps)
         if self.human_maps:
-            files = {path.name: path for paths in self.human_maps.values() for path in paths}
-            self.options["human_maps"] = describe_files(files)
+            maps = {path.name: path for paths in self.human_maps.values() for path in paths}
+            self.options["human_maps"] = describe_files(maps)
 
     @property
     def images(self) -> Sequence[Path]:
@@ -233,23 +238,9 @@ def _zip_name(subset: str) -> str:
     return _split_name(subset).split("-")[0].capitalize()
 
 
-def _find(raw_dir: Path, pattern: re.Pattern[str]) -> dict[str, JsonFile]:
-    """Return the JSON files, in zip files or not, whose name fits, by subset (`train2014`)."""
-    # The files of VQA v1 are called the same but for the v2_, and are of the same form.
-    names = ["v2_*"] if any(raw_dir.glob("v2_*")) else ["OpenEnded_*", "mscoco_*", "Questions_*", "Annotations_*"]
-    files = [
-        JsonFile(path) for name in names for path in [*raw_dir.glob(f"{name}.json"), *raw_dir.glob(f"{name}/*.json")]
-    ]
-    for path in sorted(path for name in names for path in raw_dir.glob(f"{name}.zip")):
-        with open_zip(path) as archive:
-            files += [JsonFile(path, member) for member in archive.namelist()]
-    found = {}
-    for file in files:
-        match = pattern.fullmatch(Path(file.member or file.path).name)
-        # Archives made on a Mac hold shadow files (__MACOSX/._v2_...), which the pattern does not fit.
-        if match:
-            found[match[1]] = file
-    return found
+def _find(files: Sequence[JsonFile], pattern: re.Pattern[str]) -> dict[str, JsonFile]:
+    """Return the files whose name fits, by subset (`train2014`)."""
+    return {match[1]: file for file in files if (match := pattern.fullmatch(file.name))}
 
 
 main = command(VQAv2)

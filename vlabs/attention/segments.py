@@ -27,8 +27,8 @@ class Segmented(NamedTuple):
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour a class, (256, 3) in [0, 1], the first dark; what does not count is white."""
-    colors = np.ones((256, 3))
+    """A colour a class, (classes + 1, 3) in [0, 1], the first dark; white for what does not count."""
+    colors = np.ones((classes + 1, 3))
     hues = matplotlib.colormaps["tab20"](np.arange(classes) % 20)[:, :3]
     colors[:classes] = hues * (1 - 0.12 * (np.arange(classes)[:, None] // 20 % 4))
     colors[0] = 0.15
@@ -38,9 +38,9 @@ def palette(classes: int) -> np.ndarray:
 def colored(image: Image.Image, labels: np.ndarray, colors: np.ndarray, strength: float = 0.65) -> np.ndarray:
     """Classes (rows, columns) as colours over their picture; (H, W, 3) uint8."""
     shown = enlarged(image)
-    large = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(shown.size, Image.Resampling.NEAREST))
+    large = np.asarray(Image.fromarray(labels.astype(np.uint16)).resize(shown.size, Image.Resampling.NEAREST))
     pixels = np.asarray(shown.convert("RGB"), dtype=np.float32) / 255
-    mixed = (1 - strength) * pixels + strength * colors[large]
+    mixed = (1 - strength) * pixels + strength * colors[np.minimum(large, len(colors) - 1)]
     mixed[large == IGNORED] = 1.0
     return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 
-from vlabs.data.decoding import open_picture
+from vlabs.data.decoding import read_gray
 from vlabs.data.instances import crop_map
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
@@ -224,11 +224,8 @@ def decode_region(png: bytes, name: str) -> np.ndarray:
         UserError: it is no picture.
     """
     try:
-        with open_picture(png) as picture:
-            return np.asarray(picture.convert("L"), dtype=np.float64) / 255
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        return read_gray(png).astype(np.float64)
+    except ValueError as error:
         raise UserError(
             f"the region of a text about {name} cannot be decoded ({error}): prepare the data again"
         ) from None

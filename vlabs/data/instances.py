@@ -176,7 +176,7 @@ def _uncompressed(text: str) -> list[int]:
 
 
 def fill_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
-    """The pixels in any of the polygons, as COCO's own tools draw them.
+    """The pixels in any of the polygons, as COCO's own tools draw them; of several those that can be drawn.
 
     Pixel (row, column) covers [column, column + 1) x [row, row + 1).
 
@@ -188,18 +188,29 @@ def fill_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) 
         (height, width) bool
 
     Raises:
-        ValueError: a polygon is not a list of at least three pairs of numbers, or reaches far out of the picture.
+        ValueError: none of them is a list of at least three pairs of numbers that stays near the picture.
     """
-    for polygon in polygons:
-        corners = np.asarray(polygon, dtype=np.float64)
-        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
-            raise ValueError("a polygon is a list of three or more pairs of numbers")
-        if np.abs(corners).max() > _FAR * max(height, width):  # whose outline would be drawn pixel by pixel
-            raise ValueError(f"a polygon reaches to {np.abs(corners).max():g}, and the picture has {height}x{width}")
-    if not len(polygons):
+    faults = [fault_of_polygon(polygon, height, width) for polygon in polygons]
+    good = [polygon for polygon, fault in zip(polygons, faults, strict=True) if fault is None]
+    if not good:
+        if faults:
+            raise ValueError(faults[0])
         return np.zeros((height, width), dtype=bool)
-    runs = coco_mask.frPyObjects([[float(n) for n in polygon] for polygon in polygons], height, width)
+    runs = coco_mask.frPyObjects([[float(n) for n in polygon] for polygon in good], height, width)
     return np.asarray(coco_mask.decode(coco_mask.merge(runs)), dtype=bool)
+
+
+def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str | None:
+    """Why a polygon cannot be drawn; None if it can."""
+    try:
+        corners = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        corners = np.zeros(0)
+    if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
+        return "a polygon is a list of three or more pairs of numbers"
+    if (reach := np.abs(corners).max()) > _FAR * max(height, width):  # whose outline would be drawn pixel by pixel
+        return f"a polygon reaches to {reach:g}, and the picture has {height}x{width}"
+    return None
 
 
 # --- the geometry of the model's input -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from vlabs.data.classes import ImageSampler, generators_kept
-from vlabs.data.decoding import open_picture
+from vlabs.data.decoding import read_labels
 from vlabs.data.images import name_of
 from vlabs.data.loading import GroupLoader, check_number, check_whole, eval_loader
 from vlabs.data.module import PreparedDataModule
@@ -32,7 +32,7 @@ class MaskBatch(NamedTuple):
 
     Attributes:
         images: (n, 3, H, W), normalised.
-        masks: (n, H, W), the class of every pixel; 255 where it does not count.
+        masks: (n, H, W), the class of every pixel; `IGNORED` where it does not count.
         image_ids: n.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
@@ -48,7 +48,7 @@ class WholePicture(NamedTuple):
 
     Attributes:
         image: (1, 3, H, W), normalised, perhaps resized.
-        mask: (rows, columns) of the picture itself; all 255 where none was published.
+        mask: (rows, columns) of the picture itself; all `IGNORED` where none was published.
         image_id, name: of the picture.
         shown: the picture itself.
     """
@@ -150,9 +150,11 @@ class MaskDataset(Dataset[Any]):
             show(f"left out: {error}", file=sys.stderr)
             return None
         if not row["mask"]:
-            return image, np.full((image.height, image.width), IGNORED, dtype=np.uint8)
-        with open_picture(row["mask"]) as mask:
-            return image, np.asarray(mask)
+            return image, np.full((image.height, image.width), IGNORED, dtype=np.uint16)
+        mask = read_labels(row["mask"])
+        if mask.dtype == np.uint8:
+            mask = np.where(mask == 255, IGNORED, mask)
+        return image, mask.astype(np.uint16)
 
     def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A training picture (3, rows, columns), normalised, and its mask (rows, columns).
@@ -190,7 +192,8 @@ class MaskDataset(Dataset[Any]):
         for _ in range(10):
             top = int(rng.integers(max(0, mask.shape[0] - rows) + 1))
             left = int(rng.integers(max(0, mask.shape[1] - columns) + 1))
-            counts = np.bincount(mask[top : top + rows, left : left + columns].ravel(), minlength=256)[:IGNORED]
+            inside = mask[top : top + rows, left : left + columns]
+            counts = np.bincount(inside[inside != IGNORED])
             if np.count_nonzero(counts) > 1 and counts.max() < a.most * counts.sum():
                 break
         return top, left

@@ -92,14 +92,22 @@ MASK_FEATURES = datasets.Features(
         "image_id": datasets.Value("int64"),
         "name": datasets.Value("string"),  # of the picture, as the data set calls it
         "image": datasets.Value("binary"),  # the file's bytes, unchanged
-        # A PNG of the picture's size with the class of every pixel, 255 where none counts; empty where it is kept back.
+        # A PNG of the picture's size with the class of every pixel, 255 where none counts (with more than 254 classes
+        # of 16 bits, and 65535); empty where it is kept back.
         "mask": datasets.Value("binary"),
     }
 )
-IGNORED = 255
+IGNORED = 65535  # as a class in memory, on disk too where a pixel has 16 bits
 
 # The labels of statements of known data sets, in METER's order, so that its heads fit.
 LABELS = {"snli_ve": ("contradiction", "neutral", "entailment"), "nlvr2": ("False", "True")}
+
+# Cityscapes' label ids of the classes that its benchmark counts, in the order of its train ids.
+CITYSCAPES = {
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
+    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+}  # fmt: skip
 
 # What a manifest's `kind` means, and which commands make such a folder.
 _KINDS = {

@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vlabs.data.decoding import open_picture, reason_of
+from vlabs.data.decoding import decode
 from vlabs.errors import UserError, one_line
 
 # CLIP's, which METER uses for CLIP's encoders, and the released AbSViT for its ViT.
@@ -236,7 +236,7 @@ def check_text(what: str, text: str) -> None:
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:
-    """Decode image bytes to an RGB picture.
+    """Decode image bytes to an RGB picture as a viewer shows it, see `vlabs.data.decoding`.
 
     Args:
         name: of the image, for messages.
@@ -247,10 +247,6 @@ def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.I
         UserError: not an image, a truncated one, or one of too many pixels; the message says `name`.
     """
     try:
-        with open_picture(data, at_least) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the picture
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise UserError(f"{name} is not a whole image that can be decoded: {reason_of(error)}") from None
+        return decode(data, at_least)
+    except ValueError as error:
+        raise UserError(f"{name} is not a whole image that can be decoded: {error}") from None

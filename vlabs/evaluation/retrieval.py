@@ -34,9 +34,9 @@ from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import share_kept, shortlist
 from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
-from vlabs.runs.logging import say
 from vlabs.runs.trainer import make_trainer
 from vlabs.utils.files import content_sha256, write_json
+from vlabs.utils.ranks import say
 
 RANKERS = ("exact", "shortlist")
 

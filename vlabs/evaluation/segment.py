@@ -20,7 +20,7 @@ from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.masks import MaskDataModule, WholePicture, stacked
-from vlabs.data.prepared import IGNORED, read_manifest
+from vlabs.data.prepared import CITYSCAPES, IGNORED, read_manifest
 from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
@@ -31,15 +31,9 @@ from vlabs.utils.files import new_folder, write_json, write_text
 
 # The raw label value of every class, of what has a server that scores it.
 _RAW_LABELS = {
-    "cityscapes": lambda: list(_cityscapes().values()),
-    "ade20k": lambda: list(range(1, 151)),
+    "cityscapes": list(CITYSCAPES.values()),
+    "ade20k": list(range(1, 151)),
 }
-
-
-def _cityscapes() -> dict[str, int]:
-    from data_prep.readers.segmentation import CITYSCAPES
-
-    return CITYSCAPES
 
 
 class SegmentEvaluation(Evaluation):
@@ -153,9 +147,8 @@ def _writer(
         yield lambda picture, labels: None
         return
     layout = read_manifest(data.dir).get("layout")
-    raw = _RAW_LABELS[layout]() if layout in _RAW_LABELS else list(range(classes))
-    values = np.zeros(256, dtype=np.uint8)
-    values[: len(raw)] = raw
+    raw = _RAW_LABELS.get(str(layout), list(range(classes)))
+    values = np.array(raw, dtype=np.uint8 if max(raw) < 256 else np.uint16)
     with new_folder(folder, "predictions", replaces=_is_predictions) as partial:
 
         def write(picture: WholePicture, labels: np.ndarray) -> None:

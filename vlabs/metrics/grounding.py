@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import UnidentifiedImageError
 from scipy.stats import rankdata
 
-from vlabs.data.decoding import open_picture
+from vlabs.data.decoding import read_gray
 from vlabs.data.instances import resize_area
 from vlabs.errors import UserError
 
@@ -205,13 +204,8 @@ def read_human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
 
 def _read_gray(path: Path) -> np.ndarray:
     try:
-        with open_picture(path.read_bytes()) as image:
-            return np.asarray(image.convert("L"), dtype=np.float32) / 255
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not a picture: download VQA-HAT again") from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        return read_gray(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): download VQA-HAT again") from None
 
 

@@ -23,7 +23,7 @@ def mean_iou(confusion: Tensor) -> Tensor:
     return class_iou(confusion).nanmean().float()
 
 
-def region_iou(found: Tensor, masks: Tensor, ignored: int = 255) -> Tensor:
+def region_iou(found: Tensor, masks: Tensor, ignored: int) -> Tensor:
     """IoU of what was found with the region of every text, in [0, 1]; texts without a region are left out.
 
     Args:

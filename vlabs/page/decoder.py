@@ -17,8 +17,9 @@ import threading
 from contextlib import suppress
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from vlabs.data.decoding import as_shown
 from vlabs.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -113,7 +114,7 @@ def decode(content: bytes, megapixels: float) -> Image.Image:
                     f"the picture has {image.width} x {image.height} pixels, and {megapixels:g} million are"
                     " allowed: make it smaller"
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return as_shown(image)
     except Image.DecompressionBombError:
         raise UserError(f"the picture has more than {megapixels:g} million pixels: make it smaller") from None
     except Image.UnidentifiedImageError:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlabs.attention.maps import MAPS, default_map, look
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
+from vlabs.data.decoding import as_shown
 from vlabs.data.prepared import LABELS, read_answers
 from vlabs.data.preprocessing import (
     IMAGE_MEAN,
@@ -131,7 +132,7 @@ class Predictor:
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if len(given) != self.pictures:
             raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
-        pictures = [one.convert("RGB") if isinstance(one, Image.Image) else open_image(one) for one in given]
+        pictures = [as_shown(one) if isinstance(one, Image.Image) else open_image(one) for one in given]
         images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)

@@ -20,19 +20,12 @@ import wandb
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.utilities import rank_zero_only
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-from vlabs.errors import UserError, one_line, show
+from vlabs.errors import UserError, one_line
 from vlabs.runs.record import resumable
 from vlabs.utils.files import reason_of, replacing, write_text
-from vlabs.utils.ranks import is_rank_zero
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Print a line of a run's own, once whatever the number of processes."""
-    show(message, flush=True)
+from vlabs.utils.ranks import is_rank_zero, say
 
 
 def quiet_lightning() -> None:

@@ -180,7 +180,7 @@ class ReferTask(SegmentationTask):
         """Add texts to the mean."""
         if batch.caption_ids:
             logits = segment_texts(self.model, batch).logits
-            self.iou.update(100 * region_iou(logits.argmax(dim=1), region_masks(batch, logits.shape[-2:])))
+            self.iou.update(100 * region_iou(logits.argmax(dim=1), region_masks(batch, logits.shape[-2:]), IGNORED))
 
     def on_validation_epoch_end(self) -> None:
         """Log the IoU of the epoch."""

@@ -12,10 +12,9 @@ from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
-from vlabs.runs.logging import say
 from vlabs.tasks.base import Task, check_weight, gather
 from vlabs.tasks.optim import Recipe
-from vlabs.utils.ranks import is_distributed
+from vlabs.utils.ranks import is_distributed, say
 
 
 class VisionLanguageTask(Task):

@@ -24,7 +24,7 @@ from vlabs.errors import UserError
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.runs.config import plain, recorded, save_config
 from vlabs.runs.environment import describe_environment, write_environment
-from vlabs.runs.logging import csv_logger, remember_run_id, say
+from vlabs.runs.logging import csv_logger, remember_run_id
 from vlabs.runs.record import Record, resumable
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
@@ -33,7 +33,7 @@ from vlabs.training.callbacks.gradients import FiniteGradients
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.callbacks.resume import GoOn
 from vlabs.training.start import Last, make_start
-from vlabs.utils.ranks import is_rank_zero
+from vlabs.utils.ranks import is_rank_zero, say
 
 
 @dataclass

@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
 
-from vlabs.runs.logging import say
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
+from vlabs.utils.ranks import say
 
 # Batches that are measured, after those that warm up.
 _WARM_UP, _MEASURED, _VALIDATION = 3, 8, 3

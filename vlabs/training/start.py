@@ -19,11 +19,11 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import build
-from vlabs.runs.logging import say
 from vlabs.runs.record import read_summary
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import previous_of
 from vlabs.training.lightning_state import validation_is_next
+from vlabs.utils.ranks import say
 
 T = TypeVar("T")
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
 
+from vlabs.errors import show
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print a line of a run's own, once whatever the number of processes."""
+    show(message, flush=True)
+
 
 def is_distributed() -> bool:
     """Whether processes can talk to each other now."""

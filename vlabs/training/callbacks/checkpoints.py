@@ -15,10 +15,9 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError
-from vlabs.runs.logging import say
 from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
 from vlabs.utils.files import replacing
-from vlabs.utils.ranks import is_rank_zero
+from vlabs.utils.ranks import is_rank_zero, say
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vlabs.errors import UserError
-from vlabs.runs.logging import say
 from vlabs.tasks.base import Task
 from vlabs.training.lightning_state import gradient_scaler
+from vlabs.utils.ranks import say
 
 
 class FiniteGradients(pl.Callback):

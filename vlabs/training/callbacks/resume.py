@@ -12,7 +12,6 @@ import torch
 
 from vlabs.data.loading import GroupLoader
 from vlabs.errors import UserError
-from vlabs.runs.logging import say
 from vlabs.tasks.optim import Course
 from vlabs.training.lightning_state import (
     batches_done,
@@ -27,6 +26,7 @@ from vlabs.training.lightning_state import (
     validation_follows,
     validation_waits,
 )
+from vlabs.utils.ranks import say
 
 # What a group of parameters is trained with, by the names of `task.recipe.NAME`.
 _SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
