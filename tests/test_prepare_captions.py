@@ -467,9 +467,9 @@ def test_own_caption_ids_and_splits_are_the_tables(own_images: Path) -> None:
     [
         ('{"image": "a.jpg", "question": "What?"}', "line 2 has a 'question' where the rows before it have"),
         ('{"image": "a.jpg", "question": "What?", "caption": "x"}', "line 2 has both a 'question' and a 'caption'"),
-        ('{"image": "a.jpg"}', "line 2 needs an 'image' and a 'question' or a 'caption'"),
-        ('{"image": "a.jpg", "caption": 3}', "line 2 needs"),
-        ('{"image": "a.jpg", "caption": " "}', "empty caption: caption 2"),
+        ('{"image": "a.jpg"}', "empty caption: "),
+        ('{"image": "a.jpg", "caption": 3}', "'caption' must be text"),
+        ('{"image": "a.jpg", "caption": " "}', "line 2; all are listed"),
         ('{"image": "a.jpg", "caption": "x", "caption_id": 1}', "either all rows have a caption_id or none has"),
         ('{"image": "absent.jpg", "caption": "x"}', "missing image: absent.jpg"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from conftest import assert_one_line_error, command
 from PIL import Image
 
-from data_prep.engine.hub import Source, write_table
+from data_prep.readers.own import Source, write_table
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 
@@ -93,26 +93,27 @@ def test_a_list_of_captions_in_a_row_is_as_many_captions_and_one_split_is_divide
 
 
 def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, tmp_path, monkeypatch):
-    import data_prep.engine.hub as module
+    from data_prep.engine import hub
 
     source = Source(str(vqa_folder), {"image": "picture", "question": "asked", "answers": "people.answer"})
     whole = write_table(source, tmp_path / "whole").read_bytes()
-    read = []
-    entries = module._entries
 
-    def stopped(where, *rest):
-        read.append(where)
-        if len(read) == 6:
-            raise OSError("connection lost")
-        return entries(where, *rest)
+    begun = []
 
-    monkeypatch.setattr(module, "_entries", stopped)
+    def stopped(stream, initial, **options):
+        begun.append(initial)
+        for number, row in enumerate(stream):
+            if len(begun) == 1 and number == 5:
+                raise OSError("connection lost")
+            yield row
+
+    monkeypatch.setattr(hub, "tqdm", stopped)
     with pytest.raises(UserError, match="connection lost.*goes on from there"):
         write_table(source, tmp_path / "parts")
     with (tmp_path / "parts/rows.jsonl").open("ab") as file:
         file.write(b'{"row": ["tra')  # half a line, as of a machine that went down
     assert write_table(source, tmp_path / "parts").read_bytes() == whole
-    assert len(read) == 6 + 12 - 5
+    assert begun[:2] == [0, 5]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, 
         (["--columns", "imag=picture"], ["--columns imag=picture", "choose of image, question"]),
         (["--columns", "image"], ["--columns image", "NAME=VALUE"]),
         ([*MAPPED, "--splits", "train=training"], ["no split training", "train, validation"]),
-        ([*MAPPED, "--config", "v2"], ["cannot be had", "hf download", "--dataset DIR"]),
+        ([*MAPPED, "--config", "v2"], ["holds no data set that can be read", "v2"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.engine.pipeline import Options, prepare
 from data_prep.readers.gqa import GQA
-from data_prep.readers.pairs import find_pairs, open_table
+from data_prep.readers.pairs import PairTable, find_pairs
 from vlabs.data.images import decode_region
 from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.errors import UserError
@@ -124,8 +124,10 @@ def test_a_box_outside_its_picture_is_named_and_gqa_without_questions_too(gqa_ra
     with zipfile.ZipFile(gqa_raw / "sceneGraphs.zip", "w") as archive:
         graphs = {"2354786": graph(**{"101": (400, 8, 16, 10)})}
         archive.writestr("val_sceneGraphs.json", json.dumps(graphs))
-    with pytest.raises(UserError, match="unusable region: 1.*nothing of the region is in the picture"):
-        prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
+    prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
+    found = read_manifest(tmp_path / "out")
+    assert found["dropped"] == {"degenerate region": 1}
+    assert "nothing of the region is in the picture" in found["dropped_items"][0]["item"]
     (gqa_raw / "questions1.2.zip").unlink()
     with pytest.raises(UserError, match="holds no balanced questions"):
         GQA(gqa_raw)
@@ -199,16 +201,16 @@ def test_a_table_of_pairs_is_read_and_what_is_wrong_in_it_is_named(tmp_path, suf
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write(rows)
-    prepare(open_table(path), tmp_path / "out", NO_TOKENIZER)
+    prepare(PairTable(path), tmp_path / "out", NO_TOKENIZER)
     assert load_split(tmp_path / "out", "easy")[0]["statement"] == ["a red star", "a red moon"]
     write([{"image": "b.jpg", "caption": "a", "foil": "b"}])
     with pytest.raises(UserError, match="missing image: 1.*b.jpg"):
-        prepare(open_table(path), tmp_path / "other", NO_TOKENIZER)
+        prepare(PairTable(path), tmp_path / "other", NO_TOKENIZER)
     write([{"image": "a.jpg", "caption": "a"}])
-    with pytest.raises(UserError, match=rf"mine{suffix}, line . has no 'foil'"):
-        prepare(open_table(path), tmp_path / "third", NO_TOKENIZER)
-    with pytest.raises(UserError, match="name a .csv or .jsonl file"):
-        open_table(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match=rf"mine{suffix}, line . has no column 'foil', but"):
+        prepare(PairTable(path), tmp_path / "third", NO_TOKENIZER)
+    with pytest.raises(UserError, match="--table .*mine.txt: there is no such file"):
+        PairTable(tmp_path / "mine.txt")
     with pytest.raises(UserError, match="neither Winoground's examples.jsonl nor VALSE's"):
         find_pairs(tmp_path)
 

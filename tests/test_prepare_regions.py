@@ -19,7 +19,7 @@ from data_prep.engine.pipeline import Options, prepare
 from data_prep.engine.regions import describe_files, draw_regions
 from data_prep.readers.entities import find_entities
 from data_prep.readers.flickr30k import Flickr30k
-from data_prep.readers.own import open_table, read_rows
+from data_prep.readers.own import Table
 from data_prep.readers.refcoco import RefCoco, read_plain_pickle
 from data_prep.readers.vqav2 import VQAv2
 from vlabs.data.prepared import load_split, read_manifest
@@ -40,6 +40,12 @@ def pixels(png: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("L"))
+
+
+def drawn(regions: list[dict[str, Any]]) -> bytes:
+    png, faults = draw_regions(regions, WIDTH, HEIGHT)
+    assert not faults
+    return png
 
 
 def boxes(*rectangles: tuple[int, int, int, int], width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -82,26 +88,26 @@ def regions_of(folder: Path, split: str = "train", item: str = "caption") -> dic
     ],
 )
 def test_a_box_holds_the_pixels_whose_centres_are_in_it(box: list[float], expected: tuple[int, int, int, int]) -> None:
-    assert (pixels(draw_regions([{"box": box}], WIDTH, HEIGHT)) == boxes(expected)).all()
+    assert (pixels(drawn([{"box": box}])) == boxes(expected)).all()
 
 
 def test_masks_take_one_bit_a_pixel_and_maps_eight(tmp_path: Path) -> None:
-    with Image.open(io.BytesIO(draw_regions([{"box": [0, 0, 3, 3]}], WIDTH, HEIGHT))) as image:
+    with Image.open(io.BytesIO(drawn([{"box": [0, 0, 3, 3]}]))) as image:
         assert (image.mode, image.size) == ("1", (WIDTH, HEIGHT))
     file = gray_file(tmp_path / "map.png", np.arange(96).reshape(HEIGHT, WIDTH))
-    with Image.open(io.BytesIO(draw_regions([{"maps": [[str(file), None]]}], WIDTH, HEIGHT))) as image:
+    with Image.open(io.BytesIO(drawn([{"maps": [[str(file), None]]}]))) as image:
         assert image.mode == "L"
 
 
 def test_several_regions_are_joined() -> None:
     polygon = {"segmentation": [[8, 4, 12, 4, 12, 8, 8, 8]]}
-    drawn = draw_regions([{"box": [0, 0, 2, 2]}, {"box": [1, 1, 2, 2]}, polygon], WIDTH, HEIGHT)
-    assert (pixels(drawn) == boxes((0, 0, 2, 2), (1, 1, 3, 3), (8, 4, 12, 8))).all()
+    joined = drawn([{"box": [0, 0, 2, 2]}, {"box": [1, 1, 2, 2]}, polygon])
+    assert (pixels(joined) == boxes((0, 0, 2, 2), (1, 1, 3, 3), (8, 4, 12, 8))).all()
 
 
 def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture() -> None:
     lengths = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT + 1, 2, 96 - HEIGHT - 3]}
-    assert (pixels(draw_regions([{"segmentation": lengths}], WIDTH, HEIGHT)) == boxes((1, 1, 2, 3))).all()
+    assert (pixels(drawn([{"segmentation": lengths}])) == boxes((1, 1, 2, 3))).all()
     with pytest.raises(ValueError, match=r"a mask of size \[8, 12\], and the picture has \[12, 8\]"):
         draw_regions([{"segmentation": lengths}], HEIGHT, WIDTH)
     with pytest.raises(ValueError, match="the runs are 5 pixels long"):
@@ -110,15 +116,34 @@ def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture()
 
 def test_a_box_for_a_picture_of_another_size_is_refused() -> None:
     box = {"box": [0, 0, 2, 2], "size": [HEIGHT, WIDTH]}
-    assert (pixels(draw_regions([box], WIDTH, HEIGHT)) == boxes((0, 0, 2, 2))).all()
+    assert (pixels(drawn([box])) == boxes((0, 0, 2, 2))).all()
     with pytest.raises(ValueError, match=r"a box in \[8, 12\], and the picture has \[16, 24\]"):
         draw_regions([box], 24, 16)
 
 
-@pytest.mark.parametrize("box", [[12, 0, 3, 3], [0, 8, 3, 3], [-3, 0, 3, 3]])
-def test_what_lies_outside_the_picture_is_refused(box: list[float]) -> None:
-    with pytest.raises(ValueError, match="nothing of the region is in the picture"):
-        draw_regions([{"box": box}], WIDTH, HEIGHT)
+@pytest.mark.parametrize(
+    ("region", "fault"),
+    [
+        ({"box": [12, 0, 3, 3]}, "nothing of the region is in the picture"),
+        ({"box": [-3, 0, 3, 3]}, "nothing of the region is in the picture"),
+        ({"box": [1, 1, 0, 3]}, "a box of 0 x 3 pixels"),
+        ({"segmentation": [[1, 1, 4, 1]]}, "a polygon is a list of three or more pairs"),
+        ({"segmentation": [[2.65, 2.33, 2.65, 2.33, 3.68, 2.33, 3.68, 2.33]]}, "nothing of the region"),
+        ({"segmentation": []}, "nothing of the region"),
+    ],
+)
+def test_a_region_that_cannot_be_drawn_is_left_out_alone(region: dict[str, Any], fault: str) -> None:
+    png, faults = draw_regions([region], WIDTH, HEIGHT)
+    assert (png, len(faults)) == (b"", 1)
+    assert fault in faults[0]
+    assert (pixels(draw_regions([region, {"box": [0, 0, 2, 2]}], WIDTH, HEIGHT)[0]) == boxes((0, 0, 2, 2))).all()
+
+
+def test_of_an_object_of_several_polygons_the_good_ones_are_drawn_and_the_bad_ones_counted() -> None:
+    polygons = {"segmentation": [[8, 4, 12, 4, 12, 8, 8, 8], [1, 1, 2, 2], [0, 0, 2, 0, float("nan"), 2]]}
+    png, faults = draw_regions([polygons], WIDTH, HEIGHT)
+    assert (pixels(png) == boxes((8, 4, 12, 8))).all()
+    assert len(faults) == 2
 
 
 def test_a_map_is_the_mean_with_its_brightest_white_whatever_its_size(tmp_path: Path) -> None:
@@ -126,7 +151,7 @@ def test_a_map_is_the_mean_with_its_brightest_white_whatever_its_size(tmp_path: 
     second = gray_file(tmp_path / "2.png", [[0, 100, 0], [20, 0, 0]])
     maps = {"maps": [[str(first), None], [str(second), None]]}
     # Means 0 100 20 / 10 0 0, times 2.55; the map keeps its own size, of the same aspect as the picture.
-    assert pixels(draw_regions([maps], WIDTH, HEIGHT)).tolist() == [[0, 255, 51], [26, 0, 0]]
+    assert pixels(drawn([maps])).tolist() == [[0, 255, 51], [26, 0, 0]]
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -138,7 +163,7 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be joined"):
         draw_regions([{"maps": [[str(small), None]]}, {"box": [0, 0, 1, 1]}], WIDTH, HEIGHT)
     (tmp_path / "3.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"3\.png is no picture"):
+    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
         draw_regions([{"maps": [[str(tmp_path / "3.png"), None]]}], WIDTH, HEIGHT)
     with pytest.raises(ValueError, match=r"4\.png cannot be read"):
         draw_regions([{"maps": [[str(tmp_path / "4.png"), None]]}], WIDTH, HEIGHT)
@@ -412,7 +437,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(tmp_pa
     done = run_refcoco(raw, "--dataset", "refcoco")
     assert_one_line_error(done, "refs(unc).p", "it wants the class or function os.system")
     assert not list(tmp_path.glob("ran*"))
-    with pytest.raises(UserError, match="an object from outside"):
+    with pytest.raises(UserError, match="it has PERSID"):
         read_plain_pickle("refs", b"Pone\n.")
 
 
@@ -420,14 +445,15 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(tmp_pa
     ("content", "message"),
     [
         (pickle.dumps(REFS)[:-30], "is not read"),
-        (b"", "is not read: Ran out of input"),
+        (b"", "is not read: pickle exhausted"),
         (pickle.dumps({"refs": REFS}), "is no list of expressions"),
         (pickle.dumps([REFS[0], 3]), "entry 1 is no dictionary"),
         (pickle.dumps([{**REFS[0], "ann_id": "71"}]), "entry 0: 'ann_id' must be a whole number"),
         (pickle.dumps([{**REFS[0], "sentences": [3]}]), "entry 0: 'sentences' must be a list of dictionaries"),
         (pickle.dumps([{**REFS[0], "split": "../x"}]), "cannot be a split's name"),
         (pickle.dumps([{**REFS[0], "ann_id": 99}]), r"instances\.json: no instance 99"),
-        (pickle.dumps([ref(5, "train", 5, ["far away"])]), "1 bad item .unusable region: 1.*nothing of the region"),
+        (pickle.dumps([{("a",): 1}]), "it has TUPLE1, which no plain data need"),
+        (b"\x80\x02]r\x00\x00\x00\x10.", "it wants 268,435,456 slots"),
     ],
 )
 def test_bad_expressions_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -439,9 +465,9 @@ def test_bad_expressions_are_named(tmp_path: Path, content: bytes, message: str)
 def test_a_region_outside_the_picture_is_noted_and_its_text_kept(tmp_path: Path) -> None:
     content = pickle.dumps([*REFS, ref(5, "train", 5, ["far away"])])
     raw = RefCoco(refcoco(tmp_path, content=content), "refcoco", "unc")
-    prepare(raw, tmp_path / "out", Options(vocab_size=0, on_bad="skip"))
+    prepare(raw, tmp_path / "out", NO_TOKENIZER)
     assert regions_of(tmp_path / "out")[50] == b""
-    assert read_manifest(tmp_path / "out")["dropped"] == {"unusable region": 1}
+    assert read_manifest(tmp_path / "out")["dropped"] == {"degenerate region": 1}
 
 
 def test_missing_files_of_refcoco_are_named_together(tmp_path: Path) -> None:
@@ -573,7 +599,7 @@ def table(folder: Path, rows: list[dict[str, Any]], item: str = "caption") -> Pa
 
 
 def make_own(path: Path, **options: Any) -> Path:
-    raw: Any = open_table(path, path.parent, 0.1)
+    raw: Any = Table(path, path.parent, 0.1)
     prepare(raw, path.parent / "out", Options(vocab_size=0, others=raw.options(), **options))
     return path.parent / "out"
 
@@ -626,20 +652,20 @@ def test_rows_of_csv_have_boxes_or_a_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [[1, 2, 3], [[1, 2, 3, 4, 5]], [[]], [1, 2, "3", 4], [1, 2, True, 4], "1 2 3 4", {}, [[1, 2, 3, 4], 5],
-     [1, 2, 0, 4], [1, 2, 3, -4], [float("nan"), 0, 1, 1], [0, 0, 10**400, 1], 7],
+    [[1, 2, 3], [[1, 2, 3, 4, 5]], [[]], [1, 2, "3", 4], [1, 2, True, 4], {}, [[1, 2, 3, 4], 5],
+     [float("nan"), 0, 1, 1], [0, 0, 10**400, 1], 7],
 )  # fmt: skip
 def test_boxes_that_are_none_are_named_with_their_line(tmp_path: Path, bad: Any) -> None:
     path = table(tmp_path, [{}, {"boxes": bad}])
     with pytest.raises(UserError, match=r"table\.jsonl, line 2: a box in 'boxes' must be 4 numbers"):
-        list(read_rows(path))
+        list(Table(path, path.parent, 0.1)._rows())
 
 
-@pytest.mark.parametrize("bad", ["1 2 3", "1 2 3 4 5", "a b c d", "1 2 3 4|", "1,2,3,4", "inf 0 1 1", "0 0 0 0"])
+@pytest.mark.parametrize("bad", ["1 2 3", "1 2 3 4 5", "a b c d", "1 2 3 4|", "1,2,3,4", "inf 0 1 1"])
 def test_boxes_of_csv_that_are_none_are_named_with_their_line(tmp_path: Path, bad: str) -> None:
     (tmp_path / "table.csv").write_text(f'image,caption,boxes\n1.jpg,text,"{bad}"\n')
     with pytest.raises(UserError, match=r"table\.csv, line 2: .*'boxes' must be"):
-        list(read_rows(tmp_path / "table.csv"))
+        list(Table(tmp_path / "table.csv", tmp_path, 0.1)._rows())
 
 
 def test_boxes_and_a_mask_in_one_row_are_an_error(tmp_path: Path) -> None:
@@ -647,7 +673,7 @@ def test_boxes_and_a_mask_in_one_row_are_an_error(tmp_path: Path) -> None:
     done = command("data_prep.own", "--table", path, "--out-dir", tmp_path / "out", *FAST, cwd=tmp_path)
     assert_one_line_error(done, "table.jsonl, line 1 has both 'boxes' and a 'mask'")
     with pytest.raises(UserError, match="line 1: 'mask' must be text"):
-        list(read_rows(table(tmp_path, [{"mask": 3}])))
+        list(Table(table(tmp_path, [{"mask": [3]}]), tmp_path, 0.1)._rows())
 
 
 def test_masks_that_cannot_be_used_are_bad_items_and_a_mended_one_is_taken(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_bad_samples_are_named_counted_and_left_out_only_if_told_to(tmp_path):
     ]  # fmt: skip
     write_shards(tmp_path / "raw", extra=extra)
     made = ["data_prep.webdataset", "--shards", "raw/*.tar", "--out-dir", "out", "--val-fraction", 0]
-    assert_one_line_error(command(*made, cwd=tmp_path), "4 samples", "00001.tar: b1 (no picture)", "--on-bad skip")
+    assert_one_line_error(command(*made, cwd=tmp_path), "4 bad items", "00001.tar: b1 (no picture)", "--on-bad skip")
     assert not (tmp_path / "out").exists()
     result = command(*made, "--on-bad", "skip", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

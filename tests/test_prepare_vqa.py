@@ -530,11 +530,12 @@ def test_own_splits_and_missing_answers(own_images: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"image": "a.jpg"}', "line 2 needs an 'image' and a 'question'"),
+        ('{"image": "a.jpg"}', "empty question: 1), the first: train: empty question: "),
         ('{"image": "a.jpg", "question": 3}', "line 2"),
-        ('{"image": "a.jpg", "question": "x", "answers": [1]}', "'answers' must be"),
+        ('{"image": "a.jpg", "question": "x", "answers": [{}]}', "'answers' must be"),
         ('{"image": "a.jpg", "question": "x", "split": "../../up"}', "cannot be a split's name"),
-        ('{"image": "a.jpg", "question": "x", "question_id": "y"}', "'question_id'"),
+        ('{"image": "a.jpg", "question": "x", "question_id": [1]}', "'question_id'"),
+        ('{"image": null, "question": "x"}', "empty image: 1"),
         ('{"image": "a.jpg", "question": "\\ud800"}', "line 2"),
         ('{"image": "no\\u0000.jpg", "question": "x", "answers": "y"}', "missing image"),
         ('{"image": "absent.jpg", "question": "x", "answers": "y"}', "absent.jpg"),

@@ -20,7 +20,8 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 import vlabs
-from data_prep.engine.hub import Source, check_sources, write_table
+from data_prep.engine.hub import check_sources
+from data_prep.readers.own import Source, write_table
 from vlabs.checkpoints.checkpoint import load_checkpoint, packaged_starts, read_tensors
 from vlabs.checkpoints.pretrained import text_from_pretrained, vit_from_timm
 from vlabs.checkpoints.released import load_released

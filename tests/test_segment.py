@@ -14,11 +14,11 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 from test_models import make_vision
 
-from data_prep.readers.segmentation import CITYSCAPES, VOC_CLASSES, prepare_masks
+from data_prep.readers.segmentation import VOC_CLASSES, prepare_masks
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.programs import write_programs
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
-from vlabs.data.prepared import load_split, read_classes, read_manifest
+from vlabs.data.prepared import CITYSCAPES, load_split, read_classes, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.segmentation import class_iou, mean_iou, region_iou

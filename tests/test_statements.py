@@ -199,9 +199,10 @@ def test_files_that_cannot_be_read_are_named(snli_ve_raw, nlvr2_raw, tmp_path):
     write_lines(nlvr2_raw / "dev.json", [nlvr2_line("dev-850", "Two dogs.", "True")])
     with pytest.raises(UserError, match=r"dev.json, line 1: 'identifier' must be like dev-850-0-1"):
         prepare(NLVR2(nlvr2_raw), tmp_path / "out", Options(vocab_size=0))
+    (tmp_path / "out").mkdir()
     for raw_class, named in ((SNLIVE, "snli_ve_train.jsonl"), (NLVR2, "train.json")):
         with pytest.raises(UserError, match=named):
-            raw_class(tmp_path)
+            raw_class(tmp_path / "out")
 
 
 # --- the embedded layouts --------------------------------------------------------------------------------------------

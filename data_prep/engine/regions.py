@@ -87,7 +87,7 @@ def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) 
             union = np.zeros_like(drawn)
         union = np.maximum(union, drawn)
     if not union.any():
-        return b"", faults
+        return b"", faults or ["nothing of the region is in the picture"]
     picture = Image.fromarray(union)
     if set(np.unique(union)) <= {0, 255}:
         picture = picture.convert("1", dither=Image.Dither.NONE)
@@ -112,7 +112,8 @@ def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str])
         try:
             drawn = np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
         except UserError as error:
-            raise Degenerate(str(error).partition(": ")[2]) from None
+            fault = str(error).partition(": ")[2]
+            raise Degenerate(fault) if isinstance(segmentation, list) else ValueError(fault) from None
         if isinstance(segmentation, list):
             faults += [fault for one in segmentation if (fault := fault_of_polygon(one, height, width)) is not None]
     if not drawn.any():

@@ -42,7 +42,7 @@ def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, 
     """
     lines = lines or path.suffix.lower() == ".jsonl"
     if path.suffix.lower() == ".json" and not lines:
-        for number, entry in enumerate(JsonFile(path).entries(), start=1):
+        for number, entry in enumerate(JsonFile(path).entries(floats=True), start=1):
             yield f"{path}, row {number}", entry
         return
     try:

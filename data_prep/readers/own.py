@@ -80,11 +80,6 @@ class Row(NamedTuple):
     mask: str | None
     values: dict[str, Any]  # all columns, as they are
 
-    @property
-    def fault(self) -> str | None:
-        """Why it cannot be used."""
-        return "empty image" if self.image is None else "empty text" if self.text is None else None
-
 
 class Table:
     """A table of questions or captions, and the images that it names.
@@ -141,7 +136,8 @@ class Table:
         numbered: bool | None = None
         for number, row in enumerate(self._rows(), start=1):
             if row.image is None or row.text is None:
-                index.add_bad(str(row.fault), row.split or "train", row.where)
+                empty = "image" if row.image is None else self.kind.item
+                index.add_bad(f"empty {empty}", row.split or "train", row.where)
                 continue
             if numbered is None:
                 numbered = row.item_id is not None
@@ -179,7 +175,7 @@ class Table:
         """Give the images their ids and, where a row leaves it open, the split; one of two spellings is one image."""
         connection.execute(_IMAGES_OF_TABLE)
         for row in self._rows():
-            if row.fault is not None or row.image is None:
+            if row.image is None or row.text is None:
                 continue
             name = same_name(row.image)
             try:

@@ -17,7 +17,7 @@ import argparse
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,6 +84,12 @@ class RefCoco(Reader):
             raise UserError(f"missing in {raw_dir}: {'; '.join(missing)}")
         self.store = ImageStore((images if images.is_file() else raw_dir,))
         self.instances = [instances]
+        self.place = images
+
+    @property
+    def images(self) -> Sequence[Path]:
+        """See `Reader`."""
+        return [self.place]
 
     def called(self, seen: Any) -> str:
         """See `Reader`."""

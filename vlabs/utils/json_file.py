@@ -39,13 +39,16 @@ class JsonFile:
         """Of the file itself, without folders."""
         return (self.member or str(self.path)).replace("\\", "/").rpartition("/")[2]
 
-    def entries(self, key: str = "") -> Iterator[dict[str, Any]]:
+    def entries(self, key: str = "", floats: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the entries of the list under a key, or that the whole file is.
+
+        Args:
+            floats: numbers with a point are floats, and whole ones of more than 63 bits an error.
 
         Raises:
             UserError: the file is damaged, or an entry is not an object.
         """
-        for number, entry in enumerate(self.items(f"{key}.item" if key else "item")):
+        for number, entry in enumerate(self.items(f"{key}.item" if key else "item", floats)):
             if not isinstance(entry, dict):
                 raise UserError(f"{self}: entry {number} of '{key}' is not an object")
             yield entry
@@ -56,7 +59,7 @@ class JsonFile:
         Raises:
             UserError: the file is damaged, or a value is not an object.
         """
-        for name, value in self._read(lambda stream: ijson.kvitems(stream, "", buf_size=_READ_BYTES, use_float=True)):
+        for name, value in self._read(lambda stream: ijson.kvitems(stream, "", buf_size=_READ_BYTES)):
             if not isinstance(value, dict):
                 raise UserError(f"{self}: '{name}' is not an object")
             yield name, value
@@ -66,9 +69,9 @@ class JsonFile:
         value = next(self.items(key), None)
         return value if isinstance(value, str) else None
 
-    def items(self, prefix: str) -> Iterator[Any]:
-        """Yield the values at a place, in ijson's words."""
-        return self._read(lambda stream: ijson.items(stream, prefix, buf_size=_READ_BYTES, use_float=True))
+    def items(self, prefix: str, floats: bool = False) -> Iterator[Any]:
+        """Yield the values at a place, in ijson's words; `floats` as in `entries`."""
+        return self._read(lambda stream: ijson.items(stream, prefix, buf_size=_READ_BYTES, use_float=floats))
 
     def _read(self, parse: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
         try:
