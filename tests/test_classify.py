@@ -16,7 +16,8 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 from torchvision.transforms import v2
 
-from data_prep.readers.classes import Entry, Unit, dataset_units, folder_units, prepare_classes, table_units
+from data_prep.engine.units import Unit
+from data_prep.readers.classes import dataset_units, entry, folder_units, prepare_classes, table_units
 from data_prep.readers.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
 from data_prep.scenes.objects import SIZES, Task, draw_object, make_objects
 from vlabs.checkpoints.checkpoint import load_checkpoint
@@ -168,7 +169,7 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path):
     def unit(name, stops=False):
         def entries():
             read.append(name)
-            yield Entry(name, image=picture("red"))
+            yield entry(name, image=picture("red"))
             if stops:
                 raise KeyboardInterrupt
 
@@ -198,7 +199,7 @@ def test_bad_raw_files_are_one_line_and_leave_nothing(tmp_path):
     refused("train.tar", "--raw-dir", "raw")
     (raw / "train.tar").unlink()
     (raw / "train.tar.gz").write_bytes(b"")
-    refused("gunzip it first", "--raw-dir", "raw")
+    refused("gunzip it", "--raw-dir", "raw")
     (tmp_path / "t.csv").write_text("image,class\nnowhere.jpg,cat\n")
     refused("t.csv, row 1: there is no picture", "--table", "t.csv")
 

@@ -218,7 +218,7 @@ def test_unreadable_human_maps_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no maps"):
         read_hat(tmp_path)
     (tmp_path / "5_1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"5_1\.png is not a picture"):
+    with pytest.raises(UserError, match=r"5_1\.png cannot be read"):
         list(read_hat(tmp_path))
     rng = np.random.default_rng(10)
     Image.fromarray(rng.integers(0, 255, (64, 64), dtype=np.uint8)).save(tmp_path / "5_1.png")

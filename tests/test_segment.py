@@ -18,7 +18,7 @@ from data_prep.readers.segmentation import VOC_CLASSES, prepare_masks
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.programs import write_programs
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
-from vlabs.data.prepared import CITYSCAPES, load_split, read_classes, read_manifest
+from vlabs.data.prepared import CITYSCAPES, IGNORED, load_split, read_classes, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.segmentation import class_iou, mean_iou, region_iou
@@ -324,7 +324,7 @@ def test_ade20k_leaves_0_out(tmp_path):
 def test_a_bad_pair_is_one_line_and_left_out_only_if_told_to(wrong, message, tmp_path):
     masks = {"ADE_train_1": labels([0, 1]), "ADE_val_1": labels([0, 1])}
     raw = write_ade(tmp_path / "raw", masks | ({} if wrong is None else {"ADE_train_2": wrong}))
-    with pytest.raises(UserError, match=f"train: ADE_train_2: .*{message}.*--on-bad skip"):
+    with pytest.raises(UserError, match=f"train: unusable pair: ADE_train_2 .*{message}.*--on-bad skip"):
         prepare_masks("ade20k", raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     prepare_masks("ade20k", raw, tmp_path / "out", on_bad="skip")
@@ -340,7 +340,7 @@ def test_archives_that_are_not_there_are_one_line(tmp_path):
             prepare_masks(layout, tmp_path, tmp_path / "out")
     write_voc(tmp_path / "raw", sbd=False)
     (tmp_path / "raw/benchmark.tgz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="SBD"):
+    with pytest.raises(UserError, match="benchmark.tgz is not a whole archive"):
         prepare_masks("voc", tmp_path / "raw", tmp_path / "out")
 
 
@@ -379,8 +379,8 @@ def test_training_pictures_and_masks_are_changed_alike_and_padding_does_not_coun
     half = MaskDataset(rows, preprocessing, plain._replace(scale=(0.5, 0.5), hflip=0.0))
     image, mask = half.change(whole.shown, whole.mask.numpy().astype(np.uint8), np.random.default_rng(0))
     assert image.shape == (3, 32, 32)
-    assert (mask[16:] == 255).all()
-    assert (mask[:, 16:] == 255).all()
+    assert (mask[16:] == IGNORED).all()
+    assert (mask[:, 16:] == IGNORED).all()
     assert (mask[:16, :16] == whole.mask[::2, ::2]).float().mean() > 0.85
     data = MaskDataModule(scenes, image_size=32, batch_size=8, num_workers=0, photometric=1.0)
     first, again = ([batch.images for batch in data.train_dataloader()] for _ in range(2))
