@@ -263,6 +263,8 @@ def test_a_folder_that_cannot_be_is_named_with_its_option(in_process, tmp_path):
 
 # Values
 
+STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
+
 
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -293,6 +295,20 @@ def test_a_folder_that_cannot_be_is_named_with_its_option(in_process, tmp_path):
         ),
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "hflip": "abc"}}, "data.hflip=abc must be a number"),
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "crop": 112}}, "data.crop=112 must be a list"),
+        ({"checkpoints": None}, "pass checkpoints.NAME=VALUE"),
+        ({"checkpoints": {"every_n_steps": 1.5}}, "checkpoints.every_n_steps=1.5 must be a whole number or null"),
+        ({"max_bad_steps": None}, "max_bad_steps=null must be a whole number"),
+        ({"task": {"_target_": "vlabs.tasks.vqa.VQATask", "recipe": None}}, "task.recipe=null must be a group of opt"),
+        ({"recipe": {"_target_": "vlabs.tasks.optim.Recipe", "lr": 0.1}}, "recipe.lr=0.1 must be a group of options"),
+        ({"x": {"_target_": STOPPING, "patience": "abc"}}, "x.patience=abc must be a whole number"),
+        ({"x": {"_target_": STOPPING, "patience": -1}}, "x.patience=-1 must be a whole number, at least 0"),
+        ({"x": {"update_every_n_steps": 0}}, "x.update_every_n_steps=0 must be a whole number, at least 1"),
+        (
+            {"x": {"_target_": "pytorch_lightning.callbacks.LearningRateMonitor", "logging_interval": "day"}},
+            "x.logging_interval=day must be one of step, epoch or null",
+        ),
+        ({"data": {"num_workers": 10**9}}, "data.num_workers=1000000000 is more than"),
+        ({"model": {"fusion": {"dropout": -1}}}, "model.fusion.dropout=-1 must be a share"),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_named(options, named):
@@ -378,6 +394,8 @@ def test_a_trainers_option_that_lightning_documents_is_taken(option):
         ("logger=null", ["logger=null", "csv, tensorboard, wandb"]),
         ("+callbacks.mine._target_=os.getcwd", ["callbacks.mine", "os.getcwd"]),
         ("model.head.num_answers=2", ["model.head.num_answers=2", "null"]),
+        ("+max_epochs=3", ["'max_epochs'", "pass trainer.max_epochs="]),
+        ("+foo.bar=3", ["'foo'", "leave it out"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

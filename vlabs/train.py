@@ -180,16 +180,19 @@ def _last(config: DictConfig, run_dir: Path) -> Last | None:
     if config.resume is None:
         return None
     last = last_whole(run_dir, config.resume)
-    last.changed = _changed(config, run_dir)
+    # What it was trained with; config.yaml may have been edited since.
+    last.changed = _changed(config, last.config or _own_config(run_dir))
     return last
 
 
-def _changed(config: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
-    """The options that are other than in the run's own config."""
-    if config.resume is None:
-        return {}
+def _own_config(run_dir: Path) -> dict[str, Any]:
     own = read_config(run_dir)
-    return changes(plain(recorded(own)), plain(recorded(config))) if own is not None else {}
+    return {} if own is None else plain(recorded(own))
+
+
+def _changed(config: DictConfig, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options that are other than in a run's own config."""
+    return changes(own, plain(recorded(config))) if own else {}
 
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
@@ -200,7 +203,7 @@ def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
     if config.resume is not None:
         before = read_summary(run_dir)
         command = shlex.join(["python", "-m", "vlabs.train", f"resume={config.resume}", *given])
-        given = changing(given, _changed(config, run_dir))
+        given = changing(given, _changed(config, _own_config(run_dir)))
     else:
         folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
         same_as = next((found for path in folders if (found := read_summary(Path(path)))), None)
@@ -253,14 +256,18 @@ def _arguments(given: list[str]) -> list[str]:
 
 def _resume_arguments(arguments: list[str]) -> list[str]:
     """Turn `resume=RUN_DIR` into Hydra's arguments for that run's own config and folder."""
-    named = [item for item in arguments if item.startswith("resume=")]
-    if not named or named[-1] == "resume=null":
+    named = [item.partition("=")[2] for item in arguments if re.match(r"\+*resume=", item)]
+    if not named or named[-1] == "null":
         return arguments
-    run_dir = Path(path_of(named[-1].removeprefix("resume=")))
-    if not run_dir.is_dir():
-        raise UserError(f"resume={run_dir}: there is no such folder")
+    run_dir = _run_named(path_of(named[-1]))
+    others = [item for item in arguments if not re.match(r"\+*resume=", item)]
+    for item in others:
+        is_same = (
+            item.startswith("hydra.run.dir=") and Path(path_of(item.partition("=")[2])).resolve() == run_dir.resolve()
+        )
+        if not is_same and re.match(r"\+*hydra\.run\.dir=|--config-|-c[dnp]\b", item):
+            raise UserError(f"{item}: resume={run_dir} goes on in its own folder, with its own config: leave it out")
     _mend_config(run_dir)
-    others = [item for item in arguments if not item.startswith("resume=")]
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
@@ -269,6 +276,23 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
         *_QUIET,
         *others,
     ]
+
+
+def _run_named(path: str) -> Path:
+    """The run folder that `resume=` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    run_dir = Path(path)
+    if not path:
+        raise UserError("resume= names no folder: pass resume=RUN_DIR")
+    within = run_dir.parent if run_dir.is_file() else run_dir
+    if within.name == "checkpoints" and not (within / "config.yaml").exists():
+        raise UserError(f"resume={run_dir} lies in a run, which goes on as a whole: pass resume={within.parent}")
+    if not run_dir.is_dir():
+        raise UserError(f"resume={run_dir}: there is no such folder")
+    return run_dir
 
 
 # What conf/train.yaml sets for runs whose config is a file of their own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -179,8 +180,28 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: a value that an option cannot have.
     """
-    check_values(OmegaConf.to_container(config))
+    content = OmegaConf.to_container(config)
+    if HydraConfig.initialized():
+        _check_new(content, HydraConfig.get().overrides.task)
+    check_values(content)
     check_options(plain(config.trainer))
+
+
+def _check_new(content: Any, overrides: Sequence[str]) -> None:
+    """Raise a UserError for an option of no group that nothing asks for, such as +max_epochs=3."""
+    for name in (found[1] for item in overrides if (found := re.match(r"\+{1,2}(\w+)(?:\.[\w.]+)?=", item))):
+        is_known = name in _own_names() or (Path(config_dir()) / name).is_dir() or f"${{{name}" in json.dumps(content)
+        if not is_known:
+            groups = [group for group, part in content.items() if isinstance(part, dict) and name in part]
+            of = f": pass {groups[0]}.{name}=..." if groups else ", and nothing asks for it: leave it out"
+            raise UserError(f"there is no option '{name}'{of}")
+
+
+@functools.cache
+def _own_names() -> set[str]:
+    """The options and sections of all programs."""
+    files = [OmegaConf.load(Path(config_dir()) / f"{program}.yaml") for program in ("train", "evaluate")]
+    return {"trust"} | {str(name) for file in files for name in file}
 
 
 def explain(error: BaseException) -> str:
@@ -231,6 +252,12 @@ def _sentence(error: BaseException) -> str | None:
         group, choice = unloaded.groups()
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
+    if unmatched := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", str(error)):
+        name = unmatched[1]
+        return (
+            f"{name}=...: the config of a run has no groups to choose from: pass its options ({name}.NAME=VALUE), or "
+            f"add those of a group by +{name}=CHOICE"
+        )
     if isinstance(error, InstantiationException):
         place = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
