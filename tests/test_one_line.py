@@ -24,7 +24,7 @@ from vlabs.data.preprocessing import check_text
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError, foreseen, one_line, run_cli
 from vlabs.prediction.predictor import load
-from vlabs.runs.config import config_dir, hydra_arguments, hydra_quoted, path_of
+from vlabs.runs.config import as_config, config_dir, hydra_arguments, hydra_quoted, path_of, save_config
 from vlabs.runs.trainer import check_options, make_trainer
 from vlabs.runs.values import check_values
 from vlabs.utils.device import find_device
@@ -214,6 +214,7 @@ def test_a_path_that_is_new_is_read_as_it_is(name, option, tmp_path, monkeypatch
         (["-m", "init=choice(a,b)"], ["-m", "init=choice(a,b)"]),
         (["ckpt=~/a"], ["ckpt=HOME/a"]),
         (["-m", "ckpt=~/a,b"], ["-m", "ckpt=HOME/a,b"]),
+        (["-m", "hydra.sweep.dir=a,b=1"], ["-m", "hydra.sweep.dir='a,b=1'"]),
         (["hydra.run.dir=a/${task.name}/x=1"], ["hydra.run.dir='a/${task.name}/x=1'"]),
         (["ckpt='a b'", 'init="c"', "init=null", "init=a\\ b"], ["ckpt='a b'", 'init="c"', "init=null", "init=a\\ b"]),
         (["task.maps=[a,b]", "seed=1,2", "~data"], ["task.maps=[a,b]", "seed=1,2", "~data"]),
@@ -224,6 +225,19 @@ def test_sweeps_quotes_and_interpolations_stay(given, read, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "HOME")
     assert hydra_arguments(given) == read
+
+
+@pytest.mark.parametrize("text", [*NAMES, "a\\${x}", "a\\\\${x}", "${oc.env:HOME}"])
+def test_a_text_of_a_config_is_the_same_when_the_config_is_read_again(text, tmp_path):
+    config = as_config({"a": [{"b": text}]})
+    assert config.a[0].b == text
+    save_config(config, tmp_path / "config.yaml")
+    assert OmegaConf.load(tmp_path / "config.yaml").a[0].b == text
+
+
+def test_a_folder_of_what_an_interpolation_would_be_is_named(tiny_options, tmp_path, in_process):
+    result = in_process("vlabs.train", [*tiny_options, "data.dir=x/${y}"], tmp_path)
+    assert_one_line_error(result, "'y'", "${...}")
 
 
 def test_a_value_that_cannot_be_read_is_named_with_its_quotes(in_process, tmp_path):

@@ -21,7 +21,7 @@ from vlabs.errors import UserError
 from vlabs.report import read_runs
 from vlabs.runs.environment import write_environment
 from vlabs.runs.logging import _run_id, csv_logger
-from vlabs.runs.record import Record, merged, run_folder
+from vlabs.runs.record import Record, merged, read_config, run_folder
 from vlabs.runs.sweep import write_table
 from vlabs.training.callbacks.speed import SamplesPerSecond
 from vlabs.training.start import last_whole, make_start
@@ -438,6 +438,23 @@ def test_a_full_disk_at_the_end_loses_no_result(run, tmp_path, in_process, monke
     found = summary_of(run)
     assert (found["status"], found["steps"]) == ("done", 9)
     assert set(wanted["metrics"]) <= set(found["metrics"])
+
+
+def test_the_table_of_a_sweep_knows_of_a_run_that_went_on(run, tmp_path, in_process):
+    sweep = tmp_path / "sweep"
+    (sweep / "a").mkdir(parents=True)
+    run.rename(sweep / "a/0")
+    (sweep / "runs.csv").write_text("of before")
+    result = in_process("vlabs.train", [f"resume={sweep / 'a/0'}", "trainer.max_epochs=3"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    [row] = csv.DictReader((sweep / "runs.csv").read_text().splitlines())
+    assert (row["run"], row["status"], row["trainer.max_epochs"]) == ("a/0", "done", "3")
+
+
+def test_a_config_of_somebody_else_is_looked_at_without_looking_anything_up(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"data: ${{new_run:{tmp_path}/made}}\nresume: null\n")
+    assert read_config(tmp_path) is None
+    assert not (tmp_path / "made").exists()
 
 
 def test_runs_in_folders_within_folders_are_found(tmp_path, capsys):

@@ -29,12 +29,12 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.errors import UserError, one_line
 from vlabs.runs.config import (
+    as_config,
     as_given,
     check,
     command_line,
     config_dir,
     explain,
-    hydra_quoted,
     is_fault,
     path_of,
     plain,
@@ -108,9 +108,18 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
     if not is_rank_zero():
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra makes one in every process; the run's is rank zero's
-    if sweep is not None and is_rank_zero():
-        print(write_table(sweep), flush=True)
+    if is_rank_zero():
+        if sweep is not None:
+            print(write_table(sweep), flush=True)
+        elif config.resume is not None and (of := _sweep_of(run_dir)) is not None:
+            with contextlib.suppress(UserError):  # of a folder that is not ours to write
+                write_table(of)
     return summary
+
+
+def _sweep_of(run_dir: Path) -> Path | None:
+    """The sweep that a run was one of."""
+    return next((folder for folder in run_dir.absolute().parents[:3] if (folder / "runs.csv").is_file()), None)
 
 
 def train(config: DictConfig, record: Record) -> dict[str, Any]:
@@ -271,8 +280,8 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
-        f"++resume={hydra_quoted(run_dir)}",
-        f"hydra.run.dir={hydra_quoted(run_dir)}",
+        f"++resume={run_dir}",  # quoted as all paths are
+        f"hydra.run.dir={run_dir}",
         *_QUIET,
         *others,
     ]
@@ -313,7 +322,7 @@ def _mend_config(run_dir: Path) -> None:
         kept = last_whole(run_dir, str(run_dir)).callbacks[Recorder.__qualname__]["config"]
     except (UserError, KeyError):
         raise UserError(f"resume={run_dir}: config.yaml {reason}, so it is not a run folder to go on with") from None
-    save_config(OmegaConf.create(kept), path)
+    save_config(as_config(kept), path)
     say(f"{path} {reason}: the last checkpoint has it")
 
 
@@ -328,7 +337,9 @@ def _same_arguments(arguments: list[str]) -> list[str]:
         return arguments
     own: Any = OmegaConf.load(Path(config_dir()) / "train.yaml")
     folders: Any = OmegaConf.to_container(own.hydra, resolve=False)
-    name = str(OmegaConf.select(config, "task.name", default="train"))
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    task = content.get("task")
+    name = str(task.get("name", "train")) if isinstance(task, dict) else "train"
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
     # Among the other overrides: Hydra takes them all in one place.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))

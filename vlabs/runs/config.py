@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -130,9 +131,10 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         name, equals, value = argument.partition("=")
         if equals and _PATHS.fullmatch(name) and value:
-            several = sweeping and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
+            may = sweeping and not name.startswith("hydra.")  # whose options are the whole sweep's
+            several = may and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
             values = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value) if several else [value]
-            argument = f"{name}={','.join(_as_path(name, one, sweeping) for one in values)}"
+            argument = f"{name}={','.join(_as_path(name, one, may) for one in values)}"
         result.append(argument)
     return flags + result
 
@@ -234,6 +236,8 @@ def _sentence(error: BaseException) -> str | None:
                 )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: pass {error.full_key}=..."
+    if isinstance(error, InterpolationKeyError):
+        return f"{' '.join(str(error).split())}: correct what is in ${{...}}; a folder may not be called so"
     if isinstance(error, OverrideParseException):
         return _unread(error.override)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
@@ -327,13 +331,26 @@ def recorded(config: DictConfig) -> DictConfig:
         return value
 
     content = {name: value for name, value in plain(config).items() if name not in ("plan", "resume")}
-    return OmegaConf.create(whole(content) | {"plan": False, "resume": None})
+    return as_config(whole(content) | {"plan": False, "resume": None})
+
+
+def as_config(content: Any) -> DictConfig:
+    """Plain data as a config in which every text is as it is: `${...}` of a folder's name is looked up by nobody."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: escaped(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [escaped(one) for one in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(content))
 
 
 def save_config(config: DictConfig, path: Path) -> None:
     """Write a resolved config, whole or not at all."""
     with replacing(path) as partial:
-        OmegaConf.save(OmegaConf.create(plain(config)), partial)
+        OmegaConf.save(as_config(plain(config)), partial)
 
 
 def command_line() -> str:

@@ -72,7 +72,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     run_dir = record.folder
     given = copy.deepcopy(config)
     callbacks = chosen_callbacks(
-        config.get("callbacks") or {}, config.trainer
+        config.get("callbacks") or OmegaConf.create(), config.trainer
     )  # before the data, which may have to be made
     task, data = build_task(config, resumed)
     kept = recorded(given)
