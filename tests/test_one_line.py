@@ -120,6 +120,17 @@ def test_a_closed_pipe_and_an_encoding_without_the_characters_are_no_error(tmp_p
     closed = subprocess.run(python, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (141, b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = (
+        "from vlabs.errors import UserError, run_cli\n"
+        "def main():\n    try:\n        print('x' * 100_000, flush=True)\n"
+        "    except OSError as error:\n        raise UserError('of a run') from error\n"
+        "run_cli(main)"
+    )
+    within = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
+    os.close(writer)
+    assert (within.returncode, within.stderr) == (141, b"")
     none = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *python], capture_output=True, cwd=tmp_path)
     assert (none.returncode, none.stderr) == (0, b"")
 

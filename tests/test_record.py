@@ -22,7 +22,7 @@ from vlabs.report import read_runs
 from vlabs.runs.environment import write_environment
 from vlabs.runs.logging import _run_id, csv_logger
 from vlabs.runs.record import Record, merged, read_config, run_folder
-from vlabs.runs.sweep import write_table
+from vlabs.runs.sweep import check_table, has_table, write_table
 from vlabs.training.callbacks.speed import SamplesPerSecond
 from vlabs.training.start import last_whole, make_start
 
@@ -444,11 +444,20 @@ def test_the_table_of_a_sweep_knows_of_a_run_that_went_on(run, tmp_path, in_proc
     sweep = tmp_path / "sweep"
     (sweep / "a").mkdir(parents=True)
     run.rename(sweep / "a/0")
-    (sweep / "runs.csv").write_text("of before")
+    (sweep / "runs.csv").write_text("run,status\n")
     result = in_process("vlabs.train", [f"resume={sweep / 'a/0'}", "trainer.max_epochs=3"], tmp_path)
     assert result.returncode == 0, result.stderr
     [row] = csv.DictReader((sweep / "runs.csv").read_text().splitlines())
     assert (row["run"], row["status"], row["trainer.max_epochs"]) == ("a/0", "done", "3")
+
+
+def test_a_table_of_the_users_is_no_table_of_a_sweep(tmp_path):
+    check_table(tmp_path)
+    assert not has_table(tmp_path)
+    (tmp_path / "runs.csv").write_text("name,money\n")
+    assert not has_table(tmp_path)
+    with pytest.raises(UserError, match="that no sweep wrote"):
+        check_table(tmp_path)
 
 
 def test_a_config_of_somebody_else_is_looked_at_without_looking_anything_up(tmp_path):

@@ -70,7 +70,10 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
     Args:
         sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
     """
-    if isinstance(error, BrokenPipeError) and _has_no_reader():
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    if any(isinstance(one, BrokenPipeError) for one in chain) and _has_no_reader():
         # Nobody reads the output any more, as in `vlabs predict ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)

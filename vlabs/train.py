@@ -44,7 +44,7 @@ from vlabs.runs.config import (
 )
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning, say
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
-from vlabs.runs.sweep import write_table
+from vlabs.runs.sweep import check_table, has_table, write_table
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
@@ -62,6 +62,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep is not None:
         _check_sweep(config, hydra)
+        check_table(sweep)
         if "group" in config.logger:
             config.logger.group = config.logger.group or sweep.name
             config.logger.name = config.logger.name or hydra.job.override_dirname.replace(",", " ") or run_dir.name
@@ -119,7 +120,7 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
 
 def _sweep_of(run_dir: Path) -> Path | None:
     """The sweep that a run was one of."""
-    return next((folder for folder in run_dir.absolute().parents[:3] if (folder / "runs.csv").is_file()), None)
+    return next((folder for folder in run_dir.absolute().parents[:3] if has_table(folder)), None)
 
 
 def train(config: DictConfig, record: Record) -> dict[str, Any]:
