@@ -267,6 +267,17 @@ def test_the_end_of_the_terminal_is_a_stop_unless_nohup_says_otherwise(tmp_path,
         signal.signal(signal.SIGHUP, before)
 
 
+def test_the_checkpoint_before_is_kept_where_a_file_has_one_name_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    for number in (1, 2):
+        WholeCheckpointIO().save_checkpoint({"n": number}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt") == {"n": 2}
+    assert torch.load(tmp_path / "last.ckpt.previous") == {"n": 1}
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     keeps = KeepLast(tmp_path / "last.ckpt")
     keeps._ask_stop(signal.SIGINT)

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError, one_line, show
 from vlabs.runs.config import (
     as_config,
     as_given,
@@ -147,6 +147,8 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger) and is_rank_zero()]
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
+    if trainer.num_nodes > 1 and trainer.local_rank == 0:  # of every node: one may wait for half an hour
+        show(f"node {trainer.node_rank} waits for all {trainer.num_nodes} of MASTER_ADDR", file=sys.stderr, flush=True)
     record.fit_started = time.perf_counter()
     try:
         trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)

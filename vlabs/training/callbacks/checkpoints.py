@@ -16,8 +16,8 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError
 from vlabs.runs.logging import say
+from vlabs.runs.record import resumable
 from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
 from vlabs.utils.files import replacing
 from vlabs.utils.ranks import is_rank_zero
@@ -36,20 +36,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full or the folder cannot be written to; what was there before is untouched.
         """
         path = Path(path)
-        try:
-            with replacing(path) as partial:
-                with open(partial, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if path.name == "last.ckpt" and path.is_file():
-                    # A second name of the old file first: at no time is there no checkpoint.
-                    older = path.with_name(path.name + ".older")
-                    older.unlink(missing_ok=True)
+        with resumable(path.parent.parent), replacing(path) as partial:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == "last.ckpt" and path.is_file():
+                # A second name of the old file first: at no time is there no checkpoint.
+                older = path.with_name(path.name + ".older")
+                older.unlink(missing_ok=True)
+                try:
                     older.hardlink_to(path)
                     older.replace(previous_of(path))
-        except UserError as error:
-            raise UserError(f"{error}: mend it, and go on with resume=RUN_DIR") from None
+                except OSError:  # a file system where a file has one name: for a moment there is the one before alone
+                    path.replace(previous_of(path))
 
 
 def previous_of(path: Path) -> Path:
