@@ -24,7 +24,7 @@ from vlabs.data.preprocessing import check_text
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError, foreseen, one_line, run_cli
 from vlabs.prediction.predictor import load
-from vlabs.runs.config import config_dir, hydra_arguments, hydra_quoted, path_of
+from vlabs.runs.config import as_config, config_dir, hydra_arguments, hydra_quoted, path_of, save_config
 from vlabs.runs.trainer import check_options, make_trainer
 from vlabs.runs.values import check_values
 from vlabs.utils.device import find_device
@@ -120,6 +120,17 @@ def test_a_closed_pipe_and_an_encoding_without_the_characters_are_no_error(tmp_p
     closed = subprocess.run(python, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (141, b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = (
+        "from vlabs.errors import UserError, run_cli\n"
+        "def main():\n    try:\n        print('x' * 100_000, flush=True)\n"
+        "    except OSError as error:\n        raise UserError('of a run') from error\n"
+        "run_cli(main)"
+    )
+    within = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
+    os.close(writer)
+    assert (within.returncode, within.stderr) == (141, b"")
     none = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *python], capture_output=True, cwd=tmp_path)
     assert (none.returncode, none.stderr) == (0, b"")
 
@@ -214,6 +225,7 @@ def test_a_path_that_is_new_is_read_as_it_is(name, option, tmp_path, monkeypatch
         (["-m", "init=choice(a,b)"], ["-m", "init=choice(a,b)"]),
         (["ckpt=~/a"], ["ckpt=HOME/a"]),
         (["-m", "ckpt=~/a,b"], ["-m", "ckpt=HOME/a,b"]),
+        (["-m", "hydra.sweep.dir=a,b=1"], ["-m", "hydra.sweep.dir='a,b=1'"]),
         (["hydra.run.dir=a/${task.name}/x=1"], ["hydra.run.dir='a/${task.name}/x=1'"]),
         (["ckpt='a b'", 'init="c"', "init=null", "init=a\\ b"], ["ckpt='a b'", 'init="c"', "init=null", "init=a\\ b"]),
         (["task.maps=[a,b]", "seed=1,2", "~data"], ["task.maps=[a,b]", "seed=1,2", "~data"]),
@@ -224,6 +236,19 @@ def test_sweeps_quotes_and_interpolations_stay(given, read, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "HOME")
     assert hydra_arguments(given) == read
+
+
+@pytest.mark.parametrize("text", [*NAMES, "a\\${x}", "a\\\\${x}", "${oc.env:HOME}"])
+def test_a_text_of_a_config_is_the_same_when_the_config_is_read_again(text, tmp_path):
+    config = as_config({"a": [{"b": text}]})
+    assert config.a[0].b == text
+    save_config(config, tmp_path / "config.yaml")
+    assert OmegaConf.load(tmp_path / "config.yaml").a[0].b == text
+
+
+def test_a_folder_of_what_an_interpolation_would_be_is_named(tiny_options, tmp_path, in_process):
+    result = in_process("vlabs.train", [*tiny_options, "data.dir=x/${y}"], tmp_path)
+    assert_one_line_error(result, "'y'", "${...}")
 
 
 def test_a_value_that_cannot_be_read_is_named_with_its_quotes(in_process, tmp_path):
@@ -263,6 +288,8 @@ def test_a_folder_that_cannot_be_is_named_with_its_option(in_process, tmp_path):
 
 # Values
 
+STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
+
 
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -293,6 +320,20 @@ def test_a_folder_that_cannot_be_is_named_with_its_option(in_process, tmp_path):
         ),
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "hflip": "abc"}}, "data.hflip=abc must be a number"),
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "crop": 112}}, "data.crop=112 must be a list"),
+        ({"checkpoints": None}, "pass checkpoints.NAME=VALUE"),
+        ({"checkpoints": {"every_n_steps": 1.5}}, "checkpoints.every_n_steps=1.5 must be a whole number or null"),
+        ({"max_bad_steps": None}, "max_bad_steps=null must be a whole number"),
+        ({"task": {"_target_": "vlabs.tasks.vqa.VQATask", "recipe": None}}, "task.recipe=null must be a group of opt"),
+        ({"recipe": {"_target_": "vlabs.tasks.optim.Recipe", "lr": 0.1}}, "recipe.lr=0.1 must be a group of options"),
+        ({"x": {"_target_": STOPPING, "patience": "abc"}}, "x.patience=abc must be a whole number"),
+        ({"x": {"_target_": STOPPING, "patience": -1}}, "x.patience=-1 must be a whole number, at least 0"),
+        ({"x": {"update_every_n_steps": 0}}, "x.update_every_n_steps=0 must be a whole number, at least 1"),
+        (
+            {"x": {"_target_": "pytorch_lightning.callbacks.LearningRateMonitor", "logging_interval": "day"}},
+            "x.logging_interval=day must be one of step, epoch or null",
+        ),
+        ({"data": {"num_workers": 10**9}}, "data.num_workers=1000000000 is more than"),
+        ({"model": {"fusion": {"dropout": -1}}}, "model.fusion.dropout=-1 must be a share"),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_named(options, named):
@@ -378,6 +419,8 @@ def test_a_trainers_option_that_lightning_documents_is_taken(option):
         ("logger=null", ["logger=null", "csv, tensorboard, wandb"]),
         ("+callbacks.mine._target_=os.getcwd", ["callbacks.mine", "os.getcwd"]),
         ("model.head.num_answers=2", ["model.head.num_answers=2", "null"]),
+        ("+max_epochs=3", ["'max_epochs'", "pass trainer.max_epochs="]),
+        ("+foo.bar=3", ["'foo'", "leave it out"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -21,8 +21,8 @@ from vlabs.errors import UserError
 from vlabs.report import read_runs
 from vlabs.runs.environment import write_environment
 from vlabs.runs.logging import _run_id, csv_logger
-from vlabs.runs.record import Record, merged, run_folder
-from vlabs.runs.sweep import write_table
+from vlabs.runs.record import Record, merged, read_config, run_folder
+from vlabs.runs.sweep import check_table, has_table, write_table
 from vlabs.training.callbacks.speed import SamplesPerSecond
 from vlabs.training.start import last_whole, make_start
 
@@ -94,13 +94,19 @@ def test_a_finished_run_that_goes_on_stays_as_it_is(run, tmp_path, in_process):
 def test_more_epochs_need_nothing_outside_the_run_and_are_a_part_of_its_record(run, tmp_path, in_process):
     before, best = summary_of(run), run / "checkpoints/best.ckpt"
     history = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["vlabs"]["data"]["history"]
-    result = in_process("vlabs.train", [f"resume={run}", "++trainer.max_epochs=3", "seed=1"], tmp_path)
+    result = in_process(
+        "vlabs.train",
+        [f"++resume={run}", "++trainer.max_epochs=3", "trainer.gradient_clip_val=0.5", "seed=1"],
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
+    assert "going on" in result.stdout
+    assert "trainer.gradient_clip_val=0.5, was 1.0" in result.stdout
     after = summary_of(run)
     assert after["command"] == before["command"]
-    assert after["overrides"] == merged(before["overrides"], ["trainer.max_epochs=3"])
+    assert after["overrides"] == merged(before["overrides"], ["trainer.max_epochs=3", "trainer.gradient_clip_val=0.5"])
     assert [part["steps"] for part in after["parts"]] == [[0, 6], [6, 9]]
-    assert after["parts"][1]["overrides"] == ["++trainer.max_epochs=3"]
+    assert after["parts"][1]["overrides"] == ["++trainer.max_epochs=3", "trainer.gradient_clip_val=0.5"]
     for name in ("fit_seconds", "seconds"):
         assert after[name] == pytest.approx(sum(part[name] for part in after["parts"]), abs=0.01)
         assert after[name] > before[name]
@@ -150,6 +156,10 @@ def test_a_worse_model_takes_no_place_in_a_folder_that_was_moved(run, tmp_path, 
         ("data.dir=nowhere", ["data.dir=", "nowhere", "not there"]),
         ("seed=5", ["seed=5", "1"]),
         ("init=scenes", ["init=scenes"]),
+        ("hydra.run.dir=elsewhere", ["hydra.run.dir=elsewhere", "its own folder"]),
+        ("--config-dir=elsewhere", ["--config-dir=elsewhere", "its own config"]),
+        ("logger=wandb", ["+logger=CHOICE"]),
+        ("+max_epochs=3", ["pass trainer.max_epochs"]),
     ],
 )
 def test_an_option_that_is_refused_leaves_a_run_as_it_was(option, parts, run, tmp_path, in_process):
@@ -157,6 +167,29 @@ def test_an_option_that_is_refused_leaves_a_run_as_it_was(option, parts, run, tm
     result = in_process("vlabs.train", [f"resume={run}", "trainer.max_epochs=3", option], tmp_path)
     assert_one_line_error(result, *parts)
     assert contents(run) == before
+
+
+def test_a_config_that_was_edited_is_measured_by_what_was_trained(run, tmp_path, in_process):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("embed_dim: 16", "embed_dim: 32"))
+    result = in_process("vlabs.train", [f"resume={run}", "trainer.max_epochs=3"], tmp_path)
+    assert_one_line_error(result, "model.vision.embed_dim=32", "16")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("run/checkpoints/last.ckpt", "pass resume=run"),
+        ("run/checkpoints", "pass resume=run"),
+        ("", "resume= names no folder"),
+        ("run.zip", "resume=run.zip: there is no such folder"),
+    ],
+)
+def test_what_is_no_run_folder_is_told_from_one(path, said, tmp_path, monkeypatch, in_process):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
+    (tmp_path / "run.zip").touch()
+    assert_one_line_error(in_process("vlabs.train", [f"resume={path}"], tmp_path), said)
 
 
 def test_data_with_other_answers_are_for_a_new_run_alone(run, tiny_data, tmp_path, in_process):
@@ -405,6 +438,32 @@ def test_a_full_disk_at_the_end_loses_no_result(run, tmp_path, in_process, monke
     found = summary_of(run)
     assert (found["status"], found["steps"]) == ("done", 9)
     assert set(wanted["metrics"]) <= set(found["metrics"])
+
+
+def test_the_table_of_a_sweep_knows_of_a_run_that_went_on(run, tmp_path, in_process):
+    sweep = tmp_path / "sweep"
+    (sweep / "a").mkdir(parents=True)
+    run.rename(sweep / "a/0")
+    (sweep / "runs.csv").write_text("run,status\n")
+    result = in_process("vlabs.train", [f"resume={sweep / 'a/0'}", "trainer.max_epochs=3"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    [row] = csv.DictReader((sweep / "runs.csv").read_text().splitlines())
+    assert (row["run"], row["status"], row["trainer.max_epochs"]) == ("a/0", "done", "3")
+
+
+def test_a_table_of_the_users_is_no_table_of_a_sweep(tmp_path):
+    check_table(tmp_path)
+    assert not has_table(tmp_path)
+    (tmp_path / "runs.csv").write_text("name,money\n")
+    assert not has_table(tmp_path)
+    with pytest.raises(UserError, match="that no sweep wrote"):
+        check_table(tmp_path)
+
+
+def test_a_config_of_somebody_else_is_looked_at_without_looking_anything_up(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"data: ${{new_run:{tmp_path}/made}}\nresume: null\n")
+    assert read_config(tmp_path) is None
+    assert not (tmp_path / "made").exists()
 
 
 def test_runs_in_folders_within_folders_are_found(tmp_path, capsys):

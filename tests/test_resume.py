@@ -250,6 +250,34 @@ def test_a_signal_anywhere_in_an_epoch_loses_nothing(place, options, step, numbe
     assert validated_again == validated[len(validated) - len(validated_again) :]
 
 
+def test_the_end_of_the_terminal_is_a_stop_unless_nohup_says_otherwise(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("vlabs.training.callbacks.checkpoints._write_to_no_terminal", lambda: said.append(1))
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path / "stopped", {}, signal_in=("training", 1, 1), number=signal.SIGHUP)
+    assert stopped.value.signal == signal.SIGHUP
+    assert said
+    assert read(tmp_path / "stopped/last.ckpt")["global_step"] > 0
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        keeps = KeepLast(tmp_path / "last.ckpt")
+        keeps._listen(signal.SIGHUP, keeps._ask_stop)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_checkpoint_before_is_kept_where_a_file_has_one_name_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    for number in (1, 2):
+        WholeCheckpointIO().save_checkpoint({"n": number}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt") == {"n": 2}
+    assert torch.load(tmp_path / "last.ckpt.previous") == {"n": 1}
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     keeps = KeepLast(tmp_path / "last.ckpt")
     keeps._ask_stop(signal.SIGINT)

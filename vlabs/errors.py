@@ -70,7 +70,10 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
     Args:
         sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
     """
-    if isinstance(error, BrokenPipeError) and _has_no_reader():
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    if any(isinstance(one, BrokenPipeError) for one in chain) and _has_no_reader():
         # Nobody reads the output any more, as in `vlabs predict ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)
@@ -134,10 +137,11 @@ def foreseen(error: BaseException) -> str | None:
     if _CUDA.search(text):
         return f"the GPU cannot be used ({text}): pass trainer.accelerator=cpu, or --device cpu"
     if "MisconfigurationException" in kinds or _raised_in(error, "pytorch_lightning", "lightning_fabric"):
-        return f"trainer: {text}"
+        return f"{'logger' if _raised_in(error, *_LOGGERS) else 'trainer'}: {text}"
     return None
 
 
+_LOGGERS = ("pytorch_lightning.loggers", "lightning_fabric.loggers")
 _MEMORY = re.compile(r"out of memory|n't allocate memory|not enough memory|annot allocate memory", re.I)
 _CUDA = re.compile(r"CUDA error|NVIDIA driver|CUDA driver|cuDNN error|NCCL|not compiled with CUDA")
 _DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 says which)"
@@ -198,9 +202,9 @@ def _bases(name: str) -> set[str]:
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:
-    """Whether the code that raised an error is of a package."""
-    frames = list(_frames(error))
-    return bool(frames) and frames[-1].split(".")[0] in packages
+    """Whether the code that raised an error is of a package, or of a part of it."""
+    last = ([""] + list(_frames(error)))[-1]
+    return any(f"{last}.".startswith(f"{package}.") for package in packages)
 
 
 def _frames(error: BaseException) -> Iterator[str]:

@@ -27,14 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError, one_line, show
 from vlabs.runs.config import (
+    as_config,
     as_given,
     check,
     command_line,
     config_dir,
     explain,
-    hydra_quoted,
     is_fault,
     path_of,
     plain,
@@ -44,7 +44,7 @@ from vlabs.runs.config import (
 )
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
-from vlabs.runs.sweep import write_table
+from vlabs.runs.sweep import check_table, has_table, write_table
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
@@ -62,6 +62,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep is not None:
         _check_sweep(config, hydra)
+        check_table(sweep)
         if "group" in config.logger:
             config.logger.group = config.logger.group or sweep.name
             config.logger.name = config.logger.name or hydra.job.override_dirname.replace(",", " ") or run_dir.name
@@ -108,9 +109,18 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
     if not is_rank_zero():
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra makes one in every process; the run's is rank zero's
-    if sweep is not None and is_rank_zero():
-        print(write_table(sweep), flush=True)
+    if is_rank_zero():
+        if sweep is not None:
+            print(write_table(sweep), flush=True)
+        elif config.resume is not None and (of := _sweep_of(run_dir)) is not None:
+            with contextlib.suppress(UserError):  # of a folder that is not ours to write
+                write_table(of)
     return summary
+
+
+def _sweep_of(run_dir: Path) -> Path | None:
+    """The sweep that a run was one of."""
+    return next((folder for folder in run_dir.absolute().parents[:3] if has_table(folder)), None)
 
 
 def train(config: DictConfig, record: Record) -> dict[str, Any]:
@@ -137,6 +147,8 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger) and is_rank_zero()]
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
+    if trainer.num_nodes > 1 and trainer.local_rank == 0:  # of every node: one may wait for half an hour
+        show(f"node {trainer.node_rank} waits for all {trainer.num_nodes} of MASTER_ADDR", file=sys.stderr, flush=True)
     record.fit_started = time.perf_counter()
     try:
         trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
@@ -180,16 +192,19 @@ def _last(config: DictConfig, run_dir: Path) -> Last | None:
     if config.resume is None:
         return None
     last = last_whole(run_dir, config.resume)
-    last.changed = _changed(config, run_dir)
+    # What it was trained with; config.yaml may have been edited since.
+    last.changed = _changed(config, last.config or _own_config(run_dir))
     return last
 
 
-def _changed(config: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
-    """The options that are other than in the run's own config."""
-    if config.resume is None:
-        return {}
+def _own_config(run_dir: Path) -> dict[str, Any]:
     own = read_config(run_dir)
-    return changes(plain(recorded(own)), plain(recorded(config))) if own is not None else {}
+    return {} if own is None else plain(recorded(own))
+
+
+def _changed(config: DictConfig, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options that are other than in a run's own config."""
+    return changes(own, plain(recorded(config))) if own else {}
 
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
@@ -200,7 +215,7 @@ def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
     if config.resume is not None:
         before = read_summary(run_dir)
         command = shlex.join(["python", "-m", "vlabs.train", f"resume={config.resume}", *given])
-        given = changing(given, _changed(config, run_dir))
+        given = changing(given, _changed(config, _own_config(run_dir)))
     else:
         folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
         same_as = next((found for path in folders if (found := read_summary(Path(path)))), None)
@@ -253,22 +268,43 @@ def _arguments(given: list[str]) -> list[str]:
 
 def _resume_arguments(arguments: list[str]) -> list[str]:
     """Turn `resume=RUN_DIR` into Hydra's arguments for that run's own config and folder."""
-    named = [item for item in arguments if item.startswith("resume=")]
-    if not named or named[-1] == "resume=null":
+    named = [item.partition("=")[2] for item in arguments if re.match(r"\+*resume=", item)]
+    if not named or named[-1] == "null":
         return arguments
-    run_dir = Path(path_of(named[-1].removeprefix("resume=")))
-    if not run_dir.is_dir():
-        raise UserError(f"resume={run_dir}: there is no such folder")
+    run_dir = _run_named(path_of(named[-1]))
+    others = [item for item in arguments if not re.match(r"\+*resume=", item)]
+    for item in others:
+        is_same = (
+            item.startswith("hydra.run.dir=") and Path(path_of(item.partition("=")[2])).resolve() == run_dir.resolve()
+        )
+        if not is_same and re.match(r"\+*hydra\.run\.dir=|--config-|-c[dnp]\b", item):
+            raise UserError(f"{item}: resume={run_dir} goes on in its own folder, with its own config: leave it out")
     _mend_config(run_dir)
-    others = [item for item in arguments if not item.startswith("resume=")]
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
-        f"++resume={hydra_quoted(run_dir)}",
-        f"hydra.run.dir={hydra_quoted(run_dir)}",
+        f"++resume={run_dir}",  # quoted as all paths are
+        f"hydra.run.dir={run_dir}",
         *_QUIET,
         *others,
     ]
+
+
+def _run_named(path: str) -> Path:
+    """The run folder that `resume=` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    run_dir = Path(path)
+    if not path:
+        raise UserError("resume= names no folder: pass resume=RUN_DIR")
+    within = run_dir.parent if run_dir.is_file() else run_dir
+    if within.name == "checkpoints" and not (within / "config.yaml").exists():
+        raise UserError(f"resume={run_dir} lies in a run, which goes on as a whole: pass resume={within.parent}")
+    if not run_dir.is_dir():
+        raise UserError(f"resume={run_dir}: there is no such folder")
+    return run_dir
 
 
 # What conf/train.yaml sets for runs whose config is a file of their own.
@@ -289,7 +325,7 @@ def _mend_config(run_dir: Path) -> None:
         kept = last_whole(run_dir, str(run_dir)).callbacks[Recorder.__qualname__]["config"]
     except (UserError, KeyError):
         raise UserError(f"resume={run_dir}: config.yaml {reason}, so it is not a run folder to go on with") from None
-    save_config(OmegaConf.create(kept), path)
+    save_config(as_config(kept), path)
     say(f"{path} {reason}: the last checkpoint has it")
 
 
@@ -304,7 +340,9 @@ def _same_arguments(arguments: list[str]) -> list[str]:
         return arguments
     own: Any = OmegaConf.load(Path(config_dir()) / "train.yaml")
     folders: Any = OmegaConf.to_container(own.hydra, resolve=False)
-    name = str(OmegaConf.select(config, "task.name", default="train"))
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    task = content.get("task")
+    name = str(task.get("name", "train")) if isinstance(task, dict) else "train"
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
     # Among the other overrides: Hydra takes them all in one place.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -129,9 +131,10 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         name, equals, value = argument.partition("=")
         if equals and _PATHS.fullmatch(name) and value:
-            several = sweeping and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
+            may = sweeping and not name.startswith("hydra.")  # whose options are the whole sweep's
+            several = may and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
             values = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value) if several else [value]
-            argument = f"{name}={','.join(_as_path(name, one, sweeping) for one in values)}"
+            argument = f"{name}={','.join(_as_path(name, one, may) for one in values)}"
         result.append(argument)
     return flags + result
 
@@ -179,8 +182,28 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: a value that an option cannot have.
     """
-    check_values(OmegaConf.to_container(config))
+    content = OmegaConf.to_container(config)
+    if HydraConfig.initialized():
+        _check_new(content, HydraConfig.get().overrides.task)
+    check_values(content)
     check_options(plain(config.trainer))
+
+
+def _check_new(content: Any, overrides: Sequence[str]) -> None:
+    """Raise a UserError for an option of no group that nothing asks for, such as +max_epochs=3."""
+    for name in (found[1] for item in overrides if (found := re.match(r"\+{1,2}(\w+)(?:\.[\w.]+)?=", item))):
+        is_known = name in _own_names() or (Path(config_dir()) / name).is_dir() or f"${{{name}" in json.dumps(content)
+        if not is_known:
+            groups = [group for group, part in content.items() if isinstance(part, dict) and name in part]
+            of = f": pass {groups[0]}.{name}=..." if groups else ", and nothing asks for it: leave it out"
+            raise UserError(f"there is no option '{name}'{of}")
+
+
+@functools.cache
+def _own_names() -> set[str]:
+    """The options and sections of all programs."""
+    files = [OmegaConf.load(Path(config_dir()) / f"{program}.yaml") for program in ("train", "evaluate")]
+    return {"trust"} | {str(name) for file in files for name in file}
 
 
 def explain(error: BaseException) -> str:
@@ -213,6 +236,8 @@ def _sentence(error: BaseException) -> str | None:
                 )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: pass {error.full_key}=..."
+    if isinstance(error, InterpolationKeyError):
+        return f"{' '.join(str(error).split())}: correct what is in ${{...}}; a folder may not be called so"
     if isinstance(error, OverrideParseException):
         return _unread(error.override)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
@@ -231,6 +256,12 @@ def _sentence(error: BaseException) -> str | None:
         group, choice = unloaded.groups()
         names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
         return f"there is no {group}={choice}: choose one of {', '.join(names)}"
+    if unmatched := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", str(error)):
+        name = unmatched[1]
+        return (
+            f"{name}=...: the config of a run has no groups to choose from: pass its options ({name}.NAME=VALUE), or "
+            f"add those of a group by +{name}=CHOICE"
+        )
     if isinstance(error, InstantiationException):
         place = re.search(r"^full_key: (\S+)", str(error), re.M)
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
@@ -300,13 +331,26 @@ def recorded(config: DictConfig) -> DictConfig:
         return value
 
     content = {name: value for name, value in plain(config).items() if name not in ("plan", "resume")}
-    return OmegaConf.create(whole(content) | {"plan": False, "resume": None})
+    return as_config(whole(content) | {"plan": False, "resume": None})
+
+
+def as_config(content: Any) -> DictConfig:
+    """Plain data as a config in which every text is as it is: `${...}` of a folder's name is looked up by nobody."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: escaped(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [escaped(one) for one in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(content))
 
 
 def save_config(config: DictConfig, path: Path) -> None:
     """Write a resolved config, whole or not at all."""
     with replacing(path) as partial:
-        OmegaConf.save(OmegaConf.create(plain(config)), partial)
+        OmegaConf.save(as_config(plain(config)), partial)
 
 
 def command_line() -> str:

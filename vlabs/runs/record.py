@@ -59,7 +59,9 @@ def read_config(run: Path) -> DictConfig | None:
         config = OmegaConf.load(path)
     except Exception:  # a damaged file makes the parser fail in every way there is
         return None
-    return config if isinstance(config, DictConfig) and isinstance(config.get("data"), DictConfig) else None
+    content = OmegaConf.to_container(config, resolve=False)  # it may be somebody else's: nothing is looked up
+    is_whole = isinstance(content, dict) and isinstance(content.get("data"), dict)
+    return config if isinstance(config, DictConfig) and is_whole else None
 
 
 def say_left_out(path: Path) -> None:

@@ -6,10 +6,23 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from vlabs.errors import UserError
 from vlabs.runs.record import find_runs, read_summary
 from vlabs.utils.files import replacing
 
 _SHOWN = ("fit_seconds", "parameters")
+
+
+def has_table(folder: Path) -> bool:
+    """Whether a folder has the runs.csv of a sweep."""
+    path = folder / "runs.csv"
+    return path.is_file() and path.read_bytes().startswith(b"run,status")
+
+
+def check_table(sweep_dir: Path) -> None:
+    """Raise a UserError if a runs.csv is in the place of the table that no sweep wrote."""
+    if (sweep_dir / "runs.csv").is_file() and not has_table(sweep_dir):
+        raise UserError(f"hydra.sweep.dir={sweep_dir} has a runs.csv that no sweep wrote: name another folder")
 
 
 def write_table(sweep_dir: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import pkgutil
 import types
 import typing
@@ -19,8 +20,13 @@ _SIZES = (
     *("num_attention_heads", "intermediate_size", "channels", "pictures", *_FILLED_IN),
 )
 """Of models; at least 1."""
-_TOP: dict[str, Any] = {"plan": bool, "init": str | None, "init_by": list[str] | None, "ckpt": str, "split": str}
+_TOP: dict[str, Any] = {
+    **{"plan": bool, "init": str | None, "init_by": list[str] | None, "ckpt": str, "split": str},
+    **{"max_bad_steps": int, "checkpoints.every_minutes": float | None, "checkpoints.every_n_steps": int | None},
+}
 """What the options of no group are."""
+_SECTIONS = ("checkpoints", "data", "logger", "model", "task", "trainer")
+"""What is no value, but has options."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
@@ -37,20 +43,33 @@ def check_values(config: Any, path: str = "") -> None:
         for item in config:
             check_values(item, path)
     if isinstance(config, dict):
-        hints = _hints(config.get("_target_")) if path else _TOP
+        hints = _hints(config.get("_target_"))
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
+            if inner in _SECTIONS and not isinstance(value, dict):
+                raise UserError(f"{inner}={as_given(value)}: {inner} has options, pass {inner}.NAME=VALUE")
             check_values(value, inner)
             least = 0 if name == "num_classes" else 1
             if name in _SIZES and path.startswith("model") and isinstance(value, int) and value < least:
                 raise UserError(f"{inner}={as_given(value)} must be a whole number, at least {least}")
             is_count = str(name).startswith(("num_", "every_n_")) and isinstance(value, int) and path != "trainer"
-            if is_count and value < 0:
+            if (is_count or name == "patience") and isinstance(value, int) and value < 0:
                 raise UserError(f"{inner}={value} must be a whole number, at least 0")
+            if name == "update_every_n_steps" and isinstance(value, int) and value < 1:
+                raise UserError(f"{inner}={value} must be a whole number, at least 1")
+            if name == "num_workers" and isinstance(value, int) and value > _most_workers():
+                raise UserError(f"{inner}={value} is more than {_most_workers()}, 16 for each CPU of this machine")
+            if "dropout" in str(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+                raise UserError(f"{inner}={value} must be a share, in [0, 1]")
             if name == "seed" and not _is_open(value):
                 check_seed(inner, value)
-            if name in hints and not (value is None and name in _FILLED_IN):
-                check_type(inner, value, hints[name])
+            hint = hints.get(name, _TOP.get(inner, Any))
+            if hint is not Any and not (value is None and name in _FILLED_IN):
+                check_type(inner, value, hint)
+
+
+def _most_workers() -> int:
+    return 16 * (os.cpu_count() or 4)
 
 
 def as_given(value: Any) -> str:
@@ -59,8 +78,8 @@ def as_given(value: Any) -> str:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    """What the arguments of a class or function of vlabs' are, by name."""
-    if not isinstance(target, str) or not target.startswith("vlabs."):
+    """What the arguments of a class or function of vlabs' are, by name, and those of what it hands them on to."""
+    if not isinstance(target, str) or not target.startswith(_KNOWN) or target == "pytorch_lightning.Trainer":
         return {}
     try:
         found = pkgutil.resolve_name(target)
@@ -70,8 +89,18 @@ def _hints(target: Any) -> dict[str, Any]:
     own = {} if inspect.isclass(found) else typing.get_type_hints(found)
     made = own.get("return", found)
     kinds = reversed(made.__mro__) if inspect.isclass(made) else ()
-    makers = [vars(kind).get("__init__", object) for kind in kinds if kind.__module__.startswith("vlabs.")]
-    return {name: hint for maker in makers for name, hint in typing.get_type_hints(maker).items()} | own
+    makers = [vars(kind).get("__init__", object) for kind in kinds if kind.__module__.startswith(_KNOWN)]
+    return {name: hint for maker in makers for name, hint in _types(maker).items()} | own
+
+
+def _types(maker: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(maker)
+    except NameError:  # one of a library's is there for type checkers alone
+        return {}
+
+
+_KNOWN = ("vlabs.", "pytorch_lightning.")
 
 
 def check_type(path: str, value: Any, hint: Any) -> None:
@@ -104,6 +133,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, bool)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if origin in (dict, Mapping) or str(getattr(hint, "__module__", "")).startswith("vlabs."):
+        return isinstance(value, dict)  # with options, or of what makes it
     if hint is str:  # a name may look like a number
         return isinstance(value, str | int | float) and not isinstance(value, bool)
     return True
@@ -115,7 +146,9 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_words(one) for one in inner))
     if origin is Literal:
         return f"one of {', '.join(map(as_given, inner))}"
-    if origin is not None and inner and origin not in (dict, Mapping):
+    if origin in (dict, Mapping) or str(getattr(hint, "__module__", "")).startswith("vlabs."):
+        return "a group of options"
+    if origin is not None and inner:
         return f"a list, each item {_words(inner[0])}"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -27,6 +27,7 @@ from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id
 from vlabs.runs.record import Record, resumable
 from vlabs.runs.trainer import make_trainer
+from vlabs.runs.values import as_given
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
@@ -70,7 +71,9 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     """
     run_dir = record.folder
     given = copy.deepcopy(config)
-    callbacks = chosen_callbacks(config.callbacks, config.trainer)  # before the data, which may have to be made
+    callbacks = chosen_callbacks(
+        config.get("callbacks") or OmegaConf.create(), config.trainer
+    )  # before the data, which may have to be made
     task, data = build_task(config, resumed)
     kept = recorded(given)
     loggers = build_loggers(config, record, resumed)
@@ -94,7 +97,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
         callbacks=[
             best,
             last,
-            GoOn(),
+            GoOn(resumed.changed if resumed else None),
             FiniteGradients(config.max_bad_steps, last.path),
             *callbacks,
             Recorder(record, begin, plain(kept)),  # after all that may refuse
@@ -134,8 +137,8 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
     for name, (old, new) in last.changed.items():
         if _FIXED.fullmatch(name) and "drop" not in name:
             raise UserError(
-                f"{name}={new} cannot change within a run, which was begun with {old}: leave it out, or start a new "
-                "run (init=RUN takes its weights)"
+                f"{name}={as_given(new)} cannot change within a run, which was begun with {as_given(old)}: leave it "
+                "out, or start a new run (init=RUN takes its weights)"
             )
     for name, folder in [("dir", config.data.get("dir")), *(config.data.get("sets") or {}).items()]:
         if folder is not None and not Path(folder).is_dir():

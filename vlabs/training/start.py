@@ -22,6 +22,7 @@ from vlabs.models.registry import build
 from vlabs.runs.record import read_summary
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import previous_of
+from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.lightning_state import validation_is_next
 from vlabs.utils.ranks import say
 
@@ -82,6 +83,13 @@ class Last:
     shapes: dict[str, torch.Size]
     groups: list[tuple[str, int]]
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the run was trained with until then; empty where the checkpoint does not say."""
+        state = self.callbacks.get(Recorder.__qualname__)
+        config = state.get("config") if isinstance(state, dict) else None
+        return config if isinstance(config, dict) else {}
 
     @property
     def history(self) -> list[dict[str, Any]]:

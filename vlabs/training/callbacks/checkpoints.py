@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from vlabs.errors import UserError
+from vlabs.runs.record import resumable
 from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
 from vlabs.utils.files import replacing
 from vlabs.utils.ranks import is_rank_zero, say
@@ -33,20 +35,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full or the folder cannot be written to; what was there before is untouched.
         """
         path = Path(path)
-        try:
-            with replacing(path) as partial:
-                with open(partial, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if path.name == "last.ckpt" and path.is_file():
-                    # A second name of the old file first: at no time is there no checkpoint.
-                    older = path.with_name(path.name + ".older")
-                    older.unlink(missing_ok=True)
+        with resumable(path.parent.parent), replacing(path) as partial:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == "last.ckpt" and path.is_file():
+                # A second name of the old file first: at no time is there no checkpoint.
+                older = path.with_name(path.name + ".older")
+                older.unlink(missing_ok=True)
+                try:
                     older.hardlink_to(path)
                     older.replace(previous_of(path))
-        except UserError as error:
-            raise UserError(f"{error}: mend it, and go on with resume=RUN_DIR") from None
+                except OSError:  # a file system where a file has one name: for a moment there is the one before alone
+                    path.replace(previous_of(path))
 
 
 def previous_of(path: Path) -> Path:
@@ -66,13 +68,24 @@ class Stopped(SIGTERMException):
         self.signal = signal
 
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _write_to_no_terminal() -> None:
+    """Where the terminal is gone, what is still said would be an error."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 class KeepLast(pl.callbacks.Checkpoint):
     """Keeps `last.ckpt`, all that a run needs to go on.
 
     It is saved before and after every validation, at the end of every epoch, at intervals, where the training ends, and
-    when SIGTERM or Ctrl-C (then the run stops) or SIGUSR1 (then it goes on) comes, as SLURM sends them before it takes
-    a job's machine. It is saved between two optimiser steps only: the gradients of a step that is half accumulated are
-    not in it. A second Ctrl-C stops at once.
+    when SIGTERM, Ctrl-C or the end of the terminal (then the run stops) or SIGUSR1 (then it goes on) comes, as SLURM
+    sends them before it takes a job's machine. It is saved between two optimiser steps only: the gradients of a step
+    that is half accumulated are not in it. A second Ctrl-C stops at once.
 
     Args:
         path: of the checkpoint.
@@ -95,17 +108,18 @@ class KeepLast(pl.callbacks.Checkpoint):
         for an error.
         """
         self._listen(signal.SIGUSR1, self._ask_save)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOPS:
             self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for SIGTERM and Ctrl-C in the place of Lightning, which would stop in half a step."""
         self.saved_at = time.monotonic()
-        self._listen(signal.SIGTERM, self._ask_stop)
-        self._listen(signal.SIGINT, self._ask_stop)
+        for number in _STOPS:
+            self._listen(number, self._ask_stop)
 
     def _listen(self, number: int, handler: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
+        is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # as of nohup
+        if threading.current_thread() is threading.main_thread() and not is_ignored:
             self.handlers.setdefault(number, signal.getsignal(number))
             signal.signal(number, handler)
 
@@ -119,6 +133,8 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.save_asked = True
 
     def _stop_now(self, number: int, *_: Any) -> None:
+        if number == signal.SIGHUP:
+            _write_to_no_terminal()
         raise Stopped(number)
 
     def _ask_stop(self, number: int, *_: Any) -> None:
@@ -128,6 +144,8 @@ class KeepLast(pl.callbacks.Checkpoint):
             if is_rank_zero():
                 # Not print, which may be at work just now.
                 os.write(2, b"\nCtrl-C: the run stops when this step is saved; a second one stops it at once\n")
+        if number == signal.SIGHUP:
+            _write_to_no_terminal()
         self.save_asked, self.stop_asked = True, number
 
     def on_train_batch_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from vlabs.data.loading import GroupLoader
 from vlabs.errors import UserError
+from vlabs.runs.values import as_given
 from vlabs.tasks.optim import Course
 from vlabs.training.lightning_state import (
     batches_done,
@@ -44,9 +46,13 @@ class GoOn(pl.Callback):
 
     It also ends a training after `trainer.max_steps`, with a validation. Goes with `KeepLast`, which saves where a run
     can go on.
+
+    Args:
+        options: that are other than before, with the values of then and now; all are said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, tuple[Any, Any]] | None = None) -> None:
+        self.options = dict(options or {})
         self.generators: dict[str, Any] | None = None
         self.loader: dict[str, Any] | None = None
         self.plan: dict[str, Any] | None = None
@@ -117,7 +123,8 @@ class GoOn(pl.Callback):
                 if loader is not None:
                     loader.begun = batches_done(trainer)[0] - loader.groups.first
                 set_epoch_length(trainer, self.plan["epoch_batches"])
-            changed |= self._apply_settings(trainer)
+            others = {n: f"{n}={as_given(new)}, was {as_given(old)}" for n, (old, new) in self.options.items()}
+            changed = others | changed | self._apply_settings(trainer)
             if changed:
                 done = [f"{100 * course.at(one.last_epoch) / course.total:.1f}%" for one, course in _courses(trainer)]
                 said = f" after {done[0]} of the training" if done else ""
@@ -237,7 +244,7 @@ class GoOn(pl.Callback):
             for name, value in settings.items():
                 if value is not None and group.get(name) != value:
                     option = _SETTINGS[name] + (f".{group['name'].split('/')[0]}" if name == "initial_lr" else "")
-                    changed[option] = f"task.recipe.{option}={value}, was {group.get(name)}"
+                    changed[f"task.recipe.{option}"] = f"task.recipe.{option}={value}, was {group.get(name)}"
                     group[name] = value
         for scheduler, course in _courses(trainer):
             scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
