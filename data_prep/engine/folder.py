@@ -14,7 +14,7 @@ import datasets
 import tokenizers
 
 from vlabs.data.prepared import FORMAT_VERSION
-from vlabs.errors import UserError, show
+from vlabs.errors import UserError, one_line, show
 from vlabs.utils.files import content_sha256, is_free, write_json
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -111,7 +111,7 @@ def report_bad(bad: Sequence[BadItem], on_bad: str, listed: Path) -> dict[str, A
 
 
 def _named(item: BadItem) -> str:
-    return f"{item.split}: {item.reason}: {item.item}"
+    return one_line(f"{item.split}: {item.reason}: {item.item}")
 
 
 def _counted(items: Sequence[BadItem]) -> str:

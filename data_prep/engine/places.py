@@ -166,8 +166,9 @@ class Listing:
 
     def find(self, name: str) -> ImageFile | None:
         """The file of a name, as it stands, or one folder deeper if all lie there; None if there is none."""
-        if self.location.is_dir() and (image := ImageFile.of_path(self.location / name, name)) is not None:
-            return image
+        for spelled in (name, same_name(name)) if self.location.is_dir() else ():
+            if (image := ImageFile.of_path(self.location / spelled, name)) is not None:
+                return image
         plain = same_name(name).lstrip("/")
         return self.files.get(plain) or (self.files.get(self.top + plain) if self.top else None)
 

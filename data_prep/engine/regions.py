@@ -112,8 +112,8 @@ def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str])
         try:
             drawn = np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
         except UserError as error:
-            fault = str(error).partition(": ")[2]
-            raise Degenerate(fault) if isinstance(segmentation, list) else ValueError(fault) from None
+            kind = Degenerate if isinstance(segmentation, list) else ValueError
+            raise kind(str(error).partition(": ")[2]) from None
         if isinstance(segmentation, list):
             faults += [fault for one in segmentation if (fault := fault_of_polygon(one, height, width)) is not None]
     if not drawn.any():

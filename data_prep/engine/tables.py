@@ -92,7 +92,7 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = _lines(path, file)
     first = next((line for line in lines if line.strip()), "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
-    reader = csv.reader(_chain(first, lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(_chain(first, lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(named := [name for name in header if name]) != len(set(named)):
