@@ -21,8 +21,9 @@ from data_prep.readers.classes import dataset_units, entry, folder_units, prepar
 from data_prep.readers.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
 from data_prep.scenes.objects import SIZES, Task, draw_object, make_objects
 from vlabs.checkpoints.checkpoint import load_checkpoint
-from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler
+from vlabs.data.classes import ClassDataModule, ClassDataset
 from vlabs.data.images import read_bytes
+from vlabs.data.pictures import ImageSampler
 from vlabs.data.prepared import load_split, read_classes
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
@@ -201,7 +202,7 @@ def test_bad_raw_files_are_one_line_and_leave_nothing(tmp_path):
     (raw / "train.tar.gz").write_bytes(b"")
     refused("gunzip it", "--raw-dir", "raw")
     (tmp_path / "t.csv").write_text("image,class\nnowhere.jpg,cat\n")
-    refused("t.csv, row 1: there is no picture", "--table", "t.csv")
+    refused("missing image: t.csv, line 2: nowhere.jpg", "--table", "t.csv")
 
 
 def test_a_picture_that_is_gone_or_damaged_is_named(tmp_path):
@@ -428,3 +429,12 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
     assert_one_line_error(result, "task=classify trains on pictures with a class", "holds questions")
     result = in_process("vlabs.train", ["task=vqa", "data=classes", f"data.dir={objects}"], tmp_path)
     assert_one_line_error(result, "task=vqa trains on questions", "holds pictures with a class")
+
+
+@pytest.mark.parametrize(
+    "option", [{"rand_augment": "rand-m9-n2"}, {"max_length": 20}, {"bucket_batches": 4}, {"scaled_decoding": False}]
+)
+def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
+    name = next(iter(option))
+    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of batch_size, .*num_workers"):
+        ClassDataModule(objects, **option)

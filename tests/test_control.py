@@ -50,9 +50,7 @@ def test_several_objects_are_read_as_the_model_sees_them(run, tmp_path):
         picture = open_several(path, by_class, preprocessing)
         _, labels, masks = draw_several("tiny", number, 0)
         assert picture.labels == labels
-        assert [preprocessing.answers[n].replace("_", " ") for n in labels] == [
-            SIZES["tiny"].classes[n] for n in labels
-        ]
+        assert [preprocessing.names[n].replace("_", " ") for n in labels] == [SIZES["tiny"].classes[n] for n in labels]
         for mask, own in zip(masks, picture.masks, strict=True):
             assert np.array_equal(mask, own)
     assert len(read_several(tmp_path / "several", preprocessing, 3)) == 3

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlabs.data.classes import ImageSampler
 from vlabs.data.loading import LoaderOptions, make_loader
+from vlabs.data.pictures import ImageSampler
 from vlabs.data.sampling import GroupSampler
 from vlabs.errors import UserError
 from vlabs.tasks.optim import Course, Recipe

@@ -78,7 +78,7 @@ def test_pictures_are_seen_at_the_size_and_with_the_mean_that_meter_trained_with
     path = write(make(vision, task="nlvr2", vocabulary=pairs[1], size=64), tmp_path / "meter.ckpt")
     checkpoint = load_any(path, tokenizer=str(pairs[0] / "tokenizer"), trained_for=("nlvr2",))
     assert (checkpoint.preprocessing.image_size, checkpoint.preprocessing.mean[0]) == (64, mean)
-    assert checkpoint.preprocessing.answers == ("False", "True")
+    assert checkpoint.preprocessing.names == ("False", "True")
 
 
 def test_a_file_of_another_task_is_named(tmp_path):

@@ -196,7 +196,7 @@ def saved(model, answers, path, data=None):
     from vlabs.checkpoints.checkpoint import header_of
     from vlabs.data.preprocessing import Preprocessing
 
-    preprocessing = Preprocessing(image_size=32, tokenizer="", answers=answers)
+    preprocessing = Preprocessing(image_size=32, tokenizer="", names=answers)
     header = header_of(model, preprocessing, "vqa", data or {})
     torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "vlabs": header}, path)
     return path

@@ -52,7 +52,7 @@ def checkpoint_of(network, size):
 
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "what": 2, "is": 3, "it": 4}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    preprocessing = Preprocessing(size, tokenizer.to_str(), max_length=12, answers=("a", "b", "c"))
+    preprocessing = Preprocessing(size, tokenizer.to_str(), max_length=12, names=("a", "b", "c"))
     return Checkpoint(network, preprocessing, "vqa", {}, Path("run"))
 
 

@@ -221,7 +221,7 @@ def test_links_within_a_folder_and_those_of_the_hubs_cache_are_followed(whole, t
     for number, file in enumerate(sorted(whole.iterdir())):
         shutil.copy(file, cached / f"blobs/{number}")
         (cached / f"snapshots/abc/{file.name}").symlink_to(f"../../blobs/{number}")
-    assert vlabs.load(cached / "snapshots/abc").preprocessing.answers
+    assert vlabs.load(cached / "snapshots/abc").preprocessing.names
     (cached / "snapshots/abc/config.json").unlink()
     (cached / "snapshots/abc/config.json").symlink_to(whole / "config.json")
     with pytest.raises(UserError, match="link out"):
@@ -626,5 +626,5 @@ def test_what_data_and_checkpoints_say_steers_no_terminal(whole, tmp_path, capsy
 
 def test_a_preprocessing_comes_back_as_it_was():
     tokenizer = read_tensors(packaged_starts()["scenes"])["vlabs"]["preprocessing"]["tokenizer"]
-    made = Preprocessing(64, tokenizer, answers=("a", "b"), pad_to_max_length=True, crop=0.875)
+    made = Preprocessing(64, tokenizer, names=("a", "b"), pad_to_max_length=True, crop=0.875)
     assert Preprocessing.from_plain(json.loads(json.dumps(made.to_plain()))) == made

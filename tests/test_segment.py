@@ -158,7 +158,7 @@ def test_encoders_without_maps_of_one_stride_are_refused():
 )
 def test_transfer_trains_what_it_says(transfer, trained):
     model = make_segmenter()
-    task = SegmentTask(model, Preprocessing(16, "", answers=("a", "b", "c")), {}, Recipe(), transfer=transfer)
+    task = SegmentTask(model, Preprocessing(16, "", names=("a", "b", "c")), {}, Recipe(), transfer=transfer)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     parts = {".".join(name.split(".")[: 2 if name.startswith("vision") else 1]) for name in names}
     assert parts == trained
@@ -168,7 +168,7 @@ def test_transfer_trains_what_it_says(transfer, trained):
 def test_no_decay_of_positions_cls_and_norms():
     model = make_segmenter()
     recipe = Recipe(no_decay=("pos_embed", "cls_token"))
-    task = SegmentTask(model, Preprocessing(16, "", answers=("a", "b", "c")), {}, recipe)
+    task = SegmentTask(model, Preprocessing(16, "", names=("a", "b", "c")), {}, recipe)
     optimizer = recipe.optimizer(task, task.lr_group)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -369,7 +369,7 @@ def test_scenes_have_the_shape_of_every_pixel(scenes, tiny_data):
 
 def test_training_pictures_and_masks_are_changed_alike_and_padding_does_not_count(scenes):
     rows = load_split(scenes, "train")
-    preprocessing = Preprocessing(64, "", answers=tuple(read_classes(scenes)), mean=(0, 0, 0), std=(1, 1, 1))
+    preprocessing = Preprocessing(64, "", names=tuple(read_classes(scenes)), mean=(0, 0, 0), std=(1, 1, 1))
     plain = MaskAugmentation(scale=(1, 1), crop=(32, 32), hflip=1.0, photometric=0.0)
     dataset = MaskDataset(rows, preprocessing, plain)
     whole = dataset.whole(0)

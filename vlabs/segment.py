@@ -46,7 +46,7 @@ def main() -> None:
             logits = model(preprocessing.normalize(seen)[None].to(device)).logits[0]
         found = at_size(logits, image.size[::-1]).argmax(dim=0)
         rows = [Segmented(image, found.byte().cpu().numpy(), None)]
-        classes = preprocessing.answers
+        classes = preprocessing.names
     else:
         shown = preprocessing.resize(image)
         ids, mask = preprocessing.pad(preprocessing.token_ids(arguments.text))

@@ -47,7 +47,7 @@ def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alph
     bottom_up = encoder.encode(image.to(weight.device))
     seen = encoder.attend(bottom_up, weight, index, alpha=alpha)
     before, after = (
-        encoder.backbone.classify(tokens).float().softmax(-1) for tokens in (bottom_up.tokens, seen.tokens)
+        model.probabilities(encoder.backbone.classify(tokens)) for tokens in (bottom_up.tokens, seen.tokens)
     )
 
     def as_map(values: Tensor) -> Tensor:

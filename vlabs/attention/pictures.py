@@ -154,7 +154,7 @@ def control_figure(
     """
     rows = []
     for number, (name, checkpoint) in enumerate(checkpoints):
-        known = list(checkpoint.preprocessing.answers)
+        known = list(checkpoint.preprocessing.names)
         if unknown := [one for one in classes if one not in known]:
             raise UserError(f"--class {unknown[0]} is none of {checkpoint.path}: choose of {', '.join(known[:20])}")
         shown = checkpoint.preprocessing.resize(images[0])
@@ -231,9 +231,9 @@ def _maps(
 ) -> tuple[list[np.ndarray], list[str]]:
     """A map for every text, and the best answer or the ranking score as a line."""
     output, maps = look(checkpoint.model, picture.tensor, *_tokens(checkpoint, texts), [map_name], alpha=alpha)
-    answers = checkpoint.preprocessing.answers
+    answers = checkpoint.preprocessing.names
     if answers:
-        best, ids = output.logits.detach().sigmoid().max(dim=1)
+        best, ids = checkpoint.model.head.probabilities(output.logits.detach()).max(dim=1)  # type: ignore[operator]
         lines = [f"{answers[i]} {p:.0%}" for i, p in zip(ids.tolist(), best.tolist(), strict=True)]
     else:
         scores = checkpoint.model.head.score(output.pooled_features.detach())  # type: ignore[operator]

@@ -214,7 +214,7 @@ def _check_fit(
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
         if (side := vision.spec.get("img_size")) != preprocessing.image_size:
             raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
-    known, wanted = len(preprocessing.answers), _answers_of(model)
+    known, wanted = len(preprocessing.names), _answers_of(model)
     if wanted is not None and known != wanted:
         raise UserError(f"it tells {wanted} answers apart, and its preprocessing names {known}")
     short = data.get("short_side")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,13 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from vlabs.data.images import ImageReader, random_generator
-from vlabs.data.loading import check_whole, list_texts
-from vlabs.data.module import PreparedDataModule
+from vlabs.data.images import BatchRows, ImageReader, random_generator
+from vlabs.data.loading import check_whole
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
+from vlabs.data.texts import TextDataModule, TextDataset
 from vlabs.errors import UserError
 
 # How often another image is drawn where a false one cannot be decoded, with on_bad=skip.
@@ -46,7 +45,7 @@ class CaptionBatch(NamedTuple):
     attention_mask: Tensor
     image_index: Tensor
     image_ids: Tensor
-    caption_ids: list[int]
+    caption_ids: list[int | str]
     coverage: Tensor | None
     false_image_index: Tensor | None
     false_input_ids: Tensor | None
@@ -56,17 +55,18 @@ class CaptionBatch(NamedTuple):
     skipped: list[int]
 
 
-class CaptionDataset(Dataset[CaptionBatch]):
+class CaptionDataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `CaptionBatch`.
 
     Args:
         rows: prepared rows (see `vlabs.data.prepared.CAPTION_FEATURES`).
-        preprocessing: images and texts to tensors.
-        images: reads the images of these rows; None to read them as in evaluation, all of them.
+        preprocessing, images: see `TextDataset`.
         seed: of false partners, which are functions of (seed, epoch, caption).
         false_images: draw an image that does not belong to it for every caption.
         false_captions: captions of other images to draw for every caption.
     """
+
+    item = "caption"
 
     def __init__(
         self,
@@ -77,43 +77,32 @@ class CaptionDataset(Dataset[CaptionBatch]):
         false_images: bool = False,
         false_captions: int = 0,
     ) -> None:
-        self.rows = rows
-        self.texts = rows.select_columns(["caption"])
-        self.preprocessing = preprocessing
-        self.images = images or ImageReader(rows, preprocessing)
+        super().__init__(rows, preprocessing, images)
+        self.captions = rows.select_columns(["caption"])
         self.seed = seed
         self.false_images = false_images
         self.false_captions = false_captions
         if (false_images or false_captions) and len(rows) < 2:
             raise UserError("false partners need at least two images in the data: pass task.negatives=batch")
 
-    def __getitem__(self, spec: BatchSpec) -> CaptionBatch:
-        images, index, chosen, skipped = self.images.read_batch(spec)
+    def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> CaptionBatch:
+        """See `TextDataset`."""
         false_index = None
         if self.false_images:
-            false = self._false_images(chosen, spec.epoch, skipped)
-            false_index = len(images) + torch.arange(len(false))
-            images = torch.cat([images, *(image[None] for image in false)])
-        input_ids, attention_mask = self._tokens([row["caption"][position] for _, row, position in chosen])
-        false_ids, false_mask = self._false_captions(chosen, spec.epoch) if self.false_captions else (None, None)
+            false = self._false_images(read.texts, spec.epoch, read.skipped)
+            false_index = len(read.images) + torch.arange(len(false))
+            common["images"] = torch.cat([read.images, *(image[None] for image in false)])
+        false_ids, false_mask = self._false_captions(read.texts, spec.epoch) if self.false_captions else (None, None)
         return CaptionBatch(
-            images=images,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_index=torch.tensor(index, dtype=torch.int64),
-            image_ids=torch.tensor([number for number, _, _ in chosen], dtype=torch.int64),
-            caption_ids=[row["caption_id"][position] for _, row, position in chosen],
-            coverage=self.images.coverage(chosen, spec.epoch),
+            image_index=torch.tensor(read.image_index, dtype=torch.int64),
+            image_ids=torch.tensor([number for number, _, _ in read.texts], dtype=torch.int64),
             false_image_index=false_index,
             false_input_ids=false_ids,
             false_attention_mask=false_mask,
             epoch=spec.epoch,
             number=spec.number,
-            skipped=skipped,
+            **common,
         )
-
-    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.preprocessing.pad(self.preprocessing.token_ids(texts))
 
     def _others(self, row: int, position: int, epoch: int, count: int) -> np.ndarray:
         """Rows of other images, at random."""
@@ -141,16 +130,16 @@ class CaptionDataset(Dataset[CaptionBatch]):
         texts = []
         for number, _, position in chosen:
             for other in self._others(number, position, epoch, self.false_captions).tolist():
-                captions = self.texts[other]["caption"]
+                captions = self.captions[other]["caption"]
                 texts.append(
                     captions[random_generator(self.seed, epoch, number, position, other).integers(len(captions))]
                 )
-        ids, mask = self._tokens(texts)
+        ids, mask = self.tokens(texts)
         shape = (len(chosen), self.false_captions, ids.shape[1])
         return ids.view(shape), mask.view(shape)
 
 
-class CaptionDataModule(PreparedDataModule):
+class CaptionDataModule(TextDataModule):
     """Batches of one or more prepared caption folders, trained on together.
 
     Args:
@@ -162,13 +151,13 @@ class CaptionDataModule(PreparedDataModule):
     Attributes:
         false_images, false_captions: whether every caption comes with an image that it does not belong to, and with
             how many captions of other images. A task sets them before there are loaders.
-        regions_in_validation: validation batches too say what a text is about.
 
     Raises:
         UserError: see `PreparedDataModule`.
     """
 
     kind = "captions"
+    item = "caption"
     holds = "captions (data=scenes_captions, flickr30k, coco_captions)"
 
     def __init__(
@@ -182,7 +171,6 @@ class CaptionDataModule(PreparedDataModule):
         super().__init__({"": dir} | dict(sets or {}), texts_per_image=captions_per_image, **options)
         self.false_images = False
         self.false_captions = 0
-        self.regions_in_validation = False
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split of all sets that have it.
@@ -199,22 +187,11 @@ class CaptionDataModule(PreparedDataModule):
             )
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
-    def train_dataloader(self) -> DataLoader[CaptionBatch]:
-        """Training batches: every caption once an epoch."""
-        return self._loader("train", training=True)
-
-    def val_dataloader(self) -> DataLoader[CaptionBatch]:
-        """Validation batches, in stored order; false partners are the same in every epoch."""
-        return self._loader(self.val_split, training=False)
-
-    def _loader(self, split: str, training: bool) -> DataLoader[CaptionBatch]:
-        rows = self.rows(split)
-        caption_rows, positions = list_texts(rows, "caption_id")
-        images = self.image_reader(rows, training, regions=training or self.regions_in_validation)
-        dataset = CaptionDataset(
+    def dataset(self, rows: datasets.Dataset, images: ImageReader) -> CaptionDataset:
+        """See `TextDataModule`; false partners in validation are the same in every epoch."""
+        return CaptionDataset(
             rows, self.preprocessing, images, self.options.seed, self.false_images, self.false_captions
         )
-        return self.loader(dataset, rows, "caption", caption_rows, positions, training)
 
 
 def _fit(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

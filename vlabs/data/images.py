@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import datasets
 import numpy as np
@@ -196,7 +198,7 @@ def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
     if row[column] or not row.get("path"):
         return bytes(row[column])
     try:
-        with open(row["path"], "rb") as file:
+        with open(path_of(row["path"]), "rb") as file:
             file.seek(row["offset"])
             found = file.read(row["size"])
     except OSError as error:
@@ -208,9 +210,14 @@ def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
     return found
 
 
+def path_of(stored: str) -> str:
+    """A path as prepared rows have it: a URI where it is no UTF-8."""
+    return os.fsdecode(unquote_to_bytes(stored.removeprefix("file://"))) if stored.startswith("file://") else stored
+
+
 def name_of(row: dict[str, Any]) -> str:
     """What to call the picture of a prepared row in a message."""
-    where = f" ({row['path']})" if row.get("path") else ""
+    where = f" ({row.get('path') or row.get('name')})" if row.get("path") or row.get("name") else ""
     return f"image {row['image_id']}{where}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
-from vlabs.data.classes import ImageSampler, generators_kept
 from vlabs.data.decoding import read_labels
-from vlabs.data.images import name_of
-from vlabs.data.loading import GroupLoader, check_number, check_whole, eval_loader
-from vlabs.data.module import PreparedDataModule
-from vlabs.data.prepared import IGNORED, check_kind, load_split, read_classes
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
+from vlabs.data.loading import check_number, check_whole
+from vlabs.data.pictures import PictureDataModule, PictureDataset, generators_kept
+from vlabs.data.prepared import IGNORED
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
-from vlabs.errors import UserError, show
+from vlabs.errors import UserError
 
 
 class MaskBatch(NamedTuple):
@@ -78,16 +74,14 @@ class MaskAugmentation(NamedTuple):
     photometric: float = 0.5
 
 
-class MaskDataset(Dataset[Any]):
+class MaskDataset(PictureDataset):
     """Reads training batches, indexed by a `BatchSpec`; or whole pictures.
 
     Args:
         rows: prepared rows (`vlabs.data.prepared.MASK_FEATURES`).
-        preprocessing: pictures to tensors.
         augmentation: of training; None for whole pictures.
         short_side: what a picture's shorter side is resized to first, in pixels; None to leave it.
-        seed: of the augmentation, a function of (seed, epoch, batch, place in it).
-        on_bad: `error`, or `skip` to leave out pictures that cannot be decoded.
+        preprocessing, seed, on_bad: see `PictureDataset`.
     """
 
     def __init__(
@@ -99,12 +93,9 @@ class MaskDataset(Dataset[Any]):
         seed: int = 0,
         on_bad: str = "error",
     ) -> None:
-        self.rows = rows
-        self.preprocessing = preprocessing
+        super().__init__(rows, preprocessing, seed, on_bad)
         self.augmentation = augmentation
         self.short_side = short_side
-        self.seed = seed
-        self.on_bad = on_bad
         self.distort = RandomPhotometricDistort(p=0.5)
 
     def __getitem__(self, spec: BatchSpec) -> MaskBatch | list[WholePicture]:
@@ -119,7 +110,7 @@ class MaskDataset(Dataset[Any]):
                 if read is None:
                     skipped.append(row["image_id"])
                     continue
-                seed = np.random.SeedSequence((self.seed, spec.epoch, spec.number, place))
+                seed = self.draws(spec, place)
                 torch.manual_seed(int(seed.generate_state(1)[0]))
                 image, mask = self.change(*read, np.random.default_rng(seed))
                 images.append(image)
@@ -142,12 +133,8 @@ class MaskDataset(Dataset[Any]):
         return WholePicture(tensor, torch.from_numpy(mask.astype(np.int64)), row["image_id"], row["name"], image)
 
     def _read(self, row: dict[str, Any]) -> tuple[Image.Image, np.ndarray] | None:
-        try:
-            image = decode_image(row["image"], f"{name_of(row)} ({row['name']})")
-        except UserError as error:
-            if self.on_bad != "skip":
-                raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
-            show(f"left out: {error}", file=sys.stderr)
+        image = self.read(row)
+        if image is None:
             return None
         if not row["mask"]:
             return image, np.full((image.height, image.width), IGNORED, dtype=np.uint16)
@@ -205,8 +192,8 @@ def resize_by(image: Image.Image, factor: float) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
-class MaskDataModule(PreparedDataModule):
-    """Batches of a prepared folder of masks.
+class MaskDataModule(PictureDataModule):
+    """Batches of a prepared folder of masks; evaluation gives lists of whole pictures.
 
     Args:
         dir: the prepared folder.
@@ -214,10 +201,10 @@ class MaskDataModule(PreparedDataModule):
         scale, most, hflip, photometric: of `MaskAugmentation`.
         short_side: what a picture's shorter side is resized to, before it is scaled in training, and in evaluation,
             whose masks stay as they are; None to leave it.
-        options: of `PreparedDataModule`; there are no texts.
+        options: of `PictureDataModule`.
 
     Raises:
-        UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
+        UserError: see `PictureDataModule`.
     """
 
     kind = "masks"
@@ -233,17 +220,9 @@ class MaskDataModule(PreparedDataModule):
         hflip: float = 0.5,
         photometric: float = 0.5,
         short_side: int | None = None,
-        image_mean: Sequence[float] = IMAGE_MEAN,
-        image_std: Sequence[float] = IMAGE_STD,
-        preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
-        check_whole("image_size", image_size, 1)
-        check_kind(dir, self.kind)
-        own = Preprocessing(
-            image_size, "", answers=tuple(read_classes(dir)), mean=tuple(image_mean), std=tuple(image_std)
-        )
-        super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
+        super().__init__(dir, image_size, **options)
         for name, pair in (("crop", crop), ("scale", scale)):
             if pair is not None and (isinstance(pair, int | float | str) or len(pair) != 2):
                 raise UserError(f"data.{name}={pair} must be two numbers")
@@ -261,41 +240,22 @@ class MaskDataModule(PreparedDataModule):
             raise UserError(f"data.scale={list(scale)} must be two factors above 0, the smaller one first")
         self.short_side = short_side
         self.augmentation = MaskAugmentation((low, high), (rows, columns), most, hflip, photometric)
-        if tuple(read_classes(dir)) != self.preprocessing.answers:
-            raise UserError(f"{dir} has other classes than those that the checkpoint was trained on")
 
     @property
     def identity(self) -> dict[str, Any]:
         """See `PreparedDataModule`; and the size that pictures are resized to, which evaluation keeps to."""
         return super().identity | ({} if self.short_side is None else {"short_side": self.short_side})
 
-    def rows(self, split: str) -> datasets.Dataset:
-        """See `PreparedDataModule`."""
-        return load_split(self.dir, split)
+    @property
+    def eval_size(self) -> int:
+        """See `PictureDataModule`; one, if nobody says, because pictures are whole."""
+        return self.options.eval_batch_size or 1
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, full ones only."""
-        rows = self.rows("train")
-        sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed)
-        if not len(sampler):
-            raise UserError(
-                f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
-            )
-        dataset = MaskDataset(
-            rows, self.preprocessing, self.augmentation, self.short_side, self.options.seed, self.options.on_bad
-        )
-        return GroupLoader(dataset, sampler, self.options.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every picture of the validation split, whole."""
-        return self.eval_dataloader(self.val_split)
-
-    def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Lists of whole pictures of a split, in stored order."""
-        rows = self.rows(split)
-        sampler = ImageSampler(len(rows), self.options.eval_batch_size or 1, False, self.options.seed)
-        dataset = MaskDataset(rows, self.preprocessing, None, self.short_side, on_bad=self.options.on_bad)
-        return eval_loader(dataset, sampler, self.options)
+    def dataset(self, rows: datasets.Dataset, training: bool) -> MaskDataset:
+        """See `PictureDataModule`."""
+        augmentation = self.augmentation if training else None
+        options = self.options
+        return MaskDataset(rows, self.preprocessing, augmentation, self.short_side, options.seed, options.on_bad)
 
 
 def stacked(pictures: Sequence[WholePicture]) -> Iterator[tuple[Tensor, list[WholePicture]]]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import numpy as np
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vlabs.data.images import ImageReader
-from vlabs.data.loading import LoaderOptions, check_whole, identity_of, make_loader
-from vlabs.data.prepared import check_kind, count_regions
+from vlabs.data.loading import LoaderOptions, check_whole, identity_of
+from vlabs.data.prepared import check_kind, count_regions, load_split
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
@@ -31,7 +29,7 @@ class PreparedDataModule(pl.LightningDataModule):
         image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
             those of the data make training from scratch easier.
         preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
-        answers: the answer vocabulary, where there is one.
+        names: of answers or labels, where there are some.
         options: of `LoaderOptions`.
 
     Attributes:
@@ -49,6 +47,8 @@ class PreparedDataModule(pl.LightningDataModule):
     """What a manifest calls it."""
     holds: ClassVar[str]
     """What it holds and which choices of the group `data` do, for messages."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Options of others that change nothing here, and are refused where they are given a value."""
     pictures: int = 1
 
     def __init__(
@@ -61,15 +61,23 @@ class PreparedDataModule(pl.LightningDataModule):
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         preprocessing: Preprocessing | None = None,
-        answers: Sequence[str] = (),
+        names: Sequence[str] = (),
         **options: Any,
     ) -> None:
         super().__init__()
         check_whole("image_size", image_size, 1)
         check_whole("max_length", max_length, 1)
-        unknown = [name for name in options if name not in LoaderOptions.__dataclass_fields__]
-        if unknown:
+        known = LoaderOptions.__dataclass_fields__
+        if unknown := [name for name in options if name not in known]:
             raise UserError(f"data.{unknown[0]}: there is no such option of {type(self).__name__}")
+        defaults = {name: one.default for name, one in known.items()} | {"max_length": 50, "tokenizer": None}
+        given = defaults | options | {"max_length": max_length, "tokenizer": tokenizer}
+        # Runs of earlier versions have them in their configs, at their defaults.
+        if changed := [name for name in self.unused if given[name] != defaults[name]]:
+            used = sorted(known.keys() - set(self.unused) | {"image_size", "image_mean", "image_std", "val_split"})
+            raise UserError(
+                f"data.{changed[0]}={given[changed[0]]}: {self.holds} do not use it; choose of {', '.join(used)}"
+            )
         self.options = LoaderOptions(**options)
         self.folders = {name: Path(folder) for name, folder in folders.items()}
         for folder in self.folders.values():
@@ -80,7 +88,7 @@ class PreparedDataModule(pl.LightningDataModule):
             read_tokenizer(tokenizer, self.dir),
             image_size=image_size,
             max_length=max_length,
-            answers=tuple(answers),
+            names=tuple(names),
             mean=tuple(image_mean),
             std=tuple(image_std),
         )
@@ -112,42 +120,15 @@ class PreparedDataModule(pl.LightningDataModule):
         Raises:
             UserError: there is no such split.
         """
+        return load_split(self.dir, split)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every sample of the validation split."""
+        return self.eval_dataloader(self.val_split)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Any]:
+        """Every sample of a split, in stored order."""
         raise NotImplementedError
-
-    def image_reader(self, rows: datasets.Dataset, training: bool, regions: bool) -> ImageReader:
-        """Reads the images of some rows; augmented and decoded at a fitting scale in training only.
-
-        Args:
-            regions: say what texts are about, on `region_grid`.
-        """
-        return ImageReader(
-            rows,
-            self.preprocessing,
-            self.options.rand_augment if training else None,
-            self.options.seed,
-            self.options.on_bad,
-            training and self.options.scaled_decoding,
-            self.region_grid if regions else None,
-            self.pictures,
-        )
-
-    def loader(
-        self,
-        dataset: Dataset[Any],
-        rows: datasets.Dataset,
-        column: str,
-        text_rows: np.ndarray,
-        positions: np.ndarray,
-        training: bool,
-    ) -> DataLoader[Any]:
-        """A loader of whole batches; see `make_loader`.
-
-        Raises:
-            UserError: there is no text.
-        """
-        if not len(text_rows):
-            raise UserError(f"{self.dir} has no {column} to {'train on' if training else 'evaluate'}")
-        return make_loader(dataset, rows, column, text_rows, positions, self.options, training)
 
 
 def _preprocessing(tokenizer: str, **options: Any) -> Preprocessing:

@@ -40,7 +40,8 @@ class Preprocessing:
         tokenizer: the `tokenizers` JSON of the text encoder's tokenizer.
         max_length: tokens at most, special tokens included; longer text is cut.
         pad_to_max_length: pad every text to `max_length` and not to the longest of its batch.
-        answers: the answer vocabulary, by answer id; empty for other tasks.
+        names: of what the head tells apart, in the order of its logits: answers, labels of statements, or classes;
+            empty where it ranks.
         mean, std: of the image channels, for values in [0, 1].
         crop: share of the shorter side that is seen, in (0, 1].
     """
@@ -49,7 +50,7 @@ class Preprocessing:
     tokenizer: str
     max_length: int = 50
     pad_to_max_length: bool = False
-    answers: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     mean: tuple[float, ...] = IMAGE_MEAN
     std: tuple[float, ...] = IMAGE_STD
     pad_token_id: int = field(default=1)
@@ -70,6 +71,8 @@ class Preprocessing:
         """
         if not isinstance(plain, dict):
             raise UserError("the preprocessing is no dictionary")
+        if "answers" in plain and "names" not in plain:  # as checkpoints said until 2026, of classes and labels too
+            plain = {"names" if name == "answers" else name: value for name, value in plain.items()}
         if unknown := sorted(str(name) for name in plain.keys() - _VALID.keys()):
             raise UserError(f"the preprocessing has '{unknown[0]}', which is none of {', '.join(_VALID)}")
         if missing := [name for name in ("image_size", "tokenizer") if name not in plain]:
@@ -210,7 +213,7 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer": (lambda value: isinstance(value, str), "the text of a tokenizer.json"),
     "max_length": _whole(1, 2**16),
     "pad_to_max_length": (lambda value: isinstance(value, bool), "true or false"),
-    "answers": (_texts, "a list of texts"),
+    "names": (_texts, "a list of texts"),
     "mean": _three(-1000, "three numbers"),
     "std": _three(0, "three numbers above 0"),
     "pad_token_id": _whole(0, 2**24),

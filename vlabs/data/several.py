@@ -89,7 +89,7 @@ def read_several(
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         images = {entry["id"]: entry for entry in content["images"]}
         found: dict[int, dict[int, list[Instance]]] = {}
-        label_of = {name: label for label, name in enumerate(preprocessing.answers)}
+        label_of = {name: label for label, name in enumerate(preprocessing.names)}
         for entry in content["annotations"]:
             label, image = label_of.get(names[entry["category_id"]]), images[entry["image_id"]]
             if label is not None and not entry.get("iscrowd"):

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from vlabs.data.images import ImageReader
-from vlabs.data.loading import check_whole, list_texts
-from vlabs.data.module import PreparedDataModule
-from vlabs.data.prepared import check_kind, load_split, read_labels, read_manifest
+from vlabs.data.images import BatchRows, ImageReader
+from vlabs.data.loading import check_whole
+from vlabs.data.prepared import check_kind, read_labels, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
+from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
 
 
 class StatementBatch(NamedTuple):
@@ -41,49 +41,41 @@ class StatementBatch(NamedTuple):
     image_ids: Tensor
     labels: Tensor
     coverage: Tensor | None
-    statement_ids: list[int]
+    statement_ids: list[int | str]
     keys: list[str]
     skipped: list[int]
 
 
-class StatementDataset(Dataset[StatementBatch]):
+class StatementDataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `StatementBatch`.
 
     Args:
         rows: prepared rows (see `vlabs.data.prepared.statement_features`).
-        preprocessing: images and texts to tensors.
-        images: reads the images of these rows.
+        preprocessing, images: see `TextDataset`.
         pictures: p.
     """
+
+    item = "statement"
 
     def __init__(
         self, rows: datasets.Dataset, preprocessing: Preprocessing, images: ImageReader, pictures: int
     ) -> None:
-        self.rows = rows
-        self.preprocessing = preprocessing
-        self.images = images
+        super().__init__(rows, preprocessing, images)
         self.pictures = pictures
 
-    def __getitem__(self, spec: BatchSpec) -> StatementBatch:
-        images, index, chosen, skipped = self.images.read_batch(spec)
-        texts = [row["statement"][position] for _, row, position in chosen]
-        input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(texts))
-        first = torch.tensor(index, dtype=torch.int64)
+    def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> StatementBatch:
+        """See `TextDataset`."""
+        first = torch.tensor(read.image_index, dtype=torch.int64)
         return StatementBatch(
-            images=images,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
             image_index=first[:, None] + torch.arange(self.pictures),
-            image_ids=torch.tensor([row["image_id"] for _, row, _ in chosen], dtype=torch.int64),
-            labels=torch.tensor([row["label"][position] for _, row, position in chosen], dtype=torch.int64),
-            coverage=self.images.coverage(chosen, spec.epoch),
-            statement_ids=[row["statement_id"][position] for _, row, position in chosen],
-            keys=[row["key"][position] for _, row, position in chosen],
-            skipped=skipped,
+            image_ids=image_ids(read),
+            labels=torch.tensor(column(read, "label"), dtype=torch.int64),
+            keys=column(read, "key"),
+            **common,
         )
 
 
-class StatementDataModule(PreparedDataModule):
+class StatementDataModule(TextDataModule):
     """Batches of a prepared folder of statements.
 
     Args:
@@ -96,6 +88,7 @@ class StatementDataModule(PreparedDataModule):
     """
 
     kind = "statements"
+    item = "statement"
     holds = "statements with a label (data=scenes_snli_ve, scenes_nlvr2, snli_ve, nlvr2)"
 
     def __init__(
@@ -112,38 +105,21 @@ class StatementDataModule(PreparedDataModule):
             {"": dir},
             val_split=val_split,
             preprocessing=preprocessing,
-            answers=read_labels(dir) if preprocessing is None else (),
+            names=read_labels(dir) if preprocessing is None else (),
             texts_per_image=statements_per_image,
             **options,
         )
         self.pictures = int(read_manifest(dir).get("pictures", 1))
         self.labels = read_labels(dir)
 
-    def rows(self, split: str) -> datasets.Dataset:
-        """The rows of a split.
-
-        Raises:
-            UserError: there is no such split.
-        """
-        return load_split(self.dir, split)
-
-    def train_dataloader(self) -> DataLoader[StatementBatch]:
-        """Training batches: statements whose label is kept back are left out."""
-        return self._loader(self.rows("train"), training=True)
-
-    def val_dataloader(self) -> DataLoader[StatementBatch]:
-        """Validation batches."""
-        return self.eval_dataloader(self.val_split)
-
-    def eval_dataloader(self, split: str) -> DataLoader[StatementBatch]:
-        """Every statement of a split, in stored order, all about a picture together."""
-        return self._loader(self.rows(split), training=False)
-
-    def _loader(self, rows: datasets.Dataset, training: bool) -> DataLoader[StatementBatch]:
-        text_rows, positions = list_texts(rows, "statement_id")
+    def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
+        """See `TextDataModule`; in training without statements whose label is kept back."""
+        text_rows, positions = super().texts(rows, training)
         if training:
             known = rows.data.column("label").combine_chunks().flatten().to_numpy() >= 0
             text_rows, positions = text_rows[known], positions[known]
-        images = self.image_reader(rows, training, regions=training)
-        dataset = StatementDataset(rows, self.preprocessing, images, self.pictures)
-        return self.loader(dataset, rows, "statement", text_rows, positions, training)
+        return text_rows, positions
+
+    def dataset(self, rows: datasets.Dataset, images: ImageReader) -> StatementDataset:
+        """See `TextDataModule`."""
+        return StatementDataset(rows, self.preprocessing, images, self.pictures)

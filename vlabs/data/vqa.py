@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vlabs.data.images import ImageReader
+from vlabs.data.images import BatchRows, ImageReader
 from vlabs.data.loading import check_choice, check_whole, list_texts
-from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import check_kind, load_split, read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
+from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
 from vlabs.errors import UserError
 
 
@@ -45,7 +45,7 @@ class VQABatch(NamedTuple):
     image_ids: Tensor
     targets: Tensor
     coverage: Tensor | None
-    question_ids: list[int]
+    question_ids: list[int | str]
     questions: list[str]
     answer_types: list[str]
     question_types: list[str]
@@ -53,15 +53,16 @@ class VQABatch(NamedTuple):
     skipped: list[int]
 
 
-class VQADataset(Dataset[VQABatch]):
+class VQADataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `VQABatch`.
 
     Args:
         rows: prepared rows (see `vlabs.data.prepared.VQA_FEATURES`).
-        preprocessing: images and texts to tensors, and the answer vocabulary.
-        images: reads the images of these rows; None to read them as in evaluation, all of them.
+        preprocessing, images: see `TextDataset`.
         with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
     """
+
+    item = "question"
 
     def __init__(
         self,
@@ -70,38 +71,29 @@ class VQADataset(Dataset[VQABatch]):
         images: ImageReader | None = None,
         with_targets: bool = True,
     ) -> None:
-        self.rows = rows
-        self.preprocessing = preprocessing
-        self.images = images or ImageReader(rows, preprocessing)
+        super().__init__(rows, preprocessing, images)
         self.with_targets = with_targets
 
-    def __getitem__(self, spec: BatchSpec) -> VQABatch:
-        images, index, chosen, skipped = self.images.read_batch(spec)
-        texts = [row["question"][position] for _, row, position in chosen]
-        input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(texts))
-        targets = torch.zeros(len(chosen), len(self.preprocessing.answers))
-        for n, (_, row, position) in enumerate(chosen):
+    def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> VQABatch:
+        """See `TextDataset`."""
+        targets = torch.zeros(len(read.texts), len(self.preprocessing.names))
+        for n, (_, row, position) in enumerate(read.texts):
             if self.with_targets and row["answer_ids"][position]:
                 targets[n, row["answer_ids"][position]] = torch.tensor(row["answer_scores"][position])
-        one_each = index == list(range(len(images)))
+        one_each = read.image_index == list(range(len(read.images)))
         return VQABatch(
-            images=images,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_index=None if one_each else torch.tensor(index),
-            image_ids=torch.tensor([row["image_id"] for _, row, _ in chosen], dtype=torch.int64),
+            image_index=None if one_each else torch.tensor(read.image_index),
+            image_ids=image_ids(read),
             targets=targets,
-            coverage=self.images.coverage(chosen, spec.epoch),
-            question_ids=[row["question_id"][position] for _, row, position in chosen],
-            questions=texts,
-            answer_types=[row["answer_type"][position] for _, row, position in chosen],
-            question_types=[row["question_type"][position] for _, row, position in chosen],
-            answers=[row["answers"][position] for _, row, position in chosen],
-            skipped=skipped,
+            questions=column(read, "question"),
+            answer_types=column(read, "answer_type"),
+            question_types=column(read, "question_type"),
+            answers=column(read, "answers"),
+            **common,
         )
 
 
-class VQADataModule(PreparedDataModule):
+class VQADataModule(TextDataModule):
     """Batches of a prepared VQA folder.
 
     Args:
@@ -116,6 +108,7 @@ class VQADataModule(PreparedDataModule):
     """
 
     kind = "vqa"
+    item = "question"
     holds = "questions (data=scenes, vqav2)"
 
     def __init__(
@@ -133,9 +126,10 @@ class VQADataModule(PreparedDataModule):
         check_kind(dir, self.kind)
         answers = read_answers(dir) if preprocessing is None else ()
         super().__init__(
-            {"vqa": dir}, preprocessing=preprocessing, answers=answers, texts_per_image=questions_per_image, **options
+            {"vqa": dir}, preprocessing=preprocessing, names=answers, texts_per_image=questions_per_image, **options
         )
         self.train_split = train_split
+        self._with_targets = True
         self.minival_images = minival_images
 
     def rows(self, split: str) -> datasets.Dataset:
@@ -164,21 +158,23 @@ class VQADataModule(PreparedDataModule):
 
     def train_dataloader(self) -> DataLoader[VQABatch]:
         """Training batches: questions whose answers are all outside the vocabulary are left out."""
-        return self._loader(self.rows(self.train_split), training=True)
-
-    def val_dataloader(self) -> DataLoader[VQABatch]:
-        """Validation batches: every question."""
-        return self.eval_dataloader(self.val_split)
+        return self.loader(self.rows(self.train_split), training=True)
 
     def eval_dataloader(self, split: str, with_targets: bool = True) -> DataLoader[VQABatch]:
         """Every question of a split, in stored order, all questions of an image together."""
-        return self._loader(self.rows(split), training=False, with_targets=with_targets)
+        self._with_targets = with_targets
+        try:
+            return super().eval_dataloader(split)
+        finally:
+            self._with_targets = True
 
-    def _loader(self, rows: datasets.Dataset, training: bool, with_targets: bool = True) -> DataLoader[VQABatch]:
-        question_rows, positions = list_questions(rows, only_answerable=training)
-        images = self.image_reader(rows, training, regions=training)
-        dataset = VQADataset(rows, self.preprocessing, images, with_targets)
-        return self.loader(dataset, rows, "question", question_rows, positions, training)
+    def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
+        """See `TextDataModule`."""
+        return list_questions(rows, only_answerable=training)
+
+    def dataset(self, rows: datasets.Dataset, images: ImageReader) -> VQADataset:
+        """See `TextDataModule`."""
+        return VQADataset(rows, self.preprocessing, images, self._with_targets)
 
 
 def list_questions(rows: datasets.Dataset, only_answerable: bool) -> tuple[np.ndarray, np.ndarray]:

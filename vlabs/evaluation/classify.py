@@ -43,7 +43,7 @@ class ClassifyEvaluation(Evaluation):
             guessed.append(best[:, 0].cpu())
         found = {name: torch.cat(parts).double() for name, parts in right.items()}
         label = torch.cat(labels)
-        names = checkpoint.preprocessing.answers
+        names = checkpoint.preprocessing.names
         metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": len(label)}
         print(f"\n{len(label):,} images of {len(names)} classes, {setting.split}\n")
         for name, values in found.items():

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.classes import ClassDataModule, ClassDataset, ImageSampler
+from vlabs.data.classes import ClassDataModule, ClassDataset
 from vlabs.data.corruptions import CorruptedDataset, library
 from vlabs.data.embedded import raw_classes
 from vlabs.data.loading import eval_loader
+from vlabs.data.pictures import ImageSampler
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
@@ -96,7 +97,7 @@ class RobustnessEvaluation(Evaluation):
             """Top-1, in percent; of the classes that occur alone where the set is not of all."""
             size = options.eval_batch_size or options.batch_size
             right, count = 0, 0
-            mask = torch.ones(len(preprocessing.answers), dtype=torch.bool)
+            mask = torch.ones(len(preprocessing.names), dtype=torch.bool)
             if dataset.rows is not rows:
                 mask = torch.zeros_like(mask)
                 mask[sorted(set(dataset.rows["label"]))] = True
@@ -135,7 +136,7 @@ class RobustnessEvaluation(Evaluation):
             errors = {name: {k: 1 - v / 100 for k, v in found.items()} for name, found in corrupted.items()}
             metrics["mce"] = mean_corruption_error(errors)
         for name, path in self.sets.items():
-            metrics[name] = accuracy(ClassDataset(raw_classes(path, preprocessing.answers), preprocessing))
+            metrics[name] = accuracy(ClassDataset(raw_classes(path, preprocessing.names), preprocessing))
         for attack in self.attacks:
             metrics[attack] = accuracy(clean, attack)
         progress.close()
@@ -157,7 +158,7 @@ class RobustnessEvaluation(Evaluation):
             raise UserError(
                 f"task.imagenet_c={self.imagenet_c} has no {name}/{severity}: unpack all of ImageNet-C there"
             )
-        return ClassDataset(raw_classes(folder, checkpoint.preprocessing.answers), checkpoint.preprocessing)
+        return ClassDataset(raw_classes(folder, checkpoint.preprocessing.names), checkpoint.preprocessing)
 
 
 def _table(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]], severities: Sequence[int]) -> str:

@@ -75,7 +75,7 @@ class SegmentEvaluation(Evaluation):
             data.short_side = int(side)
             print(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
         model = checkpoint.segmenter.to(device)
-        classes = checkpoint.preprocessing.answers
+        classes = checkpoint.preprocessing.names
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
         shown: list[Segmented] = []
         hidden = not any(data.rows(setting.split)[:1]["mask"])

@@ -45,7 +45,7 @@ class StatementEvaluation(Evaluation):
     @torch.inference_mode()
     def run(self, checkpoint: Checkpoint, data: StatementDataModule, setting: Setting) -> dict[str, Any]:
         """See `Evaluation`; accuracies in percent."""
-        names = list(checkpoint.preprocessing.answers)
+        names = list(checkpoint.preprocessing.names)
         if data.labels != names or data.pictures != TASKS[self.of].pictures:
             raise UserError(
                 f"{data.dir} has the labels {', '.join(data.labels)} of {data.pictures} pictures a statement, and the "

@@ -187,7 +187,7 @@ def _measure(
         best = output.logits.argmax(dim=1).tolist()
         maps = {name: attention_map(output, model.vision, name).numpy() for name in MAPS}
         for k, pair in enumerate(pairs):
-            answer = preprocessing.answers[best[k]]
+            answer = preprocessing.names[best[k]]
             yield whose, "accuracy", scores.of(pair.own, answer)
             if scores.answers_differ(pair):
                 yield whose, "answers_other", 100.0 * (scores.of(pair.other, answer) > scores.of(pair.own, answer))

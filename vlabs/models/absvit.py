@@ -412,6 +412,11 @@ class AbSViTClassifier(nn.Module, Shareable):
         seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct, alpha=alpha)
         return head(seen.tokens), before, seen
 
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """What logits mean, in [0, 1]: which one of the classes is right (softmax)."""
+        return logits.float().softmax(dim=-1)
+
     def class_priors(self, labels: Sequence[int]) -> Tensor:
         """ξ that asks for a class: its row of the last linear layer (paper, section 6.1); (n, D) for n labels."""
         weight: Tensor = self.encoder.vit.head.weight  # type: ignore[union-attr,assignment]

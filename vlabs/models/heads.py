@@ -51,6 +51,11 @@ class VQAHead(nn.Module):
         logits: Tensor = self.classifier(pooled)
         return logits
 
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """What logits mean, in [0, 1]: of every answer whether it is right, because several may be (sigmoid)."""
+        return logits.float().sigmoid()
+
 
 @register
 class LabelHead(nn.Module):
@@ -80,6 +85,11 @@ class LabelHead(nn.Module):
         """Logits of the labels (n, labels) of pooled features (n, p · d)."""
         logits: Tensor = self.classifier(pooled)
         return logits
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """What logits mean, in [0, 1]: which one of the labels is right (softmax)."""
+        return logits.float().softmax(dim=-1)
 
 
 @register

@@ -76,7 +76,6 @@ class Predictor:
         self.path = checkpoint.path
         self.device = device
         head = checkpoint.model.head
-        self.labels_statements = isinstance(head, LabelHead)
         self.pictures = head.pictures if isinstance(head, LabelHead) else 1
 
     @property
@@ -138,11 +137,11 @@ class Predictor:
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
         output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior, alpha)
-        answers = self.preprocessing.answers
+        answers = self.preprocessing.names
         logits = output.logits.detach().float()
         if alpha is not None and not logits.isfinite().all():
             raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
-        probabilities = logits.softmax(dim=1) if self.labels_statements else logits.sigmoid()
+        probabilities = self.model.head.probabilities(logits)  # type: ignore[operator]
         best, ids = probabilities.topk(min(top, len(answers)), dim=1)
         maps = maps_by_name[map_name].cpu().numpy()
         maps = maps.reshape(len(questions), self.pictures, *maps.shape[1:])
@@ -237,7 +236,7 @@ def _released_checkpoint(
         tokenizer=read_tokenizer(tokenizer or _TOKENIZERS[type(module.model.text)], Path(data_dir or ".")),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
-        answers=vocabulary,
+        names=vocabulary,
     )
     if preprocessing.vocab_size > module.model.text.vocab_size:
         raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")

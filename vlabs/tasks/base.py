@@ -108,7 +108,7 @@ class Task(pl.LightningModule):
         """What a batch gives; it has at least one sample."""
         raise NotImplementedError
 
-    def sample_ids(self, batch: Any) -> list[int]:
+    def sample_ids(self, batch: Any) -> list[Any]:
         """The data's own ids of a batch's samples: as many as it has, and named where something is wrong with them."""
         raise NotImplementedError
 

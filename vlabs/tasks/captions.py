@@ -60,7 +60,7 @@ class CaptionTask(VisionLanguageTask):
         self.ranking_images = ranking_images
         self.seed = seed
 
-    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+    def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The captions' ids."""
         return batch.caption_ids
 

@@ -68,7 +68,7 @@ class ClassifyTask(Task):
         head = ("model.encoder.vit.head.", "model.encoder.vit.fc_norm.", "model.encoder.vit.attn_pool.")
         return "head" if name.startswith(head) else "vision"
 
-    def sample_ids(self, batch: ClassBatch) -> list[int]:
+    def sample_ids(self, batch: ClassBatch) -> list[Any]:
         """The pictures' ids."""
         return batch.image_ids
 

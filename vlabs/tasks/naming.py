@@ -89,7 +89,7 @@ class NamingTask(VisionLanguageTask):
         data.region_grid = self.model.vision.grid_size
         data.regions_in_validation = True
 
-    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+    def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The captions' ids."""
         return batch.caption_ids
 

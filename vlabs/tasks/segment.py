@@ -104,10 +104,10 @@ class SegmentTask(SegmentationTask):
         super().__init__(*args, **kwargs)
         if self.model.text is not None:
             raise UserError("task=segment has no texts to steer by: pass model.prior=trained, or task=refer")
-        classes = len(self.preprocessing.answers)
+        classes = len(self.preprocessing.names)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False)
 
-    def sample_ids(self, batch: MaskBatch | list[WholePicture]) -> list[int]:
+    def sample_ids(self, batch: MaskBatch | list[WholePicture]) -> list[Any]:
         """The pictures' ids."""
         return [one.image_id for one in batch] if isinstance(batch, list) else batch.image_ids
 
@@ -165,7 +165,7 @@ class ReferTask(SegmentationTask):
         data.region_grid = (self.preprocessing.image_size,) * 2
         data.regions_in_validation = True
 
-    def sample_ids(self, batch: CaptionBatch) -> list[int]:
+    def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The texts' ids."""
         return batch.caption_ids
 

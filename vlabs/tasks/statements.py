@@ -46,7 +46,7 @@ class StatementTask(VisionLanguageTask):
         """The model's output for a batch, without losses."""
         return self._output(batch, reconstruct=False)
 
-    def sample_ids(self, batch: StatementBatch) -> list[int]:
+    def sample_ids(self, batch: StatementBatch) -> list[Any]:
         """The statements' ids."""
         return batch.statement_ids
 
@@ -75,7 +75,7 @@ class StatementTask(VisionLanguageTask):
         """Keys, labels and probabilities (n, labels) of a batch."""
         if not batch.statement_ids:
             return {"keys": [], "labels": [], "probabilities": []}
-        probabilities = self(batch).logits.float().softmax(dim=1)
+        probabilities = self.model.head.probabilities(self(batch).logits)  # type: ignore[operator]
         return {"keys": batch.keys, "labels": batch.labels.tolist(), "probabilities": probabilities.tolist()}
 
 

@@ -19,7 +19,7 @@ from vlabs.tasks.vision_language import VisionLanguageTask
 class Prediction(NamedTuple):
     """One answered question: its id, the answer in words, and its probability (sigmoid of the logit)."""
 
-    question_id: int
+    question_id: int | str
     answer: str
     probability: float
 
@@ -74,7 +74,7 @@ class VQATask(VisionLanguageTask):
         )
         return output
 
-    def sample_ids(self, batch: VQABatch) -> list[int]:
+    def sample_ids(self, batch: VQABatch) -> list[Any]:
         """The questions' ids."""
         return batch.question_ids
 
@@ -121,10 +121,10 @@ class VQATask(VisionLanguageTask):
         """The best answer to every question of a batch."""
         if not batch.question_ids:
             return []
-        answers = self.preprocessing.answers
+        answers = self.preprocessing.names
         if not answers:
             raise UserError("the model has no answer vocabulary")
-        best, ids = self(batch).logits.sigmoid().max(dim=1)
+        best, ids = self.model.head.probabilities(self(batch).logits).max(dim=1)  # type: ignore[operator]
         return [
             Prediction(question_id, answers[answer_id], probability)
             for question_id, answer_id, probability in zip(batch.question_ids, ids.tolist(), best.tolist(), strict=True)

@@ -126,7 +126,7 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
     model = _new_model(config, data)
     history: list[dict[str, Any]] = []
     if config.init is not None:
-        initialized = initialize(model, config.init, data.preprocessing.answers)
+        initialized = initialize(model, config.init, data.preprocessing.names)
         history = initialized.history
         say(initialized.report())
     return _make_task(config, model, data, history), data
@@ -148,7 +148,7 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
     data: PreparedDataModule = make_data(preprocessing=last.preprocessing)
     _check_kind(config, data)
     known = read_answers(data.dir) if isinstance(data, VQADataModule) else getattr(data, "labels", None)
-    if known is not None and tuple(known) != data.preprocessing.answers:
+    if known is not None and tuple(known) != data.preprocessing.names:
         raise UserError(
             f"data.dir={data.dir} has other answers than the data that this run was begun with: name those, or start a "
             "new run (init=RUN takes its weights)"
@@ -272,7 +272,7 @@ def _take_tokenizer(data: PreparedDataModule, init: str) -> None:
 
 def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
     """Sizes in the model's config that are null because only the data know them."""
-    answers = len(data.preprocessing.answers)
+    answers = len(data.preprocessing.names)
     with open_dict(config.model):
         parts: list[Any] = [config.model.get(part) or {} for part in ("text", "head", "vision", "decoder")]
         text, head, vision, decoder = parts

@@ -31,7 +31,7 @@ class FiniteGradients(pl.Callback):
         self.max_bad_steps = max_bad_steps
         self.checkpoint = checkpoint
         self.bad_steps = 0
-        self.seen: list[int] = []
+        self.seen: list[Any] = []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -65,14 +65,14 @@ class PredictionTable(EveryNValidations):
             output = pl_module(batch, read_image=True)
             map_name = default_map(pl_module.model)
             maps = attention_map(output, pl_module.model.vision, map_name).cpu().numpy()
-            probabilities, ids = output.logits.float().sigmoid().topk(min(3, output.logits.shape[1]))
+            probabilities, ids = pl_module.model.head.probabilities(output.logits).topk(min(3, output.logits.shape[1]))  # type: ignore[operator]
             picture = data.preprocessing.resize(decode_image(read_bytes(dataset.rows[group.row]), "validation image"))
             panels = []
             for n, question in enumerate(batch.questions):
                 answers = batch.answers[n]
                 true = max(answers, key=answers.count) if answers else ""
                 top = [
-                    f"{data.preprocessing.answers[i]} {p:.0%}"
+                    f"{data.preprocessing.names[i]} {p:.0%}"
                     for i, p in zip(ids[n].tolist(), probabilities[n].tolist(), strict=True)
                 ]
                 panels.append(Panel(question, maps[n], [", ".join(top), f"true: {true}"]))

@@ -40,7 +40,7 @@ class SegmentPictures(EveryNValidations):
                 logits = pl_module.model(picture.image.to(pl_module.device)).logits[0]
                 found = at_size(logits, picture.mask.shape).argmax(dim=0).byte().cpu().numpy()
                 shown.append(Segmented(picture.shown, found, picture.mask.numpy(), picture.name))
-        figure = segment_figure(shown, pl_module.preprocessing.answers)
+        figure = segment_figure(shown, pl_module.preprocessing.names)
         name = f"segments_step{trainer.global_step:06d}.png"
         path = save_figure(figure, Path(trainer.default_root_dir) / "figures" / name)
         for logger in trainer.loggers:

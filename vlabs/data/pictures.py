@@ -1,0 +1,195 @@
+"""What pictures with a class, or with a class a pixel, have in common: the order of an epoch, reading, and loaders."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset
+
+from vlabs.data.images import name_of, read_bytes
+from vlabs.data.loading import GroupLoader, check_whole, eval_loader
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.prepared import check_kind, read_classes
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
+from vlabs.data.sampling import BatchSpec, EpochSampler, Group
+from vlabs.errors import UserError, show
+from vlabs.utils.ranks import rank_and_world
+
+
+class ImageSampler(EpochSampler):
+    """Yields the batches of an epoch, this process's part; a pure function of (seed, epoch).
+
+    Args:
+        count: pictures.
+        batch_size: pictures a batch; in training the last batch is left out if it is not full.
+        training: shuffled; else in stored order.
+        repeats: as in `Augmentation`, by timm's sampler.
+    """
+
+    def __init__(self, count: int, batch_size: int, training: bool, seed: int, repeats: int = 1) -> None:
+        super().__init__(count)
+        self.batch_size, self.training, self.seed, self.repeats = batch_size, training, seed, repeats
+        self.rank, self.world_size = rank_and_world()
+
+    @property
+    def how(self) -> dict[str, int]:
+        """See `EpochSampler`."""
+        return {
+            "pictures": self.size, "batch_size": self.batch_size, "processes": self.world_size, "seed": self.seed,
+        }  # fmt: skip
+
+    @property
+    def left(self) -> int:
+        """See `EpochSampler`."""
+        return max(0, self.size - self._given)
+
+    def batches_of(self, size: int) -> int:
+        """See `EpochSampler`."""
+        if not self.training:
+            return -(-len(range(self.rank, size, self.world_size)) // self.batch_size)
+        return size // self.world_size // self.batch_size
+
+    @property
+    def _given(self) -> int:
+        """Pictures of the epoch that came before: whatever the options, they are the first ones of its order."""
+        return sum(part["given"] * part["batch_size"] * part["processes"] for part in self.before)
+
+    def _order(self) -> list[int]:
+        if not self.training:
+            return list(range(self.rank, self.size, self.world_size))
+        seed = self.before[0]["seed"] if self.before else self.seed
+        if self.repeats > 1:
+            sampler = RepeatAugSampler(
+                range(self.size), self.world_size, self.rank, num_repeats=self.repeats, selected_round=0
+            )
+            sampler.set_epoch(self.epoch + 1_000_003 * seed)
+            return list(sampler)[self._given // self.world_size :]
+        order = np.random.default_rng((seed, self.epoch)).permutation(self.size)[self._given :]
+        whole = len(order) - len(order) % self.world_size
+        return [int(n) for n in order[:whole][self.rank :: self.world_size]]
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        order = self._order()
+        for step in range(self.first, len(self)):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            groups = [Group(number, (0,)) for number in chosen]
+            yield BatchSpec(self.epoch, groups, step * self.world_size + self.rank)
+
+
+class PictureDataset(Dataset[Any]):
+    """Reads whole batches: indexed by a `BatchSpec`.
+
+    Args:
+        rows: prepared rows.
+        preprocessing: pictures to tensors, and the names of the classes.
+        seed: of the augmentation, a function of (seed, epoch, batch, place in it).
+        on_bad: `error`, or `skip` to leave out pictures that cannot be decoded.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, preprocessing: Preprocessing, seed: int = 0, on_bad: str = "error"
+    ) -> None:
+        self.rows = rows
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self.on_bad = on_bad
+
+    def read(self, row: dict[str, Any]) -> Image.Image | None:
+        """The picture of a row; None if it is left out.
+
+        Raises:
+            UserError: it cannot be decoded, and bad ones are not to be skipped.
+        """
+        try:
+            return decode_image(read_bytes(row), name_of(row))
+        except UserError as error:
+            if self.on_bad != "skip":
+                raise UserError(f"{error}; mend it, or pass data.on_bad=skip") from None
+            show(f"left out: {error}", file=sys.stderr)
+            return None
+
+    def draws(self, spec: BatchSpec, place: int) -> np.random.SeedSequence:
+        """What is drawn for a place of a batch follows from this."""
+        return np.random.SeedSequence((self.seed, spec.epoch, spec.number, place))
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the global generators of random, numpy and torch as they are, whatever is drawn or seeded inside."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
+
+class PictureDataModule(PreparedDataModule):
+    """Batches of a prepared folder of pictures without texts; a kind says which `dataset` reads them.
+
+    Args:
+        dir: the prepared folder.
+        crop: share of a picture's shorter side that evaluation sees; 1 for all of it.
+        options: of `PreparedDataModule`, but for those of texts.
+
+    Raises:
+        UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
+    """
+
+    unused = ("max_length", "tokenizer", "texts_per_image", "rand_augment", "scaled_decoding", "bucket_batches",
+              "shuffle_block")  # fmt: skip
+    repeats = 1
+
+    def __init__(
+        self,
+        dir: str | Path,
+        image_size: int,
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
+        crop: float = 1.0,
+        preprocessing: Preprocessing | None = None,
+        **options: Any,
+    ) -> None:
+        check_whole("image_size", image_size, 1)
+        check_kind(dir, self.kind)
+        names = tuple(read_classes(dir))
+        own = Preprocessing(image_size, "", names=names, mean=tuple(image_mean), std=tuple(image_std), crop=crop)
+        super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
+        if names != self.preprocessing.names:
+            raise UserError(f"{dir} has {len(names)} classes, which are not those that the checkpoint was trained on")
+
+    def dataset(self, rows: datasets.Dataset, training: bool) -> PictureDataset:
+        """What reads batches of some rows."""
+        raise NotImplementedError
+
+    @property
+    def eval_size(self) -> int:
+        """Pictures a step in evaluation, on each device."""
+        return self.options.eval_batch_size or self.batch_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, full ones only."""
+        rows = self.rows("train")
+        sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed, self.repeats)
+        if not len(sampler):
+            raise UserError(
+                f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
+            )
+        return GroupLoader(self.dataset(rows, True), sampler, self.options.num_workers)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Any]:
+        """Every picture of a split, in stored order."""
+        rows = self.rows(split)
+        sampler = ImageSampler(len(rows), self.eval_size, False, self.options.seed)
+        return eval_loader(self.dataset(rows, False), sampler, self.options)

@@ -1,0 +1,122 @@
+"""What questions, captions and statements have in common: batches of texts with their pictures, which come once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlabs.data.images import BatchRows, ImageReader
+from vlabs.data.loading import list_texts, make_loader
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.sampling import BatchSpec
+from vlabs.errors import UserError
+
+
+class TextDataset(Dataset[Any]):
+    """Reads whole batches: indexed by a `BatchSpec`. A kind of texts says what `batch` they become.
+
+    Args:
+        rows: prepared rows, whose texts are in the column `item`, and their ids in `item` with `_id`.
+        preprocessing: images and texts to tensors, and the names of answers or labels.
+        images: reads the images of these rows; None to read them as in evaluation, all of them.
+    """
+
+    item: ClassVar[str]
+
+    def __init__(self, rows: datasets.Dataset, preprocessing: Preprocessing, images: ImageReader | None = None) -> None:
+        self.rows = rows
+        self.preprocessing = preprocessing
+        self.images = images or ImageReader(rows, preprocessing)
+
+    def __getitem__(self, spec: BatchSpec) -> Any:
+        read = self.images.read_batch(spec)
+        input_ids, attention_mask = self.tokens(column(read, self.item))
+        return self.batch(
+            spec,
+            read,
+            {
+                "images": read.images,
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "coverage": self.images.coverage(read.texts, spec.epoch),
+                "skipped": read.skipped,
+                f"{self.item}_ids": column(read, f"{self.item}_id"),
+            },
+        )
+
+    def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> Any:
+        """The batch of what was read; `common` are the fields that all kinds have."""
+        raise NotImplementedError
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `attention_mask` of texts, both (n, T)."""
+        return self.preprocessing.pad(self.preprocessing.token_ids(texts))
+
+
+def column(read: BatchRows, name: str) -> list[Any]:
+    """What a list column of the rows has for each text of a batch."""
+    return [row[name][position] for _, row, position in read.texts]
+
+
+def image_ids(read: BatchRows) -> Tensor:
+    """(n,), the data set's id of each text's picture."""
+    return torch.tensor([row["image_id"] for _, row, _ in read.texts], dtype=torch.int64)
+
+
+class TextDataModule(PreparedDataModule):
+    """Batches of prepared folders of texts; a kind says which `dataset` reads them.
+
+    Attributes:
+        regions_in_validation: validation batches too say what a text is about.
+    """
+
+    item: ClassVar[str]
+    regions_in_validation = False
+
+    def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:
+        """What reads batches of some rows."""
+        raise NotImplementedError
+
+    def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Row and position in its row of every text that is read, both (M,)."""
+        return list_texts(rows, f"{self.item}_id")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches: every text once an epoch."""
+        return self.loader(self.rows("train"), training=True)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Any]:
+        """Every text of a split, in stored order, all texts of a picture together."""
+        return self.loader(self.rows(split), training=False)
+
+    def loader(self, rows: datasets.Dataset, training: bool) -> DataLoader[Any]:
+        """A loader of whole batches; see `make_loader`.
+
+        Raises:
+            UserError: there is no text.
+        """
+        text_rows, positions = self.texts(rows, training)
+        if not len(text_rows):
+            raise UserError(f"{self.dir} has no {self.item} to {'train on' if training else 'evaluate'}")
+        dataset = self.dataset(rows, self.image_reader(rows, training))
+        return make_loader(dataset, rows, self.item, text_rows, positions, self.options, training)
+
+    def image_reader(self, rows: datasets.Dataset, training: bool) -> ImageReader:
+        """Reads the images of some rows; augmented and decoded at a fitting scale in training only."""
+        return ImageReader(
+            rows,
+            self.preprocessing,
+            self.options.rand_augment if training else None,
+            self.options.seed,
+            self.options.on_bad,
+            training and self.options.scaled_decoding,
+            self.region_grid if training or self.regions_in_validation else None,
+            self.pictures,
+        )
