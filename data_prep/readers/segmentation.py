@@ -225,15 +225,12 @@ def instances(raw_dir: Path) -> Layout:
     annotations = _find(raw_dir, "annotations.zip")
     categories = list_categories(annotations)
     label_of = {category: n for n, category in enumerate(sorted(categories), start=1)}
-    of_image: dict[int, list[dict[str, Any]]] = {}
-    for annotation in list_annotations(annotations):
-        of_image.setdefault(int(annotation["image_id"]), []).append(annotation)
 
-    def mask(image: dict[str, Any], faults: list[str]) -> np.ndarray:
+    def mask(image: dict[str, Any], there: Sequence[dict[str, Any]], faults: list[str]) -> np.ndarray:
         height, width = int(image["height"]), int(image["width"])
         labels = np.zeros((height, width), dtype=np.int64)
         shapes: list[tuple[float, np.ndarray, int]] = []
-        for one in of_image.get(image["id"], []):
+        for one in there:
             if one.get("category_id") not in label_of and not one.get("iscrowd"):
                 raise ValueError(f"instance {one['id']} has a category without a name, {one.get('category_id')!r}")
             found: list[str] = []
@@ -250,11 +247,13 @@ def instances(raw_dir: Path) -> Layout:
             labels[inside] = label
         return labels
 
-    def pair(listing: Listing, subset: str, image: dict[str, Any]) -> Pair:
+    def pair(listing: Listing, subset: str, image: dict[str, Any], there: Sequence[dict[str, Any]]) -> Pair:
         name = str(image["file_name"])
         inside = next((one for one in (f"{subset}/{name}", name) if listing.find(one)), f"{subset}/{name}")
         faults: list[str] = []
-        return Pair(PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image, faults), faults)
+        return Pair(
+            PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image, there, faults), faults
+        )
 
     splits, files = {}, [annotations]
     for file in json_files(annotations.parent, "annotations.zip"):
@@ -262,7 +261,14 @@ def instances(raw_dir: Path) -> Layout:
         if match and file.path == annotations:
             files.append(_find(raw_dir, f"{match[1]}.zip"))
             listing = Listing(files[-1])
-            pairs = [pair(listing, match[1], image) for image in file.items("images.item")]
+            of_image: dict[int, list[dict[str, Any]]] = {}  # of this file: another's may have the same ids
+            for annotation in list_annotations(annotations, file.member):
+                of_image.setdefault(annotation["image_id"], []).append(annotation)
+            pairs = []
+            for image in file.entries("images"):
+                if lacking := {"id", "file_name", "height", "width"} - image.keys():
+                    raise UserError(f"{file}: an image has no '{min(lacking)}'")
+                pairs.append(pair(listing, match[1], image, of_image.get(image["id"], [])))
             splits[split_name(match[1].rstrip("0123456789"), str(file))] = _chunks(pairs)
     if not splits:
         raise UserError(f"{annotations} holds no COCO instances (no instances_*.json)")

@@ -93,18 +93,19 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
     return found
 
 
-def list_annotations(path: str | Path) -> Iterator[dict[str, Any]]:
+def list_annotations(path: str | Path, member: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield all annotations of COCO's instances files as they stand there, read as a stream.
 
     Args:
         path: as in `read_instances`.
+        member: the one file of a zip file to read; all that hold instances if not given.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
     path = Path(path)
-    for member in _members(path):
-        yield from _annotations(path, member)
+    for one in _members(path) if member is None else [member]:
+        yield from _annotations(path, one)
 
 
 def list_categories(path: str | Path) -> dict[int, str]:
