@@ -7,6 +7,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_a_picture_is_one_by_whatever_path_a_table_names_it(tmp_path: Path) -> N
 
 def test_a_degenerate_shape_takes_neither_its_object_nor_its_picture_along(tmp_path: Path) -> None:
     good = [2, 2, 10, 2, 10, 8, 2, 8]
-    of_split = {
+    of_split: dict[str, list[Any]] = {
         # No area in the file, a polygon in a line beside a good one; two corners; no shape; outside.
         "train": [[[1, 1, 3, 3, 5, 5], good], [[5, 5, 6, 6]], None, [[100, 100, 120, 100, 120, 120]]],
         "val": [[good]],  # with the ids of train

@@ -196,15 +196,19 @@ def entries_of(path: Path) -> Iterator[Row]:
     """The pictures of a tar file with class folders, or of a folder of them.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or a picture's file is empty.
     """
     if path.is_dir():
-        for folder in sorted(one for one in path.iterdir() if one.is_dir() and not is_clutter(one.name)):
-            yield from _of_folder(folder)
+        folders = sorted(one for one in path.iterdir() if one.is_dir() and not is_clutter(one.name))
+        found = (row for folder in folders for row in _of_folder(folder))
     elif path.suffix.lower() == ".tar" and path.is_file():
-        yield from _of_tar(path)
+        found = (row for row in _of_tar(path))
     else:
         raise UserError(f"{path} is neither a folder of class folders nor a .tar file of them")
+    for row in found:
+        if isinstance(row, BadItem):
+            raise UserError(f"{row.item} is an empty file: mend it, or take it away")
+        yield row
 
 
 def table_units(table: Path) -> tuple[list[Unit], list[Path]]:
