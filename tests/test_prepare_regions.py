@@ -128,7 +128,7 @@ def test_a_box_for_a_picture_of_another_size_is_refused() -> None:
         ({"box": [-3, 0, 3, 3]}, "nothing of the region is in the picture"),
         ({"box": [1, 1, 0, 3]}, "a box of 0 x 3 pixels"),
         ({"segmentation": [[1, 1, 4, 1]]}, "a polygon is a list of three or more pairs"),
-        ({"segmentation": [[2.65, 2.33, 2.65, 2.33, 3.68, 2.33, 3.68, 2.33]]}, "nothing of the region"),
+        ({"segmentation": [[2.65, 2.33, 2.65, 2.33, 3.68, 2.33, 3.68, 2.33]]}, "a polygon has no area"),
         ({"segmentation": []}, "nothing of the region"),
     ],
 )

@@ -87,7 +87,8 @@ def picture_of(where: str, value: Any, folder: Path) -> bytes | None:
         folder: of the data set; what lies outside is not read, whatever a row says.
 
     Raises:
-        UserError: it is no picture, or in a file that is not there, outside, no regular one, or larger than any.
+        UserError: it is no picture, or in a file that is outside, no regular one, or larger than any.
+        FileNotFoundError: the file is not there; its text is the name.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -101,9 +102,13 @@ def picture_of(where: str, value: Any, folder: Path) -> bytes | None:
     try:
         if not folder.is_dir() or not is_inside(file, folder):
             raise UserError(f"{where} names the image {value}, which is not in the folder of the data set")
+        if not file.exists():
+            raise FileNotFoundError(value)
         if not file.is_file() or file.stat().st_size > _LARGEST:
-            raise UserError(f"{where}: the image {value} is not there, or is no picture's file")
+            raise UserError(f"{where}: the image {value} is no picture's file")
         return file.read_bytes()
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: the image {value} cannot be read: {one_line(str(error))}") from None
 

@@ -109,15 +109,32 @@ def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str])
         size = segmentation.get("size") if isinstance(segmentation, Mapping) else [height, width]
         if list(size or ()) != [height, width]:
             raise ValueError(f"a mask of size {size}, and the picture has {[height, width]} (height, width)")
-        try:
-            drawn = np.asarray(Instance(0, 0, 0.0, height, width, segmentation).mask(), dtype=np.uint8) * 255
-        except UserError as error:
-            kind = Degenerate if isinstance(segmentation, list) else ValueError
-            raise kind(str(error).partition(": ")[2]) from None
-        if isinstance(segmentation, list):
-            faults += [fault for one in segmentation if (fault := fault_of_polygon(one, height, width)) is not None]
+        return np.asarray(draw_shape(segmentation, width, height, faults), dtype=np.uint8) * 255
     if not drawn.any():
         raise Degenerate("nothing of the region is in the picture")
+    return drawn
+
+
+def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) -> np.ndarray:
+    """A segmentation of COCO's as (H, W) bool; of several polygons those that can be drawn.
+
+    Args:
+        faults: gets why the others are left out.
+
+    Raises:
+        Degenerate: none of them can be drawn, or nothing is in the picture.
+        ValueError: it is of another picture, or in none of COCO's formats.
+    """
+    try:
+        drawn = Instance(0, 0, 0.0, height, width, segmentation).mask()
+    except UserError as error:
+        kind = Degenerate if isinstance(segmentation, list) else ValueError
+        raise kind(str(error).partition(": ")[2]) from None
+    if not drawn.any():
+        raise Degenerate("nothing of the region is in the picture")
+    if isinstance(segmentation, list):
+        each = (fault_of_polygon(one, height, width) for one in segmentation)
+        faults += [one for one in each if one is not None]
     return drawn
 
 

@@ -45,6 +45,11 @@ def entry(label: str, path: Path | None = None, offset: int = 0, size: int = 0, 
     return {"label": label, "path": place, "offset": offset, "size": size, "image": image}
 
 
+def _entry(split: str, where: str, label: str, path: Path, offset: int, size: int) -> Row | BadItem:
+    """A picture that lies in a file, unless there is none of it."""
+    return entry(label, path, offset, size) if size else BadItem("empty image", split, where)
+
+
 def storable(path: Path) -> str:
     """A path for a prepared row: as a URI where it is no UTF-8."""
     try:
@@ -131,10 +136,11 @@ def folder_units(raw_dir: Path) -> tuple[list[Unit], list[Path]]:
         if path.is_dir():
             folders = [one for one in sorted(path.iterdir()) if one.is_dir() and not is_clutter(one.name)]
             split = split_name(path.name, str(path)) if folders else ""
-            units += [Unit(split, f"{path.name}/{one.name}", _bind(_of_folder, one)) for one in folders]
+            units += [Unit(split, f"{path.name}/{one.name}", _bind(_of_folder, one, split)) for one in folders]
             files += folders
         elif path.suffix.lower() == ".tar":
-            units.append(Unit(split_name(path.stem, str(path)), path.name, _bind(_of_tar, path)))
+            split = split_name(path.stem, str(path))
+            units.append(Unit(split, path.name, _bind(_of_tar, path, split)))
             files.append(path)
     if not units:
         for path in (one for one in there if one.name.lower().endswith(PACKED)):
@@ -147,25 +153,26 @@ def _bind(function: Callable[..., Iterable[Row | BadItem]], *values: Any) -> Cal
     return lambda: function(*values)
 
 
-def _of_folder(folder: Path) -> Iterator[Row]:
+def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
     """The pictures of a class folder."""
     others = []
     for path in walk(folder):
         if is_picture(path.name):
-            yield entry(folder.name, path, 0, path.stat().st_size)
+            yield _entry(split, storable(path), _utf8(folder.name), path, 0, path.stat().st_size)
         else:
             others.append(path.name)
     _say_others(folder, others)
 
 
-def _of_tar(path: Path) -> Iterator[Row]:
+def _of_tar(path: Path, split: str = "") -> Iterator[Row | BadItem]:
     """The pictures of a tar file: the class is the folder that a picture is in."""
     others = []
     with open_tar(path) as archive:
         for member in members(archive, path):
             folder, _, name = member.name.rpartition("/")
             if is_picture(name) and folder:
-                yield entry(_utf8(folder.rpartition("/")[2]), path, member.offset_data, member.size)
+                label, where = _utf8(folder.rpartition("/")[2]), f"{storable(path)}: {_utf8(member.name)}"
+                yield _entry(split, where, label, path, member.offset_data, member.size)
             else:
                 others.append(name)
     _say_others(path, others)
@@ -189,15 +196,19 @@ def entries_of(path: Path) -> Iterator[Row]:
     """The pictures of a tar file with class folders, or of a folder of them.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or a picture's file is empty.
     """
     if path.is_dir():
-        for folder in sorted(one for one in path.iterdir() if one.is_dir() and not is_clutter(one.name)):
-            yield from _of_folder(folder)
+        folders = sorted(one for one in path.iterdir() if one.is_dir() and not is_clutter(one.name))
+        found = (row for folder in folders for row in _of_folder(folder))
     elif path.suffix.lower() == ".tar" and path.is_file():
-        yield from _of_tar(path)
+        found = (row for row in _of_tar(path))
     else:
         raise UserError(f"{path} is neither a folder of class folders nor a .tar file of them")
+    for row in found:
+        if isinstance(row, BadItem):
+            raise UserError(f"{row.item} is an empty file: mend it, or take it away")
+        yield row
 
 
 def table_units(table: Path) -> tuple[list[Unit], list[Path]]:
@@ -227,12 +238,12 @@ def _of_row(table: Path, where: str, split: str, row: dict[str, Any]) -> Row | B
     path = next((path for one in (image, same_name(image)) if (path := table.parent / one).is_file()), None)
     if path is None:
         return BadItem("missing image", split, f"{where}: {image}")
-    return entry(label, path, 0, path.stat().st_size)
+    return _entry(split, f"{where}: {image}", label, path, 0, path.stat().st_size)
 
 
 def _label(value: Any) -> str | None:
     """The name of a class in a row; None for -1 and null, which say that there is none."""
-    if is_empty(value) or (isinstance(value, int | float) and not isinstance(value, bool) and value == -1):
+    if is_empty(value) or value == -1 or (isinstance(value, str) and value.strip() == "-1"):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
@@ -267,8 +278,12 @@ def _of_dataset(
 ) -> Iterator[Row | BadItem]:
     for number, row in hub.rows_of(name, split, stream):
         where = f"row {number}"
-        content = hub.picture_of(f"--dataset {name}, {split}, {where}", row[image], Path(name))
         value = _label(row[label])
+        try:
+            content = hub.picture_of(f"--dataset {name}, {split}, {where}", row[image], Path(name))
+        except FileNotFoundError as error:
+            yield BadItem("missing image", split, f"{where}: {error}")
+            continue
         if content is None:
             yield BadItem("empty image", split, where)
         elif value is None:

@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -144,7 +145,7 @@ class Table:
             if numbered != (row.item_id is not None):
                 raise UserError(f"{row.where}: either all rows have a {self.kind.item}_id or none has")
             image_id, in_val = index.connection.execute(
-                "SELECT image_id, in_val FROM table_images WHERE name = ?", (same_name(row.image),)
+                "SELECT image_id, in_val FROM table_images WHERE name = ?", (self._one_name(row.image),)
             ).fetchone()
             split = row.split or ("val" if in_val else "train")
             item_id = number if row.item_id is None else row.item_id
@@ -171,13 +172,18 @@ class Table:
                 values["answers"] = answers.split("|")
             yield _as_row(where, values, self.kind)
 
+    def _one_name(self, image: str) -> str:
+        """One spelling of a picture's name, also where it is absolute or leaves the folder to come back to it."""
+        root = self.image_root.absolute()
+        return os.path.relpath(root / same_name(image), root)
+
     def _number_images(self, connection: sqlite3.Connection) -> None:
         """Give the images their ids and, where a row leaves it open, the split; one of two spellings is one image."""
         connection.execute(_IMAGES_OF_TABLE)
         for row in self._rows():
             if row.image is None or row.text is None:
                 continue
-            name = same_name(row.image)
+            name = self._one_name(row.image)
             try:
                 draw = hashlib.sha256(name.encode()).hexdigest()
             except UnicodeEncodeError:
@@ -398,8 +404,11 @@ def _entries(
 ) -> Iterator[dict[str, Any]]:
     """The lines of the table that a row of the data set makes: one a question or caption."""
     values = {one: _value(row, column) for one, column in columns.items()}
-    content = hub.picture_of(where, values.pop("image"), folder)
-    entry: dict[str, Any] = {"image": None if content is None else _keep(content, images)}
+    try:
+        content = hub.picture_of(where, values.pop("image"), folder)
+        entry: dict[str, Any] = {"image": None if content is None else _keep(content, images)}
+    except FileNotFoundError as error:
+        entry = {"image": f"missing/{error}"}  # where no picture is, so that it is named and counted
     if split is not None:
         entry["split"] = split
     both = [one for one in ("question", "caption") if one in values]

@@ -27,14 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep.engine.folder import BadItem, name_of_rendered
+from data_prep.engine.folder import NOT_DROPPED, BadItem, name_of_rendered
 from data_prep.engine.places import Listing, json_files, read_file
 from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.regions import Degenerate, draw_shape
 from data_prep.engine.tables import split_name
 from data_prep.engine.tars import members, open_tar, read_packed
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from vlabs.data.decoding import read_labels, size_of
-from vlabs.data.instances import Instance, list_annotations, list_categories
+from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import CITYSCAPES, IGNORED, MASK_FEATURES
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.files import write_json
@@ -57,11 +58,13 @@ class Pair(NamedTuple):
         name: of the picture.
         image: gives its file's bytes.
         mask: gives the raw label values (rows, columns); None where masks of the split are kept back.
+        faults: what was left out of the mask alone, once it is read.
     """
 
     name: str
     image: Callable[[], bytes]
     mask: Callable[[], np.ndarray] | None
+    faults: Sequence[str] = ()
 
 
 class Layout(NamedTuple):
@@ -222,27 +225,35 @@ def instances(raw_dir: Path) -> Layout:
     annotations = _find(raw_dir, "annotations.zip")
     categories = list_categories(annotations)
     label_of = {category: n for n, category in enumerate(sorted(categories), start=1)}
-    of_image: dict[int, list[dict[str, Any]]] = {}
-    for annotation in list_annotations(annotations):
-        of_image.setdefault(int(annotation["image_id"]), []).append(annotation)
 
-    def mask(image: dict[str, Any]) -> np.ndarray:
+    def mask(image: dict[str, Any], there: Sequence[dict[str, Any]], faults: list[str]) -> np.ndarray:
         height, width = int(image["height"]), int(image["width"])
         labels = np.zeros((height, width), dtype=np.int64)
-        for one in sorted(of_image.get(image["id"], []), key=lambda one: -float(one.get("area") or 0)):
+        shapes: list[tuple[float, np.ndarray, int]] = []
+        for one in there:
             if one.get("category_id") not in label_of and not one.get("iscrowd"):
                 raise ValueError(f"instance {one['id']} has a category without a name, {one.get('category_id')!r}")
+            found: list[str] = []
             try:
-                inside = Instance(one["id"], image["id"], 0.0, height, width, one["segmentation"]).mask()
-            except UserError as error:
-                raise ValueError(str(error)) from None
-            labels[inside] = IGNORED if one.get("iscrowd") else label_of[one["category_id"]]
+                inside = draw_shape(one["segmentation"], width, height, found)
+                label = IGNORED if one.get("iscrowd") else label_of[one["category_id"]]
+                shapes.append((float(one.get("area") or inside.sum()), inside, label))
+            except Degenerate as error:
+                found.append(str(error))
+            except ValueError as error:
+                raise ValueError(f"the segmentation of instance {one['id']} cannot be read: {error}") from None
+            faults += [f"instance {one['id']}: {fault}" for fault in found]
+        for _, inside, label in sorted(shapes, key=lambda shape: -shape[0]):
+            labels[inside] = label
         return labels
 
-    def pair(listing: Listing, subset: str, image: dict[str, Any]) -> Pair:
+    def pair(listing: Listing, subset: str, image: dict[str, Any], there: Sequence[dict[str, Any]]) -> Pair:
         name = str(image["file_name"])
         inside = next((one for one in (f"{subset}/{name}", name) if listing.find(one)), f"{subset}/{name}")
-        return Pair(PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image))
+        faults: list[str] = []
+        return Pair(
+            PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image, there, faults), faults
+        )
 
     splits, files = {}, [annotations]
     for file in json_files(annotations.parent, "annotations.zip"):
@@ -250,7 +261,14 @@ def instances(raw_dir: Path) -> Layout:
         if match and file.path == annotations:
             files.append(_find(raw_dir, f"{match[1]}.zip"))
             listing = Listing(files[-1])
-            pairs = [pair(listing, match[1], image) for image in file.items("images.item")]
+            of_image: dict[int, list[dict[str, Any]]] = {}  # of this file: another's may have the same ids
+            for annotation in list_annotations(annotations, file.member):
+                of_image.setdefault(annotation["image_id"], []).append(annotation)
+            pairs = []
+            for image in file.entries("images"):
+                if lacking := {"id", "file_name", "height", "width"} - image.keys():
+                    raise UserError(f"{file}: an image has no '{min(lacking)}'")
+                pairs.append(pair(listing, match[1], image, of_image.get(image["id"], [])))
             splits[split_name(match[1].rstrip("0123456789"), str(file))] = _chunks(pairs)
     if not splits:
         raise UserError(f"{annotations} holds no COCO instances (no instances_*.json)")
@@ -309,6 +327,7 @@ def _rows(split: str, pairs: Iterable[Pair], layout: Layout) -> Iterator[Row | B
         except ValueError as error:
             yield BadItem("unusable pair", split, f"{pair.name} ({error})")
         else:
+            yield from (BadItem(NOT_DROPPED, split, f"{pair.name}, {fault}") for fault in pair.faults)
             yield {"image_id": 0, "name": pair.name, "image": image, "mask": mask}
 
 

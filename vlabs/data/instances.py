@@ -93,18 +93,19 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
     return found
 
 
-def list_annotations(path: str | Path) -> Iterator[dict[str, Any]]:
+def list_annotations(path: str | Path, member: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield all annotations of COCO's instances files as they stand there, read as a stream.
 
     Args:
         path: as in `read_instances`.
+        member: the one file of a zip file to read; all that hold instances if not given.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
     path = Path(path)
-    for member in _members(path):
-        yield from _annotations(path, member)
+    for one in _members(path) if member is None else [member]:
+        yield from _annotations(path, one)
 
 
 def list_categories(path: str | Path) -> dict[int, str]:
@@ -210,6 +211,8 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
         return "a polygon is a list of three or more pairs of numbers"
     if (reach := np.abs(corners).max()) > _FAR * max(height, width):  # whose outline would be drawn pixel by pixel
         return f"a polygon reaches to {reach:g}, and the picture has {height}x{width}"
+    if np.linalg.matrix_rank(corners.reshape(-1, 2) - corners[:2]) < 2:
+        return "a polygon has no area: its corners are in one line"
     return None
 
 
@@ -336,22 +339,16 @@ def _annotations(path: Path, member: str | None) -> Iterator[dict[str, Any]]:
     with _stream(path, member) as stream:
         for number, entry in enumerate(_items(stream, "annotations.item")):
             if not _is_complete(entry):
-                raise UserError(
-                    f"{_name(path, member)}: annotation {number} needs 'id', 'image_id', 'area' and 'segmentation'"
-                )
+                raise UserError(f"{_name(path, member)}: annotation {number} needs 'id' and 'image_id'")
+            if not isinstance(entry.get("segmentation"), dict | list):  # as where there is a box alone
+                entry["segmentation"] = []
             yield entry
     if number < 0:
         raise UserError(f"{_name(path, member)} has no 'annotations': it is no file of COCO instances")
 
 
 def _is_complete(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("id"), int)
-        and isinstance(entry.get("image_id"), int)
-        and isinstance(entry.get("area"), int | float)
-        and isinstance(entry.get("segmentation"), dict | list)
-    )
+    return isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("image_id"), int)
 
 
 def _image_sizes(path: Path, member: str | None, wanted: set[int]) -> dict[int, tuple[int, int]]:
@@ -373,7 +370,7 @@ def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], name: st
     size = segmentation.get("size") if isinstance(segmentation, dict) else sizes.get(entry["image_id"])
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
         raise UserError(f"{name}: instance {entry['id']} has no picture with a height and a width")
-    return Instance(entry["id"], entry["image_id"], float(entry["area"]), size[0], size[1], segmentation)
+    return Instance(entry["id"], entry["image_id"], float(entry.get("area") or 0), size[0], size[1], segmentation)
 
 
 @contextmanager
