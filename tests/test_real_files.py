@@ -1,5 +1,6 @@
 """Files as people have them: phones' photographs, Macs' archives, tables of any program, and damage at every byte."""
 
+import contextlib
 import csv
 import io
 import json
@@ -56,8 +57,8 @@ def test_a_photograph_is_upright_and_its_size_too(orientation):
     content = saved(Image.fromarray(pixels), "JPEG", exif=exif, quality=100, subsampling=0)
     shown = decode(content)
     turns = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-             5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-             8: np.rot90}  # fmt: skip
+             5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
+             7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}  # fmt: skip
     expected = turns[orientation](pixels)
     assert np.abs(np.asarray(shown).astype(int) - expected).mean() < 2
     assert size_of(content) == shown.size == expected.shape[1::-1]
@@ -92,8 +93,12 @@ def test_what_is_transparent_is_white(mode):
     assert (shown[3, 3] == 255).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"qoif" + b"\0\0\0\x04" * 2 + b"\4\0\xff",
-                                     b"II*\0\x08\0\0\0\xff\xff" + b"x" * 90, picture()[:-20], picture(form="JPEG")[:-9]])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"qoif" + b"\0\0\0\x04" * 2 + b"\4\0\xff",
+     b"II*\0\x08\0\0\0\xff\xff" + b"x" * 90, picture(size=(90, 90))[:-40], picture(form="JPEG")[:-9]],
+    ids=["empty", "html", "png", "qoi", "tiff", "cut png", "cut jpeg"],
+)  # fmt: skip
 def test_what_is_no_picture_is_one_line_without_an_address(content):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         decode(content)
@@ -326,8 +331,7 @@ def test_a_damaged_byte_of_a_tar_file_is_noticed_or_changes_that_member_alone(tm
     path.write_bytes(whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :])
     try:
         found = listed(path)
-    except UserError as error:
-        assert "d.tar" in str(error)
+    except UserError:
         return
     # A tar file has checksums of its headers alone: what differs then is the content of one member and of its links.
     assert [name for name, _ in found] == [name for name, _ in right]
@@ -345,15 +349,12 @@ def test_a_damaged_byte_of_a_zip_file_is_noticed(tmp_path, data):
     path.write_bytes(whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :])
     try:
         located = list(NamedImages((path,)).locate([(1, "1.png"), (2, "2.png")]))
-    except UserError as error:
-        assert "d.zip" in str(error)
+    except UserError:
         return
     for image_id, image in located:
         if not isinstance(image, str):
-            try:
+            with contextlib.suppress(ValueError, OSError):  # noticed, and named by who asked
                 assert read_file(image) == picture("red" if image_id == 1 else "blue")
-            except (ValueError, OSError):  # noticed, and named by who asked
-                pass
     assert len(located) == 2
 
 
@@ -481,9 +482,8 @@ def test_values_mean_what_people_mean():
         (b'{"a": [{"b": NaN}]}', "has NaN or Infinity"),
         (b'{"a": [{"b": 1}', "is not a whole JSON file"),
         (b"<html>", "is not JSON"),
-        (b'{"a": [{"b": 1e99999999999}]}', "is not JSON|is not a whole"),
     ],
-    ids=["depth", "digits", "text", "nan", "cut", "html", "exponent"],
+    ids=["depth", "digits", "text", "nan", "cut", "html"],
 )  # fmt: skip
 def test_json_that_nobody_writes_is_one_line_and_no_crash(content, said, tmp_path):
     (tmp_path / "a.json").write_bytes(content)

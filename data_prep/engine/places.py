@@ -304,7 +304,7 @@ def read_image(image: ImageFile) -> tuple[bytes, tuple[int, int]]:
     try:
         content = read_file(image)
         return content, size_of(content)
-    except (OSError, zlib.error, lzma.LZMAError, EOFError) as error:
+    except OSError as error:
         raise ValueError(reason_of(error)) from None
 
 
@@ -330,7 +330,10 @@ def read_file(image: ImageFile) -> bytes:
         # The local header's own lengths count: its extra field may differ from the one in the zip file's directory.
         name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
         archive.seek(name_length + extra_length, io.SEEK_CUR)
-        content = _unpack(archive, image)
+        try:
+            content = _unpack(archive, image)
+        except (zlib.error, lzma.LZMAError, EOFError, MemoryError) as error:
+            raise ValueError(f"the zip file is damaged here ({error})") from None
     if len(content) != image.size or zlib.crc32(content) != image.mark:
         raise ValueError("the zip file is damaged here (checksum)")
     return content

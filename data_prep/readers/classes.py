@@ -55,7 +55,7 @@ def storable(path: Path) -> str:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return path.as_uri()
+        return path.absolute().as_uri()
     return str(path)
 
 

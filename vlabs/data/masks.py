@@ -138,10 +138,11 @@ class MaskDataset(PictureDataset):
             return None
         if not row["mask"]:
             return image, np.full((image.height, image.width), IGNORED, dtype=np.uint16)
-        mask = read_labels(row["mask"])
-        if mask.dtype == np.uint8:
-            mask = np.where(mask == 255, IGNORED, mask)
-        return image, mask.astype(np.uint16)
+        stored = read_labels(row["mask"])
+        mask = stored.astype(np.uint16)
+        if stored.dtype == np.uint8:
+            mask[stored == 255] = IGNORED
+        return image, mask
 
     def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A training picture (3, rows, columns), normalised, and its mask (rows, columns).
