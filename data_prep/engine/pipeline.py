@@ -339,6 +339,8 @@ class _Run:
             rows = Rows(self.kind, self.prepared, index)
             seen = dict(index.execute("SELECT split, count FROM seen"))
         dropped = report_bad(bad, self.options.on_bad, self.work / "bad_items.jsonl")
+        if not any(counts["images"] for counts in splits.values()):
+            raise UserError(f"there are no {self.kind.item}s that can be used: all of them are left out")
         for split, names in files.items():
             write_datasets_files(self.prepared / split, names, splits[split]["sha256"], rows.features)
         name = self.options.name or self.raw.called(seen) or self.name

@@ -62,6 +62,7 @@ from vlabs.utils.files import WORK, new_folder, replacing
 FIELDS = (
     "image", "question", "caption", "answers", "question_id", "caption_id", "question_type", "answer_type", "boxes"
 )  # fmt: skip
+_ROW = "--dataset"  # a column of the table that a data set becomes: the row that it comes from, for messages
 _IMAGES_OF_TABLE = """
 CREATE TABLE table_images (
     image_id INTEGER PRIMARY KEY, name TEXT UNIQUE, draw TEXT, undecided INTEGER DEFAULT 0, in_val INTEGER DEFAULT 0
@@ -160,7 +161,8 @@ class Table:
 
     def _rows(self) -> Iterator[Row]:
         other = CAPTIONS.item if self.kind is QUESTIONS else QUESTIONS.item
-        for where, values in read_rows(self.path):
+        for place, values in read_rows(self.path):
+            where = values.get(_ROW, place)
             if not is_empty(values.get(other)):
                 both = not is_empty(values.get(self.kind.item))
                 raise UserError(
@@ -409,8 +411,7 @@ def _entries(
         entry: dict[str, Any] = {"image": None if content is None else _keep(content, images)}
     except FileNotFoundError as error:
         entry = {"image": f"missing/{error}"}  # where no picture is, so that it is named and counted
-    if split is not None:
-        entry["split"] = split
+    entry |= {_ROW: where} | ({} if split is None else {"split": split})
     both = [one for one in ("question", "caption") if one in values]
     asked = next((one for one in both if values[one] is not None), both[0])
     texts = values.pop(asked)

@@ -262,7 +262,7 @@ def instances(raw_dir: Path) -> Layout:
             files.append(_find(raw_dir, f"{match[1]}.zip"))
             listing = Listing(files[-1])
             of_image: dict[int, list[dict[str, Any]]] = {}  # of this file: another's may have the same ids
-            for annotation in list_annotations(annotations, file.member):
+            for annotation in list_annotations(file):
                 of_image.setdefault(annotation["image_id"], []).append(annotation)
             pairs = []
             for image in file.entries("images"):

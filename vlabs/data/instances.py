@@ -6,23 +6,23 @@ corpus, in COCO's instances files: `annotations.zip` of the scenes, `annotations
 
 from __future__ import annotations
 
+import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
-import ijson
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from vlabs.errors import UserError
+from vlabs.utils.archives import entries, open_zip
+from vlabs.utils.json_file import JsonFile
 
-_READ_BYTES = 2**20
+_NAME = re.compile(r"(^|/)instances[^/]*\.json$")
 # How far out of a picture a polygon may reach, in sides of the picture.
 _FAR = 100
 
@@ -74,18 +74,19 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
     Raises:
         UserError: the file is missing, damaged or of another kind, or lacks a wanted id.
     """
-    path = Path(path)
     missing = set(wanted_ids)
     found: dict[int, Instance] = {}
-    for member in _members(path):
-        if not missing:
-            break
-        entries = _wanted_entries(path, member, missing)
-        of_polygons = {entry["image_id"] for entry in entries.values() if isinstance(entry["segmentation"], list)}
-        sizes = _image_sizes(path, member, of_polygons)
-        for annotation_id, entry in entries.items():
-            found[annotation_id] = _instance(entry, sizes, _name(path, member))
-        missing -= entries.keys()
+    for file in _files(path):
+        here: dict[int, dict[str, Any]] = {}
+        for entry in _annotations(file) if missing else ():
+            if entry["id"] in missing:
+                here[entry["id"]] = entry
+                if len(here) == len(missing):
+                    break
+        of_polygons = {entry["image_id"] for entry in here.values() if isinstance(entry["segmentation"], list)}
+        sizes = _image_sizes(file, of_polygons)
+        found |= {annotation_id: _instance(entry, sizes, file) for annotation_id, entry in here.items()}
+        missing -= here.keys()
     if missing:
         listed = ", ".join(str(annotation_id) for annotation_id in sorted(missing)[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -93,19 +94,17 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
     return found
 
 
-def list_annotations(path: str | Path, member: str | None = None) -> Iterator[dict[str, Any]]:
+def list_annotations(path: str | Path | JsonFile) -> Iterator[dict[str, Any]]:
     """Yield all annotations of COCO's instances files as they stand there, read as a stream.
 
     Args:
-        path: as in `read_instances`.
-        member: the one file of a zip file to read; all that hold instances if not given.
+        path: as in `read_instances`; or one file of a zip file.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    path = Path(path)
-    for one in _members(path) if member is None else [member]:
-        yield from _annotations(path, one)
+    for file in [path] if isinstance(path, JsonFile) else _files(path):
+        yield from _annotations(file)
 
 
 def list_categories(path: str | Path) -> dict[int, str]:
@@ -117,14 +116,12 @@ def list_categories(path: str | Path) -> dict[int, str]:
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    path = Path(path)
     names: dict[int, str] = {}
-    for member in _members(path):
-        with _stream(path, member) as stream:
-            for entry in _items(stream, "categories.item"):
-                if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
-                    raise UserError(f"{_name(path, member)}: a category has no 'id'")
-                names[entry["id"]] = str(entry.get("name", ""))
+    for file in _files(path):
+        for entry in file.items("categories.item"):
+            if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+                raise UserError(f"{file}: a category has no 'id'")
+            names[entry["id"]] = str(entry.get("name", ""))
     return names
 
 
@@ -306,98 +303,50 @@ def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | No
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
-def _members(path: Path) -> list[str | None]:
-    """The JSON files to read: of a zip file its instances files, the smallest first; None for a file of its own."""
+def _files(path: str | Path) -> list[JsonFile]:
+    """The JSON files to read: of a zip file its instances files, the smallest first; or the one that it is."""
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}: name COCO's annotations, such as annotations.zip of a corpus")
-    if not zipfile.is_zipfile(path):
-        if path.suffix == ".zip":
-            raise UserError(f"{path} is not a whole zip file: make or download it again")
-        return [None]
-    with zipfile.ZipFile(path) as archive:
-        # Archives made on a Mac hold shadow files (__MACOSX/._instances_...), which do not start like this.
-        files = [file for file in archive.infolist() if PurePosixPath(file.filename).match("instances*.json")]
-    if not files:
+    if path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
+        return [JsonFile(path)]
+    with open_zip(path) as archive:
+        inside = [(info.file_size, info.filename) for name, info in entries(archive) if _NAME.search(name)]
+    if not inside:
         raise UserError(f"{path} holds no COCO instances (no instances_*.json)")
-    return [file.filename for file in sorted(files, key=lambda file: file.file_size)]
+    return [JsonFile(path, member) for _, member in sorted(inside)]
 
 
-def _wanted_entries(path: Path, member: str | None, wanted: set[int]) -> dict[int, dict[str, Any]]:
-    """The annotations of the wanted ids in one file."""
-    entries: dict[int, dict[str, Any]] = {}
-    for entry in _annotations(path, member):
-        if entry["id"] in wanted:
-            entries[entry["id"]] = entry
-            if len(entries) == len(wanted):
-                break
-    return entries
-
-
-def _annotations(path: Path, member: str | None) -> Iterator[dict[str, Any]]:
+def _annotations(file: JsonFile) -> Iterator[dict[str, Any]]:
     """The annotations of one file, one after the other."""
     number = -1
-    with _stream(path, member) as stream:
-        for number, entry in enumerate(_items(stream, "annotations.item")):
-            if not _is_complete(entry):
-                raise UserError(f"{_name(path, member)}: annotation {number} needs 'id' and 'image_id'")
-            if not isinstance(entry.get("segmentation"), dict | list):  # as where there is a box alone
-                entry["segmentation"] = []
-            yield entry
+    for number, entry in enumerate(file.items("annotations.item", floats=True)):
+        if not (isinstance(entry, dict) and all(isinstance(entry.get(name), int) for name in ("id", "image_id"))):
+            raise UserError(f"{file}: annotation {number} needs 'id' and 'image_id'")
+        if not isinstance(entry.get("segmentation"), dict | list):  # as where there is a box alone
+            entry["segmentation"] = []
+        yield entry
     if number < 0:
-        raise UserError(f"{_name(path, member)} has no 'annotations': it is no file of COCO instances")
+        raise UserError(f"{file} has no 'annotations': it is no file of COCO instances")
 
 
-def _is_complete(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("image_id"), int)
-
-
-def _image_sizes(path: Path, member: str | None, wanted: set[int]) -> dict[int, tuple[int, int]]:
+def _image_sizes(file: JsonFile, wanted: set[int]) -> dict[int, tuple[int, int]]:
     """(height, width) of the wanted pictures in one file."""
     sizes: dict[int, tuple[int, int]] = {}
-    if not wanted:
-        return sizes
-    with _stream(path, member) as stream:
-        for entry in _items(stream, "images.item"):
-            if isinstance(entry, dict) and entry.get("id") in wanted:
-                sizes[entry["id"]] = (entry.get("height", 0), entry.get("width", 0))
-                if len(sizes) == len(wanted):
-                    break
+    for entry in file.items("images.item") if wanted else ():
+        if isinstance(entry, dict) and entry.get("id") in wanted:
+            sizes[entry["id"]] = (entry.get("height", 0), entry.get("width", 0))
+            if len(sizes) == len(wanted):
+                break
     return sizes
 
 
-def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], name: str) -> Instance:
+def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], file: JsonFile) -> Instance:
     segmentation = entry["segmentation"]
     size = segmentation.get("size") if isinstance(segmentation, dict) else sizes.get(entry["image_id"])
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise UserError(f"{name}: instance {entry['id']} has no picture with a height and a width")
+        raise UserError(f"{file}: instance {entry['id']} has no picture with a height and a width")
     return Instance(entry["id"], entry["image_id"], float(entry.get("area") or 0), size[0], size[1], segmentation)
-
-
-@contextmanager
-def _stream(path: Path, member: str | None) -> Iterator[IO[bytes]]:
-    """The bytes of a JSON file, in a zip file or not; what turns out damaged while it is read is the user's error."""
-    try:
-        if member is None:
-            with path.open("rb") as stream:
-                yield stream
-        else:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-                yield stream
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{_name(path, member)} is not a whole JSON file ({error}): make or download it again"
-        ) from None
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole zip file ({error}): make or download it again") from None
-
-
-def _items(stream: IO[bytes], prefix: str) -> Iterator[Any]:
-    items: Iterator[Any] = ijson.items(stream, prefix, buf_size=_READ_BYTES, use_float=True)
-    return items
-
-
-def _name(path: Path, member: str | None) -> str:
-    return str(path) if member is None else f"{path} ({member})"
 
 
 def count_instances(path: str | Path) -> dict[int, int]:
@@ -409,9 +358,4 @@ def count_instances(path: str | Path) -> dict[int, int]:
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    counts: Counter[int] = Counter()
-    path = Path(path)
-    for member in _members(path):
-        with _stream(path, member) as stream:
-            counts.update(entry["image_id"] for entry in _items(stream, "annotations.item") if _is_complete(entry))
-    return dict(counts)
+    return dict(Counter(entry["image_id"] for entry in list_annotations(path)))
