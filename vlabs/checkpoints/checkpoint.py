@@ -36,6 +36,7 @@ from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import check_absent, replacing
 from vlabs.utils.plain import check_plain, parse_json
+from vlabs.utils.tokenizer import check_tokenizer
 
 FORMAT = 1
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
@@ -171,7 +172,12 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
     if not named or not isinstance(trained, list) or not isinstance(header.get("preprocessing"), dict):
         raise UserError(f"{path} is damaged or not vlabs': its task, data or preprocessing is not as vlabs writes it")
     try:
-        return Preprocessing.from_plain(header["preprocessing"])
+        if isinstance(tokenizer := header["preprocessing"].get("tokenizer"), str) and tokenizer:
+            check_tokenizer(tokenizer, "its tokenizer")
+        made = Preprocessing.from_plain(header["preprocessing"])
+        if made.tokenizer and (length := len(made.token_ids(["a"])[0])) > made.max_length:
+            raise UserError(f"its tokenizer makes {length} tokens of a text, and {made.max_length} are taken")
+        return made
     except UserError as error:
         raise UserError(f"{path} is damaged or not vlabs': {error}") from None
 

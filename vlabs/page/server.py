@@ -34,7 +34,7 @@ from vlabs.page.line import Line
 from vlabs.page.uploads import LOOK, Uploads
 
 _API = "/gradio_api"
-_JSON = 2**20  # bytes of a request that is no upload
+_JSON = 2**16  # bytes of a request that is no upload; as values they take very many times that
 _AROUND = 2**16  # bytes of a form around its file
 _PAUSE, _SLOWEST = 30.0, 300.0  # seconds between parts of a body, and of all of it
 _DRAINED = 2**26  # bytes that are read and thrown away, so that a client can read why
