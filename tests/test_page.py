@@ -322,7 +322,7 @@ def test_a_request_that_is_none_is_one_sentence(server, client):
     number = function_of(client, "ask")
     good = request_of(number, "session", None, "Why?", "norm", 1, "")
     for body in (
-        b"", b"[" * 100_000, b"{" * 100_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
+        b"", b"[" * 60_000, b"{" * 60_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
         json.dumps(good)[:-1].encode(),
         *(json.dumps(good | change).encode() for change in (
             {"fn_index": None}, {"fn_index": 10**30}, {"fn_index": -1}, {"fn_index": "1"}, {"fn_index": True},
@@ -335,7 +335,7 @@ def test_a_request_that_is_none_is_one_sentence(server, client):
         assert "\n" not in answer.json()["detail"]
     for url in (JOIN, "/gradio_api/cancel"):
         assert client.post(url, content=b"[" + b"[]," * 2**15).status_code == 413  # values take much more than text
-        assert client.post(url, content=(b" " * 2**16 for _ in range(40))).status_code == 413  # no length is announced
+        assert client.post(url, content=(b" " * 2**14 for _ in range(40))).status_code == 413  # no length is announced
     form = "multipart/form-data; boundary=x"
     for kind, body in (
         (form, b"--x\r\nContent-Disposition: form-data\r\n\r\n"), (form, b"\0" * 500), (form, b""),

@@ -24,7 +24,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import vlabs
 from data_prep.hub_datasets import Source, check_sources, write_table
 from vlabs.checkpoints.card import model_card
-from vlabs.checkpoints.checkpoint import load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.pretrained import text_from_pretrained, vit_from_timm
 from vlabs.checkpoints.released import load_released
 from vlabs.data.preprocessing import Preprocessing
@@ -365,6 +366,7 @@ def lora(content):
         (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', and holds"),
         (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', and holds"),
         (lambda c: c["vlabs"]["architecture"]["text"].update(pad_token_id=-5), "pad_token_id"),
+        (lambda c: c["vlabs"]["preprocessing"].update(max_length=60_000), "no text has over 8192"),
         (lambda c: c["vlabs"].update(architecture=None), "spec"),
         (lambda c: c["vlabs"].pop("architecture"), "spec"),
     ],
@@ -374,6 +376,39 @@ def test_a_checkpoint_that_was_tampered_with_is_one_line(change, message, whole,
     with pytest.raises(UserError, match=message) as refused:
         load_checkpoint(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vlabs"].pop("data"), "does not say its data"),
+        (lambda c: c["state_dict"].update({"model.z": c["state_dict"]["model.vision.vit.cls_token"]}), "share memory"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(change, message, whole, tmp_path):
+    path = checkpoint_of(whole, tmp_path, change)
+    with pytest.raises(UserError, match=message) as refused:
+        export_safetensors(path, tmp_path / "out.safetensors")
+    assert str(path) in str(refused.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: v * float("nan"), lambda v: v.to(torch.complex64), lambda v: v.to(torch.int8), lambda v: v > 0]
+)
+def test_a_training_begins_with_no_weights_that_are_no_numbers(change, whole, tmp_path):
+    name = "model.vision.vit.cls_token"
+    path = checkpoint_of(whole, tmp_path, lambda c: c["state_dict"].update({name: change(c["state_dict"][name])}))
+    with pytest.raises(UserError, match=r"init=.*a\.ckpt: the weights vision\.vit\.cls_token"):
+        initialize(load_checkpoint(whole).model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("vision.vit.pos_embed", (1, 0, 64)), ("fusion.token_type.weight", (0, 64))]
+)
+def test_weights_of_an_odd_shape_are_left_out_of_a_training(name, shape, whole, tmp_path):
+    path = checkpoint_of(whole, tmp_path, lambda c: c["state_dict"].update({f"model.{name}": torch.zeros(shape)}))
+    assert initialize(load_checkpoint(whole).model, path).left_out == [name]
 
 
 def test_a_header_that_is_itself_many_times_over_is_refused(whole, tmp_path):

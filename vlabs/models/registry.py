@@ -153,7 +153,7 @@ def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> n
     """
     try:
         weights = check_spec(spec, weights, left_over)
-        wrong = [name for name, value in weights.items() if value.is_floating_point() and not _is_finite(value)]
+        wrong = [name for name, value in weights.items() if value.is_floating_point() and not is_finite(value)]
         if wrong:
             raise UserError(f"the weights {wrong[0]} are not finite: they are of a training that failed, or damaged")
         module = build(spec)
@@ -185,7 +185,8 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
     return weights
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether all values of a float tensor are numbers."""
     return math.isfinite(value.float().sum()) or bool(value.float().isfinite().all())
 
 
