@@ -645,6 +645,13 @@ def test_a_config_that_is_larger_than_it_looks_is_not_read(text, tmp_path):
     assert read_config(tmp_path).data.b == 1
 
 
+def test_a_config_that_is_a_pickle_is_not_read(tmp_path):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    for arguments in ([f"--experimental-rerun={tmp_path}/config.pickle"], ["--experimental-rerun", "config.pickle"]):
+        with pytest.raises(UserError, match="--experimental-rerun reads a pickle"):
+            check_config(arguments, "train", Path(config_dir()))
+
+
 def test_what_a_run_folders_config_may_name(tmp_path):
     named = "my_tasks.Mine"
     own = f"task: {{_target_: {named}}}"
@@ -737,7 +744,7 @@ def test_a_run_folder_of_others_has_a_card(file, content, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("wandb", "figures"))
     (run / file).write_text(content)
     assert "many" not in str(model_card(load_checkpoint(run), run, "a/b"))
-    for one in ({"overrides": [{}]}, {"parts": [1]}):
+    for one in ({"overrides": [{}]}, {"parts": [1]}, {"parts": [{"seconds": "x"}]}):
         (run / "summary.json").write_text(json.dumps({"status": "done", "overrides": []} | one))
         assert read_summary(run) is None
 

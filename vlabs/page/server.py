@@ -300,7 +300,8 @@ def _bounded(request: Request, most: int, around: int = 0) -> Receive:
             raise HTTPException(408, "the request took too long to come", {"Connection": "close"}) from None
         received += len(message.get("body", b""))
         if max(received, _announced(request.headers)) > most + around:
-            await _drain(request)
+            if message.get("more_body", False):
+                await _drain(request)
             raise HTTPException(413, _too_large(most))
         return message
 

@@ -61,6 +61,7 @@ def is_summary(found: Mapping[str, Any]) -> bool:
         and all(isinstance(item, str) for item in overrides)
         and isinstance(parts, list)
         and all(isinstance(part, dict) for part in parts)
+        and all(isinstance(part.get(name) or 0, int | float) for part in parts for name in ("fit_seconds", "seconds"))
     )
 
 

@@ -47,6 +47,10 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
     """
     arguments = [re.sub(r"^\+*trust=", "++trust=", item) for item in arguments]
     given = get_args_parser().parse_known_args(arguments)[0]
+    if given.experimental_rerun is not None:
+        raise UserError(
+            "--experimental-rerun reads a pickle, which may run anything: name the config, --config-dir=RUN"
+        )
     if given.config_name is None and given.config_path is None:
         return arguments
     name = (given.config_name or program).removesuffix(".yaml")

@@ -105,7 +105,7 @@ class Last:
         Raises:
             UserError: the checkpoint does not say of which parts it is made, or its weights are not of these.
         """
-        spec = self.header.get("architecture")
+        spec: Any = self.header.get("architecture")
         self._made(lambda: check_spec(spec, self.weights))
         return self._made(lambda: build(spec))
 
