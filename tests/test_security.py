@@ -744,7 +744,7 @@ def test_a_run_folder_of_others_has_a_card(file, content, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("wandb", "figures"))
     (run / file).write_text(content)
     assert "many" not in str(model_card(load_checkpoint(run), run, "a/b"))
-    for one in ({"overrides": [{}]}, {"parts": [1]}, {"parts": [{"seconds": "x"}]}):
+    for one in ({"overrides": [{}]}, {"parts": [1]}, {"parts": [{"seconds": "x"}]}, {"parameters": "x"}):
         (run / "summary.json").write_text(json.dumps({"status": "done", "overrides": []} | one))
         assert read_summary(run) is None
 

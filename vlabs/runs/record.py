@@ -57,6 +57,7 @@ def is_summary(found: Mapping[str, Any]) -> bool:
     parts, overrides = found.get("parts", []), found.get("overrides")
     return (
         isinstance(found.get("status"), str)
+        and all(isinstance(found.get(name) or 0, int | float) for name in ("parameters", "fit_seconds", "seconds"))
         and isinstance(overrides, list)
         and all(isinstance(item, str) for item in overrides)
         and isinstance(parts, list)
