@@ -1,5 +1,6 @@
 """The web page: in a real browser, under many clients and hostile ones at once, and given what it must refuse."""
 
+import argparse
 import base64
 import concurrent.futures
 import html
@@ -8,16 +9,20 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 
 import httpx
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from conftest import assert_one_line_error, command
 from page_server import BROWSER, NO_BROWSER, Hostile, browsing, function_of, give_picture, listen, open_page
 
@@ -25,6 +30,7 @@ from page_server import request_of, serving, upload  # isort: skip
 from PIL import Image
 
 import vlabs
+from vlabs.demo_page import _searches
 from vlabs.errors import UserError
 from vlabs.page.answers import Page, example_pictures
 from vlabs.page.decoder import Decoder, decode
@@ -316,7 +322,7 @@ def test_a_request_that_is_none_is_one_sentence(server, client):
     number = function_of(client, "ask")
     good = request_of(number, "session", None, "Why?", "norm", 1, "")
     for body in (
-        b"", b"[" * 100_000, b"{" * 100_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
+        b"", b"[" * 60_000, b"{" * 60_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
         json.dumps(good)[:-1].encode(),
         *(json.dumps(good | change).encode() for change in (
             {"fn_index": None}, {"fn_index": 10**30}, {"fn_index": -1}, {"fn_index": "1"}, {"fn_index": True},
@@ -328,8 +334,8 @@ def test_a_request_that_is_none_is_one_sentence(server, client):
         assert answer.status_code in (400, 422), body[:80]
         assert "\n" not in answer.json()["detail"]
     for url in (JOIN, "/gradio_api/cancel"):
-        assert client.post(url, content=b"{" + b" " * 2**21).status_code == 413
-        assert client.post(url, content=(b" " * 2**16 for _ in range(40))).status_code == 413  # no length is announced
+        assert client.post(url, content=b"[" + b"[]," * 2**15).status_code == 413  # values take much more than text
+        assert client.post(url, content=(b" " * 2**14 for _ in range(40))).status_code == 413  # no length is announced
     form = "multipart/form-data; boundary=x"
     for kind, body in (
         (form, b"--x\r\nContent-Disposition: form-data\r\n\r\n"), (form, b"\0" * 500), (form, b""),
@@ -372,6 +378,50 @@ def test_uploads_are_bounded_and_nothing_of_them_or_of_broken_ones_stays(tmp_pat
         started.send_signal(signal.SIGINT)
         assert started.wait(30) == 130
     assert [path.name for path in tmp_path.glob("vlabs-page-*")] == [other.name]
+
+
+def test_connections_that_ask_nothing_are_in_nobodys_way(server):
+    host, port = server.address.removeprefix("http://").split(":")
+    opened = [socket.create_connection((host, int(port)), 5) for _ in range(250)]
+    for one in opened:
+        with suppress(OSError):
+            one.sendall(b"GET / HT")
+    assert httpx.get(f"{server.address}/config", timeout=20).status_code == 200
+    time.sleep(0.5)
+    closed = 0
+    for one in opened:
+        one.setblocking(False)
+        try:
+            closed += one.recv(1) == b""
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            closed += 1
+        one.close()
+    assert closed >= 140
+
+
+def test_a_folder_of_any_name_is_searched_and_an_index_of_another_model_is_not(tmp_path):
+    folder = tmp_path / "\udcff<b>"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    given = {"search_ckpt": "scenes_search", "images": [str(folder)], "index": tmp_path / "index", "device": "cpu"}
+    arguments = argparse.Namespace(**given, tokenizer=None, on_bad="error")
+    next(iter(_searches(arguments, True))).encode()  # as the form does
+    index = next((tmp_path / "index").glob("*.safetensors"))
+    with safetensors.safe_open(index, "pt") as file:
+        metadata = file.metadata()
+    for vectors in (torch.zeros(1, 3), torch.full((1, 64), float("nan")), torch.zeros(1, 64, dtype=torch.int64)):
+        safetensors.torch.save_file({"cls": vectors}, index, metadata=metadata)
+        with pytest.raises(UserError, match="holds no finite numbers of this model: remove it"):
+            _searches(arguments, True)
+
+
+def test_an_upload_folder_that_somebody_removed_is_one_line(tmp_path):
+    uploads = Uploads(tmp_path / "folder", Limits())
+    for _ in range(2):
+        with pytest.raises(UserError, match="no room for the picture"):
+            uploads.take(b"picture")
 
 
 def test_an_upload_is_gone_after_ten_minutes_and_a_full_folder_takes_no_more(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -18,11 +19,14 @@ import torch
 import transformers
 from conftest import assert_one_line_error, command
 from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 import vlabs
 from data_prep.engine.hub import check_sources
 from data_prep.readers.own import Source, write_table
-from vlabs.checkpoints.checkpoint import load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.card import model_card
+from vlabs.checkpoints.checkpoint import export_safetensors, load_checkpoint, packaged_starts, read_tensors
+from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.pretrained import text_from_pretrained, vit_from_timm
 from vlabs.checkpoints.released import load_released
 from vlabs.data.preprocessing import Preprocessing
@@ -30,7 +34,9 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, show
 from vlabs.models.registry import build, register
 from vlabs.runs.config import config_dir
+from vlabs.runs.record import read_config, read_summary
 from vlabs.runs.trusted import check_config
+from vlabs.training.callbacks.recording import Recorder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -90,6 +96,7 @@ def tamper(folder, file, *path, value):
         ("vision", "architecture", "local-dir:model"),
         ("vision", "drop_path_rate", "0.1"),
         ("vision", "img_size", True),
+        ("vision", "num_heads", -1),
         ("text", "quantization_config", {"load_in_4bit": True}),
         ("text", "auto_map", {"AutoModel": "code.Model"}),
         ("text", "_attn_implementation", "someone/kernels"),
@@ -153,7 +160,31 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, model):
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    weights["vision.vit.cls_token"][..., 0] = value
+    safetensors.torch.save_file(weights, model / "model.safetensors")
+    with pytest.raises(UserError, match=r"the weights vision\.vit\.cls_token are not finite"):
+        vlabs.load(model)
+
+
+def test_answers_of_no_numbers_are_refused(model):
+    tamper(model, "preprocessing.json", "std", value=[1e-320] * 3)
+    with pytest.raises(UserError, match=r"model\.safetensors answers with no finite numbers"):
+        vlabs.load(model).answer(Image.new("RGB", (40, 30), "red"), ["What is it?"])
+
+
 # Every file of a folder
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessing.json", "tokenizer.json"])
+def test_a_file_of_very_many_values_takes_no_memory(file, model):
+    (model / file).write_text('{"a": [' + "[]," * 3_000_000 + "[]]}")
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="more values"):
+        vlabs.load(model)
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -161,7 +192,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built
     [
         ("image_size", 1e5), ("image_size", 100_000), ("image_size", 0), ("image_size", "32"), ("image_size", True),
         ("image_size", 32), ("max_length", -1), ("max_length", 10**9), ("max_length", 400),
-        ("pad_to_max_length", "no"), ("answers", "yes"), ("answers", [1]), ("answers", ["a" * 2000]), ("answers", []),
+        ("pad_to_max_length", "no"), ("names", "yes"), ("names", [1]), ("names", ["a" * 2000]), ("names", []),
         ("mean", [0, 0]), ("mean", [0, 0, "a"]), ("std", [0, 0, 0]), ("std", [1, 1, 1e999]), ("std", None),
         ("pad_token_id", -1), ("pad_token_id", 10**6), ("crop", 0), ("crop", 2), ("crop", 1e-9), ("crop", "all"),
         ("file", "/etc/passwd"),
@@ -185,6 +216,19 @@ def test_files_that_are_not_what_they_say_are_one_line(file, content, model):
         vlabs.load(model)
 
 
+DOUBLE = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+
+
+def template(pieces, ids):
+    """What adds tokens to a text, `A`."""
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}} if one == "A" else {"SpecialToken": {"id": one, "type_id": 0}}
+        for one in pieces
+    ]
+    special = {"x": {"id": "x", "ids": ids, "tokens": ["x"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,6 +236,19 @@ def test_files_that_are_not_what_they_say_are_one_line(file, content, model):
         {"model": {"type": "Nothing"}},
         {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}},
         {"post_processor": {"type": "BertProcessing", "sep": ["x", 10**9], "cls": ["y", 10**9]}},
+        # What makes of a few letters more text than any memory holds.
+        {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 40}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 10**5}] * 2}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "a" * 10**5}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}] * 40,
+            }
+        },
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+        {"post_processor": template(["x"] * 2000, [0])},
+        {"post_processor": template(["x", "A"], [0] * 100)},
     ],
 )
 def test_a_tokenizer_that_makes_tokens_that_the_model_has_not_is_one_line(change, model):
@@ -310,6 +367,7 @@ def lora(content):
         (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', and holds"),
         (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', and holds"),
         (lambda c: c["vlabs"]["architecture"]["text"].update(pad_token_id=-5), "pad_token_id"),
+        (lambda c: c["vlabs"]["preprocessing"].update(max_length=60_000), "no text has over 8192"),
         (lambda c: c["vlabs"].update(architecture=None), "spec"),
         (lambda c: c["vlabs"].pop("architecture"), "spec"),
     ],
@@ -319,6 +377,39 @@ def test_a_checkpoint_that_was_tampered_with_is_one_line(change, message, whole,
     with pytest.raises(UserError, match=message) as refused:
         load_checkpoint(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vlabs"].pop("data"), "does not say its data"),
+        (lambda c: c["state_dict"].update({"model.z": c["state_dict"]["model.vision.vit.cls_token"]}), "share memory"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(change, message, whole, tmp_path):
+    path = checkpoint_of(whole, tmp_path, change)
+    with pytest.raises(UserError, match=message) as refused:
+        export_safetensors(path, tmp_path / "out.safetensors")
+    assert str(path) in str(refused.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: v * float("nan"), lambda v: v.to(torch.complex64), lambda v: v.to(torch.int8), lambda v: v > 0]
+)
+def test_a_training_begins_with_no_weights_that_are_no_numbers(change, whole, tmp_path):
+    name = "model.vision.vit.cls_token"
+    path = checkpoint_of(whole, tmp_path, lambda c: c["state_dict"].update({name: change(c["state_dict"][name])}))
+    with pytest.raises(UserError, match=r"init=.*a\.ckpt: the weights vision\.vit\.cls_token"):
+        initialize(load_checkpoint(whole).model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("vision.vit.pos_embed", (1, 0, 64)), ("fusion.token_type.weight", (0, 64))]
+)
+def test_weights_of_an_odd_shape_are_left_out_of_a_training(name, shape, whole, tmp_path):
+    path = checkpoint_of(whole, tmp_path, lambda c: c["state_dict"].update({f"model.{name}": torch.zeros(shape)}))
+    assert initialize(load_checkpoint(whole).model, path).left_out == [name]
 
 
 def test_a_header_that_is_itself_many_times_over_is_refused(whole, tmp_path):
@@ -511,6 +602,9 @@ def checked(folder, text, *arguments):
         "hydra: {callbacks: {x: {_target_: vlabs.models.lora.LoRA}}}",
         "defaults: [callbacks: evil]",
         "# @package hydra.callbacks\nx: 1",
+        "callbacks: 3",
+        "trainer: []",
+        "logger: null",
         "seed: ${oc.env:HOME}",
         "seed: '${oc.decode:7}'",
         "init_by: ['+callbacks.x._target_=os.system']",
@@ -529,6 +623,34 @@ def checked(folder, text, *arguments):
 def test_a_run_folders_config_names_nothing_but_parts_of_runs(text, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         checked(tmp_path, text)
+
+
+MERGES = "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}], b{n}: 1}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LAUGHS + "data: {}",
+        MERGES + "data: {}",
+        "data: {}\na: [" + "1, " * 400_000 + "1]",
+        "data: " + "{a: " * 3000 + "1" + "}" * 3000,
+    ],
+)
+def test_a_config_that_is_larger_than_it_looks_is_not_read(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    started = time.perf_counter()
+    assert read_config(tmp_path) is None
+    assert time.perf_counter() - started < 2
+    (tmp_path / "config.yaml").write_text("a: &a {b: 1}\ndata: *a\n")  # as people write it
+    assert read_config(tmp_path).data.b == 1
+
+
+def test_a_config_that_is_a_pickle_is_not_read(tmp_path):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    for arguments in ([f"--experimental-rerun={tmp_path}/config.pickle"], ["--experimental-rerun", "config.pickle"]):
+        with pytest.raises(UserError, match="--experimental-rerun reads a pickle"):
+            check_config(arguments, "train", Path(config_dir()))
 
 
 def test_what_a_run_folders_config_may_name(tmp_path):
@@ -559,6 +681,73 @@ def test_a_run_that_somebody_else_made_does_not_run_his_code(tiny_run, tmp_path,
         assert_one_line_error(refused, "config.yaml names os.mkdir", "trust=os")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "ran").exists()
+
+
+def moments(content):
+    one = content["optimizer_states"][0]["state"]
+    one[next(iter(one))]["exp_avg"] = torch.zeros(3)  # a fused step would write far beyond it
+
+
+def generator(content):
+    content["callbacks"]["GoOn"]["numpy"][2] = 10**6  # numpy would read there
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (moments, "exp_avg of the optimizer"),
+        (generator, "numpy's generator"),
+        (lambda c: c.update({"pytorch-lightning_version": "banana"}), "banana"),
+        (lambda c: c["loops"]["fit_loop"].update(epoch_progress={"total": "x"}), "is damaged"),
+        (lambda c: c.update(train_loader="x"), "is damaged"),
+        (lambda c: c["callbacks"]["Recorder"].update(summary={"overrides": 5}), "not a checkpoint that a run"),
+        (lambda c: c["vlabs"]["architecture"]["text"].update(num_hidden_layers=10**6), "many more parameters"),
+    ],
+)
+def test_a_last_checkpoint_that_was_tampered_with_is_one_line(change, message, tiny_run, tmp_path, in_process):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("wandb", "figures"))
+    (run / "checkpoints/last.ckpt.previous").unlink(missing_ok=True)
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, run / "checkpoints/last.ckpt")
+    refused = in_process("vlabs.train", [f"resume={run}", "trainer.max_epochs=3", "logger.mode=disabled"], tmp_path)
+    assert_one_line_error(refused, str(run / "checkpoints/last.ckpt"), message)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/../../secret", "secret", "memory://secret"])
+@pytest.mark.parametrize("key", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])
+def test_a_checkpoint_names_no_file_outside_of_the_folder_that_lightning_removes_or_sends(key, name, tmp_path):
+    folder, (secret, best) = str(tmp_path / "run/checkpoints"), (tmp_path / "secret", tmp_path / "run/checkpoints/a")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for file in (secret, best):
+        file.write_text("x")
+    said = {"secret": str(secret), "memory://secret": name}.get(name, f"{tmp_path}/run/{name}")
+    state = {"dirpath": folder, "best_model_path": str(best), "best_k_models": {str(best): 1}}
+    trainer = SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(folder)])
+    recorder = Recorder(SimpleNamespace(folder=tmp_path / "run"), lambda: None, {})
+    changed = {key: {said: 1} if key == "best_k_models" else said}
+    elsewhere = {"dirpath": str(tmp_path), "best_model_path": str(secret), "best_k_models": {}}
+    for change, keeps in (({}, True), (changed, False), (elsewhere, False)):
+        checkpoint = {"callbacks": {"ModelCheckpoint": state | change}}
+        recorder.on_load_checkpoint(trainer, None, checkpoint)
+        assert bool(checkpoint["callbacks"]) == keeps
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("summary.json", json.dumps({"status": "done", "overrides": [], "steps": "many", "best/val/x": "y"})),
+        ("summary.json", "[" * 100_000),
+        ("environment.json", json.dumps({"packages": None, "vlabs": ["x"]})),
+    ],
+)
+def test_a_run_folder_of_others_has_a_card(file, content, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("wandb", "figures"))
+    (run / file).write_text(content)
+    assert "many" not in str(model_card(load_checkpoint(run), run, "a/b"))
+    for one in ({"overrides": [{}]}, {"parts": [1]}, {"parts": [{"seconds": "x"}]}, {"parameters": "x"}):
+        (run / "summary.json").write_text(json.dumps({"status": "done", "overrides": []} | one))
+        assert read_summary(run) is None
 
 
 # Data sets
@@ -615,8 +804,8 @@ def test_what_data_and_checkpoints_say_steers_no_terminal(whole, tmp_path, capsy
     said = capsys.readouterr().out
     assert said == "a\\x1b[2J\\x07b\\x9b1m\n  c\\u202e\n"
     model = shutil.copytree(whole, tmp_path / "model")
-    answers = json.loads((model / "preprocessing.json").read_text())["answers"]
-    tamper(model, "preprocessing.json", "answers", value=[f"\x1b]0;{one}\x07" for one in answers])
+    answers = json.loads((model / "preprocessing.json").read_text())["names"]
+    tamper(model, "preprocessing.json", "names", value=[f"\x1b]0;{one}\x07" for one in answers])
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     asked = command("vlabs.predict", "--ckpt", model, "--image", "a.png", "--question", "What\x1b[31m?", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlabs.checkpoints.checkpoint import packaged_starts
-from vlabs.errors import UserError, one_line, run_cli
+from vlabs.errors import UserError, one_line, printable, run_cli
 from vlabs.page.answers import Page, example_pictures
 from vlabs.page.decoder import Decoder
 from vlabs.page.hosts import Hosts
@@ -106,7 +106,9 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     if pictures:  # what a first answer makes and keeps is there before anybody asks
         page.ask(uploads.keep(pictures[0]), "What is it?", "fusion", None, "")
     why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
-    blocks = build(page, f"Ask the model `{arguments.ckpt}` about a picture, and see where it looks.", examples, why)
+    blocks = build(
+        page, f"Ask the model `{printable(arguments.ckpt)}` about a picture, and see where it looks.", examples, why
+    )
 
     def ready(address: str) -> None:
         shown = "; whoever knows this address can use it" if "?" in address else ""
@@ -164,7 +166,8 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)
         skips, device = arguments.on_bad == "skip", find_device(arguments.device)
-        found["scenes" if own else folder] = Search(checkpoint, list_pictures(folder), arguments.index, device, skips)
+        search = Search(checkpoint, list_pictures(folder), arguments.index, device, skips)
+        found["scenes" if own else printable(folder)] = search
     return found
 
 

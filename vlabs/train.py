@@ -152,6 +152,15 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     record.fit_started = time.perf_counter()
     try:
         trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
+    except Exception as error:  # a checkpoint that was tampered with makes Lightning fail in every way there is
+        odd = isinstance(error, KeyError | IndexError | TypeError | ValueError | AttributeError)
+        if training.resumed is None or record.begun or not (odd or is_fault(error)):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{training.resumed} is damaged, or no run goes on from it here ({said}): start the run again "
+            "(VLABS_DEBUG=1 says where it fails)"
+        ) from error
     finally:
         last.listen_no_more()
     record.fit_ended = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vlabs.checkpoints.checkpoint import Checkpoint, history_of
 from vlabs.errors import UserError
+from vlabs.utils.plain import parse_json, read_text
 
 _PIPELINES = {"vqa": "visual-question-answering", "classify": "image-classification"}
 _USES = {
@@ -85,14 +85,14 @@ def model_card(
     ]
     if "command" in summary:
         lines.append(f"- command: `{summary['command']}`")
-    if "steps" in summary:
+    if isinstance(summary.get("steps"), int):
         lines.append(f"- {summary['steps']:,} steps, {summary.get('epochs', '?')} epochs")
     if environment:
-        packages = environment.get("packages", {})
+        packages = environment.get("packages") or {}
         versions = ", ".join(f"{one} {packages[one]}" for one in ("torch", "timm", "transformers") if one in packages)
         lines.append(f"- with vlabs {environment.get('vlabs', '?')}, {versions}, on {environment.get('device', '?')}")
     lines += ["", "## Metrics", ""]
-    rows = [("val, best of training", key, value) for key, value in best.items() if value is not None]
+    rows = [("val, best of training", key, value) for key, value in best.items() if isinstance(value, float)]
     rows += [
         (f"{values.get('data', '')} {values.get('split', '')}".strip(), key, value)
         for values in found
@@ -124,7 +124,7 @@ def _metrics(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = parse_json(read_text(path), str(path), finite=False)
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}

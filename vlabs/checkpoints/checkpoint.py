@@ -36,6 +36,7 @@ from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import check_absent, replacing
 from vlabs.utils.plain import check_plain, parse_json
+from vlabs.utils.tokenizer import check_tokenizer
 
 FORMAT = 1
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
@@ -130,11 +131,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
     """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
-    if missing := [name for name in ("task", "preprocessing", "data") if name not in header]:
-        raise UserError(
-            f"{path} holds a network alone: it does not say its {missing[0]}; "
-            "vlabs.VisionLanguageModel.from_pretrained loads it"
-        )
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
     preprocessing = check_header(header, path)
@@ -159,6 +155,11 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
     Raises:
         UserError: that is not as `header_of` writes it.
     """
+    if missing := [name for name in ("task", "preprocessing", "data") if name not in header]:
+        raise UserError(
+            f"{path} holds a network alone: it does not say its {missing[0]}; "
+            "vlabs.VisionLanguageModel.from_pretrained loads it"
+        )
     data, history, trained = header.get("data"), [], header.get("trained", [])
     if isinstance(data, dict):
         history = data.get("history", [])
@@ -171,11 +172,17 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
     if not named or not isinstance(trained, list) or not isinstance(header.get("preprocessing"), dict):
         raise UserError(f"{path} is damaged or not vlabs': its task, data or preprocessing is not as vlabs writes it")
     try:
-        return Preprocessing.from_plain(header["preprocessing"])
+        if isinstance(tokenizer := header["preprocessing"].get("tokenizer"), str) and tokenizer:
+            check_tokenizer(tokenizer, "its tokenizer")
+        made = Preprocessing.from_plain(header["preprocessing"])
+        if made.tokenizer and (length := len(made.token_ids(["a"])[0])) > made.max_length:
+            raise UserError(f"its tokenizer makes {length} tokens of a text, and {made.max_length} are taken")
+        return made
     except UserError as error:
         raise UserError(f"{path} is damaged or not vlabs': {error}") from None
 
 
+_LONGEST = 8192  # tokens; attention takes the square of it
 _OF_TEXTS = ("vqa", "snli_ve", "nlvr2", "retrieval", "pretrain", "naming")
 _NETWORKS: dict[str, type[nn.Module]] = {
     **dict.fromkeys(_OF_TEXTS, VisionLanguageModel),
@@ -228,6 +235,8 @@ def _check_fit(
     largest = max(preprocessing.largest_token_id, preprocessing.pad_token_id)
     if largest >= text.vocab_size:
         raise UserError(f"its tokenizer makes the token {largest}, and its text encoder knows {text.vocab_size}")
+    if preprocessing.max_length > _LONGEST:
+        raise UserError(f"its preprocessing makes {preprocessing.max_length} tokens, and no text has over {_LONGEST}")
     if preprocessing.max_length > text.max_length:
         raise UserError(
             f"its preprocessing makes {preprocessing.max_length} tokens, and its text encoder takes {text.max_length}"
@@ -426,10 +435,14 @@ def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool 
     content = read_tensors(path)
     if "vlabs" not in content:
         raise UserError(f"{path} is not a vlabs checkpoint: it does not say its architecture")
+    check_header(content["vlabs"], path)
     header = content["vlabs"] | {"data": _with_relative_folders(content["vlabs"]["data"])}
     tensors = {name: value.contiguous() for name, value in content["state_dict"].items() if name.startswith("model.")}
     with replacing(out) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(header)})
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata={"vlabs": json.dumps(header)})
+        except RuntimeError as error:  # tensors that share memory
+            raise UserError(f"{path} cannot be exported: {one_line(str(error))}") from None
     return out
 
 

@@ -16,6 +16,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
+from vlabs.models.registry import is_finite
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 
@@ -114,10 +115,17 @@ def initialize(
             f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
         ]
     for name, value in state.items():
+        if name in own and own[name].is_floating_point() and not (value.is_floating_point() and is_finite(value)):
+            raise UserError(f"init={source}: the weights {name} are {value.dtype} or not finite: they are damaged")
         if name in own and own[name].shape == value.shape:
             chosen[name] = value
             result.loaded.append(name)
-        elif name == "fusion.token_type.weight" and name in own and own[name].shape[1:] == value.shape[1:]:
+        elif (
+            name == "fusion.token_type.weight"
+            and name in own
+            and own[name].shape[1:] == value.shape[1:]
+            and len(value) > 1
+        ):
             # A second picture begins as the first (METER); what has a second one begins with its first.
             more = len(own[name]) - len(value)
             chosen[name] = torch.cat([value, value[1:2].expand(more, -1)]) if more > 0 else value[: len(own[name])]
@@ -168,5 +176,8 @@ def _resample(
     within = "encoder.vit." if isinstance(model, AbSViTClassifier) else "vision.vit."
     if not name.startswith(within):
         return None
-    resampled = vision.backbone.resample(name.removeprefix(within), value, target)
+    try:
+        resampled = vision.backbone.resample(name.removeprefix(within), value, target)
+    except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of no picture's shape
+        return None
     return None if resampled is None or resampled.shape != target.shape else resampled

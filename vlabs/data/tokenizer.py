@@ -8,6 +8,7 @@ from pathlib import Path
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
 from vlabs.utils.plain import check_files, read_text
+from vlabs.utils.tokenizer import check_tokenizer
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
@@ -57,6 +58,7 @@ def _whole(text: str, name: str) -> str:
     Raises:
         UserError: it is not.
     """
+    check_tokenizer(text, name)
     try:
         Preprocessing(1, text).check_tokenizer()
     except UserError as error:

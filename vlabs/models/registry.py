@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _LARGEST = 2**20  # of a number in an architecture
 _LARGEST_VOCABULARY = 2**24
+_COUNTS = re.compile(r"num_|depth|heads|size|dim|width|pictures")  # in the names of numbers that are not below 0
 
 
 def register(cls: type[ModuleT]) -> type[ModuleT]:
@@ -147,16 +149,13 @@ def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> n
         left_over: weights may be there that the module has no place for.
 
     Raises:
-        UserError: the spec names what vlabs does not have, or the weights are not its.
+        UserError: the spec names what vlabs does not have, or the weights are not its, or no numbers.
     """
-    _class_of(spec)
-    _check_numbers(spec)
     try:
-        with torch.device("meta"), _no_more_parameters_than(4 * len(weights) + 100):
-            model = build(spec)
-        if left_over:
-            weights = {name: weights[name] for name in model.state_dict() if name in weights}
-        _check_shapes(model, weights)
+        weights = check_spec(spec, weights, left_over)
+        wrong = [name for name, value in weights.items() if value.is_floating_point() and not is_finite(value)]
+        if wrong:
+            raise UserError(f"the weights {wrong[0]} are not finite: they are of a training that failed, or damaged")
         module = build(spec)
         module.load_state_dict(weights)
     except UserError:
@@ -164,6 +163,31 @@ def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> n
     except Exception as error:  # a spec that was tampered with makes the parts fail in every way there is
         raise UserError(one_line(str(error)) or type(error).__name__) from None
     return module
+
+
+def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> dict[str, Tensor]:
+    """The weights of the module that a spec describes, of which no more than shapes are made.
+
+    Args:
+        weights: may be on the device `meta`.
+        left_over: as of `restore`.
+
+    Raises:
+        UserError: as of `restore`.
+    """
+    _class_of(spec)
+    _check_numbers(spec)
+    with torch.device("meta"), _no_more_parameters_than(4 * len(weights) + 100):
+        model = build(spec)
+    if left_over:
+        weights = {name: weights[name] for name in model.state_dict() if name in weights}
+    _check_shapes(model, weights)
+    return weights
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all values of a float tensor are numbers."""
+    return math.isfinite(value.float().sum()) or bool(value.float().isfinite().all())
 
 
 def _check_numbers(value: Any, name: str = "") -> None:
@@ -174,7 +198,7 @@ def _check_numbers(value: Any, name: str = "") -> None:
             _check_numbers(one, key)
         elif isinstance(one, int | float):
             most = _LARGEST_VOCABULARY if "vocab" in key else _LARGEST
-            if not math.isfinite(one) or abs(one) > most:
+            if not math.isfinite(one) or abs(one) > most or (one < 0 and _COUNTS.search(key)):
                 raise UserError(f"the checkpoint's {key}={_short(one)} is out of range")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlabs.attention.maps import default_map
 from vlabs.page.answers import Page
+from vlabs.page.connection import Connection
 from vlabs.page.hosts import Hosts, in_address, is_loopback
 from vlabs.page.line import Line
 from vlabs.page.server import make_app
@@ -24,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 
 _WAITING = 100  # requests in line; more are told to come back
+_CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
 _CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
 .card { flex: 0 1 30%; min-width: 170px; max-width: 260px; margin: 0; }
@@ -145,7 +147,10 @@ def serve(page: Page, blocks: gr.Blocks, listener: socket.socket, host: str, oth
     functions = {n: (one.fn, len(one.inputs)) for n, one in blocks.fns.items() if one.fn is not None}
     line = Line(_WAITING)
     app = make_app(form, functions, line, page.uploads, Hosts(host, port, others), token)
-    config = uvicorn.Config(app, log_level="error", server_header=False, timeout_graceful_shutdown=1, ws="none")
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", log_level="error", server_header=False, timeout_graceful_shutdown=1,
+        limit_concurrency=_CONNECTIONS, backlog=_CONNECTIONS,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     running = threading.Thread(target=server.run, args=([listener],), daemon=True)
     with ExitStack() as at_end:

@@ -34,7 +34,7 @@ from vlabs.page.line import Line
 from vlabs.page.uploads import LOOK, Uploads
 
 _API = "/gradio_api"
-_JSON = 2**20  # bytes of a request that is no upload
+_JSON = 2**16  # bytes of a request that is no upload; as values they take very many times that
 _AROUND = 2**16  # bytes of a form around its file
 _PAUSE, _SLOWEST = 30.0, 300.0  # seconds between parts of a body, and of all of it
 _DRAINED = 2**26  # bytes that are read and thrown away, so that a client can read why
@@ -300,7 +300,8 @@ def _bounded(request: Request, most: int, around: int = 0) -> Receive:
             raise HTTPException(408, "the request took too long to come", {"Connection": "close"}) from None
         received += len(message.get("body", b""))
         if max(received, _announced(request.headers)) > most + around:
-            await _drain(request)
+            if message.get("more_body", False):
+                await _drain(request)
             raise HTTPException(413, _too_large(most))
         return message
 

@@ -71,7 +71,7 @@ class Uploads:
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.folder = folder
         self.limits = limits
-        self._came: dict[str, float] = {}
+        self._came: dict[str, tuple[float, int]] = {}  # when, and how many bytes
         self._kept: dict[str, bytes] = {}
 
     def keep(self, path: Path) -> str:
@@ -99,11 +99,11 @@ class Uploads:
         if len(content) > self.limits.bytes:
             raise UserError(f"the file has more than {self.limits.megabytes:g} MB, which are allowed: make it smaller")
         self.remove_old()
-        there = sum(entry.stat().st_size for entry in os.scandir(self.folder) if _NAME.fullmatch(entry.name))
+        there = sum(size for _, size in list(self._came.values()))
         if there + len(content) > _ROOM * self.limits.bytes:
             raise UserError("very many pictures have come within ten minutes: try again in some")
         name = secrets.token_hex(16)
-        self._came[name] = time.monotonic()
+        self._came[name] = time.monotonic(), len(content)
         try:
             (self.folder / name).write_bytes(content)
         except OSError as error:
@@ -120,7 +120,7 @@ class Uploads:
         if isinstance(name, str) and _NAME.fullmatch(name):
             if name in self._kept:
                 return self._kept[name]
-            if time.monotonic() - self._came.get(name, -KEPT) < KEPT:
+            if time.monotonic() - self._came.get(name, (-KEPT, 0))[0] < KEPT:
                 with suppress(OSError):
                     file = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
                     with open(file, "rb") as opened:
@@ -135,7 +135,7 @@ class Uploads:
     def remove_old(self) -> None:
         """Remove what came long ago; to be called every `LOOK` seconds."""
         now = time.monotonic()
-        for name, came in list(self._came.items()):
+        for name, (came, _) in list(self._came.items()):
             if now - came >= KEPT:
                 self.remove(name)
 

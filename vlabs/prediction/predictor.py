@@ -139,8 +139,10 @@ class Predictor:
         output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior, alpha)
         answers = self.preprocessing.names
         logits = output.logits.detach().float()
-        if alpha is not None and not logits.isfinite().all():
-            raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
+        if not logits.isfinite().all():
+            if alpha is not None:
+                raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
+            raise UserError(f"{self.path} answers with no finite numbers: it, or its preprocessing, is damaged")
         probabilities = self.model.head.probabilities(logits)  # type: ignore[operator]
         best, ids = probabilities.topk(min(top, len(answers)), dim=1)
         maps = maps_by_name[map_name].cpu().numpy()

@@ -68,7 +68,11 @@ class Search:
             index = ImageIndex(index_dir.expanduser() / f"{content_sha256(checkpoint.path)[:16]}.safetensors")
             digests = [content_sha256(path) for path in self.pictures]
             index.add(zip(digests, self.pictures, strict=True), self._bottom_up_cls)
-            self.seen = torch.stack([index.vectors[digest] for digest in digests])
+            vectors = [index.vectors[digest] for digest in digests]
+            width = self.model.vision.width
+            if not all(one.shape == (width,) and one.is_floating_point() and one.isfinite().all() for one in vectors):
+                raise UserError(f"{index.path} holds no finite numbers of this model: remove it")
+            self.seen = torch.stack(vectors)
 
     @torch.inference_mode()
     def _bottom_up_cls(self, path: Path) -> Tensor:

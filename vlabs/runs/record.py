@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 import shutil
 import sys
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlabs.errors import UserError
 from vlabs.utils.files import is_marked, locked, mark, reason_of, unmark, write_json
+from vlabs.utils.plain import parse_config, parse_json, read_text
 from vlabs.utils.ranks import is_rank_zero
 
 # What a run writes into its folder.
@@ -34,8 +35,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A small file of a run; None where it is not there or, which is said in a line, cannot be read."""
     if not path.is_file():
         return None
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError):
+        content = parse_json(read_text(path), str(path), finite=False)
         if isinstance(content, dict):
             return content
     say_left_out(path)
@@ -45,10 +46,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_summary(run: Path) -> dict[str, Any] | None:
     """summary.json of a run folder; None where it is not there or, which is said in a line, cannot be read."""
     summary = read_json(run / "summary.json")
-    if summary is None or (isinstance(summary.get("status"), str) and isinstance(summary.get("overrides"), list)):
+    if summary is None or is_summary(summary):
         return summary
     say_left_out(run / "summary.json")
     return None
+
+
+def is_summary(found: Mapping[str, Any]) -> bool:
+    """Whether what a file or a checkpoint holds may be what `Record` has written."""
+    parts, overrides = found.get("parts", []), found.get("overrides")
+    return (
+        isinstance(found.get("status"), str)
+        and all(isinstance(found.get(name) or 0, int | float) for name in ("parameters", "fit_seconds", "seconds"))
+        and isinstance(overrides, list)
+        and all(isinstance(item, str) for item in overrides)
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) for part in parts)
+        and all(isinstance(part.get(name) or 0, int | float) for part in parts for name in ("fit_seconds", "seconds"))
+    )
 
 
 def read_config(run: Path) -> DictConfig | None:
@@ -56,8 +71,8 @@ def read_config(run: Path) -> DictConfig | None:
     if not (path := run / "config.yaml").is_file():
         return None
     try:
-        config = OmegaConf.load(path)
-    except Exception:  # a damaged file makes the parser fail in every way there is
+        config = OmegaConf.create(parse_config(read_text(path), str(path)))
+    except (UserError, OmegaConfBaseException):
         return None
     content = OmegaConf.to_container(config, resolve=False)  # it may be somebody else's: nothing is looked up
     is_whole = isinstance(content, dict) and isinstance(content.get("data"), dict)

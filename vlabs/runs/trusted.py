@@ -14,19 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.utils import get_args_parser
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
-from omegaconf._utils import get_yaml_loader
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import Precision
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError
 from vlabs.models.registry import registered_names
-from vlabs.utils.plain import check_plain, is_inside, read_text
+from vlabs.utils.plain import is_inside, parse_config, read_text
 
 _LIGHTNING = (Callback, Trainer, Logger, Profiler, Strategy, Precision, CheckpointIO, ClusterEnvironment)
 _EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # of the configs of earlier runs
@@ -49,6 +47,10 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
     """
     arguments = [re.sub(r"^\+*trust=", "++trust=", item) for item in arguments]
     given = get_args_parser().parse_known_args(arguments)[0]
+    if given.experimental_rerun is not None:
+        raise UserError(
+            "--experimental-rerun reads a pickle, which may run anything: name the config, --config-dir=RUN"
+        )
     if given.config_name is None and given.config_path is None:
         return arguments
     name = (given.config_name or program).removesuffix(".yaml")
@@ -76,16 +78,13 @@ def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
     text = read_text(path)
     if re.search(r"^\s*#\s*@", text, re.M):
         raise UserError(f"{path} says where in the config it belongs (# @package): a run's config is a whole one")
-    try:
-        content = yaml.load(text, Loader=get_yaml_loader())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {one_line(str(error))}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no config")
-    check_plain(content, str(path), most=20_000, finite=False)
+    content = parse_config(text, str(path))
     for key in ("hydra", "defaults"):
         if key in content:
             raise UserError(f"{path} has '{key}', which decides what Hydra reads and runs: a run's config has none")
+    for key in _GROUPS:
+        if not isinstance(content.get(key, {}), dict):
+            raise UserError(f"{path} is damaged: its {key} is {content[key]!r:.40} and no group of options")
     for where, value in _texts(content):
         if where.rpartition(".")[2] == "_target_":
             if value is not None and not _is_allowed(str(value), own, trusted):
@@ -102,6 +101,7 @@ def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
             raise UserError(f"{path} has init_by={item}, which is no plain option: pass init_by=null, or your own")
 
 
+_GROUPS = ("task", "model", "data", "trainer", "callbacks", "logger", "checkpoints")
 _LOOKED_UP = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _UNSAFE = r"^[+~]*(hydra|trust|resume)\b|_target_"
 

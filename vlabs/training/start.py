@@ -14,16 +14,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from vlabs.checkpoints.checkpoint import packaged_starts, read_tensors
+from vlabs.checkpoints.checkpoint import check_header, packaged_starts, read_tensors
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import merge_adapters
-from vlabs.models.registry import build
-from vlabs.runs.record import read_summary
+from vlabs.models.registry import build, check_spec
+from vlabs.runs.record import is_summary, read_summary
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import previous_of
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.lightning_state import validation_is_next
+from vlabs.utils.plain import check_plain
 from vlabs.utils.ranks import say
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ class Last:
         validates: the run goes on with a validation.
         callbacks: the states of the callbacks.
         shapes: of the weights, by name; adapters are merged.
+        weights: of the model, without their values.
+        moments: of the optimiser, in the order of its parameters: shapes by name.
         groups: of the optimiser: name, and how many parameters it has.
         changed: the options that are not as they were, with the values of then and now.
     """
@@ -81,7 +84,9 @@ class Last:
     validates: bool
     callbacks: dict[str, Any]
     shapes: dict[str, torch.Size]
+    weights: dict[str, Tensor]
     groups: list[tuple[str, int]]
+    moments: list[dict[str, torch.Size]]
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -99,15 +104,17 @@ class Last:
     @property
     def preprocessing(self) -> Preprocessing:
         """Of images and texts, with tokenizer and vocabulary."""
-        return self._made(lambda: Preprocessing.from_plain(self.header["preprocessing"]))
+        return self._made(lambda: check_header(self.header, self.path))
 
     def model(self) -> nn.Module:
         """The model, with fresh weights: nothing outside the run is asked for its parts.
 
         Raises:
-            UserError: the checkpoint does not say of which parts it is made.
+            UserError: the checkpoint does not say of which parts it is made, or its weights are not of these.
         """
-        return self._made(lambda: build(self.header["architecture"]))
+        spec: Any = self.header.get("architecture")
+        self._made(lambda: check_spec(spec, self.weights))
+        return self._made(lambda: build(spec))
 
     def _made(self, make: Callable[[], T]) -> T:
         try:
@@ -125,8 +132,21 @@ class Last:
         for name in dict.fromkeys([*self.shapes, *shapes]):
             if self.shapes.get(name) != shapes.get(name):
                 return name
-        groups = _groups(task.recipe.optimizer(task, task.lr_group).state_dict())
-        return next((one[0] for one in [*groups, *self.groups] if one not in groups or one not in self.groups), None)
+        optimizer = task.recipe.optimizer(task, task.lr_group)
+        groups = _groups(optimizer.state_dict())
+        for one in [*groups, *self.groups]:
+            if one not in groups or one not in self.groups:
+                return one[0]
+        # Fused optimisers write to what they are told are moments of a parameter, whatever their sizes.
+        sizes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+        for size, moments in zip(sizes, self.moments, strict=True):
+            for name, found in moments.items():
+                if (name == "step" and found) or (name in _MOMENTS and found != size):
+                    return f"{name} of the optimizer"
+        return None
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 def last_whole(run_dir: Path, resume: str) -> Last:
@@ -160,21 +180,38 @@ def _checkpoints(run_dir: Path) -> tuple[Path, Path]:
 def _read(path: Path, resume: str) -> Last:
     content = read_tensors(path)
     try:
+        _check_record(content["callbacks"], path)
+        state, optimizer = content["state_dict"], content["optimizer_states"][0]
         return Last(
             path,
             dict(content["vlabs"]),
             int(content["global_step"]),
             validation_is_next(content["loops"]),
             dict(content["callbacks"]),
-            _shapes(content["state_dict"]),
-            _groups(content["optimizer_states"][0]),
+            _shapes(state),
+            {name.removeprefix("model."): one.to("meta") for name, one in state.items() if name.startswith("model.")},
+            _groups(optimizer),
+            [_shapes(optimizer["state"].get(n, {})) for group in optimizer["param_groups"] for n in group["params"]],
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise UserError(f"resume={resume}: {path} is not a checkpoint that a run of vlabs goes on from") from None
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
+def _check_record(callbacks: Mapping[str, Any], path: Path) -> None:
+    """Raise an error if what a checkpoint holds of the run's own record is not as it was written."""
+    kept = callbacks.get(Recorder.__qualname__)
+    if kept is None:  # of an earlier version
+        return
+    check_plain(kept, f"{path}: the record of its run", finite=False)
+    summary = kept.get("summary") or {}
+    if not (isinstance(kept["folder"], str) and isinstance(kept.get("config", {}), dict)):
+        raise TypeError
+    if summary and not is_summary(summary):
+        raise TypeError
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _groups(optimizer: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -9,12 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf._utils import get_yaml_loader
+
 from vlabs.errors import UserError, one_line
 
 LARGEST = 64 * 2**20
 """Bytes of a file of plain data, at most."""
 _DEEPEST = 50
 _MOST = 2_000_000  # values
+_LARGEST_CONFIG = 2**20  # characters
+_MOST_OF_CONFIG = 20_000
+_MOST_ALIASES = 20
 
 
 def read_text(path: Path) -> str:
@@ -56,21 +62,58 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
             raise UserError(f"{path} is no regular file")
 
 
-def parse_json(text: str, name: str) -> Any:
+def parse_json(text: str, name: str, finite: bool = True) -> Any:
     """What a JSON text holds.
 
     Args:
         name: of the file, for messages.
+        finite: numbers must be.
 
     Raises:
         UserError: it is no JSON, or not plain, see `check_plain`.
     """
     try:
+        if text.count(",") > _MOST:  # each may be a value, which takes many times its bytes
+            raise ValueError("it has more values than any that vlabs writes")
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON: {one_line(str(error))}") from None
-    check_plain(value, name)
+    check_plain(value, name, finite=finite)
     return value
+
+
+class _Config(get_yaml_loader()):  # type: ignore[misc]
+    """YAML with a few aliases at most, as people write it; a few lines of them make values without end."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """See `yaml.composer.Composer`."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > _MOST_ALIASES:
+            raise yaml.YAMLError("it has very many aliases (*name)")
+        return super().compose_node(parent, index)
+
+
+def parse_config(text: str, name: str) -> dict[str, Any]:
+    """What the YAML text of a config holds, which is plain data; numbers may be infinite.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        UserError: it is no config, or larger than any.
+    """
+    try:
+        if len(text) > _LARGEST_CONFIG:
+            raise ValueError("it is larger than any config")
+        content = yaml.load(text, Loader=_Config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} is damaged: {one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name} is damaged: it holds no config")
+    check_plain(content, name, most=_MOST_OF_CONFIG, finite=False)
+    return content
 
 
 def check_plain(value: Any, name: str, most: int = _MOST, finite: bool = True) -> None:

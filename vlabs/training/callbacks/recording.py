@@ -56,15 +56,19 @@ class Recorder(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Move what other callbacks say of files in the run folder to where it is; forget a best one that is gone."""
+        """Move what other callbacks say of files in the run folder to where it is; forget a best one that is gone, and
+        files outside of the folder that a callback writes to: it removes some where it has better ones.
+        """
         states = checkpoint["callbacks"]
         then, now = _folder_of(states), os.path.realpath(self.record.folder)
         if then is not None:
             states.update(_moved(states, then, now))
+        folders = {str(getattr(one, "dirpath", None)) for one in trainer.checkpoint_callbacks}
         for name, state in list(states.items()):
-            best = state.get("best_model_path") if isinstance(state, dict) else None
-            if best and not Path(best).is_file():
-                del states[name]
+            if isinstance(state, dict) and "best_model_path" in state:
+                best = state["best_model_path"]
+                if state.get("dirpath") not in folders or not _is_at_home(state) or (best and not Path(best).is_file()):
+                    del states[name]
 
 
 def _folder_of(states: dict[str, Any]) -> str | None:
@@ -73,6 +77,13 @@ def _folder_of(states: dict[str, Any]) -> str | None:
         return str(own["folder"])
     kept = [Path(str(state["dirpath"])) for state in states.values() if isinstance(state, dict) and "dirpath" in state]
     return next((str(path.parent) for path in kept if path.name == "checkpoints"), None)
+
+
+def _is_at_home(state: dict[str, Any]) -> bool:
+    """Whether the files that a callback says it has written are in the folder that it says."""
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    paths = [Path(path) for path in (*map(state.get, names), *(state.get("best_k_models") or {})) if path]
+    return all(path.is_relative_to(state["dirpath"]) and ".." not in path.parts for path in paths)
 
 
 def _moved(value: Any, then: str, now: str) -> Any:

@@ -258,8 +258,10 @@ class GoOn(pl.Callback):
         state, self.generators = self.generators, None
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        name, keys, place, *rest = state["numpy"]
+        if not 0 <= place <= len(keys):
+            raise ValueError(f"numpy's generator is at {place}")  # it would read there
+        np.random.set_state((name, keys.numpy().astype(np.uint32), place, *rest))
         torch.set_rng_state(state["torch"].cpu())
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
