@@ -66,4 +66,5 @@ def test_one_script_has_all_commands(tmp_path):
     missing = subprocess.run([script, "evaluate", "task=vqa"], capture_output=True, text=True, cwd=tmp_path)
     assert_one_line_error(missing, "ckpt")
     for command in usage.stdout.split("\n\n")[1].splitlines():
-        assert __import__("importlib").util.find_spec(f"vlabs.{command.split()[0].replace('-', '_')}"), command
+        name = command.split()[0].replace("-", "_")
+        assert __import__("importlib").util.find_spec("data_prep.__main__" if name == "prepare" else f"vlabs.{name}")

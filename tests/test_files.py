@@ -1,12 +1,13 @@
 """What vlabs writes is whole or not there, and never in the place of something of the user's."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from vlabs.errors import UserError
-from vlabs.utils.files import locked, new_file, new_folder, replacing, write_text
+from vlabs.utils.files import locked, new_file, new_folder, replacing, write_json, write_text
 
 
 def in_another_process(code, *arguments):
@@ -19,10 +20,14 @@ def in_another_process(code, *arguments):
 
 def test_a_file_is_replaced_when_it_is_whole_and_left_alone_when_it_is_not(tmp_path):
     path = write_text(tmp_path / "a", "before")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "half \ud800")
+    with pytest.raises(TypeError):
+        write_text(path, 3)
     assert (path.read_text(), list(tmp_path.iterdir())) == ("before", [path])
     assert path.stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o777
+
+
+def test_names_that_are_no_utf8_are_written_as_their_escapes(tmp_path):
+    assert json.loads(write_json(tmp_path / "a.json", ["caf\udce9", "é"]).read_text()) == ["caf\udce9", "é"]
 
 
 def test_leftovers_of_a_killed_process_go_and_what_another_writes_now_stays(tmp_path):

@@ -28,7 +28,7 @@ CAPTIONS = ["a dog", "two men in the rain", "one", "a red bus stops near a very 
 
 @pytest.fixture(scope="module")
 def preprocessing() -> Preprocessing:
-    from data_prep.engine.pipeline import train_tokenizer
+    from data_prep.engine.folder import train_tokenizer
 
     return Preprocessing(image_size=32, tokenizer=train_tokenizer(CAPTIONS * 3, 300).to_str(), max_length=16)
 

@@ -553,7 +553,7 @@ def test_a_tokenizers_folder_runs_nothing_and_names_no_file_of_its_own(tmp_path,
         read_tokenizer(str(folder), tmp_path)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").write_text("secret")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_tokenizer(str(folder), tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -804,8 +804,8 @@ def test_what_data_and_checkpoints_say_steers_no_terminal(whole, tmp_path, capsy
     said = capsys.readouterr().out
     assert said == "a\\x1b[2J\\x07b\\x9b1m\n  c\\u202e\n"
     model = shutil.copytree(whole, tmp_path / "model")
-    answers = json.loads((model / "preprocessing.json").read_text())["names"]
-    tamper(model, "preprocessing.json", "names", value=[f"\x1b]0;{one}\x07" for one in answers])
+    answers = json.loads((model / "preprocessing.json").read_text())["answers"]
+    tamper(model, "preprocessing.json", "answers", value=[f"\x1b]0;{one}\x07" for one in answers])
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     asked = command("vlabs.predict", "--ckpt", model, "--image", "a.png", "--question", "What\x1b[31m?", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr

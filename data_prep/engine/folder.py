@@ -144,9 +144,14 @@ def write_datasets_files(folder: Path, data_files: Sequence[str], sha256: str, f
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
-    """Train a byte-level BPE tokenizer in RoBERTa's form (`<s> text </s>`, padding id 1; no text has unknown tokens)
-    and write it into a prepared folder."""
+    """Train a tokenizer and write it into a prepared folder."""
     print("training the tokenizer")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    train_tokenizer(texts, vocab_size).save(str(folder / "tokenizer" / "tokenizer.json"))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE tokenizer in RoBERTa's form: `<s> text </s>`, padding id 1; no text has unknown tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -160,5 +165,4 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return tokenizer

@@ -131,6 +131,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
     """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
+    if header.get("format") is None:
+        raise UserError(
+            f"{path} does not say its preprocessing and checkpoint format: it is the weights of a model alone"
+        )
     if header.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
     preprocessing = check_header(header, path)

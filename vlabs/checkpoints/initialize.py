@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
 from vlabs.checkpoints.released import find_state, load_released, task_of
-from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
@@ -105,7 +104,8 @@ def initialize(
     own: dict[str, Tensor] = dict(model.state_dict())
     result = Initialized(path, history=history_of(content["vlabs"]["task"], content["vlabs"]["data"]))
     chosen: dict[str, Tensor] = {}
-    known = Preprocessing.from_plain(content["vlabs"]["preprocessing"]).names
+    plain = content["vlabs"]["preprocessing"]
+    known = plain.get("names", plain.get("answers", []))
     head = getattr(model, "head", None)
     if isinstance(head, VQAHead) and known:
         moved = _move_answers(state, own, known, answers)
