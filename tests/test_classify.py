@@ -432,9 +432,19 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
 
 
 @pytest.mark.parametrize(
-    "option", [{"rand_augment": "rand-m9-n2"}, {"max_length": 20}, {"bucket_batches": 4}, {"scaled_decoding": False}]
+    "option",
+    [
+        {"rand_augment": "rand-m9-n2"},
+        {"max_length": 20},
+        {"bucket_batches": 4},
+        {"scaled_decoding": False},
+        {"texts_per_image": 2},
+        {"names": ["a"]},
+        {"sets": {}},
+        {"preprocessing": "x"},
+    ],
 )
 def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
     name = next(iter(option))
-    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of batch_size, .*num_workers"):
+    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of aug.*num_workers"):
         ClassDataModule(objects, **option)

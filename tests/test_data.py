@@ -15,6 +15,7 @@ from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQADataModule, VQADataset, list_questions
+from vlabs.errors import UserError
 
 
 def make_data(tiny_data, **options):
@@ -180,3 +181,18 @@ def test_a_batch_that_cannot_be_handed_over_ends_its_process_and_is_not_waited_f
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert ended.returncode != 0
     assert "a loader process cannot hand over a batch" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "option", [{"texts_per_image": 2}, {"captions_per_image": 2}, {"names": ["a"]}, {"folders": {"a": "b"}},
+               {"sets": {"a": "b"}}, {"crop": 0.5}, {"preprocessing": "x"}]
+)  # fmt: skip
+def test_options_of_other_data_are_refused_and_those_of_these_are_named(option, tiny_data):
+    name = next(iter(option))
+    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of .*minival_images.*questions_per"):
+        VQADataModule(tiny_data, image_size=32, **option)
+
+
+def test_a_number_of_texts_is_refused_by_the_name_that_it_was_given(tiny_data):
+    with pytest.raises(UserError, match="data.questions_per_image=0 must be a whole number, at least 1"):
+        VQADataModule(tiny_data, image_size=32, questions_per_image=0)

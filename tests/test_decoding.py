@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -121,3 +123,17 @@ def test_what_is_no_picture_by_its_name_is_not_searched(tmp_path):
     for name in ("a.jpg", "b.PNG", "c.tif", "d.pdf", "e.mpg", "f.eps", "g.txt", "h.ps", "i.h5"):
         (tmp_path / name).touch()
     assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.PNG", "c.tif"]
+
+
+def test_of_sixteen_bits_too_what_is_transparent_is_white():
+    values = np.array([[7, 0], [65535, 7]], dtype=np.uint16)
+    content = saved(Image.fromarray(values), "PNG", transparency=7)
+    assert np.asarray(decode_image(content, "picture"))[..., 0].tolist() == [[255, 0], [255, 255]]
+
+
+def test_what_pillow_says_of_a_damaged_exif_is_nobodys_concern(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0"
+    (tmp_path / "a.jpg").write_bytes(saved(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    code = "import sys; from vlabs.data.decoding import decode; decode(open('a.jpg', 'rb').read())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")

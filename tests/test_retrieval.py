@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
-from vlabs.data.prepared import load_split
+from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
@@ -578,3 +580,19 @@ def test_wrong_searches_are_one_line(options, part, fine_tuned, tmp_path, monkey
     assert stop.value.code == 1
     assert part in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+def test_sets_whose_ids_are_numbers_and_texts_are_trained_on_together(tiny_captions, tmp_path):
+    shutil.copytree(tiny_captions, tmp_path / "texts")
+    for split in read_manifest(tiny_captions)["splits"]:
+        rows = load_split(tiny_captions, split)
+        ids = [[f"0{one}" for one in of] for of in rows["caption_id"]]
+        strings = datasets.List(datasets.Value("string"))
+        rows = rows.remove_columns("caption_id").add_column("caption_id", ids, feature=strings)
+        shutil.rmtree(tmp_path / "texts" / split)
+        rows.save_to_disk(tmp_path / "texts" / split)
+    for sets in ((tiny_captions, tmp_path / "texts"), (tmp_path / "texts", tiny_captions)):
+        data = CaptionDataModule(sets[0], {"other": sets[1]}, image_size=16, num_workers=0)
+        found = [one for batch in data.val_dataloader() for one in batch.caption_ids]
+        of_numbers = [str(one) for of in load_split(tiny_captions, "val")["caption_id"] for one in of]
+        assert sorted(found) == sorted(of_numbers + [f"0{one}" for one in of_numbers])

@@ -5,12 +5,15 @@ import json
 import tarfile
 import zipfile
 from functools import partial
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, command
+from omegaconf import OmegaConf
 from PIL import Image
 from test_models import make_vision
 
@@ -18,9 +21,11 @@ from data_prep.readers.segmentation import VOC_CLASSES, prepare_masks
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.programs import write_programs
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
-from vlabs.data.prepared import CITYSCAPES, IGNORED, load_split, read_classes, read_manifest
+from vlabs.data.prepared import CITYSCAPES, IGNORED, MASK_FEATURES, load_split, read_classes, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
+from vlabs.evaluation.base import Setting
+from vlabs.evaluation.segment import SegmentEvaluation
 from vlabs.metrics.segmentation import class_iou, mean_iou, region_iou
 from vlabs.models.registry import build
 from vlabs.models.segmentation import UperNet, assemble_segmenter
@@ -584,3 +589,27 @@ def test_of_instances_the_smaller_one_counts_and_a_crowd_does_not(tmp_path):
     assert mask[7, 12] == 1
     assert mask[12, 17] == 2
     assert mask[28, 38] == 0
+
+
+def test_more_classes_than_a_byte_holds_are_measured_written_and_drawn(tmp_path):
+    truth = np.arange(300, dtype=np.uint16).reshape(20, 15)
+    truth[0, 0] = IGNORED
+    row = {"image_id": 1, "name": "a", "image": picture(15, 20), "mask": encoded(truth)}
+    rows = datasets.Dataset.from_list([row], features=MASK_FEATURES)
+    rows.save_to_disk(tmp_path / "data/val")
+    (tmp_path / "data/classes.json").write_text(json.dumps([f"c{n}" for n in range(300)]))
+    (tmp_path / "data/manifest.json").write_text(json.dumps({"kind": "masks", "splits": {"val": {}}}))
+    data = MaskDataModule(tmp_path / "data", image_size=16, num_workers=0)
+
+    class Right(torch.nn.Module):
+        def forward(self, images):
+            right = torch.from_numpy(np.minimum(truth, 299).astype(np.int64))
+            return SimpleNamespace(logits=F.one_hot(right, 300).permute(2, 0, 1)[None].float())
+
+    checkpoint = SimpleNamespace(segmenter=Right(), preprocessing=data.preprocessing, data={}, path="x")
+    (tmp_path / "ev").mkdir()
+    trainer = OmegaConf.create({"accelerator": "cpu", "enable_progress_bar": False})
+    found = SegmentEvaluation(predictions=True).run(checkpoint, data, Setting("val", tmp_path / "ev", trainer))
+    assert (found["miou"], found["pixel_accuracy"]) == (100, 100)
+    written = np.asarray(Image.open(tmp_path / "ev/predictions/a.png"))
+    assert (written.ravel()[1:] == truth.ravel()[1:]).all()

@@ -18,6 +18,7 @@ from data_prep.readers.nlvr2 import NLVR2
 from data_prep.readers.snli_ve import SNLIVE
 from data_prep.scenes.corpus import make_scenes
 from data_prep.scenes.render import SIZES
+from vlabs.attention.pictures import questions_figure
 from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.images import decode_region
@@ -25,6 +26,7 @@ from vlabs.data.prepared import load_split, read_labels, read_manifest
 from vlabs.data.statements import StatementDataModule
 from vlabs.errors import UserError
 from vlabs.metrics.statements import consistency
+from vlabs.prediction.predictor import Predictor
 from vlabs.runs.config import config_dir
 from vlabs.training.build import build_task
 
@@ -507,6 +509,14 @@ def test_entailment_is_trained_and_measured(layouts, tmp_path, in_process):
     metrics = json.loads((tmp_path / "ev/metrics.json").read_text())
     assert set(metrics["confusion"]) == {"contradiction", "neutral", "entailment"}
     assert "consistency" not in metrics
+    # A figure says what a prediction says.
+    asked, picture = ["a red circle", "there is nothing"], Image.new("RGB", (50, 40), "red")
+    answers = Predictor(load_checkpoint(tmp_path / "run")).answer(picture, asked, top=3)
+    assert [sum(share for _, share in one.answers) for one in answers] == pytest.approx([1, 1])
+    checkpoint = load_checkpoint(tmp_path / "run")
+    figure = questions_figure(checkpoint, [picture], asked, "norm")
+    shown = {text.get_text() for axis in figure.axes for text in (axis.title, axis.xaxis.label, *axis.texts)}
+    assert {f"{one.answers[0][0]} {one.answers[0][1]:.0%}" for one in answers} <= shown
     result = in_process("vlabs.evaluate", ["task=grounding", *evaluate, "hydra.run.dir=gr"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "gr/metrics.json").read_text())["texts"] > 20

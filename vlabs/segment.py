@@ -45,7 +45,7 @@ def main() -> None:
         with torch.no_grad():
             logits = model(preprocessing.normalize(seen)[None].to(device)).logits[0]
         found = at_size(logits, image.size[::-1]).argmax(dim=0)
-        rows = [Segmented(image, found.byte().cpu().numpy(), None)]
+        rows = [Segmented(image, found.cpu().numpy(), None)]
         classes = preprocessing.names
     else:
         shown = preprocessing.resize(image)
@@ -54,7 +54,7 @@ def main() -> None:
         with torch.no_grad():
             tensor = preprocessing.normalize(shown)[None].to(device)
             found = model(tensor, ids.to(device), mask.to(device), index).logits.argmax(dim=1)
-        labels = found.byte().cpu().numpy()
+        labels = found.cpu().numpy()
         rows = [Segmented(shown, one, None, text) for one, text in zip(labels, arguments.text, strict=True)]
         classes = ("all else", "what the text names")
     for row in rows:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from vlabs.data.images import BatchRows, ImageReader, random_generator
-from vlabs.data.loading import check_whole
-from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.prepared import check_kind, load_split, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset
@@ -21,6 +21,7 @@ from vlabs.errors import UserError
 
 # How often another image is drawn where a false one cannot be decoded, with on_bad=skip.
 _REDRAWS = 20
+_TEXTS = datasets.List(datasets.Value("string"))
 
 
 class CaptionBatch(NamedTuple):
@@ -145,7 +146,6 @@ class CaptionDataModule(TextDataModule):
     Args:
         dir: the prepared folder.
         sets: more of them by a name of your choice, e.g. `{coco: data/coco_captions}`.
-        captions_per_image: captions of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
     Attributes:
@@ -164,11 +164,12 @@ class CaptionDataModule(TextDataModule):
         self,
         dir: str | Path,
         sets: Mapping[str, str | Path] | None = None,
-        captions_per_image: int = 1,
         **options: Any,
     ) -> None:
-        check_whole("captions_per_image", captions_per_image, 1)
-        super().__init__({"": dir} | dict(sets or {}), texts_per_image=captions_per_image, **options)
+        super().__init__(dir, **options)
+        self.folders |= {name: Path(folder) for name, folder in (sets or {}).items()}
+        for folder in self.folders.values():
+            check_kind(folder, self.kind)
         self.false_images = False
         self.false_captions = 0
 
@@ -185,6 +186,8 @@ class CaptionDataModule(TextDataModule):
             raise UserError(
                 f"data.sets: {', '.join(map(str, having))} were prepared by different versions: prepare again"
             )
+        if len({str(part.features["caption_id"]) for part in parts}) > 1:  # numbers in one set, texts in another
+            parts = [_with_text_ids(part) for part in parts]
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> CaptionDataset:
@@ -194,9 +197,15 @@ class CaptionDataModule(TextDataModule):
         )
 
 
+def _with_text_ids(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same rows, whose pictures are not copied, with ids that are texts."""
+    ids = rows.data.column("caption_id").cast(pa.list_(pa.string())).combine_chunks()
+    return rows.remove_columns("caption_id").add_column("caption_id", ids, feature=_TEXTS)
+
+
 def _fit(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether rows can stand beside each other; those with pictures in shards have columns that others leave out."""
-    places = ("path", "offset", "size")
-    return {name: one for name, one in some.items() if name not in places} == {
-        name: one for name, one in others.items() if name not in places
+    apart = ("path", "offset", "size", "caption_id")
+    return {name: one for name, one in some.items() if name not in apart} == {
+        name: one for name, one in others.items() if name not in apart
     }

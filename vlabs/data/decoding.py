@@ -21,6 +21,7 @@ _MEGAPIXELS = 120.0  # up to a gigabyte where a picture is converted; a phone's 
 _SCANS = 200  # of a progressive JPEG, which has some ten; each is as much work as the whole picture
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is a limit here
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of what stands beside a picture's pixels
 # Pillow's limit of a text beside a picture is a megabyte, which programs that note how it was made go beyond.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -94,7 +95,10 @@ def as_shown(image: Image.Image) -> Image.Image:
     """A picture in RGB: turned as its camera says, on white where it is transparent, 16 bits and floats scaled to 8."""
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(np.round(255 * _unit(np.asarray(image))).astype(np.uint8))
+        values = np.asarray(image)
+        gray = np.round(255 * _unit(values)).astype(np.uint8)
+        gray[values == image.info.get("transparency")] = 255  # the one value that a PNG says is transparent
+        image = Image.fromarray(gray)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

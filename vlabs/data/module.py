@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ class PreparedDataModule(pl.LightningDataModule):
     """Batches of prepared folders (`vlabs.data.prepared`). A kind of data says how rows are read, see `VQADataModule`.
 
     Args:
-        folders: the prepared folders by name, of one kind; the first is the one whose tokenizer is used.
+        dir: the prepared folder.
         val_split: the split that is validated on.
         image_size: side of the square input in pixels.
         max_length: tokens a text at most.
@@ -29,10 +30,10 @@ class PreparedDataModule(pl.LightningDataModule):
         image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
             those of the data make training from scratch easier.
         preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
-        names: of answers or labels, where there are some.
-        options: of `LoaderOptions`.
+        options: of `LoaderOptions`, of which `texts_per_image` is called by what the texts are: `questions_per_image`.
 
     Attributes:
+        folders: the prepared folders, by name where there are several; the first is the one whose tokenizer is used.
         pictures: images that a text is about: 1 unless a kind of data says otherwise.
         preprocessing: images and texts to tensors.
         options: of the loaders.
@@ -48,12 +49,14 @@ class PreparedDataModule(pl.LightningDataModule):
     holds: ClassVar[str]
     """What it holds and which choices of the group `data` do, for messages."""
     unused: ClassVar[tuple[str, ...]] = ()
-    """Options of others that change nothing here, and are refused where they are given a value."""
+    """Options of others that change nothing here, but may stand in a config at their defaults."""
+    item: ClassVar[str] = "text"
+    """What a text is called: the column of the rows that they are in."""
     pictures: int = 1
 
     def __init__(
         self,
-        folders: Mapping[str, str | Path],
+        dir: str | Path,
         val_split: str = "val",
         image_size: int = 224,
         max_length: int = 50,
@@ -61,37 +64,44 @@ class PreparedDataModule(pl.LightningDataModule):
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
         preprocessing: Preprocessing | None = None,
-        names: Sequence[str] = (),
         **options: Any,
     ) -> None:
         super().__init__()
         check_whole("image_size", image_size, 1)
         check_whole("max_length", max_length, 1)
-        known = LoaderOptions.__dataclass_fields__
-        if unknown := [name for name in options if name not in known]:
-            raise UserError(f"data.{unknown[0]}: there is no such option of {type(self).__name__}")
-        defaults = {name: one.default for name, one in known.items()} | {"max_length": 50, "tokenizer": None}
-        given = defaults | options | {"max_length": max_length, "tokenizer": tokenizer}
-        # Runs of earlier versions have them in their configs, at their defaults.
-        if changed := [name for name in self.unused if given[name] != defaults[name]]:
-            used = sorted(known.keys() - set(self.unused) | {"image_size", "image_mean", "image_std", "val_split"})
-            raise UserError(
-                f"data.{changed[0]}={given[changed[0]]}: {self.holds} do not use it; choose of {', '.join(used)}"
-            )
-        self.options = LoaderOptions(**options)
-        self.folders = {name: Path(folder) for name, folder in folders.items()}
-        for folder in self.folders.values():
-            check_kind(folder, self.kind)
+        given = options | {"max_length": max_length, "tokenizer": tokenizer}
+        self._check_used(given if isinstance(preprocessing, Preprocessing | None) else given | {"preprocessing": "..."})
+        per_image = f"{self.item}s_per_image"
+        check_whole(per_image, options.get(per_image, 1), 1)
+        self.options = LoaderOptions(texts_per_image=options.pop(per_image, 1), **_without(options, self.unused))
+        check_kind(dir, self.kind)
+        self.folders = {"": Path(dir)}
         self.val_split = val_split
         self.region_grid: tuple[int, int] | None = None
         self.preprocessing = preprocessing or _preprocessing(
             read_tokenizer(tokenizer, self.dir),
             image_size=image_size,
             max_length=max_length,
-            names=tuple(names),
+            names=tuple(self.read_names(dir)),
             mean=tuple(image_mean),
             std=tuple(image_std),
         )
+
+    @classmethod
+    def _check_used(cls, options: dict[str, Any]) -> None:
+        """Refuse options that change nothing here; at their defaults they may stand there, as in runs of old."""
+        makers = [one.__init__ for one in cls.__mro__ if issubclass(one, PreparedDataModule)]
+        used = {name for make in makers for name in inspect.signature(make).parameters}
+        used |= {*LoaderOptions.__dataclass_fields__, f"{cls.item}s_per_image"}
+        used -= {"self", "options", "preprocessing", "texts_per_image", *cls.unused}
+        for name, value in options.items():
+            if name not in used and not (name in cls.unused and value == _DEFAULTS[name]):
+                raise UserError(f"data.{name}={value}: {cls.holds} do not use it; choose of {', '.join(sorted(used))}")
+
+    @staticmethod
+    def read_names(directory: str | Path) -> Sequence[str]:
+        """The names of what a head tells apart in a prepared folder, see `Preprocessing.names`."""
+        return ()
 
     @property
     def dir(self) -> Path:
@@ -129,6 +139,14 @@ class PreparedDataModule(pl.LightningDataModule):
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
         """Every sample of a split, in stored order."""
         raise NotImplementedError
+
+
+_DEFAULTS = {name: one.default for name, one in LoaderOptions.__dataclass_fields__.items()}
+_DEFAULTS |= {"max_length": 50, "tokenizer": None}
+
+
+def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def _preprocessing(tokenizer: str, **options: Any) -> Preprocessing:

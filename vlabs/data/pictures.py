@@ -147,7 +147,7 @@ class PictureDataModule(PreparedDataModule):
         UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
     """
 
-    unused = ("max_length", "tokenizer", "texts_per_image", "rand_augment", "scaled_decoding", "bucket_batches",
+    unused = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
               "shuffle_block")  # fmt: skip
     repeats = 1
 
@@ -165,7 +165,7 @@ class PictureDataModule(PreparedDataModule):
         check_kind(dir, self.kind)
         names = tuple(read_classes(dir))
         own = Preprocessing(image_size, "", names=names, mean=tuple(image_mean), std=tuple(image_std), crop=crop)
-        super().__init__({"": dir}, preprocessing=preprocessing or own, **options)
+        super().__init__(dir, preprocessing=preprocessing or own, **options)
         if names != self.preprocessing.names:
             raise UserError(f"{dir} has {len(names)} classes, which are not those that the checkpoint was trained on")
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vlabs.data.images import BatchRows, ImageReader
-from vlabs.data.loading import check_whole
-from vlabs.data.prepared import check_kind, read_labels, read_manifest
+from vlabs.data.prepared import read_labels, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
@@ -80,7 +79,6 @@ class StatementDataModule(TextDataModule):
 
     Args:
         dir: the prepared folder.
-        statements_per_image: statements about one picture or pair that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
     Raises:
@@ -90,25 +88,10 @@ class StatementDataModule(TextDataModule):
     kind = "statements"
     item = "statement"
     holds = "statements with a label (data=scenes_snli_ve, scenes_nlvr2, snli_ve, nlvr2)"
+    read_names = staticmethod(read_labels)
 
-    def __init__(
-        self,
-        dir: str | Path,
-        statements_per_image: int = 1,
-        val_split: str = "dev",
-        preprocessing: Preprocessing | None = None,
-        **options: Any,
-    ) -> None:
-        check_whole("statements_per_image", statements_per_image, 1)
-        check_kind(dir, self.kind)
-        super().__init__(
-            {"": dir},
-            val_split=val_split,
-            preprocessing=preprocessing,
-            names=read_labels(dir) if preprocessing is None else (),
-            texts_per_image=statements_per_image,
-            **options,
-        )
+    def __init__(self, dir: str | Path, val_split: str = "dev", **options: Any) -> None:
+        super().__init__(dir, val_split=val_split, **options)
         self.pictures = int(read_manifest(dir).get("pictures", 1))
         self.labels = read_labels(dir)
 

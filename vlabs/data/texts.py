@@ -73,11 +73,13 @@ def image_ids(read: BatchRows) -> Tensor:
 class TextDataModule(PreparedDataModule):
     """Batches of prepared folders of texts; a kind says which `dataset` reads them.
 
+    Its option `questions_per_image`, `captions_per_image`, ... says how many texts of one image share its first pass
+    in a training step.
+
     Attributes:
         regions_in_validation: validation batches too say what a text is about.
     """
 
-    item: ClassVar[str]
     regions_in_validation = False
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:

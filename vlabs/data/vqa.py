@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from vlabs.data.images import BatchRows, ImageReader
 from vlabs.data.loading import check_choice, check_whole, list_texts
-from vlabs.data.prepared import check_kind, load_split, read_answers
+from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
@@ -98,7 +98,6 @@ class VQADataModule(TextDataModule):
 
     Args:
         dir: the prepared folder.
-        questions_per_image: questions of one image that share its first pass in a training step.
         train_split: `train`, or `train+val` without the images of `minival`.
         val_split: a split, or `minival`: the last `minival_images` images of val.
         options: of `PreparedDataModule`.
@@ -110,24 +109,18 @@ class VQADataModule(TextDataModule):
     kind = "vqa"
     item = "question"
     holds = "questions (data=scenes, vqav2)"
+    read_names = staticmethod(read_answers)
 
     def __init__(
         self,
         dir: str | Path,
-        questions_per_image: int = 1,
         train_split: str = "train",
         minival_images: int = 1000,
-        preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
         check_choice("train_split", train_split, ("train", "train+val"))
         check_whole("minival_images", minival_images, 1)
-        check_whole("questions_per_image", questions_per_image, 1)
-        check_kind(dir, self.kind)
-        answers = read_answers(dir) if preprocessing is None else ()
-        super().__init__(
-            {"vqa": dir}, preprocessing=preprocessing, names=answers, texts_per_image=questions_per_image, **options
-        )
+        super().__init__(dir, **options)
         self.train_split = train_split
         self._with_targets = True
         self.minival_images = minival_images

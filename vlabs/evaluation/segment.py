@@ -90,7 +90,7 @@ class SegmentEvaluation(Evaluation):
                         found = at_size(one, picture.mask.shape).argmax(dim=0)
                         confusion.update(found, picture.mask.to(device))
                         count += 1
-                        labels = found.byte().cpu().numpy()
+                        labels = found.cpu().numpy()
                         write(picture, labels)
                         if len(shown) < self.num_pictures:
                             truth = None if hidden else picture.mask.numpy()

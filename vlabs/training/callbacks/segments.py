@@ -38,7 +38,7 @@ class SegmentPictures(EveryNValidations):
             picture = dataset.whole(index)
             if picture is not None:
                 logits = pl_module.model(picture.image.to(pl_module.device)).logits[0]
-                found = at_size(logits, picture.mask.shape).argmax(dim=0).byte().cpu().numpy()
+                found = at_size(logits, picture.mask.shape).argmax(dim=0).cpu().numpy()
                 shown.append(Segmented(picture.shown, found, picture.mask.numpy(), picture.name))
         figure = segment_figure(shown, pl_module.preprocessing.names)
         name = f"segments_step{trainer.global_step:06d}.png"
