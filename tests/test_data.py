@@ -196,3 +196,10 @@ def test_options_of_other_data_are_refused_and_those_of_these_are_named(option, 
 def test_a_number_of_texts_is_refused_by_the_name_that_it_was_given(tiny_data):
     with pytest.raises(UserError, match="data.questions_per_image=0 must be a whole number, at least 1"):
         VQADataModule(tiny_data, image_size=32, questions_per_image=0)
+
+
+def test_checkpoints_of_old_call_all_names_answers():
+    plain = Preprocessing(8, "", names=("contradiction", "neutral")).to_plain()
+    old = {"answers" if name == "names" else name: value for name, value in plain.items()}
+    assert Preprocessing.from_plain(old) == Preprocessing.from_plain(plain)
+    assert Preprocessing.from_plain(old).names == ("contradiction", "neutral")
