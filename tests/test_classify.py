@@ -448,3 +448,8 @@ def test_options_that_pictures_without_texts_do_not_use_are_refused(option, obje
     name = next(iter(option))
     with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of aug.*num_workers"):
         ClassDataModule(objects, **option)
+
+
+def test_options_of_texts_may_stand_in_a_config_of_old_at_their_defaults(objects):
+    old = {"max_length": 50, "tokenizer": None, "rand_augment": None, "scaled_decoding": True, "bucket_batches": 0}
+    assert ClassDataModule(objects, **old, shuffle_block=0).batch_size == 64
