@@ -446,7 +446,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(tmp_pa
     ("content", "message"),
     [
         (pickle.dumps(REFS)[:-30], "is not read"),
-        (b"", "is not read: pickle exhausted"),
+        (b"", "is not read: it is cut off"),
         (pickle.dumps({"refs": REFS}), "is no list of expressions"),
         (pickle.dumps([REFS[0], 3]), "entry 1 is no dictionary"),
         (pickle.dumps([{**REFS[0], "ann_id": "71"}]), "entry 0: 'ann_id' must be a whole number"),

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -19,15 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from data_prep.engine.places import ImageStore, NamedImages, is_picture, read_file, walk
+from data_prep.engine.places import ImageStore, NamedImages, is_picture, read_file
 from data_prep.engine.tables import as_text, is_empty, read_rows, split_name
 from data_prep.engine.tars import members, open_tar
+from data_prep.readers.refcoco import read_plain_pickle
 from vlabs.data.decoding import as_shown, decode, read_gray, read_labels, size_of
 from vlabs.data.images import path_of
 from vlabs.data.masks import MaskDataModule
 from vlabs.data.prepared import IGNORED, load_split, read_classes, read_manifest
 from vlabs.errors import UserError
-from vlabs.utils.archives import entries, is_clutter, open_zip, read_member, same_name
+from vlabs.prediction.search import list_pictures
+from vlabs.utils import json_file
+from vlabs.utils.archives import entries, is_clutter, open_zip, read_member, same_name, walk
 from vlabs.utils.json_file import JsonFile
 
 OWN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -403,6 +407,113 @@ def test_a_macs_zip_file_has_names_in_utf8_and_shadows_that_are_nothing(tmp_path
             assert [one for one, _ in entries(archive)] == ["Fotos/\u00fc.png"]
 
 
+def test_a_link_in_a_tar_file_is_followed_as_far_as_it_goes_and_what_is_not_there_is_named(tmp_path):
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw/train.tar", "w") as archive:
+        for name, kind, link in (
+            ("a/1.png", tarfile.REGTYPE, ""), ("b/2.png", tarfile.SYMTYPE, "../a/1.png"),
+            ("c/3.png", tarfile.SYMTYPE, "../b/2.png"), ("d/4.png", tarfile.LNKTYPE, "b/2.png"),
+            ("e", tarfile.SYMTYPE, "a"), ("f/5.png", tarfile.SYMTYPE, "../e/1.png"),
+            ("g/6.png", tarfile.SYMTYPE, "/gone.png"), ("h/7.png", tarfile.FIFOTYPE, ""),
+            ("i/8.png", tarfile.SYMTYPE, "8.png"),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, link, 0 if link or "h" in name else len(picture())
+            archive.addfile(member, io.BytesIO(picture()))
+    found = dict(listed(tmp_path / "raw/train.tar"))
+    there = ["a/1.png", "b/2.png", "c/3.png", "d/4.png", "e/1.png", "f/5.png"]
+    assert found == dict.fromkeys(there, picture()) | dict.fromkeys(["g/6.png", "h/7.png", "i/8.png"], b"")
+    made = ["data_prep.classes", "--raw-dir", "raw", "--out-dir", "out"]
+    assert_one_line_error(command(*made, cwd=tmp_path), "3 bad items", "g/6.png")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("size", [2**31, -1000])
+def test_a_name_of_gigabytes_in_a_tar_file_takes_no_memory(kind, size, tmp_path):
+    member = tarfile.TarInfo("long")
+    member.type, member.size = kind, size
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**31 + 10240)  # a hole
+    with pytest.raises(UserError, match=r"a\.tar is not a whole tar file \(a name of"):
+        listed(tmp_path / "a.tar")
+
+
+def test_a_tar_file_that_is_compressed_says_so_whatever_it_is_called(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("1.png"))
+    with pytest.raises(UserError, match=r"a\.tar is compressed"):
+        listed(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_of_members_of_one_name_the_last_is_taken_as_unpacking_does(form, tmp_path):
+    path = tmp_path / f"a.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("1.png", picture())
+            archive.writestr("./1.png", picture("blue"))
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name, color in (("1.png", "red"), ("./1.png", "blue")):
+                member = tarfile.TarInfo(name)
+                member.size = len(picture(color))
+                tar.addfile(member, io.BytesIO(picture(color)))
+    ((_, image),) = ImageStore((path,)).locate([(1, "1.png")])
+    assert read_file(image) == picture("blue")
+
+
+def test_a_zip_file_with_names_in_latin1_is_read_by_them(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("set/cafX.png", picture())
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"cafX", b"caf\xe9"))
+    for store, name in ((ImageStore, "set/caf\u00e9.png"), (NamedImages, "other/caf\u00e9.png")):
+        ((_, image),) = store((tmp_path / "a.zip",)).locate([(1, name)])
+        assert read_file(image) == picture()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_bomb_takes_no_more_memory_than_it_says(method, tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("1.json", bytes(100_000_000))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, content.rindex(b"PK\x01\x02") + 24, 100)  # says that it has 100 bytes
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with open_zip(path) as archive, pytest.raises(UserError, match=r"a\.zip \(1\.json\)"):
+            read_member(path, archive, "1.json")
+        with pytest.raises(UserError, match=r"a\.zip \(1\.json\)"):
+            list(JsonFile(path, "1.json").entries("a"))
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_links_to_nothing_and_pipes_in_a_class_folder_are_bad_items(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "raw/train" / name).mkdir(parents=True)
+        (tmp_path / "raw/train" / name / "1.png").write_bytes(picture())
+    (tmp_path / "raw/train/cat/2.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "raw/train/dog/3.png")
+    made = ["data_prep.classes", "--raw-dir", "raw", "--out-dir", "out"]
+    assert_one_line_error(command(*made, cwd=tmp_path), "2 bad items", "link to nothing", "2.png")
+    assert command(*made, "--on-bad", "skip", cwd=tmp_path).returncode == 0
+    assert len(load_split(tmp_path / "out", "train")) == 2
+
+
+def test_a_search_follows_links_to_folders_and_leaves_clutter_out(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/1.png").write_bytes(picture())
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/again").symlink_to(tmp_path / "set")
+    (tmp_path / "set/._2.png").write_bytes(b"x")
+    assert list_pictures(tmp_path / "set") == [tmp_path / "set/linked/1.png"]
+
+
 # --- tables and JSON --------------------------------------------------------------------------------------------------
 
 ROWS = [
@@ -495,6 +606,61 @@ def test_json_that_nobody_writes_is_one_line_and_no_crash(content, said, tmp_pat
 def test_json_with_a_mark_is_read(encoding, tmp_path):
     (tmp_path / "a.json").write_bytes('{"a": [{"b": "\u00e9\U0001f600"}]}'.encode(encoding))
     assert list(JsonFile(tmp_path / "a.json").entries("a")) == [{"b": "\u00e9\U0001f600"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"sep=;\r\nimage;class\r\n1.png;0\r\n"),
+        ("t.csv", b"image,class\n1.png,0,\n"),
+        ("t.csv", "image,class\n1.png,0\n".encode("utf-16-le")),
+        ("t.csv", "image,class\n1.png,0\n".encode("utf-16-be")),
+        ("t.json", b'{"image": "1.png", "class": "0"}\n'),
+        ("t.jsonl", b' [\n{"image": "1.png", "class": "0"}]'),
+        ("t.json", '[{"image": "1.png", "class": "0"}]'.encode("utf-16-le")),
+        ("t.json", '[{"image": "1.png", "class": "0"}]'.encode("utf-32")),
+    ],
+)
+def test_a_table_is_read_by_what_is_in_it(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"image": "1.png", "class": "0"}]
+
+
+def test_texts_are_not_taken_for_numbers_and_levels(tmp_path):
+    text = "1" * 5000 + "[" * 5000 + '\\"]"' + "\\"
+    (tmp_path / "a.json").write_text(json.dumps({"a": [{"b": text, "c": [1]}] * 400}))
+    assert [entry["b"] for entry in JsonFile(tmp_path / "a.json").entries("a")] == [text] * 400
+
+
+JSON_TEXTS = st.text(st.sampled_from('\\"[]{}1,: x'), max_size=12)
+
+
+@given(st.lists(st.dictionaries(JSON_TEXTS, JSON_TEXTS, max_size=3), min_size=1, max_size=8), st.integers(1, 40))
+@OWN
+def test_json_is_read_alike_in_chunks_of_any_size(tmp_path, rows, size):
+    content = json.dumps({"a": rows, "z": "end"}).encode()
+    bounded = json_file._Bounded(io.BytesIO(content), "a.json")
+    while chunk := bounded.read(size):
+        assert chunk
+    assert not bounded.in_text
+    (tmp_path / "a.json").write_bytes(content)
+    assert list(JsonFile(tmp_path / "a.json").entries("a")) == rows
+
+
+@pytest.mark.parametrize("content", ['{"b": []}', '{"a": {"b": 1}}', '{"a": null, "b": 1}', "[1]"])
+def test_a_list_that_is_not_there_is_said_with_what_is(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"has no 'a' that is a list, but ('|nothing)"):
+        list(JsonFile(tmp_path / "a.json").entries("a"))
+
+
+def test_pickles_of_python_2_are_utf8_and_what_is_in_them_many_times_is_refused():
+    old = b"(lp1\n(dp2\nS'sent'\np3\nS'caf\\xc3\\xa9 \\xe9'\np4\nsa."
+    assert read_plain_pickle("refs", old) == [{"sent": "caf\u00e9 \u00e9"}]
+    laughs = b"\x80\x02]q\x00Na" + b"".join(b"]q%c(%se" % (n, b"h%c" % (n - 1) * 10) for n in range(1, 40)) + b"."
+    for content in (laughs, b"\x80\x02]q\x00h\x00a."):
+        with pytest.raises(UserError, match="refs is not read"):
+            read_plain_pickle("refs", content)
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------

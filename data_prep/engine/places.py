@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import io
-import lzma
 import os
 import sqlite3
 import stat
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from data_prep.engine.tars import PACKED, check_not_packed, members, open_tar
 from vlabs.data.decoding import known_suffixes, reason_of, size_of
-from vlabs.utils.archives import entries, is_clutter, open_zip, same_name
+from vlabs.utils.archives import entries, is_clutter, open_zip, same_name, unpack, walk
 from vlabs.utils.json_file import JsonFile
 
 IMAGES_SCHEMA = """
@@ -43,25 +38,6 @@ _NAMED = 20  # pictures that are missing, for which a name that is there is look
 def is_picture(name: str) -> bool:
     """Whether a file is called as a picture that can be decoded."""
     return os.path.splitext(name)[1].lower() in known_suffixes()
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The regular files below a folder, sorted, without clutter; links to folders are followed, each folder once.
-
-    What is neither a file nor a folder (a pipe, a device, a link to nothing) is left out.
-    """
-    seen: set[tuple[int, int]] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(here)
-        if (key := (status.st_dev, status.st_ino)) in seen:
-            folders.clear()
-            continue
-        seen.add(key)
-        folders[:] = sorted(name for name in folders if not is_clutter(name))
-        for name in sorted(files):
-            path = Path(here, name)
-            if not is_clutter(name) and path.is_file():
-                yield path
 
 
 def json_files(folder: Path, archives: str = "*.zip") -> list[JsonFile]:
@@ -121,14 +97,17 @@ class Listing:
 
     @cached_property
     def files(self) -> dict[str, ImageFile]:
-        """All files by their names in one spelling."""
+        """All files by their names in one spelling; of several in an archive the last, which unpacking leaves."""
+        return dict(self._every())
+
+    @cached_property
+    def older(self) -> dict[str, ImageFile]:
+        """Those files by their names in Latin-1, as older systems write them, that are not called so."""
         found: dict[str, ImageFile] = {}
-        for name, image in self._every():
-            found.setdefault(name, image)
-            with suppress(UnicodeDecodeError):
-                name.encode("utf-8", "surrogateescape").decode("utf-8")
-                continue
-            found.setdefault(same_name(os.fsencode(name).decode("latin-1")), image)  # as older systems name files
+        for name, image in self.files.items():
+            for encoding in () if name.isascii() else ("utf-8", "cp437"):
+                with suppress(UnicodeError):
+                    found.setdefault(same_name(name.encode(encoding, "surrogateescape").decode("latin-1")), image)
         return found
 
     def _every(self) -> Iterator[tuple[str, ImageFile]]:
@@ -160,7 +139,7 @@ class Listing:
     def by_last(self) -> dict[str, ImageFile]:
         """All files by their names without folders; of several the first."""
         found: dict[str, ImageFile] = {}
-        for name, image in self.files.items():
+        for name, image in (*self.files.items(), *self.older.items()):
             found.setdefault(name.rpartition("/")[2], image)
         return found
 
@@ -170,7 +149,7 @@ class Listing:
             if (image := ImageFile.of_path(self.location / spelled, name)) is not None:
                 return image
         plain = same_name(name).lstrip("/")
-        return self.files.get(plain) or (self.files.get(self.top + plain) if self.top else None)
+        return self.files.get(plain) or self.files.get(self.top + plain) or self.older.get(plain)
 
     def like(self, name: str) -> str | None:
         """The name of a file that could be meant by one that is not there: spelled alike, or any picture."""
@@ -246,7 +225,7 @@ class NamedImages(ImageStore):
         return cls((folder, *archives))
 
     def _find(self, listing: Listing, name: str) -> ImageFile | None:
-        return listing.by_last.get(same_name(name))
+        return listing.by_last.get(same_name(name).rpartition("/")[2])
 
 
 # --- on the way to a shard -------------------------------------------------------------------------------------------
@@ -312,47 +291,14 @@ def read_file(image: ImageFile) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is larger than any picture, or than its archive says.
+        OSError, ValueError: it cannot be read, or is larger than any picture, or than it says.
     """
-    if image.size > _LARGEST:
-        raise ValueError(f"it has {image.size >> 20} MiB, more than any picture")
+    if (size := max(image.size, image.stored)) > _LARGEST:
+        raise ValueError(f"it has {size >> 20} MiB, more than any picture")
     if image.offset is None:
         return Path(image.file).read_bytes()
     with open(image.file, "rb") as archive:
+        if image.method != _TAR:
+            return unpack(archive, image.offset, *image[3:])
         archive.seek(image.offset)
-        if image.method == _TAR:
-            return archive.read(image.stored)
-        header = archive.read(30)
-        if header[:4] != b"PK\x03\x04":
-            raise ValueError("the zip file is damaged here")
-        if header[6] & 1:
-            raise ValueError("it is encrypted: unpack the zip file with its password")
-        # The local header's own lengths count: its extra field may differ from the one in the zip file's directory.
-        name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-        archive.seek(name_length + extra_length, io.SEEK_CUR)
-        try:
-            content = _unpack(archive, image)
-        except (zlib.error, lzma.LZMAError, EOFError, MemoryError) as error:
-            raise ValueError(f"the zip file is damaged here ({error})") from None
-    if len(content) != image.size or zlib.crc32(content) != image.mark:
-        raise ValueError("the zip file is damaged here (checksum)")
-    return content
-
-
-def _unpack(archive: Any, image: ImageFile) -> bytes:
-    """A member's bytes, one more than it should have at most."""
-    most = image.size + 1
-    if image.method == zipfile.ZIP_STORED:
-        return bytes(archive.read(min(image.stored, most)))
-    if image.stored > _LARGEST:
-        raise ValueError("the zip file is damaged here")
-    packed = archive.read(image.stored)
-    if image.method == zipfile.ZIP_DEFLATED:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, most)
-    if image.method == zipfile.ZIP_BZIP2:
-        return bz2.BZ2Decompressor().decompress(packed, most)
-    if image.method == zipfile.ZIP_LZMA:
-        length = int.from_bytes(packed[2:4], "little")  # of the properties that a zip file has in the place of a header
-        props = lzma._decode_filter_properties(lzma.FILTER_LZMA1, packed[4 : 4 + length])  # type: ignore[attr-defined]
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[props]).decompress(packed[4 + length :], most)
-    raise ValueError(f"zip compression method {image.method} is not supported: pack it anew")
+        return archive.read(image.stored)

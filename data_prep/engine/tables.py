@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import math
@@ -12,14 +11,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlabs.errors import UserError, one_line
-from vlabs.utils.json_file import JsonFile
+from vlabs.utils.json_file import JsonFile, encoding_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+_START = 4096  # characters before the first row
 _LONGEST = 64 * 2**20  # characters of a line or a field
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
 _SPLITS = {"training": "train", "validation": "val", "valid": "val", "validate": "val", "testing": "test"}
 
 
@@ -40,14 +36,17 @@ def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, 
     Raises:
         UserError: it cannot be read, or is no table; the message names the line.
     """
-    lines = lines or path.suffix.lower() == ".jsonl"
-    if path.suffix.lower() == ".json" and not lines:
-        for number, entry in enumerate(JsonFile(path).entries(floats=True), start=1):
-            yield f"{path}, row {number}", entry
-        return
+    lines = lines or path.suffix.lower() in (".json", ".jsonl")  # people call one what is the other
     try:
         with _open(path) as file:
-            yield from _json_lines(path, file) if lines else _csv(path, file)
+            if not lines:
+                yield from _csv(path, file)
+            elif file.read(_START).lstrip("\ufeff \t\r\n")[:1] != "[":
+                file.seek(0)
+                yield from _json_lines(path, file)
+            else:
+                for number, entry in enumerate(JsonFile(path).entries(floats=True), start=1):
+                    yield f"{path}, row {number}", entry
     except UnicodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({one_line(str(error))}): save it as UTF-8") from None
     except OSError as error:
@@ -57,10 +56,8 @@ def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, 
 def _open(path: Path) -> TextIO:
     """A text file of any encoding that says what it is by its first bytes; UTF-8 without."""
     with path.open("rb") as file:
-        start = file.read(4)
-    # The mark of UTF-32 begins as that of UTF-16 does.
-    marks = sorted(_MARKS, key=len, reverse=True)
-    return path.open(encoding=next((_MARKS[mark] for mark in marks if start.startswith(mark)), "utf-8"), newline="")
+        encoding = encoding_of(file.read(4))
+    return path.open(encoding=encoding, newline="")
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -89,8 +86,9 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]
 
 def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(_LONGEST)
-    lines = _lines(path, file)
-    first = next((line for line in lines if line.strip()), "")
+    lines, before = _lines(path, file), 0
+    while (first := next(lines, "")) and re.fullmatch("(sep=.)?", first.strip()):  # sep=; is of Excel
+        before += 1
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
     reader = csv.reader(_chain(first, lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
@@ -99,15 +97,15 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
             twice = next(name for name in named if named.count(name) > 1)
             raise UserError(f"{path}: two columns are called '{twice}'")
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if len(row) > len(header):
+            where = f"{path}, line {before + reader.line_num}"
+            if any(row[len(header) :]):
                 raise UserError(f"{where} has more columns than the header")
             if row:
                 values = dict.fromkeys(header) | dict(zip(header, row, strict=False))
                 values.pop("", None)  # a column without a name: the numbers of rows that tables are saved with
                 yield where, values
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
+        raise UserError(f"{path}, line {before + reader.line_num} is not CSV: {error}") from None
 
 
 def _chain(first: str, lines: Iterator[str]) -> Iterator[str]:

@@ -24,14 +24,14 @@ import pyarrow as pa
 
 from data_prep.engine import hub
 from data_prep.engine.folder import BadItem
-from data_prep.engine.places import count_others, is_picture, walk
+from data_prep.engine.places import count_others, is_picture
 from data_prep.engine.reader import add_on_bad, new_parser
 from data_prep.engine.tables import as_text, check_table, is_empty, missing_column, read_rows, split_name
 from data_prep.engine.tars import PACKED, check_not_packed, members, open_tar
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.errors import UserError, run_cli, show
-from vlabs.utils.archives import is_clutter, same_name
+from vlabs.utils.archives import is_clutter, same_name, walk
 from vlabs.utils.files import write_json
 
 _PART = pa.schema(
@@ -155,10 +155,16 @@ def _bind(function: Callable[..., Iterable[Row | BadItem]], *values: Any) -> Cal
 
 def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
     """The pictures of a class folder."""
-    others = []
-    for path in walk(folder):
+    others: list[str] = []
+    odd: list[Path] = []
+    for path in walk(folder, odd):
         if is_picture(path.name):
             yield _entry(split, storable(path), _utf8(folder.name), path, 0, path.stat().st_size)
+        else:
+            others.append(path.name)
+    for path in odd:
+        if is_picture(path.name):
+            yield BadItem("link to nothing, or no file", split, storable(path))
         else:
             others.append(path.name)
     _say_others(folder, others)
@@ -207,7 +213,7 @@ def entries_of(path: Path) -> Iterator[Row]:
         raise UserError(f"{path} is neither a folder of class folders nor a .tar file of them")
     for row in found:
         if isinstance(row, BadItem):
-            raise UserError(f"{row.item} is an empty file: mend it, or take it away")
+            raise UserError(f"{row.item}: {row.reason}: mend it, or take it away")
         yield row
 
 

@@ -99,11 +99,14 @@ class _Part(io.RawIOBase):
         return found
 
 
-def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Row]:
+def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Row | BadItem]:
     """The pictures of a class: a tar file inside the tar file."""
     with path.open("rb") as file, open_tar(path, _Part(file, offset, size)) as archive:  # type: ignore[arg-type]
         for member in members(archive, path):
-            yield entry(Path(name).stem, path, offset + member.offset_data, member.size)
+            if member.size:
+                yield entry(Path(name).stem, path, offset + member.offset_data, member.size)
+            else:
+                yield BadItem("empty image", "train", f"{name}: {member.name}")
 
 
 def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:

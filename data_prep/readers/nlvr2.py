@@ -21,12 +21,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.engine.places import walk
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import read_rows
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.archives import walk
 from vlabs.utils.json_file import get_value
 
 _FILES = re.compile(r"(?:(?:un)?balanced_)?(?:train|dev|test[12])\.json")

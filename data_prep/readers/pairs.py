@@ -30,6 +30,7 @@ from data_prep.engine.tables import as_text, check_table, missing_column, read_r
 from data_prep.engine.texts import Index, Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.archives import is_clutter
 from vlabs.utils.json_file import JsonFile, get_value
 
 _CONFIRMED = 2  # of VALSE's three annotators
@@ -175,7 +176,7 @@ def find_pairs(raw_dir: Path) -> Pairs:
     for folder in (raw_dir, raw_dir / "data"):
         if (folder / "examples.jsonl").is_file():
             return Winoground(folder, folder / "examples.jsonl")
-        if tables := sorted(folder.glob("*.json")):
+        if tables := sorted(path for path in folder.glob("*.json") if not is_clutter(path.name)):
             return Valse(raw_dir, tables)
     raise UserError(f"{raw_dir} holds neither Winoground's examples.jsonl nor VALSE's JSON files, nor does its data/")
 

@@ -14,6 +14,7 @@ it was when it is started again.
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import pickle
 import pickletools
@@ -28,6 +29,7 @@ from data_prep.engine.texts import CAPTIONS, Text, check_value
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.archives import open_zip, read_member
 from vlabs.utils.json_file import get_value
+from vlabs.utils.plain import check_plain
 
 _SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 _RELEASE = "train2014"
@@ -164,7 +166,9 @@ def read_plain_pickle(name: str, content: bytes) -> Any:
     """
     try:
         _check_plain(content)
-        return _as_text(_PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
+        value = _PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="vlabs-latin-1").load()
+        check_plain(value, "it", most=len(content), finite=False)  # what is in it many times would be endless
+        return value
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
         raise UserError(
             f"{name} is not read: {one_line(str(error)) or type(error).__name__}; a file of expressions is a whole"
@@ -174,13 +178,23 @@ def read_plain_pickle(name: str, content: bytes) -> Any:
 
 def _check_plain(content: bytes) -> None:
     """Raise an error unless a pickle is of plain data, and asks for no more memory than its size explains."""
-    for code, value, _ in pickletools.genops(content):
+    for number, (code, value) in enumerate(_codes(io.BytesIO(content)), start=1):
         if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             raise pickle.UnpicklingError(f"it wants the class or function {str(value or '').replace(' ', '.')}")
         if code.name not in _PLAIN:
             raise pickle.UnpicklingError(f"it has {code.name}, which no plain data need")
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > len(content):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > number:
             raise pickle.UnpicklingError(f"it wants {value:,} slots")
+
+
+def _codes(file: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """What `pickletools.genops` yields, which takes the texts of Python 2 for ASCII."""
+    while (one := file.read(1)) != pickle.STOP:
+        code = pickletools.code2op.get(one.decode("latin-1"))  # type: ignore[attr-defined]
+        if code is None:
+            raise pickle.UnpicklingError("it is cut off, or no pickle")
+        text = code.name == "STRING"
+        yield code, file.readline() if text else None if code.arg is None else code.arg.reader(file)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -193,20 +207,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it wants an object from outside")
 
 
-def _as_text(value: Any) -> Any:
-    """Texts of Python 2, which are bytes, as UTF-8, or as Latin-1 where they are not."""
-    if isinstance(value, dict):
-        return {_as_text(key): _as_text(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_as_text(one) for one in value]
-    if not isinstance(value, bytes):
-        return value
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
+# Texts of Python 2 are UTF-8, or Latin-1 where they are not.
+codecs.register_error(
+    "vlabs-latin-1",
+    lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end),  # type: ignore[attr-defined]
+)
 main = command(RefCoco)
 
 if __name__ == "__main__":

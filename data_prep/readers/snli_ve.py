@@ -19,12 +19,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.engine.places import walk
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import read_rows, split_name
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.archives import walk
 from vlabs.utils.json_file import get_value
 
 _FILE = re.compile(r"snli_ve_(.+)\.jsonl")

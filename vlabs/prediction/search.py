@@ -20,6 +20,7 @@ from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
 from vlabs.ranking.texts import encode_texts, score_texts
+from vlabs.utils.archives import walk
 from vlabs.utils.files import content_sha256
 
 CACHE = Path("~/.cache/vlabs/search")
@@ -125,7 +126,7 @@ def list_pictures(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--images {folder}: there is no such folder")
     suffixes = known_suffixes()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = list(walk(folder))
     pictures = [path for path in files if path.suffix.lower() in suffixes]
     others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in suffixes)
     if others:

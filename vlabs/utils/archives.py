@@ -1,11 +1,15 @@
-"""Zip files as they are downloaded or packed anywhere: names in one spelling, members no larger than they say."""
+"""Folders and zip files as people have them: names in one spelling, members no larger than they say."""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import io
 import lzma
+import os
 import posixpath
 import struct
+import sys
 import unicodedata
 import zipfile
 import zlib
@@ -13,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError, one_line, show
 
 LARGEST = 4 * 2**30
 """Bytes of a member that is read whole, at most."""
@@ -22,6 +26,7 @@ ERRORS = (
     ValueError, OverflowError, MemoryError,
 )  # fmt: skip
 """What `zipfile` raises on a damaged, encrypted or odd file."""
+_LARGEST_PACKED = 2**30  # bytes of a member that is unpacked in one piece
 _CLUTTER = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"})
 
 
@@ -35,6 +40,41 @@ def is_clutter(name: str) -> bool:
     """Whether a path is of what systems leave beside a user's files: dot files, `__MACOSX`, `Thumbs.db`."""
     parts = (part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
     return any(part.startswith(".") or part.lower() in _CLUTTER for part in parts)
+
+
+def walk(folder: Path, odd: list[Path] | None = None) -> Iterator[Path]:
+    """The regular files below a folder, sorted, without clutter; links to folders are followed, each folder once.
+
+    Args:
+        odd: gets what is neither a file nor a folder (a link to nothing, a pipe, a device), which is never opened; if
+            not given, it is said how many there are.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    found: list[Path] = []
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        status = os.stat(here)
+        if (key := (status.st_dev, status.st_ino)) in seen:
+            folders.clear()
+            continue
+        seen.add(key)
+        folders[:] = sorted(name for name in folders if not is_clutter(name))
+        for path in (Path(here, name) for name in sorted(files) if not is_clutter(name)):
+            if path.is_file():
+                yield path
+            else:
+                found.append(path)
+    if odd is not None:
+        odd += found
+    elif found:
+        what = f"{len(found):,} links to nothing, pipes or devices are left out, the first: {found[0].name}"
+        show(f"{folder}: {what}", file=sys.stderr)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -75,12 +115,10 @@ def read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | 
     """
     with open_member(path, archive, member, most) as stream:
         try:
-            content = stream.read(most + 1)
+            info = archive.getinfo(member) if isinstance(member, str) else member
+            return stream.read(info.file_size + 1)  # zipfile unpacks as much as is asked for, and then cuts it off
         except ERRORS as error:
             raise UserError(f"{path} ({_name(member)}) is damaged ({_reason(error)}): download it again") from None
-    if len(content) > most:
-        raise UserError(f"{path} ({_name(member)}) is larger than {most >> 20} MiB, which no file of its kind is")
-    return content
 
 
 def open_member(
@@ -97,13 +135,63 @@ def open_member(
             raise UserError(f"{path} ({info.filename}) is encrypted: unpack it with its password")
         if most is not None and info.file_size > most:
             raise UserError(f"{path} ({info.filename}) is larger than {most >> 20} MiB, which no file of its kind is")
-        return archive.open(info)
+        if info.compress_type not in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            return archive.open(info)
+        # zipfile unpacks these without a bound
+        place = info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
+        return io.BytesIO(unpack(archive.fp, *place))  # type: ignore[arg-type]
     except NotImplementedError as error:
         raise UserError(f"{path} ({_name(member)}) cannot be unpacked here ({_reason(error)}): pack it anew") from None
     except KeyError:
         raise UserError(f"{path} has no {_name(member)}") from None
     except ERRORS as error:
         raise UserError(f"{path} ({_name(member)}) is damaged ({_reason(error)}): download it again") from None
+
+
+def unpack(file: IO[bytes], offset: int, stored: int, size: int, method: int, crc: int) -> bytes:
+    """A member of a zip file, in one piece, with no more memory than it says that it has.
+
+    Args:
+        offset: of its local header.
+        stored, size: bytes in the archive, and unpacked.
+        crc: of the content.
+
+    Raises:
+        ValueError: it is damaged, encrypted, or packed in another way.
+    """
+    file.seek(offset)
+    header = file.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError("the zip file is damaged here")
+    if header[6] & 1:
+        raise ValueError("it is encrypted: unpack the zip file with its password")
+    if max(stored, size) > _LARGEST_PACKED:
+        raise ValueError(f"it has more than {_LARGEST_PACKED >> 20} MiB: unpack the zip file")
+    # The local header's own lengths count: its extra field may differ from the one in the zip file's directory.
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    file.seek(name_length + extra_length, io.SEEK_CUR)
+    packed = file.read(min(stored, size + 1) if method == zipfile.ZIP_STORED else stored)
+    try:
+        content = _unpacked(packed, method, size + 1)
+    except (zlib.error, lzma.LZMAError, EOFError, OSError, MemoryError) as error:
+        raise ValueError(f"the zip file is damaged here ({_reason(error)})") from None
+    if len(content) != size or zlib.crc32(content) != crc:
+        raise ValueError("the zip file is damaged here (checksum)")
+    return content
+
+
+def _unpacked(packed: bytes, method: int, most: int) -> bytes:
+    if method == zipfile.ZIP_STORED:
+        return packed
+    if method == zipfile.ZIP_DEFLATED:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, most)
+    if method == zipfile.ZIP_BZIP2:
+        return bz2.BZ2Decompressor().decompress(packed, most)
+    if method == zipfile.ZIP_LZMA:
+        length = int.from_bytes(packed[2:4], "little")  # of the properties that a zip file has in the place of a header
+        props = lzma._decode_filter_properties(lzma.FILTER_LZMA1, packed[4 : 4 + length])  # type: ignore[attr-defined]
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[props]).decompress(packed[4 + length :], most)
+    raise ValueError(f"zip compression method {method} is not supported: pack it anew")
 
 
 def _name(member: zipfile.ZipInfo | str) -> str:

@@ -21,7 +21,18 @@ _LONGEST_NUMBER = 1000  # digits; yajl crashes on some thousands
 _DEEPEST = 2000  # levels that one megabyte opens; memory follows their square
 _BRACKETS = bytes(value for value in range(256) if value not in b"[]{}")
 _DIGITS = bytes(ord("0") if value in b"0123456789" else ord(" ") for value in range(256))
-_UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_MARKS = {  # that of UTF-32 begins as that of UTF-16 does
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def encoding_of(start: bytes) -> str:
+    """How a text is encoded, by its first bytes: what its mark says, or the zeros in it; UTF-8 without."""
+    if marked := next((name for mark, name in _MARKS.items() if start.startswith(mark)), None):
+        return marked
+    zeros = [value == 0 for value in start[:2]]
+    return {(False, True): "utf-16-le", (True, False): "utf-16-be"}.get(tuple(zeros), "utf-8")  # type: ignore[call-overload, arg-type]
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,25 @@ class JsonFile:
             floats: numbers with a point are floats, and whole ones of more than 63 bits an error.
 
         Raises:
-            UserError: the file is damaged, or an entry is not an object.
+            UserError: the file is damaged, there is no such list, or an entry is not an object.
         """
+        number = -1
         for number, entry in enumerate(self.items(f"{key}.item" if key else "item", floats)):
             if not isinstance(entry, dict):
-                raise UserError(f"{self}: entry {number} of '{key}' is not an object")
+                raise UserError(f"{self}: entry {number} of {key or 'the list'} is not an object")
             yield entry
+        if number < 0:
+            self._check_list(key)
+
+    def _check_list(self, key: str) -> None:
+        names = []
+        for prefix, event, value in self._read(lambda stream: ijson.parse(stream, buf_size=_READ_BYTES)):
+            if prefix == key and event == "start_array":
+                return
+            if not prefix and event == "map_key":
+                names.append(str(value))
+        what, there = f"'{key}' that is a list" if key else "list of objects", ", ".join(map(repr, names[:20]))
+        raise UserError(f"{self} has no {what}, but {there or 'nothing'}"[:500])
 
     def named(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the names and values of the object that the whole file is.
@@ -78,9 +102,13 @@ class JsonFile:
             with self._open() as stream:
                 yield from parse(_Bounded(stream, str(self)))
         except (ijson.JSONError, ArithmeticError, RecursionError, *ERRORS) as error:
-            said = one_line(str(error)) or type(error).__name__
+            first = error.args[0] if error.args else ""  # yajl quotes what is no UTF-8 as bytes
+            text = first.decode(errors="backslashreplace") if isinstance(first, bytes) else str(error)
+            said = one_line(text) or type(error).__name__
             if "NaN" in said or "Infinity" in said:
                 reason = "has NaN or Infinity, which JSON has not: write null in its place"
+            elif isinstance(error, ArithmeticError):
+                reason = "has a number that is too large"
             elif isinstance(error, ijson.JSONError) and "EOF" not in said and "premature" not in said:
                 reason = f"is not JSON ({said})"
             else:
@@ -105,9 +133,9 @@ class _Bounded:
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self.stream, self.name = stream, name
         self.decoder: Any = None
-        self.begun = False
+        self.begun = self.in_text = False
         self.without_quote = 0
-        self.tail = b""
+        self.escape = self.tail = b""
 
     def read(self, size: int) -> bytes:
         """The next bytes, as many or fewer; none at the end."""
@@ -116,9 +144,8 @@ class _Bounded:
         chunk = self.stream.read(size)
         if not self.begun:
             self.begun = True
-            if encoding := _UTF16.get(chunk[:2]):
+            if (encoding := encoding_of(chunk)) not in ("utf-8", "utf-8-sig"):
                 self.decoder = codecs.getincrementaldecoder(encoding)()
-                chunk = chunk[2:]
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
         if self.decoder is not None:
             chunk = self.decoder.decode(chunk, final=not chunk).encode()
@@ -126,18 +153,31 @@ class _Bounded:
         return chunk
 
     def _check(self, chunk: bytes) -> None:
-        last = chunk.rfind(b'"')
-        self.without_quote = self.without_quote + len(chunk) if last < 0 else len(chunk) - last
+        plain = self.escape + chunk
+        self.escape = b""
+        if b"\\" in plain:
+            plain = plain.replace(rb"\\", b"__").replace(rb"\"", b"__")
+            if plain.endswith(b"\\"):
+                plain, self.escape = plain[:-1], b"\\"
+        last, began = plain.rfind(b'"'), self.in_text
+        self.in_text ^= plain.count(b'"') % 2 == 1
+        self.without_quote = self.without_quote + len(plain) if last < 0 else len(plain) - last
         if self.without_quote > _LONGEST_TEXT:
             raise UserError(f"{self.name} has a text or a number of more than {_LONGEST_TEXT >> 20} MiB")
-        digits = (self.tail + chunk).translate(_DIGITS)
-        if b"0" * _LONGEST_NUMBER in digits:
-            raise UserError(f"{self.name} has a number of more than {_LONGEST_NUMBER} digits")
-        self.tail = chunk[-_LONGEST_NUMBER:]
+        if self._is_odd(plain):
+            outside = b'""'.join(plain.split(b'"')[began::2])
+            if wrong := self._is_odd(outside):
+                raise UserError(f"{self.name} {wrong}")
+        self.tail = b"" if self.in_text else plain[last + 1 :][-_LONGEST_NUMBER:]
+
+    def _is_odd(self, chunk: bytes) -> str:
+        if b"0" * _LONGEST_NUMBER in (self.tail + chunk).translate(_DIGITS):
+            return f"has a number of more than {_LONGEST_NUMBER} digits"
         brackets = np.frombuffer(chunk.translate(None, _BRACKETS), dtype=np.uint8)
         opens = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)
         if len(opens) and np.cumsum(opens, dtype=np.int64).max() > _DEEPEST:
-            raise UserError(f"{self.name} is nested more than {_DEEPEST} levels deep")
+            return f"is nested more than {_DEEPEST} levels deep"
+        return ""
 
 
 def get_value(entry: dict[str, Any], key: str, where: str) -> Any:
