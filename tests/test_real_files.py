@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from data_prep.engine.places import ImageStore, NamedImages, is_picture, read_file
+from data_prep.engine.regions import describe_files, draw_regions
 from data_prep.engine.tables import as_text, is_empty, read_rows, split_name
 from data_prep.engine.tars import members, open_tar
 from data_prep.readers.refcoco import read_plain_pickle
@@ -29,6 +30,7 @@ from vlabs.data.images import path_of
 from vlabs.data.masks import MaskDataModule
 from vlabs.data.prepared import IGNORED, load_split, read_classes, read_manifest
 from vlabs.errors import UserError
+from vlabs.prediction.predictor import open_image
 from vlabs.prediction.search import list_pictures
 from vlabs.utils import json_file
 from vlabs.utils.archives import entries, is_clutter, open_zip, read_member, same_name, walk
@@ -504,6 +506,22 @@ def test_links_to_nothing_and_pipes_in_a_class_folder_are_bad_items(tmp_path):
     assert len(load_split(tmp_path / "out", "train")) == 2
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_never_read(kind, tmp_path):
+    path = tmp_path / "odd"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=r"odd cannot be read: .* no file"):
+        open_image(path)
+    with pytest.raises(ValueError, match=r"odd cannot be read"):
+        draw_regions([{"maps": [[str(path), None]]}], 4, 4)
+    assert describe_files({"a": path}) == describe_files({"a": tmp_path / "nowhere"})
+
+
 def test_a_search_follows_links_to_folders_and_leaves_clutter_out(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/1.png").write_bytes(picture())
@@ -645,6 +663,12 @@ def test_json_is_read_alike_in_chunks_of_any_size(tmp_path, rows, size):
     assert not bounded.in_text
     (tmp_path / "a.json").write_bytes(content)
     assert list(JsonFile(tmp_path / "a.json").entries("a")) == rows
+
+
+def test_halves_of_characters_are_not_what_a_table_fails_on(tmp_path):
+    for name, content in (("t.jsonl", '{"a": "x \\uD83D y"}'), ("t.json", '[{"a": "x \\ud83d y"}]')):
+        (tmp_path / name).write_text(content)
+        assert [row for _, row in read_rows(tmp_path / name)] == [{"a": "x ? y"}]
 
 
 @pytest.mark.parametrize("content", ['{"b": []}', '{"a": {"b": 1}}', '{"a": null, "b": 1}', "[1]"])

@@ -25,7 +25,7 @@ from PIL import Image
 from vlabs.data.decoding import read_gray
 from vlabs.data.instances import Instance, fault_of_polygon
 from vlabs.errors import UserError
-from vlabs.utils.archives import open_zip, read_member
+from vlabs.utils.archives import open_zip, read_member, read_regular
 
 # In the order in which they are looked for: of the scenes, of COCO 2014, and COCO's unpacked.
 _INSTANCES = ("annotations.zip", "annotations_trainval2014.zip")
@@ -48,7 +48,7 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         try:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = hashlib.sha256(read_regular(path)).hexdigest()
         except (OSError, ValueError):  # ValueError: no file system takes such a name
             content = "missing"
         digest.update(f"{content} {name!r}\n".encode())
@@ -175,7 +175,7 @@ def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) ->
 def _read_map(path: Path, member: str | None) -> np.ndarray:
     try:
         if member is None:
-            data = path.read_bytes()
+            data = read_regular(path)
         else:
             with open_zip(path) as archive:
                 data = read_member(path, archive, member)

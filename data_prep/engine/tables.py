@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlabs.errors import UserError, one_line
-from vlabs.utils.json_file import JsonFile, encoding_of
+from vlabs.utils.json_file import JsonFile, encoding_of, parse_line
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 _START = 4096  # characters before the first row
@@ -76,7 +75,7 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]
             continue
         where = f"{path}, line {number}"
         try:
-            values = json.loads(line, parse_constant=lambda name: None)
+            values = parse_line(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {one_line(str(error))}") from None
         if not isinstance(values, dict):

@@ -237,6 +237,8 @@ def _of_row(table: Path, where: str, split: str, row: dict[str, Any]) -> Row | B
     for name in ("image", "class"):
         if is_empty(row[name]):
             return BadItem(f"empty {name}", split, where)
+    if isinstance(row["class"], list | dict):
+        return BadItem("class that is no text", split, f"{where}: {row['class']!r:.80}")
     label = _label(row["class"])
     if label is None:
         return BadItem("no class", split, where)

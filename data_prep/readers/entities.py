@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.engine.regions import describe_files
 from vlabs.errors import UserError
-from vlabs.utils.archives import ERRORS, entries, open_zip, read_member
+from vlabs.utils.archives import ERRORS, entries, open_zip, read_member, read_regular
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")
 _FOLDERS = {"Annotations": ".xml", "Sentences": ".txt"}
@@ -126,7 +126,7 @@ class Entities:
         if name is None:
             return None
         if self.archive is None:
-            return name, Path(name).read_bytes()
+            return name, read_regular(Path(name))
         return f"{self.place} ({name})", read_member(self.place, self.archive, name, _LARGEST)
 
 

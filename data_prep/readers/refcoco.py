@@ -145,6 +145,7 @@ class RefCoco(Reader):
             yield Text(where, split, (image,), caption_id, caption, image_id, targets=[[instance]])
 
 
+_CODES = {code.code: code for code in pickletools.opcodes}
 # What plain data need. All that imports or calls something is not among it, nor tuples, which may be keys of any depth.
 _PLAIN = frozenset({
     "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
@@ -190,7 +191,7 @@ def _check_plain(content: bytes) -> None:
 def _codes(file: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
     """What `pickletools.genops` yields, which takes the texts of Python 2 for ASCII."""
     while (one := file.read(1)) != pickle.STOP:
-        code = pickletools.code2op.get(one.decode("latin-1"))  # type: ignore[attr-defined]
+        code = _CODES.get(one.decode("latin-1"))
         if code is None:
             raise pickle.UnpicklingError("it is cut off, or no pickle")
         text = code.name == "STRING"

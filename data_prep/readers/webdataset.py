@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from data_prep.readers.classes import storable
 from vlabs.data.prepared import CAPTION_FEATURES
 from vlabs.errors import UserError, one_line, run_cli
+from vlabs.utils.json_file import encoding_of, parse_line
 
 FEATURES = datasets.Features(
     {
@@ -98,9 +98,9 @@ def _sample(key: str, found: dict[str, Any], field: str) -> Sample:
     captions: Any = []
     try:
         if "txt" in found:
-            captions = [found["txt"].decode("utf-8-sig")]
+            captions = [found["txt"].decode(encoding_of(found["txt"]))]
         elif "json" in found:
-            said = json.loads(found["json"]).get(field)
+            said = parse_line(found["json"].decode(encoding_of(found["json"]))).get(field)
             captions = said if isinstance(said, list) else [said]
     except (ValueError, AttributeError, RecursionError) as error:
         return Sample(key, offset, size, [], f"unreadable caption ({one_line(str(error))})")

@@ -15,6 +15,7 @@ from vlabs.data.images import name_of, read_bytes
 from vlabs.data.instances import Instance
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.errors import UserError
+from vlabs.utils.archives import read_regular
 
 
 @dataclass
@@ -122,7 +123,7 @@ def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing:
         UserError: it cannot be read, or is not of the size that its objects are said to be in.
     """
     try:
-        image = decode_image(path.read_bytes(), str(path))
+        image = decode_image(read_regular(path), str(path))
     except OSError as error:
         raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
     labels, masks = [], []

@@ -22,6 +22,7 @@ from scipy.stats import rankdata
 from vlabs.data.decoding import read_gray
 from vlabs.data.instances import resize_area
 from vlabs.errors import UserError
+from vlabs.utils.archives import read_regular
 
 HAT_GRID = (14, 14)
 _HAT_NAME = re.compile(r"(\d+)_(\d+)\.png")
@@ -204,7 +205,7 @@ def read_human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
 
 def _read_gray(path: Path) -> np.ndarray:
     try:
-        return read_gray(path.read_bytes())
+        return read_gray(read_regular(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): download VQA-HAT again") from None
 

@@ -30,6 +30,7 @@ from vlabs.errors import UserError
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
+from vlabs.utils.archives import read_regular
 from vlabs.utils.device import find_device
 
 AnyImage = str | Path | Image.Image
@@ -166,7 +167,7 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: there is no such file, or it is not an image.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(Path(path))
     except OSError as error:
         raise UserError(f"image {path} cannot be read: {error.strerror}") from None
     return decode_image(data, str(path))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import io
 import lzma
 import os
 import posixpath
+import stat
 import struct
 import sys
 import unicodedata
@@ -71,6 +73,20 @@ def walk(folder: Path, odd: list[Path] | None = None) -> Iterator[Path]:
     elif found:
         what = f"{len(found):,} links to nothing, pipes or devices are left out, the first: {found[0].name}"
         show(f"{folder}: {what}", file=sys.stderr)
+
+
+def read_regular(path: Path, most: int = 256 * 2**20) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: it cannot be read, is larger than `most`, or a pipe or a device, reading which need not end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device, and no file", str(path))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB, which no file of its kind is", str(path))
+    return path.read_bytes()
 
 
 def _raise(error: OSError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ def encoding_of(start: bytes) -> str:
     """How a text is encoded, by its first bytes: what its mark says, or the zeros in it; UTF-8 without."""
     if marked := next((name for mark, name in _MARKS.items() if start.startswith(mark)), None):
         return marked
-    zeros = [value == 0 for value in start[:2]]
-    return {(False, True): "utf-16-le", (True, False): "utf-16-be"}.get(tuple(zeros), "utf-8")  # type: ignore[call-overload, arg-type]
+    zeros = start[:1] == b"\0", start[1:2] == b"\0"
+    return {(False, True): "utf-16-le", (True, False): "utf-16-be"}.get(zeros, "utf-8")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class JsonFile:
         number = -1
         for number, entry in enumerate(self.items(f"{key}.item" if key else "item", floats)):
             if not isinstance(entry, dict):
-                raise UserError(f"{self}: entry {number} of {key or 'the list'} is not an object")
+                raise UserError(f"{self}: entry {number} of {key or 'the list'} is not an object: {entry!r:.80}")
             yield entry
         if number < 0:
             self._check_list(key)
@@ -178,6 +179,19 @@ class _Bounded:
         if len(opens) and np.cumsum(opens, dtype=np.int64).max() > _DEEPEST:
             return f"is nested more than {_DEEPEST} levels deep"
         return ""
+
+
+def parse_line(text: str) -> Any:
+    """What a short JSON text holds; NaN and Infinity are None, and halves of characters are `?`, as in `JsonFile`.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    value = json.loads(text, parse_constant=lambda name: None)
+    if "\\ud" in text.lower():
+        whole = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+        value = json.loads(whole)
+    return value
 
 
 def get_value(entry: dict[str, Any], key: str, where: str) -> Any:
