@@ -522,6 +522,20 @@ def test_what_is_no_file_is_never_read(kind, tmp_path):
     assert describe_files({"a": path}) == describe_files({"a": tmp_path / "nowhere"})
 
 
+@pytest.mark.parametrize(
+    "region",
+    [
+        {"box": [0, 0, 10**400, 5]}, {"box": [0, 0, float("inf"), 5]}, {"box": [float("nan"), 0, 5, 5]},
+        {"box": [10**400, 0, 5, 5]}, {"box": ["x", 0, 5, 5]}, {"box": [0, 0, 5]},
+        {"segmentation": [[10**400, 0, 1, 1, 2, 2]]},
+    ],
+)  # fmt: skip
+def test_a_region_of_numbers_beyond_all_measure_is_left_out_alone(region):
+    drawn, faults = draw_regions([region, {"box": [1, 1, 3, 3]}], 8, 8)
+    assert drawn == draw_regions([{"box": [1, 1, 3, 3]}], 8, 8)[0]
+    assert len(faults) == 1
+
+
 def test_a_search_follows_links_to_folders_and_leaves_clutter_out(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/1.png").write_bytes(picture())

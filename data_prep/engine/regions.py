@@ -140,9 +140,12 @@ def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) ->
 
 def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
     """Pixels whose centres are in the box; at least one, of a box that is in the picture."""
-    x, y, box_width, box_height = box
-    if not (box_width > 0 and box_height > 0):
-        raise Degenerate(f"a box of {box_width} x {box_height} pixels")
+    try:
+        x, y, box_width, box_height = map(float, box)
+    except (TypeError, ValueError, OverflowError):
+        raise Degenerate("a box is four numbers") from None
+    if not (box_width > 0 and box_height > 0 and math.isfinite(x + y + box_width + box_height)):
+        raise Degenerate(f"a box of {box_width:g} x {box_height:g} pixels")
     mask = np.zeros((height, width), dtype=np.uint8)
     if x < width and y < height and x + box_width > 0 and y + box_height > 0:
         columns, rows = _pixels(x, box_width, width), _pixels(y, box_height, height)

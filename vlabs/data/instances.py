@@ -202,7 +202,7 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
     """Why a polygon cannot be drawn; None if it can."""
     try:
         corners = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         corners = np.zeros(0)
     if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
         return "a polygon is a list of three or more pairs of numbers"
