@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vlabs.errors import UserError
-from vlabs.utils.files import locked, new_file, new_folder, replacing, write_json, write_text
+from vlabs.utils.files import check_absent, locked, new_folder, replacing, write_json, write_text
 
 
 def in_another_process(code, *arguments):
@@ -63,11 +63,10 @@ def test_an_error_about_what_is_read_meanwhile_is_not_about_what_is_written(tmp_
 
 def test_a_file_that_a_user_named_is_overwritten_only_when_asked_to(tmp_path):
     path = write_text(tmp_path / "a", "before")
-    with pytest.raises(UserError, match="--out .*a is there already.*--overwrite"), new_file(path, "--out"):
-        pass
-    with new_file(path, "--out", overwrite=True) as partial:
-        partial.write_text("after")
-    assert path.read_text() == "after"
+    with pytest.raises(UserError, match="--out .*a is there already.*--overwrite"):
+        check_absent(path, "--out")
+    check_absent(path, "--out", overwrite=True)
+    check_absent(tmp_path / "b", "--out")
 
 
 def test_a_folder_gets_its_name_when_it_is_whole_without_marks(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.scenes.corpus import run_lengths
+from data_prep.scenes.drawing import run_lengths
 from vlabs.data.instances import (
     crop_map,
     crop_mask,

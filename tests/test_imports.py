@@ -53,6 +53,20 @@ def test_a_room_imports_what_lies_before_it(place):
     assert not wrong
 
 
+def test_no_two_modules_import_each_other():
+    paths = [path for place in ("vlabs", "data_prep") for path in files(place)]
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imports(path) for path in paths}
+
+    def reaches(name: str, wanted: str, seen: set[str]) -> bool:
+        for one in graph.get(name, set()) - seen:
+            seen.add(one)
+            if one == wanted or reaches(one, wanted, seen):
+                return True
+        return False
+
+    assert not [name for name in graph if name.startswith("data_prep.") and reaches(name, name, set())]
+
+
 def test_models_know_no_framework_and_one_door_leads_to_the_preparations():
     assert not {
         (path.name, name) for path in files("vlabs/models") for name in imports(path) if is_of(name, [*FRAMEWORKS])

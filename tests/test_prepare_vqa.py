@@ -536,7 +536,6 @@ def test_own_splits_and_missing_answers(own_images: Path) -> None:
         ('{"image": "a.jpg", "question": "x", "split": "../../up"}', "cannot be a split's name"),
         ('{"image": "a.jpg", "question": "x", "question_id": [1]}', "'question_id'"),
         ('{"image": null, "question": "x"}', "empty image: 1"),
-        ('{"image": "a.jpg", "question": "\\ud800"}', "line 2"),
         ('{"image": "no\\u0000.jpg", "question": "x", "answers": "y"}', "missing image"),
         ('{"image": "absent.jpg", "question": "x", "answers": "y"}', "absent.jpg"),
         ('{"image": "a.jpg", ', "line 2 is not JSON"),
@@ -565,14 +564,44 @@ def test_the_pictures_of_test_dev_are_those_of_test_whatever_its_file_says(tmp_p
     assert len(load_split(prepared(raw.unpacked(tmp_path / "raw"), tmp_path / "out"), "test-dev")) == 2
 
 
-def test_ids_of_questions_may_be_texts_and_are_kept_to_the_file_of_results(tmp_path: Path) -> None:
+def test_ids_of_questions_may_be_texts_and_are_kept_to_the_file_of_results(tmp_path: Path, tiny_run: Any) -> None:
     raw = Raw(images=2, splits=("train", "val"))
     for entries in (*map(raw.questions, ("train", "val")), *map(raw.annotations, ("train", "val"))):
         for entry in entries:
             entry["question_id"] = f"0{entry['question_id']}"
     out = prepared(raw.unpacked(tmp_path / "raw"), tmp_path / "out")
-    found = [one for ids in load_split(out, "val")["question_id"] for one in ids]
-    assert sorted(found) == sorted(entry["question_id"] for entry in raw.questions("val"))
+    wanted = sorted(entry["question_id"] for entry in raw.questions("val"))
+    assert sorted(one for ids in load_split(out, "val")["question_id"] for one in ids) == wanted
+    done = run(
+        "vlabs.evaluate", f"ckpt={tiny_run[0]}", f"data.dir={out}", "split=val", "data.num_workers=0",
+        f"hydra.run.dir={tmp_path / 'evaluated'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "evaluated").rglob("results.json")
+    assert sorted(entry["question_id"] for entry in json.loads(results.read_text())) == wanted
+
+
+@pytest.mark.parametrize("ids", [["7", "8"], [7, "08"], ["07", "7"]])
+def test_ids_of_a_table_are_what_it_says(own_images: Path, ids: list[Any]) -> None:
+    rows = [{"image": "a.jpg", "caption": "x", "caption_id": one, "split": "train"} for one in ids]
+    table = write_jsonl(own_images / "c.jsonl", rows)
+    assert run_own(table, own_images / "out").returncode == 0
+    assert sorted(load_split(own_images / "out", "train")[0]["caption_id"]) == sorted(map(str, ids))
+
+
+def test_a_number_and_a_text_that_are_written_alike_are_one_id(own_images: Path) -> None:
+    rows = [{"image": "a.jpg", "question": "x", "question_id": one, "split": "train"} for one in (7, "7", "x")]
+    table = write_jsonl(own_images / "q.jsonl", rows)
+    assert "duplicate question id: 1" in error_line(run_own(table, own_images / "out"))
+    assert run_own(table, own_images / "out", "--on-bad", "skip").returncode == 0
+    assert load_split(own_images / "out", "train")[0]["question_id"] == ["7", "x"]
+
+
+def test_what_was_to_be_done_about_bad_items_does_not_matter_where_there_are_none(own_images: Path) -> None:
+    table = write_jsonl(own_images / "q.jsonl", OWN)
+    assert run_own(table, own_images / "out").returncode == 0
+    again = run_own(table, own_images / "out", "--on-bad", "skip")
+    assert "is there already" in again.stdout
 
 
 def test_prepare_lists_every_data_set_with_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:

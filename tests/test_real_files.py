@@ -731,6 +731,15 @@ def test_folders_as_they_are_downloaded_are_taken_and_numbers_are_in_their_order
     assert load_split(tmp_path / "out", "train")["label"] == [2, 1, 0]
 
 
+def test_classes_that_only_look_like_numbers_are_texts(tmp_path):
+    for name in ("--5", "10", "2"):
+        (tmp_path / "raw/train" / name).mkdir(parents=True)
+        (tmp_path / "raw/train" / name / "a.png").write_bytes(picture())
+    done = command("data_prep.classes", "--raw-dir", "raw", "--out-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_classes(tmp_path / "out") == ["--5", "10", "2"]
+
+
 def test_a_name_says_what_is_clutter():
     assert all(map(is_clutter, (".DS_Store", "a/._b.png", "__MACOSX/a.png", "x/Thumbs.db", "a\\.b\\c.png")))
     assert not any(map(is_clutter, ("a.png", "./a.png", "a.b/c.png", "../a.png")))

@@ -47,6 +47,8 @@ def is_made(out_dir: Path, made_from: Mapping[str, Any]) -> bool:
         found = {**manifest.get("options", {}), **manifest}
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{out_dir} exists and holds no prepared data: name another --out-dir") from None
+    if not found.get("dropped_items") and "options" in made_from:  # it did not matter what was to be done about it
+        made_from = {**made_from, "options": {**made_from["options"], "on_bad": found["options"].get("on_bad")}}
     for name, value in made_from.items():
         if found.get(name) != json.loads(json.dumps(value)):
             what = "raw files" if name in ("name", "raw_files", "source") else "options"

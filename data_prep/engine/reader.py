@@ -13,6 +13,7 @@ from data_prep.engine.folder import name_of_rendered
 from data_prep.engine.pipeline import add_options, prepare, read_options
 from data_prep.engine.places import NamedImages, Store
 from data_prep.engine.regions import find_instances
+from data_prep.engine.tables import read_rows
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Text
 from vlabs.errors import UserError
 
@@ -67,6 +68,20 @@ class Reader:
         is_official = not self.official or any(seen.get(split) == count for split, count in self.official.items())
         own = self.name if is_official else self.raw_dir.resolve().name
         return name_of_rendered(self.raw_dir) or own
+
+    def lines(self, splits: Mapping[str, Path]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+        """Yield what files of JSON lines hold, one a split: the split, the place, its number from 1, and the object.
+
+        Raises:
+            UserError: a file is not as it should be, or empty.
+        """
+        for split, path in splits.items():
+            print(f"reading {path}")
+            number = 0
+            for number, (where, line) in enumerate(read_rows(path, lines=True), start=1):
+                yield split, where, number, line
+            if not number:
+                raise UserError(f"{path} is empty: download it again")
 
     def texts(self) -> Iterator[Text]:
         """Yield all texts.

@@ -292,8 +292,15 @@ class Index:
             UserError: nothing is left.
         """
         unanswered = "NOT annotated AND NOT dropped AND split IN (SELECT DISTINCT split FROM items WHERE annotated)"
+        item = self.kind.item
         with closing(self.connection) as connection:
             connection.executescript(
+                # A column has one type: where one id is a text, a number becomes one, which may be there already.
+                "UPDATE items SET dropped = 2 WHERE typeof(item_id) = 'integer'"
+                " AND (SELECT 1 FROM items WHERE typeof(item_id) = 'text' LIMIT 1) AND EXISTS (SELECT 1 FROM items AS"
+                " other WHERE other.split = items.split AND other.item_id = CAST(items.item_id AS TEXT));"
+                f"INSERT INTO bad SELECT 'duplicate {item} id', split, '{item} ' || item_id FROM items"
+                " WHERE dropped = 2;"
                 "INSERT INTO bad SELECT 'question without annotation', split, 'question ' || item_id FROM items"
                 f" WHERE {unanswered} ORDER BY split, item_id;"
                 f"UPDATE items SET dropped = 1 WHERE {unanswered};"

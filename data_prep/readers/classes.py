@@ -15,6 +15,7 @@ picture or a class (or with -1, which data sets write for none) is bad.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def prepare_classes(
 
 
 def _is_whole(name: str) -> bool:
-    return name.lstrip("-").isdecimal()
+    return re.fullmatch(r"-?\d{1,18}", name) is not None
 
 
 def _describe(path: Path) -> dict[str, Any]:

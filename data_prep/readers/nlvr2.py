@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.tables import read_rows
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
@@ -55,27 +54,22 @@ class NLVR2(Reader):
 
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""
-        for split, path in self.splits.items():
-            print(f"reading {path}")
-            number = 0
-            for number, (where, line) in enumerate(read_rows(path, lines=True), start=1):
-                identifier = get_value(line, "identifier", where)
-                check_value(where, "identifier", identifier, str)
-                pair = _IDENTIFIER.fullmatch(identifier)
-                if pair is None:
-                    raise UserError(f"{where}: 'identifier' must be like dev-850-0-1, not {identifier!r:.80}")
-                yield Text(
-                    where,
-                    split,
-                    (f"{pair[1]}-img0.png", f"{pair[1]}-img1.png"),
-                    number,
-                    get_value(line, "sentence", where),
-                    key=identifier,
-                    label=line.get("label"),
-                    targets=[line.get("target_instances", ()), line.get("target_instances_right", ())],
-                )
-            if not number:
-                raise UserError(f"{path} is empty: download it again")
+        for split, where, number, line in self.lines(self.splits):
+            identifier = get_value(line, "identifier", where)
+            check_value(where, "identifier", identifier, str)
+            pair = _IDENTIFIER.fullmatch(identifier)
+            if pair is None:
+                raise UserError(f"{where}: 'identifier' must be like dev-850-0-1, not {identifier!r:.80}")
+            yield Text(
+                where,
+                split,
+                (f"{pair[1]}-img0.png", f"{pair[1]}-img1.png"),
+                number,
+                get_value(line, "sentence", where),
+                key=identifier,
+                label=line.get("label"),
+                targets=[line.get("target_instances", ()), line.get("target_instances_right", ())],
+            )
 
 
 main = command(NLVR2)

@@ -42,6 +42,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -170,8 +171,11 @@ class Table:
                     f"{' and' if both else ' where the rows before it have'} a '{self.kind.item}': a table holds"
                     " questions or captions, not both"
                 )
-            if isinstance(answers := values.get("answers"), str) and self.path.suffix.lower() in (".csv", ".tsv"):
-                values["answers"] = answers.split("|")
+            if self.path.suffix.lower() in (".csv", ".tsv"):  # in which all is text
+                if isinstance(answers := values.get("answers"), str):
+                    values["answers"] = answers.split("|")
+                if re.fullmatch(r"0|[1-9]\d{0,17}", number := values.get(f"{self.kind.item}_id") or ""):
+                    values[f"{self.kind.item}_id"] = int(number)
             yield _as_row(where, values, self.kind)
 
     def _one_name(self, image: str) -> str:
@@ -224,8 +228,6 @@ def _as_row(where: str, values: dict[str, Any], kind: Kind) -> Row:
         raise UserError(f"{where}: '{kind.item}' must be text, not {text!r:.80}")
     if isinstance(item_id, float) and item_id.is_integer():
         item_id = int(item_id)
-    if isinstance(item_id, str) and item_id.isdecimal() and str(int(item_id)) == item_id:
-        item_id = int(item_id)  # as CSV has it
     if not is_empty(item_id) and (isinstance(item_id, bool) or not isinstance(item_id, int | str)):
         raise UserError(f"{where}: '{kind.item}_id' must be a whole number or text, not {item_id!r:.80}")
     boxes, mask = _boxes(where, values.get("boxes")), as_text(where, "mask", values.get("mask"))

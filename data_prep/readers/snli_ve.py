@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.tables import read_rows, split_name
+from data_prep.engine.tables import split_name
 from data_prep.engine.texts import Text, check_value, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
@@ -50,24 +50,19 @@ class SNLIVE(Reader):
 
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""
-        for split, path in self.splits.items():
-            print(f"reading {path}")
-            number = 0
-            for number, (where, line) in enumerate(read_rows(path), start=1):
-                picture = get_value(line, "Flickr30K_ID", where)
-                check_value(where, "Flickr30K_ID", picture, str)
-                yield Text(
-                    where,
-                    split,
-                    (f"{picture}.jpg",),
-                    number,
-                    get_value(line, "sentence2", where),
-                    key=get_value(line, "pairID", where),
-                    label=line.get("gold_label"),
-                    targets=[line.get("target_instances", ())],
-                )
-            if not number:
-                raise UserError(f"{path} is empty: download it again")
+        for split, where, number, line in self.lines(self.splits):
+            picture = get_value(line, "Flickr30K_ID", where)
+            check_value(where, "Flickr30K_ID", picture, str)
+            yield Text(
+                where,
+                split,
+                (f"{picture}.jpg",),
+                number,
+                get_value(line, "sentence2", where),
+                key=get_value(line, "pairID", where),
+                label=line.get("gold_label"),
+                targets=[line.get("target_instances", ())],
+            )
 
 
 main = command(SNLIVE)

@@ -21,40 +21,31 @@ layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import multiprocessing
 import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from data_prep.scenes.drawing import ID_STEP, INFO, add_json, draw, instance_id, mapped, new_zip, write_list
+from data_prep.scenes.layouts import LAYOUTS, write_layout
 from data_prep.scenes.question_only import format_table, question_only_accuracy
 from data_prep.scenes.questions import Balance, Caption, Question, captions, possible_questions, ten_answers
-from data_prep.scenes.render import SIZES, SPLITS, Mask, SceneObject, SceneSize, render, sample_objects
+from data_prep.scenes.render import SIZES, SPLITS, sample_objects
 from vlabs.errors import UserError
 from vlabs.utils.arguments import MOST_SEED, whole
 from vlabs.utils.files import new_folder
 
-ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
 ANSWER_TYPES = {"yes/no": "yes/no", "number": "number"}  # of a question type; every other is "other"
 FEWEST_QUESTIONS = 3  # possible ones, below which a scene is drawn again
-INFO = {"description": "rendered scenes of coloured shapes (vlabs data_prep.scenes)"}
-
-
-AnyTask = TypeVar("AnyTask")
-Made = TypeVar("Made")
 
 
 class Task(NamedTuple):
@@ -78,13 +69,6 @@ class Task(NamedTuple):
     def random(self, purpose: str) -> Random:
         """Randomness that depends on nothing but this image, the corpus's seed and what it is for."""
         return Random(f"{self.seed}/{self.size}/{self.split}/{self.number}/{purpose}")
-
-
-class Drawn(NamedTuple):
-    """A rendered picture and its COCO instances, as JSON."""
-
-    jpeg: bytes
-    instances: list[str]
 
 
 class Scene(NamedTuple):
@@ -131,8 +115,6 @@ def make_scenes(
         raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
     if train_images is not None and train_images < 1:
         raise UserError(f"--train-images is {train_images}, and has to be 1 or more")
-    from data_prep.scenes.layouts import LAYOUTS, write_layout  # which is made of what is here
-
     if layout not in ("vqa", *LAYOUTS):
         raise UserError(f"--layout is {layout!r}, and has to be one of vqa, {', '.join(LAYOUTS)}")
     images = {split: SIZES[size].num_images(split) for split in SPLITS}
@@ -185,51 +167,6 @@ def make_scene(task: Task) -> Scene:
             return Scene(task, *drawn, questions, sentences)
 
 
-def draw(objects: list[SceneObject], size: SceneSize, image_id: int, rng: Random) -> Drawn | None:
-    """The picture of a scene; None if one of its objects shows too little."""
-    drawn = render(objects, size.image_size, rng)
-    if drawn is None:
-        return None
-    image, masks = drawn
-    jpeg = io.BytesIO()
-    Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0)
-    instances = [
-        json.dumps(_instance(item, mask, instance_id(image_id, index), image_id, size.shapes))
-        for index, (item, mask) in enumerate(zip(objects, masks, strict=True))
-    ]
-    return Drawn(jpeg.getvalue(), instances)
-
-
-def instance_id(image_id: int, index: int) -> int:
-    """The COCO annotation id of a scene's object."""
-    return image_id * 100 + index
-
-
-def _instance(
-    item: SceneObject, mask: Mask, annotation_id: int, image_id: int, shapes: tuple[str, ...]
-) -> dict[str, Any]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": shapes.index(item.shape) + 1,
-        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-        "area": int(np.count_nonzero(mask)),
-        "iscrowd": 0,
-        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
-        "attributes": {"shape": item.shape, "color": item.color, "size": item.size, "fill": item.fill},
-    }
-
-
-def run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed run lengths: down the columns, the first run being of zeros, perhaps none."""
-    pixels = np.concatenate(([False], mask.ravel(order="F")))
-    borders = np.flatnonzero(pixels[1:] != pixels[:-1])
-    lengths: list[int] = np.diff(borders, prepend=0, append=mask.size).tolist()
-    return lengths
-
-
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +180,7 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
         for split, of_split in groupby(scenes, key=lambda scene: scene.task.split):
             records[split] = _write_split(split, size, of_split, folder, instances_zip, caption_images)
     with (folder / "dataset_scenes.json").open("wb") as stream:
-        _write_json(stream, {"dataset": "scenes"}, "images", caption_images)
+        write_list(stream, {"dataset": "scenes"}, "images", caption_images)
     seconds = time.perf_counter() - start
 
     blind = question_only_accuracy(*records["train"], *records["val"])
@@ -265,16 +202,6 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
     (folder / "scenes.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(format_table(blind))
     print(f"{len(tasks)} images in {seconds:.1f} s: {len(tasks) / seconds / workers:.0f} images/s a core")
-
-
-@contextmanager
-def mapped(make: Callable[[AnyTask], Made], tasks: Sequence[AnyTask], workers: int) -> Iterator[Iterable[Made]]:
-    """What is made of tasks, in their order, by several processes."""
-    if workers == 1:
-        yield map(make, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield pool.imap(make, tasks, chunksize=16)
 
 
 def _write_split(
@@ -361,27 +288,6 @@ def _caption_image(scene: Scene, imgid: int) -> dict[str, Any]:
             for sentid, caption in zip(sentids, scene.captions, strict=True)
         ],
     }
-
-
-def new_zip(path: Path) -> zipfile.ZipFile:
-    """A new zip file, whose bytes are to depend on nothing but the content."""
-    return zipfile.ZipFile(path, "w")
-
-
-def add_json(archive: zipfile.ZipFile, name: str, header: dict[str, Any], key: str, items: Iterable[str]) -> None:
-    """Add a JSON file: the header with one more key, a list of items that are JSON already."""
-    member = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend on nothing but the content
-    member.compress_type = zipfile.ZIP_DEFLATED
-    with archive.open(member, "w") as stream:
-        _write_json(stream, header, key, items)
-
-
-def _write_json(stream: IO[bytes], header: dict[str, Any], key: str, items: Iterable[str]) -> None:
-    """The header with one more key, a list of items that are JSON already: a large corpus's list is not built twice."""
-    stream.write(json.dumps(header)[:-1].encode() + b", " + json.dumps(key).encode() + b": [")
-    for number, item in enumerate(items):
-        stream.write((", " if number else "").encode() + item.encode())
-    stream.write(b"]}\n")
 
 
 def main() -> None:

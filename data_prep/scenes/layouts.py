@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.scenes.corpus import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
+from data_prep.scenes.drawing import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
 from data_prep.scenes.questions import captions
 from data_prep.scenes.render import SIZES, SceneObject, sample_objects
 from data_prep.scenes.statements import Hypothesis, Sentence, balance, draw_hypotheses, draw_sentences, statement_only

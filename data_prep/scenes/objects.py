@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.scenes.corpus import run_lengths
+from data_prep.scenes.drawing import run_lengths
 from data_prep.scenes.render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.arguments import MOST_SEED, whole

@@ -131,11 +131,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
     """Build the model that a checkpoint's `"vlabs"` entry describes and fill it with `state` (names under `model.`)."""
-    if header.get("format") is None:
-        raise UserError(
-            f"{path} does not say its preprocessing and checkpoint format: it is the weights of a model alone"
-        )
-    if header.get("format") != FORMAT:
+    if header.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has checkpoint format {header.get('format')}; this vlabs reads format {FORMAT}")
     preprocessing = check_header(header, path)
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -159,7 +155,7 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
     Raises:
         UserError: that is not as `header_of` writes it.
     """
-    if missing := [name for name in ("task", "preprocessing", "data") if name not in header]:
+    if missing := [name for name in ("task", "preprocessing", "data", "format") if name not in header]:
         raise UserError(
             f"{path} holds a network alone: it does not say its {missing[0]}; "
             "vlabs.VisionLanguageModel.from_pretrained loads it"

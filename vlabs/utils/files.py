@@ -65,22 +65,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.close(file)
 
 
-@contextmanager
-def new_file(path: str | Path, option: str, overwrite: bool = False) -> Iterator[Path]:
-    """`replacing`, of a file that a user named and that must not be there.
-
-    Args:
-        option: what it was named with, for messages.
-        overwrite: it may be there.
-
-    Raises:
-        UserError: see `replacing`, or it is there already.
-    """
-    check_absent(path, option, overwrite)
-    with replacing(path) as partial:
-        yield partial
-
-
 def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None:
     """Raise a UserError if a file that a user named is there, before the work whose result goes there.
 
