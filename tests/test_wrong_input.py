@@ -66,6 +66,12 @@ def test_wrong_override_is_answered_with_the_choices(override, parts, tiny_data,
     assert not list(tmp_path.glob("outputs/**/*.ckpt"))
 
 
+def test_options_of_embedded_data_are_checked_before_it_is_made(tmp_path, in_process):
+    result = in_process("vlabs.train", ["task=vqa", "data.size=tiny", "data.batch_size=-3", "logger=csv"], tmp_path)
+    assert_one_line_error(result, "data.batch_size=-3", "at least 1")
+    assert not (tmp_path / "data").exists()
+
+
 def test_data_that_is_not_there_is_named(tmp_path, in_process):
     assert_one_line_error(in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path), "data/vqav2", "data_prep")
 

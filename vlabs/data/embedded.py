@@ -7,19 +7,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.masks import MaskDataModule
+from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.utils.files import locked
 from vlabs.utils.ranks import say
+
+_Module = TypeVar("_Module", bound=PreparedDataModule)
 
 
 def _of(name: str) -> Any:
@@ -40,8 +43,7 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
         _prepare(_of("readers.vqav2").VQAv2(_scenes(size, _beside(out))), out)
 
     real = "data=vqav2 data.dir=FOLDER, made by `vlabs prepare vqav2`"
-    _make_once(dir, size, f"the embedded corpus scenes-{size}", real, make)
-    return VQADataModule(dir, **options)
+    return _made(VQADataModule, options, dir, size, f"the embedded corpus scenes-{size}", real, make)
 
 
 def scenes_captions(
@@ -60,8 +62,7 @@ def scenes_captions(
         _prepare(_of("scenes.scenes_captions").ScenesCaptions(_scenes(size, raw_dir), phrases), out)
 
     what = f"{'phrases' if phrases else 'the captions'} of the embedded corpus scenes-{size}"
-    _make_once(dir, size, what, "data=flickr30k or data=coco_captions", make)
-    return CaptionDataModule(dir, **options)
+    return _made(CaptionDataModule, options, dir, size, what, "data=flickr30k or data=coco_captions", make)
 
 
 def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -> StatementDataModule:
@@ -81,8 +82,7 @@ def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -
         _prepare(getattr(_of(f"readers.{layout}"), readers[layout])(raw), out)
 
     real = f"data={layout} data.dir=FOLDER, made by `vlabs prepare {layout}`"
-    _make_once(dir, size, f"the embedded corpus scenes-{size} as {layout}", real, make)
-    return StatementDataModule(dir, **options)
+    return _made(StatementDataModule, options, dir, size, f"the embedded corpus scenes-{size} as {layout}", real, make)
 
 
 def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any) -> MaskDataModule:
@@ -97,8 +97,7 @@ def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any
         _of("readers.segmentation").prepare_masks("instances", _scenes(size, raw_dir), out)
 
     real = "data=voc, cityscapes or ade20k, made by `vlabs prepare segmentation`"
-    _make_once(dir, size, f"the masks of the embedded corpus scenes-{size}", real, make)
-    return MaskDataModule(dir, **options)
+    return _made(MaskDataModule, options, dir, size, f"the masks of the embedded corpus scenes-{size}", real, make)
 
 
 def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
@@ -116,8 +115,7 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
         classes.prepare_classes(*classes.folder_units(raw), out, f"objects-{size}", names)
 
     real = "data=imagenet, or data=classes data.dir=FOLDER, made by `vlabs prepare classes`"
-    _make_once(dir, size, f"the embedded objects-{size}", real, make)
-    return ClassDataModule(dir, **options)
+    return _made(ClassDataModule, options, dir, size, f"the embedded objects-{size}", real, make)
 
 
 def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
@@ -171,15 +169,25 @@ def _prepare(raw: Any, out: Path) -> None:
     pipeline.prepare(raw, out, pipeline.Options(num_workers=os.cpu_count() or 1, others=raw.options))
 
 
-def _make_once(dir: str | Path, size: str, what: str, real: str, make: Callable[[Path], None]) -> None:
-    """Make a prepared folder if it is not there, by one process at a time, and say what it is and what to use else."""
+def _made(
+    module: type[_Module],
+    options: dict[str, Any],
+    dir: str | Path,
+    size: str,
+    what: str,
+    real: str,
+    make: Callable[[Path], None],
+) -> _Module:
+    """A data module of a prepared folder, which one process makes if it is not there; says what it is, or what else."""
     sizes = ("tiny", "small", "medium", "large")
     if size not in sizes:
         raise UserError(f"data.size={size}: choose one of {', '.join(sizes)}")
+    module.loader_options(**options)  # before minutes of work
     with _alone(Path(dir), "manifest.json") as there:
         say(f"data: {'' if there else 'making '}{what} in {Path(dir)}; to use real data: {real}")
         if not there:
             make(Path(dir))
+    return module(dir, **options)
 
 
 @contextmanager

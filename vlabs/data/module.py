@@ -67,13 +67,8 @@ class PreparedDataModule(pl.LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_whole("image_size", image_size, 1)
-        check_whole("max_length", max_length, 1)
-        given = options | {"max_length": max_length, "tokenizer": tokenizer}
-        self._check_used(given if isinstance(preprocessing, Preprocessing | None) else given | {"preprocessing": "..."})
-        per_image = f"{self.item}s_per_image"
-        check_whole(per_image, options.get(per_image, 1), 1)
-        self.options = LoaderOptions(texts_per_image=options.pop(per_image, 1), **_without(options, self.unused))
+        given = {"image_size": image_size, "max_length": max_length, "tokenizer": tokenizer}
+        self.options = self.loader_options(**options, **given, preprocessing=preprocessing)
         check_kind(dir, self.kind)
         self.folders = {"": Path(dir)}
         self.val_split = val_split
@@ -86,6 +81,22 @@ class PreparedDataModule(pl.LightningDataModule):
             mean=tuple(image_mean),
             std=tuple(image_std),
         )
+
+    @classmethod
+    def loader_options(cls, **given: Any) -> LoaderOptions:
+        """The options of the loaders among those of a module, all checked; before there is any data, if need be.
+
+        Raises:
+            UserError: an option is out of range, or is not used here.
+        """
+        per_image = f"{cls.item}s_per_image"
+        for name in ("image_size", "max_length", per_image):
+            check_whole(name, given.get(name, 1), 1)
+        if isinstance(given.get("preprocessing"), Preprocessing | None):
+            given.pop("preprocessing", None)
+        cls._check_used(given)
+        names = LoaderOptions.__dataclass_fields__.keys() & given.keys() - set(cls.unused)
+        return LoaderOptions(texts_per_image=given.get(per_image, 1), **{name: given[name] for name in names})
 
     @classmethod
     def _check_used(cls, options: dict[str, Any]) -> None:
@@ -143,10 +154,6 @@ class PreparedDataModule(pl.LightningDataModule):
 
 _DEFAULTS = {name: one.default for name, one in LoaderOptions.__dataclass_fields__.items()}
 _DEFAULTS |= {"max_length": 50, "tokenizer": None}
-
-
-def _without(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
 
 
 def _preprocessing(tokenizer: str, **options: Any) -> Preprocessing:
