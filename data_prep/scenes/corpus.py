@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.scenes.drawing import ID_STEP, INFO, add_json, draw, instance_id, mapped, new_zip, write_list
+from data_prep.scenes.drawing import ID_STEP, INFO, add_instances, add_json, draw, instance_id, mapped, write_list
 from data_prep.scenes.layouts import LAYOUTS, write_layout
 from data_prep.scenes.question_only import format_table, question_only_accuracy
 from data_prep.scenes.questions import Balance, Caption, Question, captions, possible_questions, ten_answers
@@ -111,10 +111,9 @@ def make_scenes(
     if size not in SIZES:
         raise UserError(f"size is {size!r}, and has to be one of {', '.join(SIZES)}")
     workers = _num_cores() if num_workers is None else num_workers
-    if workers < 1:
-        raise UserError(f"--num-workers is {num_workers}, and has to be 1 or more")
-    if train_images is not None and train_images < 1:
-        raise UserError(f"--train-images is {train_images}, and has to be 1 or more")
+    for name, number in (("num-workers", num_workers), ("train-images", train_images)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name} is {number}, and has to be 1 or more")
     if layout not in ("vqa", *LAYOUTS):
         raise UserError(f"--layout is {layout!r}, and has to be one of vqa, {', '.join(LAYOUTS)}")
     images = {split: SIZES[size].num_images(split) for split in SPLITS}
@@ -175,8 +174,8 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
     start = time.perf_counter()
     records: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     caption_images: list[str] = []
-    with mapped(make_scene, tasks, workers) as made, new_zip(folder / "annotations.zip") as instances_zip:
-        scenes = tqdm(made, total=len(tasks), unit="image", desc=f"scenes {size}")
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as instances_zip:
+        scenes = tqdm(mapped(make_scene, tasks, workers), total=len(tasks), unit="image", desc=f"scenes {size}")
         for split, of_split in groupby(scenes, key=lambda scene: scene.task.split):
             records[split] = _write_split(split, size, of_split, folder, instances_zip, caption_images)
     with (folder / "dataset_scenes.json").open("wb") as stream:
@@ -189,11 +188,7 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
         "seed": seed,
         "image_size": SIZES[size].image_size,
         "splits": {
-            split: {
-                "subset": subset_name(split),
-                "images": images[split],
-                "questions": len(records[split][0]),
-            }
+            split: {"subset": subset_name(split), "images": images[split], "questions": len(records[split][0])}
             for split in SPLITS
         },
         "held_out_pairs": sorted(SIZES[size].held_out),
@@ -213,18 +208,16 @@ def _write_split(
     caption_images: list[str],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Write a split's images, instances, questions and answers; returns its (annotations, questions) records."""
-    subset, shapes = subset_name(split), SIZES[size].shapes
-    balance = Balance()
+    subset, balance = subset_name(split), Balance()
     annotations: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
+    names: dict[int, str] = {}
     instances: list[str] = []
-    with new_zip(folder / f"{subset}.zip") as images_zip:
+    with zipfile.ZipFile(folder / f"{subset}.zip", "w") as images_zip:
         for scene in scenes:
             task = scene.task
             images_zip.writestr(zipfile.ZipInfo(f"{subset}/{task.file_name}"), scene.jpeg)
-            side = SIZES[size].image_size
-            images.append({"id": task.image_id, "file_name": task.file_name, "width": side, "height": side})
+            names[task.image_id] = task.file_name
             instances += scene.instances
             caption_images.append(json.dumps(_caption_image(scene, len(caption_images))))
             rng = task.random("answers")
@@ -235,15 +228,13 @@ def _write_split(
 
     label = split.capitalize()
     header: dict[str, Any] = {"info": INFO, "license": {"name": "CC0"}, "data_type": "mscoco", "data_subtype": subset}
-    with new_zip(folder / f"v2_Questions_{label}_mscoco.zip") as archive:
+    with zipfile.ZipFile(folder / f"v2_Questions_{label}_mscoco.zip", "w") as archive:
         name = f"v2_OpenEnded_mscoco_{subset}_questions.json"
         add_json(archive, name, {**header, "task_type": "Open-Ended"}, "questions", map(json.dumps, questions))
-    with new_zip(folder / f"v2_Annotations_{label}_mscoco.zip") as archive:
+    with zipfile.ZipFile(folder / f"v2_Annotations_{label}_mscoco.zip", "w") as archive:
         name = f"v2_mscoco_{subset}_annotations.json"
         add_json(archive, name, header, "annotations", map(json.dumps, annotations))
-    categories = [{"id": index + 1, "name": shape, "supercategory": "shape"} for index, shape in enumerate(shapes)]
-    header = {"info": INFO, "categories": categories, "images": images}
-    add_json(instances_zip, f"annotations/instances_{subset}.json", header, "annotations", instances)
+    add_instances(instances_zip, subset, SIZES[size], names, instances)
     return annotations, questions
 
 

@@ -6,9 +6,7 @@ import io
 import json
 import multiprocessing
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from random import Random
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -37,13 +35,19 @@ def draw(objects: list[SceneObject], size: SceneSize, image_id: int, rng: Random
     if drawn is None:
         return None
     image, masks = drawn
+    instances = []
+    for index, (item, mask) in enumerate(zip(objects, masks, strict=True)):
+        looks = {"shape": item.shape, "color": item.color, "size": item.size, "fill": item.fill}
+        one = instance(mask, instance_id(image_id, index), image_id, size.shapes.index(item.shape) + 1)
+        instances.append(json.dumps(one | {"attributes": looks}))
+    return Drawn(as_jpeg(image), instances)
+
+
+def as_jpeg(pixels: np.ndarray) -> bytes:
+    """A picture (rows, columns, 3) of 8 bits as a file."""
     jpeg = io.BytesIO()
-    Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0)
-    instances = [
-        json.dumps(_instance(item, mask, instance_id(image_id, index), image_id, size.shapes))
-        for index, (item, mask) in enumerate(zip(objects, masks, strict=True))
-    ]
-    return Drawn(jpeg.getvalue(), instances)
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=92, subsampling=0)
+    return jpeg.getvalue()
 
 
 def instance_id(image_id: int, index: int) -> int:
@@ -51,44 +55,46 @@ def instance_id(image_id: int, index: int) -> int:
     return image_id * 100 + index
 
 
-def _instance(
-    item: SceneObject, mask: Mask, annotation_id: int, image_id: int, shapes: tuple[str, ...]
-) -> dict[str, Any]:
+def instance(mask: Mask, annotation_id: int, image_id: int, category: int) -> dict[str, Any]:
+    """COCO's annotation of an object, from its pixels; these are down the columns in run lengths, first of zeros."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
+    pixels = np.concatenate(([False], mask.ravel(order="F")))
+    borders = np.flatnonzero(pixels[1:] != pixels[:-1])
     return {
         "id": annotation_id,
         "image_id": image_id,
-        "category_id": shapes.index(item.shape) + 1,
+        "category_id": category,
         "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
         "area": int(np.count_nonzero(mask)),
         "iscrowd": 0,
-        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
-        "attributes": {"shape": item.shape, "color": item.color, "size": item.size, "fill": item.fill},
+        "segmentation": {
+            "size": list(mask.shape),
+            "counts": np.diff(borders, prepend=0, append=mask.size).tolist(),
+        },
     }
 
 
-def run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed run lengths: down the columns, the first run being of zeros, perhaps none."""
-    pixels = np.concatenate(([False], mask.ravel(order="F")))
-    borders = np.flatnonzero(pixels[1:] != pixels[:-1])
-    lengths: list[int] = np.diff(borders, prepend=0, append=mask.size).tolist()
-    return lengths
-
-
-@contextmanager
-def mapped(make: Callable[[AnyTask], Made], tasks: Sequence[AnyTask], workers: int) -> Iterator[Iterable[Made]]:
+def mapped(make: Callable[[AnyTask], Made], tasks: Sequence[AnyTask], workers: int) -> Iterator[Made]:
     """What is made of tasks, in their order, by several processes."""
     if workers == 1:
-        yield map(make, tasks)
+        yield from map(make, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield pool.imap(make, tasks, chunksize=16)
+        yield from pool.imap(make, tasks, chunksize=16)
 
 
-def new_zip(path: Path) -> zipfile.ZipFile:
-    """A new zip file, whose bytes are to depend on nothing but the content."""
-    return zipfile.ZipFile(path, "w")
+def add_instances(
+    archive: zipfile.ZipFile, subset: str, size: SceneSize, names: Mapping[int, str], instances: Iterable[str]
+) -> None:
+    """Add the instances of some pictures, whose names are by their ids."""
+    shapes, side = size.shapes, size.image_size
+    header = {
+        "info": INFO,
+        "categories": [{"id": n + 1, "name": shape, "supercategory": "shape"} for n, shape in enumerate(shapes)],
+        "images": [{"id": n, "file_name": name, "width": side, "height": side} for n, name in names.items()],
+    }
+    add_json(archive, f"annotations/instances_{subset}.json", header, "annotations", instances)
 
 
 def add_json(archive: zipfile.ZipFile, name: str, header: dict[str, Any], key: str, items: Iterable[str]) -> None:

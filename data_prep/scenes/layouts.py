@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.scenes.drawing import ID_STEP, INFO, Drawn, add_json, draw, instance_id, mapped, new_zip
+from data_prep.scenes.drawing import ID_STEP, Drawn, add_instances, draw, instance_id, mapped
 from data_prep.scenes.questions import captions
 from data_prep.scenes.render import SIZES, SceneObject, sample_objects
 from data_prep.scenes.statements import Hypothesis, Sentence, balance, draw_hypotheses, draw_sentences, statement_only
@@ -104,14 +104,13 @@ def write_layout(layout: str, size: str, train_images: int, folder: Path, seed: 
     splits = {"train": train_images, "dev": SIZES[size].eval_images}
     splits["test1" if layout == "nlvr2" else "test"] = SIZES[size].eval_images
     said: dict[str, list[tuple[str, str]]] = {}
-    with new_zip(folder / "annotations.zip") as instances_zip:
-        for number, (split, count) in enumerate(splits.items()):
-            first = number * ID_STEP + 1
-            if layout == "snli_ve":
-                said[split] = _write_snli_ve(size, split, first, count, folder, instances_zip, seed, workers)
-            else:
-                sets = max(1, count // _IMAGES_A_SET)
-                said[split] = _write_nlvr2(size, split, first, sets, folder, instances_zip, seed, workers)
+    write = _write_nlvr2 if layout == "nlvr2" else _write_snli_ve
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as instances_zip:
+        for place, (split, count) in enumerate(splits.items()):
+            number, step = (max(1, count // _IMAGES_A_SET), 2 * _PAIRS) if layout == "nlvr2" else (count, 1)
+            first = place * ID_STEP + 1
+            tasks = [SetTask(layout, size, split, first + step * n, n, seed) for n in range(number)]
+            said[split] = write(tasks, folder, instances_zip, workers)
     words = {split: round(statement_only(said["train"], said[split]), 2) for split in splits if split != "train"}
     summary = {
         "size": size,
@@ -127,22 +126,22 @@ def write_layout(layout: str, size: str, train_images: int, folder: Path, seed: 
 
 
 def _write_snli_ve(
-    size: str, split: str, first: int, count: int, folder: Path, instances_zip: zipfile.ZipFile, seed: int, workers: int
+    tasks: Sequence[SetTask], folder: Path, instances_zip: zipfile.ZipFile, workers: int
 ) -> list[tuple[str, str]]:
-    tasks = [SetTask("snli_ve", size, split, first + number, number, seed) for number in range(count)]
-    ids, all_drawn, said_of, instances = [], [], [], []
+    _, size, split, _, _, seed = tasks[0]
+    all_drawn, said_of, instances = [], {}, []
     # All splits share the file, of which train makes the beginning.
-    with zipfile.ZipFile(folder / "flickr30k-images.zip", "a") as images, mapped(make_premise, tasks, workers) as made:
-        for premise in tqdm(made, total=count, unit="image", desc=f"scenes {size} {split}"):
-            _add_image(images, f"flickr30k-images/{premise.image_id}.jpg", premise.drawn)
-            ids.append(premise.image_id)
+    with zipfile.ZipFile(folder / "flickr30k-images.zip", "a") as images:
+        made = mapped(make_premise, tasks, workers)
+        for premise in tqdm(made, total=len(tasks), unit="image", desc=f"scenes {size} {split}"):
+            images.writestr(zipfile.ZipInfo(f"flickr30k-images/{premise.image_id}.jpg"), premise.drawn.jpeg)
             all_drawn.append(premise.hypotheses)
-            said_of.append(premise.caption)
+            said_of[premise.image_id] = premise.caption
             instances += premise.drawn.instances
-    _add_instances(instances_zip, split, size, ids, instances)
+    add_instances(instances_zip, split, SIZES[size], {n: str(n) for n in said_of}, instances)
     kept = balance(all_drawn, Random(f"{seed}/{size}/snli_ve/{split}/balance"))
     with (folder / f"snli_ve_{split}.jsonl").open("w") as file:
-        for image_id, caption, hypotheses in zip(ids, said_of, kept, strict=True):
+        for (image_id, caption), hypotheses in zip(said_of.items(), kept, strict=True):
             for number, hypothesis in enumerate(hypotheses):
                 file.write(json.dumps(_snli_ve_line(image_id, caption, number, hypothesis)) + "\n")
     return [(hypothesis.text, hypothesis.label) for hypotheses in kept for hypothesis in hypotheses]
@@ -162,28 +161,26 @@ def _snli_ve_line(image_id: int, caption: str, number: int, hypothesis: Hypothes
 
 
 def _write_nlvr2(
-    size: str, split: str, first: int, sets: int, folder: Path, instances_zip: zipfile.ZipFile, seed: int, workers: int
+    tasks: Sequence[SetTask], folder: Path, instances_zip: zipfile.ZipFile, workers: int
 ) -> list[tuple[str, str]]:
-    tasks = [SetTask("nlvr2", size, split, first + 2 * _PAIRS * number, number, seed) for number in range(sets)]
-    ids: list[int] = []
+    size, split = tasks[0].size, tasks[0].split
+    names: dict[int, str] = {}
     instances: list[str] = []
     said = []
-    with (
-        new_zip(folder / f"{split}_img.zip") as images,
-        mapped(make_set, tasks, workers) as made,
-        (folder / f"{split}.json").open("w") as file,
-    ):
-        for one in tqdm(made, total=sets, unit="set", desc=f"scenes {size} {split}"):
+    with zipfile.ZipFile(folder / f"{split}_img.zip", "w") as images, (folder / f"{split}.json").open("w") as file:
+        made = mapped(make_set, tasks, workers)
+        for one in tqdm(made, total=len(tasks), unit="set", desc=f"scenes {size} {split}"):
             for place, (image_id, drawn) in enumerate(one.images):
                 # As the downloads do, whatever the format of the file.
                 name = f"{split}-{one.number}-{place // 2}-img{place % 2}.png"
-                _add_image(images, f"images/train/0/{name}" if split == "train" else f"{split}/{name}", drawn)
-                ids.append(image_id)
+                name = f"images/train/0/{name}" if split == "train" else f"{split}/{name}"
+                images.writestr(zipfile.ZipInfo(name), drawn.jpeg)
+                names[image_id] = str(image_id)
                 instances += drawn.instances
             for line in _nlvr2_lines(split, one):
                 file.write(json.dumps(line) + "\n")
                 said.append((line["sentence"], line["label"]))
-    _add_instances(instances_zip, split, size, ids, instances)
+    add_instances(instances_zip, split, SIZES[size], names, instances)
     return said
 
 
@@ -208,19 +205,3 @@ def _nlvr2_lines(split: str, one: PairSet) -> Iterator[dict[str, Any]]:
             ):
                 line[key] = [instance_id(image_id, index) for index in targets]
             yield line
-
-
-def _add_image(archive: zipfile.ZipFile, name: str, drawn: Drawn) -> None:
-    archive.writestr(zipfile.ZipInfo(name), drawn.jpeg)
-
-
-def _add_instances(
-    archive: zipfile.ZipFile, split: str, size: str, ids: Iterable[int], instances: Iterable[str]
-) -> None:
-    shapes, side = SIZES[size].shapes, SIZES[size].image_size
-    header = {
-        "info": INFO,
-        "categories": [{"id": n + 1, "name": shape, "supercategory": "shape"} for n, shape in enumerate(shapes)],
-        "images": [{"id": image_id, "file_name": str(image_id), "width": side, "height": side} for image_id in ids],
-    }
-    add_json(archive, f"annotations/instances_{split}.json", header, "annotations", instances)

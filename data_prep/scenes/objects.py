@@ -17,19 +17,15 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import multiprocessing
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data_prep.scenes.drawing import run_lengths
+from data_prep.scenes.drawing import as_jpeg, instance, mapped
 from data_prep.scenes.render import COLORS, FILLS, SHAPES, Mask, SceneObject, render
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.arguments import MOST_SEED, whole
@@ -92,13 +88,7 @@ def draw_object(task: Task) -> bytes:
     item = SceneObject(shape, color, "any", fill, x, y, radius, rng.uniform(-0.2, 0.2))
     drawn = render([item], size.image_size, rng)
     assert drawn is not None  # nothing can cover it
-    return _as_jpeg(drawn[0])
-
-
-def _as_jpeg(pixels: np.ndarray) -> bytes:
-    jpeg = io.BytesIO()
-    Image.fromarray(pixels).save(jpeg, "JPEG", quality=92, subsampling=0)
-    return jpeg.getvalue()
+    return as_jpeg(drawn[0])
 
 
 def _check_size(size: str) -> None:
@@ -124,7 +114,7 @@ def draw_several(size: str, number: int, seed: int) -> tuple[bytes, list[int], l
             items.append(SceneObject(shape, color, "any", fill, x, y, radius, rng.uniform(-0.2, 0.2)))
         if len(items) == count and (drawn := render(items, of_size.image_size, rng)) is not None:
             break
-    return _as_jpeg(drawn[0]), labels, drawn[1]
+    return as_jpeg(drawn[0]), labels, drawn[1]
 
 
 def make_several(size: str, out_dir: str | Path, count: int, seed: int = 0) -> None:
@@ -147,13 +137,7 @@ def make_several(size: str, out_dir: str | Path, count: int, seed: int = 0) -> N
             (partial / name).write_bytes(jpeg)
             images.append({"id": number, "file_name": name, "width": side, "height": side})
             for label, mask in zip(labels, masks, strict=True):
-                rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-                box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
-                annotations.append({
-                    "id": len(annotations), "image_id": number, "category_id": label, "iscrowd": 0,
-                    "bbox": [int(value) for value in box], "area": int(mask.sum()),
-                    "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
-                })  # fmt: skip
+                annotations.append(instance(mask, len(annotations), number, label))
         categories = [{"id": label, "name": name} for label, name in enumerate(SIZES[size].classes_by_folder)]
         write_json(partial / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
 
@@ -186,21 +170,14 @@ def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int
         for split, count in zip(SPLITS, (SIZES[size].train_images, SIZES[size].val_images), strict=True):
             tasks = [Task(size, split, number, seed) for number in range(count)]
             with tarfile.open(partial / f"{split}.tar", "w") as archive:
-                pictures = tqdm(_drawn(tasks, workers), total=count, unit="image", desc=f"objects {size} {split}")
+                pictures = tqdm(
+                    mapped(draw_object, tasks, workers), total=count, unit="image", desc=f"objects {size} {split}"
+                )
                 for task, jpeg in zip(tasks, pictures, strict=True):
                     member = tarfile.TarInfo(f"{SIZES[size].classes_by_folder[task.label]}/{task.number:06d}.jpg")
                     member.size = len(jpeg)
                     archive.addfile(member, io.BytesIO(jpeg))
         write_json(partial / "objects.json", record)
-
-
-def _drawn(tasks: list[Task], workers: int) -> Iterator[bytes]:
-    """The pictures in the order of the tasks."""
-    if workers == 1:
-        yield from map(draw_object, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(draw_object, tasks, chunksize=32)
 
 
 def main() -> None:
