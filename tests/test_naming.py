@@ -71,7 +71,7 @@ def phrases(tiny_data, tmp_path_factory):
     """The prepared phrases of the tiny corpus."""
     folder = tmp_path_factory.mktemp("phrases") / "prepared"
     source = ScenesCaptions(tiny_data.parent / "raw", phrases=True)
-    prepare(source, folder, Options(others=source.options))
+    prepare(source, folder, Options())
     return folder
 
 
@@ -114,7 +114,7 @@ def test_an_instance_of_coco_is_its_category_and_a_crowd_is_none(tiny_data, tmp_
                     crowds.add(entry["id"])
             changed.writestr(member, json.dumps(content))
     source = ScenesCaptions(raw, phrases=True)
-    prepare(source, tmp_path / "out", Options(others=source.options))
+    prepare(source, tmp_path / "out", Options())
     said = {
         n: text
         for row in load_split(tmp_path / "out", "val")

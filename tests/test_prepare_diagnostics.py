@@ -89,7 +89,7 @@ def test_gqa_is_read_as_it_is_downloaded(gqa_raw, tmp_path):
     (test,) = load_split(tmp_path / "out", "test")
     assert test["answers"] == [[]]
     raw = GQA(gqa_raw, all_questions=True)
-    prepare(raw, tmp_path / "all", Options(vocab_size=0, others=raw.options))
+    prepare(raw, tmp_path / "all", Options(vocab_size=0))
     assert load_split(tmp_path / "all", "train")["question_id"][0] == ["5"]
 
 

@@ -559,7 +559,7 @@ def test_a_stopped_run_does_not_go_on_with_other_maps(
 
     def make() -> None:
         with_maps = VQAv2(raw, human_maps)
-        prepare(with_maps, tmp_path / "out", Options(vocab_size=0, others=with_maps.options))
+        prepare(with_maps, tmp_path / "out", Options(vocab_size=0))
 
     with pytest.raises(UserError, match="unusable region"):
         make()
@@ -601,7 +601,7 @@ def table(folder: Path, rows: list[dict[str, Any]], item: str = "caption") -> Pa
 
 def make_own(path: Path, **options: Any) -> Path:
     raw: Any = Table(path, path.parent, 0.1)
-    prepare(raw, path.parent / "out", Options(vocab_size=0, others=raw.options(), **options))
+    prepare(raw, path.parent / "out", Options(vocab_size=0(), **options))
     return path.parent / "out"
 
 

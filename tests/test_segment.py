@@ -476,7 +476,7 @@ def phrases(tiny_data, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("phrases") / "out"
     source = ScenesCaptions(tiny_data.parent / "raw", True)
-    prepare(source, out, Options(min_answer_count=1, others=source.options))
+    prepare(source, out, Options(min_answer_count=1))
     return out
 
 

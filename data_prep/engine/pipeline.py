@@ -10,21 +10,19 @@ run that was stopped, however roughly, goes on.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import concurrent.futures.process
 import errno
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,7 +37,8 @@ from data_prep.engine.folder import (
     write_manifest,
     write_tokenizer,
 )
-from data_prep.engine.places import IMAGES_SCHEMA, Store, fingerprint, write_images
+from data_prep.engine.places import IMAGES_SCHEMA, fingerprint, write_images
+from data_prep.engine.raw import Reader
 from data_prep.engine.shards import ShardBuilder, ShardRecord, ShardTask, build_shard, open_readonly, start_worker
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Rows
 from vlabs.data.prepared import FORMAT_VERSION
@@ -61,7 +60,6 @@ class Options:
         shard_size: images a file.
         num_workers: processes; has no influence on what is written.
         name: what the data set is called; what the raw data say if empty.
-        others: options of one kind of raw data.
     """
 
     min_answer_count: int = 1
@@ -70,7 +68,6 @@ class Options:
     shard_size: int = 512
     num_workers: int = 1
     name: str = ""
-    others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("min_answer_count", 1), ("shard_size", 1), ("num_workers", 1), ("vocab_size", 0)):
@@ -78,12 +75,12 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         check_vocab_size(self.vocab_size)
 
-    def recorded(self, kind: Kind) -> dict[str, Any]:
-        """Return the options that what is written depends on."""
+    def recorded(self, kind: Kind, of_raw: dict[str, Any]) -> dict[str, Any]:
+        """Return the options that what is written depends on, with those of the raw data."""
         values = asdict(self)
         for name in ("num_workers", "name", *(() if kind == QUESTIONS else ("min_answer_count",))):
             del values[name]
-        return {**values.pop("others"), **values}
+        return {**of_raw, **values}
 
 
 def check_vocab_size(size: int) -> None:
@@ -93,66 +90,7 @@ def check_vocab_size(size: int) -> None:
         raise UserError(f"--vocab-size must be 0 (no tokenizer) or at least {smallest}, not {size}")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every kind of raw data shares to a command line."""
-    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=8192,
-        help="size of the tokenizer trained on the train questions or captions; 0 for none (default %(default)s)",
-    )
-    parser.add_argument(
-        "--on-bad",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do about images, questions and captions that cannot be used (default %(default)s)",
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--num-workers", type=int, default=cores, help="processes (default: all cores)")
-    parser.add_argument("--name", default="", help="what the data set is called (default: what its files say)")
-    parser.add_argument("--shard-size", type=int, default=512, help="images a file (default %(default)s)")
-
-
-def read_options(arguments: argparse.Namespace, **others: Any) -> Options:
-    """Return the options of `add_options`, and those of one kind of raw data, from a parsed command line."""
-    return Options(
-        min_answer_count=getattr(arguments, "min_answer_count", Options.min_answer_count),
-        vocab_size=arguments.vocab_size,
-        on_bad=arguments.on_bad,
-        shard_size=arguments.shard_size,
-        num_workers=arguments.num_workers,
-        name=arguments.name,
-        others=others,
-    )
-
-
-class RawData(Protocol):
-    """One form of raw data."""
-
-    @property
-    def kind(self) -> Kind:
-        """What is asked or said about the images."""
-
-    @property
-    def tables(self) -> Sequence[Path]:
-        """The files with all that is not an image."""
-
-    @property
-    def images(self) -> Sequence[Path]:
-        """The files and folders with images, for the manifest."""
-
-    def fill(self, index: Index) -> None:
-        """Put all texts into the index."""
-
-    def image_store(self, split: str) -> Store:
-        """Return where a split's images are."""
-
-    def called(self, seen: Mapping[str, int]) -> str:
-        """Return what the data set is called, from its texts by split; empty for the name of its prepared folder."""
-
-
-def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
+def prepare(raw: Reader, out_dir: Path, options: Options) -> None:
     """Make the prepared folder, or go on making it where an earlier run stopped.
 
     Raises:
@@ -160,7 +98,7 @@ def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
     """
     out_dir = out_dir.absolute()
     raw_files = raw_files_of(raw)
-    made_from = {"options": options.recorded(raw.kind), "raw_files": raw_files}
+    made_from = {"options": options.recorded(raw.kind, raw.options), "raw_files": raw_files}
     if is_made(out_dir, made_from | ({"name": options.name} if options.name else {})):
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
@@ -169,7 +107,7 @@ def prepare(raw: RawData, out_dir: Path, options: Options) -> None:
 
 
 def prepare_in(
-    partial: Path, raw: RawData, options: Options, name: str, raw_files: list[dict[str, Any]]
+    partial: Path, raw: Reader, options: Options, name: str, raw_files: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """`prepare` in a folder that `vlabs.utils.files.new_folder` gave.
 
@@ -193,7 +131,7 @@ def prepare_in(
         raise UserError(f"cannot make {partial}: {error}{hint}") from error
 
 
-def raw_files_of(raw: RawData) -> list[dict[str, Any]]:
+def raw_files_of(raw: Reader) -> list[dict[str, Any]]:
     """What a manifest says of raw data."""
     return [describe_raw(path, hashed=True) for path in raw.tables] + [describe_raw(path) for path in raw.images]
 
@@ -201,12 +139,12 @@ def raw_files_of(raw: RawData) -> list[dict[str, Any]]:
 class _Run:
     """The steps of `prepare`, each of which finds what is done already."""
 
-    def __init__(self, raw: RawData, options: Options, prepared: Path, name: str) -> None:
+    def __init__(self, raw: Reader, options: Options, prepared: Path, name: str) -> None:
         self.raw = raw
         self.name = name
         self.kind = raw.kind
         self.options = options
-        self.recorded_options = options.recorded(raw.kind)
+        self.recorded_options = options.recorded(raw.kind, raw.options)
         self.prepared = prepared
         self.work = prepared / WORK / "pipeline"
         self.records = self.work / "records"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from data_prep.engine.tars import PACKED, check_not_packed, members, open_tar
 from vlabs.data.decoding import known_suffixes, reason_of, size_of
@@ -159,13 +159,6 @@ class Listing:
         return next(alike, pictures[0] if pictures else None)
 
 
-class Store(Protocol):
-    """Where the images of a data set are."""
-
-    def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile | str]]:
-        """Yield the wanted (image id, name) pairs that are there; of some that are not a name that is, or nothing."""
-
-
 @dataclass(frozen=True)
 class ImageStore:
     """Images that are named by a path inside one of several folders, zip and tar files.
@@ -181,7 +174,7 @@ class ImageStore:
     other_folders: tuple[str, ...] = ()
 
     def locate(self, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[int, ImageFile | str]]:
-        """See `Store`.
+        """Yield the wanted (image id, name) pairs that are there; of some that are not a name that is, or nothing.
 
         Raises:
             UserError: an archive is damaged.

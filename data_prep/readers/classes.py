@@ -26,7 +26,7 @@ import pyarrow as pa
 from data_prep.engine import hub
 from data_prep.engine.folder import BadItem
 from data_prep.engine.places import count_others, is_picture
-from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.reader import new_parser
 from data_prep.engine.tables import as_text, check_table, is_empty, missing_column, read_rows, split_name
 from data_prep.engine.tars import PACKED, check_not_packed, members, open_tar
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
@@ -308,16 +308,13 @@ def _of_dataset(
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("classes", __doc__)
+    parser = new_parser("classes", __doc__, "rows without a picture or a class")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--raw-dir", type=Path, help="folder with train, val, … of class folders, or .tar files")
     source.add_argument("--table", type=Path, help=".csv, .tsv, .jsonl or .json with columns image, class and split")
     source.add_argument("--dataset", help="a data set of Hugging Face: hub name, or the folder of a local copy")
     parser.add_argument("--image-column", default="image", help="of --dataset (default: %(default)s)")
     parser.add_argument("--label-column", default="label", help="of --dataset (default: %(default)s)")
-    parser.add_argument("--name", default="", help="what the data set is called (default: as its folder or table)")
-    add_on_bad(parser, "rows without a picture or a class")
-    parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
     arguments = parser.parse_args()
     classes = None
     if arguments.raw_dir is not None:

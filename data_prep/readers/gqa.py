@@ -71,6 +71,7 @@ class GQA(Reader):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
+        super().add_options(parser)
         parser.add_argument("--all", action="store_true", help="all questions, not the balanced ones alone")
 
     @classmethod

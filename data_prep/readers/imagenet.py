@@ -19,7 +19,7 @@ from typing import IO
 import scipy.io
 
 from data_prep.engine.folder import BadItem
-from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.reader import new_parser
 from data_prep.engine.tars import members, open_tar, read_packed
 from data_prep.engine.units import Row, Unit
 from data_prep.readers.classes import entry, prepare_classes
@@ -124,13 +124,11 @@ def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("imagenet", __doc__)
+    parser = new_parser("imagenet", __doc__, "pictures whose class is not known")
     parser.add_argument("--raw-dir", type=Path, required=True, help=f"folder with {TRAIN}, {VAL} and {DEVKIT}")
-    parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
-    add_on_bad(parser, "pictures whose class is not known")
     arguments = parser.parse_args()
     units, files, wnids = imagenet_units(arguments.raw_dir)
-    prepare_classes(units, files, arguments.out_dir, "imagenet", wnids, arguments.on_bad)
+    prepare_classes(units, files, arguments.out_dir, arguments.name or "imagenet", wnids, arguments.on_bad)
 
 
 if __name__ == "__main__":

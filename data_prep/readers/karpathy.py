@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.engine.folder import name_of_rendered
 from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader
 from data_prep.engine.tables import split_name
@@ -63,22 +62,17 @@ class KarpathyCaptions(Reader):
         if json_file is None:
             others = "".join(f", or {archive} with it" for archive in self.json_archives)
             missing.append(f"dataset_{self.layout}.json{others}")
-        locations: list[Path] = []  # to look up names in, which start with a folder's
-        self.places: list[Path] = []
-        for folder in self.image_folders:
-            names = (folder, *self.other_folders)
-            archive = next((path for name in names if (path := raw_dir / f"{name}.zip").is_file()), None)
-            unpacked = next((path for name in names if (path := raw_dir / name).is_dir()), None)
-            if archive is None and unpacked is None:
-                missing.append(f"{folder}.zip (or the folder {folder}/)")
-            locations.append(archive or raw_dir)
-            self.places.append(archive or unpacked or raw_dir)
+        locations = [self.find_images(folder, *self.other_folders) for folder in self.image_folders]
+        missing += [
+            f"{folder}.zip (or the folder {folder}/)"
+            for folder, location in zip(self.image_folders, locations, strict=True)
+            if location is None
+        ]
         if json_file is None or missing:
             raise UserError(f"missing in {raw_dir}: {'; '.join(missing)} ({self.source})")
         self.json_file = json_file
-        self.store = ImageStore(
-            tuple(dict.fromkeys(locations)), other_folders=(*self.other_folders, "") if self.other_folders else ()
-        )
+        tried = (*self.other_folders, "") if self.other_folders else ()
+        self.store = ImageStore(tuple(dict.fromkeys(filter(None, locations))), other_folders=tried)
         if phrases and not self.instances:
             raise UserError(
                 f"--phrases needs COCO's instances in {raw_dir}: annotations_trainval2014.zip of"
@@ -88,19 +82,14 @@ class KarpathyCaptions(Reader):
         self.options = {"phrases": True} if phrases else {}
         self.tables = [json_file.path, *self.instances]
 
-    @property
-    def images(self) -> Sequence[Path]:
-        """See `Reader`."""
-        return sorted(self.places)
-
     def called(self, seen: Mapping[str, int]) -> str:
         """The layout's name if the JSON file says that it is of it; data of one's own are called as their folder."""
-        said = self.json_file.text("dataset")
-        return name_of_rendered(self.raw_dir) or (self.name if said == self.layout else self.raw_dir.resolve().name)
+        return self.call(self.json_file.text("dataset") == self.layout)
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
+        super().add_options(parser)
         what = f"take {cls.what_phrases_are} as captions, in place of the sentences"
         parser.add_argument("--phrases", action="store_true", help=what)
 

@@ -38,7 +38,6 @@ official evaluation compares letter by letter, so "Red" could never be answered 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -50,9 +49,9 @@ from typing import Any, NamedTuple
 
 from data_prep.engine import hub
 from data_prep.engine.folder import is_made, say_ready
-from data_prep.engine.pipeline import Options, add_options, prepare, prepare_in, raw_files_of, read_options
+from data_prep.engine.pipeline import prepare, prepare_in, raw_files_of
 from data_prep.engine.places import ImageStore
-from data_prep.engine.reader import add_answer_option, new_parser
+from data_prep.engine.reader import Reader, read_options, text_parser
 from data_prep.engine.regions import describe_files
 from data_prep.engine.tables import as_text, check_table, is_empty, missing_column, read_rows, split_name
 from data_prep.engine.texts import CAPTIONS, QUESTIONS, Index, Kind, Text, normal_form
@@ -84,7 +83,7 @@ class Row(NamedTuple):
     values: dict[str, Any]  # all columns, as they are
 
 
-class Table:
+class Table(Reader):
     """A table of questions or captions, and the images that it names.
 
     Args:
@@ -94,7 +93,7 @@ class Table:
         name: of the data set; empty to call it as its folder.
 
     Raises:
-        UserError: there is no such table or folder, it has no rows, or the fraction is out of range.
+        UserError: there is no such table or folder, it has no rows or a bad one, or the fraction is out of range.
     """
 
     def __init__(self, path: Path, image_root: Path, val_fraction: float, name: str = "") -> None:
@@ -103,30 +102,25 @@ class Table:
             raise UserError(f"there is no folder {image_root} for the images")
         if not 0 <= val_fraction < 1:
             raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
-        self.name = name
+        super().__init__(image_root)
+        self.own_name = name
         self.path = path
         self.image_root = image_root
         self.val_fraction = val_fraction
-        self.tables: Sequence[Path] = [path]
-        self.images: Sequence[Path] = []
+        self.tables = [path]
+        self.store = ImageStore((image_root,))
         self.kind = _kind_of(path)
+        masks = {row.mask: image_root / row.mask for row in self._rows() if row.mask is not None}
+        self.options = {"val_fraction": val_fraction} | ({"masks": describe_files(masks)} if masks else {})
 
-    def image_store(self, split: str) -> ImageStore:
-        """Return where the images are."""
-        return ImageStore((self.image_root,))
+    @property
+    def images(self) -> Sequence[Path]:
+        """See `Reader`; there is no end to what may lie in a folder of one's own."""
+        return []
 
     def called(self, seen: Mapping[str, int]) -> str:
-        """Return the data set's name; empty for that of the prepared folder."""
-        return self.name
-
-    def options(self) -> dict[str, Any]:
-        """Return what the options have to say of the masks that the table names, so that others start anew.
-
-        Raises:
-            UserError: the table cannot be read, or a row is not as it should be.
-        """
-        masks = {row.mask: self.image_root / row.mask for row in self._rows() if row.mask is not None}
-        return {"masks": describe_files(masks)} if masks else {}
+        """See `Reader`."""
+        return self.own_name
 
     def fill(self, index: Index) -> None:
         """Put all texts into the index.
@@ -445,7 +439,7 @@ def _keep(content: bytes, images: Path) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("own", __doc__)
+    parser = text_parser("own", __doc__, min_answer_count=1)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", type=Path, help="table with image, and question, answers, ... or caption")
     what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
@@ -464,36 +458,24 @@ def main() -> None:
         "--val-fraction", type=float, default=0.1,
         help="part of the images of rows without a split that goes into val (default %(default)s)",
     )  # fmt: skip
-    add_answer_option(parser, 1)
-    add_options(parser)
     arguments = parser.parse_args()
-    fraction = arguments.val_fraction
+    options, fraction, out_dir = read_options(arguments), arguments.val_fraction, arguments.out_dir.absolute()
     if arguments.dataset is None:
         if given := [name for name in ("columns", "splits", "config") if getattr(arguments, name)]:
             raise UserError(f"--{given[0]} is of --dataset, and a --table is given")
-        table = Table(arguments.table, arguments.image_root or arguments.table.parent, fraction)
-        prepare(table, arguments.out_dir, _options(arguments, table, {}))
+        prepare(Table(arguments.table, arguments.image_root or arguments.table.parent, fraction), out_dir, options)
         return
-    source = Source(
-        arguments.dataset,
-        read_pairs("--columns", arguments.columns, FIELDS),
-        arguments.config,
-        read_pairs("--splits", arguments.splits),
-    )
-    out_dir: Path = arguments.out_dir.absolute()
-    wanted = read_options(arguments, val_fraction=fraction, source=source._asdict())
-    if is_made(out_dir, wanted.recorded(CAPTIONS)):  # without what is of questions alone
+    columns, splits = read_pairs("--columns", arguments.columns, FIELDS), read_pairs("--splits", arguments.splits)
+    source = Source(arguments.dataset, columns, arguments.config, splits)
+    of_source = {"val_fraction": fraction, "source": source._asdict()}
+    if is_made(out_dir, options.recorded(CAPTIONS, of_source)):  # without what is of questions alone
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
         folder = partial / WORK / "source"  # pictures and texts as they came
         table = Table(write_table(source, folder), folder, fraction, PurePosixPath(arguments.dataset).name)
-        options = _options(arguments, table, {"source": source._asdict()})
-        splits = prepare_in(partial, table, options, out_dir.name, raw_files_of(table))
-    say_ready(out_dir, splits)
-
-
-def _options(arguments: argparse.Namespace, table: Table, others: dict[str, Any]) -> Options:
-    return read_options(arguments, val_fraction=arguments.val_fraction, **table.options(), **others)
+        table.options |= of_source
+        made = prepare_in(partial, table, options, out_dir.name, raw_files_of(table))
+    say_ready(out_dir, made)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ belong together; and `split`, if not `test`. Its pictures' paths are relative to
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.engine.folder import BadItem
-from data_prep.engine.pipeline import add_options, prepare, read_options
-from data_prep.engine.places import ImageStore, NamedImages
-from data_prep.engine.reader import new_parser
+from data_prep.engine.places import ImageStore
+from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import as_text, check_table, missing_column, read_rows, split_name
-from data_prep.engine.texts import Index, Text, statements
+from data_prep.engine.texts import Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.archives import is_clutter
@@ -46,29 +46,14 @@ class Example(NamedTuple):
     captions: tuple[str, ...]
 
 
-class Pairs:
-    """Examples from one of the three sources.
+class Pairs(Reader):
+    """Examples from one of the three sources."""
 
-    Args:
-        name: of the data.
-        tables: the files with the captions.
-        store: where the pictures are.
-    """
-
+    name = "pairs"
     kind = statements(LABELS["nlvr2"])
 
-    def __init__(self, name: str, tables: Sequence[Path], store: ImageStore) -> None:
-        self.name = name
-        self.tables = tables
-        self.store = store
-        self.images: Sequence[Path] = [path for path in store.locations if path not in tables]
-
-    def image_store(self, split: str) -> ImageStore:
-        """Return where the pictures are."""
-        return self.store
-
     def called(self, seen: Mapping[str, int]) -> str:
-        """Return what the data set is called."""
+        """See `Reader`."""
         return self.name
 
     def examples(self) -> Iterator[Example | BadItem]:
@@ -79,12 +64,12 @@ class Pairs:
         """
         raise NotImplementedError
 
-    def fill(self, index: Index) -> None:
-        """Put a statement for every picture with every caption into the index: true where they belong together."""
+    def texts(self) -> Iterator[Text | BadItem]:
+        """A statement for every picture with every caption: true where they belong together."""
         number = 0
         for example in self.examples():
             if isinstance(example, BadItem):
-                index.add_bad(*example)
+                yield example
                 continue
             for place, image in enumerate(example.images):
                 for which, caption in enumerate(example.captions):
@@ -92,14 +77,29 @@ class Pairs:
                     # With the number of pictures: one that is left out must not make a simpler example.
                     key = f"{example.name}/{len(example.images)}/{place}/{which}"
                     where, split, label = example.where, example.split, str(place == which)
-                    index.add(Text(where, split, (image,), number, caption, key=key, label=label))
+                    yield Text(where, split, (image,), number, caption, key=key, label=label)
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """See `Reader`."""
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--raw-dir", type=Path, help="folder with Winoground or VALSE")
+        source.add_argument("--table", type=Path, help="table of your own")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Pairs:
+        """See `Reader`."""
+        return find_pairs(arguments.raw_dir) if arguments.raw_dir is not None else PairTable(arguments.table)
 
 
 class Winoground(Pairs):
     """Two pictures and two captions of the same words in other orders."""
 
+    name = "winoground"
+
     def __init__(self, raw_dir: Path, table: Path) -> None:
-        super().__init__("winoground", [table], NamedImages.within(raw_dir))
+        super().__init__(raw_dir)
+        self.tables = [table]
 
     def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
@@ -112,8 +112,11 @@ class Winoground(Pairs):
 class Valse(Pairs):
     """A picture, its caption and a foil; a file a phenomenon."""
 
+    name = "valse"
+
     def __init__(self, raw_dir: Path, tables: Sequence[Path]) -> None:
-        super().__init__("valse", tables, NamedImages.within(raw_dir))
+        super().__init__(raw_dir)
+        self.tables = tables
 
     def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
@@ -138,7 +141,12 @@ class PairTable(Pairs):
 
     def __init__(self, path: Path) -> None:
         check_table(path)
-        super().__init__(path.stem, [path], ImageStore((path.parent,)))
+        super().__init__(path.parent)
+        self.tables, self.store = [path], ImageStore((path.parent,))
+
+    def called(self, seen: Mapping[str, int]) -> str:
+        """See `Reader`."""
+        return self.tables[0].stem
 
     def examples(self) -> Iterator[Example | BadItem]:
         """See `Pairs`."""
@@ -181,17 +189,7 @@ def find_pairs(raw_dir: Path) -> Pairs:
     raise UserError(f"{raw_dir} holds neither Winoground's examples.jsonl nor VALSE's JSON files, nor does its data/")
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = new_parser("pairs", __doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--raw-dir", type=Path, help="folder with Winoground or VALSE")
-    source.add_argument("--table", type=Path, help="table of your own")
-    add_options(parser)
-    arguments = parser.parse_args()
-    raw = find_pairs(arguments.raw_dir) if arguments.raw_dir is not None else PairTable(arguments.table)
-    prepare(raw, arguments.out_dir, read_options(arguments))
-
+main = command(Pairs)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -18,7 +18,7 @@ import codecs
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -79,19 +79,13 @@ class RefCoco(Reader):
             missing = [f"the folder {dataset}/ or {dataset}.zip (https://github.com/lichengunc/refer)"]
         if others and refs not in others:
             missing.append(f"--split-by names one of {', '.join(sorted(others))}")
-        images = next((path for path in (raw_dir / f"{_RELEASE}.zip", raw_dir / _RELEASE) if path.exists()), None)
-        if images is None:
+        location = self.find_images(_RELEASE)
+        if location is None:
             missing.append(f"{_RELEASE}.zip or the folder {_RELEASE}/ (https://cocodataset.org/#download)")
-        if images is None or missing:
+        if location is None or missing:
             raise UserError(f"missing in {raw_dir}: {'; '.join(missing)}")
-        self.store = ImageStore((images if images.is_file() else raw_dir,))
+        self.store = ImageStore((location,))
         self.instances = [instances]
-        self.place = images
-
-    @property
-    def images(self) -> Sequence[Path]:
-        """See `Reader`."""
-        return [self.place]
 
     def called(self, seen: Any) -> str:
         """See `Reader`."""
@@ -100,6 +94,7 @@ class RefCoco(Reader):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
+        super().add_options(parser)
         parser.add_argument("--dataset", choices=tuple(_SPLIT_BY), required=True, help="which of the three")
         what = "who divided it (default: unc, and umd for refcocog)"
         parser.add_argument("--split-by", choices=("unc", "google", "umd"), help=what)

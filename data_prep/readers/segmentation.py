@@ -29,7 +29,7 @@ from PIL import Image
 
 from data_prep.engine.folder import NOT_DROPPED, BadItem, name_of_rendered
 from data_prep.engine.places import Listing, json_files, read_file
-from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.reader import new_parser
 from data_prep.engine.regions import Degenerate, draw_shape
 from data_prep.engine.tables import split_name
 from data_prep.engine.tars import members, open_tar, read_packed
@@ -363,12 +363,9 @@ def _checked(pair: Pair, layout: Layout) -> tuple[bytes, bytes]:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("segmentation", __doc__)
+    parser = new_parser("segmentation", __doc__, "pairs that cannot be used")
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the archives")
-    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
-    parser.add_argument("--name", help="what the data set is called (default: as its layout, or its folder)")
-    add_on_bad(parser, "pairs that cannot be used")
     arguments = parser.parse_args()
     prepare_masks(arguments.layout, arguments.raw_dir, arguments.out_dir, arguments.on_bad, arguments.name)
 

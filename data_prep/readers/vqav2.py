@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine.folder import name_of_rendered
 from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.regions import describe_files
@@ -92,10 +91,10 @@ class VQAv2(Reader):
             if split in self.splits:
                 raise UserError(f"{raw_dir} holds two '{split}' splits, {self.splits[split].questions} and {file}")
             release = _release(file)
-            archive, folder = raw_dir / f"{release}.zip", raw_dir / release
-            if not archive.is_file() and not folder.is_dir():
+            location = self.find_images(release)
+            if location is None:
                 missing.append(f"{release}.zip (or the folder {release}/)")
-            store = ImageStore((archive if archive.is_file() else raw_dir,), other_suffix=".png")
+            store = ImageStore((location or raw_dir,), other_suffix=".png")
             self.splits[split] = Split(file, annotations.get(subset), release, store)
         if missing:
             raise UserError(f"missing in {raw_dir}: {', '.join(dict.fromkeys(missing))}")
@@ -106,15 +105,6 @@ class VQAv2(Reader):
             maps = {path.name: path for paths in self.human_maps.values() for path in paths}
             self.options["human_maps"] = describe_files(maps)
 
-    @property
-    def images(self) -> Sequence[Path]:
-        """See `Reader`."""
-        return sorted({
-            location if location != self.raw_dir else self.raw_dir / split.release
-            for split in self.splits.values()
-            for location in split.store.locations
-        })  # fmt: skip
-
     def image_store(self, split: str) -> ImageStore:
         """See `Reader`."""
         return self.splits[split].store
@@ -122,8 +112,7 @@ class VQAv2(Reader):
     def called(self, seen: Mapping[str, int]) -> str:
         """`vqav2` if a file says that it is of the VQA dataset; data of one's own are called as their folder."""
         said = next(iter(self.splits.values())).questions.text("info.description") or ""
-        own = self.name if re.search(r"\bVQA dataset\b", said) else self.raw_dir.resolve().name
-        return name_of_rendered(self.raw_dir) or own
+        return self.call(re.search(r"\bVQA dataset\b", said) is not None)
 
     def fill(self, index: Index) -> None:
         """Put all questions and annotations into the index."""
@@ -155,6 +144,7 @@ class VQAv2(Reader):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
+        super().add_options(parser)
         what = "folder with maps of VQA-HAT, of where people looked; may be given several times"
         parser.add_argument("--human-maps", type=Path, action="append", default=[], metavar="FOLDER", help=what)
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from data_prep.engine.folder import BadItem, write_tokenizer
 from data_prep.engine.pipeline import check_vocab_size
 from data_prep.engine.places import is_picture
-from data_prep.engine.reader import add_on_bad, new_parser
+from data_prep.engine.reader import new_parser
 from data_prep.engine.tars import check_not_packed, members, open_tar
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from data_prep.readers.classes import storable
@@ -212,7 +212,7 @@ def expand(option: str, patterns: Sequence[str]) -> list[Path]:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("webdataset", __doc__)
+    parser = new_parser("webdataset", __doc__, "samples without a picture or a caption")
     parser.add_argument("--shards", nargs="+", required=True, help="tar files, or patterns of them in quotes")
     parser.add_argument("--val-shards", nargs="+", default=[], help="those of val")
     parser.add_argument(
@@ -223,9 +223,6 @@ def main() -> None:
         "--vocab-size", type=int, default=0,
         help="of a tokenizer trained on the captions; 0 for none: pass data.tokenizer=FacebookAI/roberta-base",
     )  # fmt: skip
-    parser.add_argument("--name", default="", help="what the data set is called (default: as --out-dir)")
-    add_on_bad(parser, "samples without a picture or a caption")
-    parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
     arguments = parser.parse_args()
     if not 0 <= arguments.val_fraction < 1:
         raise UserError(f"--val-fraction must be at least 0 and below 1, not {arguments.val_fraction}")

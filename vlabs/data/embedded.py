@@ -166,7 +166,7 @@ def _scenes(size: str, raw: str | Path, **options: Any) -> Path:
 
 def _prepare(raw: Any, out: Path) -> None:
     pipeline = _of("engine.pipeline")
-    pipeline.prepare(raw, out, pipeline.Options(num_workers=os.cpu_count() or 1, others=raw.options))
+    pipeline.prepare(raw, out, pipeline.Options(num_workers=os.cpu_count() or 1))
 
 
 def _made(
