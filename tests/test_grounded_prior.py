@@ -12,7 +12,7 @@ from PIL import Image
 from test_models import make_model
 from test_train import metrics_of
 
-from vlabs.data.images import ImageReader, _seed
+from vlabs.data.images import ImageReader, seed_generators
 from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
@@ -142,7 +142,7 @@ def test_a_region_moves_with_its_picture(tiny_data):
     for epoch in range(40):
         found = images._patch_shares(region / 255, images._key({"image_id": 7}, 0, epoch))
         with images._generators_kept():
-            _seed(images.seed, epoch, 7)
+            seed_generators(images.seed, epoch, 7)
             picture = images.augment(Image.merge("RGB", [Image.fromarray(region)] * 3))
         seen = np.asarray(picture.convert("L"), dtype=float).reshape(4, 8, 4, 8).mean(axis=(1, 3))
         if seen.std() < 1:

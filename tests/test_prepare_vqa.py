@@ -235,7 +235,7 @@ def test_soft_scores_are_the_official_accuracy_of_every_vocabulary_answer(exampl
 def test_soft_scores_of_any_strings_are_the_official_accuracy() -> None:
     draw = random.Random(1)
     strings = [*ANSWERS, "." * 40, "." * 8, "0", "none", "", "can't", "cant", " red ", "red\n", "ten", "10."]
-    scores = SoftScores.of_vocabulary(list(dict.fromkeys(strings)))
+    scores = SoftScores(list(dict.fromkeys(strings)))
     for _ in range(500):
         answers = draw.choices(draw.choices(strings, k=draw.randint(1, 6)), k=10)
         ids, values = scores(answers)
@@ -550,7 +550,7 @@ def test_own_names_the_row_that_is_wrong(own_images: Path, row: str, message: st
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_few_answers_of_a_question_are_as_good_as_ten_of_the_same(number: int) -> None:
-    scores = SoftScores.of_vocabulary(["red", "blue"])
+    scores = SoftScores(["red", "blue"])
     assert scores(["red"] * number) == scores(["red"] * 10) == ([0], [1.0])
     assert answer_accuracy("red", ["red"] * number) == 1.0
     assert answer_accuracy("blue", ["red"] * number) == 0.0

@@ -13,7 +13,7 @@ import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ class Index:
             UserError: a value is of the wrong kind.
         """
         item, where, name = self.kind.item, text.where, f"{self.kind.item} {text.id}"
-        check_id(where, f"{item}_id", text.id)
+        check_value(where, f"{item}_id", text.id, int, str)
         check_value(where, item, text.text, str)
         image_id = self._number(where, text.images) if text.image_id is None else text.image_id
         check_value(where, "image_id", image_id, int)
@@ -192,7 +192,7 @@ class Index:
             UserError: a value is of the wrong kind.
         """
         name = f"question {text.id}"
-        check_id(text.where, "question_id", text.id)
+        check_value(text.where, "question_id", text.id, int, str)
         if not text.answers:
             self.add_bad("question without answers", text.split, name)
         values = {
@@ -387,46 +387,32 @@ def _regions(regions: Regions) -> str | None:
     return json.dumps([list(regions)]) if regions else None
 
 
-def check_value(where: str, name: str, value: object, kind: type) -> None:
-    """Check that a value of the raw data is a whole number (`int`) or text (`str`).
+def check_value(where: str, name: str, value: object, *kinds: type) -> None:
+    """Check that a value of the raw data is a whole number (`int`) or text (`str`); an id may be either, and not empty.
 
     Raises:
         UserError: it is not; the message starts with `where`.
     """
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = "a whole number" if kind is int else "text"
+    if not isinstance(value, kinds) or isinstance(value, bool) or (len(kinds) > 1 and value == ""):
+        wanted = " or ".join("a whole number" if kind is int else "text" for kind in kinds)
         raise UserError(f"{where}: '{name}' must be {wanted}, not {value!r:.80}")
 
 
-def check_id(where: str, name: str, value: object) -> None:
-    """Check that an id is a whole number or text.
-
-    Raises:
-        UserError: it is not; the message starts with `where`.
-    """
-    if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
-        raise UserError(f"{where}: '{name}' must be a whole number or text, not {value!r:.80}")
-
-
-@dataclass(frozen=True)
 class SoftScores:
     """The official accuracy of every vocabulary answer against the human answers of a question.
 
     `answer_accuracy` of every vocabulary answer gives the same; here only the answers that can score are looked at.
+
+    Args:
+        vocabulary: answers; an answer's index is its id.
     """
 
-    ids: dict[str, list[int]] = field(default_factory=dict)
-    normalized_ids: dict[str, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of_vocabulary(cls, vocabulary: Sequence[str]) -> SoftScores:
-        """Return the scores of a vocabulary; an answer's index is its id."""
-        ids: defaultdict[str, list[int]] = defaultdict(list)
-        normalized_ids: defaultdict[str, list[int]] = defaultdict(list)
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.ids: defaultdict[str, list[int]] = defaultdict(list)
+        self.normalized_ids: defaultdict[str, list[int]] = defaultdict(list)
         for index, answer in enumerate(vocabulary):
-            ids[clean_answer(answer)].append(index)
-            normalized_ids[normalize_answer(answer)].append(index)
-        return cls(dict(ids), dict(normalized_ids))
+            self.ids[clean_answer(answer)].append(index)
+            self.normalized_ids[normalize_answer(answer)].append(index)
 
     def __call__(self, answers: Sequence[str]) -> tuple[list[int], list[float]]:
         """Return the ids, ascending, of the vocabulary answers that score above 0, and their scores in (0, 1]."""
@@ -466,9 +452,7 @@ class Rows:
         self.vocabulary: list[str] = []
         if kind.name == QUESTIONS.name:
             self.vocabulary = read_answers(prepared)
-            scores = SoftScores.of_vocabulary(self.vocabulary)
-            self.scores: Callable[[tuple[str, ...]], tuple[list[int], list[float]]]
-            self.scores = functools.lru_cache(maxsize=4096)(scores)
+            self.scores = functools.lru_cache(maxsize=4096)(SoftScores(self.vocabulary).__call__)
 
     def row(
         self, image_id: int, items: Iterable[tuple[Any, str, str | None, str | None, str | None]]

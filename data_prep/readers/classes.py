@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,17 @@ def folder_units(raw_dir: Path) -> tuple[list[Unit], list[Path]]:
         if path.is_dir():
             folders = [one for one in sorted(path.iterdir()) if one.is_dir() and not is_clutter(one.name)]
             split = split_name(path.name, str(path)) if folders else ""
-            units += [Unit(split, f"{path.name}/{one.name}", _bind(_of_folder, one, split)) for one in folders]
+            units += [Unit(split, f"{path.name}/{one.name}", partial(_of_folder, one, split)) for one in folders]
             files += folders
         elif path.suffix.lower() == ".tar":
             split = split_name(path.stem, str(path))
-            units.append(Unit(split, path.name, _bind(_of_tar, path, split)))
+            units.append(Unit(split, path.name, partial(_of_tar, path, split)))
             files.append(path)
     if not units:
         for path in (one for one in there if one.name.lower().endswith(PACKED)):
             check_not_packed(path)
         raise UserError(f"--raw-dir {raw_dir} holds no class folders: there must be train/CLASS/PICTURE or train.tar")
     return units, files
-
-
-def _bind(function: Callable[..., Iterable[Row | BadItem]], *values: Any) -> Callable[[], Iterable[Row | BadItem]]:
-    return lambda: function(*values)
 
 
 def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
@@ -231,7 +228,7 @@ def table_units(table: Path) -> tuple[list[Unit], list[Path]]:
             raise missing_column(where, row, absent[0])
         split = split_name(as_text(where, "split", row.get("split")) or "train", where)
         by_split.setdefault(split, []).append(_of_row(table, where, split, row))
-    return [Unit(split, split, _bind(iter, rows)) for split, rows in by_split.items()], [table]
+    return [Unit(split, split, partial(iter, rows)) for split, rows in by_split.items()], [table]
 
 
 def _of_row(table: Path, where: str, split: str, row: dict[str, Any]) -> Row | BadItem:
@@ -276,7 +273,7 @@ def dataset_units(name: str, image: str, label: str) -> tuple[list[Unit], list[P
         if isinstance(feature, datasets.ClassLabel):
             names = list(feature.names)
     units = [
-        Unit(split, split, _bind(_of_dataset, name, split, stream, image, label, names))
+        Unit(split, split, partial(_of_dataset, name, split, stream, image, label, names))
         for split, stream in streams.items()
     ]
     return units, [Path(name)] if Path(name).is_dir() else [], names

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import io
 import re
+import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import scipy.io
 
@@ -42,13 +43,9 @@ def imagenet_units(raw_dir: Path) -> tuple[list[Unit], list[Path], list[str]]:
             raise UserError(f"{path} is missing: ImageNet-1K is {TRAIN}, {VAL} and {DEVKIT}")
     wnid_of_val, wnids = read_devkit(files[2])
     with open_tar(files[0]) as archive:
-        inner = [(member.name, member.offset_data, member.size) for member in members(archive, files[0])]
-    units = [
-        Unit("train", name, lambda part=(name, offset, size): _of_class_tar(files[0], *part))  # type: ignore[misc]
-        for name, offset, size in inner
-        if name.endswith(".tar")
-    ]
-    units.append(Unit("val", VAL, lambda: _of_val_tar(files[1], wnid_of_val)))
+        inner = [member for member in members(archive, files[0]) if member.name.endswith(".tar")]
+    units = [Unit("train", member.name, partial(_of_class_tar, files[0], member)) for member in inner]
+    units.append(Unit("val", VAL, partial(_of_val_tar, files[1], wnid_of_val)))
     return units, files, wnids
 
 
@@ -72,41 +69,14 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{path} is not ImageNet's development kit ({error!r}): download it again") from None
 
 
-class _Part(io.RawIOBase):
-    """A part of an open file, as a file."""
-
-    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self.file, self.start, self.size, self.place = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.size - self.place)
-        self.file.seek(self.start + self.place)
-        found = self.file.read(left if count < 0 else min(count, left))
-        self.place += len(found)
-        return found
-
-
-def _of_class_tar(path: Path, name: str, offset: int, size: int) -> Iterator[Row | BadItem]:
+def _of_class_tar(path: Path, inner: tarfile.TarInfo) -> Iterator[Row | BadItem]:
     """The pictures of a class: a tar file inside the tar file."""
-    with path.open("rb") as file, open_tar(path, _Part(file, offset, size)) as archive:  # type: ignore[arg-type]
+    with open_tar(path) as outer, open_tar(path, outer.extractfile(inner)) as archive:
         for member in members(archive, path):
             if member.size:
-                yield entry(Path(name).stem, path, offset + member.offset_data, member.size)
+                yield entry(Path(inner.name).stem, path, inner.offset_data + member.offset_data, member.size)
             else:
-                yield BadItem("empty image", "train", f"{name}: {member.name}")
+                yield BadItem("empty image", "train", f"{inner.name}: {member.name}")
 
 
 def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:

@@ -22,12 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.engine.places import ImageStore
+from data_prep.engine.places import ImageStore, Listing, read_file
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import split_name
 from data_prep.engine.texts import CAPTIONS, Text, check_value
 from vlabs.errors import UserError, one_line, run_cli
-from vlabs.utils.archives import open_zip, read_member
 from vlabs.utils.json_file import get_value
 from vlabs.utils.plain import check_plain
 
@@ -54,38 +53,24 @@ class RefCoco(Reader):
         super().__init__(raw_dir)
         self.dataset = dataset
         self.options["split_by"] = split_by
-        refs = f"refs({split_by}).p"
-        folder, archive = raw_dir / dataset, raw_dir / f"{dataset}.zip"
-        self.member: str | None = None
-        missing = []
-        if folder.is_dir():
-            self.refs, instances = folder / refs, folder / "instances.json"
-            others = [path.name for path in folder.glob("refs(*).p")]
-            missing = [f"{dataset}/{path.name}" for path in (self.refs, instances) if not path.is_file()]
-            self.tables = [self.refs, instances]
-        elif archive.is_file():
-            self.refs = instances = archive
-            with open_zip(archive) as opened:
-                members = [PurePosixPath(name) for name in opened.namelist()]
-            others = [path.name for path in members if path.match("refs(*).p")]
-            self.member = next((str(path) for path in members if path.name == refs), None)
-            missing = [] if self.member else [f"{refs} in {archive.name}"]
-            missing += (
-                [] if any(path.name == "instances.json" for path in members) else [f"instances.json in {archive}"]
-            )
-            self.tables = [archive]
-        else:
-            others = []
+        names = (f"refs({split_by}).p", "instances.json")
+        place = next((path for path in (raw_dir / dataset, raw_dir / f"{dataset}.zip") if path.exists()), None)
+        files = {} if place is None else Listing(place).by_last
+        missing = [f"{place.name}/{name}" for name in names if name not in files] if place else []
+        if place is None:
             missing = [f"the folder {dataset}/ or {dataset}.zip (https://github.com/lichengunc/refer)"]
-        if others and refs not in others:
-            missing.append(f"--split-by names one of {', '.join(sorted(others))}")
+        others = sorted(name for name in files if PurePosixPath(name).match("refs(*).p"))
+        if others and names[0] not in others:
+            missing.append(f"--split-by names one of {', '.join(others)}")
         location = self.find_images(_RELEASE)
         if location is None:
             missing.append(f"{_RELEASE}.zip or the folder {_RELEASE}/ (https://cocodataset.org/#download)")
         if location is None or missing:
             raise UserError(f"missing in {raw_dir}: {'; '.join(missing)}")
         self.store = ImageStore((location,))
-        self.instances = [instances]
+        self.refs, instances = (files[name] for name in names)
+        self.instances = [Path(instances.file)]
+        self.tables = list(dict.fromkeys([Path(self.refs.file), *self.instances]))
 
     def called(self, seen: Any) -> str:
         """See `Reader`."""
@@ -107,19 +92,17 @@ class RefCoco(Reader):
 
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""
-        name = f"{self.refs} ({self.member})" if self.member else str(self.refs)
+        name = self.refs.file if self.refs.offset is None else f"{self.refs.file} ({self.refs.name})"
         print(f"reading {name}")
-        refs = read_plain_pickle(name, self._read())
+        try:
+            content = read_file(self.refs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} cannot be read: {one_line(str(error))}") from None
+        refs = read_plain_pickle(name, content)
         if not isinstance(refs, list) or not refs:
             raise UserError(f"{name} is no list of expressions")
         for number, ref in enumerate(refs):
             yield from self._of_ref(f"{name}, entry {number}", ref)
-
-    def _read(self) -> bytes:
-        if self.member is None:
-            return self.refs.read_bytes()
-        with open_zip(self.refs) as archive:
-            return read_member(self.refs, archive, self.member)
 
     @staticmethod
     def _of_ref(where: str, ref: object) -> Iterator[Text]:

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep.engine.folder import NOT_DROPPED, BadItem, name_of_rendered
+from data_prep.engine.folder import NOT_DROPPED, BadItem, describe_raw, name_of_rendered
 from data_prep.engine.places import Listing, json_files, read_file
 from data_prep.engine.reader import new_parser
 from data_prep.engine.regions import Degenerate, draw_shape
 from data_prep.engine.tables import split_name
-from data_prep.engine.tars import members, open_tar, read_packed
+from data_prep.engine.tars import read_packed
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from vlabs.data.decoding import read_labels, size_of
 from vlabs.data.instances import list_annotations, list_categories
@@ -112,19 +112,12 @@ def _read(listing: Listing, name: str) -> bytes:
 def voc(raw_dir: Path) -> Layout:
     """PASCAL VOC 2012, with SBD's masks for training where they are there, which are read as their archive comes."""
     archive = _find(raw_dir, "VOCtrainval_11-May-2012.tar")
-    places: dict[str, tuple[int, int]] = {}
-    with open_tar(archive) as tar:
-        for member in members(tar, archive):
-            if "JPEGImages" in member.name or "Segmentation" in member.name:
-                places["/".join(PurePosixPath(member.name).parts[-2:])] = (member.offset_data, member.size)
+    places = {"/".join(name.split("/")[-2:]): image for name, image in Listing(archive).files.items()}
 
     def read(name: str) -> bytes:
         if name not in places:
             raise ValueError(f"{name} is missing")
-        offset, size = places[name]
-        with archive.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return read_file(places[name])
 
     def names(split: str) -> list[str]:
         try:
@@ -133,11 +126,8 @@ def voc(raw_dir: Path) -> Layout:
             raise UserError(f"{archive} lacks ImageSets/Segmentation/{split}.txt: download it again") from None
 
     def pair(name: str) -> Pair:
-        return Pair(
-            name,
-            lambda: read(f"JPEGImages/{name}.jpg"),
-            lambda: read_labels(read(f"SegmentationClass/{name}.png")),
-        )
+        mask = f"SegmentationClass/{name}.png"
+        return Pair(name, partial(read, f"JPEGImages/{name}.jpg"), lambda: read_labels(read(mask)))
 
     def of_sbd(path: Path, known: set[str]) -> Iterator[Pair]:
         for file, content in read_packed(path, _LARGEST_ARCHIVE):
@@ -315,7 +305,7 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
         return {"layout": layout}
 
     called = name or name_of_rendered(raw_dir) or (raw_dir.resolve().name if layout == "instances" else layout)
-    raw_files = [{"name": path.name, "size": path.stat().st_size} for path in found.files]
+    raw_files = [describe_raw(path) for path in found.files]
     folder = Folder("masks", called, MASK_FEATURES, units, raw_files, {"layout": layout}, place=place, finish=finish)
     prepare_units(folder, out_dir, on_bad)
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 
-from data_prep.engine.folder import BadItem, write_tokenizer
+from data_prep.engine.folder import BadItem, describe_raw, write_tokenizer
 from data_prep.engine.pipeline import check_vocab_size
 from data_prep.engine.places import is_picture
 from data_prep.engine.reader import new_parser
@@ -129,7 +130,7 @@ def prepare_shards(
         on_bad: see `prepare_units`; a sample without a picture or a caption is bad.
     """
     units = [
-        Unit(split, path.name, lambda split=split, path=path: _of_shard(split, path, field))  # type: ignore[misc]
+        Unit(split, path.name, partial(_of_shard, split, path, field))
         for split, paths in shards.items()
         for path in paths
     ]
@@ -146,7 +147,9 @@ def prepare_shards(
 
     def finish(folder: Path, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if vocab_size and counts["train"]["images"]:
-            write_tokenizer(folder, _captions(folder / "train"), vocab_size)
+            batches = datasets.load_from_disk(str(folder / "train")).select_columns("caption").iter(1000)
+            texts = (text for batch in batches for captions in batch["caption"] for text in captions)
+            write_tokenizer(folder, texts, vocab_size)
         return {}
 
     def count(rows: list[Row]) -> dict[str, int]:
@@ -154,7 +157,7 @@ def prepare_shards(
         return {"images": len(rows), "captions": texts, "captions_with_region": 0}
 
     options = {"field": field, "val_fraction": val_fraction, "vocab_size": vocab_size}
-    raw_files = [{"name": path.name, "size": path.stat().st_size} for paths in shards.values() for path in paths]
+    raw_files = [describe_raw(path) for paths in shards.values() for path in paths]
     folder = Folder("captions", name, FEATURES, units, raw_files, options, _PART, place, count, finish)
     prepare_units(folder, out_dir, on_bad)
 
@@ -185,14 +188,6 @@ def _row(image_id: int, caption_id: int, sample: Row) -> Row:
 def _share(key: str) -> float:
     """A number in [0, 1) that a key always has."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-
-
-def _captions(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.glob("data-*.arrow")):
-        with pa.memory_map(str(path)) as source:
-            for batch in pa.ipc.open_stream(source):
-                for captions in batch.column("caption").to_pylist():
-                    yield from captions
 
 
 def expand(option: str, patterns: Sequence[str]) -> list[Path]:

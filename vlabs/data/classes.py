@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
+from vlabs.data.images import generators_kept, seed_generators
 from vlabs.data.loading import check_augment, check_number, check_whole
-from vlabs.data.pictures import PictureDataModule, PictureDataset, generators_kept
+from vlabs.data.pictures import PictureDataModule, PictureDataset
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
@@ -108,7 +107,7 @@ class ClassDataset(PictureDataset):
             batch = torch.stack(images) if images else torch.empty(0, 3, size, size)
             of = torch.tensor(labels, dtype=torch.int64)
             if self.mixup is not None and len(of):
-                self._seed(spec, len(spec.groups))
+                seed_generators(*self.key(spec, len(spec.groups)))
                 batch, targets = self.mixup(batch, of)
             else:
                 smoothing = self.augmentation.label_smoothing if self.augmentation is not None else 0.0
@@ -126,16 +125,10 @@ class ClassDataset(PictureDataset):
         """
         if self.transform is None:
             return self.preprocessing.image(image)
-        self._seed(spec, place)
+        # What timm draws, from all three generators, is a function of where in the training it is.
+        seed_generators(*self.key(spec, place))
         tensor: Tensor = self.transform(image)
         return tensor
-
-    def _seed(self, spec: BatchSpec, place: int) -> None:
-        """What timm draws next, from all three generators, is a function of where in the training it is."""
-        seed = int(self.draws(spec, place).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
 
 
 def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlabs.data.classes import ClassDataset
+from vlabs.data.images import seed_generators
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
@@ -68,14 +69,8 @@ class CorruptedDataset(ClassDataset):
         """See `ClassDataset`."""
         pixels = np.asarray(self.preprocessing.resize(image))
         name = zlib.crc32(self.corruption.encode())
-        seed = np.random.SeedSequence((self.seed, name, self.severity, row["image_id"])).generate_state(1)[0]
-        state = np.random.get_state()
-        np.random.seed(int(seed))
-        _seed_compiled(int(seed))
-        try:
-            found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption)
-        finally:
-            np.random.set_state(state)
+        _seed_compiled(seed_generators(self.seed, name, self.severity, row["image_id"]))
+        found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption)
         return self.preprocessing.normalize(Image.fromarray(np.asarray(found, dtype=np.uint8)))
 
 

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -78,7 +78,6 @@ class ImageReader:
         self.seed = seed
         self.on_bad = on_bad
         self.at_least = preprocessing.image_size if scaled_decoding else None
-        self._kept = False
 
     def read(self, index: int, epoch: int, out: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
         """The row and its image (3, H, W), normalised; None for an image that is left out.
@@ -90,7 +89,8 @@ class ImageReader:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
         """
         row = self.rows[index]
-        return row, self._read_image(row, 0, epoch, out)
+        with self._generators_kept():
+            return row, self._read_image(row, 0, epoch, out)
 
     def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None) -> Tensor | None:
         """One of a row's images; None if it is left out."""
@@ -106,9 +106,8 @@ class ImageReader:
         exact = self.at_least is None
         image = self.preprocessing.resize(image) if exact else self.preprocessing.resize_for_training(image)
         if self.augment is not None:
-            with self._generators_kept():
-                _seed(*self._key(row, place, epoch))
-                image = self.augment(image)
+            seed_generators(*self._key(row, place, epoch))
+            image = self.augment(image)
         return self.preprocessing.normalize(image, out)
 
     def _key(self, row: dict[str, Any], place: int, epoch: int) -> tuple[int, ...]:
@@ -170,23 +169,24 @@ class ImageReader:
         if self.move is None:
             return crop_map(region, size, self.region_grid)
         square = Image.fromarray(np.round(255 * crop_map(region, size)).astype(np.uint8))
-        _seed(*key)
+        seed_generators(*key)
         return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
 
-    @contextmanager
-    def _generators_kept(self) -> Iterator[None]:
-        """Leave the global generators of random and numpy, which timm draws from, as they are; once for a batch."""
-        if self._kept or self.augment is None:
-            yield
-            return
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        self._kept = True
-        try:
-            yield
-        finally:
-            self._kept = False
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    def _generators_kept(self) -> AbstractContextManager[None]:
+        """`generators_kept`, once for a batch, where timm draws from them."""
+        return nullcontext() if self.augment is None else generators_kept()
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the global generators of random, numpy and torch as they are, whatever is drawn or seeded inside."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
 
 
 def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
@@ -256,8 +256,10 @@ def random_generator(*key: int) -> np.random.Generator:
     return np.random.default_rng([value % 2**32 for value in key])
 
 
-def _seed(*key: int) -> None:
-    """Seed the global generators of random and numpy with some whole numbers."""
+def seed_generators(*key: int) -> int:
+    """Seed the global generators of random, numpy and torch with some whole numbers; returns the seed that they are."""
     seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed

@@ -15,8 +15,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from vlabs.data.decoding import read_labels
+from vlabs.data.images import generators_kept, random_generator, seed_generators
 from vlabs.data.loading import check_number, check_whole
-from vlabs.data.pictures import PictureDataModule, PictureDataset, generators_kept
+from vlabs.data.pictures import PictureDataModule, PictureDataset
 from vlabs.data.prepared import IGNORED
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
@@ -110,9 +111,9 @@ class MaskDataset(PictureDataset):
                 if read is None:
                     skipped.append(row["image_id"])
                     continue
-                seed = self.draws(spec, place)
-                torch.manual_seed(int(seed.generate_state(1)[0]))
-                image, mask = self.change(*read, np.random.default_rng(seed))
+                key = self.key(spec, place)
+                seed_generators(*key)
+                image, mask = self.change(*read, random_generator(*key))
                 images.append(image)
                 masks.append(mask)
                 ids.append(row["image_id"])

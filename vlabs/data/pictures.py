@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset
@@ -118,21 +115,9 @@ class PictureDataset(Dataset[Any]):
             show(f"left out: {error}", file=sys.stderr)
             return None
 
-    def draws(self, spec: BatchSpec, place: int) -> np.random.SeedSequence:
+    def key(self, spec: BatchSpec, place: int) -> tuple[int, ...]:
         """What is drawn for a place of a batch follows from this."""
-        return np.random.SeedSequence((self.seed, spec.epoch, spec.number, place))
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Leave the global generators of random, numpy and torch as they are, whatever is drawn or seeded inside."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
+        return self.seed, spec.epoch, spec.number, place
 
 
 class PictureDataModule(PreparedDataModule):
