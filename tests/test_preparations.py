@@ -173,6 +173,7 @@ with locked(folder, ""):
 """
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "ready\n"
-    embedded._make_once(tmp_path / "scenes", "tiny", "", "", lambda out: pytest.fail("it is made twice"))
+    with embedded._alone(tmp_path / "scenes", "manifest.json") as there:
+        assert there, "it is made twice"
     first.wait()
     assert {path.name for path in tmp_path.iterdir()} - {".vlabs-lock"} == {"scenes"}

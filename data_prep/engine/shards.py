@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -24,6 +23,7 @@ from data_prep.engine.folder import NOT_DROPPED, BadItem
 from data_prep.engine.places import ImageFile, fingerprint, name_like, read_image, read_images
 from data_prep.engine.regions import draw_regions
 from data_prep.engine.texts import Kind, Rows
+from vlabs.utils.files import content_sha256, write_json
 
 # A record batch ends after this much, so that memory does not follow the size of the images.
 _BATCH_BYTES = 16 * 2**20
@@ -47,20 +47,13 @@ class ShardTask:
         }
 
 
-@dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(NamedTuple):
     """What a finished shard holds; lies beside it as JSON until the whole folder is finished."""
 
     sha256: str
     images_fingerprint: str  # of the raw images
     counts: dict[str, int]  # images, and what `Rows.count` counts
     bad: list[BadItem]
-
-    def write(self, path: Path) -> None:
-        """Write the record, under its name only once it is whole."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.__dict__), encoding="utf-8")
-        part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> ShardRecord:
@@ -108,10 +101,10 @@ class ShardBuilder:
                     rows, waiting_bytes = [], 0
             if rows:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.schema))
-        with part.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        digest = content_sha256(part)
         part.replace(task.data_file)
-        ShardRecord(digest, fingerprint(*images.values()), dict(counts), bad).write(task.record_file)
+        record = ShardRecord(digest, fingerprint(*images.values()), dict(counts), bad)
+        write_json(task.record_file, record._asdict())
         return seen
 
     def _read(

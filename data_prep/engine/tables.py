@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     while (first := next(lines, "")) and re.fullmatch("(sep=.)?", first.strip()):  # sep=; is of Excel
         before += 1
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
-    reader = csv.reader(_chain(first, lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    lines = itertools.chain([first] if first else [], lines)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(named := [name for name in header if name]) != len(set(named)):
@@ -105,12 +107,6 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, values
     except csv.Error as error:
         raise UserError(f"{path}, line {before + reader.line_num} is not CSV: {error}") from None
-
-
-def _chain(first: str, lines: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from lines
 
 
 def is_empty(value: Any) -> bool:

@@ -24,6 +24,7 @@ from vlabs.data.prepared import CAPTION_FEATURES, VQA_FEATURES, read_answers, st
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import clean_answer, match_accuracy, normalize_answer, ten_answers
 from vlabs.utils.files import write_json
+from vlabs.utils.json_file import check_value
 
 KEPT_BACK = -1  # the label of a statement whose label nobody tells
 _NUMBER = re.compile(r"[-+]?\d+([.,:]\d+)*")
@@ -385,17 +386,6 @@ def _targets(where: str, targets: Sequence[Sequence[int]]) -> str | None:
 
 def _regions(regions: Regions) -> str | None:
     return json.dumps([list(regions)]) if regions else None
-
-
-def check_value(where: str, name: str, value: object, *kinds: type) -> None:
-    """Check that a value of the raw data is a whole number (`int`) or text (`str`); an id may be either, and not empty.
-
-    Raises:
-        UserError: it is not; the message starts with `where`.
-    """
-    if not isinstance(value, kinds) or isinstance(value, bool) or (len(kinds) > 1 and value == ""):
-        wanted = " or ".join("a whole number" if kind is int else "text" for kind in kinds)
-        raise UserError(f"{where}: '{name}' must be {wanted}, not {value!r:.80}")
 
 
 class SoftScores:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_prep.engine.folder import BadItem, is_made, report_bad, say_ready, write_datasets_files, write_manifest
 from vlabs.errors import UserError
-from vlabs.utils.files import WORK, clear, new_folder, replacing, write_json
+from vlabs.utils.files import WORK, clear, content_sha256, new_folder, replacing, write_json
 
 _BATCH_ROWS, _BATCH_BYTES = 5000, 32 * 2**20
 
@@ -163,9 +163,7 @@ def _write_splits(folder: Folder, batches: Batches, prepared: Path) -> dict[str,
         path = prepared / split / name
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-        with path.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-        digests[split] = hashlib.sha256((digests.get(split, "") + digest).encode()).hexdigest()
+        digests[split] = hashlib.sha256((digests.get(split, "") + content_sha256(path)).encode()).hexdigest()
         files[split].append(name)
         totals.setdefault(split, Counter()).update(folder.count(rows))
     for split, names in files.items():

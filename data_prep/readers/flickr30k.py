@@ -23,10 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.engine.reader import command
-from data_prep.engine.texts import Index, Text, check_value
+from data_prep.engine.texts import Index, Text
 from data_prep.readers.entities import find_entities, match_sentences
 from data_prep.readers.karpathy import KarpathyCaptions
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.json_file import check_value
 
 _PHRASES_A_SENTENCE = 100  # more than any has
 

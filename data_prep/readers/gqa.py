@@ -25,9 +25,9 @@ from typing import Any
 
 from data_prep.engine.places import json_files
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.texts import Index, Text, check_value, normal_form
+from data_prep.engine.texts import Index, Text, normal_form
 from vlabs.errors import UserError, run_cli
-from vlabs.utils.json_file import JsonFile, get_value
+from vlabs.utils.json_file import JsonFile, check_value, get_value
 
 _QUESTIONS = re.compile(r"(train|val|testdev|test)_(balanced|all)_questions(?:_\d+)?\.json")
 _GRAPHS = re.compile(r"(?:train|val)_sceneGraphs\.json")
@@ -102,13 +102,9 @@ class GQA(Reader):
             for picture, graph in file.named():
                 where = f"{file}, picture {picture}"
                 size = [get_value(graph, side, where) for side in ("height", "width")]
-                objects = get_value(graph, "objects", where)
-                if not isinstance(objects, dict):
-                    raise UserError(f"{where}: 'objects' must be an object")
                 rows = []
-                for name, item in objects.items():
-                    if not isinstance(item, dict):
-                        raise UserError(f"{where}, object {name} is not an object")
+                for name, item in get_value(graph, "objects", where, dict).items():
+                    check_value(where, name, item, dict)
                     box = [get_value(item, side, f"{where}, object {name}") for side in ("x", "y", "w", "h")]
                     for value in (*box, *size):
                         check_value(f"{where}, object {name}", "x, y, w, h, width and height", value, int)
@@ -116,8 +112,7 @@ class GQA(Reader):
                 index.connection.executemany("INSERT OR REPLACE INTO boxes VALUES (?, ?, ?)", rows)
 
     def _question(self, index: Index, where: str, split: str, question_id: str, entry: dict[str, Any]) -> Text:
-        picture, text = get_value(entry, "imageId", where), get_value(entry, "question", where)
-        check_value(where, "imageId", picture, str)
+        picture, text = get_value(entry, "imageId", where, str), get_value(entry, "question", where)
         answer, types = entry.get("answer"), entry.get("types") or {}
         if answer is not None:
             check_value(where, "answer", answer, str)
@@ -136,13 +131,11 @@ class GQA(Reader):
     @staticmethod
     def _regions(index: Index, where: str, picture: str, annotations: Any) -> list[dict[str, Any]]:
         """The boxes of the objects that a question's words and its answer name, as far as there is a scene graph."""
-        if not isinstance(annotations, dict):
-            raise UserError(f"{where}: 'annotations' must be an object")
+        check_value(where, "annotations", annotations, dict)
         names: dict[str, None] = {}
         for part in ("question", "answer"):
             pointers = annotations.get(part) or {}
-            if not isinstance(pointers, dict):
-                raise UserError(f"{where}: 'annotations' of the {part} must be an object")
+            check_value(where, f"annotations.{part}", pointers, dict)
             names |= dict.fromkeys(str(name) for name in pointers.values())
         box = "SELECT box FROM boxes WHERE picture = ? AND object = ?"
         found = (index.connection.execute(box, (picture, name)).fetchone() for name in names)

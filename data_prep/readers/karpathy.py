@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader
 from data_prep.engine.tables import split_name
-from data_prep.engine.texts import CAPTIONS, Index, Text, check_value
+from data_prep.engine.texts import CAPTIONS, Index, Text
 from vlabs.data.instances import list_annotations, list_categories
 from vlabs.errors import UserError
-from vlabs.utils.json_file import get_value
+from vlabs.utils.json_file import check_value, get_objects, get_value
 
 # COCO's `restval` is the part of val2014 that is in neither val nor test; everybody trains on it.
 _SPLITS = {"restval": "train"}
@@ -102,11 +102,8 @@ class KarpathyCaptions(Reader):
         """Put all captions into the index."""
         print(f"reading {self.json_file}")
         index.connection.execute("CREATE TABLE known_images (image_id INTEGER PRIMARY KEY, split TEXT, name TEXT)")
-        number = -1
-        for number, entry in enumerate(self.json_file.entries("images")):
+        for number, entry in enumerate(self.json_file.entries("images", some=True)):
             self._fill_image(index, f"{self.json_file}, image {number}", entry)
-        if number < 0:
-            raise UserError(f"{self.json_file} has no 'images'")
         if self.phrases:
             self._fill_phrases(index)
         else:
@@ -142,14 +139,11 @@ class KarpathyCaptions(Reader):
                 )
 
     def _fill_image(self, index: Index, where: str, entry: dict[str, Any]) -> None:
-        split, image_id = get_value(entry, "split", where), get_value(entry, self.image_key, where)
-        check_value(where, "split", split, str)
-        check_value(where, self.image_key, image_id, int)
+        split, image_id = get_value(entry, "split", where, str), get_value(entry, self.image_key, where, int)
         split = split_name(_SPLITS.get(split, split), where)
-        name = self._image_name(where, entry)
-        sentences = get_value(entry, "sentences", where)
-        if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
-            raise UserError(f"{where}: 'sentences' must be a list of objects")
+        folder = get_value(entry, "filepath", where, str) if self.folder_in_json else self.image_folders[0]
+        name = f"{folder}/{get_value(entry, 'filename', where, str)}"
+        sentences = get_objects(entry, "sentences", where)
         try:
             added = index.connection.execute(
                 "INSERT OR IGNORE INTO known_images VALUES (?, ?, ?)", (image_id, split, name)
@@ -173,15 +167,6 @@ class KarpathyCaptions(Reader):
                 targets=[sentence.get("target_instances", [])],
             )
 
-    def _image_name(self, where: str, entry: dict[str, Any]) -> str:
-        name = get_value(entry, "filename", where)
-        check_value(where, "filename", name, str)
-        folder = self.image_folders[0]
-        if self.folder_in_json:
-            folder = get_value(entry, "filepath", where)
-            check_value(where, "filepath", folder, str)
-        return f"{folder}/{name}"
-
 
 def _phrase(where: str, entry: dict[str, Any], categories: dict[int, str]) -> str:
     """What an instance is: the category, after the attributes where there are any, as in the rendered corpus."""
@@ -189,7 +174,6 @@ def _phrase(where: str, entry: dict[str, Any], categories: dict[int, str]) -> st
     if not category:
         raise UserError(f"{where}: its category {entry.get('category_id')!r} has no name in the file")
     attributes = entry.get("attributes") or {}
-    if not isinstance(attributes, dict):
-        raise UserError(f"{where}: 'attributes' must be an object")
+    check_value(where, "attributes", attributes, dict)
     words = [value for value in attributes.values() if isinstance(value, str) and value != category]
     return " ".join([*words, category])

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.texts import Text, check_value, statements
+from data_prep.engine.texts import Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.archives import walk
@@ -55,8 +55,7 @@ class NLVR2(Reader):
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""
         for split, where, number, line in self.lines(self.splits):
-            identifier = get_value(line, "identifier", where)
-            check_value(where, "identifier", identifier, str)
+            identifier = get_value(line, "identifier", where, str)
             pair = _IDENTIFIER.fullmatch(identifier)
             if pair is None:
                 raise UserError(f"{where}: 'identifier' must be like dev-850-0-1, not {identifier!r:.80}")

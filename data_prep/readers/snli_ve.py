@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import split_name
-from data_prep.engine.texts import Text, check_value, statements
+from data_prep.engine.texts import Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.archives import walk
@@ -51,8 +51,7 @@ class SNLIVE(Reader):
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""
         for split, where, number, line in self.lines(self.splits):
-            picture = get_value(line, "Flickr30K_ID", where)
-            check_value(where, "Flickr30K_ID", picture, str)
+            picture = get_value(line, "Flickr30K_ID", where, str)
             yield Text(
                 where,
                 split,

@@ -29,11 +29,11 @@ from data_prep.engine.places import ImageStore, json_files
 from data_prep.engine.reader import Reader, command
 from data_prep.engine.regions import describe_files
 from data_prep.engine.tables import split_name
-from data_prep.engine.texts import Index, Text, check_value
+from data_prep.engine.texts import Index, Text
 from vlabs.errors import UserError, run_cli
 from vlabs.metrics.grounding import list_hat
 from vlabs.metrics.vqa import normalize_answer
-from vlabs.utils.json_file import JsonFile, get_value
+from vlabs.utils.json_file import JsonFile, get_objects, get_value
 
 _QUESTIONS = re.compile(r"(?:v2_)?OpenEnded_mscoco_(.+)_questions\.json")
 _ANNOTATIONS = re.compile(r"(?:v2_)?mscoco_(.+)_annotations\.json")
@@ -156,28 +156,21 @@ class VQAv2(Reader):
 
 def _questions(name: str, split: Split) -> Iterator[Text]:
     print(f"reading {split.questions}")
-    number = -1
-    for number, entry in enumerate(split.questions.entries("questions")):
+    for number, entry in enumerate(split.questions.entries("questions", some=True)):
         where = f"{split.questions}, question {number}"
         image_id = get_value(entry, "image_id", where)
         question_id, question = (get_value(entry, key, where) for key in ("question_id", "question"))
         image = f"{split.release}/COCO_{split.release}_{image_id:0>12}.jpg"
         yield Text(where, name, (image,), question_id, question, image_id)
-    if number < 0:
-        raise UserError(f"{split.questions} has no 'questions'")
 
 
 def _annotations(name: str, file: JsonFile | None) -> Iterator[Text]:
     if file is None:
         return
     print(f"reading {file}")
-    number = -1
-    for number, entry in enumerate(file.entries("annotations")):
+    for number, entry in enumerate(file.entries("annotations", some=True)):
         where = f"{file}, annotation {number}"
-        answers, major = get_value(entry, "answers", where), get_value(entry, "multiple_choice_answer", where)
-        if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-            raise UserError(f"{where}: 'answers' must be a list of objects")
-        check_value(where, "multiple_choice_answer", major, str)
+        answers, major = get_objects(entry, "answers", where), get_value(entry, "multiple_choice_answer", where, str)
         values: dict[str, Any] = {key: get_value(entry, key, where) for key in ("answer_type", "question_type")}
         yield Text(
             where,
@@ -190,8 +183,6 @@ def _annotations(name: str, file: JsonFile | None) -> Iterator[Text]:
             targets=[entry.get("target_instances", [])],
             **values,
         )
-    if number < 0:
-        raise UserError(f"{file} has no 'annotations'")
 
 
 def _release(file: JsonFile) -> str:

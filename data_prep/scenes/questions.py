@@ -158,7 +158,8 @@ def _say(family: str, rng: Random, description: Description | None = None, place
     return rng.choice(_TEMPLATES[family]).format(**words)
 
 
-def _matching(description: Description, objects: Sequence[SceneObject]) -> tuple[int, ...]:
+def matching(description: Description, objects: Sequence[SceneObject]) -> tuple[int, ...]:
+    """The indices of the objects that are as described."""
     return tuple([index for index, item in enumerate(objects) if description.matches(item)])
 
 
@@ -194,7 +195,7 @@ def _exists(objects: Sequence[SceneObject], size: SceneSize, split: str, rng: Ra
     described = [rng.choice(_descriptions_of(item)) for item in objects]
     described += [_random_description(size, split, rng) for _ in range(8)]
     for description in dict.fromkeys(described):
-        found = _matching(description, objects)
+        found = matching(description, objects)
         answer = "yes" if found else "no"
         yield Question("yes/no", "exists", _say("exists", rng, description), answer, found, (), (description,))
 
@@ -206,7 +207,7 @@ def _counts(objects: Sequence[SceneObject], size: SceneSize, split: str, rng: Ra
     described += [Description(color=item.color, shape=item.shape) for item in objects]
     described += [_random_description(size, split, rng) for _ in range(4)]
     for description in dict.fromkeys(described):
-        found = _matching(description, objects)
+        found = matching(description, objects)
         if len(found) <= size.max_count:
             text = _say("count", rng, description)
             yield Question("number", "count", text, str(len(found)), found, (), (description,))
@@ -216,7 +217,7 @@ def _attributes(objects: Sequence[SceneObject], rng: Random) -> Iterator[Questio
     """The color or the shape of an object that is described, and described uniquely, by something else."""
     for index, item in enumerate(objects):
         for description in _descriptions_of(item):
-            if len(_matching(description, objects)) > 1:
+            if len(matching(description, objects)) > 1:
                 continue
             mentions = (description,)
             if description.color is None:
@@ -227,7 +228,7 @@ def _attributes(objects: Sequence[SceneObject], rng: Random) -> Iterator[Questio
 
 def _names(index: int, objects: Sequence[SceneObject]) -> list[Description]:
     """Descriptions that fit this object only."""
-    return [d for d in _descriptions_of(objects[index]) if d.shape is not None and len(_matching(d, objects)) == 1]
+    return [d for d in _descriptions_of(objects[index]) if d.shape is not None and len(matching(d, objects)) == 1]
 
 
 def only_object(relation: str, anchor: SceneObject, objects: Sequence[SceneObject]) -> int | None:
@@ -279,7 +280,7 @@ def _chains(objects: Sequence[SceneObject], rng: Random) -> Iterator[Question]:
     for start, item in enumerate(objects):
         full = Description(item.size, None if item.fill == "solid" else item.fill, item.color, item.shape)
         names = [full._replace(fill=None), full._replace(size=None), full, full._replace(size=None, fill=None)]
-        names = [name for name in names if len(_matching(name, objects)) == 1]
+        names = [name for name in names if len(matching(name, objects)) == 1]
         for relation in RELATIONS if names else ():
             middle = only_object(relation, item, objects)
             if middle is None:

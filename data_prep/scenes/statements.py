@@ -14,7 +14,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from data_prep.scenes.questions import MARGIN, RELATIONS, Description, with_article
+from data_prep.scenes.questions import MARGIN, RELATIONS, Description, matching, with_article
 from data_prep.scenes.render import FILLS, SceneObject, SceneSize
 from vlabs.data.prepared import LABELS as ALL_LABELS
 
@@ -71,14 +71,14 @@ def _claim(subject: Description, says: str, attribute: str, value: str) -> _Clai
 
 def _judge(claim: _Claim, objects: Objects) -> Hypothesis | None:
     """The hypothesis with its label; None where some of what it speaks of is as it says, and some is not."""
-    found = _matching(claim.subject, objects)
+    found = matching(claim.subject, objects)
     if claim.anchor is None:
         assert claim.says is not None
         said = {claim.says(objects[index]) for index in found}
         if len(said) == 2:
             return None
         return Hypothesis(claim.text, (ENTAILMENT if said.pop() else CONTRADICTION) if said else NEUTRAL, found)
-    anchors = _matching(claim.anchor, objects)
+    anchors = matching(claim.anchor, objects)
     if not found or not anchors:
         return Hypothesis(claim.text, NEUTRAL, ())
     if len(found) > 1 or len(anchors) > 1:
@@ -87,10 +87,6 @@ def _judge(claim: _Claim, objects: Objects) -> Hypothesis | None:
     if abs(offset) < MARGIN:
         return None
     return Hypothesis(claim.text, ENTAILMENT if offset > 0 else CONTRADICTION, (*found, *anchors))
-
-
-def _matching(description: Description, objects: Objects) -> tuple[int, ...]:
-    return tuple(index for index, item in enumerate(objects) if description.matches(item))
 
 
 def draw_hypotheses(objects: Objects, size: SceneSize, rng: Random) -> list[Hypothesis]:
@@ -131,10 +127,10 @@ def draw_sentences(pairs: Sequence[tuple[Objects, Objects]], rng: Random, number
     """Sentences of different kinds, each true of half of the pairs; None where too few are found."""
     found: dict[str, Sentence] = {}
     for kind, text, described, holds in _sentences(pairs, rng):
-        counts = [tuple(len(_matching(described, objects)) for objects in pair) for pair in pairs]
+        counts = [tuple(len(matching(described, objects)) for objects in pair) for pair in pairs]
         truth = tuple(holds(left, right) for left, right in counts)
         if sum(truth) * 2 == len(pairs) and kind not in found:
-            targets = tuple((_matching(described, left), _matching(described, right)) for left, right in pairs)
+            targets = tuple((matching(described, left), matching(described, right)) for left, right in pairs)
             found[kind] = Sentence(text, truth, targets)
             if len(found) == number:
                 return list(found.values())

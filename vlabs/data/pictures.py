@@ -37,13 +37,7 @@ class ImageSampler(EpochSampler):
         super().__init__(count)
         self.batch_size, self.training, self.seed, self.repeats = batch_size, training, seed, repeats
         self.rank, self.world_size = rank_and_world()
-
-    @property
-    def how(self) -> dict[str, int]:
-        """See `EpochSampler`."""
-        return {
-            "pictures": self.size, "batch_size": self.batch_size, "processes": self.world_size, "seed": self.seed,
-        }  # fmt: skip
+        self.how = {"pictures": count, "batch_size": batch_size, "processes": self.world_size, "seed": seed}
 
     @property
     def left(self) -> int:

@@ -35,21 +35,19 @@ class EpochSampler(Sampler[BatchSpec]):
 
     Attributes:
         epoch: which epoch is next.
+        how: all that decides which texts or pictures form a batch, by the names of `data.NAME` where it is an option.
         before: how the epoch was shared out by other options until now, in order: their `how`, and as `given` how many
             batches every process got.
         first: the batch to begin with, of what `before` left.
     """
+
+    how: dict[str, int]
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.epoch = 0
         self.before: list[dict[str, int]] = []
         self.first = 0
-
-    @property
-    def how(self) -> dict[str, int]:
-        """All that decides which texts or pictures form a batch, by the names of `data.NAME` where it is an option."""
-        raise NotImplementedError
 
     @property
     def left(self) -> int:
@@ -129,7 +127,7 @@ class GroupSampler(EpochSampler):
         super().__init__(int(_starts_a_group(rows, per_image).sum()))
         self.rows, self.positions, self.lengths = rows, positions, lengths
         self.rank, self.shuffle = rank, shuffle
-        self._how = {
+        self.how = {
             "texts": len(rows),
             "texts_per_image": per_image,
             "batch_size": batch_size,
@@ -139,11 +137,6 @@ class GroupSampler(EpochSampler):
             "seed": seed,
         }
         self._left_groups: tuple[int, int, int] = (0, 0, 0)  # of which epoch and how many options before, and how many
-
-    @property
-    def how(self) -> dict[str, int]:
-        """See `EpochSampler`."""
-        return self._how
 
     @property
     def left(self) -> int:

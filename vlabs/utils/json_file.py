@@ -51,11 +51,12 @@ class JsonFile:
         """Of the file itself, without folders."""
         return (self.member or str(self.path)).replace("\\", "/").rpartition("/")[2]
 
-    def entries(self, key: str = "", floats: bool = False) -> Iterator[dict[str, Any]]:
+    def entries(self, key: str = "", floats: bool = False, some: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the entries of the list under a key, or that the whole file is.
 
         Args:
             floats: numbers with a point are floats, and whole ones of more than 63 bits an error.
+            some: so is an empty list.
 
         Raises:
             UserError: the file is damaged, there is no such list, or an entry is not an object.
@@ -67,6 +68,8 @@ class JsonFile:
             yield entry
         if number < 0:
             self._check_list(key)
+            if some:
+                raise UserError(f"{self} has no '{key}'")
 
     def _check_list(self, key: str) -> None:
         names = []
@@ -194,12 +197,40 @@ def parse_line(text: str) -> Any:
     return value
 
 
-def get_value(entry: dict[str, Any], key: str, where: str) -> Any:
+def get_value(entry: dict[str, Any], key: str, where: str, *kinds: type) -> Any:
     """Return the value of a key.
 
+    Args:
+        kinds: as in `check_value`; whatever it is if not given.
+
     Raises:
-        UserError: there is none; the message starts with `where`, and says which there are.
+        UserError: there is none, or of another kind; the message starts with `where`.
     """
     if key not in entry:
         raise UserError(f"{where} has no '{key}', but {', '.join(map(repr, entry)) or 'nothing'}"[:500])
+    if kinds:
+        check_value(where, key, entry[key], *kinds)
     return entry[key]
+
+
+def get_objects(entry: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    """Return the list of objects under a key.
+
+    Raises:
+        UserError: there is none; the message starts with `where`.
+    """
+    found = get_value(entry, key, where)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{where}: '{key}' must be a list of objects")
+    return found
+
+
+def check_value(where: str, name: str, value: object, *kinds: type) -> None:
+    """Check that a value is a whole number (`int`), text (`str`) or an object (`dict`); of two kinds it is not empty.
+
+    Raises:
+        UserError: it is not; the message starts with `where`.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool) or (len(kinds) > 1 and value == ""):
+        words = {int: "a whole number", str: "text", dict: "an object"}
+        raise UserError(f"{where}: '{name}' must be {' or '.join(words[kind] for kind in kinds)}, not {value!r:.80}")
