@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import tokenizers
 
 from vlabs.data.prepared import FORMAT_VERSION
 from vlabs.errors import UserError, one_line, show
-from vlabs.utils.files import content_sha256, is_free, write_json
+from vlabs.utils.files import WORK, clear, content_sha256, is_free, write_json, write_text
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _NAMED_BAD_ITEMS = 20
@@ -55,6 +56,26 @@ def is_made(out_dir: Path, made_from: Mapping[str, Any]) -> bool:
             raise UserError(f"{out_dir} holds something else, made from other {what}: name another --out-dir")
     print(f"{out_dir} is there already, made from the same files with the same options")
     return True
+
+
+def start_or_go_on(partial: Path, identity: Any) -> Path:
+    """The place of what is needed on the way, in a folder of `new_folder`.
+
+    Args:
+        identity: what an earlier run must have had for the folder to be left as it is, as plain data; else it is
+            emptied, but for what others keep in `WORK`.
+    """
+    work = partial / WORK / "pipeline"
+    inputs, said = work / "inputs.json", json.dumps(identity, indent=1)
+    if inputs.is_file() and inputs.read_text(encoding="utf-8") == said:
+        print(f"going on in {partial}")
+        return work
+    if inputs.is_file():
+        print(f"{partial} was made from other files or options: starting anew")
+    clear(partial, WORK)
+    shutil.rmtree(work, ignore_errors=True)
+    write_text(inputs, said)
+    return work
 
 
 def say_ready(out_dir: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:

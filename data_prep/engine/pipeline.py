@@ -14,9 +14,7 @@ import concurrent.futures
 import concurrent.futures.process
 import errno
 import hashlib
-import json
 import multiprocessing
-import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -33,6 +31,7 @@ from data_prep.engine.folder import (
     is_made,
     report_bad,
     say_ready,
+    start_or_go_on,
     write_datasets_files,
     write_manifest,
     write_tokenizer,
@@ -43,7 +42,7 @@ from data_prep.engine.shards import ShardBuilder, ShardRecord, ShardTask, build_
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Rows
 from vlabs.data.prepared import FORMAT_VERSION
 from vlabs.errors import UserError
-from vlabs.utils.files import WORK, clear, new_folder, write_text
+from vlabs.utils.files import new_folder
 
 _BYTES = 256
 
@@ -120,7 +119,6 @@ def prepare_in(
     """
     try:
         run = _Run(raw, options, partial, name)
-        run.start_or_go_on()
         run.read_tables()
         run.locate_images()
         run.build_shards()
@@ -146,38 +144,13 @@ class _Run:
         self.options = options
         self.recorded_options = options.recorded(raw.kind, raw.options)
         self.prepared = prepared
-        self.work = prepared / WORK / "pipeline"
+        # What happens to bad items in the end changes no shard.
+        shards_options = {name: value for name, value in self.recorded_options.items() if name != "on_bad"}
+        tables = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in raw.tables]
+        self.work = start_or_go_on(prepared, [FORMAT_VERSION, self.kind.name, tables, shards_options])
         self.records = self.work / "records"
         self.index_file = self.work / "index.sqlite"
         self.images_file = self.work / "images.sqlite"
-
-    def start_or_go_on(self) -> None:
-        """Keep what an earlier run left if it had the same tables and options; make the folders."""
-        identity_file = self.work / "inputs.json"
-        options = {**self.recorded_options}
-        del options["on_bad"]  # changes what happens in the end, not the shards
-        tables = [
-            {"name": path.name, "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
-            for path in self.raw.tables
-        ]
-        identity = json.dumps(
-            {
-                "format": FORMAT_VERSION,
-                "kind": self.kind.name,
-                "tables": tables,
-                "options": options,
-            },
-            indent=1,
-        )
-        if identity_file.exists() and identity_file.read_text(encoding="utf-8") == identity:
-            print(f"going on in {self.prepared}")
-        else:
-            if identity_file.exists():
-                print(f"{self.prepared} was made from other files or options: starting anew")
-            clear(self.prepared, WORK)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.records.mkdir(parents=True)
-            write_text(identity_file, identity)
 
     def read_tables(self) -> None:
         """Make the index, the tokenizer, and the files of the kind."""

@@ -18,7 +18,15 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.engine.folder import BadItem, is_made, report_bad, say_ready, write_datasets_files, write_manifest
+from data_prep.engine.folder import (
+    BadItem,
+    is_made,
+    report_bad,
+    say_ready,
+    start_or_go_on,
+    write_datasets_files,
+    write_manifest,
+)
 from vlabs.errors import UserError
 from vlabs.utils.files import WORK, clear, content_sha256, new_folder, replacing, write_json
 
@@ -85,12 +93,7 @@ def prepare_units(folder: Folder, out_dir: str | Path, on_bad: str = "error") ->
     if is_made(out_dir, {"raw_files": folder.raw_files, "options": options}):
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
-        work = partial / WORK
-        inputs, identity = work / "inputs.json", json.loads(json.dumps([folder.raw_files, folder.options]))
-        if not inputs.is_file() or json.loads(inputs.read_text(encoding="utf-8")) != identity:
-            clear(partial)
-            work.mkdir()
-            write_json(inputs, identity)
+        work = start_or_go_on(partial, [folder.raw_files, folder.options])
         bad: list[BadItem] = []
         parts = []
         with tqdm(folder.units, unit="part", desc=f"reading {folder.name}") as progress:
