@@ -106,44 +106,45 @@ def _read(listing: Listing, name: str) -> bytes:
     return read_file(image)
 
 
+def _pair(name: str, pictures: Listing, picture: str, mask: str | None, masks: Listing | None = None) -> Pair:
+    """A picture and its mask by their names in archives; None for a mask that is kept back."""
+    labels = None if mask is None else lambda: read_labels(_read(masks or pictures, mask))
+    return Pair(name, partial(_read, pictures, picture), labels)
+
+
 # --- the data sets ----------------------------------------------------------------------------------------------------
 
 
 def voc(raw_dir: Path) -> Layout:
     """PASCAL VOC 2012, with SBD's masks for training where they are there, which are read as their archive comes."""
     archive = _find(raw_dir, "VOCtrainval_11-May-2012.tar")
-    places = {"/".join(name.split("/")[-2:]): image for name, image in Listing(archive).files.items()}
+    listing, lists = Listing(archive), "ImageSets/Segmentation"
+    root = next((name.partition(lists)[0] for name in listing.files if lists in name), "")
 
-    def read(name: str) -> bytes:
-        if name not in places:
-            raise ValueError(f"{name} is missing")
-        return read_file(places[name])
+    def picture(name: str) -> str:
+        return f"{root}JPEGImages/{name}.jpg"
 
-    def names(split: str) -> list[str]:
+    names = {}
+    for split in ("train", "val"):
         try:
-            return read(f"Segmentation/{split}.txt").decode().split()
+            names[split] = _read(listing, f"{root}{lists}/{split}.txt").decode().split()
         except ValueError:
-            raise UserError(f"{archive} lacks ImageSets/Segmentation/{split}.txt: download it again") from None
-
-    def pair(name: str) -> Pair:
-        mask = f"SegmentationClass/{name}.png"
-        return Pair(name, partial(read, f"JPEGImages/{name}.jpg"), lambda: read_labels(read(mask)))
+            raise UserError(f"{archive} lacks {lists}/{split}.txt: download it again") from None
+    splits: dict[str, Sequence[Iterable[Pair]]] = {
+        split: _chunks([_pair(one, listing, picture(one), f"{root}SegmentationClass/{one}.png") for one in of_split])
+        for split, of_split in names.items()
+    }
 
     def of_sbd(path: Path, known: set[str]) -> Iterator[Pair]:
         for file, content in read_packed(path, _LARGEST_ARCHIVE):
             name = PurePosixPath(file).stem
-            if file.endswith(".mat") and "/cls/" in file and name not in known and f"JPEGImages/{name}.jpg" in places:
-                yield Pair(name, partial(read, f"JPEGImages/{name}.jpg"), partial(_sbd_labels, path, content))
+            if file.endswith(".mat") and "/cls/" in file and name not in known and picture(name) in listing.files:
+                yield Pair(name, partial(_read, listing, picture(name)), partial(_sbd_labels, path, content))
 
-    train, val = names("train"), names("val")
-    splits: dict[str, Sequence[Iterable[Pair]]] = {
-        "train": _chunks([pair(name) for name in train]),
-        "val": _chunks([pair(name) for name in val]),
-    }
     files = [archive]
     if (sbd := raw_dir / "benchmark.tgz").is_file():
         files.append(sbd)
-        splits["train"] = [*splits["train"], of_sbd(sbd, {*train, *val})]
+        splits["train"] = [*splits["train"], of_sbd(sbd, {*names["train"], *names["val"]})]
     labels = {n: n for n in range(len(VOC_CLASSES))} | {255: IGNORED}
     return Layout(VOC_CLASSES, labels, splits, files)
 
@@ -166,8 +167,7 @@ def cityscapes(raw_dir: Path) -> Layout:
     def pair(path: str, split: str) -> Pair:
         name = PurePosixPath(path).name.removesuffix("_leftImg8bit.png")
         mask = path.replace("leftImg8bit", "gtFine").removesuffix(".png") + "_labelIds.png"
-        labels = None if split == "test" else lambda: read_labels(_read(masks, mask))
-        return Pair(name, lambda: _read(pictures, path), labels)
+        return _pair(name, pictures, path, None if split == "test" else mask, masks)
 
     splits = {
         split: _chunks([
@@ -192,21 +192,16 @@ def ade20k(raw_dir: Path) -> Layout:
     except ValueError as error:
         raise UserError(f"{path} lacks a whole objectInfo150.txt ({one_line(str(error))}): download it again") from None
 
-    def pair(of: Listing, image: str, labelled: bool) -> Pair:
-        mask = image.replace("images/", "annotations/").removesuffix(".jpg") + ".png"
-        labels = (lambda: read_labels(_read(of, mask))) if labelled else None
-        return Pair(PurePosixPath(image).stem, lambda: _read(of, image), labels)
+    def pairs(of: Listing, folder: str = "") -> list[Sequence[Pair]]:
+        names = sorted(one for one in of.files if folder in one and one.endswith(".jpg"))
+        masks = [name.replace("images/", "annotations/").removesuffix(".jpg") + ".png" for name in names]
+        each = zip(names, masks, strict=True)
+        return _chunks([_pair(PurePosixPath(one).stem, of, one, mask if folder else None) for one, mask in each])
 
-    def pairs(folder: str) -> list[Sequence[Pair]]:
-        names = sorted(one for one in listing.files if f"images/{folder}/" in one and one.endswith(".jpg"))
-        return _chunks([pair(listing, name, True) for name in names])
-
-    splits = {"train": pairs("training"), "val": pairs("validation")}
+    splits = {"train": pairs(listing, "images/training/"), "val": pairs(listing, "images/validation/")}
     if (test := raw_dir / "release_test.zip").is_file():
         files.append(test)
-        unlabelled = Listing(test)
-        names = sorted(one for one in unlabelled.files if one.endswith(".jpg"))
-        splits["test"] = _chunks([pair(unlabelled, name, False) for name in names])
+        splits["test"] = pairs(Listing(test))
     return Layout(classes, {0: IGNORED} | {n + 1: n for n in range(len(classes))}, splits, files)
 
 
