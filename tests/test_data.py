@@ -14,7 +14,7 @@ from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, Group
-from vlabs.data.vqa import VQADataModule, VQADataset, list_questions
+from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.errors import UserError
 
 
@@ -103,10 +103,11 @@ def test_training_leaves_out_questions_without_a_vocabulary_answer_and_validatio
 
     rows = datasets.Dataset.from_list(some, features=VQA_FEATURES)
     total = sum(len(row["question"]) for row in some)
-    trained_rows, trained_positions = list_questions(rows, only_answerable=True)
+    data = VQADataModule(tiny_data, image_size=32)
+    trained_rows, trained_positions = data.texts(rows, training=True)
     assert len(trained_rows) == total - 3
     assert 0 not in trained_positions
-    assert len(list_questions(rows, only_answerable=False)[0]) == total
+    assert len(data.texts(rows, training=False)[0]) == total
 
 
 def test_a_loader_with_workers_gives_what_one_without_gives(tiny_data):

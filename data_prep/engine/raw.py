@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -123,5 +124,6 @@ class Reader:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Reader:
-        """Make it from a parsed command line."""
-        return cls(arguments.raw_dir)
+        """Make it from a parsed command line, whose options are called as what the class takes."""
+        names = inspect.signature(cls).parameters.keys() & vars(arguments).keys()
+        return cls(**{name: getattr(arguments, name) for name in names})

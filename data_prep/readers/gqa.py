@@ -72,12 +72,8 @@ class GQA(Reader):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
         super().add_options(parser)
-        parser.add_argument("--all", action="store_true", help="all questions, not the balanced ones alone")
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> GQA:
-        """See `Reader`."""
-        return cls(arguments.raw_dir, arguments.all)
+        what = "all questions, not the balanced ones alone"
+        parser.add_argument("--all", action="store_true", dest="all_questions", help=what)
 
     def fill(self, index: Index) -> None:
         """Put all questions into the index, with the boxes of their objects."""

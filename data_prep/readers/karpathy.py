@@ -93,11 +93,6 @@ class KarpathyCaptions(Reader):
         what = f"take {cls.what_phrases_are} as captions, in place of the sentences"
         parser.add_argument("--phrases", action="store_true", help=what)
 
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> KarpathyCaptions:
-        """See `Reader`."""
-        return cls(arguments.raw_dir, arguments.phrases)
-
     def fill(self, index: Index) -> None:
         """Put all captions into the index."""
         print(f"reading {self.json_file}")

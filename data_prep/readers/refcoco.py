@@ -40,7 +40,7 @@ class RefCoco(Reader):
     Args:
         raw_dir: folder with all of them.
         dataset: `refcoco`, `refcoco+` or `refcocog`.
-        split_by: who divided it, such as `unc`, `google` or `umd`.
+        split_by: who divided it, such as `unc`, `google` or `umd`; as is usual if not given.
 
     Raises:
         UserError: files are missing; the message names all of them.
@@ -49,8 +49,9 @@ class RefCoco(Reader):
     name = "refcoco"
     kind = CAPTIONS
 
-    def __init__(self, raw_dir: Path, dataset: str, split_by: str) -> None:
+    def __init__(self, raw_dir: Path, dataset: str, split_by: str | None = None) -> None:
         super().__init__(raw_dir)
+        split_by = split_by or _SPLIT_BY[dataset]
         self.dataset = dataset
         self.options["split_by"] = split_by
         names = (f"refs({split_by}).p", "instances.json")
@@ -83,12 +84,6 @@ class RefCoco(Reader):
         parser.add_argument("--dataset", choices=tuple(_SPLIT_BY), required=True, help="which of the three")
         what = "who divided it (default: unc, and umd for refcocog)"
         parser.add_argument("--split-by", choices=("unc", "google", "umd"), help=what)
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> RefCoco:
-        """See `Reader`."""
-        split_by = arguments.split_by or _SPLIT_BY[arguments.dataset]
-        return cls(arguments.raw_dir, arguments.dataset, split_by)
 
     def texts(self) -> Iterator[Text]:
         """See `Reader`."""

@@ -148,11 +148,6 @@ class VQAv2(Reader):
         what = "folder with maps of VQA-HAT, of where people looked; may be given several times"
         parser.add_argument("--human-maps", type=Path, action="append", default=[], metavar="FOLDER", help=what)
 
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> VQAv2:
-        """See `Reader`."""
-        return cls(arguments.raw_dir, arguments.human_maps)
-
 
 def _questions(name: str, split: Split) -> Iterator[Text]:
     print(f"reading {split.questions}")

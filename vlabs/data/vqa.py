@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlabs.data.images import BatchRows, ImageReader
-from vlabs.data.loading import check_choice, check_whole, list_texts
+from vlabs.data.loading import check_choice, check_whole
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
@@ -162,21 +162,16 @@ class VQADataModule(TextDataModule):
             self._with_targets = True
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `TextDataModule`."""
-        return list_questions(rows, only_answerable=training)
+        """See `TextDataModule`; in training those with an answer in the vocabulary."""
+        question_rows, positions = super().texts(rows, training)
+        if training:
+            answers = pc.list_flatten(rows.data.column("answer_ids"))
+            if isinstance(answers, pa.ChunkedArray):
+                answers = answers.combine_chunks()
+            keep = pc.list_value_length(answers).to_numpy(zero_copy_only=False) > 0
+            question_rows, positions = question_rows[keep], positions[keep]
+        return question_rows, positions
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> VQADataset:
         """See `TextDataModule`."""
         return VQADataset(rows, self.preprocessing, images, self._with_targets)
-
-
-def list_questions(rows: datasets.Dataset, only_answerable: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Row and position in its row of every question, both (Q,); optionally only those with a vocabulary answer."""
-    question_rows, positions = list_texts(rows, "question_id")
-    if only_answerable:
-        answers = pc.list_flatten(rows.data.column("answer_ids"))
-        if isinstance(answers, pa.ChunkedArray):
-            answers = answers.combine_chunks()
-        keep = pc.list_value_length(answers).to_numpy(zero_copy_only=False) > 0
-        question_rows, positions = question_rows[keep], positions[keep]
-    return question_rows, positions
