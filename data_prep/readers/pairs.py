@@ -37,13 +37,19 @@ _CONFIRMED = 2  # of VALSE's three annotators
 
 
 class Example(NamedTuple):
-    """Pictures and captions; the first caption belongs to the first picture, the second to the second, if any."""
+    """A row of the raw data, and its columns of pictures and captions; those of one place belong together.
+
+    Attributes:
+        suffix: what pictures' names lack.
+    """
 
     where: str
     split: str
     name: str
-    images: tuple[str, ...]
-    captions: tuple[str, ...]
+    row: dict[str, Any]
+    images: Sequence[str]
+    captions: Sequence[str]
+    suffix: str = ""
 
 
 class Pairs(Reader):
@@ -56,28 +62,31 @@ class Pairs(Reader):
         """See `Reader`."""
         return self.name
 
-    def examples(self) -> Iterator[Example | BadItem]:
-        """Yield the examples, and what is bad in the place of those that cannot be used.
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples.
 
         Raises:
-            UserError: a file or a row is not as it should be.
+            UserError: a file is not as it should be.
         """
         raise NotImplementedError
 
     def texts(self) -> Iterator[Text | BadItem]:
         """A statement for every picture with every caption: true where they belong together."""
         number = 0
-        for example in self.examples():
-            if isinstance(example, BadItem):
-                yield example
+        for where, split, name, row, images, captions, suffix in self.examples():
+            if absent := [column for column in (*images, *captions) if column not in row]:
+                raise missing_column(where, row, absent[0])
+            values = {column: as_text(where, column, row[column]) for column in (*images, *captions)}
+            if empty := [column for column, value in values.items() if value is None]:
+                yield BadItem(f"empty {empty[0]}", split, where)
                 continue
-            for place, image in enumerate(example.images):
-                for which, caption in enumerate(example.captions):
+            for place, image in enumerate(images):
+                for which, caption in enumerate(captions):
                     number += 1
                     # With the number of pictures: one that is left out must not make a simpler example.
-                    key = f"{example.name}/{len(example.images)}/{place}/{which}"
-                    where, split, label = example.where, example.split, str(place == which)
-                    yield Text(where, split, (image,), number, caption, key=key, label=label)
+                    key = f"{name}/{len(images)}/{place}/{which}"
+                    file, label = f"{values[image]}{suffix}", str(place == which)
+                    yield Text(where, split, (file,), number, str(values[caption]), key=key, label=label)
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -101,12 +110,12 @@ class Winoground(Pairs):
         super().__init__(raw_dir)
         self.tables = [table]
 
-    def examples(self) -> Iterator[Example | BadItem]:
+    def examples(self) -> Iterator[Example]:
         """See `Pairs`."""
         print(f"reading {self.tables[0]}")
         for where, line in read_rows(self.tables[0]):
             name = str(get_value(line, "id", where))
-            yield _example(where, "test", name, line, ["image_0", "image_1"], ["caption_0", "caption_1"], ".png")
+            yield Example(where, "test", name, line, ["image_0", "image_1"], ["caption_0", "caption_1"], ".png")
 
 
 class Valse(Pairs):
@@ -118,7 +127,7 @@ class Valse(Pairs):
         super().__init__(raw_dir)
         self.tables = tables
 
-    def examples(self) -> Iterator[Example | BadItem]:
+    def examples(self) -> Iterator[Example]:
         """See `Pairs`."""
         for path in self.tables:
             file, left_out = JsonFile(path), 0
@@ -132,7 +141,7 @@ class Valse(Pairs):
                 if votes["caption"] < _CONFIRMED:
                     left_out += 1
                     continue
-                yield _example(where, split, name, entry, ["image_file"], ["caption", "foil"])
+                yield Example(where, split, name, entry, ["image_file"], ["caption", "foil"])
             print(f"{split}: {left_out:,} examples left out that fewer than {_CONFIRMED} annotators confirmed")
 
 
@@ -148,7 +157,7 @@ class PairTable(Pairs):
         """See `Reader`."""
         return self.tables[0].stem
 
-    def examples(self) -> Iterator[Example | BadItem]:
+    def examples(self) -> Iterator[Example]:
         """See `Pairs`."""
         print(f"reading {self.tables[0]}")
         for number, (where, row) in enumerate(read_rows(self.tables[0]), start=1):
@@ -157,20 +166,7 @@ class PairTable(Pairs):
                 images, captions = ["image_0", "image_1"], ["caption_0", "caption_1"]
             else:
                 images, captions = ["image"], ["caption", "foil"]
-            yield _example(where, split, str(number), row, images, captions)
-
-
-def _example(
-    where: str, split: str, name: str, row: dict[str, Any], images: list[str], captions: list[str], suffix: str = ""
-) -> Example | BadItem:
-    """The example of a row with such columns; a bad item if one of them is empty."""
-    if absent := [column for column in (*images, *captions) if column not in row]:
-        raise missing_column(where, row, absent[0])
-    values = {column: as_text(where, column, row[column]) for column in (*images, *captions)}
-    if empty := [column for column, value in values.items() if value is None]:
-        return BadItem(f"empty {empty[0]}", split, where)
-    names, texts = tuple(f"{values[one]}{suffix}" for one in images), tuple(str(values[one]) for one in captions)
-    return Example(where, split, name, names, texts)
+            yield Example(where, split, str(number), row, images, captions)
 
 
 def find_pairs(raw_dir: Path) -> Pairs:
