@@ -450,7 +450,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(tmp_pa
         (pickle.dumps({"refs": REFS}), "is no list of expressions"),
         (pickle.dumps([REFS[0], 3]), "entry 1 is no dictionary"),
         (pickle.dumps([{**REFS[0], "ann_id": "71"}]), "entry 0: 'ann_id' must be a whole number"),
-        (pickle.dumps([{**REFS[0], "sentences": [3]}]), "entry 0: 'sentences' must be a list of objects"),
+        (pickle.dumps([{**REFS[0], "sentences": [3]}]), "entry 0: 'sentences' must be a list of dictionaries"),
         (pickle.dumps([{**REFS[0], "split": "../x"}]), "cannot be a split's name"),
         (pickle.dumps([{**REFS[0], "ann_id": 99}]), r"instances\.json: no instance 99"),
         (pickle.dumps([{("a",): 1}]), "it has TUPLE1, which no plain data need"),

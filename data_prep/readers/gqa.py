@@ -131,7 +131,8 @@ class GQA(Reader):
         names: dict[str, None] = {}
         for part in ("question", "answer"):
             pointers = annotations.get(part) or {}
-            check_value(where, f"annotations.{part}", pointers, dict)
+            if not isinstance(pointers, dict):
+                raise UserError(f"{where}: 'annotations' of the {part} must be an object")
             names |= dict.fromkeys(str(name) for name in pointers.values())
         box = "SELECT box FROM boxes WHERE picture = ? AND object = ?"
         found = (index.connection.execute(box, (picture, name)).fetchone() for name in names)

@@ -27,7 +27,7 @@ from data_prep.engine.reader import Reader, command
 from data_prep.engine.tables import split_name
 from data_prep.engine.texts import CAPTIONS, Text
 from vlabs.errors import UserError, one_line, run_cli
-from vlabs.utils.json_file import get_objects, get_value
+from vlabs.utils.json_file import get_value
 from vlabs.utils.plain import check_plain
 
 _SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -105,7 +105,10 @@ class RefCoco(Reader):
             raise UserError(f"{where} is no dictionary")
         split = split_name(get_value(ref, "split", where, str), where)
         image_id, instance = (get_value(ref, key, where, int) for key in ("image_id", "ann_id"))
-        for sentence in get_objects(ref, "sentences", where):
+        sentences = get_value(ref, "sentences", where)
+        if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
+            raise UserError(f"{where}: 'sentences' must be a list of dictionaries")
+        for sentence in sentences:
             # The entry's own file name has the number of the object in it as well.
             image = f"{_RELEASE}/COCO_{_RELEASE}_{image_id:012d}.jpg"
             caption_id, caption = (get_value(sentence, key, where) for key in ("sent_id", "sent"))
