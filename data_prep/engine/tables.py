@@ -19,12 +19,12 @@ _LONGEST = 64 * 2**20  # characters of a line or a field
 _SPLITS = {"training": "train", "validation": "val", "valid": "val", "validate": "val", "testing": "test"}
 
 
-def check_table(path: Path, option: str = "--table") -> None:
+def check_table(path: Path) -> None:
     """Raise a UserError unless a path is a table that `read_rows` reads, by its name."""
     if not path.is_file():
-        raise UserError(f"{option} {path}: there is no such file")
+        raise UserError(f"--table {path}: there is no such file")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{option} {path}: name a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+        raise UserError(f"--table {path}: name a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
 
 
 def read_rows(path: Path, lines: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:

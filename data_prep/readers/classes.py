@@ -47,7 +47,7 @@ def entry(label: str, path: Path | None = None, offset: int = 0, size: int = 0, 
     return {"label": label, "path": place, "offset": offset, "size": size, "image": image}
 
 
-def _entry(split: str, where: str, label: str, path: Path, offset: int, size: int) -> Row | BadItem:
+def entry_in(split: str, where: str, label: str, path: Path, offset: int, size: int) -> Row | BadItem:
     """A picture that lies in a file, unless there is none of it."""
     return entry(label, path, offset, size) if size else BadItem("empty image", split, where)
 
@@ -157,7 +157,7 @@ def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
     odd: list[Path] = []
     for path in walk(folder, odd):
         if is_picture(path.name):
-            yield _entry(split, storable(path), _utf8(folder.name), path, 0, path.stat().st_size)
+            yield entry_in(split, storable(path), _utf8(folder.name), path, 0, path.stat().st_size)
         else:
             others.append(path.name)
     for path in odd:
@@ -176,7 +176,7 @@ def _of_tar(path: Path, split: str = "") -> Iterator[Row | BadItem]:
             folder, _, name = member.name.rpartition("/")
             if is_picture(name) and folder:
                 label, where = _utf8(folder.rpartition("/")[2]), f"{storable(path)}: {_utf8(member.name)}"
-                yield _entry(split, where, label, path, member.offset_data, member.size)
+                yield entry_in(split, where, label, path, member.offset_data, member.size)
             else:
                 others.append(name)
     _say_others(path, others)
@@ -244,7 +244,7 @@ def _of_row(table: Path, where: str, split: str, row: dict[str, Any]) -> Row | B
     path = next((path for one in (image, same_name(image)) if (path := table.parent / one).is_file()), None)
     if path is None:
         return BadItem("missing image", split, f"{where}: {image}")
-    return _entry(split, f"{where}: {image}", label, path, 0, path.stat().st_size)
+    return entry_in(split, f"{where}: {image}", label, path, 0, path.stat().st_size)
 
 
 def _label(value: Any) -> str | None:

@@ -23,7 +23,7 @@ from data_prep.engine.folder import BadItem
 from data_prep.engine.reader import new_parser
 from data_prep.engine.tars import members, open_tar, read_packed
 from data_prep.engine.units import Row, Unit
-from data_prep.readers.classes import entry, prepare_classes
+from data_prep.readers.classes import entry, entry_in, prepare_classes
 from vlabs.errors import UserError, run_cli
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -73,10 +73,8 @@ def _of_class_tar(path: Path, inner: tarfile.TarInfo) -> Iterator[Row | BadItem]
     """The pictures of a class: a tar file inside the tar file."""
     with open_tar(path) as outer, open_tar(path, outer.extractfile(inner)) as archive:
         for member in members(archive, path):
-            if member.size:
-                yield entry(Path(inner.name).stem, path, inner.offset_data + member.offset_data, member.size)
-            else:
-                yield BadItem("empty image", "train", f"{inner.name}: {member.name}")
+            where, offset = f"{inner.name}: {member.name}", inner.offset_data + member.offset_data
+            yield entry_in("train", where, Path(inner.name).stem, path, offset, member.size)
 
 
 def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:

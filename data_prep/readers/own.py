@@ -218,12 +218,8 @@ def _kind_of(path: Path) -> Kind:
 
 def _as_row(where: str, values: dict[str, Any], kind: Kind) -> Row:
     text, item_id = values.get(kind.item), values.get(f"{kind.item}_id")
-    if not is_empty(text) and not isinstance(text, str):
-        raise UserError(f"{where}: '{kind.item}' must be text, not {text!r:.80}")
     if isinstance(item_id, float) and item_id.is_integer():
         item_id = int(item_id)
-    if not is_empty(item_id) and (isinstance(item_id, bool) or not isinstance(item_id, int | str)):
-        raise UserError(f"{where}: '{kind.item}_id' must be a whole number or text, not {item_id!r:.80}")
     boxes, mask = _boxes(where, values.get("boxes")), as_text(where, "mask", values.get("mask"))
     if boxes and mask is not None:
         raise UserError(f"{where} has both 'boxes' and a 'mask': leave one out")

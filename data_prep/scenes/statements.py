@@ -123,8 +123,8 @@ class Sentence(NamedTuple):
     targets: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
-def draw_sentences(pairs: Sequence[tuple[Objects, Objects]], rng: Random, number: int = 2) -> list[Sentence] | None:
-    """Sentences of different kinds, each true of half of the pairs; None where too few are found."""
+def draw_sentences(pairs: Sequence[tuple[Objects, Objects]], rng: Random) -> list[Sentence] | None:
+    """Two sentences of different kinds, each true of half of the pairs; None where too few are found."""
     found: dict[str, Sentence] = {}
     for kind, text, described, holds in _sentences(pairs, rng):
         counts = [tuple(len(matching(described, objects)) for objects in pair) for pair in pairs]
@@ -132,7 +132,7 @@ def draw_sentences(pairs: Sequence[tuple[Objects, Objects]], rng: Random, number
         if sum(truth) * 2 == len(pairs) and kind not in found:
             targets = tuple((matching(described, left), matching(described, right)) for left, right in pairs)
             found[kind] = Sentence(text, truth, targets)
-            if len(found) == number:
+            if len(found) == 2:
                 return list(found.values())
     return None
 

@@ -79,21 +79,18 @@ class ImageReader:
         self.on_bad = on_bad
         self.at_least = preprocessing.image_size if scaled_decoding else None
 
-    def read(self, index: int, epoch: int, out: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
+    def read(self, index: int, epoch: int) -> tuple[dict[str, Any], Tensor | None]:
         """The row and its image (3, H, W), normalised; None for an image that is left out.
-
-        Args:
-            out: where the image is to be written, for one copy less.
 
         Raises:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
         """
         row = self.rows[index]
         with self._generators_kept():
-            return row, self._read_image(row, 0, epoch, out)
+            return row, self._read_image(row, 0, epoch)
 
-    def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None) -> Tensor | None:
-        """One of a row's images; None if it is left out."""
+    def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None = None) -> Tensor | None:
+        """One of a row's images, written to `out` where given, for one copy less; None if it is left out."""
         try:
             which = f" ({place + 1} of {len(self.suffixes)})" if len(self.suffixes) > 1 else ""
             content = read_bytes(row, f"image{self.suffixes[place]}")
