@@ -254,9 +254,13 @@ def random_generator(*key: int) -> np.random.Generator:
 
 
 def seed_generators(*key: int) -> int:
-    """Seed the global generators of random, numpy and torch with some whole numbers; returns the seed that they are."""
+    """Seed the global generators of random, numpy and torch, of the CPU alone, with what some whole numbers become.
+
+    Returns:
+        The seed.
+    """
     seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # a GPU draws for the model
     return seed
