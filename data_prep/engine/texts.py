@@ -164,16 +164,11 @@ class Index:
             "annotated": bool(text.answers),
             "dropped": not text.text.strip(),
         }
-        added = self._store(
-            where, f"INSERT OR IGNORE INTO items ({', '.join(values)}) VALUES ({', '.join('?' * 9)})", values
-        )
         # A caption's id is once in all splits together, and what a data set calls a statement once in its split.
         key = {"caption": str(text.id), "statement": f"{text.split}/{text.key}"}.get(item)
-        if added and key is not None:
-            added = self._store(where, "INSERT OR IGNORE INTO keys VALUES (?)", {"key": key})
-            if not added:
-                self._store(where, "DELETE FROM items WHERE split = ? AND item_id = ?", {"s": text.split, "i": text.id})
-        if not added:
+        is_new = key is None or self._store(where, "INSERT OR IGNORE INTO keys VALUES (?)", {"key": key})
+        insert = f"INSERT OR IGNORE INTO items ({', '.join(values)}) VALUES ({', '.join('?' * 9)})"
+        if not is_new or not self._store(where, insert, values):
             self.add_bad(f"duplicate {item} id", text.split, name)
             return
         if (place := (text.split, image_id)) != self._last_image:
