@@ -13,7 +13,7 @@ import re
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,10 +41,6 @@ class Sentence:
 
     text: str
     phrases: list[Phrase]
-
-    def matches(self, caption: str) -> bool:
-        """Return whether a caption has the same letters and digits, large or small."""
-        return _essence(self.text) == _essence(caption)
 
     @property
     def regions(self) -> list[dict[str, Any]]:
@@ -102,12 +98,11 @@ class Entities:
         if found is None:
             raise UserError(f"{self.place} has Sentences/{image_id}.txt and no Annotations/{image_id}.xml")
         where, content = found
-        root = _parse_xml(where, content)
-        size = (
-            [_number(where, root.find(f"size/{side}")) for side in ("height", "width")]
-            if root.find("size") is not None
-            else []
-        )
+        try:
+            root = ET.fromstring(content, ET.XMLParser(target=_NoDoctype()))
+        except (ET.ParseError, ValueError, LookupError) as error:
+            raise UserError(f"{where} cannot be read as an annotation ({error}): download the Entities again") from None
+        size = [_number(where, of.find(side)) for of in root.findall("size")[:1] for side in ("height", "width")]
         boxes: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         for entry in root.iter("object"):
             for box in entry.iter("bndbox"):
@@ -139,17 +134,11 @@ def find_entities(raw_dir: Path) -> Entities | None:
     zips = [raw_dir / "annotations.zip", *raw_dir.glob("*ntities*.zip"), *raw_dir.glob("*/annotations.zip")]
     for path in sorted(path for path in zips if path.is_file()):
         for archive in _nested(path):
-            files = _in_zip(archive)
-            if files:
+            if files := _by_image((name, info.filename) for name, info in entries(archive)):
                 return Entities(path, files, archive)
     for sentences in sorted([*raw_dir.glob("Sentences"), *raw_dir.glob("*/Sentences"), *raw_dir.glob("*/*/Sentences")]):
         place = sentences.parent
-        files = {
-            (folder, path.stem): str(path)
-            for folder, suffix in _FOLDERS.items()
-            for path in place.glob(f"{folder}/*{suffix}")
-        }
-        if any(folder == "Sentences" for folder, _ in files):
+        if files := _by_image((str(path), str(path)) for folder in _FOLDERS for path in place.glob(f"{folder}/*")):
             return Entities(place, files)
     return None
 
@@ -167,12 +156,13 @@ def _nested(path: Path) -> Iterator[zipfile.ZipFile]:
                 raise UserError(f"{path} ({name}) is not a whole zip file ({error}): download it again") from None
 
 
-def _in_zip(archive: zipfile.ZipFile) -> dict[tuple[str, str], str]:
+def _by_image(names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The second of each pair of names by folder and image, which the first one says; none without sentences."""
     files = {}
-    for name, info in entries(archive):
+    for name, own in names:
         path = PurePosixPath(name)
         if _FOLDERS.get(path.parent.name) == path.suffix:
-            files[path.parent.name, path.stem] = info.filename
+            files[path.parent.name, path.stem] = own
     return files if any(folder == "Sentences" for folder, _ in files) else {}
 
 
@@ -186,6 +176,7 @@ def _read_sentence(line: str, boxes: dict[str, list[dict[str, Any]]]) -> Sentenc
 
 
 def _essence(text: str) -> str:
+    """Its letters and digits, large or small."""
     return "".join(filter(str.isalnum, text.lower()))
 
 
@@ -194,7 +185,7 @@ def match_sentences(captions: Sequence[str], sentences: Sequence[Sentence]) -> l
     left = list(sentences)
     matched: list[Sentence | None] = []
     for caption in captions:
-        found = next((sentence for sentence in left if sentence.matches(caption)), None)
+        found = next((sentence for sentence in left if _essence(sentence.text) == _essence(caption)), None)
         if found is not None:
             left.remove(found)
         matched.append(found)
@@ -206,13 +197,6 @@ class _NoDoctype(ET.TreeBuilder):
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ValueError("it has a DOCTYPE, which these files have not")
-
-
-def _parse_xml(where: str, content: bytes) -> ET.Element:
-    try:
-        return ET.fromstring(content, ET.XMLParser(target=_NoDoctype()))
-    except (ET.ParseError, ValueError, LookupError) as error:
-        raise UserError(f"{where} cannot be read as an annotation ({error}): download the Entities again") from None
 
 
 def _number(where: str, element: ET.Element | None) -> int:
