@@ -58,6 +58,7 @@ from data_prep.engine.texts import CAPTIONS, QUESTIONS, Index, Kind, Text, norma
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.archives import same_name
 from vlabs.utils.files import WORK, new_folder, replacing
+from vlabs.utils.json_file import check_value
 
 FIELDS = (
     "image", "question", "caption", "answers", "question_id", "caption_id", "question_type", "answer_type", "boxes"
@@ -220,6 +221,8 @@ def _as_row(where: str, values: dict[str, Any], kind: Kind) -> Row:
     text, item_id = values.get(kind.item), values.get(f"{kind.item}_id")
     if isinstance(item_id, float) and item_id.is_integer():
         item_id = int(item_id)
+    if not is_empty(item_id):
+        check_value(where, f"{kind.item}_id", item_id, int, str)
     boxes, mask = _boxes(where, values.get("boxes")), as_text(where, "mask", values.get("mask"))
     if boxes and mask is not None:
         raise UserError(f"{where} has both 'boxes' and a 'mask': leave one out")

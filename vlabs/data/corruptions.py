@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from typing import Any
 
@@ -69,23 +70,9 @@ class CorruptedDataset(ClassDataset):
         """See `ClassDataset`."""
         pixels = np.asarray(self.preprocessing.resize(image))
         name = zlib.crc32(self.corruption.encode())
-        _seed_compiled(seed_generators(self.seed, name, self.severity, row["image_id"]))
-        found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption)
+        seed = seed_generators(self.seed, name, self.severity, row["image_id"])
+        # Some draw from generators of their own.
+        takes = inspect.signature(library().corruption_dict[self.corruption]).parameters
+        own = {"seed": seed} if "seed" in takes else {}
+        found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption, **own)
         return self.preprocessing.normalize(Image.fromarray(np.asarray(found, dtype=np.uint8)))
-
-
-_seed_numba: Any = None
-
-
-def _seed_compiled(seed: int) -> None:
-    """Seed the generator of numba's compiled code, which glass blur draws from and numpy's seed does not reach."""
-    global _seed_numba
-    if _seed_numba is None:
-        import numba
-
-        @numba.njit  # type: ignore[misc]
-        def set_seed(value: int) -> None:
-            np.random.seed(value)
-
-        _seed_numba = set_seed
-    _seed_numba(seed % 2**31)
