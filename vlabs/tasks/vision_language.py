@@ -66,6 +66,8 @@ class VisionLanguageTask(Task):
         self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
+        if self.prior_loss is not None and "feedback" in freeze:
+            self.prior_loss.requires_grad_(False)
         self.region_prior_weight = check_weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
         self.token_prior_weight = check_weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
         self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
