@@ -1,6 +1,6 @@
 """By how much new feedback changes a pre-trained ViT before anything is learnt: ‖second pass − first‖ / ‖first‖.
 
-    python benchmarks/feedback_start.py --weights FILE --architecture vit_small_patch14_dinov2 --patch-size 14 --pixels 224
+    python benchmarks/feedback_start.py --weights FILE --architecture vit_small_patch14_dinov2 --patch-size 14
 
 ξ is random, and so are the pictures unless some are named.
 """
@@ -50,7 +50,7 @@ def main() -> None:
         prior = torch.randn(len(images), encoder.width)
         cells = [change(encoder, images, prior, alpha) for alpha in (0.0, 1.0, 10.0)]
         for decoder in encoder.decoders:
-            torch.nn.init.zeros_(decoder.linear2.weight)
+            torch.nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
         cells.append(change(encoder, images, prior, 10.0))
         name = "b_v twice, decoders at random" if again else "b_v once, decoders from zero"
         print(f"| {name} | {' | '.join(f'{cell:.1f}%' for cell in cells)} |")
