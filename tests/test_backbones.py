@@ -136,7 +136,7 @@ def plain_second_pass(encoder, images, prior):
         parts = (signals[index] @ backbone.qkv_weight(index).T).chunk(3, dim=-1)
 
         def steer(q, k, v, bias, parts=parts):
-            of_q, of_k, of_v = (0, 0, 0) if bias is None else bias.chunk(3)
+            of_q, of_k, of_v = bias.chunk(3) if bias is not None and variant.bias_again else (0, 0, 0)
             if isinstance(variant, AbSTopDownQKV):
                 q, k = q + parts[0] + of_q, k + parts[1] + of_k
             return q, k, v + parts[2] + of_v
@@ -149,7 +149,7 @@ def plain_second_pass(encoder, images, prior):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_the_factored_second_pass_is_the_plain_one(kind):
-    for topdown in (AbSTopDown(10.0), AbSTopDownQKV(3.0), FeedbackOnly(1.0)):
+    for topdown in (AbSTopDown(10.0), AbSTopDownQKV(3.0), FeedbackOnly(1.0, bias_again=False)):
         encoder, images = (value.double() for value in make(kind, topdown))
         prior = torch.randn(2, encoder.width).double()
         with torch.no_grad():
@@ -162,6 +162,21 @@ def test_the_factored_second_pass_is_the_plain_one(kind):
             # Three priors of the first image, none of the second.
             many = encoder.attend(bottom_up, torch.cat([prior[:1]] * 3), torch.zeros(3, dtype=torch.int64))
             torch.testing.assert_close(many.tokens[1], seen.tokens[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", [AbSTopDown, AbSTopDownQKV, FeedbackOnly])
+@pytest.mark.parametrize("kind", ALL)
+@torch.no_grad()
+def test_no_signal_is_the_bottom_up_pass_bit_for_bit(kind, variant):
+    encoder, images = make(kind, variant(10.0, bias_again=False))
+    prior = torch.randn(2, encoder.width)
+    bottom_up = encoder.encode(images)
+    assert torch.equal(encoder.attend(bottom_up, prior, alpha=0.0).tokens, bottom_up.tokens)
+    assert not torch.allclose(encoder.attend(bottom_up, prior).tokens, bottom_up.tokens, atol=1e-2)
+    new = build(encoder.spec).eval()  # its own weights but for the decoders, which are new
+    new.vit.load_state_dict(encoder.vit.state_dict())
+    bottom_up = new.encode(images)
+    assert torch.equal(new.attend(bottom_up, prior).tokens, bottom_up.tokens)
 
 
 @pytest.mark.parametrize("kind", OWN)

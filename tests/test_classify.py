@@ -399,7 +399,7 @@ def test_a_classifier_is_trained_and_evaluated(run, objects, in_process, tmp_pat
 
 
 def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_options, in_process, tmp_path):
-    options = [*tiny_options, "trainer.max_epochs=1", "trainer.limit_train_batches=1", "task.freeze=[vision]"]
+    options = [*tiny_options, "trainer.max_epochs=1", "trainer.limit_train_batches=1", "task.freeze=[vision,feedback]"]
     result = in_process(
         "vlabs.train", [*options, "data.image_size=48", f"init={run}", "logger=csv", "hydra.run.dir=vqa"], tmp_path
     )

@@ -19,8 +19,8 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.errors import UserError
-from vlabs.models.prior import RegionPriorLoss, TokenPriorLoss
-from vlabs.models.topdown import AbSTopDown
+from vlabs.models.prior import AlivePriorLoss, RegionPriorLoss, TokenPriorLoss
+from vlabs.models.topdown import AbSTopDown, similarity
 from vlabs.models.vlm import assemble
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
@@ -88,6 +88,26 @@ def test_token_loss_asks_for_one_patch_and_not_for_the_whole_picture():
     right = TokenPriorLoss()(prior, torch.stack([one, half]), torch.tensor([0, 1]))
     wrong = TokenPriorLoss()(prior, torch.stack([one, half]), torch.tensor([1, 0]))
     assert right < wrong
+
+
+def test_alive_loss_asks_for_one_patch_where_nobody_said_which():
+    prior, tokens, index = some_texts()
+    coverage = torch.zeros(5, 6)
+    coverage[2, 3] = 1
+    expected = []
+    for n in range(5):
+        cosine = torch.stack([F.cosine_similarity(prior[n], patch, dim=0) for patch in tokens[index[n]]])
+        expected.append((0.9 - cosine.max()).clamp_min(0))
+    assert min(expected) < 0.3 < max(expected)
+    loss = AlivePriorLoss(0.9)
+    torch.testing.assert_close(loss(prior, tokens, index), torch.stack(expected).mean())
+    expected[2] *= 0
+    torch.testing.assert_close(loss(prior, tokens, index, coverage), torch.stack(expected).mean())
+    # A ξ that is unlike everything gets a gradient, which the clamp of the modulation does not give.
+    dead = (-tokens[:1].mean(1)).requires_grad_()
+    assert not similarity(dead, tokens[:1] * 0 - dead.detach()).any()
+    loss(dead, tokens[:1] * 0 - dead.detach(), None).backward()
+    assert torch.isfinite(dead.grad).all()
 
 
 def test_one_text_alone_or_none_gives_finite_losses():
@@ -237,6 +257,7 @@ def test_a_model_without_xi_asks_for_no_regions():
         {"token_prior_weight": float("nan")},
         {"region_prior_temperature": 0},
         {"token_prior_temperature": "hot"},
+        {"alive_prior_margin": 2},
     ],
 )
 def test_a_weight_or_temperature_out_of_range_is_named(option):

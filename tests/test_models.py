@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.film import FiLMViT
@@ -25,6 +26,8 @@ from vlabs.models.topdown import (
     ReleasedTopDown,
 )
 from vlabs.models.vlm import VisionLanguageModel, assemble
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.vqa import VQATask
 
 
 def make_vision(topdown=None, **options) -> AbSViT:
@@ -88,10 +91,11 @@ def plain_second_pass(encoder: AbSViT, images: Tensor, prior: Tensor) -> tuple[T
         q, k, v = attn.qkv(normed).chunk(3, dim=-1)
         if isinstance(variant, MaskAttention) and top_down is not None:
             v = top_down * v
-        elif isinstance(variant, AbSTopDownQKV) and top_down is not None:
-            q, k, v = (own + added for own, added in zip((q, k, v), attn.qkv(top_down).chunk(3, dim=-1), strict=True))
         elif top_down is not None:
-            v = v + attn.qkv(top_down).chunk(3, dim=-1)[2]
+            signal = attn.qkv(top_down) if variant.bias_again else attn.qkv(top_down) - attn.qkv.bias
+            whole = isinstance(variant, AbSTopDownQKV)
+            q, k = (own + whole * added for own, added in zip((q, k), signal.chunk(3, dim=-1)[:2], strict=True))
+            v = v + signal.chunk(3, dim=-1)[2]
         heads = [t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
         weights = (heads[0] @ heads[1].transpose(-1, -2) / heads[0].shape[-1] ** 0.5).softmax(-1)
         x = x + attn.proj((weights @ heads[2]).transpose(1, 2).flatten(2))
@@ -126,10 +130,11 @@ def plain_second_pass(encoder: AbSViT, images: Tensor, prior: Tensor) -> tuple[T
 
 VARIANTS = {
     "absvit": AbSTopDown(10.0),
-    "absvit_alpha1": AbSTopDown(1.0),
+    "absvit_alpha1": AbSTopDown(1.0, bias_again=False),
     "released": ReleasedTopDown(),
     "qkv": AbSTopDownQKV(),
-    "feedback": FeedbackOnly(2.0),
+    "qkv_once": AbSTopDownQKV(bias_again=False),
+    "feedback": FeedbackOnly(2.0, bias_again=False),
     "mask_att": MaskAttention(),
     "perceiver_io": PerceiverIO(3.0),
 }
@@ -139,6 +144,8 @@ VARIANTS = {
 @torch.no_grad()
 def test_every_variant_equals_its_definition_written_out_token_by_token(topdown):
     encoder = make_vision(topdown).double()
+    for block in encoder.vit.blocks:
+        torch.nn.init.normal_(block.attn.qkv.bias)
     images, prior = torch.randn(3, 3, 16, 16).double(), torch.randn(3, 24).double()
     seen = encoder.attend(encoder.encode(images), prior, reconstruct=True)
     tokens, reconstruction = plain_second_pass(encoder, images, prior)
@@ -146,6 +153,29 @@ def test_every_variant_equals_its_definition_written_out_token_by_token(topdown)
     assert (seen.reconstruction is not None) == topdown.needs_decoders
     if seen.reconstruction is not None:
         torch.testing.assert_close(seen.reconstruction, reconstruction.double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"]])
+def test_feedback_begins_at_nothing_and_is_learnt_through_frozen_blocks_too(freeze):
+    model = make_model(AbSTopDown(bias_again=False))
+    encoder = model.vision
+    for decoder, fresh in zip(encoder.decoders, build(encoder.spec).decoders, strict=True):
+        assert not fresh.linear2.weight.any()
+        decoder.load_state_dict(fresh.state_dict())
+    images, ids = torch.randn(3, 3, 16, 16), torch.randint(5, 30, (3, 6))
+    mask = torch.ones_like(ids)
+    task = VQATask(model, Preprocessing(16, ""), {}, Recipe(), freeze=freeze).eval()
+    optimizer = torch.optim.SGD([one for one in task.parameters() if one.requires_grad], lr=0.1)
+    for step in range(2):
+        output = model(images, ids, mask, alpha=10.0)
+        assert torch.equal(output.seen.tokens, output.bottom_up.tokens) == (step == 0)
+        optimizer.zero_grad()
+        output.logits.square().sum().backward()
+        assert all(decoder.linear2.weight.grad.any() for decoder in encoder.decoders)
+        # What leads to B_l learns as soon as B_l is not zero any more.
+        assert bool(encoder.decoders[0].linear.weight.grad.any()) == (step == 1)
+        assert (encoder.vit.blocks[0].attn.qkv.weight.grad is None) == bool(freeze)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("topdown", [None, "film", *VARIANTS.values()], ids=["none", "film", *VARIANTS])

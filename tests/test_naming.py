@@ -20,6 +20,8 @@ from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
 from vlabs.models.heads import VQAHead
 from vlabs.models.naming import WordHead
+from vlabs.models.registry import build
+from vlabs.models.topdown import AbSTopDown
 
 # Two images of three patches; `<s> a b </s>`, `<s> b </s> <pad>` of the first, `<s> c </s> <pad>` of the second.
 IDS = torch.tensor([[0, 4, 5, 2], [0, 5, 2, 1], [0, 6, 2, 1]])
@@ -223,6 +225,22 @@ def test_what_a_head_knows_of_an_answer_follows_the_answer(tmp_path):
     same_size.head = VQAHead(source.head.classifier[0].in_features, 3)
     initialize(same_size, tmp_path / "a.ckpt", ("two", "star", "red"))
     assert torch.equal(same_size.head.classifier[3].weight, old[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_decoders_come_with_the_arithmetic_that_they_were_trained_in(tmp_path, theirs):
+    source, target = make_model(AbSTopDown(bias_again=theirs)), make_model(AbSTopDown(bias_again=False))
+    if theirs:
+        del source.spec["vision"]["topdown"]["bias_again"]  # a checkpoint of before
+    result = initialize(target, saved(source, (), tmp_path / "a.ckpt"))
+    assert target.vision.topdown.bias_again == build(target.spec).vision.topdown.bias_again == theirs
+    assert ("bias_again=true" in result.report()) == theirs
+    images, ids = torch.randn(2, 3, 16, 16), torch.randint(5, 30, (2, 6))
+    same = (model(images, ids, torch.ones_like(ids)).logits for model in (source, target))
+    torch.testing.assert_close(*same)
+    plain = make_model(AbSTopDown(bias_again=False))
+    initialize(plain, saved(make_model(None), (), tmp_path / "plain.ckpt"))
+    assert not plain.vision.topdown.bias_again
 
 
 def replace_head(spec, answers):

@@ -402,7 +402,7 @@ def test_regions_of_both_pictures_are_learnt(layouts):
     batch = next(iter(data.train_dataloader()))
     assert batch.coverage.shape == (2 * len(batch.keys), 16)
     losses = task.losses(batch)
-    assert set(losses.others) == {"reconstruction", "prior", "region_prior"}
+    assert set(losses.others) == {"reconstruction", "prior", "region_prior", "alive_prior"}
     known = torch.tensor([batch.coverage[n].sum() for n in range(len(batch.coverage))]) > 0
     assert known[::2].any()
     assert known[1::2].any()

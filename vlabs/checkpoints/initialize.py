@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
 from vlabs.checkpoints.released import find_state, load_released, task_of
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
 from vlabs.models.registry import is_finite
 from vlabs.models.segmentation import Segmenter
@@ -33,6 +33,8 @@ class Initialized:
         left_out: in the checkpoint, but without a place of their shape in this model.
         new: in this model, but not in the checkpoint: they keep their fresh values.
         derived: made from others.
+        bias_again: b_v is added as the checkpoint's decoders are used to, and not as the config has it; None where both
+            agree, or no decoders were taken.
         history: the trainings that these weights have been through, oldest first: task and identity of the data.
     """
 
@@ -42,6 +44,7 @@ class Initialized:
     left_out: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     derived: list[str] = field(default_factory=list)
+    bias_again: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> str:
@@ -56,6 +59,9 @@ class Initialized:
             if names:
                 more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 lines.append(f"  {what} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
+        if self.bias_again is not None:
+            kept = str(self.bias_again).lower()
+            lines.append(f"  its feedback comes with its arithmetic, model.vision.topdown.bias_again={kept}")
         return "\n".join(lines)
 
 
@@ -139,10 +145,27 @@ def initialize(
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)
+    if any(".decoders." in name for name in chosen) and keep_arithmetic(model, content["vlabs"].get("architecture")):
+        result.bias_again = _vision(model).topdown.bias_again  # type: ignore[union-attr]
     if isinstance(head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
         head.start_from_matching()
         result.derived.append("head.rank, the matching head's row of the pairs that match")
     return result
+
+
+def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:
+    """Let the feedback of `model` be what the decoders of another architecture are used to; whether it was not so."""
+
+    def part(plain: Any, name: str) -> Any:
+        return plain.get(name) if isinstance(plain, dict) else None
+
+    theirs = part(part(architecture, "vision") or part(architecture, "encoder"), "topdown")
+    own = _vision(model).topdown
+    return own is not None and own.add_bias_again(part(theirs, "bias_again") is not False)
+
+
+def _vision(model: nn.Module) -> AbSViT:
+    return model.encoder if isinstance(model, AbSViTClassifier) else model.vision  # type: ignore[return-value]
 
 
 def _renamed(name: str, parts: dict[str, str]) -> str:
@@ -172,12 +195,11 @@ def _move_answers(
 def _resample(
     name: str, value: Tensor, target: Tensor, model: VisionLanguageModel | AbSViTClassifier | Segmenter
 ) -> Tensor | None:
-    vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
     within = "encoder.vit." if isinstance(model, AbSViTClassifier) else "vision.vit."
     if not name.startswith(within):
         return None
     try:
-        resampled = vision.backbone.resample(name.removeprefix(within), value, target)
+        resampled = _vision(model).backbone.resample(name.removeprefix(within), value, target)
     except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of no picture's shape
         return None
     return None if resampled is None or resampled.shape != target.shape else resampled

@@ -202,7 +202,8 @@ def _load_classifier(state: State, name: str, heads: int | None, alpha: float) -
     if "prompt" not in state:
         raise UserError(f"{name} is no AbSViT classifier: 'prompt' is missing (for a METER file say task='vqa')")
     pool = "avg" if "fc_norm.weight" in state else "token"
-    encoder = _vision(state, "", name, heads, AbSTopDown(alpha), pool, num_classes=_need(state, "head.weight", name)[0])
+    topdown = AbSTopDown(alpha, bias_again=True)
+    encoder = _vision(state, "", name, heads, topdown, pool, num_classes=_need(state, "head.weight", name)[0])
     model = AbSViTClassifier(encoder)
     _fill(model, state, name)
     return ReleasedClassifier(model).eval()

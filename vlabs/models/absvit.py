@@ -4,9 +4,11 @@
 
     z = norm(block_L(… block_1(embed(x))))                      bottom-up pass
     t ← A_l t, td_l = B_l t   from the modulated z downwards    feedback
-    v ← v + (W_v td_l + b_v) in the attention of every block    second pass; q and k stay as they are
+    v ← v + W_v td_l in the attention of every block            second pass; q and k stay as they are
 
-What a block is, and what lies between blocks, is the backbone's (`vlabs.models.backbones`).
+The released code adds b_v there once more (`TopDown.bias_again`). Without it, new B_l are zero, so that a pre-trained
+encoder is what it was until feedback has learnt something, and α = 0 is the bottom-up pass. What a block is, and what
+lies between blocks, is the backbone's (`vlabs.models.backbones`).
 """
 
 from __future__ import annotations
@@ -152,6 +154,9 @@ class AbSViT(nn.Module):
         self.recompute = False
         feeds_back = topdown is not None and topdown.needs_decoders
         self.decoders = self.backbone.make_decoders() if feeds_back else nn.ModuleList()
+        if topdown is not None and not topdown.bias_again:
+            for decoder in self.decoders:
+                nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
 
     @property
     def width(self) -> int:
@@ -174,6 +179,11 @@ class AbSViT(nn.Module):
         return len(self.decoders) > 0
 
     @property
+    def is_silent(self) -> bool:
+        """Whether there are feedback decoders, and they give nothing yet."""
+        return self.reconstructs and not any(decoder.linear2.weight.any() for decoder in self.decoders)  # type: ignore[union-attr,operator]
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: [cls] and registers."""
         return self.backbone.num_prefix_tokens
@@ -182,6 +192,15 @@ class AbSViT(nn.Module):
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.backbone.grid_size
+
+    def steers(self, seen: VisionTokens) -> Tensor | None:
+        """Whether a prior is like some patch of its picture, (n,); where it is like none, it steers nothing.
+
+        None where the encoder is not steered by how like a prior its tokens are.
+        """
+        if not self.needs_prior or seen.token_weights is None:
+            return None
+        return (seen.token_weights[:, self.num_prefix_tokens :] > 0).any(dim=1)
 
     def encode(self, images: Tensor, layers: Sequence[int] = (), record: list[Tensor] | None = None) -> BottomUp:
         """The bottom-up pass, and what the top-down variant can prepare without a prior.
@@ -282,6 +301,10 @@ class AbSViT(nn.Module):
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         if not backbone.is_even:
             signal.spread = backbone.spread
+
+        def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
+
         hidden = _pick(bottom_up.embedded, image_index)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
         positions = backbone.positions()
@@ -290,7 +313,7 @@ class AbSViT(nn.Module):
         for index in range(backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
             qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = self._run(index, hidden, positions, partial(signal.steer, index), qkv, record)
+            output = self._run(index, hidden, positions, partial(steer, index), qkv, record)
             if reconstruction is not None:
                 decoder = self.decoders[index]
                 decoded = decoder.linear(output.detach())  # type: ignore[operator]

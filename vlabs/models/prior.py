@@ -1,6 +1,6 @@
 """ξ, the prior that steers the image encoder, and the losses that align it with what is seen.
 
-`PriorLoss` is the paper's, on whole pictures. The other two are ours, on patches: the top-down signal is α · sᵢ · zᵢ
+`PriorLoss` is the paper's, on whole pictures. The other three are ours, on patches: the top-down signal is α · sᵢ · zᵢ
 with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by which patch tokens ξ is close to.
 """
 
@@ -124,14 +124,38 @@ class RegionPriorLoss(nn.Module):
             image_index: (n,), the image of each text; None where text i is about image i.
             coverage: (n, N), how much of every patch a text's region covers; zeros where nobody said what it is about.
         """
-        tokens = F.normalize(tokens.float(), dim=-1)
-        if image_index is not None:
-            tokens = tokens.index_select(0, image_index)
-        cosines = torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), tokens)
-        pointed = (cosines / self.temperature).log_softmax(dim=1)
+        pointed = (_cosines(prior, tokens, image_index) / self.temperature).log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
         target = coverage / size.clamp_min(1e-6)
         return -(target * pointed).sum() / max(1, len(prior))
+
+
+class AlivePriorLoss(nn.Module):
+    """ξ is like something in its own picture: relu(margin − max_i cos(ξ, z_i)).
+
+    The other losses compare texts, pictures or patches with each other, and do not care where zero is; but what steers
+    is clamp(cos, 0, 1), which has neither a value nor a gradient where ξ is unlike every patch.
+
+    Args:
+        margin: how like, in [0, 1].
+    """
+
+    def __init__(self, margin: float = 0.3) -> None:
+        super().__init__()
+        self.margin = margin
+
+    def forward(
+        self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor | None = None
+    ) -> Tensor:
+        """The mean over n texts, where one with a region adds zero.
+
+        Args:
+            prior, tokens, image_index, coverage: as of `RegionPriorLoss`; no coverage where no text has a region.
+        """
+        short = (self.margin - _cosines(prior, tokens, image_index).amax(dim=1)).relu()
+        if coverage is not None:
+            short = short * (coverage.sum(dim=1) == 0)
+        return short.sum() / max(1, len(prior))
 
 
 class TokenPriorLoss(nn.Module):
@@ -171,6 +195,14 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
+
+
+def _cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
+    """cos(ξ, z_i), (n, N), of n priors with the tokens of their own pictures, (B, N, D)."""
+    tokens = F.normalize(tokens.float(), dim=-1)
+    if image_index is not None:
+        tokens = tokens.index_select(0, image_index)
+    return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), tokens)
 
 
 def _checked(temperature: float) -> float:

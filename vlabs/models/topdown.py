@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class TopDownSignal:
 
         Args:
             q, k, v: (n, N, D), or (1, N, D) where they are the same for all priors.
-            bias: (3D,), of W_qkv; None without.
+            bias: (3D,), of W_qkv; None where none is added (see `TopDown.bias_again`).
         """
         value = self.value(block)
         width = v.shape[-1]
@@ -101,12 +102,24 @@ class TopDown(nn.Module):
         needs_decoders: it feeds tokens back.
         second_pass: it changes the attention, so that the image goes through the blocks again.
         qkv_signal: the signal is for q, k and v.
+        bias_again: what is added to the values is `W_v td + b_v`, as in the released code, so that they have b_v twice
+            and no signal is not the first pass. Otherwise it is `W_v td`, and new decoders give none: the second pass
+            of a new encoder is the first, whatever the encoder has learnt before.
     """
 
     needs_prior = True
     needs_decoders = True
     second_pass = True
     qkv_signal = False
+    bias_again = True
+    spec: dict[str, Any]
+
+    def add_bias_again(self, again: bool) -> bool:
+        """Have the arithmetic of other weights, see `bias_again`; whether it was another."""
+        if self.spec.get("bias_again", again) == again:
+            return False
+        self.bias_again = self.spec["bias_again"] = again
+        return True
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """What no prior changes, once an image, from z (B, N, D); (B, N, …) for every block."""
@@ -156,11 +169,13 @@ class AbSTopDown(TopDown):
 
     Args:
         alpha: α, the scale of the top-down signal: 1 on ImageNet, 10 for multi-object scenes and language.
+        bias_again: see `TopDown`; the default is for checkpoints that do not say it.
     """
 
-    def __init__(self, alpha: float = 10.0) -> None:
+    def __init__(self, alpha: float = 10.0, bias_again: bool = True) -> None:
         super().__init__()
         self.alpha = float(alpha)
+        self.bias_again = bias_again
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """`C_l z` of every block, each (B, N, D)."""
@@ -186,7 +201,7 @@ class AbSTopDownQKV(AbSTopDown):
     """The same signal added to q, k and v (paper, Table 5): `C_l` has W_qkv in the place of W_v.
 
     Args:
-        alpha: as in `AbSTopDown`.
+        alpha, bias_again: as in `AbSTopDown`.
     """
 
     qkv_signal = True
@@ -198,13 +213,15 @@ class FeedbackOnly(TopDown):
 
     Args:
         alpha: the scale of the top-down signal.
+        bias_again: as in `AbSTopDown`.
     """
 
     needs_prior = False
 
-    def __init__(self, alpha: float = 1.0) -> None:
+    def __init__(self, alpha: float = 1.0, bias_again: bool = True) -> None:
         super().__init__()
         self.alpha = float(alpha)
+        self.bias_again = bias_again
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """`C_l z` of every block, each (B, N, D)."""

@@ -19,9 +19,10 @@ from vlabs.checkpoints.checkpoint import header_of
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT
 from vlabs.models.lora import LoRA, add_adapters
 from vlabs.tasks.optim import PARTS, Recipe
-from vlabs.utils.ranks import is_distributed
+from vlabs.utils.ranks import is_distributed, say
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Task(pl.LightningModule):
         preprocessing: goes into the checkpoint, so that it can be used alone.
         data: identity of the training data, for the checkpoint.
         recipe: of optimisation.
-        freeze: parameters that are not trained, by the start of their name: `vision`, `text.roberta.embeddings`, …
+        freeze: what is not trained: parts as in `task.recipe.lr`, which `lr_group` tells apart (`vision` is the
+            pre-trained image encoder in every task, `feedback` its decoders and ξ), or parameters by the start of
+            their name (`text.roberta.embeddings`).
         recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
         compile: let `torch.compile` make the kernels, see the model's `compile_parts`: a slow start.
         lora: adapters in the encoders, which then are all of them that is trained; of vision-language models.
@@ -84,7 +87,7 @@ class Task(pl.LightningModule):
         self.preprocessing = preprocessing
         self.data = data
         self.recipe = recipe
-        self.frozen = _freeze(model, freeze)
+        self.frozen = self._freeze(freeze)
         self.lora = lora if lora is not None and lora.rank else None
         if self.lora is not None:
             if both := [prefix for prefix in freeze if prefix.split(".")[0] in self.lora.parts]:
@@ -96,6 +99,29 @@ class Task(pl.LightningModule):
             model.recompute_activations()
         if compile:
             model.compile_parts()
+
+    def _freeze(self, chosen: Sequence[str]) -> list[nn.Module]:
+        """Stop training what `freeze` names; returns the modules that are frozen whole."""
+        names = [name for name, _ in self.model.named_parameters()]
+        parts = {*PARTS, *(self.lr_group(f"model.{name}") for name in names)}
+
+        def is_frozen(name: str, by: Sequence[str] = chosen) -> bool:
+            starts = tuple(f"{one}." for one in by if one not in parts)
+            return self.lr_group(f"model.{name}") in by or f"{name}.".startswith(starts)
+
+        for one in chosen:
+            # A model without feedback has no decoders and no ξ map to freeze.
+            if one.split(".")[0] not in ("feedback", "prior") and not any(is_frozen(name, [one]) for name in names):
+                known = ", ".join(dict.fromkeys([*PARTS, *(name for name, _ in self.model.named_children())]))
+                raise UserError(f"task.freeze names '{one}', which the model does not have: start with one of {known}")
+        for name in filter(is_frozen, names):
+            self.model.get_parameter(name).requires_grad_(False)
+        # What has no parameters, such as dropout, is of the part that its name says.
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if name and all(is_frozen(f"{name}.{one}") for one in [*dict(module.named_parameters())] or ["weight"])
+        ]
 
     def train(self, mode: bool = True) -> Task:
         """Frozen parts stay in eval mode: no dropout in what does not learn."""
@@ -124,9 +150,18 @@ class Task(pl.LightningModule):
         part, _, rest = name.removeprefix("model.").partition(".")
         if ".lora_" in rest:
             return "head"
-        if part in ("prior", "prior_loss") or rest.startswith(("decoders.", "modulations.")):
+        if part in ("prior", "prior_loss") or rest.startswith(("decoders.", "modulations.", "topdown.")):
             return "feedback"
         return part if name.startswith("model.") and part in PARTS else "head"
+
+    def on_fit_start(self) -> None:
+        """Say so if nothing will ever be fed back."""
+        encoders = [one for one in self.model.modules() if isinstance(one, AbSViT)]
+        if any(one.is_silent and one.decoders in self.frozen for one in encoders):
+            say(
+                "task.freeze names the feedback, which is new and begins at nothing, so the second pass is the first: "
+                "leave it out, start from a run that has feedback (init=RUN), or pass model/topdown=none"
+            )
 
     def shorten_validation(self) -> None:
         """Leave out what is done once a validation, before some steps that only measure what a training will cost."""
@@ -245,18 +280,6 @@ def check_weight(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or not value >= 0:
         raise UserError(f"task.{name}={value} must be a number, at least 0")
     return float(value)
-
-
-def _freeze(model: nn.Module, prefixes: Sequence[str]) -> list[nn.Module]:
-    """Stop training parameters by the start of their name; returns the modules that are frozen whole."""
-    for prefix in prefixes:
-        names = [name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
-        if not names and prefix.split(".")[0] != "prior":  # a model without feedback has no ξ map to freeze
-            parts = ", ".join(name for name, _ in model.named_children())
-            raise UserError(f"task.freeze names '{prefix}', which the model does not have: start with one of {parts}")
-        for name in names:
-            model.get_parameter(name).requires_grad_(False)
-    return [module for name, module in model.named_modules() if name in prefixes]
 
 
 class _AllGather(torch.autograd.Function):

@@ -63,9 +63,9 @@ class ClassifyTask(Task):
 
     def lr_group(self, name: str) -> str:
         """The encoder's blocks are `vision`, its linear classifier `head`, ξ and the decoders `feedback`."""
-        if name == "model.prompt" or name.startswith("model.encoder.decoders."):
+        if name == "model.prompt" or name.startswith(("model.encoder.decoders.", "model.encoder.topdown.")):
             return "feedback"
-        head = ("model.encoder.vit.head.", "model.encoder.vit.fc_norm.", "model.encoder.vit.attn_pool.")
+        head = tuple(f"model.encoder.vit.{part}." for part in ("head", "head_drop", "fc_norm", "attn_pool"))
         return "head" if name.startswith(head) else "vision"
 
     def sample_ids(self, batch: ClassBatch) -> list[Any]:

@@ -51,9 +51,9 @@ class SegmentationTask(Task):
             raise UserError(f"task={self.name} trains a segmenter: leave model out, or pass model=segmenter")
         if transfer not in TRANSFER:
             raise UserError(f"task.transfer={transfer}: choose one of {', '.join(TRANSFER)}")
-        frozen = {"end_to_end": (), "linear": ("vision", "prompt", "text", "prior"), "top_down": ("vision.vit",)}
-        kept = [part for part in frozen[transfer] if getattr(model, part.split(".")[0], None) is not None]
-        super().__init__(model, preprocessing, data, recipe, (*kept, *freeze), recompute_activations, compile)
+        reads = ("text",) if model.text is not None else ()
+        frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[transfer]
+        super().__init__(model, preprocessing, data, recipe, (*frozen, *freeze), recompute_activations, compile)
         self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
         if model.decoder.auxiliary is None or not self.auxiliary_weight:
             self.auxiliary_weight = 0.0

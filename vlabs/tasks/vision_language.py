@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
-from vlabs.models.prior import PriorLoss, RegionPriorLoss, TokenPriorLoss
+from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.tasks.base import Task, check_weight, gather
 from vlabs.tasks.optim import Recipe
@@ -29,6 +30,9 @@ class VisionLanguageTask(Task):
         region_prior_weight: of the loss that puts ξ on the patches which a text is about; without effect where the
             data say of no text what it is about.
         region_prior_temperature: its τ.
+        alive_prior_weight: of the loss that keeps ξ like some patch of the picture, for texts of which nobody said what
+            they are about; without effect where no ξ is compared with patches.
+        alive_prior_margin: its margin, in [0, 1].
         token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
         token_prior_temperature: its τ.
     """
@@ -48,6 +52,8 @@ class VisionLanguageTask(Task):
         prior_loss: PriorLoss | None = None,
         region_prior_weight: float = 0.0,
         region_prior_temperature: float = 0.1,
+        alive_prior_weight: float = 0.0,
+        alive_prior_margin: float = 0.3,
         token_prior_weight: float = 0.0,
         token_prior_temperature: float = 0.1,
         freeze: Sequence[str] = (),
@@ -66,10 +72,21 @@ class VisionLanguageTask(Task):
         self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
+        if self.prior_loss is not None and "feedback" in freeze:
+            self.prior_loss.requires_grad_(False)
         self.region_prior_weight = check_weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
+        alive_prior_weight = check_weight("alive_prior_weight", alive_prior_weight)
+        # FiLM's ξ is compared with nothing.
+        compares = model.vision.topdown is not None and model.vision.topdown.needs_prior
+        self.alive_prior_weight = alive_prior_weight if compares else 0.0
         self.token_prior_weight = check_weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
         self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
+        if not isinstance(alive_prior_margin, int | float) or not 0 <= alive_prior_margin <= 1:
+            raise UserError(f"task.alive_prior_margin={alive_prior_margin} must be a number in [0, 1]")
+        self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
         self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
+        self.dead = MeanMetric()
+        self.has_warned = False
         self._freeze_idle_prior()
 
     def _freeze_idle_prior(self) -> None:
@@ -137,6 +154,7 @@ class VisionLanguageTask(Task):
                 pairs in `pairs` only, where those are said.
             pairs: which of them belong together; all if not said.
         """
+        self.log_dead(output, pairs)
         if output.prior is None:
             return {}
         losses = {}
@@ -145,9 +163,33 @@ class VisionLanguageTask(Task):
         patches = output.bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
         if self.region_prior_weight and coverage is not None:
             losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
+        if self.alive_prior_weight:
+            losses["alive_prior"] = self.alive_prior_loss(prior, patches, image_index, coverage)
         if self.token_prior_weight:
             losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
         return losses
+
+    def log_dead(self, output: VLMOutput, pairs: Tensor | slice = slice(None)) -> None:
+        """Log `prior_dead`: under how many texts, in percent, no patch is like ξ, so that nothing is steered."""
+        steers = self.model.vision.steers(output.seen)
+        if steers is None or not len(dead := ~steers[pairs]):
+            return
+        percent = 100 * dead.float()
+        if self.training:
+            self.dead.update(percent)
+        name = "train/prior_dead" if self.training else "val/prior_dead"
+        self.log(name, percent.mean(), batch_size=len(dead), sync_dist=not self.training)
+
+    def on_train_epoch_end(self) -> None:
+        """Warn once if most texts of an epoch steered nothing."""
+        if self.dead.update_called and (percent := float(self.dead.compute())) > 50 and not self.has_warned:
+            self.has_warned = True
+            say(
+                f"warning: ξ is like no patch of the picture under {percent:.0f}% of this epoch's texts "
+                "(train/prior_dead), and steers nothing there: raise task.alive_prior_weight, which is "
+                f"{self.alive_prior_weight:g}, or task.token_prior_weight, or prepare data with regions"
+            )
+        self.dead.reset()
 
 
 def _temperature(name: str, value: Any) -> float:

@@ -100,6 +100,7 @@ class VQATask(VisionLanguageTask):
         if not batch.question_ids:
             return
         output = self(batch)
+        self.log_dead(output)
         scores = batch.targets.gather(1, output.logits.argmax(dim=1, keepdim=True))[:, 0] * 100
         self.accuracy.update(scores)
         for answer_type, metric in zip(self.answer_types, self.accuracies, strict=True):

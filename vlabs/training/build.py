@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from vlabs.checkpoints.initialize import initialize, read_source
+from vlabs.checkpoints.initialize import initialize, keep_arithmetic, read_source
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
@@ -155,7 +155,10 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
         )
     changed = [name for name in last.changed if name.startswith(("model.", "task.", "data."))]
     anew = any(name.startswith("model.") for name in changed)
-    task = _make_task(config, _new_model(config, data) if anew else last.model(), data, last.history)
+    model = _new_model(config, data) if anew else last.model()
+    if anew:
+        keep_arithmetic(model, last.header.get("architecture"))
+    task = _make_task(config, model, data, last.history)
     if (part := last.differs_from(task)) is not None:
         what = ", ".join(f"{name}={last.changed[name][1]} (was {last.changed[name][0]})" for name in changed)
         raise UserError(

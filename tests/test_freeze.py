@@ -1,0 +1,93 @@
+"""`task.freeze` names the same parts in every task, and what it names stays as it is: weights and dropout."""
+
+import pytest
+from test_classify import make_task as classify_task
+from test_models import make_model
+from test_segment import make_segmenter
+from torch import nn
+
+from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
+from vlabs.models.lora import LoRA
+from vlabs.models.topdown import AbSTopDown
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.segment import SegmentTask
+from vlabs.tasks.vqa import VQATask
+
+
+def vqa_task(**options):
+    return VQATask(make_model(AbSTopDown(bias_again=False)), *common(), **options)
+
+
+def segment_task(**options):
+    return SegmentTask(make_segmenter(), *common(), **options)
+
+
+def common():
+    return Preprocessing(16, "", names=("a", "b", "c")), {}, Recipe()
+
+
+TASKS = {
+    "vqa": (vqa_task, "vision.vit", ["vision.decoders", "prior", "prior_loss"]),
+    "segment": (segment_task, "vision.vit", ["vision.decoders", "prompt"]),
+    "classify": (lambda **o: classify_task(AbSTopDown(), **o), "encoder.vit.blocks", ["encoder.decoders", "prompt"]),
+}
+
+
+def trained(task, part):
+    names = [name.removeprefix("model.") for name, value in task.named_parameters() if value.requires_grad]
+    return any(f"{name}.".startswith(f"{part}.") for name in names)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_vision_is_the_pre_trained_encoder_and_a_linear_probe_freezes_feedback_too(name):
+    make, encoder, feedback = TASKS[name]
+    task = make(freeze=["vision"]).train()
+    assert not trained(task, encoder)
+    assert all(trained(task, part) for part in feedback)
+    for path, module in task.model.named_modules():
+        if isinstance(module, nn.Dropout):  # the one of a classifier's head stands in the encoder
+            assert module.training == (".vit." not in path or path == "encoder.vit.head_drop"), path
+    probe = make(freeze=["vision", "feedback"])
+    assert not any(trained(probe, part) for part in (encoder, *feedback))
+    assert {probe.lr_group(name) for name, value in probe.named_parameters() if value.requires_grad} <= {
+        "head", "fusion", "text",
+    }  # fmt: skip
+
+
+def test_what_is_no_part_is_the_start_of_a_name():
+    task = vqa_task(freeze=["vision.vit.blocks.0", "prior", "text.roberta.embeddings"]).train()
+    for part in ("vision.vit.blocks.0", "prior", "text.roberta.embeddings"):
+        assert not trained(task, part)
+        assert not task.model.get_submodule(part).training
+    assert trained(task, "vision.vit.blocks.1")
+    assert task.model.vision.vit.blocks[1].training
+    with pytest.raises(UserError, match="'visio', which the model does not have: start with one of vision, text"):
+        vqa_task(freeze=["visio"])
+
+
+def test_without_feedback_there_is_none_to_freeze(capsys):
+    task = VQATask(make_model(None), *common(), freeze=["feedback"])
+    task.on_fit_start()
+    assert trained(task, "vision.vit")
+    assert not "".join(capsys.readouterr())
+
+
+def test_adapters_and_frozen_parts_are_of_different_encoders():
+    task = vqa_task(freeze=["vision"], lora=LoRA(rank=2, parts=("text",)))
+    assert not trained(task, "vision.vit")
+    assert trained(task, "vision.decoders")
+    names = [name for name, value in task.named_parameters() if value.requires_grad and ".text." in name]
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize(("freeze", "silent"), [(["feedback"], True), (["vision"], False), (["feedback"], False)])
+def test_feedback_that_is_frozen_at_nothing_is_said(freeze, silent, capsys):
+    task = vqa_task(freeze=freeze)
+    if silent:
+        for decoder in task.model.vision.decoders:
+            nn.init.zeros_(decoder.linear2.weight)
+    task.on_fit_start()
+    said = "".join(capsys.readouterr())
+    assert ("begins at nothing" in said) == silent
