@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from vlabs.checkpoints.initialize import initialize, read_source
+from vlabs.checkpoints.pretrained import report
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
@@ -124,6 +125,8 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
     if config.init is not None and config.data.get("tokenizer") is None:
         _take_tokenizer(data, config.init)
     model = _new_model(config, data)
+    if said := report(model):
+        say(said)
     history: list[dict[str, Any]] = []
     if config.init is not None:
         initialized = initialize(model, config.init, data.preprocessing.names)
