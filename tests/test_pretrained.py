@@ -194,6 +194,8 @@ def test_a_folder_of_timms_says_its_architecture_whatever_the_config_says(timm_f
         ({"architecture": "resnet50"}, "no ViT"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
         ({"model_args": {"depth": 3}}, "has no blocks"),
+        ({"model_args": {"depth": 5000}}, "many more parameters"),
+        ({"model_args": {"embed_dim": 98_304}}, "many times the memory"),
     ):
         (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"} | config))
         with pytest.raises(UserError, match=part):
@@ -346,6 +348,9 @@ def test_a_missing_shard_and_weights_of_another_kind_are_one_line_that_says_what
     quantized = {"embeddings.word_embeddings.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
     safetensors.torch.save_file(quantized, text_folder / "model.safetensors")
     with pytest.raises(UserError, match="float8_e4m3fn: save it as float32"):
+        text_from_pretrained(str(text_folder))
+    (text_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="git lfs pull"):
         text_from_pretrained(str(text_folder))
     safetensors.torch.save_file({"a": torch.tensor([float("nan")])}, text_folder / "model.safetensors")
     with pytest.raises(UserError, match="a is not finite"):

@@ -321,7 +321,10 @@ def _read_pickled(path: Path) -> dict[str, Any]:
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0] or "its pickle is damaged"
         if "GLOBAL" in str(error):
             reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
-            raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
+            raise UserError(
+                f"{path} holds pickled code, which vlabs never runs: where you trust it, save its weights alone, with "
+                f"safetensors.torch.save_file(model.state_dict(), FILE) ({reason.strip()[:200]})"
+            ) from None
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
     except Exception as error:  # a damaged file makes the unpickler fail in every way there is
         reason = (str(error) or type(error).__name__).splitlines()[0]

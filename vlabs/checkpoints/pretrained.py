@@ -18,11 +18,11 @@ from transformers import AutoConfig
 from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.checkpoints.released import State, find_state
 from vlabs.errors import UserError, one_line
+from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
-from vlabs.models.backbones import patch_size_of
 from vlabs.models.film import FiLMViT
 from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
-from vlabs.models.registry import is_finite, restore
+from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
 from vlabs.utils.hub import download
@@ -87,8 +87,11 @@ def vit_from_timm(
     if source is not None:
         given = {option: value for option, value in vit_options.items() if value is not None}
         vit_options = source.options | given
-        patch_size = patch_size or vit_options.pop("patch_size", None)
-    patch_size = patch_size or patch_size_of(name)
+        own_patch = vit_options.pop("patch_size", None)
+        patch_size = patch_size or own_patch
+        if source.options:
+            _check_size(name, vit_options, source)
+    patch_size = patch_size or backbones.patch_size_of(name)
     encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
     if source is not None:
         encoder.origin = _fill(encoder, source, name, vit_options.get("depth"))
@@ -139,6 +142,16 @@ def _of_folder(folder: Path) -> _Source:
             )
     ours = {name: value for name, value in options.items() if name not in ("img_size", "num_classes")}
     return _Source(str(folder), _read_folder(folder, str(folder)), architecture, ours)
+
+
+def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
+    """Raise a UserError if sizes that a folder says ask for much more memory or time than it has weights for."""
+    with torch.device("meta"), no_more_parameters_than(4 * len(source.state) + 100):
+        network = backbones.create(name, **options).network
+    if sum(one.nbytes for one in network.state_dict().values()) > 2**28 + 4 * sum(
+        one.nbytes for one in source.state.values()
+    ):
+        raise UserError(f"{source.label} does not fit {name}: its config asks for many times the memory of its weights")
 
 
 def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str:

@@ -26,8 +26,11 @@ _FILES = (
 _INSTEAD = "data.tokenizer=DIR (model.text.name_or_path=DIR where it is the text encoder's own)"
 
 
-def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
+def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INSTEAD) -> str:
     """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the data.
+
+    Args:
+        instead: what to pass where it is not to be had, to a folder DIR.
 
     Raises:
         UserError: it is not there; the message says which local path to pass.
@@ -41,7 +44,7 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
         return _whole(read_text(path), str(path))
     folder = Path(name_or_path)
     if not folder.is_dir():
-        folder = download(name_or_path, _FILES, _INSTEAD)
+        folder = download(name_or_path, _FILES, instead)
     check_files(folder, [path.name for path in folder.iterdir()])
     if (folder / "tokenizer.json").exists():
         return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
@@ -49,7 +52,7 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing"
         raise UserError(
             f"{name_or_path} has no tokenizer.json: in {folder} is {there}. Download the whole of it where there is a "
-            f"network, with `hf download NAME --local-dir DIR`, and pass {_INSTEAD}"
+            f"network, with `hf download NAME --local-dir DIR`, and pass {instead}"
         )
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config

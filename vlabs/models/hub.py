@@ -7,6 +7,7 @@ is known how pictures and texts are read, `preprocessing.json` and `tokenizer.js
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,7 +54,11 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
     ) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
-            options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+            options: dict[str, Any] = {
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "local_files_only": local_files_only,
+            }
             folder = download(model_id, FILES, revision=revision, token=token, **options)
         header = read_header(folder)
         weights = read_weights(folder / WEIGHTS)
@@ -121,6 +126,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a damaged file makes the reader fail in every way there is
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} only says where its content is: fetch it with `git lfs pull`") from None
         raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
 
 
