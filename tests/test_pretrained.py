@@ -439,6 +439,9 @@ def test_a_network_that_is_down_is_one_quick_line_with_nothing_before_it(in_proc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.perf_counter()
+    wrong = in_process("vlabs.train", ["task=vqa", "data.size=tiny", "model/vision=small", "logger=csv",
+                                       "hydra.run.dir=run"], tmp_path)  # fmt: skip
+    assert_one_line_error(wrong, "timm/vit_small_patch16_224.augreg", "no network", "model.vision.weights=DIR")
     result = in_process("vlabs.train", ["task=vqa", "data.size=tiny", "data.tokenizer=user/nonesuch", "logger=csv",
                                         "hydra.run.dir=run"], tmp_path)  # fmt: skip
     assert time.perf_counter() - started < 20

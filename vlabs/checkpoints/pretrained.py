@@ -103,14 +103,31 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
     return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
-def _find_weights(weights: str) -> _Source:
+def check_there(vision: str | None, text: str | None) -> None:
+    """Find the weights that a run begins with, before minutes of work on its data.
+
+    Args:
+        vision, text: as of `vit_from_timm` and `text_from_pretrained`.
+
+    Raises:
+        UserError: they are not to be had; the message says what to pass.
+    """
+    folders = [(vision, _located(vision))] if vision else []
+    folders += [(text, _folder(text, "model.text.name_or_path=DIR"))] if text else []
+    for name, folder in folders:
+        if folder.is_dir() and _weights_of(folder) is None:
+            _read_folder(folder, name)
+
+
+def _located(weights: str) -> Path:
+    """The file or folder that `model.vision.weights` means; of a tag that of the cache."""
     path = Path(weights)
     if path.is_dir():
-        return _of_folder(path)
+        return path
     if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise UserError(f"model.vision.weights={weights} does not exist")
-        return _Source(weights, _in_full(find_state(read_tensors(path), weights), weights))
+        return path
     architecture = weights.split(".")[0]
     if architecture not in timm.list_models():
         raise UserError(
@@ -121,8 +138,16 @@ def _find_weights(weights: str) -> _Source:
     config = timm.get_pretrained_cfg(weights)
     if config is None or not config.hf_hub_id:
         raise UserError(f"timm has no weights of {weights} on the Hugging Face hub: choose another")
-    folder = _folder(config.hf_hub_id, "model.vision.weights=DIR")
-    return _Source(weights, _read_folder(folder, config.hf_hub_id), architecture)
+    return _folder(config.hf_hub_id, "model.vision.weights=DIR")
+
+
+def _find_weights(weights: str) -> _Source:
+    path = _located(weights)
+    if path != Path(weights):
+        return _Source(weights, _read_folder(path, weights), weights.split(".")[0])
+    if path.is_dir():
+        return _of_folder(path)
+    return _Source(weights, _in_full(find_state(read_tensors(path), weights), weights))
 
 
 def _of_folder(folder: Path) -> _Source:

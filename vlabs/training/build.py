@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from vlabs.checkpoints.initialize import initialize, read_source
-from vlabs.checkpoints.pretrained import report
+from vlabs.checkpoints.pretrained import check_there, report
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
@@ -120,6 +120,8 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
         return _build_resumed(config, resumed)
     if config.init is not None and config.init_by:
         make_start(Path(config.init), list(config.init_by))
+    parts = [config.model.get(part) or {} for part in ("vision", "text")]
+    check_there(parts[0].get("weights"), parts[1].get("name_or_path"))
     data: PreparedDataModule = instantiate(config.data)
     _check_kind(config, data)
     if config.init is not None and config.data.get("tokenizer") is None:
