@@ -1,11 +1,14 @@
-"""Encoders from local weights: timm files at another size, RoBERTa folders; and the package as it is installed."""
+"""Encoders from local weights and the hub's cache: timm, transformers; and the package as it is installed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,21 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import clean_environment
+from conftest import assert_one_line_error, clean_environment
+from huggingface_hub import save_torch_state_dict
 from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, DebertaV2Config, ModernBertConfig, RobertaConfig, RobertaModel
 
-from vlabs.checkpoints.pretrained import text_from_pretrained, vit_from_timm
+from vlabs.checkpoints.pretrained import report, text_from_pretrained, vit_from_timm
+from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.backbones import patch_size_of
 from vlabs.models.registry import build
+from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.topdown import AbSTopDown
 from vlabs.runs.config import config_dir
 
@@ -133,11 +142,335 @@ def test_other_text_encoders_give_transformers_outputs_and_come_back_from_a_chec
 
 
 def test_text_encoders_that_there_are_not_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no text encoder"):
+    with pytest.raises(UserError, match="has no config.json, model.safetensors"):
         text_from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 60}))
     with pytest.raises(UserError, match="is a gpt2: a text encoder is one of roberta, bert, deberta-v2, modernbert"):
         text_from_pretrained(str(tmp_path))
+
+
+# What is loaded, in which form
+
+
+def as_timm_folder(folder, model, **config):
+    """What `hf download timm/TAG --local-dir` gives."""
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"} | config))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_becomes_float32_exactly_at_another_size_too(dtype, timm_file, tmp_path):
+    state = {name: value.to(dtype) for name, value in timm_file[1].state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "half.safetensors")
+    safetensors.torch.save_file({name: value.float() for name, value in state.items()}, tmp_path / "full.safetensors")
+    half, full = (
+        vit_from_timm(str(tmp_path / name), "vit_base_patch16_224", img_size=48, patch_size=8, **SMALL)
+        for name in ("half.safetensors", "full.safetensors")
+    )
+    for one, other in zip(half.parameters(), full.parameters(), strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+    text = AutoModel.from_config(OTHERS["bert"]).to(dtype)
+    text.save_pretrained(tmp_path / "text")
+    loaded = text_from_pretrained(str(tmp_path / "text")).network.state_dict()
+    assert all(torch.equal(value, text.state_dict()[name].float()) for name, value in loaded.items())
+
+
+def test_a_folder_of_timms_says_its_architecture_whatever_the_config_says(timm_file, tmp_path):
+    folder = as_timm_folder(tmp_path / "vit", timm_file[1], model_args={**SMALL, "patch_size": 8, "img_size": 32})
+    encoder = vit_from_timm(str(folder), "vit_large_patch14_dinov2", img_size=48)
+    assert (encoder.width, encoder.grid_size, encoder.backbone.depth) == (24, (6, 6), 2)
+    assert encoder.origin == f"30 of 30 tensors of vit_base_patch16_224 from {folder} (positions resampled)"
+    # One block of two: what is left out is said.
+    encoder = vit_from_timm(str(folder), img_size=32, depth=1)
+    assert "18 of 30 tensors" in encoder.origin
+    assert "the last 1 of 2 blocks left out" in encoder.origin
+    for config, part in (
+        ({"architecture": None, "model_type": "dinov2"}, "dinov2 of transformers"),
+        ({"architecture": {"class": "AbSViT"}}, "a model of vlabs: start from it with init="),
+        ({"architecture": "resnet50"}, "no ViT"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
+        ({"model_args": {"depth": 3}}, "has no blocks"),
+        ({"model_args": {"depth": 5000}}, "many more parameters"),
+        ({"model_args": {"embed_dim": 98_304}}, "many times the memory"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"} | config))
+        with pytest.raises(UserError, match=part):
+            vit_from_timm(str(folder), "vit_base_patch16_224", img_size=32, patch_size=8)
+
+
+ARCHITECTURES = {
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_base_patch16_siglip_224": {},
+    "eva02_small_patch14_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_base_patch16_siglip_gap_224": {},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2]},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_file_of_any_of_timms_encoders_comes_back_whole(name, tmp_path):
+    small = ARCHITECTURES[name] or {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    own = timm.create_model(name, num_classes=3, **small)
+    safetensors.torch.save_file(own.state_dict(), tmp_path / "a.safetensors")
+    encoder = vit_from_timm(str(tmp_path / "a.safetensors"), name, img_size=own.patch_embed.img_size[0], **small)
+    mine, whole = encoder.vit.state_dict(), own.state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in mine.items())
+    assert encoder.origin.startswith(f"{len(mine)} of {len(mine)} tensors of {name}")
+    assert "resampled" not in encoder.origin
+    # At another size the rest is the same.
+    again = vit_from_timm(str(tmp_path / "a.safetensors"), name, img_size=448, **small)
+    assert again.origin.startswith(f"{len(mine)} of {len(mine)} tensors")
+
+
+def test_a_norm_after_the_mean_is_the_files_too(timm_file):
+    encoder = vit_from_timm(
+        str(timm_file[0]), "vit_base_patch16_224", img_size=32, patch_size=8, global_pool="avg", **SMALL
+    )
+    assert torch.equal(encoder.vit.fc_norm.weight, timm_file[1].norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"embed_dim": 48}, "cls_token is 1×1×24 there and 1×1×48 here"),
+        ({"reg_tokens": 4}, "it has no reg_token"),
+        ({"init_values": 1e-5}, "it has no blocks.0.ls1.gamma"),
+        ({"class_token": False, "global_pool": "avg"}, "no place is for its cls_token"),
+    ],
+)
+def test_a_file_of_another_architecture_is_one_line_that_names_both(change, parts, timm_file):
+    path, _ = timm_file
+    with pytest.raises(UserError) as caught:
+        vit_from_timm(str(path), "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL | change)
+    assert parts in str(caught.value)
+    assert str(caught.value).startswith(f"{path} does not fit vit_base_patch16_224: ")
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+def test_the_line_of_a_start_names_what_is_pre_trained_and_what_is_new(timm_file):
+    vision = vit_from_timm(
+        str(timm_file[0]),
+        "vit_base_patch16_224",
+        img_size=32,
+        patch_size=8,
+        num_classes=5,
+        topdown=AbSTopDown(),
+        **SMALL,
+    )
+    of_file = f"pre-trained: vision: 30 of 30 tensors of vit_base_patch16_224 from {timm_file[0]}"
+    assert report(AbSViTClassifier(vision)) == f"{of_file}; new: feedback, head, prior"
+    model = assemble_segmenter(vision, partial(UperNet, num_classes=3, channels=8))
+    assert report(model) == f"{of_file}; new: feedback, head, decoder, prior"
+    fresh = vit_from_timm(None, "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL)
+    assert report(AbSViTClassifier(fresh)) is None
+
+
+# Several files, and files that are missing
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """A BERT in three shards, and its tokenizer."""
+    folder = tmp_path / "text"
+    AutoModel.from_config(OTHERS["bert"]).save_pretrained(folder, max_shard_size="12KB")
+    tokens = {"[PAD]": 0, "[UNK]": 1, "a": 2}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    return folder
+
+
+def test_weights_in_several_files_are_read_as_one(text_folder, tmp_path):
+    encoder = text_from_pretrained(str(text_folder))
+    source = AutoModel.from_pretrained(text_folder, dtype=torch.float32)
+    mine = encoder.network.state_dict()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in mine.items())
+    assert encoder.origin == f"{len(mine)} of {len(mine)} tensors from {text_folder}"
+    config = json.loads((text_folder / "config.json").read_text())
+    (text_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert "left out: encoder.encoder.layer.1." in text_from_pretrained(str(text_folder)).origin
+    # So is a ViT's.
+    vit = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, num_classes=0, **SMALL)
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    save_torch_state_dict(vit.state_dict(), folder, max_shard_size="8KB")
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"}))
+    found = vit_from_timm(str(folder), img_size=32, patch_size=8, **SMALL)
+    assert all(torch.equal(value, vit.state_dict()[name]) for name, value in found.vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("index", "parts"),
+    [
+        ({"weight_map": {"a": "../secret.safetensors"}}, "no .safetensors file of its own folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "no .safetensors file of its own folder"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "no .safetensors file of its own folder"),
+        ({"weight_map": {"a": "none-1.safetensors", "b": "none-2.safetensors"}},
+         "has no none-1.safetensors, none-2.safetensors"),
+        ({"weight_map": {"a": "link.safetensors"}}, "link out of its folder"),
+        ({"weight_map": {"a": "lies.safetensors"}}, "not a whole safetensors file"),
+        ({"weight_map": {"a": "other.safetensors"}}, "has no a"),
+        ({"weight_map": {"a": 7}}, "is damaged"), ({"weight_map": []}, "is damaged"), ([], "is damaged"),
+        ({"weight_map": {str(n): f"{n}.safetensors" for n in range(10_000)}}, "and 9997 more"),
+    ],
+)  # fmt: skip
+def test_an_index_leads_to_no_other_files_and_all_that_is_missing_is_named(index, parts, text_folder, tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
+    (text_folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    safetensors.torch.save_file({"b": torch.ones(1)}, text_folder / "other.safetensors")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    (text_folder / "lies.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    (text_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=re.escape(parts)):
+        text_from_pretrained(str(text_folder))
+
+
+def test_a_missing_shard_and_weights_of_another_kind_are_one_line_that_says_what_to_do(text_folder):
+    shard = sorted(text_folder.glob("model-*.safetensors"))[1]
+    shard.rename(text_folder / "elsewhere")
+    with pytest.raises(UserError, match=f"has no {shard.name}: it has"):
+        text_from_pretrained(str(text_folder))
+    for path in text_folder.glob("model*"):
+        path.unlink()
+    for name in ("pytorch_model.bin.index.json", "tf_model.h5", "model_quantized.onnx"):
+        (text_folder / name).write_text("{}")
+        with pytest.raises(UserError, match=rf"has no model.safetensors, and {name} cannot be read: .*save_pretrained"):
+            text_from_pretrained(str(text_folder))
+        (text_folder / name).unlink()
+    quantized = {"embeddings.word_embeddings.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
+    safetensors.torch.save_file(quantized, text_folder / "model.safetensors")
+    with pytest.raises(UserError, match="float8_e4m3fn: save it as float32"):
+        text_from_pretrained(str(text_folder))
+    (text_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="git lfs pull"):
+        text_from_pretrained(str(text_folder))
+    safetensors.torch.save_file({"a": torch.tensor([float("nan")])}, text_folder / "model.safetensors")
+    with pytest.raises(UserError, match="a is not finite"):
+        text_from_pretrained(str(text_folder))
+
+
+# The hub's cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Puts a folder into a cache, as one that was downloaded, and names it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def put(name, folder):
+        root = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        snapshot = root / "snapshots" / ("1" * 40)
+        for path in (root / "blobs", root / "refs", snapshot):
+            path.mkdir(parents=True)
+        (root / "refs/main").write_text("1" * 40)
+        for number, path in enumerate(sorted(folder.iterdir())):
+            shutil.copy(path, root / "blobs" / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        return snapshot
+
+    return put
+
+
+def test_without_a_network_the_cache_is_enough(text_folder, timm_file, cache, tmp_path, monkeypatch):
+    cache("user/text", text_folder)
+    encoder = text_from_pretrained("user/text")
+    expected = text_from_pretrained(str(text_folder))
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), expected.parameters(), strict=True))
+    assert read_tokenizer("user/text", tmp_path) == (text_folder / "tokenizer.json").read_text()
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1)
+    cache("timm/vit_tiny_patch16_224.augreg_in21k", as_timm_folder(tmp_path / "vit", vit, architecture="of_no_matter"))
+    found = vit_from_timm("vit_tiny_patch16_224.augreg_in21k", img_size=32, depth=1)
+    assert torch.equal(found.vit.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
+    assert found.origin.startswith("18 of 18 tensors of vit_tiny_patch16_224 from vit_tiny_patch16_224.augreg_in21k")
+
+
+def test_a_cache_that_is_not_whole_is_one_line_that_names_what_is_missing(text_folder, cache, tmp_path):
+    def is_refused(load, *parts):
+        started = time.perf_counter()
+        with pytest.raises(UserError) as caught:
+            load()
+        assert time.perf_counter() - started < 5
+        assert all(part in str(caught.value) for part in parts), caught.value
+
+    for name in ("user/nobody", "nobody"):
+        is_refused(
+            lambda name=name: text_from_pretrained(name),
+            "HF_HUB_OFFLINE",
+            f"hf download {name}",
+            "model.text.name_or_path=DIR",
+        )
+        is_refused(lambda name=name: read_tokenizer(name, tmp_path), f"hf download {name}", "data.tokenizer=DIR")
+    is_refused(lambda: text_from_pretrained("./models/text"), "no file or folder here, and no name on the")
+    is_refused(lambda: vit_from_timm("vit_tiny_patch16_224.augreg_in21k"), "model.vision.weights=DIR")
+    is_refused(
+        lambda: vit_from_timm("vit_tiny_patch16_224.nonesuch"), "choose one of vit_tiny_patch16_224.augreg_in21k"
+    )
+    snapshot = cache("user/text", text_folder)
+    shard = sorted(snapshot.glob("model-*.safetensors"))[0]
+    shard.resolve().rename(shard.resolve().with_suffix(".incomplete"))
+    is_refused(
+        lambda: text_from_pretrained("user/text"), f"user/text has no {shard.name} (a broken link)", str(snapshot)
+    )
+    for path in snapshot.glob("model*"):
+        path.unlink()
+    is_refused(
+        lambda: text_from_pretrained("user/text"),
+        "user/text has no model.safetensors in the local cache",
+        "hf download",
+    )
+    (snapshot / "tokenizer.json").unlink()
+    is_refused(
+        lambda: read_tokenizer("user/text", tmp_path), "user/text has no tokenizer.json", "config.json", "hf download"
+    )
+    (snapshot / "config.json").unlink()
+    (snapshot / "README.md").write_text("")
+    is_refused(lambda: text_from_pretrained("user/text"), "user/text")
+
+
+def test_a_network_that_is_down_is_one_quick_line_with_nothing_before_it(in_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.perf_counter()
+    wrong = in_process("vlabs.train", ["task=vqa", "data.size=tiny", "model/vision=small", "logger=csv",
+                                       "hydra.run.dir=run"], tmp_path)  # fmt: skip
+    assert_one_line_error(wrong, "timm/vit_small_patch16_224.augreg", "no network", "model.vision.weights=DIR")
+    result = in_process("vlabs.train", ["task=vqa", "data.size=tiny", "data.tokenizer=user/nonesuch", "logger=csv",
+                                        "hydra.run.dir=run"], tmp_path)  # fmt: skip
+    assert time.perf_counter() - started < 20
+    assert_one_line_error(result, "user/nonesuch", "no network", "data.tokenizer=DIR")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # before any data were made
+
+
+def test_a_pre_trained_encoder_is_whole_in_every_task_and_has_its_own_rates():
+    new, trained = 1e-3, 1e-5
+    for overrides, blocks, vision, text in (
+        (["task=segment"], 4, new, None),
+        (["task=segment", "model/vision=dinov2_base"], None, trained, None),
+        (["task=refer", "model/vision=small", "model/text=minilm"], None, trained, trained),
+        (["task=classify", "model/vision=dinov2_small"], None, trained, None),
+        (["task=classify", "model/vision=dinov2_small", "model.vision.weights=null"], None, new, None),
+        (["task=vqa", "model/text=minilm"], 2, new, trained),
+    ):
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            config = compose("train", overrides=overrides)
+        assert config.model.vision.get("depth") == blocks
+        assert config.task.recipe.lr.vision == vision
+        assert text is None or config.task.recipe.lr.text == text
+        if "model/text=minilm" in overrides:
+            assert config.data.tokenizer == config.model.text.name_or_path
+    # What the head of a segmenter is made of grows with the encoder.
+    assert UperNet(384, 2).head.fpn_bottleneck.conv.out_channels == 384
+    assert UperNet(1024, 2, aux_channels=None).auxiliary.convs[0].conv.out_channels == 256
+    assert patch_size_of("vit_small_patch14_dinov2") == 14
 
 
 @pytest.mark.network

@@ -539,6 +539,7 @@ def test_a_tokenizers_folder_runs_nothing_and_names_no_file_of_its_own(tmp_path,
     folder = tmp_path / "tokens"
     folder.mkdir()
     (tmp_path / "secret.txt").write_text("secret\n")
+    (folder / "vocab.txt").write_text("a\n")
     (folder / "code.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     for said in (
         {"auto_map": {"AutoTokenizer": ["code.Mine", "code.Mine"]}, "tokenizer_class": "Mine"},

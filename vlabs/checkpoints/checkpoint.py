@@ -29,12 +29,13 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
-from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header, read_weights
+from vlabs.models.hub import CONFIG, FILES, WEIGHTS, read_header, read_weights
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import restore
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import check_absent, replacing
+from vlabs.utils.hub import download
 from vlabs.utils.plain import check_plain, parse_json
 from vlabs.utils.tokenizer import check_tokenizer
 
@@ -109,7 +110,7 @@ def find_checkpoint(path: str | Path) -> Path:
     on_hub = _HUB_NAME.fullmatch(str(path))
     # A folder of the first name says that a path was meant, which is then not there.
     if on_hub and not path.exists() and not path.parent.exists():
-        return download(on_hub[1], on_hub[2]) / WEIGHTS
+        return download(on_hub[1], FILES, revision=on_hub[2]) / WEIGHTS
     if not path.is_file():
         named = f" (with vlabs come: {', '.join(starts)})" if starts else ""
         raise UserError(f"checkpoint {path} does not exist{named}")
@@ -320,7 +321,10 @@ def _read_pickled(path: Path) -> dict[str, Any]:
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0] or "its pickle is damaged"
         if "GLOBAL" in str(error):
             reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
-            raise UserError(f"{path} holds pickled code, which vlabs never runs: {reason.strip()}") from None
+            raise UserError(
+                f"{path} holds pickled code, which vlabs never runs: where you trust it, save its weights alone, with "
+                f"safetensors.torch.save_file(model.state_dict(), FILE) ({reason.strip()[:200]})"
+            ) from None
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
     except Exception as error:  # a damaged file makes the unpickler fail in every way there is
         reason = (str(error) or type(error).__name__).splitlines()[0]

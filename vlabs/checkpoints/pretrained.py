@@ -1,36 +1,62 @@
-"""Encoders from pre-trained weights: timm and the Hugging Face hub, or local files."""
+"""Encoders from pre-trained weights: timm and the Hugging Face hub, or local files and folders."""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from vlabs.checkpoints.checkpoint import read_tensors
-from vlabs.checkpoints.released import find_state
+from vlabs.checkpoints.released import State, find_state
 from vlabs.errors import UserError, one_line
+from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
 from vlabs.models.film import FiLMViT
-from vlabs.models.hub import read_weights
-from vlabs.models.registry import restore
+from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
+from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
+from vlabs.utils.hub import download
 from vlabs.utils.plain import check_files, parse_json, read_text
 
 _ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - {"self"}
+_INDEX, _SHARDS, _PICKLED = "model.safetensors.index.json", "model-*-of-*.safetensors", "pytorch_model.bin"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LISTED = 3  # names that a message lists of one kind
+
+
+@dataclass
+class _Source:
+    """Weights of an image encoder.
+
+    Attributes:
+        label: what they are called in messages.
+        state: by name.
+        architecture: where they say it.
+        options: of the architecture, where they say them.
+    """
+
+    label: str
+    state: State
+    architecture: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def vit_from_timm(
     weights: str | None,
     architecture: str | None = None,
     img_size: int = 224,
-    patch_size: int = 16,
+    patch_size: int | None = None,
     topdown: TopDown | None = None,
     encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
@@ -38,47 +64,37 @@ def vit_from_timm(
     """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the sizes given.
 
     Args:
-        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`, or a local `.safetensors` or `.pth`
-            file with timm's parameter names or those of the released RVT or FAN (then `architecture` says which model
-            it is); None for fresh weights.
-        architecture: as in `AbSViT`; the tag's own if not given.
-        img_size, patch_size, topdown, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
-            blocks are left out, as METER leaves CLIP's last one out.
+        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`; a local folder of such a model (timm's
+            config.json and its weights, as `hf download timm/TAG --local-dir` makes it); a local `.safetensors` or
+            `.pth` file with timm's parameter names or those of the released RVT or FAN; None for fresh weights.
+        architecture: as in `AbSViT`, of a file or of fresh weights. A tag and a folder say their own.
+        img_size, topdown, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last blocks are
+            left out, as METER leaves CLIP's last one out.
+        patch_size: as for `AbSViT`; the architecture's own if not given.
         encoder_class: what is built around the ViT.
 
+    Returns:
+        The encoder; its `origin` says how much of the weights it has.
+
     Raises:
-        UserError: feedback cannot be added to the architecture, or the weights cannot be had.
+        UserError: feedback cannot be added to the architecture, or the weights cannot be had or are another's.
     """
-    if weights is None:
-        if architecture is None:
-            raise UserError("model.vision.architecture must be given, e.g. vit_base_patch16_224")
-        return encoder_class(architecture, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
-    local = Path(weights)
-    is_file = local.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-    if is_file and not local.is_file():
-        raise UserError(f"model.vision.weights={weights} does not exist")
-    if is_file and architecture is None:
-        raise UserError(f"model.vision.weights={weights} is a file: say what it holds with model.vision.architecture")
-    name = architecture or weights.split(".")[0]
-    if not is_file and weights.split(".")[0] not in timm.list_models():
-        raise UserError(f"model.vision.weights={weights} is no tag of timm, and no .safetensors or .pth file")
+    source = None if weights is None else _find_weights(weights)
+    name = (source and source.architecture) or architecture
+    if name is None:
+        of = f"model.vision.weights={weights} does not say what it holds: " if weights else ""
+        raise UserError(f"{of}model.vision.architecture must be given, e.g. vit_base_patch16_224")
+    if source is not None:
+        given = {option: value for option, value in vit_options.items() if value is not None}
+        vit_options = source.options | given
+        own_patch = vit_options.pop("patch_size", None)
+        patch_size = patch_size or own_patch
+        if source.options:
+            _check_size(name, vit_options, source)
+    patch_size = patch_size or backbones.patch_size_of(name)
     encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
-    state = find_state(read_tensors(local), weights) if is_file else _tag_state(weights, **vit_options)
-    try:
-        state = encoder.backbone.convert(state)
-        kept = {
-            key: value
-            for key, value in state.items()
-            if not key.startswith(("head.", "fc_norm.")) and not _is_left_out(key, vit_options.get("depth"))
-        }
-        missing, unexpected = encoder.vit.load_state_dict(kept, strict=False)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{weights} does not fit {name}: {error}") from None
-    missing = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
-    if missing or unexpected:
-        raise UserError(
-            f"{weights} does not fit {name}: missing {missing or 'none'}, unexpected {unexpected or 'none'}"
-        )
+    if source is not None:
+        encoder.origin = _fill(encoder, source, name, vit_options.get("depth"))
     return encoder
 
 
@@ -87,26 +103,154 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
     return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
-def _is_left_out(key: str, depth: int | None) -> bool:
-    block = re.match(r"blocks\.(\d+)\.", key)
-    return depth is not None and block is not None and int(block[1]) >= depth
+def check_there(vision: str | None, text: str | None) -> None:
+    """Find the weights that a run begins with, before minutes of work on its data.
+
+    Args:
+        vision, text: as of `vit_from_timm` and `text_from_pretrained`.
+
+    Raises:
+        UserError: they are not to be had; the message says what to pass.
+    """
+    folders = [(vision, _located(vision))] if vision else []
+    folders += [(text, _folder(text, "model.text.name_or_path=DIR"))] if text else []
+    for name, folder in folders:
+        if folder.is_dir() and _weights_of(folder) is None:
+            _read_folder(folder, name)
 
 
-def _tag_state(tag: str, **vit_options: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in vit_options.items() if value is not None and name != "depth"}
-    try:
-        source = timm.create_model(tag, pretrained=True, **options | {"num_classes": 0})
-    except Exception as error:
-        # timm raises whatever its download layer does: a missing tag and a missing network look alike.
-        known = timm.list_pretrained(tag.split(".")[0] + "*")
-        if tag not in known and known:
-            raise UserError(f"timm has no weights '{tag}': choose one of {', '.join(known)}") from None
+def _located(weights: str) -> Path:
+    """The file or folder that `model.vision.weights` means; of a tag that of the cache."""
+    path = Path(weights)
+    if path.is_dir():
+        return path
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"model.vision.weights={weights} does not exist")
+        return path
+    architecture = weights.split(".")[0]
+    if architecture not in timm.list_models():
         raise UserError(
-            f"the weights of {tag} are neither in the local cache nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}): download them where there is a network, with `hf download timm/{tag} "
-            "model.safetensors --local-dir DIR`, and pass model.vision.weights=DIR/model.safetensors"
-        ) from None
-    return dict(source.state_dict())
+            f"model.vision.weights={weights} is no tag of timm, no folder here, and no .safetensors or .pth file"
+        )
+    if weights != architecture and weights not in (known := timm.list_pretrained(f"{architecture}*")):
+        raise UserError(f"timm has no weights '{weights}': choose one of {', '.join(known) or 'another model'}")
+    config = timm.get_pretrained_cfg(weights)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"timm has no weights of {weights} on the Hugging Face hub: choose another")
+    return _folder(config.hf_hub_id, "model.vision.weights=DIR")
+
+
+def _find_weights(weights: str) -> _Source:
+    path = _located(weights)
+    if path != Path(weights):
+        return _Source(weights, _read_folder(path, weights), weights.split(".")[0])
+    if path.is_dir():
+        return _of_folder(path)
+    return _Source(weights, _in_full(find_state(read_tensors(path), weights), weights))
+
+
+def _of_folder(folder: Path) -> _Source:
+    """A folder of timm's, which says its architecture in its config; without a config, weights alone."""
+    architecture: Any = None
+    options: Any = {}
+    if os.path.lexists(folder / CONFIG):
+        config = _read_config(folder, str(folder))
+        architecture, options = config.get("architecture"), config.get("model_args") or {}
+        if isinstance(architecture, dict):
+            raise UserError(f"model.vision.weights={folder} holds a model of vlabs: start from it with init={folder}")
+        if not isinstance(architecture, str) or not isinstance(options, dict):
+            kind = f" (it is a {config['model_type']} of transformers)" if "model_type" in config else ""
+            raise UserError(
+                f"model.vision.weights={folder}: its {CONFIG} names no architecture of timm{kind}: name a folder of "
+                "`hf download timm/TAG --local-dir DIR`, or a file of weights by timm's names"
+            )
+    ours = {name: value for name, value in options.items() if name not in ("img_size", "num_classes")}
+    return _Source(str(folder), _read_folder(folder, str(folder)), architecture, ours)
+
+
+def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
+    """Raise a UserError if sizes that a folder says ask for much more memory or time than it has weights for."""
+    with torch.device("meta"), no_more_parameters_than(4 * len(source.state) + 100):
+        network = backbones.create(name, **options).network
+    if sum(one.nbytes for one in network.state_dict().values()) > 2**28 + 4 * sum(
+        one.nbytes for one in source.state.values()
+    ):
+        raise UserError(f"{source.label} does not fit {name}: its config asks for many times the memory of its weights")
+
+
+def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str:
+    """Give an encoder its weights, and say how many of them and which.
+
+    Raises:
+        UserError: they are of another architecture.
+    """
+    own = encoder.vit.state_dict()
+    failed = ""
+    try:
+        converted = encoder.backbone.convert(dict(source.state))
+    except Exception as error:  # tensors of other shapes make timm fail in every way there is
+        converted, failed = dict(source.state), one_line(str(error)) or type(error).__name__
+    converted = _without_head(converted, own)
+    kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
+    others = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
+    missing = [key for key in own if key not in kept and not _is_of_head(key)]
+    unknown = [key for key in kept if key not in own]
+    if failed or others or missing or unknown:
+        said = [f"{len(others)} of its tensors are of another shape ({_both(others[0], kept, own)})"] if others else []
+        said += [f"it has no {_listed(missing)}"] if missing else []
+        said += [f"no place is for its {_listed(unknown)}"] if unknown else []
+        raise UserError(f"{source.label} does not fit {name}: {'; '.join(said) or failed}")
+    encoder.vit.load_state_dict(kept, strict=False)
+    notes = []
+    if left := {_block_of(key) for key in converted.keys() - kept.keys()}:
+        notes.append(f"the last {len(left)} of {max(left) + 1} blocks left out")
+    changed = {key for key in kept if key in source.state and source.state[key].shape != kept[key].shape}
+    if what := sorted({"patches" if key.startswith("patch_embed.") else "positions" for key in changed}):
+        notes.append(f"{' and '.join(what)} resampled")
+    return f"{len(kept)} of {len(converted)} tensors of {name} from {source.label}{_in_brackets(notes)}"
+
+
+def _without_head(state: State, own: State) -> State:
+    """The last norm, though, by the name that it has in a model: `fc_norm` where the mean token is classified."""
+    for there, here in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
+        if f"{there}weight" in state.keys() - own.keys() and f"{here}weight" in own.keys() - state.keys():
+            state = {re.sub(rf"^{there}", here, key): value for key, value in state.items()}
+    return {
+        key: value
+        for key, value in state.items()
+        if not _is_of_head(key) or (key in own and key.startswith("fc_norm."))
+    }
+
+
+def _both(key: str, there: State, here: State) -> str:
+    return f"{key} is {_shape(there[key])} there and {_shape(here[key])} here"
+
+
+def _is_of_head(key: str) -> bool:
+    return key.startswith(("head.", "fc_norm."))
+
+
+def _block_of(key: str) -> int:
+    """The block that a tensor is of, from 0; -1 for none."""
+    found = re.match(r"blocks\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def _kind(value: Tensor) -> tuple[torch.Size, bool]:
+    return value.shape, value.is_floating_point()
+
+
+def _shape(value: Tensor) -> str:
+    return "×".join(map(str, value.shape)) + ("" if value.is_floating_point() else f" {value.dtype}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _in_brackets(said: list[str]) -> str:
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def text_from_pretrained(name_or_path: str) -> TextEncoder:
@@ -114,18 +258,18 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
 
     Its `config.json` says the type and the sizes; what else it says (code, quantization, dtype) is not followed.
 
+    Returns:
+        The encoder; its `origin` says how much of the weights it has.
+
     Raises:
         UserError: it cannot be had (the message says which local folder to pass), or it is of another type.
     """
-    config = parse_json(read_text(_part_of(name_or_path, "config.json")), f"{name_or_path}: config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    folder = _folder(name_or_path, "model.text.name_or_path=DIR")
+    config = _read_config(folder, name_or_path)
+    kind = config.get("model_type")
     if kind not in ("roberta", *OTHER_TYPES):
         raise UserError(f"{name_or_path} is a {kind}: a text encoder is one of roberta, {', '.join(OTHER_TYPES)}")
-    weights = _part_of(name_or_path, "model.safetensors", needed=False)
-    if weights is not None:
-        state = read_weights(weights)
-    else:
-        state = find_state(read_tensors(_part_of(name_or_path, "pytorch_model.bin")), name_or_path)
+    state = _read_folder(folder, name_or_path)
     spec: dict[str, Any] = {"class": "RobertaEncoder"} if kind == "roberta" else {"class": "OtherEncoder"}
     part = "roberta" if kind == "roberta" else "encoder"
     prefix = "model." if kind == "modernbert" else f"{kind.partition('-')[0]}."
@@ -141,7 +285,15 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
     except Exception as error:  # whatever a config that was tampered with makes of transformers
         raise UserError(f"{name_or_path} holds no text encoder that can be loaded: {one_line(str(error))}") from None
     assert isinstance(encoder, TextEncoder)
+    own = encoder.state_dict()
+    rooms = tuple({f"{key.split('.')[0]}.{key.split('.')[1]}." for key in own})  # all else is of heads
+    left = [key for key in named.keys() - own.keys() if key.startswith(rooms) and not key.endswith("_ids")]
+    said = [f"left out: {_listed(sorted(left))}"] if left else []
+    encoder.origin = f"{len(own)} of {len(own) + len(left)} tensors from {name_or_path}{_in_brackets(said)}"
     return encoder
+
+
+roberta_from_pretrained = text_from_pretrained  # what the configs of earlier runs call it
 
 
 def _today(name: str) -> str:
@@ -149,31 +301,120 @@ def _today(name: str) -> str:
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
-def _part_of(name_or_path: str, file: str, needed: bool = True) -> Any:
-    """The local path of a file of a text encoder, in its folder, the local cache or from the hub.
+def report(model: nn.Module) -> str | None:
+    """What of a new model is pre-trained, how many of the weights there are, and what begins new; None if all does."""
+    old, new = [], []
+    for name, part in model.named_children():
+        inner = {key for key, _ in part.named_parameters()}
+        if (origin := getattr(part, "origin", None)) is None:
+            new += [name] if inner else []
+            continue
+        old.append(f"{'vision' if isinstance(part, AbSViT) else name}: {origin}")
+        if isinstance(part, AbSViT):
+            new += ["feedback"] if any(not key.startswith("vit.") for key in inner) else []
+            new += ["head"] if any(_is_of_head(key.removeprefix("vit.")) for key in inner) else []
+    new += ["prior"] if "prompt" in dict(model.named_parameters(recurse=False)) else []
+    if not old:
+        return None
+    return "pre-trained: " + "; ".join([*old, *([f"new: {', '.join(new)}"] if new else [])])
+
+
+# Folders of weights
+
+
+def _folder(name_or_path: str, instead: str) -> Path:
+    """A local folder, or that of a model of the hub with its config and weights."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    folder = download(name_or_path, (CONFIG, WEIGHTS, _INDEX, _SHARDS), instead)
+    if not any((folder / file).is_file() for file in (WEIGHTS, _INDEX)):
+        folder = download(name_or_path, (CONFIG, _PICKLED), instead)
+    return folder
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    check_files(folder, (CONFIG,))
+    if not (folder / CONFIG).is_file():
+        raise _not_whole(folder, name, [CONFIG, *([] if _weights_of(folder) else [WEIGHTS])])
+    config = parse_json(read_text(folder / CONFIG), f"{name}: {CONFIG}")
+    if not isinstance(config, dict):
+        raise UserError(f"{name}: {CONFIG} is no config of a model")
+    return config
+
+
+def _weights_of(folder: Path) -> str | None:
+    return next((file for file in (WEIGHTS, _INDEX, _PICKLED) if (folder / file).is_file()), None)
+
+
+def _read_folder(folder: Path, name: str) -> State:
+    """The weights of a folder, in one file or several, in float32.
 
     Raises:
-        UserError: it is needed and cannot be had.
+        UserError: it has none, or of other kinds, or not all of them.
     """
-    if (folder := Path(name_or_path)).is_dir():
-        check_files(folder, (file,))
-    try:
-        found = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise _not_there(name_or_path, error) from None
-    if found is None and needed:
-        raise _not_there(name_or_path, FileNotFoundError(f"there is no {file}"))
-    return None if found is None else Path(found)
+    check_files(folder, (WEIGHTS, _INDEX, _PICKLED))
+    file = _weights_of(folder)
+    if file is None:
+        raise _not_whole(folder, name, [WEIGHTS])
+    if file == _INDEX:
+        state = _read_shards(folder, name)
+    else:
+        state = read_weights(folder / file) if file == WEIGHTS else find_state(read_tensors(folder / file), name)
+    return _in_full(state, name)
 
 
-roberta_from_pretrained = text_from_pretrained  # what the configs of earlier runs call it
+def _read_shards(folder: Path, name: str) -> State:
+    index = parse_json(read_text(folder / _INDEX), f"{name}: {_INDEX}")
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{folder / _INDEX} is damaged: it does not say which tensor is in which file (weight_map)")
+    files = sorted(set(places.values()))
+    if outside := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
+        raise UserError(f"{folder / _INDEX} names {outside[0]!r}, which is no .safetensors file of its own folder")
+    if missing := sorted(set(files) - {path.name for path in folder.iterdir() if path.is_file()}):
+        raise _not_whole(folder, name, missing)
+    check_files(folder, files)
+    state: State = {}
+    for file in files:
+        found = read_weights(folder / file)
+        wanted = [key for key, place in places.items() if place == file]
+        if absent := [key for key in wanted if key not in found]:
+            raise UserError(f"{folder / file} has no {_listed(absent)}, which {_INDEX} says is there")
+        state |= {key: found[key] for key in wanted}
+    return state
 
 
-def _not_there(name_or_path: str, error: Exception) -> UserError:
-    if Path(name_or_path).is_dir():
-        return UserError(f"{name_or_path} holds no text encoder that transformers can load: {one_line(str(error))}")
-    return UserError(
-        f"{name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: download it where "
-        f"there is a network, with `hf download {name_or_path} --local-dir DIR`, "
-        "and pass model.text.name_or_path=DIR"
-    )
+def _in_full(state: State, name: str) -> State:
+    """Floats in float32, which says what half precision says.
+
+    Raises:
+        UserError: they are of another type, which needs more than that, or no numbers.
+    """
+    for key, value in state.items():
+        if value.is_floating_point() and value.dtype not in _FLOATS:
+            raise UserError(f"{name}: {key} is {value.dtype}: save it as float32, float16 or bfloat16")
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if wrong := [key for key, value in state.items() if value.is_floating_point() and not is_finite(value)]:
+        raise UserError(f"{name}: {_listed(wrong)} is not finite: it is of a training that failed, or damaged")
+    return state
+
+
+def _not_whole(folder: Path, name: str, missing: Iterable[str]) -> UserError:
+    """What a model's folder lacks, and what else it has."""
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    lacks = [f"{file} (a broken link)" if os.path.islink(folder / file) else file for file in missing]
+    of = f"{name} has no {_listed(lacks)}"
+    if folder != Path(name):
+        return UserError(
+            f"{of} in the local cache, {folder}, which is not whole: download it where there is a network, with "
+            f"`hf download {name}` or `--local-dir DIR`, and pass DIR"
+        )
+    if lacks[0].startswith(WEIGHTS) and there and (others := [file for file in there if _OTHER_WEIGHTS.search(file)]):
+        return UserError(
+            f"{of}, and {_listed(others)} cannot be read: load it with the library that wrote it and save it as "
+            "safetensors, with transformers' model.save_pretrained(DIR) or timm.models.save_for_hf(model, DIR)"
+        )
+    return UserError(f"{of}: it has {_listed(there) or 'no files'}; name the folder of a whole model")
+
+
+_OTHER_WEIGHTS = re.compile(r"\.(bin|bin\.index\.json|h5|msgpack|onnx|gguf|pth|pt|ckpt|npz|safetensors|ot)$")

@@ -17,6 +17,7 @@ from vlabs.data.masks import MaskDataModule
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.data.statements import StatementDataModule
+from vlabs.data.tokenizer import read_tokenizer
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.utils.files import locked
@@ -183,6 +184,8 @@ def _made(
     if size not in sizes:
         raise UserError(f"data.size={size}: choose one of {', '.join(sizes)}")
     module.loader_options(**options)  # before minutes of work
+    if options.get("tokenizer") and not (Path(dir) / "manifest.json").is_file():
+        read_tokenizer(options["tokenizer"], Path(dir))
     with _alone(Path(dir), "manifest.json") as there:
         say(f"data: {'' if there else 'making '}{what} in {Path(dir)}; to use real data: {real}")
         if not there:

@@ -7,12 +7,30 @@ from pathlib import Path
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError, one_line
+from vlabs.utils.hub import download
 from vlabs.utils.plain import check_files, read_text
 from vlabs.utils.tokenizer import check_tokenizer
 
+_VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "spiece.model", "sentencepiece.bpe.model"),
+    "tokenizer.model",
+)
+_FILES = (
+    *_VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
+_INSTEAD = "data.tokenizer=DIR (model.text.name_or_path=DIR where it is the text encoder's own)"
 
-def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
+
+def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INSTEAD) -> str:
     """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the data.
+
+    Args:
+        instead: what to pass where it is not to be had, to a folder DIR.
 
     Raises:
         UserError: it is not there; the message says which local path to pass.
@@ -25,30 +43,31 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path) -> str:
             )
         return _whole(read_text(path), str(path))
     folder = Path(name_or_path)
-    if folder.is_dir():
-        check_files(folder, [path.name for path in folder.iterdir()])
-        if (folder / "tokenizer.json").exists():
-            return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
+    if not folder.is_dir():
+        folder = download(name_or_path, _FILES, instead)
+    check_files(folder, [path.name for path in folder.iterdir()])
+    if (folder / "tokenizer.json").exists():
+        return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
+    if not any((folder / file).is_file() for file in _VOCABULARIES):  # of which transformers makes an empty one
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing"
+        raise UserError(
+            f"{name_or_path} has no tokenizer.json: in {folder} is {there}. Download the whole of it where there is a "
+            f"network, with `hf download NAME --local-dir DIR`, and pass {instead}"
+        )
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        config = get_tokenizer_config(name_or_path)
+        config = get_tokenizer_config(folder)
         if named := [name for name in config if name.endswith("_file")]:
             raise UserError(f"the tokenizer {name_or_path} names a file of its own choice ({named[0]})")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"the tokenizer {name_or_path} needs a package: {one_line(str(error))}") from None
     except UserError:
         raise
-    except Exception as error:  # whatever the hub, the network and damaged files can do
-        if folder.is_dir():
-            raise UserError(f"{folder} holds no tokenizer that can be read: {one_line(str(error))}") from None
-        raise UserError(
-            f"the tokenizer {name_or_path} is neither in the local cache nor to be had from the Hugging Face hub: "
-            f"download it where there is a network, with `hf download {name_or_path} --local-dir DIR`, "
-            "and pass data.tokenizer=DIR"
-        ) from None
+    except Exception as error:  # whatever damaged files can do
+        raise UserError(f"{folder} holds no tokenizer that can be read: {one_line(str(error))}") from None
     return _whole(str(tokenizer.backend_tokenizer.to_str()), str(name_or_path))
 
 

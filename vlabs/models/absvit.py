@@ -107,6 +107,7 @@ class AbSViT(nn.Module):
     Attributes:
         has_bottom_up: whether the first pass goes through the blocks, so that its tokens say what is in the picture.
         backbone: the encoder as blocks whose values take a signal; its weights are in `vit`.
+        origin: how many of which weights it was pre-trained with; None for none.
 
     Raises:
         UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`.
@@ -114,6 +115,7 @@ class AbSViT(nn.Module):
 
     spec: dict[str, Any]
     has_bottom_up = True
+    origin: str | None = None
 
     def __init__(
         self,
@@ -129,7 +131,10 @@ class AbSViT(nn.Module):
     ) -> None:
         super().__init__()
         if img_size % patch_size:
-            raise UserError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
+            near = max(1, round(img_size / patch_size)) * patch_size
+            raise UserError(
+                f"image size {img_size} is not a multiple of the patch size {patch_size}: pass data.image_size={near}"
+            )
         if stem not in STEMS:
             raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
         if stem == "conv" and architecture in backbones.OWN:

@@ -7,15 +7,17 @@ is known how pictures and texts are read, `preprocessing.json` and `tokenizer.js
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from torch import Tensor
 
 from vlabs.errors import UserError, one_line
 from vlabs.models.registry import restore
+from vlabs.utils.hub import download
 from vlabs.utils.plain import check_files, parse_json, read_text
 
 CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER = "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json"
@@ -52,8 +54,12 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
     ) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
-            options = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
-            folder = download(model_id, revision, token=token, **options)
+            options: dict[str, Any] = {
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "local_files_only": local_files_only,
+            }
+            folder = download(model_id, FILES, revision=revision, token=token, **options)
         header = read_header(folder)
         weights = read_weights(folder / WEIGHTS)
         try:
@@ -72,27 +78,6 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
         of = f", trained for the task `{task}`" if task else ""
         text = f"# {type(self).__name__}\n\nA model of vlabs{of}: `vlabs.load(NAME)`.\n"
         return ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}")
-
-
-def download(model_id: str, revision: str | None = None, **options: Any) -> Path:
-    """The local copy of a model on the hub.
-
-    Args:
-        model_id: `user/name`.
-        revision: branch, tag or commit.
-        options: of huggingface_hub's `snapshot_download`.
-
-    Raises:
-        UserError: it is not there, or the hub cannot be reached; the message says which local path to pass.
-    """
-    try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(FILES), **options))
-    except Exception as error:  # whatever the hub, the network and the cache can do
-        raise UserError(
-            f"{model_id} is no file or folder here, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}): download it where there is a network, with `hf download {model_id} --local-dir "
-            "DIR`, and pass DIR"
-        ) from None
 
 
 def write_folder(folder: Path, header: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -141,6 +126,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a damaged file makes the reader fail in every way there is
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} only says where its content is: fetch it with `git lfs pull`") from None
         raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
 
 

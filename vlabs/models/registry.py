@@ -177,7 +177,7 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
     """
     _class_of(spec)
     _check_numbers(spec)
-    with torch.device("meta"), _no_more_parameters_than(4 * len(weights) + 100):
+    with torch.device("meta"), no_more_parameters_than(4 * len(weights) + 100):
         model = build(spec)
     if left_over:
         weights = {name: weights[name] for name in model.state_dict() if name in weights}
@@ -203,7 +203,7 @@ def _check_numbers(value: Any, name: str = "") -> None:
 
 
 @contextmanager
-def _no_more_parameters_than(most: int) -> Iterator[None]:
+def no_more_parameters_than(most: int) -> Iterator[None]:
     """Raise a UserError as soon as more parameters are made."""
     count = 0
 

@@ -33,8 +33,9 @@ class UperNet(nn.Module):
         in_channels: D, of every map.
         num_classes: of the logits.
         maps: how many there are.
-        channels: of the head.
-        aux_channels: of the auxiliary head on the last map but one convolution; 0 for none.
+        channels: of the head; D, 512 at most, if not given.
+        aux_channels: of the auxiliary head on the last map but one convolution; half of `channels` if not given, 0 for
+            no such head.
         dropout: of channels, before the classifiers.
         pool_scales: of the pyramid pooling.
     """
@@ -46,12 +47,14 @@ class UperNet(nn.Module):
         in_channels: int,
         num_classes: int,
         maps: int = 4,
-        channels: int = 512,
-        aux_channels: int = 256,
+        channels: int | None = None,
+        aux_channels: int | None = None,
         dropout: float = 0.1,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
     ) -> None:
         super().__init__()
+        channels = min(in_channels, 512) if channels is None else channels
+        aux_channels = channels // 2 if aux_channels is None else aux_channels
         config = UperNetConfig(
             backbone_config={"model_type": "vit"},
             hidden_size=channels,

@@ -19,12 +19,14 @@ class TextEncoder(nn.Module):
         width: D, of its states.
         max_length: tokens of a text, at most.
         vocab_size: tokens that it knows.
+        origin: how many of which weights it was pre-trained with; None for none.
     """
 
     width: int
     max_length: int
     vocab_size: int
     spec: dict[str, Any]
+    origin: str | None = None
 
     @property
     @abstractmethod

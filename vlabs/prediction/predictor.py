@@ -231,12 +231,13 @@ def _released_checkpoint(
     data_dir: str | Path | None,
     task: str,
 ) -> Checkpoint:
+    name = tokenizer or _TOKENIZERS[type(module.model.text)]
     as_imagenet = isinstance(module.model.vision.backbone, Swin)
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
         mean=IMAGENET_MEAN if as_imagenet else IMAGE_MEAN,
         std=IMAGENET_STD if as_imagenet else IMAGE_STD,
-        tokenizer=read_tokenizer(tokenizer or _TOKENIZERS[type(module.model.text)], Path(data_dir or ".")),
+        tokenizer=read_tokenizer(name, Path(data_dir or "."), "--tokenizer DIR (evaluate: tokenizer=DIR)"),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
         names=vocabulary,

@@ -1,4 +1,4 @@
-"""The default folders of runs and evaluations: each is new, and its name says what it is of."""
+"""What configs look up: the default folders of runs and evaluations, each new and named by what it is of; rates."""
 
 from __future__ import annotations
 
@@ -101,5 +101,13 @@ def _register(find: Callable[[str, DictConfig], str]) -> None:
     OmegaConf.register_new_resolver(find.__name__, resolver, replace=True)
 
 
+def rate_of(part: str, new: float, trained: float, *, _root_: DictConfig) -> float:
+    """A learning rate for a part of the model, as `${rate_of:PART,NEW,TRAINED}`: is it pre-trained, which its config
+    says by naming weights?"""
+    chosen = _option(_root_, f"model.{part}") or {}
+    return trained if chosen.get("weights") or chosen.get("name_or_path") else new
+
+
+OmegaConf.register_new_resolver("rate_of", rate_of, replace=True)
 for _find in (new_run, new_sweep, new_evaluation):
     _register(_find)

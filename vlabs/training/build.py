@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from vlabs.checkpoints.initialize import initialize, keep_arithmetic, read_source
+from vlabs.checkpoints.pretrained import check_there, report
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
@@ -119,11 +120,15 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
         return _build_resumed(config, resumed)
     if config.init is not None and config.init_by:
         make_start(Path(config.init), list(config.init_by))
+    parts = [config.model.get(part) or {} for part in ("vision", "text")]
+    check_there(parts[0].get("weights"), parts[1].get("name_or_path"))
     data: PreparedDataModule = instantiate(config.data)
     _check_kind(config, data)
     if config.init is not None and config.data.get("tokenizer") is None:
         _take_tokenizer(data, config.init)
     model = _new_model(config, data)
+    if said := report(model):
+        say(said)
     history: list[dict[str, Any]] = []
     if config.init is not None:
         initialized = initialize(model, config.init, data.preprocessing.names)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -23,7 +24,7 @@ from vlabs.models.backbones.rvt import PATCH, RVT, RVTNetwork
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.backbones.vit import ViT
 
-__all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "Steer", "TIMM", "ViT", "create", "of"]
+__all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "Steer", "TIMM", "ViT", "create", "of", "patch_size_of"]
 
 TIMM: dict[type[nn.Module], Callable[[Any], Backbone]] = {
     VisionTransformer: ViT,
@@ -142,6 +143,14 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
     except (TypeError, AssertionError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"timm cannot build {architecture} with {given}: {error}") from None
     return of(network, architecture)
+
+
+def patch_size_of(architecture: str) -> int:
+    """The side of a patch in pixels that an architecture has by itself."""
+    with torch.device("meta"):
+        network: Any = create(architecture).network
+    size = getattr(network.patch_embed, "patch_size", PATCH) if architecture not in OWN else PATCH
+    return int(size if isinstance(size, int) else size[0])
 
 
 def of(network: nn.Module, name: str = "this model") -> Backbone:

@@ -1,0 +1,76 @@
+"""Files of a model on the Hugging Face hub: whatever vlabs wants of the hub goes through `download`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, logging
+
+from vlabs.errors import UserError
+
+
+def download(
+    name: str, files: Sequence[str], instead: str = "DIR", revision: str | None = None, **options: Any
+) -> Path:
+    """The local copy of files of a model on the hub; without a network that of the cache, also if it has only some.
+
+    It fails within seconds and with nothing on the screen.
+
+    Args:
+        name: `user/name`.
+        files: what is wanted of it, as far as it has that; `*` stands for anything.
+        instead: what to pass once it was downloaded by hand, to a folder DIR.
+        revision: branch, tag or commit.
+        options: of huggingface_hub's `snapshot_download`.
+
+    Raises:
+        UserError: nothing of it is to be had; the message says what to pass instead.
+    """
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        if not options.get("local_files_only"):  # else it waits for a host that does not answer, without end
+            HfApi(token=options.get("token")).model_info(name, revision=revision, timeout=_SECONDS)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **options))
+    except Exception as error:  # whatever the hub, the network and the cache can do
+        if found := next(_cached(name, files, revision, options.get("cache_dir")), None):
+            return found
+        if isinstance(error, HFValidationError):
+            raise UserError(f"{name} is no file or folder here, and no name on the Hugging Face hub") from None
+        raise UserError(
+            f"{name} is no file or folder here, and neither in the local cache nor to be had from the Hugging Face hub "
+            f"({_why(error)}): download it where there is a network, with `hf download {name} --local-dir DIR`, and "
+            f"pass {instead}"
+        ) from None
+    finally:
+        logging.set_verbosity(loud)
+
+
+def _cached(name: str, files: Sequence[str], revision: str | None, cache: Any) -> Iterator[Path]:
+    """The cache's folder of a model for each of the files that is there."""
+    for file in files:
+        try:
+            found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        except ValueError:  # no name that the hub could have
+            return
+        if isinstance(found, str):
+            yield Path(found).parent
+
+
+_SECONDS = 10.0
+_REASONS = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "GatedRepoError": "access to it must be asked for on its page there, then `hf auth login`",
+    "RepositoryNotFoundError": "it has no such model, or a private one: `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
+    **dict.fromkeys(("ConnectError", "TimeoutException", "ConnectionError"), "no network"),
+}
+
+
+def _why(error: BaseException) -> str:
+    chain = [one for one in (error, error.__cause__, error.__context__) if one is not None]
+    names = [kind.__name__ for one in chain for kind in type(one).__mro__]
+    return next((_REASONS[name] for name in names if name in _REASONS), names[0])
