@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.errors import UserError, one_line
+from vlabs.data.words import words_in
+from vlabs.errors import UserError, one_line, printable
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.hub import CONFIG, WEIGHTS, download, read_header, read_weights
@@ -39,6 +40,8 @@ from vlabs.utils.plain import check_plain, parse_json
 from vlabs.utils.tokenizer import check_tokenizer
 
 FORMAT = 1
+_COUNTED = ("questions", "captions", "statements", "images")
+_WITHOUT_TEXT = ("classify", "segment")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
 
 
@@ -78,6 +81,24 @@ class Checkpoint:
         """The segmenter, of `task=segment` and `task=refer`."""
         assert isinstance(self.network, Segmenter)
         return self.network
+
+    @property
+    def trained_on(self) -> str:
+        """A line on its data, e.g. `scenes (vqa: 160,000 questions, 20,000 images)`."""
+        steps = []
+        for one in history_of(self.task, self.data):
+            counts = [f"{one['data'][name]:,} {name}" for name in _COUNTED if type(one["data"].get(name)) is int]
+            counted = f": {', '.join(counts)}" if counts else ""
+            steps.append(f"{one['data'].get('name') or '?'} ({one['task']}{counted})")
+        return printable(", then ".join(steps))
+
+    def new_words(self, text: str) -> list[str]:
+        """The words of a text that no text had that it was trained on; none where that is not known."""
+        trainings = [one["data"] for one in history_of(self.task, self.data) if one["task"] not in _WITHOUT_TEXT]
+        known = [data.get("words") for data in trainings]
+        if not all(isinstance(words, str) for words in known):
+            return []
+        return sorted(words_in([text]) - {word for words in known for word in words.split()})
 
 
 def packaged_starts() -> dict[str, Path]:
