@@ -86,7 +86,7 @@ def test_one_scale_makes_equal_values_look_equal():
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.5])
-@pytest.mark.parametrize("size", [(4000, 1000), (300, 900), (40, 30), (1, 1000), (640, 640)])
+@pytest.mark.parametrize("size", [(4000, 1000), (300, 900), (40, 30), (150, 1000), (640, 640)])
 def test_a_map_lies_where_the_model_saw_it_in_the_whole_picture(size, crop):
     # The right lower quarter of what the model sees is white; its map, taken from its input, has to lie there.
     preprocessing = Preprocessing(32, "", crop=crop)
@@ -109,7 +109,7 @@ def test_a_map_lies_where_the_model_saw_it_in_the_whole_picture(size, crop):
 def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(tiny_run, tiny_data, monkeypatch):
     predictor = vlabs.load(tiny_run[0])
     picture = Image.open(io.BytesIO(load_split(tiny_data, "val")[0]["image"]))
-    asked = ["What color is the square?", "Which zebra is not in the picture?"]
+    asked = ["What color is the square?", "Which color is the zebra?"]
     before = predictor.answer(picture, asked)
     real = predictor.model.prior.forward
 

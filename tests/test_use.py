@@ -73,6 +73,9 @@ def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run,
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "What's left of it, the red one?"
+    assert "  (its training never had: 5, das, ding, ein, für, ist, was)" in lines
+    assert lines[-3] == "the model was trained on scenes (vqa: 320 questions, 40 images)"
+    assert "need not sum to 100%" in lines[-2]
     assert sum(line.strip().split("%")[0].replace(".", "").isdigit() for line in lines) == 10
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > figure.height > 300

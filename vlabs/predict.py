@@ -44,13 +44,13 @@ def main() -> None:
     pictures = [open_image(path) for path in arguments.image]
     predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     answers = predictor.answer(pictures, arguments.question, map_name=arguments.map)
-    show(predictor.knows)
     for answer in answers:
         show(answer.question)
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
         for warning in answer.warnings:
             show(f"  ({warning})")
+    show(f"the model was {predictor.knows}")
     show(f"a percentage is {predictor.meaning}")
     views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
     print(save_out(_figure(views, answers), arguments))

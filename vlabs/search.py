@@ -42,7 +42,6 @@ def main() -> None:
     pictures = list_pictures(arguments.images)
     checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip")
-    show(f"trained on {checkpoint.trained_on}")
     rows = []
     for query in arguments.query:
         found = search.find(query, None if arguments.exact else arguments.k)
@@ -52,6 +51,7 @@ def main() -> None:
         if new := checkpoint.new_words(query):
             show(f"  (its training never had: {', '.join(new)})")
         rows.append((query, search.show(query, found[:5])))
+    show(f"the model was trained on {checkpoint.trained_on}")
     show(f"a number is {MEANING}")
     print(save_out(grid_figure(rows), arguments))
 
