@@ -59,7 +59,7 @@ def segment_figure(rows: Sequence[Segmented], classes: Sequence[str]) -> Figure:
             cells.append(Cell(View(of_classes, (0, 0, *of_classes.size)), title=name))
             present |= set(np.unique(labels).tolist())
         shown_rows.append(("", cells))
-    figure = grid_figure(shown_rows, "a color a class")
+    figure = grid_figure(shown_rows, "one color for each class")
     shown = sorted(present - {IGNORED})[:_LISTED]
     patches = [Patch(color=colors[label], label=classes[label]) for label in shown]
     figure.legend(handles=patches, loc="outside upper center", ncols=5, fontsize=7, frameon=False)

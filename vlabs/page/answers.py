@@ -159,7 +159,7 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
 
 def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
     """The picture, and a card a question, side by side."""
-    cards = [] if other else [_card(Cell(view), "the picture")]
+    cards = [] if other else [_card(Cell(view), "the picture", "picture")]
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
         bars = "".join(
@@ -173,8 +173,8 @@ def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
     return f"<div class='cards'>{''.join(cards)}</div>"
 
 
-def _card(cell: Cell, said: str) -> str:
-    return f"<figure class='card'>{_image(pixels_of(cell))}<figcaption>{said}</figcaption></figure>"
+def _card(cell: Cell, said: str, kind: str = "card") -> str:
+    return f"<figure class='{kind}'>{_image(pixels_of(cell))}<figcaption>{said}</figcaption></figure>"
 
 
 def _legend(names: Sequence[str], numbers: str) -> str:

@@ -29,8 +29,8 @@ _WAITING = 100  # requests in line; more are told to come back
 _CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
 _CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
-.card { flex: 0 1 30%; min-width: 200px; max-width: 420px; margin: 0; }
-.card img { width: 100%; border-radius: 6px; display: block; }
+.card, .picture { flex: 0 1 30%; min-width: 200px; max-width: 420px; margin: 0; }
+.card img, .picture img { width: 100%; border-radius: 6px; display: block; }
 .card ol { list-style: none; margin: 6px 0 0; padding: 0; }
 .card li { position: relative; padding: 1px 6px; font-size: 14px; display: flex; justify-content: space-between; }
 .card .bar { position: absolute; inset: 1px auto 1px 0; background: var(--primary-200); border-radius: 3px; }
