@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def trained_on(self) -> str:
-        """A line on its data, e.g. `scenes (vqa: 160,000 questions, 20,000 images)`."""
+        """What it was trained on, e.g. `scenes (vqa: 160,000 questions, 20,000 images)`."""
         steps = []
         for one in history_of(self.task, self.data):
             counts = [f"{one['data'][name]:,} {name}" for name in _COUNTED if type(one["data"].get(name)) is int]

@@ -49,12 +49,6 @@ class Page:
         self.most_alpha = 2 * (predictor.alpha or 1)
         self._lock = threading.Lock()
 
-    @property
-    def about(self) -> str:
-        """A line on what the models were trained on."""
-        ranking = {f"search: trained on {search.checkpoint.trained_on}" for search in self.searches.values()}
-        return "; ".join([f"This model was {self.predictor.knows}", *sorted(ranking)])
-
     def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any) -> str:
         """Answer questions about a picture, which share its first pass.
 
@@ -159,7 +153,7 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
 
 def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
     """The picture, and a card a question, side by side."""
-    cards = [] if other else [_card(Cell(view), "the picture", "picture")]
+    cards = [_card(Cell(view), "the picture", "picture")]
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
         bars = "".join(

@@ -28,8 +28,8 @@ from fastapi import FastAPI
 _WAITING = 100  # requests in line; more are told to come back
 _CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
 _CSS = """
-.cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
-.card, .picture { flex: 0 1 30%; min-width: 200px; max-width: 420px; margin: 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 16px; margin-bottom: 16px; }
+.card, .picture { max-width: 420px; margin: 0; }
 .card img, .picture img { width: 100%; border-radius: 6px; display: block; }
 .card ol { list-style: none; margin: 6px 0 0; padding: 0; }
 .card li { position: relative; padding: 1px 6px; font-size: 14px; display: flex; justify-content: space-between; }
@@ -59,7 +59,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
     raw: dict[str, Any] = {"preprocess": False, "postprocess": False}
     with gr.Blocks(title="vlabs", analytics_enabled=False) as blocks:
         gr.Markdown(f"## vlabs\n{title}")
-        gr.HTML(f"<p>{html.escape(page.about)}</p>", elem_id="about")
+        data = html.escape(page.predictor.checkpoint.trained_on)
+        gr.HTML(f"<p>This model was trained on {data}.</p>", elem_id="about")
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
@@ -123,6 +124,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
 
             event(again, given, answers, api_visibility="private", show_progress="hidden", **raw)
         with gr.Tab("Search"):
+            for data in dict.fromkeys(search.checkpoint.trained_on for search in page.searches.values()):
+                gr.HTML(f"<p>The model that searches was trained on {html.escape(data)}.</p>")
             if page.searches:
                 with gr.Row():
                     query = gr.Textbox(

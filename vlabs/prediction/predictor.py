@@ -100,11 +100,6 @@ class Predictor:
         return getattr(self.model.vision.topdown, "alpha", None)
 
     @property
-    def knows(self) -> str:
-        """A line on what the model was trained on."""
-        return f"trained on {self.checkpoint.trained_on}"
-
-    @property
     def meaning(self) -> str:
         """What the percentages of answers are."""
         return str(self.model.head.meaning)
