@@ -726,4 +726,4 @@ def test_a_photograph_is_shown_whole_and_at_its_own_size_with_what_the_model_was
     assert sizes == [(1024, 683)] * 2  # the picture, and the map
     assert "its training never had: zebra" in said
     assert "need not sum to 100%" in said
-    assert in_page.predictor.checkpoint.trained_on.endswith("scenes (vqa: 160,000 questions, 20,000 images)")
+    assert in_page.predictor.checkpoint.training.endswith("vqa on scenes (160,000 questions, 20,000 images)")

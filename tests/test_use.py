@@ -76,7 +76,7 @@ def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run,
     lines = result.stdout.splitlines()
     assert lines[0] == "What's left of it, the red one?"
     assert "  (its training never had: 5, das, ding, ein, für, ist, was)" in lines
-    assert lines[-3] == "the model was trained on scenes (vqa: 320 questions, 40 images)"
+    assert lines[-3] == "the model's training: vqa on scenes (320 questions, 40 images)"
     assert "need not sum to 100%" in lines[-2]
     assert sum(line.strip().split("%")[0].replace(".", "").isdigit() for line in lines) == 10
     with Image.open(tmp_path / "figure.png") as figure:
@@ -87,7 +87,7 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     naming = {"task": "naming", "data": {"sets": [{"name": "coco"}, {"name": "own"}], "images": 9, "words": "a cat 猫"}}
     data = {"name": "rooms", "questions": 12000, "images": 900, "words": "is it red", "history": [naming]}
     known = Checkpoint(torch.nn.Identity(), Preprocessing(32, ""), "vqa", data, Path("x"))
-    assert known.trained_on == "coco and own (naming: 9 images), then rooms (vqa: 12,000 questions, 900 images)"
+    assert known.training == "naming on coco and own (9 images), then vqa on rooms (12,000 questions, 900 images)"
     assert known.new_words("IS the cat's 猫犬 red-hot? It is a cat.") == ["cat's", "hot", "the", "犬"]
     for damaged in ({"words": None}, {"words": 7}, {"words": ["is"]}):
         older = Checkpoint(known.network, known.preprocessing, "vqa", data | damaged, known.path)

@@ -50,7 +50,7 @@ def main() -> None:
             show(f"  {probability:6.1%}  {text}")
         for warning in answer.warnings:
             show(f"  ({warning})")
-    show(f"the model was trained on {predictor.checkpoint.trained_on}")
+    show(f"the model's training: {predictor.checkpoint.training}")
     show(f"a percentage is {predictor.meaning}")
     views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
     print(save_out(_figure(views, answers), arguments))

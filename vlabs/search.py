@@ -51,7 +51,7 @@ def main() -> None:
         if new := checkpoint.new_words(query):
             show(f"  (its training never had: {', '.join(new)})")
         rows.append((query, search.show(query, found[:5])))
-    show(f"the model was trained on {checkpoint.trained_on}")
+    show(f"the model's training: {checkpoint.training}")
     show(f"a number is {MEANING}")
     print(save_out(grid_figure(rows), arguments))
 

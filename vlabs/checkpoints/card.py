@@ -78,7 +78,7 @@ def model_card(
         "",
         "## Training",
         "",
-        f"- data: {checkpoint.trained_on}",
+        f"- data: {checkpoint.training}",
     ]
     if "command" in summary:
         lines.append(f"- command: `{summary['command']}`")

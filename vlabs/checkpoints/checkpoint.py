@@ -83,16 +83,16 @@ class Checkpoint:
         return self.network
 
     @property
-    def trained_on(self) -> str:
-        """What it was trained on, e.g. `scenes (vqa: 160,000 questions, 20,000 images)`."""
+    def training(self) -> str:
+        """What it was trained on, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
         steps = []
         for one in history_of(self.task, self.data):
             data = one["data"]
             sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
             names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
             counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
-            counted = f": {', '.join(counts)}" if counts else ""
-            steps.append(f"{' and '.join(names)} ({one['task']}{counted})")
+            counted = f" ({', '.join(counts)})" if counts else ""
+            steps.append(f"{one['task']} on {' and '.join(names)}{counted}")
         return printable(", then ".join(steps))
 
     def new_words(self, text: str) -> list[str]:

@@ -59,8 +59,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
     raw: dict[str, Any] = {"preprocess": False, "postprocess": False}
     with gr.Blocks(title="vlabs", analytics_enabled=False) as blocks:
         gr.Markdown(f"## vlabs\n{title}")
-        data = html.escape(page.predictor.checkpoint.trained_on)
-        gr.HTML(f"<p>This model was trained on {data}.</p>", elem_id="about")
+        training = html.escape(page.predictor.checkpoint.training)
+        gr.HTML(f"<p>The training of this model: {training}.</p>", elem_id="about")
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
@@ -124,8 +124,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
 
             event(again, given, answers, api_visibility="private", show_progress="hidden", **raw)
         with gr.Tab("Search"):
-            for data in dict.fromkeys(search.checkpoint.trained_on for search in page.searches.values()):
-                gr.HTML(f"<p>The model that searches was trained on {html.escape(data)}.</p>")
+            for training in dict.fromkeys(search.checkpoint.training for search in page.searches.values()):
+                gr.HTML(f"<p>The training of the model that searches: {html.escape(training)}.</p>")
             if page.searches:
                 with gr.Row():
                     query = gr.Textbox(
