@@ -73,6 +73,7 @@ def open_page(browser, address):
     )
     page.goto(address)
     page.wait_for_selector("#ask")
+    page.wait_for_selector("#answers .card")  # of the first picture to begin with
     return page
 
 

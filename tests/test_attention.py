@@ -1,5 +1,6 @@
 """The paper's figures from the command line, and what they show."""
 
+import io
 import sys
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+import vlabs
 from vlabs.attention import __main__ as program
-from vlabs.attention.figures import overlay
+from vlabs.attention.figures import as_view, overlay
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.decoding import as_shown
 from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import run_cli
 
 
@@ -75,10 +79,56 @@ def test_wrong_options_are_one_line(run, options, image, part):
 
 
 def test_one_scale_makes_equal_values_look_equal():
-    picture = Image.new("RGB", (8, 8), (200, 200, 200))
+    view = as_view(Image.new("RGB", (500, 500), (200, 200, 200)))
     low, high = np.full((2, 2), 0.2), np.full((2, 2), 0.9)
-    assert overlay(picture, high, scale=(0, 1)).mean() > overlay(picture, low, scale=(0, 1)).mean()
-    assert np.array_equal(overlay(picture, low, scale=(0, 1)), overlay(picture, low * 2, scale=(0, 2)))
+    assert overlay(view, high, scale=(0, 1)).mean() > overlay(view, low, scale=(0, 1)).mean()
+    assert np.array_equal(overlay(view, low, scale=(0, 1)), overlay(view, low * 2, scale=(0, 2)))
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+@pytest.mark.parametrize("size", [(4000, 1000), (300, 900), (40, 30), (150, 1000), (640, 640)])
+def test_a_map_lies_where_the_model_saw_it_in_the_whole_picture(size, crop):
+    # The right lower quarter of what the model sees is white; its map, taken from its input, has to lie there.
+    preprocessing = Preprocessing(32, "", crop=crop)
+    left, top, right, bottom = preprocessing.box(size)
+    white = Image.new("L", size)
+    white.paste(255, (round((left + right) / 2), round((top + bottom) / 2), round(right), round(bottom)))
+    seen = np.asarray(preprocessing.resize(white.convert("RGB")))[..., 0]
+    view = as_view(Image.new("RGB", size, (120, 120, 120)), preprocessing.box(size))
+    assert 448 <= max(view.image.size) <= 1024
+    assert view.image.height == max(1, round(view.image.width * size[1] / size[0]))
+    drawn = overlay(view, seen.reshape(4, 8, 4, 8).mean(axis=(1, 3)))
+    assert drawn.shape[1::-1] == view.image.size
+    x, y = ((0.15 * view.box[n] + 0.85 * view.box[n + 2]) for n in range(2))
+    other = 0.85 * view.box[0] + 0.15 * view.box[2]
+    assert drawn[int(y), int(x)].mean() > 1.5 * drawn[int(y), int(other)].mean()
+    outside = [drawn[:, 0], drawn[0], drawn[:, -1], drawn[-1]] if crop < 1 else []
+    assert all(edge.min() > 180 for edge in outside)  # pale
+
+
+def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(tiny_run, tiny_data, monkeypatch):
+    predictor = vlabs.load(tiny_run[0])
+    picture = Image.open(io.BytesIO(load_split(tiny_data, "val")[0]["image"]))
+    asked = ["What color is the square?", "Which color is the zebra?"]
+    before = predictor.answer(picture, asked)
+    real = predictor.model.prior.forward
+
+    def dead(states, input_ids):
+        prior = real(states, input_ids)
+        z = predictor.model.vision.encode(predictor.preprocessing.image(as_shown(picture))[None]).tokens[0]
+        prior[1] = -z.mean(dim=0) * 100
+        return prior
+
+    monkeypatch.setattr(predictor.model.prior, "forward", dead)
+    alive, other = predictor.answer(picture, asked)
+    assert (alive.map_name, alive.steers) == (before[0].map_name, before[0].steers)
+    assert (other.map_name, other.steers) == ("fusion", False)
+    assert other.map.any()
+    assert other.warnings == [
+        "its training never had: zebra",
+        "this question does not steer: its ξ is like no patch; the map is fusion",
+    ]
+    assert not alive.new_words
 
 
 def test_the_first_top_down_signal_is_what_the_first_block_is_given(tiny_run):

@@ -64,7 +64,7 @@ def test_the_card_is_filled_from_the_run(folder, tiny_run):
     summary = json.loads((tiny_run[0] / "summary.json").read_text())
     assert summary["command"] in card.text
     assert f"{summary['best/val/vqa_accuracy']:.2f}" in card.text
-    assert "vqa on scenes" in card.text
+    assert "vqa on scenes (320 questions, 40 images)" in card.text
     # Where the data lay on the machine that trained it is nobody's business.
     everything = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".md"))
     assert str(tiny_run[0].parent.parent) not in everything.replace(summary["command"], "")

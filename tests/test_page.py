@@ -715,4 +715,15 @@ def test_a_colored_rectangle_is_shown_at_a_size_for_people(in_page):
     Image.new("RGB", (32, 24), "red").save(file, "PNG")
     said = in_page.ask(in_page.uploads.take(file.getvalue()), "What is it?", "weights", None, "")
     shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^']*)'", said)[1])))
-    assert shown.size == (448, 448)
+    assert shown.size == (448, 336)  # all of it
+
+
+def test_a_photograph_is_shown_whole_and_at_its_own_size_with_what_the_model_was_trained_on(in_page):
+    file = io.BytesIO()
+    Image.new("RGB", (1200, 800), "red").save(file, "JPEG")
+    said = in_page.ask(in_page.uploads.take(file.getvalue()), "Is the zebra red?", "fusion", None, "")
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r"base64,([^']*)'", said)]
+    assert sizes == [(1024, 683)] * 2  # the picture, and the map
+    assert "its training never had: zebra" in said
+    assert "need not sum to 100%" in said
+    assert in_page.predictor.checkpoint.training.endswith("vqa on scenes (160,000 questions, 20,000 images)")

@@ -13,7 +13,9 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 import vlabs
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.export import export_safetensors
 from vlabs.metrics.vqa import vqa_accuracy
 
@@ -73,9 +75,27 @@ def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run,
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "What's left of it, the red one?"
+    assert "  (its training never had: 5, das, ding, ein, für, ist, was)" in lines
+    assert lines[-3] == "the model's training: vqa on scenes (320 questions, 40 images)"
+    assert "need not sum to 100%" in lines[-2]
     assert sum(line.strip().split("%")[0].replace(".", "").isdigit() for line in lines) == 10
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > figure.height > 300
+
+
+def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
+    naming = {"task": "naming", "data": {"sets": [{"name": "coco"}, {"name": "own"}], "images": 9, "words": "a cat 猫"}}
+    data = {"name": "rooms", "questions": 12000, "images": 900, "words": "is it red", "history": [naming]}
+    known = Checkpoint(torch.nn.Identity(), Preprocessing(32, ""), "vqa", data, Path("x"))
+    assert known.training == "naming on coco and own (9 images), then vqa on rooms (12,000 questions, 900 images)"
+    assert known.new_words("IS the cat's 猫犬 red-hot? It is a cat.") == ["cat's", "hot", "the", "犬"]
+    for damaged in ({"words": None}, {"words": 7}, {"words": ["is"]}):
+        older = Checkpoint(known.network, known.preprocessing, "vqa", data | damaged, known.path)
+        assert older.new_words("What is a zebra?") == []
+    # Nothing is known of the words of an encoder's own training, and classes have none.
+    classes = {"task": "classify", "data": {"name": "birds"}}
+    started = Checkpoint(known.network, known.preprocessing, "vqa", data | {"history": [classes]}, known.path)
+    assert started.new_words("is it green") == ["green"]
 
 
 @pytest.mark.parametrize("map_name", ["fusion", "weights", "norm"])

@@ -18,7 +18,7 @@ from typing import Any
 
 import datasets
 
-from vlabs.attention.figures import Panel, question_figure, save_figure
+from vlabs.attention.figures import Cell, as_view, question_figure, save_figure
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
@@ -114,12 +114,14 @@ def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
     predictor = load(ckpt)
     image = decode_image(row["image"], f"image {row['image_id']}")
     answers = predictor.answer(image, [row["question"][position] for position in positions], map_name="weights")
-    panels = []
+    view = as_view(image, predictor.preprocessing.box(image.size))
+    cells = []
     for position, answer in zip(positions, answers, strict=True):
         human = row["answers"][position]
         top = ", ".join(f"{text} {probability:.0%}" for text, probability in answer.answers[:3])
-        panels.append(Panel(answer.question, answer.map, [top, f"true: {max(human, key=human.count)}"]))
-    return save_figure(question_figure(predictor.preprocessing.resize(image), panels, "token weights of ξ"), path)
+        note = f"{top}\ntrue: {max(human, key=human.count)}"
+        cells.append(Cell(view, answer.map, answer.map_name, answer.question, note))
+    return save_figure(question_figure(view, cells), path)
 
 
 def three_questions(rows: datasets.Dataset) -> tuple[dict[str, Any], list[int]]:

@@ -106,9 +106,12 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     if pictures:  # what a first answer makes and keeps is there before anybody asks
         page.ask(uploads.keep(pictures[0]), "What is it?", "fusion", None, "")
     why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
-    blocks = build(
-        page, f"Ask the model `{printable(arguments.ckpt)}` about a picture, and see where it looks.", examples, why
+    knows = ", which knows drawn shapes and nothing of photographs," if embedded else ""
+    title = (
+        f"Ask the model `{printable(arguments.ckpt)}`{knows} about a picture, and see where it looks "
+        "([how it works](https://arxiv.org/abs/2303.13043))."
     )
+    blocks = build(page, title, examples, why)
 
     def ready(address: str) -> None:
         shown = "; whoever knows this address can use it" if "?" in address else ""

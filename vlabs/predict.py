@@ -10,10 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from PIL import Image
 
-from vlabs.attention.figures import Cell, Panel, add_out, check_out, grid_figure, question_figure, save_out
-from vlabs.attention.maps import MAPS, default_map
+from vlabs.attention.figures import Cell, View, add_out, as_view, check_out, grid_figure, question_figure, save_out
+from vlabs.attention.maps import MAPS
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import Answer, load, open_image
@@ -44,27 +43,31 @@ def main() -> None:
     device = find_device(arguments.device)
     pictures = [open_image(path) for path in arguments.image]
     predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
-    map_name = arguments.map or default_map(predictor.model)
-    answers = predictor.answer(pictures, arguments.question, map_name=map_name)
+    answers = predictor.answer(pictures, arguments.question, map_name=arguments.map)
     for answer in answers:
         show(answer.question)
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
-    shown = [predictor.preprocessing.resize(picture) for picture in pictures]
-    print(save_out(_figure(shown, answers, map_name), arguments))
+        for warning in answer.warnings:
+            show(f"  ({warning})")
+    show(f"the model's training: {predictor.checkpoint.training}")
+    show(f"a percentage is {predictor.meaning}")
+    views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
+    print(save_out(_figure(views, answers), arguments))
 
 
-def _figure(shown: Sequence[Image.Image], answers: Sequence[Answer], map_name: str) -> Figure:
-    """A panel a question beside its picture; a row a statement, where it is about several pictures."""
-    notes = [[f"{text} {p:.0%}" for text, p in answer.answers[:3]] for answer in answers]
-    if len(shown) == 1:
-        panels = [Panel(answer.question, answer.map, note) for answer, note in zip(answers, notes, strict=True)]
-        return question_figure(shown[0], panels, map_name)
-    rows = [
-        (answer.question, [Cell(image, values, note=note[0]) for image, values in zip(shown, answer.maps, strict=True)])
-        for answer, note in zip(answers, notes, strict=True)
-    ]
-    return grid_figure(rows, f"bright: where the model looked ({map_name})")
+def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
+    """A map a question beside its picture; a row a statement, where it is about several pictures."""
+    rows = []
+    for answer in answers:
+        note = "\n".join([", ".join(f"{text} {share:.0%}" for text, share in answer.answers[:3]), *answer.warnings])
+        cells = [
+            Cell(view, values, answer.map_name, note=note) for view, values in zip(views, answer.maps, strict=True)
+        ]
+        rows.append((answer.question, cells))
+    if len(views) > 1:
+        return grid_figure(rows)
+    return question_figure(views[0], [cells[0]._replace(title=question) for question, cells in rows])
 
 
 if __name__ == "__main__":

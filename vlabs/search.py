@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlabs.attention.figures import add_out, check_out, ranking_figure, save_out
+from vlabs.attention.figures import add_out, check_out, grid_figure, save_out
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import load_any
-from vlabs.prediction.search import CACHE, Search, list_pictures
+from vlabs.prediction.search import CACHE, MEANING, Search, list_pictures
 from vlabs.utils.arguments import whole
 from vlabs.utils.device import find_device
 
@@ -48,8 +48,12 @@ def main() -> None:
         show(query)
         for item in found[: arguments.top]:
             show(f"  {item.score:8.3f}  {item.path}")
+        if new := checkpoint.new_words(query):
+            show(f"  (its training never had: {', '.join(new)})")
         rows.append((query, search.show(query, found[:5])))
-    print(save_out(ranking_figure(rows), arguments))
+    show(f"the model's training: {checkpoint.training}")
+    show(f"a number is {MEANING}")
+    print(save_out(grid_figure(rows), arguments))
 
 
 if __name__ == "__main__":

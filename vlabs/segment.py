@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 
-from vlabs.attention.figures import add_out, check_out, save_out
+from vlabs.attention.figures import add_out, as_view, check_out, save_out
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.data.masks import resize_by
 from vlabs.data.preprocessing import check_text
@@ -45,17 +45,17 @@ def main() -> None:
         with torch.no_grad():
             logits = model(preprocessing.normalize(seen)[None].to(device)).logits[0]
         found = at_size(logits, image.size[::-1]).argmax(dim=0)
-        rows = [Segmented(image, found.cpu().numpy(), None)]
+        rows = [Segmented(as_view(image), found.cpu().numpy(), None)]
         classes = preprocessing.names
     else:
-        shown = preprocessing.resize(image)
+        view = as_view(image, preprocessing.box(image.size))
         ids, mask = preprocessing.pad(preprocessing.token_ids(arguments.text))
         index = torch.zeros(len(ids), dtype=torch.int64, device=device)
         with torch.no_grad():
-            tensor = preprocessing.normalize(shown)[None].to(device)
+            tensor = preprocessing.image(image)[None].to(device)
             found = model(tensor, ids.to(device), mask.to(device), index).logits.argmax(dim=1)
         labels = found.cpu().numpy()
-        rows = [Segmented(shown, one, None, text) for one, text in zip(labels, arguments.text, strict=True)]
+        rows = [Segmented(view, one, None, text) for one, text in zip(labels, arguments.text, strict=True)]
         classes = ("all else", "what the text names")
     for row in rows:
         counts = np.bincount(row.found.ravel(), minlength=len(classes)) / row.found.size

@@ -1,128 +1,198 @@
-"""Pictures of where a model looks."""
+"""Pictures of where a model looks: every figure, and the page, draws them here."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import itertools
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from vlabs.attention.maps import legend_of
 from vlabs.errors import UserError, printable
 from vlabs.utils.files import check_absent, replacing
 
 COLORMAP = "cividis"  # readable with any colour vision
+LONGEST, _SHORTEST = 1024, 448  # pixels of a picture's longer side, as it is shown
+_COLUMN = 2.9  # inches
+_DPI = 150
+_MOST_PIXELS = 16e6  # of a figure
+
+Box = tuple[float, float, float, float]
 
 
-class Panel(NamedTuple):
-    """One question about an image: a map (rows, columns), the lines under the picture, e.g. the answers."""
+class View(NamedTuple):
+    """A picture as its owner has it, at a size for people.
 
-    question: str
-    map: np.ndarray
-    lines: Sequence[str]
-
-
-class RankedImage(NamedTuple):
-    """An image that was found for a caption: the picture, a map (rows, columns), and whether it is the right one."""
+    Attributes:
+        image: all of it.
+        box: left, top, right and bottom of the part that a model sees, in pixels of `image`.
+    """
 
     image: Image.Image
-    map: np.ndarray
-    right: bool
+    box: Box
 
 
 class Cell(NamedTuple):
-    """One picture of a grid.
+    """One picture of a figure.
 
     Attributes:
-        image: the pixels.
-        map: (rows, columns), non-negative; None for the picture as it is.
-        title, note: lines above and below.
+        view: the picture.
+        map: (rows, columns) of the part that the model sees, non-negative; None for the picture as it is.
+        name: of the map, see `MAPS`.
+        title, note: above and below.
+        marked: it is framed, as the right one.
     """
 
-    image: Image.Image
+    view: View
     map: np.ndarray | None = None
+    name: str = ""
     title: str = ""
     note: str = ""
+    marked: bool = False
 
 
-def overlay(
-    image: Image.Image, values: np.ndarray, strength: float = 0.75, scale: tuple[float, float] | None = None
-) -> np.ndarray:
-    """Darken an RGB picture where a map is low and tint it where it is high; (H, W, 3) uint8.
+def as_view(image: Image.Image, box: Box | None = None) -> View:
+    """A picture with a longer side of 448 to 1,024 pixels; the pixels of small ones stay visible.
 
     Args:
-        values: (rows, columns), non-negative.
-        strength: 0 leaves the picture as it is, 1 leaves nothing where the map is lowest.
+        box: of `Preprocessing.box`; None where a model sees all of the picture.
+    """
+    longer = max(image.size)
+    factor = min(max(longer, _SHORTEST), LONGEST) / longer
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    x, y = size[0] / image.width, size[1] / image.height
+    if size != image.size:
+        kind = Image.Resampling.NEAREST if factor > 3 else Image.Resampling.BICUBIC
+        image = image.resize(size, kind, reducing_gap=3)
+    left, top, right, bottom = box or (0, 0, size[0] / x, size[1] / y)
+    return View(image, (left * x, top * y, right * x, bottom * y))
+
+
+def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = None) -> np.ndarray:
+    """Darken what a model sees of a picture where a map is low, and tint it where it is high; (H, W, 3) uint8.
+
+    Args:
+        values: (rows, columns), non-negative, of the box of the view.
         scale: the values that are shown darkest and brightest; the map's own if not given.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     low, high = scale or (float(values.min()), float(values.max()))
     scaled = ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
-    smooth = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-    weight = np.asarray(smooth, dtype=np.float32)[..., None] / 255
-    tint = matplotlib.colormaps[COLORMAP](weight[..., 0])[..., :3]
-    mixed = pixels * (1 - strength * (1 - weight)) * (1 - 0.25 * weight) + 0.25 * weight * tint
-    return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
+
+    def tinted(pixels: np.ndarray) -> np.ndarray:
+        smooth = Image.fromarray(scaled.astype(np.float32)).resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)
+        weight = np.asarray(smooth).clip(0, 1)[..., None]
+        tint = matplotlib.colormaps[COLORMAP](weight[..., 0])[..., :3].astype(np.float32)
+        seen: np.ndarray = pixels * (0.3 + 0.4 * weight) + 0.3 * weight * tint
+        return seen
+
+    return within(view, tinted)
 
 
-def question_figure(image: Image.Image, panels: Sequence[Panel], map_name: str) -> Figure:
-    """The image, and beside it one panel a question: where the model looked for it, and what it answered."""
-    columns = len(panels) + 1
-    titles = [_wrapped(panel.question, 34) for panel in panels]
-    lines = max(title.count("\n") + len(panel.lines) for title, panel in zip(titles, panels, strict=True))
-    figure = Figure(figsize=(3.1 * columns, 3.7 + 0.22 * lines), layout="constrained", dpi=150)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    shown = enlarged(image)
-    axes[0].imshow(shown)
-    axes[0].set_title("image", fontsize=10)
-    for axis, panel, title in zip(axes[1:], panels, titles, strict=True):
-        axis.imshow(overlay(shown, panel.map))
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("\n".join(panel.lines), fontsize=9)
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.supxlabel(f"bright: where the model looked ({map_name})", fontsize=8, color="0.4")
-    return figure
-
-
-def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], legend: str) -> Figure:
-    """Rows of pictures with maps, each row with one scale, so that its pictures can be compared.
+def within(view: View, draw: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+    """A picture, (H, W, 3) uint8, with the frame of what a model sees where that is not all of it.
 
     Args:
-        rows: a label and the cells of each row, all of one length.
-        legend: what bright means.
+        draw: gives pixels (h, w, 3) in [0, 1] of the part in the frame for those of the picture; what is outside is
+            then pale.
     """
-    columns = max(len(cells) for _, cells in rows)
-    figure = Figure(figsize=(2.5 * columns + 1.1, 2.95 * len(rows) + 0.3), layout="constrained", dpi=150)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (label, cells) in zip(axes, rows, strict=True):
-        maps = [cell.map for cell in cells if cell.map is not None]
-        scale = (min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)) if maps else None
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        for axis, cell in zip(row, cells, strict=False):
-            shown = enlarged(cell.image)
-            axis.imshow(shown if cell.map is None else overlay(shown, cell.map, scale=scale))
-            axis.set_title(_wrapped(cell.title, 30), fontsize=9)
-            axis.set_xlabel(_wrapped(cell.note, 34), fontsize=8)
-        row[0].set_ylabel(_wrapped(label, 28), fontsize=9)
-        if scale is not None:
-            drawn = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*scale), COLORMAP)
-            bar = figure.colorbar(drawn, ax=list(row), shrink=0.7, pad=0.01)
-            bar.set_ticks([scale[0], scale[1]], labels=["low", "high"], fontsize=7)
-            bar.outline.set_visible(False)
-    figure.supxlabel(legend, fontsize=8, color="0.4")
+    pixels = np.array(view.image.convert("RGB"), dtype=np.float32) / 255
+    left, top, right, bottom = box = [round(edge) for edge in view.box]
+    right, bottom = max(right, left + 1), max(bottom, top + 1)
+    if draw is not None:
+        seen = draw(pixels[top:bottom, left:right])
+        pixels = 0.75 + 0.25 * pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        pixels[top:bottom, left:right] = seen
+    whole = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    if box != [0, 0, *whole.size]:
+        for color, inset, width in (("black", 0, 4), ("white", 1, 2)):
+            edges = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
+            if edges[0] <= edges[2] and edges[1] <= edges[3]:
+                ImageDraw.Draw(whole).rectangle(edges, outline=color, width=width)
+    return np.asarray(whole)
+
+
+def pixels_of(cell: Cell, scale: tuple[float, float] | None = None) -> np.ndarray:
+    """A cell as it is shown, (H, W, 3) uint8; `scale` as of `overlay`."""
+    return within(cell.view) if cell.map is None else overlay(cell.view, cell.map, scale)
+
+
+def _scale_of(cells: Sequence[Cell]) -> tuple[float, float] | None:
+    """The range of the maps of some cells; None where these are of several names, and do not compare."""
+    maps = [cell.map for cell in cells if cell.map is not None]
+    if len({cell.name for cell in cells if cell.map is not None}) != 1:
+        return None
+    return min(float(one.min()) for one in maps), max(float(one.max()) for one in maps)
+
+
+def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_range: bool = False) -> Figure:
+    """Rows of pictures with maps; below them stands what is bright.
+
+    Args:
+        rows: what stands above each row, and its cells.
+        note: stands below, too.
+        own_range: each map is shown within its own range, as it always is beside maps of another name. Else those of a
+            row have one, so that they can be compared.
+    """
+    cells = [cell for _, row in rows for cell in row]
+    columns = max(len(row) for _, row in rows)
+    legend = legend_of([cell.name for cell in cells if cell.name], own_range)
+    width = _COLUMN * columns + 0.6 * bool(legend)
+    below = textwrap.fill("; ".join(filter(None, (legend, note))), round(14 * width))
+    heights = [*(_height(label, row) for label, row in rows), 0.1 + 0.15 * (below.count("\n") + 1)]
+    # A picture has its own pixels, if the figure does not become too large by that.
+    finest = max(max(cell.view.image.size) for cell in cells) / _COLUMN
+    dpi = max(_DPI, min(finest, (_MOST_PIXELS / (width * sum(heights))) ** 0.5))
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=dpi)
+    *parts, foot = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    foot.text(0.5, 0.5, _plain(below), fontsize=8, color="0.4", ha="center", va="center")
+    for part, (label, row) in zip(parts, rows, strict=True):
+        if label:
+            part.suptitle(_wrapped(label, round(11 * width)), fontsize=10)
+        _draw_row(part.subplots(1, columns, squeeze=False)[0], row, own_range)
     return figure
+
+
+def _draw_row(axes: Sequence[Axes], cells: Sequence[Cell], own_range: bool) -> None:
+    scale = None if own_range else _scale_of(cells)
+    for axis in axes[len(cells) :]:
+        axis.set_visible(False)
+    for axis, cell in zip(axes, cells, strict=False):
+        axis.imshow(pixels_of(cell, scale))
+        axis.set_title(_wrapped(cell.title, 34), fontsize=9)
+        axis.set_xlabel(_wrapped(cell.note, 40), fontsize=8)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(visible=cell.marked, color="#d55e00", linewidth=3)
+    if any(cell.map is not None for cell in cells):
+        drawn = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*(scale or (0, 1))), COLORMAP)
+        beside = axes[len(cells) - 1].inset_axes((1.04, 0.1, 0.035, 0.8))
+        bar = beside.figure.colorbar(drawn, cax=beside)
+        ends = ["low", "high"] if scale is None else [f"{value:.2g}" for value in scale]
+        bar.set_ticks(list(scale or (0, 1)), labels=ends, fontsize=7)
+        bar.outline.set_visible(False)
+
+
+def question_figure(view: View, cells: Sequence[Cell]) -> Figure:
+    """A picture, and beside it where a model looked for each question, each map within its own range."""
+    return grid_figure([("", [Cell(view, title="picture"), *cells])], own_range=True)
+
+
+def _height(label: str, cells: Sequence[Cell]) -> float:
+    """Inches of a row."""
+    pictures = max(min(cell.view.image.height / cell.view.image.width, 1.6) * (_COLUMN - 0.1) for cell in cells)
+    lines = [max(_wrapped(text, width).count("\n") + bool(text) for text in texts) for texts, width in (
+        ([label], 60), ([cell.title for cell in cells], 34), ([cell.note for cell in cells], 40),
+    )]  # fmt: skip
+    return max(pictures, 0.8) + 0.2 * lines[0] + 0.17 * lines[1] + 0.15 * lines[2] + 0.2
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
@@ -179,38 +249,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def enlarged(image: Image.Image, side: int = 448) -> Image.Image:
-    """Small pictures are enlarged without smoothing, so that their own pixels stay visible."""
-    factor = side / max(image.size)
-    if factor <= 1:
-        return image
-    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.NEAREST)
-
-
 def _wrapped(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    # A lone $ would start mathematical text.
-    return "\n".join(lines).replace("$", r"\$")
+    return _plain("\n".join(textwrap.fill(line, width) for line in text.split("\n")))
 
 
-def ranking_figure(rows: Sequence[tuple[str, Sequence[RankedImage]]]) -> Figure:
-    """A row a caption: its best images, best first, each with where the model looked; the right one is framed."""
-    columns = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.9 * columns, 2.4 * len(rows)), layout="constrained", dpi=150)
-    for part, (caption, images) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        part.suptitle(_wrapped(caption, 80), fontsize=9)
-        for n, ax in enumerate(part.subplots(1, columns, squeeze=False)[0]):
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if n >= len(images):
-                ax.set_visible(False)
-                continue
-            ax.imshow(overlay(enlarged(images[n].image), images[n].map))
-            for side in ax.spines.values():
-                side.set(color="#d55e00" if images[n].right else "#cccccc", linewidth=4 if images[n].right else 1)
-            ax.set_xlabel(f"{n + 1}" + (" (right)" if images[n].right else ""), fontsize=8)
-    return figure
+def _plain(text: str) -> str:
+    """A lone $ would start mathematical text."""
+    return text.replace("$", r"\$")

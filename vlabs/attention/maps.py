@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +13,16 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-MAPS = ("fusion", "weights", "norm", "cls", "rollout", "gradient")
+MAPS = {
+    "fusion": "what the text reads of the picture",
+    "weights": "what is like the prior ξ",
+    "norm": "large output tokens, as in the paper",
+    "cls": "what the encoder's [cls] reads in its last block",
+    "rollout": "what the encoder's [cls] reads through all blocks",
+    "gradient": "what the best answer hangs on: gradient × attention",
+}
+"""Maps, and what is bright in each."""
+DEAD = "this question does not steer: its ξ is like no patch; the map is {}"
 NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 
 
@@ -20,7 +31,8 @@ def default_map(model: VisionLanguageModel) -> str:
 
     Weights are what is fed back, and where ξ was taught to point they lie on what is asked (`docs/topdown_study.md`).
     """
-    return "weights" if model.vision.needs_prior else "fusion"
+    topdown = model.vision.topdown
+    return "weights" if topdown is not None and topdown.needs_prior else "fusion"
 
 
 def attention_map(
@@ -139,6 +151,53 @@ def look(
         )
         maps = {name: attention_map(output, model.vision, name, record).detach().cpu() for name in names}
     return output, maps
+
+
+class Look(NamedTuple):
+    """Where a model looks for n texts.
+
+    Attributes:
+        output: of the model.
+        maps: (n, p, rows, columns), of the p pictures of each text, non-negative.
+        names: which map is shown of each text.
+        steers: whether ξ of each text is like any patch; None where no ξ steers.
+    """
+
+    output: VLMOutput
+    maps: np.ndarray
+    names: list[str]
+    steers: list[bool | None]
+
+
+def legend_of(names: Sequence[str], own_range: bool = False) -> str:
+    """What is bright in maps of some names, each of which may be shown within its own range."""
+    said = [f"bright ({name}): {MAPS[name]}" for name in dict.fromkeys(names)]
+    return "; ".join([*said, "each within its own range"] if said and own_range else said)
+
+
+def look_by(
+    model: VisionLanguageModel,
+    image: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    name: str,
+    prior: Tensor | None = None,
+    alpha: float | None = None,
+) -> Look:
+    """Where a model looks by one map; by `fusion` for texts whose token weights are all 0, since ξ is like no patch.
+
+    Args:
+        name: of the map; the others as of `look`.
+    """
+    output, found = look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
+    n, pictures = len(input_ids), len(image)
+    maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
+    steers: list[bool | None] = [None] * n
+    if model.vision.needs_prior and output.seen.token_weights is not None:
+        weights = attention_map(output, model.vision, "weights").reshape(n, -1)
+        steers = (weights > 0).any(dim=1).tolist()
+    names = [name if name != "weights" or of_text.any() else "fusion" for of_text in maps[name]]
+    return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)
 
 
 def _one_column(index: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from vlabs.attention.classes import look_for
-from vlabs.attention.figures import Cell, grid_figure
-from vlabs.attention.maps import look
+from vlabs.attention.figures import LONGEST, Cell, View, as_view, grid_figure
+from vlabs.attention.maps import DEAD, look, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
 from vlabs.data.several import side_by_side
 from vlabs.errors import UserError
 
-LEGENDS = {
-    "fusion": "bright: what the text reads of the picture (fusion attention)",
-    "weights": "bright: like the prior ξ (token weights)",
-    "norm": "bright: large output tokens (their norm, as in the paper)",
-    "cls": "bright: what the encoder's [cls] reads in its last block",
-    "rollout": "bright: what the encoder's [cls] reads through all blocks (rollout)",
-    "gradient": "bright: what the best answer hangs on (gradient × attention)",
-}
 
-
-@dataclass
-class Picture:
-    """A picture as the model sees it: the square that is shown, and the tensor (1, 3, H, W)."""
-
-    shown: Image.Image
-    tensor: Tensor
-
-
-def as_picture(checkpoint: Checkpoint, image: Image.Image) -> Picture:
-    """Resize, crop and normalise one picture."""
-    shown = checkpoint.preprocessing.resize(image)
-    return Picture(shown, checkpoint.preprocessing.normalize(shown)[None])
+def seen_of(checkpoint: Checkpoint, image: Image.Image) -> tuple[View, Tensor]:
+    """A picture to be drawn on, and as the model reads it, (1, 3, H, W)."""
+    preprocessing = checkpoint.preprocessing
+    return as_view(image, preprocessing.box(image.size)), preprocessing.image(image)[None]
 
 
 def questions_figure(
@@ -50,14 +32,12 @@ def questions_figure(
 ) -> Figure:
     """Pictures by questions: where the model looks for each (paper, Fig. 6)."""
     rows = []
-    for number, image in enumerate(images):
-        picture = as_picture(checkpoint, image)
-        maps, answers = _maps(checkpoint, picture, texts, map_name)
-        cells = [Cell(picture.shown, title="picture" if number == 0 else "")]
-        for text, one, answer in zip(texts, maps, answers, strict=True):
-            cells.append(Cell(picture.shown, one, text if number == 0 else "", answer))
-        rows.append(("", cells))
-    return grid_figure(rows, LEGENDS[map_name])
+    for image in images:
+        view, tensor = seen_of(checkpoint, image)
+        cells = _cells(checkpoint, view, tensor, texts, map_name)
+        cells = [cell._replace(title=text) for cell, text in zip(cells, texts, strict=True)]
+        rows.append(("", [Cell(view, title="picture"), *cells]))
+    return grid_figure(rows)
 
 
 def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str]) -> Figure:
@@ -69,24 +49,22 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
     model = checkpoint.model
     if model.prior is None or not model.vision.needs_prior:
         raise UserError("--figure pathway shows what a prior does, and this model has none")
-    picture = as_picture(checkpoint, image)
-    output, maps = look(model, picture.tensor, *_tokens(checkpoint, texts), ["weights", "norm"])
+    view, tensor = seen_of(checkpoint, image)
+    _, maps = look(model, tensor, *_tokens(checkpoint, texts), ["weights", "norm"])
     with torch.no_grad():
-        encoded = model.vision.encode(picture.tensor.to(next(model.parameters())))
+        encoded = model.vision.encode(tensor.to(next(model.parameters())))
         bottom_up = encoded.hidden.norm(dim=-1)[0].float().cpu()
-    rows_of_grid, columns = model.vision.grid_size
-    before = bottom_up[model.vision.num_prefix_tokens :].reshape(rows_of_grid, columns).numpy()
+    before = bottom_up[model.vision.num_prefix_tokens :].reshape(model.vision.grid_size).numpy()
     rows = []
     for n, text in enumerate(texts):
-        # Weights are a scale of their own, so each map is shown within its own range.
         cells = [
-            Cell(picture.shown, title="picture" if n == 0 else ""),
-            Cell(picture.shown, _unit(before), "bottom-up" if n == 0 else ""),
-            Cell(picture.shown, _unit(maps["weights"][n].numpy()), "token weights" if n == 0 else ""),
-            Cell(picture.shown, _unit(maps["norm"][n].numpy()), "top-down" if n == 0 else ""),
+            Cell(view, title="picture"),
+            Cell(view, before, "norm", "bottom-up"),
+            Cell(view, maps["weights"][n].numpy(), "weights", "token weights"),
+            Cell(view, maps["norm"][n].numpy(), "norm", "top-down"),
         ]
         rows.append((text, cells))
-    return grid_figure(rows, "bright: large output tokens, in the middle like the prior ξ; each within its own range")
+    return grid_figure(rows, own_range=True)
 
 
 def alpha_figure(
@@ -100,38 +78,33 @@ def alpha_figure(
     topdown = checkpoint.model.vision.topdown
     if topdown is None or not hasattr(topdown, "alpha"):
         raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
-    picture = as_picture(checkpoint, image)
-    by_alpha = [_maps(checkpoint, picture, texts, map_name, alpha) for alpha in alphas]
+    view, tensor = seen_of(checkpoint, image)
+    by_alpha = [_cells(checkpoint, view, tensor, texts, map_name, alpha) for alpha in alphas]
     rows = []
     for n, text in enumerate(texts):
-        cells = [Cell(picture.shown, title="picture" if n == 0 else "")]
-        for alpha, (maps, answers) in zip(alphas, by_alpha, strict=True):
-            cells.append(Cell(picture.shown, maps[n], f"α = {alpha:g}" if n == 0 else "", answers[n]))
-        rows.append((text, cells))
-    return grid_figure(rows, LEGENDS[map_name])
+        cells = [cells[n]._replace(title=f"α = {alpha:g}") for alpha, cells in zip(alphas, by_alpha, strict=True)]
+        rows.append((text, [Cell(view, title="picture"), *cells]))
+    return grid_figure(rows)
 
 
 def side_by_side_figure(
     checkpoint: Checkpoint, left: Image.Image, right: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
     """Two pictures pasted into one, and where the model looks for each text (paper, Fig. 4)."""
-    both = side_by_side([left, right], checkpoint.preprocessing.image_size)
-    return questions_figure(checkpoint, [both], texts, map_name)
+    return questions_figure(checkpoint, [side_by_side([left, right], LONGEST)], texts, map_name)
 
 
 def checkpoints_figure(
     checkpoints: Sequence[tuple[str, Checkpoint]], image: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
     """One picture seen by several models, a row a text (paper, Fig. 5); each map within its own range."""
-    rows: list[tuple[str, list[Cell]]] = [(text, []) for text in texts]
-    for number, (name, checkpoint) in enumerate(checkpoints):
-        picture = as_picture(checkpoint, image)
-        maps, answers = _maps(checkpoint, picture, texts, map_name)
-        for n, (_, cells) in enumerate(rows):
-            if number == 0:
-                cells.append(Cell(picture.shown, title="picture" if n == 0 else ""))
-            cells.append(Cell(picture.shown, _unit(maps[n]), name if n == 0 else "", answers[n]))
-    return grid_figure(rows, LEGENDS[map_name])
+    view, _ = seen_of(checkpoints[0][1], image)
+    rows: list[tuple[str, list[Cell]]] = [(text, [Cell(view, title="picture")]) for text in texts]
+    for name, checkpoint in checkpoints:
+        cells = _cells(checkpoint, *seen_of(checkpoint, image), texts, map_name)
+        for (_, row), cell in zip(rows, cells, strict=True):
+            row.append(cell._replace(title=name))
+    return grid_figure(rows, own_range=True)
 
 
 def control_figure(
@@ -153,17 +126,16 @@ def control_figure(
         UserError: a model does not have a class.
     """
     rows = []
-    for number, (name, checkpoint) in enumerate(checkpoints):
+    for name, checkpoint in checkpoints:
         known = list(checkpoint.preprocessing.names)
         if unknown := [one for one in classes if one not in known]:
             raise UserError(f"--class {unknown[0]} is none of {checkpoint.path}: choose of {', '.join(known[:20])}")
-        shown = checkpoint.preprocessing.resize(images[0])
-        if len(images) == 2:
-            shown = side_by_side(images, checkpoint.preprocessing.image_size)
+        image = images[0] if len(images) == 1 else side_by_side(images, LONGEST)
+        view, tensor = seen_of(checkpoint, image)
         labels = [known.index(one) for one in classes]
-        found = look_for(checkpoint.classifier, checkpoint.preprocessing.normalize(shown)[None], labels, alpha)
+        found = look_for(checkpoint.classifier, tensor, labels, alpha)
         maps = found.weights if map_name == "weights" else found.norm
-        cells = [Cell(shown, title="picture" if number == 0 else "")]
+        cells = [Cell(view, title="picture")]
         titles = ["bottom-up", *[one.replace("_", " ") for one in classes]]
         for n, title in enumerate(titles):
             shares = found.before if n == 0 else found.after[n - 1]
@@ -171,9 +143,9 @@ def control_figure(
                 f"{one.replace('_', ' ')} {shares[label]:.0%}" for one, label in zip(classes, labels, strict=True)
             )
             values = found.bottom_up if n == 0 or maps is None else maps[n - 1]
-            cells.append(Cell(shown, _unit(values.numpy()), title if number == 0 else "", note))
+            cells.append(Cell(view, values.numpy(), map_name, title, note))
         rows.append((name, cells))
-    return grid_figure(rows, f"{LEGENDS[map_name]}; each within its own range")
+    return grid_figure(rows, own_range=True)
 
 
 def reconstruction_figure(
@@ -201,23 +173,23 @@ def reconstruction_figure(
         tokens.append(_first_input(checkpoint, tensor[None])[0])
         pixels.append(_to_patches(checkpoint, tensor[None])[0])
     decoder = _fit(torch.cat(tokens), torch.cat(pixels))
-    picture = as_picture(checkpoint, image)
+    view, tensor = seen_of(checkpoint, image)
     prefix = model.vision.num_prefix_tokens
     with torch.no_grad():
-        bottom_up = model.vision.encode(picture.tensor)
+        bottom_up = model.vision.encode(tensor)
         input_ids, mask = _tokens(checkpoint, texts)
         prior = model.prior(model.text(input_ids, mask), input_ids)
         top_down = model.vision.first_signal(bottom_up, prior)[:, prefix:]
     own = bottom_up.embedded[:, prefix:]
     shown = []
     for n, text in enumerate(texts):
-        cells = [Cell(picture.shown, title="picture" if n == 0 else "")]
+        cells = [Cell(view, title="picture")]
         for title, signal in (
             ("bottom-up", own[0]),
             ("top-down", top_down[n]),
             ("their sum", own[0] + top_down[n]),
         ):
-            cells.append(Cell(_to_image(checkpoint, signal, decoder), title=title if n == 0 else ""))
+            cells.append(Cell(as_view(_to_image(checkpoint, signal, decoder)), title=title))
         shown.append((text, cells))
     return grid_figure(shown, f"a linear decoder of the first block's input, fitted on {len(tokens)} training images")
 
@@ -226,25 +198,22 @@ def _tokens(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[Tensor, Tenso
     return checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids(texts))
 
 
-def _maps(
-    checkpoint: Checkpoint, picture: Picture, texts: Sequence[str], map_name: str, alpha: float | None = None
-) -> tuple[list[np.ndarray], list[str]]:
-    """A map for every text, and the best answer or the ranking score as a line."""
-    output, maps = look(checkpoint.model, picture.tensor, *_tokens(checkpoint, texts), [map_name], alpha=alpha)
+def _cells(
+    checkpoint: Checkpoint, view: View, tensor: Tensor, texts: Sequence[str], map_name: str, alpha: float | None = None
+) -> list[Cell]:
+    """A map for every text, with the best answer or the ranking score."""
+    found = look_by(checkpoint.model, tensor, *_tokens(checkpoint, texts), map_name, alpha=alpha)
     answers = checkpoint.preprocessing.names
     if answers:
-        best, ids = checkpoint.model.head.probabilities(output.logits.detach()).max(dim=1)  # type: ignore[operator]
+        best, ids = checkpoint.model.head.probabilities(found.output.logits.detach()).max(dim=1)  # type: ignore[operator]
         lines = [f"{answers[i]} {p:.0%}" for i, p in zip(ids.tolist(), best.tolist(), strict=True)]
     else:
-        scores = checkpoint.model.head.score(output.pooled_features.detach())  # type: ignore[operator]
+        scores = checkpoint.model.head.score(found.output.pooled_features.detach())  # type: ignore[operator]
         lines = [f"score {score:.2f}" for score in scores.tolist()]
-    return [one.numpy() for one in maps[map_name]], lines
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    low, high = values.min(), values.max()
-    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return scaled
+    cells = []
+    for maps, name, steers, line in zip(found.maps, found.names, found.steers, lines, strict=True):
+        cells.append(Cell(view, maps[0], name, note=f"{line}\n{DEAD.format(name)}" if steers is False else line))
+    return cells
 
 
 @torch.no_grad()

@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from vlabs.attention.figures import enlarged
+from vlabs.attention.figures import Cell, View, grid_figure, within
 from vlabs.data.prepared import IGNORED
 
 _LISTED = 20  # classes that a legend names
 
 
 class Segmented(NamedTuple):
-    """A picture with classes (rows, columns) of its pixels: found, and true where that is known."""
+    """A picture with classes (rows, columns) of what a model sees of it: found, and true where that is known."""
 
-    image: Image.Image
+    view: View
     found: np.ndarray
     truth: np.ndarray | None
     title: str = ""
@@ -35,35 +35,32 @@ def palette(classes: int) -> np.ndarray:
     return colors
 
 
-def colored(image: Image.Image, labels: np.ndarray, colors: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """Classes (rows, columns) as colours over their picture; (H, W, 3) uint8."""
-    shown = enlarged(image)
-    large = np.asarray(Image.fromarray(labels.astype(np.uint16)).resize(shown.size, Image.Resampling.NEAREST))
-    pixels = np.asarray(shown.convert("RGB"), dtype=np.float32) / 255
-    mixed = (1 - strength) * pixels + strength * colors[np.minimum(large, len(colors) - 1)]
-    mixed[large == IGNORED] = 1.0
-    return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
+def colored(view: View, labels: np.ndarray, colors: np.ndarray, strength: float = 0.65) -> np.ndarray:
+    """Classes (rows, columns) as colours over what a model sees of a picture; (H, W, 3) uint8."""
+
+    def mixed(pixels: np.ndarray) -> np.ndarray:
+        small = Image.fromarray(labels.astype(np.uint16))
+        large = np.asarray(small.resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
+        of_classes = (1 - strength) * pixels + strength * colors[np.minimum(large, len(colors) - 1)]
+        return np.where(large[..., None] == IGNORED, 1.0, of_classes)
+
+    return within(view, mixed)
 
 
 def segment_figure(rows: Sequence[Segmented], classes: Sequence[str]) -> Figure:
     """A row a picture: the picture, what was found, and the truth where it is known."""
     colors = palette(len(classes))
-    columns = 3 if any(row.truth is not None for row in rows) else 2
-    figure = Figure(figsize=(2.7 * columns + 1.6, 2.75 * len(rows)), layout="constrained", dpi=130)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    present: set[int] = set()
-    for row, own in zip(rows, axes, strict=True):
-        own[0].imshow(enlarged(row.image))
-        own[1].imshow(colored(row.image, row.found, colors))
-        present |= set(np.unique(row.found).tolist())
-        if row.truth is not None:
-            own[2].imshow(colored(row.image, row.truth, colors))
-            present |= set(np.unique(row.truth).tolist())
-        for axis, title in zip(own, (row.title or "picture", "found", "true"), strict=False):
-            axis.set_title(title, fontsize=8)
-            axis.set_xticks([])
-            axis.set_yticks([])
+    shown_rows, present = [], set()
+    for view, found, truth, title in rows:
+        given = {"found": found} | ({} if truth is None else {"true": truth})
+        cells = [Cell(view, title=title or "picture")]
+        for name, labels in given.items():
+            of_classes = Image.fromarray(colored(view, labels, colors))
+            cells.append(Cell(View(of_classes, (0, 0, *of_classes.size)), title=name))
+            present |= set(np.unique(labels).tolist())
+        shown_rows.append(("", cells))
+    figure = grid_figure(shown_rows, "one color for each class")
     shown = sorted(present - {IGNORED})[:_LISTED]
     patches = [Patch(color=colors[label], label=classes[label]) for label in shown]
-    figure.legend(handles=patches, loc="outside right upper", fontsize=7)
+    figure.legend(handles=patches, loc="outside upper center", ncols=5, fontsize=7, frameon=False)
     return figure

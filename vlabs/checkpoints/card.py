@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vlabs.checkpoints.checkpoint import Checkpoint, history_of
+from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.errors import UserError
 from vlabs.utils.plain import parse_json, read_text
 
@@ -41,13 +41,13 @@ def model_card(
     """
     summary, environment = (_read(run / file) for file in ("summary.json", "environment.json")) if run else ({}, {})
     found = [_metrics(path) for path in metrics]
-    trained_on = [one["data"].get("name") or "?" for one in history_of(checkpoint.task, checkpoint.data)]
+    last = str(checkpoint.data.get("name") or "?")
     best = {key.removeprefix("best/"): value for key, value in summary.items() if key.startswith("best/")}
     results = [
         EvalResult(
             task_type=_PIPELINES.get(checkpoint.task, checkpoint.task),
-            dataset_type=str(values.get("data") or trained_on[-1]),
-            dataset_name=f"{values.get('data') or trained_on[-1]} ({values.get('split', 'val')})",
+            dataset_type=str(values.get("data") or last),
+            dataset_name=f"{values.get('data') or last} ({values.get('split', 'val')})",
             metric_type=key,
             metric_value=round(value, 4),
         )
@@ -65,9 +65,6 @@ def model_card(
     )
     network: Any = checkpoint.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    steps = [
-        f"{one['task']} on {one['data'].get('name') or '?'}" for one in history_of(checkpoint.task, checkpoint.data)
-    ]
     lines = [
         f"# {name.rsplit('/', 1)[-1]}",
         "",
@@ -81,7 +78,7 @@ def model_card(
         "",
         "## Training",
         "",
-        f"- data: {', then '.join(steps)}",
+        f"- data: {checkpoint.training}",
     ]
     if "command" in summary:
         lines.append(f"- command: `{summary['command']}`")

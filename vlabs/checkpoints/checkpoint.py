@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.errors import UserError, one_line
+from vlabs.data.words import words_in
+from vlabs.errors import UserError, one_line, printable
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.hub import CONFIG, FILES, WEIGHTS, read_header, read_weights
@@ -40,6 +41,8 @@ from vlabs.utils.plain import check_plain, parse_json
 from vlabs.utils.tokenizer import check_tokenizer
 
 FORMAT = 1
+_COUNTED = ("questions", "captions", "statements", "images")
+_WITHOUT_TEXT = ("classify", "segment")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
 
 
@@ -79,6 +82,27 @@ class Checkpoint:
         """The segmenter, of `task=segment` and `task=refer`."""
         assert isinstance(self.network, Segmenter)
         return self.network
+
+    @property
+    def training(self) -> str:
+        """What it was trained on, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
+        steps = []
+        for one in history_of(self.task, self.data):
+            data = one["data"]
+            sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
+            names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
+            counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
+            counted = f" ({', '.join(counts)})" if counts else ""
+            steps.append(f"{one['task']} on {' and '.join(names)}{counted}")
+        return printable(", then ".join(steps))
+
+    def new_words(self, text: str) -> list[str]:
+        """The words of a text that no text had that it was trained on; none where that is not known."""
+        trainings = [one["data"] for one in history_of(self.task, self.data) if one["task"] not in _WITHOUT_TEXT]
+        known = [data.get("words") for data in trainings]
+        if not all(isinstance(words, str) for words in known):
+            return []
+        return sorted(words_in([text]) - {word for words in known for word in words.split()})
 
 
 def packaged_starts() -> dict[str, Path]:

@@ -53,6 +53,7 @@ class PreparedDataModule(pl.LightningDataModule):
     item: ClassVar[str] = "text"
     """What a text is called: the column of the rows that they are in."""
     pictures: int = 1
+    train_split = "train"
 
     def __init__(
         self,
@@ -134,6 +135,10 @@ class PreparedDataModule(pl.LightningDataModule):
     def regions_known(self) -> int:
         """Of how many training texts it is known what part of the picture they are about."""
         return sum(count_regions(folder, "train") for folder in self.folders.values())
+
+    def extent(self) -> dict[str, Any]:
+        """How much is trained on, for the checkpoint: `images`; of texts also how many, and their `words`."""
+        return {"images": len(self.rows(self.train_split))}
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split.

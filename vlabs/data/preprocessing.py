@@ -100,14 +100,18 @@ class Preprocessing:
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
         """
         size = self.image_size
-        width, height = image.size
+        return image.resize((size, size), Image.Resampling.BICUBIC, self.box(image.size))
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is seen of a picture of a size (width, height), in its pixels."""
+        width, height = size
         shorter = min(width, height)
-        shorter_resized = int(size / self.crop)
+        shorter_resized = int(self.image_size / self.crop)
         resized = int(shorter_resized * width / shorter), int(shorter_resized * height / shorter)
-        left, top = (round((side - size) / 2) for side in resized)
+        left, top = (round((side - self.image_size) / 2) for side in resized)
         x, y = width / resized[0], height / resized[1]
-        box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+        right, bottom = (left + self.image_size) * x, (top + self.image_size) * y
+        return left * x, top * y, min(right, width), min(bottom, height)
 
     def resize_for_training(self, image: Image.Image) -> Image.Image:
         """`resize` with torch's kernel, about twice as fast, of a square that begins at a whole pixel.

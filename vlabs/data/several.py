@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlabs.data.images import name_of, read_bytes
 from vlabs.data.instances import Instance
@@ -34,10 +34,11 @@ class Several:
 
 
 def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
-    """Two pictures next to each other in the middle of a grey square, each half as wide as it."""
+    """Two whole pictures next to each other in the middle of a grey square, the longer side of each half as long."""
     both, half = Image.new("RGB", (size, size), (127, 127, 127)), size // 2
     for image, corner in zip(images, (0, size - half), strict=True):
-        both.paste(image.convert("RGB").resize((half, half), Image.Resampling.BICUBIC), (corner, (size - half) // 2))
+        small = ImageOps.contain(image.convert("RGB"), (half, half), Image.Resampling.BICUBIC)
+        both.paste(small, (corner + (half - small.width) // 2, (size - small.height) // 2))
     return both
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +17,7 @@ from vlabs.data.loading import list_texts, make_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
+from vlabs.data.words import MOST, words_in
 from vlabs.errors import UserError
 
 
@@ -97,6 +99,15 @@ class TextDataModule(PreparedDataModule):
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
         """Every text of a split, in stored order, all texts of a picture together."""
         return self.loader(self.rows(split), training=False)
+
+    def extent(self) -> dict[str, Any]:
+        """See `PreparedDataModule`. `words` is a text of them all in order; there is none where they are very many."""
+        rows = self.rows(self.train_split)
+        words: set[str] = set()
+        for chunk in rows.data.column(self.item).chunks:
+            words |= words_in(pc.unique(chunk.flatten()).to_pylist())
+        known = {"words": " ".join(sorted(words))} if len(words) <= MOST else {}
+        return super().extent() | {f"{self.item}s": len(self.texts(rows, training=True)[0])} | known
 
     def loader(self, rows: datasets.Dataset, training: bool) -> DataLoader[Any]:
         """A loader of whole batches; see `make_loader`.

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlabs.attention.figures import RankedImage, ranking_figure, save_figure
-from vlabs.attention.maps import attention_map
+from vlabs.attention.figures import Cell, as_view, grid_figure, save_figure
+from vlabs.attention.maps import look
 from vlabs.checkpoints.checkpoint import Checkpoint, history_of
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader, name_of, read_bytes
@@ -355,29 +355,27 @@ def _kept(folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted
 def _figure(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, queries: int) -> Any:
     """Some captions, evenly spread, with their five best images and where the model looked in each."""
     model = checkpoint.model.to("cpu").float()
-    reader = ImageReader(data.rows, checkpoint.preprocessing)
     rows = []
     drawn = np.linspace(0, len(data.captions) - 1, num=queries, dtype=int)
     columns = np.stack([scores[image][drawn] for image in range(scores.shape[0])])
-    for caption, column in zip(drawn, columns.T, strict=True):
-        best = np.argsort(-column, kind="stable")[:5]
-        rows.append((data.captions[caption], list(_ranked(model, checkpoint, data, reader, int(caption), best))))
-    return ranking_figure(rows)
+    for caption, column in zip(drawn.tolist(), columns.T, strict=True):
+        best = np.argsort(-column, kind="stable")[:5].tolist()
+        cells = list(_ranked(model, checkpoint, data, caption, best))
+        rows.append((data.captions[caption], cells))
+    return grid_figure(rows, "framed: the right picture")
 
 
 def _ranked(
-    model: VisionLanguageModel,
-    checkpoint: Checkpoint,
-    data: CaptionedImages,
-    reader: ImageReader,
-    caption: int,
-    best: np.ndarray,
-) -> Iterator[RankedImage]:
-    input_ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([data.captions[caption]]))
-    for image in best.tolist():
-        row, tensor = reader.read(image, 0)
-        assert tensor is not None
-        output = model(tensor[None], input_ids, mask, read_image=True)
-        picture = checkpoint.preprocessing.resize(decode_image(read_bytes(row), name_of(row)))
-        seen = attention_map(output, model.vision)[0].numpy()
-        yield RankedImage(picture, seen, bool(data.image_of_caption[caption] == image))
+    model: VisionLanguageModel, checkpoint: Checkpoint, data: CaptionedImages, caption: int, best: Sequence[int]
+) -> Iterator[Cell]:
+    preprocessing = checkpoint.preprocessing
+    input_ids, mask = preprocessing.pad(preprocessing.token_ids([data.captions[caption]]))
+    for place, image in enumerate(best, start=1):
+        row = data.rows[image]
+        picture = decode_image(read_bytes(row), name_of(row))
+        _, maps = look(model, preprocessing.image(picture)[None], input_ids, mask, ["fusion"])
+        right = bool(data.image_of_caption[caption] == image)
+        view = as_view(picture, preprocessing.box(picture.size))
+        yield Cell(
+            view, maps["fusion"][0].numpy(), "fusion", note=f"{place}" + (" (right)" if right else ""), marked=right
+        )

@@ -15,12 +15,14 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from vlabs.attention.figures import save_figure
+from vlabs.attention.figures import as_view, save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
+from vlabs.data.images import name_of, read_bytes
 from vlabs.data.masks import MaskDataModule, WholePicture, stacked
 from vlabs.data.prepared import CITYSCAPES, IGNORED, read_manifest
+from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
@@ -94,7 +96,7 @@ class SegmentEvaluation(Evaluation):
                         write(picture, labels)
                         if len(shown) < self.num_pictures:
                             truth = None if hidden else picture.mask.numpy()
-                            shown.append(Segmented(picture.shown, labels, truth, picture.name))
+                            shown.append(Segmented(as_view(picture.shown), labels, truth, picture.name))
         metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": count}
         if predictions is not None:
             print(predictions)
@@ -212,8 +214,9 @@ class ReferEvaluation(Evaluation):
                 if len(shown) < self.num_pictures:
                     row = rows[int(batch.image_ids[n])]
                     text = row["caption"][row["caption_id"].index(text_id)]
-                    image = _picture(batch.images[batch.image_index[n]], checkpoint)
-                    shown.append(Segmented(image, found[n].numpy(), masks[n].numpy(), text))
+                    image = decode_image(read_bytes(row), name_of(row))
+                    view = as_view(image, checkpoint.preprocessing.box(image.size))
+                    shown.append(Segmented(view, found[n].numpy(), masks[n].numpy(), text))
         if len(lines) < 2:
             raise UserError(f"{data.dir}, {setting.split}: fewer than two texts have a region")
         values = np.array([line["iou"] for line in lines])
@@ -233,11 +236,3 @@ class ReferEvaluation(Evaluation):
         print(save_figure(figure, setting.out_dir / "figures" / "refer.png"))
         print(write_json(setting.out_dir / "metrics.json", metrics))
         return metrics
-
-
-def _picture(image: Tensor, checkpoint: Checkpoint) -> Image.Image:
-    """A normalised picture (3, H, W) as people see it."""
-    p = checkpoint.preprocessing
-    mean, std = (torch.tensor(values)[:, None, None] for values in (p.mean, p.std))
-    pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels)

@@ -24,6 +24,8 @@ class VQAHead(nn.Module):
 
     last_layer = ("head.classifier.3.weight", "head.classifier.3.bias")
     """Of a model with this head, the parameters with a row for each answer."""
+    meaning = "each answer's own probability of being right (sigmoid): several may be, so they need not sum to 100%"
+    """What its probabilities are."""
 
     def __init__(self, in_features: int, num_answers: int) -> None:
         super().__init__()
@@ -66,6 +68,8 @@ class LabelHead(nn.Module):
         num_labels: how many there are.
         pictures: p, of a statement; their pooled outputs are read one after another.
     """
+
+    meaning = "the probability that it is this label and none of the others (softmax): all labels sum to 100%"
 
     def __init__(self, in_features: int, num_labels: int, pictures: int = 1) -> None:
         super().__init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import threading
@@ -15,17 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlabs.attention.figures import enlarged, overlay
-from vlabs.attention.maps import MAPS
-from vlabs.attention.pictures import LEGENDS
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.attention.figures import Cell, View, as_view, pixels_of
+from vlabs.attention.maps import MAPS, legend_of
 from vlabs.errors import UserError, one_line
 from vlabs.page.decoder import Decoder
 from vlabs.page.uploads import Uploads
 from vlabs.prediction.predictor import Answer, Predictor
-from vlabs.prediction.search import Search
+from vlabs.prediction.search import MEANING, Search
 
-SIDE = 448
 TOP = 5
 
 
@@ -84,11 +80,14 @@ class Page:
         for text in (*asked, other):
             self._check_length(text)
         image = self._decoded(picture)
-        shown = _shown(image, self.predictor.preprocessing)
-        said = _row(shown, self.predictor.answer(image, asked, TOP, map_name, alpha))
+        view = as_view(image, self.predictor.preprocessing.box(image.size))
+        answers = self.predictor.answer(image, asked, TOP, map_name, alpha)
+        said = _row(view, answers)
         if other.strip():
-            said += _row(shown, self.predictor.answer(image, asked, TOP, map_name, alpha, other), other)
-        return f"{said}<p class='legend'>{html.escape(LEGENDS[map_name])}</p>"
+            under = self.predictor.answer(image, asked, TOP, map_name, alpha, other)
+            said += _row(view, under, other)
+            answers += under
+        return said + _legend([answer.map_name for answer in answers], f"a percentage is {self.predictor.meaning}")
 
     def _decoded(self, picture: Any) -> Image.Image:
         content = self.uploads.read(picture)
@@ -111,12 +110,13 @@ class Page:
         self._check_length(query)
         search = self.searches[folder]
         found = search.find(query.strip())[:count]
-        cards = []
-        for place, (item, shown) in enumerate(zip(found, search.show(query.strip(), found), strict=True), start=1):
-            picture = _image(overlay(enlarged(shown.image), shown.map))
-            caption = f"<b>{place}</b> {html.escape(item.path.name)} <span class='score'>{item.score:.2f}</span>"
-            cards.append(f"<figure class='card'>{picture}<figcaption>{caption}</figcaption></figure>")
-        return f"<div class='cards'>{''.join(cards)}</div>"
+        cells = search.show(query.strip(), found)
+        cards = "".join(_card(cell, html.escape(cell.note)) for cell in cells)
+        new = search.checkpoint.new_words(query)
+        said = f"<p class='warning'>its training never had: {html.escape(', '.join(new))}</p>" if new else ""
+        return f"{said}<div class='cards'>{cards}</div>" + _legend(
+            [cell.name for cell in cells], f"a number is {MEANING}"
+        )
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.limits.characters:
@@ -151,29 +151,29 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
     return float(given)
 
 
-def _shown(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """What the model sees of a picture, at a size for people."""
-    side = max(preprocessing.image_size, min(SIDE, *image.size))
-    return enlarged(dataclasses.replace(preprocessing, image_size=side).resize(image), SIDE)
+def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
+    """The picture, and a card a question, side by side."""
+    cards = [_card(Cell(view), "the picture", "picture")]
+    for answer in answers:
+        note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
+        bars = "".join(
+            f"<li><span class='bar' style='width:{100 * share:.1f}%'></span><span class='text'>{html.escape(text)}"
+            f"</span><span class='score'>{share:.1%}</span></li>"
+            for text, share in answer.answers
+        )
+        warnings = "".join(f"<p class='warning'>{html.escape(warning)}</p>" for warning in answer.warnings)
+        said = f"<b>{html.escape(answer.question)}</b>{note}<ol>{bars}</ol>{warnings}"
+        cards.append(_card(Cell(view, answer.map, answer.map_name), said))
+    return f"<div class='cards'>{''.join(cards)}</div>"
 
 
-def _row(shown: Image.Image, answers: Sequence[Answer], other: str = "") -> str:
-    """A card a question, side by side."""
-    return f"<div class='cards'>{''.join(_card(shown, answer, other) for answer in answers)}</div>"
+def _card(cell: Cell, said: str, kind: str = "card") -> str:
+    return f"<figure class='{kind}'>{_image(pixels_of(cell))}<figcaption>{said}</figcaption></figure>"
 
 
-def _card(shown: Image.Image, answer: Answer, other: str) -> str:
-    note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
-    bars = "".join(
-        f"<li><span class='bar' style='width:{100 * share:.1f}%'></span><span class='text'>{html.escape(text)}</span>"
-        f"<span class='score'>{share:.1%}</span></li>"
-        for text, share in answer.answers
-    )
-    picture = _image(overlay(shown, answer.map))
-    return (
-        f"<figure class='card'>{picture}<figcaption><b>{html.escape(answer.question)}</b>{note}"
-        f"<ol>{bars}</ol></figcaption></figure>"
-    )
+def _legend(names: Sequence[str], numbers: str) -> str:
+    said = f"{html.escape(legend_of(names, own_range=True))}<br>{html.escape(numbers)}"
+    return f"<p class='legend'>low <span class='scale'></span> high; {said}</p>"
 
 
 def _image(pixels: np.ndarray) -> str:
@@ -181,7 +181,7 @@ def _image(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     coded = base64.b64encode(file.getvalue()).decode()
-    return f"<img alt='where the model looked' src='data:image/jpeg;base64,{coded}'>"
+    return f"<img alt='the picture, and where the model looked' src='data:image/jpeg;base64,{coded}'>"
 
 
 def example_pictures(folder: Path | None = None) -> list[Path]:

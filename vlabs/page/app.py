@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import secrets
 import socket
@@ -27,15 +28,17 @@ from fastapi import FastAPI
 _WAITING = 100  # requests in line; more are told to come back
 _CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
 _CSS = """
-.cards { display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px; }
-.card { flex: 0 1 30%; min-width: 170px; max-width: 260px; margin: 0; }
-.card img { width: 100%; border-radius: 6px; display: block; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 16px; margin-bottom: 16px; }
+.card, .picture { max-width: 420px; margin: 0; }
+.card img, .picture img { width: 100%; border-radius: 6px; display: block; }
 .card ol { list-style: none; margin: 6px 0 0; padding: 0; }
 .card li { position: relative; padding: 1px 6px; font-size: 14px; display: flex; justify-content: space-between; }
 .card .bar { position: absolute; inset: 1px auto 1px 0; background: var(--primary-200); border-radius: 3px; }
 .card .text, .card .score { position: relative; z-index: 1; }
 .card .score { font-variant-numeric: tabular-nums; margin-left: 8px; }
-.card .other { color: #b45309; font-size: 13px; margin: 2px 0 0; }
+.card .other, .warning { color: #b45309; font-size: 13px; margin: 2px 0 0; }
+.scale { display: inline-block; width: 80px; height: 10px; border-radius: 3px;
+  background: linear-gradient(90deg, #00224e, #575d6d, #a59c74, #fee838); }
 .legend { color: var(--body-text-color-subdued); font-size: 13px; margin-top: 8px; }
 .error { color: #b91c1c; font-weight: 600; }
 """
@@ -56,6 +59,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
     raw: dict[str, Any] = {"preprocess": False, "postprocess": False}
     with gr.Blocks(title="vlabs", analytics_enabled=False) as blocks:
         gr.Markdown(f"## vlabs\n{title}")
+        training = html.escape(page.predictor.checkpoint.training)
+        gr.HTML(f"<p>The training of this model: {training}.</p>", elem_id="about")
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
@@ -63,14 +68,21 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
                 )
                 questions = gr.Textbox(label="Questions, one a line", lines=3, elem_id="questions")
                 with gr.Accordion("Where it looks", open=True):
-                    map_name = gr.Radio(page.maps, value=default_map(model), label="Map", elem_id="map")
+                    map_name = gr.Radio(
+                        page.maps,
+                        value=default_map(model),
+                        label="Map",
+                        elem_id="map",
+                        info="What says where it looks.",
+                    )
                     strength = gr.Slider(
                         0, page.most_alpha, value=alpha or 0, label="α, strength of the top-down signal",
-                        visible=alpha is not None, elem_id="alpha",
+                        visible=alpha is not None, elem_id="alpha", info="0: no top-down signal.",
                     )  # fmt: skip
                     other = gr.Textbox(
                         label="ξ of another question", visible=model.prior is not None, elem_id="other",
                         placeholder="empty: every question steers by its own ξ",
+                        info="ξ is what a question asks the image encoder to look for.",
                     )  # fmt: skip
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=5):
@@ -82,19 +94,26 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
                         label="Pictures to begin with", samples_per_page=12, type="index",
                     )  # fmt: skip
                     shown.samples = [list(one) for one in begins]
-
-                    def begin(number: Any) -> tuple[Any, str]:
-                        return begins[number] if type(number) is int and 0 <= number < len(begins) else (None, "")
-
-                    shown.click(
-                        begin, shown, [picture, questions], api_visibility="private", show_progress="hidden", **raw
-                    )
         given = [picture, questions, map_name, strength, other]
 
         def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any) -> str:
             name = picture.get("path") if isinstance(picture, dict) else picture
             return page.ask(name, questions, map_name, strength if alpha is not None else None, other)
 
+        if examples:
+
+            def begin(number: Any, *how: Any) -> tuple[Any, str, str]:
+                if type(number) is not int or not 0 <= number < len(begins):
+                    return None, "", ""
+                file, text = begins[number]
+                return file, text, ask(file, text, *how) if text else ""
+
+            def first(*how: Any) -> tuple[Any, str, str]:
+                return begin(0, *how)
+
+            how, all_of_it = [map_name, strength, other], [picture, questions, answers]
+            shown.click(begin, [shown, *how], all_of_it, api_visibility="private", show_progress="hidden", **raw)
+            blocks.load(first, how, all_of_it, api_visibility="private", show_progress="hidden", **raw)
         button.click(ask, given, answers, api_name="ask", **raw)
         questions.submit(ask, given, answers, api_visibility="private", **raw)
         for control in (map_name, strength):
@@ -105,6 +124,8 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
 
             event(again, given, answers, api_visibility="private", show_progress="hidden", **raw)
         with gr.Tab("Search"):
+            for training in dict.fromkeys(search.checkpoint.training for search in page.searches.values()):
+                gr.HTML(f"<p>The training of the model that searches: {html.escape(training)}.</p>")
             if page.searches:
                 with gr.Row():
                     query = gr.Textbox(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlabs.attention.maps import MAPS, default_map, look
+from vlabs.attention.maps import DEAD, MAPS, default_map, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
 from vlabs.data.decoding import as_shown
@@ -50,17 +50,32 @@ class Answer:
         question: as it was asked.
         answers: the best answers with their probabilities, best first: sigmoid of the logit for answers, of which
             several may be right; softmax for labels.
-        maps: of each picture (rows, columns) of the patch grid, non-negative: where the model looked.
+        maps: of each picture (rows, columns) of the patch grid, non-negative, in `Preprocessing.box`: where the model
+            looked.
+        map_name: which map that is: `fusion` where ξ is like no patch, so that its weights are 0 everywhere.
+        steers: whether ξ is like any patch of the pictures; None where no ξ steers.
+        new_words: of the question, which no text of the training had; none where the checkpoint does not know.
     """
 
     question: str
     answers: list[tuple[str, float]]
     maps: list[np.ndarray]
+    map_name: str
+    steers: bool | None = None
+    new_words: list[str] = field(default_factory=list)
 
     @property
     def map(self) -> np.ndarray:
         """Of the first picture, mostly the only one."""
         return self.maps[0]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be known before the answer is believed, in words."""
+        said = [f"its training never had: {', '.join(self.new_words)}"] if self.new_words else []
+        if self.steers is False:
+            said.append(DEAD.format(self.map_name))
+        return said
 
 
 class Predictor:
@@ -72,9 +87,9 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
-        self.path = checkpoint.path
         self.device = device
         head = checkpoint.model.head
         self.pictures = head.pictures if isinstance(head, LabelHead) else 1
@@ -83,6 +98,11 @@ class Predictor:
     def alpha(self) -> float | None:
         """Strength of the top-down signal; None where the model has none."""
         return getattr(self.model.vision.topdown, "alpha", None)
+
+    @property
+    def meaning(self) -> str:
+        """What the percentages of answers are."""
+        return str(self.model.head.meaning)
 
     @torch.inference_mode()
     def prior(self, text: str) -> Tensor:
@@ -137,20 +157,27 @@ class Predictor:
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
-        output, maps_by_name = look(self.model, images, input_ids, attention_mask, [map_name], prior, alpha)
+        look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
         answers = self.preprocessing.names
-        logits = output.logits.detach().float()
+        logits = look.output.logits.detach().float()
         if not logits.isfinite().all():
             if alpha is not None:
                 raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
-            raise UserError(f"{self.path} answers with no finite numbers: it, or its preprocessing, is damaged")
+            raise UserError(
+                f"{self.checkpoint.path} answers with no finite numbers: it, or its preprocessing, is damaged"
+            )
         probabilities = self.model.head.probabilities(logits)  # type: ignore[operator]
         best, ids = probabilities.topk(min(top, len(answers)), dim=1)
-        maps = maps_by_name[map_name].cpu().numpy()
-        maps = maps.reshape(len(questions), self.pictures, *maps.shape[1:])
         return [
-            Answer(question, [(answers[i], p) for i, p in zip(row_ids, row, strict=True)], list(maps[n]))
-            for n, (question, row_ids, row) in enumerate(zip(questions, ids.tolist(), best.tolist(), strict=True))
+            Answer(
+                question,
+                [(answers[i], p) for i, p in zip(ids[n].tolist(), best[n].tolist(), strict=True)],
+                list(look.maps[n]),
+                look.names[n],
+                look.steers[n],
+                self.checkpoint.new_words(question),
+            )
+            for n, question in enumerate(questions)
         ]
 
     def _check_alpha(self, alpha: float) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlabs.attention.figures import RankedImage
-from vlabs.attention.maps import attention_map, default_map
+from vlabs.attention.figures import Cell, as_view
+from vlabs.attention.maps import default_map, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.preprocessing import check_text
@@ -24,6 +24,8 @@ from vlabs.utils.archives import walk
 from vlabs.utils.files import content_sha256
 
 CACHE = Path("~/.cache/vlabs/search")
+MEANING = "a score (a logit) that ranks the pictures of one text; scores of two texts do not compare"
+"""What the numbers of found pictures are."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Search:
         device: str = "cpu",
         skip_bad: bool = False,
     ) -> None:
+        self.checkpoint = checkpoint
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
         self.device = device
@@ -104,16 +107,17 @@ class Search:
             found.append(Found(self.pictures[n], float(score_texts(self.model, bottom_up, texts, only)[0])))
         return sorted(found, key=lambda item: -item.score)
 
-    @torch.inference_mode()
-    def show(self, query: str, found: Sequence[Found]) -> list[RankedImage]:
-        """Found pictures as the model sees them, with its map for the query."""
-        input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([query])))
-        shown = []
-        for item in found:
-            output = self.model(self._tensor(item.path), input_ids, mask, read_image=True)
-            seen = attention_map(output, self.model.vision, default_map(self.model))[0].cpu().numpy()
-            shown.append(RankedImage(self.preprocessing.resize(open_image(item.path)), seen, False))
-        return shown
+    def show(self, query: str, found: Sequence[Found]) -> list[Cell]:
+        """Found pictures, each with its place, score and map for the query."""
+        input_ids, mask = self.preprocessing.pad(self.preprocessing.token_ids([query]))
+        cells = []
+        for place, item in enumerate(found, start=1):
+            image = open_image(item.path)
+            tensor = self.preprocessing.image(image)[None]
+            look = look_by(self.model, tensor, input_ids, mask, default_map(self.model))
+            view = as_view(image, self.preprocessing.box(image.size))
+            cells.append(Cell(view, look.maps[0, 0], look.names[0], note=f"{place}: {item.path.name} {item.score:.2f}"))
+        return cells
 
 
 def list_pictures(folder: str | Path) -> list[Path]:

@@ -192,7 +192,8 @@ def _new_model(config: DictConfig, data: PreparedDataModule) -> Any:
 def _make_task(config: DictConfig, model: Any, data: PreparedDataModule, history: list[dict[str, Any]]) -> Task:
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
-    task: Task = make_task(model=model, preprocessing=data.preprocessing, data=data.identity | {"history": history})
+    identity = data.identity | data.extent() | {"history": history}
+    task: Task = make_task(model=model, preprocessing=data.preprocessing, data=identity)
     return task
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 
-from vlabs.attention.figures import Panel, overlay, question_figure, save_figure
-from vlabs.attention.maps import attention_map, default_map
-from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure
+from vlabs.attention.figures import Cell, overlay, question_figure, save_figure
+from vlabs.attention.maps import default_map, look_by
+from vlabs.attention.pictures import alpha_figure, pathway_figure, questions_figure, seen_of
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import read_bytes
 from vlabs.data.preprocessing import decode_image
@@ -61,13 +61,14 @@ class PredictionTable(EveryNValidations):
             batch = dataset[plan._replace(groups=[group])]
             if not batch.question_ids:
                 continue
-            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            output = pl_module(batch, read_image=True)
-            map_name = default_map(pl_module.model)
-            maps = attention_map(output, pl_module.model.vision, map_name).cpu().numpy()
-            probabilities, ids = pl_module.model.head.probabilities(output.logits).topk(min(3, output.logits.shape[1]))  # type: ignore[operator]
-            picture = data.preprocessing.resize(decode_image(read_bytes(dataset.rows[group.row]), "validation image"))
-            panels = []
+            model = pl_module.model
+            checkpoint = Checkpoint(model, data.preprocessing, pl_module.name, {}, folder)
+            picture = decode_image(read_bytes(dataset.rows[group.row]), "validation image")
+            view, tensor = seen_of(checkpoint, picture)
+            found = look_by(model, tensor, batch.input_ids, batch.attention_mask, default_map(model))
+            logits = found.output.logits
+            probabilities, ids = model.head.probabilities(logits).topk(min(3, logits.shape[1]))  # type: ignore[operator]
+            cells = []
             for n, question in enumerate(batch.questions):
                 answers = batch.answers[n]
                 true = max(answers, key=answers.count) if answers else ""
@@ -75,12 +76,12 @@ class PredictionTable(EveryNValidations):
                     f"{data.preprocessing.names[i]} {p:.0%}"
                     for i, p in zip(ids[n].tolist(), probabilities[n].tolist(), strict=True)
                 ]
-                panels.append(Panel(question, maps[n], [", ".join(top), f"true: {true}"]))
-                table.append((overlay(picture, maps[n]), question, true, *top, *[""] * (3 - len(top))))
-            figure = question_figure(picture, panels, map_name)
+                cells.append(Cell(view, found.maps[n, 0], found.names[n], question, f"{', '.join(top)}\ntrue: {true}"))
+                table.append((overlay(view, found.maps[n, 0]), question, true, *top, *[""] * (3 - len(top))))
+            figure = question_figure(view, cells)
             save_figure(figure, folder / f"val_step{trainer.global_step:06d}_{shown}.png")
             if shown == 0:
-                self._paper_figures(trainer, pl_module, picture, batch.questions, folder)
+                self._paper_figures(trainer, checkpoint, picture, batch.questions, folder)
             if shown + 1 == self.num_images:
                 break
         for logger in trainer.loggers:
@@ -93,11 +94,15 @@ class PredictionTable(EveryNValidations):
                     logger.log_table("val/predictions", columns=columns, data=rows, step=trainer.global_step)
 
     def _paper_figures(
-        self, trainer: pl.Trainer, task: VQATask, picture: Image.Image, questions: Sequence[str], folder: Path
+        self,
+        trainer: pl.Trainer,
+        checkpoint: Checkpoint,
+        picture: Image.Image,
+        questions: Sequence[str],
+        folder: Path,
     ) -> None:
         """The figures of `vlabs.attention` that are of one picture and one model, as files and in W&B."""
-        model = task.model
-        checkpoint = Checkpoint(model, task.preprocessing, task.name, {}, folder)
+        model = checkpoint.model
         figures = {"questions": questions_figure(checkpoint, [picture], questions, default_map(model))}
         if model.vision.needs_prior:
             figures["pathway"] = pathway_figure(checkpoint, picture, questions)

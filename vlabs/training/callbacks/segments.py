@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
 
-from vlabs.attention.figures import save_figure
+from vlabs.attention.figures import as_view, save_figure
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.runs.logging import sending
 from vlabs.tasks.segment import SegmentTask, at_size
@@ -39,7 +39,7 @@ class SegmentPictures(EveryNValidations):
             if picture is not None:
                 logits = pl_module.model(picture.image.to(pl_module.device)).logits[0]
                 found = at_size(logits, picture.mask.shape).argmax(dim=0).cpu().numpy()
-                shown.append(Segmented(picture.shown, found, picture.mask.numpy(), picture.name))
+                shown.append(Segmented(as_view(picture.shown), found, picture.mask.numpy(), picture.name))
         figure = segment_figure(shown, pl_module.preprocessing.names)
         name = f"segments_step{trainer.global_step:06d}.png"
         path = save_figure(figure, Path(trainer.default_root_dir) / "figures" / name)
