@@ -130,13 +130,14 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     except UserError as error:
         raise UserError(f"{source} says {error}: pass it") from None
     given = [name for name in data.by_default if name not in data.left_open]
-    new = "by default" if shown else "by default, as the encoder begins new"
     parts = {
-        f"of {source}": list(taken),
-        "as the config says": given,
-        new: [name for name in data.left_open if name not in taken],
+        source: list(taken),
+        "the config": given,
+        "the default" if shown else "the default: the encoder begins new": [
+            name for name in data.left_open if name not in taken
+        ],
     }
-    said = [f"{_words(data.preprocessing, names)} {whose}" for whose, names in parts.items() if names]
+    said = [f"{_words(data.preprocessing, names)} ({whose})" for whose, names in parts.items() if names]
     others = [name for name in given if name in values and _plain(values[name]) != getattr(data.preprocessing, name)]
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
@@ -146,7 +147,7 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
 
 def as_before(data: PreparedDataModule) -> str:
     """The line of a run that goes on."""
-    return f"pictures: {_words(data.preprocessing, list(data.by_default))} as before"
+    return f"pictures: {_words(data.preprocessing, list(data.by_default))} (as before)"
 
 
 def _plain(value: Any) -> Any:
