@@ -86,7 +86,7 @@ def test_what_the_data_leave_open_is_taken_and_what_they_say_stays(tiny_data):
 def folder_of(kind, path):
     path.mkdir()
     (path / "manifest.json").write_text(json.dumps({"format_version": 2, "kind": kind, "splits": {}}))
-    (path / "classes.json").write_text(json.dumps({"classes": ["a", "b"]}))
+    (path / "classes.json").write_text(json.dumps(["a", "b"]))
     return path
 
 

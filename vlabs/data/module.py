@@ -84,11 +84,12 @@ class PreparedDataModule(pl.LightningDataModule):
         self.region_grid: tuple[int, int] | None = None
         said = {name: shown[PICTURE_OPTIONS[name]] for name in self.by_default}
         self.left_open = tuple(name for name, value in said.items() if value is None)
-        values = said | {name: self.by_default[name] for name in self.left_open}
+        values: dict[str, Any] = said | {name: self.by_default[name] for name in self.left_open}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
             names=tuple(self.read_names(dir)),
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()},
+            **values,
             **self.text_options(tokenizer, max_length),
         )
 

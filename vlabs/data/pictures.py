@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -146,7 +146,7 @@ class PictureDataModule(PreparedDataModule):
         UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
     """
 
-    unused = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
+    unused: ClassVar[tuple[str, ...]] = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
               "shuffle_block")  # fmt: skip
     read_names = staticmethod(read_classes)
     repeats = 1
