@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from vlabs.checkpoints.released import load_released
+from vlabs.checkpoints.released import load_released, pictures_of
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,6 +40,7 @@ def test_classifier_gives_the_released_numbers(pool, alpha):
     assert_close(out.logits, expected["logits"])
     assert_close(out.logits_bottom_up, expected["logits_bottom_up"])
     assert_close(out.losses["reconstruction"], expected["recon_loss"])
+    assert pictures_of(module) == {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.875}
 
 
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
@@ -52,6 +54,7 @@ def test_meter_gives_the_released_numbers(encoder, task):
     assert_close(out.text_features, expected["text_feats"])
     assert_close(out.image_features, expected["image_feats"])
     assert_close(out.pooled_features, expected["cls_feats"])
+    assert pictures_of(module) == {"mean": IMAGE_MEAN, "std": IMAGE_STD}
     if encoder == "absvit":
         assert_close(out.losses["reconstruction"] * 0.3, expected["recon_loss_weighted"])
     if task == "vqa":

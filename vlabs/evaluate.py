@@ -6,6 +6,7 @@ What is measured is in `vlabs.evaluation`, a module a task.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ from vlabs.utils.ranks import is_rank_zero
 # What is written `task=NAME` on the command line is a file of the group `evaluation`.
 RENAMED = {"task": "evaluation@task"}
 
+_OF_THE_MODEL = re.compile(r"\+*data\.(image_size|image_mean|image_std|interpolation|crop|max_length|tokenizer)=.*")
+
 
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
+    if given := [item for item in HydraConfig.get().overrides.task if _OF_THE_MODEL.fullmatch(item)]:
+        raise UserError(f"{given[0]}: pictures and texts are read as the model was trained to: leave it out")
     out_dir = Path(HydraConfig.get().runtime.output_dir)
     if is_rank_zero():
         with _claimed(out_dir, bool(config.overwrite)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
-from vlabs.checkpoints.released import find_state, load_released, task_of
+from vlabs.checkpoints.released import find_state, load_released, pictures_of, task_of
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
@@ -80,9 +80,14 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
         task = task_of(state)
         if task is None and "prompt" not in state:
             raise UserError(f"init={source}: {path} is neither a vlabs checkpoint nor one of the released code")
-        released = load_released(state, task=task or "classification").model.state_dict()
-        header = {"task": task or "classify", "data": {"name": "" if task else "imagenet"}, "preprocessing": {}}
-        content = {"vlabs": header, "state_dict": {f"model.{name}": value for name, value in released.items()}}
+        released = load_released(state, task=task or "classification")
+        header = {
+            "task": task or "classify",
+            "data": {"name": "" if task else "imagenet"},
+            "preprocessing": pictures_of(released),
+        }
+        state = released.model.state_dict()
+        content = {"vlabs": header, "state_dict": {f"model.{name}": value for name, value in state.items()}}
     return path, content
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.backbones.swin import Swin
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.prior import PriorMap
@@ -176,6 +178,14 @@ def load_released(
         raise
     except Exception as error:  # tensors of other shapes make the parts fail in every way there is
         raise UserError(f"{name} is not a checkpoint of this kind: {one_line(str(error))}") from None
+
+
+def pictures_of(module: ReleasedClassifier | ReleasedVLM) -> dict[str, Any]:
+    """How the released code reads pictures for a model, by the names of `Preprocessing`."""
+    if isinstance(module, ReleasedClassifier):
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.875}
+    as_imagenet = isinstance(module.model.vision.backbone, Swin)
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if as_imagenet else {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
 
 def _existing(path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from vlabs.data.images import generators_kept, seed_generators
 from vlabs.data.loading import check_augment, check_number, check_whole
 from vlabs.data.pictures import PictureDataModule, PictureDataset
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
@@ -141,7 +141,7 @@ def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:
         hflip=augmentation.hflip,
         color_jitter=augmentation.color_jitter or None,
         auto_augment=augmentation.auto_augment,
-        interpolation="bicubic",
+        interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,
         std=preprocessing.std,
         re_prob=augmentation.random_erasing,
@@ -154,7 +154,6 @@ class ClassDataModule(PictureDataModule):
 
     Args:
         dir: the prepared folder.
-        crop: share of a picture's shorter side that evaluation sees: 0.875 as usual on ImageNet, 1 for all of it.
         augmentation: of `Augmentation`, by name.
         options: of `PictureDataModule`.
 
@@ -164,21 +163,21 @@ class ClassDataModule(PictureDataModule):
 
     kind = "classes"
     holds = "pictures with a class (data=objects, imagenet, classes)"
+    by_default: ClassVar[dict[str, Any]] = {  # as usual on ImageNet
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop": 0.875,
+    }  # fmt: skip
 
     def __init__(
         self,
         dir: str | Path,
-        crop: float = 1.0,
         image_size: int = 224,
         augmentation: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(crop, int | float) or not 0 < crop <= 1:
-            raise UserError(f"data.crop={crop} must be a share of the shorter side, in (0, 1]")
         unknown = [name for name in augmentation or {} if name not in Augmentation._fields]
         if unknown:
             raise UserError(f"data.augmentation.{unknown[0]}: choose of {', '.join(Augmentation._fields)}")
-        super().__init__(dir, image_size, crop=float(crop), **options)
+        super().__init__(dir, image_size, **options)
         self.augmentation = a = Augmentation(**(augmentation or {}))
         check_whole("augmentation.repeats", a.repeats, 1)
         self.repeats = a.repeats

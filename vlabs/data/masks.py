@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
@@ -19,7 +19,7 @@ from vlabs.data.images import generators_kept, random_generator, seed_generators
 from vlabs.data.loading import check_number, check_whole
 from vlabs.data.pictures import PictureDataModule, PictureDataset
 from vlabs.data.prepared import IGNORED
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
@@ -211,6 +211,8 @@ class MaskDataModule(PictureDataModule):
 
     kind = "masks"
     holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
+    unused = (*PictureDataModule.unused, "interpolation")
+    by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from vlabs.data.loading import LoaderOptions, check_whole, identity_of
 from vlabs.data.prepared import check_kind, count_regions, load_split
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, PICTURE_OPTIONS, Preprocessing, check_picture_option
 from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
 
@@ -27,8 +27,10 @@ class PreparedDataModule(pl.LightningDataModule):
         image_size: side of the square input in pixels.
         max_length: tokens a text at most.
         tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
-        image_mean, image_std: by which channels in [0, 1] are normalised. CLIP's, unless nothing is pre-trained: then
-            those of the data make training from scratch easier.
+        image_mean, image_std: by which channels in [0, 1] are normalised; CLIP's if not given. None leaves them, as it
+            does `interpolation` and `crop`, to what a training starts from: see `left_open`.
+        interpolation: by which pictures are resized, `bicubic` or `bilinear`.
+        crop: share of a picture's shorter side that evaluation sees; 1 for all of it.
         preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
         options: of `LoaderOptions`, of which `texts_per_image` is called by what the texts are: `questions_per_image`.
 
@@ -36,6 +38,8 @@ class PreparedDataModule(pl.LightningDataModule):
         folders: the prepared folders, by name where there are several; the first is the one whose tokenizer is used.
         pictures: images that a text is about: 1 unless a kind of data says otherwise.
         preprocessing: images and texts to tensors.
+        left_open: what of it nobody said, and is as `by_default`, until a training takes it from the checkpoint or the
+            encoder that it starts from (`vlabs.training.pictures`).
         options: of the loaders.
         region_grid: rows and columns of the grid on which batches say what a text is about; None where no loss reads
             it. A task sets it before there are loaders.
@@ -48,10 +52,12 @@ class PreparedDataModule(pl.LightningDataModule):
     """What a manifest calls it."""
     holds: ClassVar[str]
     """What it holds and which choices of the group `data` do, for messages."""
-    unused: ClassVar[tuple[str, ...]] = ()
+    unused: ClassVar[tuple[str, ...]] = ("crop",)
     """Options of others that change nothing here, but may stand in a config at their defaults."""
     item: ClassVar[str] = "text"
     """What a text is called: the column of the rows that they are in."""
+    by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic"}
+    """How pictures are read for an encoder from scratch, as far as there is anything to say here."""
     pictures: int = 1
     train_split = "train"
 
@@ -62,25 +68,30 @@ class PreparedDataModule(pl.LightningDataModule):
         image_size: int = 224,
         max_length: int = 50,
         tokenizer: str | None = None,
-        image_mean: Sequence[float] = IMAGE_MEAN,
-        image_std: Sequence[float] = IMAGE_STD,
+        image_mean: Sequence[float] | None = IMAGE_MEAN,
+        image_std: Sequence[float] | None = IMAGE_STD,
+        interpolation: str | None = "bicubic",
+        crop: float | None = 1.0,
         preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         given = {"image_size": image_size, "max_length": max_length, "tokenizer": tokenizer}
-        self.options = self.loader_options(**options, **given, preprocessing=preprocessing)
+        shown = {"image_mean": image_mean, "image_std": image_std, "interpolation": interpolation, "crop": crop}
+        self.options = self.loader_options(**options, **given, **shown, preprocessing=preprocessing)
         check_kind(dir, self.kind)
         self.folders = {"": Path(dir)}
         self.val_split = val_split
         self.region_grid: tuple[int, int] | None = None
-        self.preprocessing = preprocessing or _preprocessing(
-            read_tokenizer(tokenizer, self.dir),
+        said = {name: shown[PICTURE_OPTIONS[name]] for name in self.by_default}
+        self.left_open = tuple(name for name, value in said.items() if value is None)
+        values: dict[str, Any] = said | {name: self.by_default[name] for name in self.left_open}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        self.preprocessing = preprocessing or Preprocessing(
             image_size=image_size,
-            max_length=max_length,
             names=tuple(self.read_names(dir)),
-            mean=tuple(image_mean),
-            std=tuple(image_std),
+            **values,
+            **self.text_options(tokenizer, max_length),
         )
 
     @classmethod
@@ -96,6 +107,9 @@ class PreparedDataModule(pl.LightningDataModule):
         if isinstance(given.get("preprocessing"), Preprocessing | None):
             given.pop("preprocessing", None)
         cls._check_used(given)
+        for name, option in PICTURE_OPTIONS.items():
+            if name in cls.by_default and given.get(option) is not None:
+                check_picture_option(name, given[option])
         names = LoaderOptions.__dataclass_fields__.keys() & given.keys() - set(cls.unused)
         return LoaderOptions(texts_per_image=given.get(per_image, 1), **{name: given[name] for name in names})
 
@@ -107,13 +121,19 @@ class PreparedDataModule(pl.LightningDataModule):
         used |= {*LoaderOptions.__dataclass_fields__, f"{cls.item}s_per_image"}
         used -= {"self", "options", "preprocessing", "texts_per_image", *cls.unused}
         for name, value in options.items():
-            if name not in used and not (name in cls.unused and value == _DEFAULTS[name]):
+            if name not in used and not (name in cls.unused and value in (None, _DEFAULTS[name])):
                 raise UserError(f"data.{name}={value}: {cls.holds} do not use it; choose of {', '.join(sorted(used))}")
 
     @staticmethod
     def read_names(directory: str | Path) -> Sequence[str]:
         """The names of what a head tells apart in a prepared folder, see `Preprocessing.names`."""
         return ()
+
+    def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
+        """What a `Preprocessing` says of texts."""
+        text = read_tokenizer(tokenizer, self.dir)
+        padding = special_token(text, "pad")
+        return {"tokenizer": text, "max_length": max_length} | ({} if padding is None else {"pad_token_id": padding})
 
     @property
     def dir(self) -> Path:
@@ -158,11 +178,4 @@ class PreparedDataModule(pl.LightningDataModule):
 
 
 _DEFAULTS = {name: one.default for name, one in LoaderOptions.__dataclass_fields__.items()}
-_DEFAULTS |= {"max_length": 50, "tokenizer": None}
-
-
-def _preprocessing(tokenizer: str, **options: Any) -> Preprocessing:
-    padding = special_token(tokenizer, "pad")
-    if padding is not None:
-        options["pad_token_id"] = padding
-    return Preprocessing(tokenizer=tokenizer, **options)
+_DEFAULTS |= {"max_length": 50, "tokenizer": None, "interpolation": "bicubic", "crop": 1.0}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -14,10 +14,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.images import name_of, read_bytes
-from vlabs.data.loading import GroupLoader, check_whole, eval_loader
+from vlabs.data.loading import GroupLoader, eval_loader
 from vlabs.data.module import PreparedDataModule
-from vlabs.data.prepared import check_kind, read_classes
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decode_image
+from vlabs.data.prepared import read_classes
+from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, EpochSampler, Group
 from vlabs.errors import UserError, show
 from vlabs.utils.ranks import rank_and_world
@@ -119,34 +119,31 @@ class PictureDataModule(PreparedDataModule):
 
     Args:
         dir: the prepared folder.
-        crop: share of a picture's shorter side that evaluation sees; 1 for all of it.
         options: of `PreparedDataModule`, but for those of texts.
 
     Raises:
         UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
     """
 
-    unused = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
+    unused: ClassVar[tuple[str, ...]] = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
               "shuffle_block")  # fmt: skip
+    read_names = staticmethod(read_classes)
     repeats = 1
 
     def __init__(
         self,
         dir: str | Path,
         image_size: int,
-        image_mean: Sequence[float] = IMAGE_MEAN,
-        image_std: Sequence[float] = IMAGE_STD,
-        crop: float = 1.0,
-        preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
-        check_whole("image_size", image_size, 1)
-        check_kind(dir, self.kind)
+        super().__init__(dir, image_size=image_size, **options)
         names = tuple(read_classes(dir))
-        own = Preprocessing(image_size, "", names=names, mean=tuple(image_mean), std=tuple(image_std), crop=crop)
-        super().__init__(dir, preprocessing=preprocessing or own, **options)
         if names != self.preprocessing.names:
             raise UserError(f"{dir} has {len(names)} classes, which are not those that the checkpoint was trained on")
+
+    def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
+        """See `PreparedDataModule`."""
+        return {"tokenizer": ""}
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> PictureDataset:
         """What reads batches of some rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,9 +25,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-def _is_deviation(value: float) -> bool:
-    return 0 < value < math.inf
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,11 @@ class Preprocessing:
         names: of what the head tells apart, in the order of its logits: answers, labels of statements, or classes;
             empty where it ranks.
         mean, std: of the image channels, for values in [0, 1].
-        crop: share of the shorter side that is seen, in (0, 1].
+        crop: share of the shorter side that is seen, from 0.05 to 1.
+        interpolation: by which pictures are resized, one of `INTERPOLATIONS`.
+
+    Raises:
+        UserError: a mean, deviation, crop or interpolation that there is not; the message names its option.
     """
 
     image_size: int
@@ -55,12 +56,11 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGE_STD
     pad_token_id: int = field(default=1)
     crop: float = 1.0
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        for name, values, fits in (("mean", self.mean, math.isfinite), ("std", self.std, _is_deviation)):
-            if len(values) != 3 or not all(isinstance(value, int | float) and fits(value) for value in values):
-                what = "three numbers" if name == "mean" else "three numbers above 0"
-                raise UserError(f"data.image_{name}={list(values)} must be {what}, one for each channel")
+        for name in PICTURE_OPTIONS:
+            check_picture_option(name, getattr(self, name))
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
@@ -94,13 +94,13 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size / crop`, bicubic, then the centre square, as torchvision does.
+        """Shorter side to `image_size / crop`, then the centre square, as torchvision does.
 
         Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
         """
         size = self.image_size
-        return image.resize((size, size), Image.Resampling.BICUBIC, self.box(image.size))
+        return image.resize((size, size), Image.Resampling[self.interpolation.upper()], self.box(image.size))
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of what is seen of a picture of a size (width, height), in its pixels."""
@@ -123,7 +123,7 @@ class Preprocessing:
         # The batch of one comes first, so that torch sees channels that lie side by side, for which it has its kernel.
         pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
         square = pixels[..., top : top + side, left : left + side]
-        resized = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
+        resized = F.interpolate(square, (size, size), mode=self.interpolation, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
     @cached_property
@@ -218,11 +218,27 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": _whole(1, 2**16),
     "pad_to_max_length": (lambda value: isinstance(value, bool), "true or false"),
     "names": (_texts, "a list of texts"),
-    "mean": _three(-1000, "three numbers"),
-    "std": _three(0, "three numbers above 0"),
+    "mean": _three(-1000, "three numbers, one for each channel"),
+    "std": _three(0, "three numbers above 0, one for each channel"),
     "pad_token_id": _whole(0, 2**24),
-    "crop": (lambda value: type(value) in (int, float) and 0.05 <= value <= 1, "a number from 0.05 to 1"),
+    "crop": (
+        lambda value: type(value) in (int, float) and 0.05 <= value <= 1,
+        "a number from 0.05 to 1, a share of the shorter side",
+    ),
+    "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
 }
+PICTURE_OPTIONS = {"mean": "image_mean", "std": "image_std", "interpolation": "interpolation", "crop": "crop"}
+"""How pictures are read, and the options of `data` that say so."""
+
+
+def check_picture_option(name: str, value: Any) -> None:
+    """Raise a UserError unless one of `PICTURE_OPTIONS` has a value that it can have."""
+    is_valid, what = _VALID[name]
+    if not is_valid(value):
+        shown = list(value) if isinstance(value, tuple) else value
+        raise UserError(f"data.{PICTURE_OPTIONS[name]}={shown} must be {what}")
+
+
 _LONGEST_TEXT = 10_000
 
 

@@ -13,21 +13,12 @@ from torch import Tensor
 
 from vlabs.attention.maps import DEAD, MAPS, default_map, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
-from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, task_of
+from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, pictures_of, task_of
 from vlabs.data.decoding import as_shown
 from vlabs.data.prepared import LABELS, read_answers
-from vlabs.data.preprocessing import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Preprocessing,
-    check_text,
-    decode_image,
-)
+from vlabs.data.preprocessing import Preprocessing, check_text, decode_image
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
-from vlabs.models.backbones.swin import Swin
 from vlabs.models.heads import LabelHead, VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
 from vlabs.utils.archives import read_regular
@@ -259,15 +250,13 @@ def _released_checkpoint(
     task: str,
 ) -> Checkpoint:
     name = tokenizer or _TOKENIZERS[type(module.model.text)]
-    as_imagenet = isinstance(module.model.vision.backbone, Swin)
     preprocessing = Preprocessing(
         image_size=module.model.vision.vit.patch_embed.img_size[0],
-        mean=IMAGENET_MEAN if as_imagenet else IMAGE_MEAN,
-        std=IMAGENET_STD if as_imagenet else IMAGE_STD,
         tokenizer=read_tokenizer(name, Path(data_dir or "."), "--tokenizer DIR (evaluate: tokenizer=DIR)"),
         max_length=min(50, module.model.text.max_length),
         pad_to_max_length=module.model.pads_to_fixed_length,
         names=vocabulary,
+        **pictures_of(module),
     )
     if preprocessing.vocab_size > module.model.text.vocab_size:
         raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")

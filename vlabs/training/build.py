@@ -34,6 +34,7 @@ from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.callbacks.resume import GoOn
+from vlabs.training.pictures import as_before, choose, shown_to_checkpoint, shown_to_encoder
 from vlabs.training.start import Last, make_start
 from vlabs.utils.ranks import is_rank_zero, say
 
@@ -122,10 +123,16 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
         make_start(Path(config.init), list(config.init_by))
     parts = [config.model.get(part) or {} for part in ("vision", "text")]
     check_there(parts[0].get("weights"), parts[1].get("name_or_path"))
-    data: PreparedDataModule = instantiate(config.data)
+    data: PreparedDataModule = instantiate(config.data, _convert_="all")
     _check_kind(config, data)
-    if config.init is not None and config.data.get("tokenizer") is None:
-        _take_tokenizer(data, config.init)
+    if config.init is None:
+        shown = shown_to_encoder(config.model.get("vision") or {})
+    else:
+        header = read_source(config.init)[1]["vlabs"]
+        shown = shown_to_checkpoint(f"init={config.init}", header)
+        if config.data.get("tokenizer") is None:
+            _take_tokenizer(data, header)
+    say(choose(data, shown))
     model = _new_model(config, data)
     if said := report(model):
         say(said)
@@ -158,6 +165,7 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
             f"data.dir={data.dir} has other answers than the data that this run was begun with: name those, or start a "
             "new run (init=RUN takes its weights)"
         )
+    say(as_before(data))
     changed = [name for name in last.changed if name.startswith(("model.", "task.", "data."))]
     anew = any(name.startswith("model.") for name in changed)
     model = _new_model(config, data) if anew else last.model()
@@ -176,7 +184,8 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
 # What makes a model, and what is trained of it on which texts: options that stay as they are within a run.
 _FIXED = re.compile(
     r"model\..*|task\.(_target_|name|freeze|lora\..*)|seed|init|init_by"
-    r"|data\.(_target_|size|layout|phrases|image_size|max_length|tokenizer|image_mean|image_std|crop|seed)"
+    r"|data\.(_target_|size|layout|phrases|image_size|max_length|tokenizer|image_mean|image_std"
+    r"|interpolation|crop|seed)"
 )
 
 
@@ -269,9 +278,8 @@ def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
         raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier, or model=segmenter")
 
 
-def _take_tokenizer(data: PreparedDataModule, init: str) -> None:
+def _take_tokenizer(data: PreparedDataModule, header: dict[str, Any]) -> None:
     """Read texts as the weights that a run starts from do, if a text encoder is among them: they know its tokens."""
-    header = read_source(init)[1]["vlabs"]
     if "trained" not in header or "text" in header["trained"]:
         tokenizer = header["preprocessing"].get("tokenizer", "")
         if not tokenizer:

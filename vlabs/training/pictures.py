@@ -1,0 +1,164 @@
+"""How pictures are read in a training: as the data say, and else as they were shown to what it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+
+from vlabs.data.module import PreparedDataModule
+from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PICTURE_OPTIONS, Preprocessing
+from vlabs.errors import UserError
+from vlabs.models import backbones
+from vlabs.models.hub import CONFIG
+from vlabs.utils.plain import check_files, parse_json, read_text
+
+_PROCESSOR = "preprocessor_config.json"
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as transformers' files have them
+_TIMM = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop": "crop_pct"}
+
+
+class Shown(NamedTuple):
+    """How pictures were shown to what a training starts from.
+
+    Attributes:
+        source: what says so.
+        values: by their names in `Preprocessing`, unchecked; only those that are said.
+    """
+
+    source: str
+    values: dict[str, Any]
+
+
+def shown_to_checkpoint(source: str, header: Mapping[str, Any]) -> Shown:
+    """What a checkpoint says.
+
+    Args:
+        source: what it is called.
+        header: its `"vlabs"` entry.
+
+    """
+    before = {"interpolation": "bicubic", "crop": 1.0}  # as long as checkpoints did not say
+    plain = before | header["preprocessing"]
+    return Shown(source, {name: plain[name] for name in PICTURE_OPTIONS if name in plain})
+
+
+def shown_to_encoder(vision: Mapping[str, Any]) -> Shown | None:
+    """What the configuration of a pre-trained image encoder says. No weights are read, and no network is asked.
+
+    Args:
+        vision: `model.vision` of a config. Its `weights` are a tag of timm; or a file or folder, where timm's
+            `config.json` or transformers' `preprocessor_config.json` may say it, else timm does of the architecture.
+
+    Returns:
+        None if the encoder begins new, or nobody says.
+
+    Raises:
+        UserError: such a file cannot be read.
+    """
+    weights, architecture = vision.get("weights"), vision.get("architecture")
+    if not weights:
+        return None
+    path, tag = Path(weights), str(weights)
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        own = _read(folder / CONFIG)
+        tag = str(own.get("architecture") if path.is_dir() and own.get("architecture") else architecture)
+        of_this = own if own.get("architecture") in (tag, None) else {}  # and of no other file that lies there
+        said = of_this.get("pretrained_cfg", of_this)
+        if values := _values(said if isinstance(said, dict) else {}, _TIMM):
+            return Shown(str(folder / CONFIG), values)
+        if values := _of_processor(_read(folder / _PROCESSOR)):
+            return Shown(str(folder / _PROCESSOR), values)
+    if tag in backbones.OWN:  # RVT and FAN, trained on ImageNet
+        return Shown(tag, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    try:
+        known = timm.get_pretrained_cfg(tag)
+    except RuntimeError:  # said where the weights are read
+        return None
+    return None if known is None else Shown(f"timm's {tag}", _values(known.to_dict(), _TIMM))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    check_files(path.parent, (path.name,))
+    content = parse_json(read_text(path), str(path))
+    return content if isinstance(content, dict) else {}
+
+
+def _values(said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: said[there] for name, there in names.items() if said.get(there) is not None}
+
+
+def _of_processor(said: Mapping[str, Any]) -> dict[str, Any]:
+    values = _values(said, {"mean": "image_mean", "std": "image_std"})
+    if "resample" in said:
+        values["interpolation"] = _RESAMPLE.get(said["resample"], f"Pillow's {said['resample']}")
+    try:
+        seen, resized = said["crop_size"]["height"], said["size"]["shortest_edge"]
+        return values | {"crop": seen / resized}
+    except (KeyError, TypeError, ZeroDivisionError):  # it does not crop
+        return values
+
+
+def choose(data: PreparedDataModule, shown: Shown | None) -> str:
+    """Read pictures as they were shown to what a training starts from, as far as the data leave that open.
+
+    Args:
+        data: gets a new `preprocessing`.
+        shown: to the checkpoint or encoder; None where it begins new.
+
+    Returns:
+        A line that says how they are read, and who says so.
+
+    Raises:
+        UserError: what they are to be read by is no such value, or half of it.
+    """
+    source, values = shown or Shown("", {})
+    taken = {name: _plain(values[name]) for name in data.left_open if name in values}
+    if {"mean", "std"} <= {*data.left_open} and len({"mean", "std"} & {*taken}) == 1:
+        raise UserError(
+            f"{source} says one of mean and deviation, and not the other: pass data.image_mean=[R,G,B] and "
+            "data.image_std=[R,G,B]"
+        )
+    try:
+        data.preprocessing = dataclasses.replace(data.preprocessing, **taken)
+    except UserError as error:
+        raise UserError(f"{source} says {error}: pass it") from None
+    given = [name for name in data.by_default if name not in data.left_open]
+    parts = {
+        source: list(taken),
+        "the config": given,
+        "the default" if shown else "the default: the encoder begins new": [
+            name for name in data.left_open if name not in taken
+        ],
+    }
+    said = [f"{_words(data.preprocessing, names)} ({whose})" for whose, names in parts.items() if names]
+    others = [name for name in given if name in values and _plain(values[name]) != getattr(data.preprocessing, name)]
+    if others:
+        nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
+        said.append(f"{source} had others, which {nulls} takes")
+    return f"pictures: {'; '.join(said)}"
+
+
+def as_before(data: PreparedDataModule) -> str:
+    """The line of a run that goes on."""
+    return f"pictures: {_words(data.preprocessing, list(data.by_default))} (as before)"
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _words(preprocessing: Preprocessing, names: list[str]) -> str:
+    def word(name: str) -> str:
+        value = getattr(preprocessing, name)
+        if name == "interpolation":
+            return str(value)
+        return f"{name} {' '.join(f'{one:.3g}' for one in value) if isinstance(value, tuple) else f'{value:.3g}'}"
+
+    return ", ".join(map(word, names))
