@@ -565,7 +565,8 @@ def test_a_preparation_that_was_stopped_reads_no_finished_split_again(tmp_path, 
     ]  # fmt: skip
 
 
-def test_of_instances_the_smaller_one_counts_and_a_crowd_does_not(tmp_path):
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_of_instances_the_smaller_one_counts_and_a_crowd_does_not(unpacked, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     box = lambda x, y, w, h: [[x, y, x + w, y, x + w, y + h, x, y + h]]  # noqa: E731
@@ -580,8 +581,14 @@ def test_of_instances_the_smaller_one_counts_and_a_crowd_does_not(tmp_path):
         "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30}],
         "annotations": annotations,
     }
-    write_zip(raw / "annotations.zip", {"annotations/instances_train2014.json": json.dumps(content)})
+    captions = {"annotations/captions_train2014.json": "{}"}
+    write_zip(
+        raw / "annotations_trainval2014.zip", captions | {"annotations/instances_train2014.json": json.dumps(content)}
+    )
     write_zip(raw / "train2014.zip", {"train2014/a.jpg": picture()})
+    for archive in raw.glob("*.zip") if unpacked else ():
+        zipfile.ZipFile(archive).extractall(raw)
+        archive.unlink()
     prepare_masks("instances", raw, tmp_path / "out")
     mask = masks_of(tmp_path / "out", "train")["a"]
     assert read_classes(tmp_path / "out") == ["background", "dog", "cat"]

@@ -7,8 +7,9 @@ Download: what the layout names, to RAW; nothing needs unpacking.
     voc          VOCtrainval_11-May-2012.tar; with benchmark.tgz (SBD) beside it the usual 10,582 training images
     cityscapes   leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; the 19 classes of the benchmark
     ade20k       ADEChallengeData2016.zip; with release_test.zip beside it the test images
-    instances    annotations.zip of COCO instances and a zip file of images a subset: a class is a category, what is no
-                 object is background, and of objects that overlap the smaller one counts
+    instances    COCO instances, in annotations*.zip or instances_SUBSET.json, and the images of a subset in SUBSET.zip
+                 or a folder: a class is a category, what is no object is background, and of objects that overlap the
+                 smaller one counts
 
 Label values become 0, 1, … in the order of `classes.json`; what does not count is 255 (65535 where there are more than
 254 classes): VOC's borders, all but the 19 classes of Cityscapes, and ADE20K's 0. A picture without its mask, a mask of
@@ -206,9 +207,14 @@ def ade20k(raw_dir: Path) -> Layout:
 
 
 def instances(raw_dir: Path) -> Layout:
-    """COCO instances as semantic maps: those of the embedded corpus, or of one's own."""
-    annotations = _find(raw_dir, "annotations.zip")
-    categories = list_categories(annotations)
+    """COCO instances as semantic maps: COCO's own, those of the embedded corpus, or of one's own."""
+    found = [(file, _INSTANCES.fullmatch(file.name)) for file in json_files(raw_dir, "annotations*.zip")]
+    subsets = [(file, match[1]) for file, match in found if match]
+    if not subsets:
+        raise UserError(f"{raw_dir} holds no COCO instances: no instances_*.json, in an annotations*.zip or unpacked")
+    categories: dict[int, str] = {}
+    for file, _ in subsets:
+        categories |= list_categories(file)
     label_of = {category: n for n, category in enumerate(sorted(categories), start=1)}
 
     def mask(image: dict[str, Any], there: Sequence[dict[str, Any]], faults: list[str]) -> np.ndarray:
@@ -240,23 +246,22 @@ def instances(raw_dir: Path) -> Layout:
             PurePosixPath(name).stem, lambda: _read(listing, inside), lambda: mask(image, there, faults), faults
         )
 
-    splits, files = {}, [annotations]
-    for file in json_files(annotations.parent, "annotations.zip"):
-        match = _INSTANCES.fullmatch(file.name)
-        if match and file.path == annotations:
-            files.append(_find(raw_dir, f"{match[1]}.zip"))
-            listing = Listing(files[-1])
-            of_image: dict[int, list[dict[str, Any]]] = {}  # of this file: another's may have the same ids
-            for annotation in list_annotations(file):
-                of_image.setdefault(annotation["image_id"], []).append(annotation)
-            pairs = []
-            for image in file.entries("images"):
-                if lacking := {"id", "file_name", "height", "width"} - image.keys():
-                    raise UserError(f"{file}: an image has no '{min(lacking)}'")
-                pairs.append(pair(listing, match[1], image, of_image.get(image["id"], [])))
-            splits[split_name(match[1].rstrip("0123456789"), str(file))] = _chunks(pairs)
-    if not splits:
-        raise UserError(f"{annotations} holds no COCO instances (no instances_*.json)")
+    splits: dict[str, list[Iterable[Pair]]] = {}
+    files = []
+    for file, subset in subsets:
+        unpacked = raw_dir / subset
+        location = unpacked if unpacked.is_dir() else _find(raw_dir, f"{subset}.zip")
+        files += [file.path, location]
+        listing = Listing(location)
+        of_image: dict[int, list[dict[str, Any]]] = {}  # of this file: another's may have the same ids
+        for annotation in list_annotations(file):
+            of_image.setdefault(annotation["image_id"], []).append(annotation)
+        pairs = []
+        for image in file.entries("images"):
+            if lacking := {"id", "file_name", "height", "width"} - image.keys():
+                raise UserError(f"{file}: an image has no '{min(lacking)}'")
+            pairs.append(pair(listing, subset, image, of_image.get(image["id"], [])))
+        splits.setdefault(split_name(subset.rstrip("0123456789"), str(file)), []).extend(_chunks(pairs))
     labels = {n: n for n in range(len(categories) + 1)} | {IGNORED: IGNORED}
     return Layout(("background", *(categories[one] for one in sorted(categories))), labels, splits, files)
 

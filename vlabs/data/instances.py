@@ -103,15 +103,15 @@ def list_annotations(path: str | Path | JsonFile) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    for file in [path] if isinstance(path, JsonFile) else _files(path):
+    for file in _files(path):
         yield from _annotations(file)
 
 
-def list_categories(path: str | Path) -> dict[int, str]:
+def list_categories(path: str | Path | JsonFile) -> dict[int, str]:
     """The names of the categories in COCO's instances files, by id.
 
     Args:
-        path: as in `read_instances`.
+        path: as in `list_annotations`.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
@@ -303,8 +303,10 @@ def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | No
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
-def _files(path: str | Path) -> list[JsonFile]:
+def _files(path: str | Path | JsonFile) -> list[JsonFile]:
     """The JSON files to read: of a zip file its instances files, the smallest first; or the one that it is."""
+    if isinstance(path, JsonFile):
+        return [path]
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}: name COCO's annotations, such as annotations.zip of a corpus")
