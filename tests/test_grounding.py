@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.scenes.drawing import run_lengths
+from data_prep.scenes.drawing import instance as annotation_of
 from vlabs.data.instances import (
     crop_map,
     crop_mask,
@@ -437,7 +437,7 @@ def test_every_target_of_the_prepared_scenes_has_its_mask(tiny_data: Path) -> No
                 mask = instance.mask()
                 assert instance.image_id == image_id
                 assert mask.sum() == instance.area > 0
-                assert run_lengths(mask) == instance.segmentation["counts"]
+                assert annotation_of(mask, 1, 1, 1)["segmentation"] == instance.segmentation
 
 
 # --- the geometry of the model's input -----------------------------------------------------------------------------

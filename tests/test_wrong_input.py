@@ -50,9 +50,9 @@ def picture(tmp_path) -> Path:
         ("data=scenes data.size=huge", ["data.size=huge", "tiny, small, medium, large"]),
         ("task.freeze=[visio]", ["visio", "vision"]),
         ("init=nowhere.ckpt", ["nowhere.ckpt"]),
-        ("model=base", ["FacebookAI/roberta-base", "data.tokenizer"]),
+        ("model=base", ["vit_base_patch16_224", "weights=DIR", "FacebookAI/roberta-base", "name_or_path=DIR"]),
         ("model/vision=base +model.vision.embed_dim=24", ["vit_base_patch16_224", "model.vision.weights=DIR"]),
-        ("model/text=roberta_base", ["FacebookAI/roberta-base", "data.tokenizer=DIR"]),
+        ("model/text=roberta_base", ["FacebookAI/roberta-base", "model.text.name_or_path=DIR"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,19 @@ def check_there(vision: str | None, text: str | None) -> None:
     Raises:
         UserError: they are not to be had; the message says what to pass.
     """
-    folders = [(vision, _located(vision))] if vision else []
-    folders += [(text, _folder(text, "model.text.name_or_path=DIR"))] if text else []
-    for name, folder in folders:
-        if folder.is_dir() and _weights_of(folder) is None:
-            _read_folder(folder, name)
+    wanted: dict[str | None, Callable[[str], Path]] = {
+        vision: _located,
+        text: partial(_folder, instead="model.text.name_or_path=DIR"),
+    }
+    missing = []
+    for name, locate in wanted.items():
+        try:
+            if name and (folder := locate(name)).is_dir() and _weights_of(folder) is None:
+                _read_folder(folder, name)
+        except UserError as error:
+            missing.append(str(error))
+    if missing:
+        raise UserError("; ".join(missing))
 
 
 def _located(weights: str) -> Path:
