@@ -263,3 +263,13 @@ def test_a_model_without_xi_asks_for_no_regions():
 def test_a_weight_or_temperature_out_of_range_is_named(option):
     with pytest.raises(UserError, match=f"task.{next(iter(option))}="):
         make_task(**option)
+
+
+@pytest.mark.parametrize(("dead", "warned"), [([100.0, 0, 100], True), ([100.0, 0, 0], False)])
+def test_an_epoch_in_which_most_texts_steer_nothing_is_warned_of_once(dead, warned, capsys):
+    task = make_task(alive_prior_weight=0.25)
+    for expected in (warned, False):
+        task.dead.update(torch.tensor(dead))
+        task.on_train_epoch_end()
+        said = "".join(capsys.readouterr())
+        assert ("under 67% of this epoch's texts" in said and "which is 0.25" in said) == expected
