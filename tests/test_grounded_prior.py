@@ -273,3 +273,12 @@ def test_an_epoch_in_which_most_texts_steer_nothing_is_warned_of_once(dead, warn
         task.on_train_epoch_end()
         said = "".join(capsys.readouterr())
         assert ("under 67% of this epoch's texts" in said and "which is 0.25" in said) == expected
+
+
+@pytest.mark.parametrize(("given", "without_regions", "with_regions"), [(None, 1, 0), (0.25, 0.25, 0.25), (0, 0, 0)])
+def test_xi_is_kept_alive_by_default_where_no_text_has_a_region(given, without_regions, with_regions):
+    for known, expected in ((0, without_regions), (7, with_regions)):
+        task = make_task(region_prior_weight=1.0, alive_prior_weight=given)
+        set_up(task, known=known)
+        assert task.alive_prior_weight == expected
+    assert make_task(alive_prior_weight=given).alive_prior_weight == without_regions

@@ -554,3 +554,16 @@ def test_the_wheel_carries_every_module_and_file_and_works_in_a_clean_environmen
     code = "import vlabs.runs.config as config; print(config.config_dir())"
     found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.strip() == str(site / "vlabs/conf")
+
+
+def test_weights_are_known_by_their_content_whatever_their_file_is_called(tmp_path):
+    encoder = vit_from_timm(None, "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2)
+    for name in ("größe 1.SAFETENSORS", "no suffix"):
+        safetensors.torch.save_file(encoder.vit.state_dict(), tmp_path / name)
+        found = vit_from_timm(
+            str(tmp_path / name), "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2
+        )
+        assert torch.equal(found.vit.pos_embed, encoder.vit.pos_embed)
+    safetensors.torch.save_file(encoder.vit.state_dict(), tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="if mine.safetensors is all of its weights, call it model.safetensors"):
+        vit_from_timm(str(tmp_path), "vit_tiny_patch16_224", img_size=32)

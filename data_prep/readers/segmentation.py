@@ -103,7 +103,8 @@ def _read(listing: Listing, name: str) -> bytes:
     """
     image = listing.find(name)
     if image is None:
-        raise ValueError(f"{name} is missing")
+        there = next(iter(listing.files), None)
+        raise ValueError(f"{name} is missing; {listing.location.name} has {f'{there}, say' if there else 'no files'}")
     return read_file(image)
 
 

@@ -192,10 +192,8 @@ def look_by(
     output, found = look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
     n, pictures = len(input_ids), len(image)
     maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
-    steers: list[bool | None] = [None] * n
-    if model.vision.needs_prior and output.seen.token_weights is not None:
-        weights = attention_map(output, model.vision, "weights").reshape(n, -1)
-        steers = (weights > 0).any(dim=1).tolist()
+    steered = model.vision.steers(output.seen)
+    steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()
     names = [name if name != "weights" or of_text.any() else "fusion" for of_text in maps[name]]
     return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)
 

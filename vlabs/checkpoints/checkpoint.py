@@ -14,7 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -290,7 +290,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         UserError: the file is damaged, not a checkpoint, holds pickled objects other than inert ones, or asks for more
             memory than it has bytes.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickled(path)
     if "vlabs" in content:
         header, state = content["vlabs"], content.get("state_dict")
         if not isinstance(header, dict) or not isinstance(state, dict):
@@ -306,6 +306,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path} has adapters that fit nothing: {one_line(str(error))}") from None
             content["vlabs"] = {key: value for key, value in header.items() if key != "lora"}
     return content
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name; or, whatever that is, by its beginning: the length of a header in eight bytes, and then JSON."""
+    if path.suffix.lower() == ".safetensors":
+        return True
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+    return False
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -131,17 +131,13 @@ def check_there(vision: str | None, text: str | None) -> None:
 def _located(weights: str) -> Path:
     """The file or folder that `model.vision.weights` means; of a tag that of the cache."""
     path = Path(weights)
-    if path.is_dir():
+    if path.exists():
         return path
-    if path.suffix in _SUFFIXES:
-        if not path.is_file():
-            raise UserError(f"model.vision.weights={weights} does not exist")
-        return path
+    if path.suffix.lower() in _SUFFIXES:
+        raise UserError(f"model.vision.weights={weights} does not exist")
     architecture = weights.split(".")[0]
     if architecture not in timm.list_models():
-        raise UserError(
-            f"model.vision.weights={weights} is no tag of timm, no folder here, and no .safetensors or .pth file"
-        )
+        raise UserError(f"model.vision.weights={weights} is no tag of timm, and no file or folder here")
     if weights != architecture and weights not in (known := timm.list_pretrained(f"{architecture}*")):
         raise UserError(f"timm has no weights '{weights}': choose one of {', '.join(known) or 'another model'}")
     config = timm.get_pretrained_cfg(weights)
@@ -418,6 +414,8 @@ def _not_whole(folder: Path, name: str, missing: Iterable[str]) -> UserError:
             f"{of} in the local cache, {folder}, which is not whole: download it where there is a network, with "
             f"`hf download {name}` or `--local-dir DIR`, and pass DIR"
         )
+    if missing == [WEIGHTS] and len(others := [file for file in there if file.endswith(".safetensors")]) == 1:
+        return UserError(f"{of}: if {others[0]} is all of its weights, call it {WEIGHTS}")
     if lacks[0].startswith(WEIGHTS) and there and (others := [file for file in there if _OTHER_WEIGHTS.search(file)]):
         return UserError(
             f"{of}, and {_listed(others)} cannot be read: load it with the library that wrote it and save it as "

@@ -31,7 +31,8 @@ class VisionLanguageTask(Task):
             data say of no text what it is about.
         region_prior_temperature: its τ.
         alive_prior_weight: of the loss that keeps ξ like some patch of the picture, for texts of which nobody said what
-            they are about; without effect where no ξ is compared with patches.
+            they are about; without effect where no ξ is compared with patches. None for 1 where the region loss has no
+            region to learn from, which else keeps ξ alive, and 0.
         alive_prior_margin: its margin, in [0, 1].
         token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
         token_prior_temperature: its τ.
@@ -52,7 +53,7 @@ class VisionLanguageTask(Task):
         prior_loss: PriorLoss | None = None,
         region_prior_weight: float = 0.0,
         region_prior_temperature: float = 0.1,
-        alive_prior_weight: float = 0.0,
+        alive_prior_weight: float | None = 0.0,
         alive_prior_margin: float = 0.3,
         token_prior_weight: float = 0.0,
         token_prior_temperature: float = 0.1,
@@ -75,7 +76,8 @@ class VisionLanguageTask(Task):
         if self.prior_loss is not None and "feedback" in freeze:
             self.prior_loss.requires_grad_(False)
         self.region_prior_weight = check_weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
-        alive_prior_weight = check_weight("alive_prior_weight", alive_prior_weight)
+        self.alive_by_data = alive_prior_weight is None
+        alive_prior_weight = check_weight("alive_prior_weight", 1.0 if self.alive_by_data else alive_prior_weight)
         # FiLM's ξ is compared with nothing.
         compares = model.vision.topdown is not None and model.vision.topdown.needs_prior
         self.alive_prior_weight = alive_prior_weight if compares else 0.0
@@ -103,6 +105,7 @@ class VisionLanguageTask(Task):
         known = data.regions_known
         if known:
             data.region_grid = self.model.vision.grid_size
+            self.alive_prior_weight *= not self.alive_by_data
         else:
             self.region_prior_weight = 0.0
             self._freeze_idle_prior()

@@ -39,7 +39,6 @@ def shown_to_checkpoint(source: str, header: Mapping[str, Any]) -> Shown:
     Args:
         source: what it is called.
         header: its `"vlabs"` entry.
-
     """
     before = {"interpolation": "bicubic", "crop": 1.0}  # as long as checkpoints did not say
     plain = before | header["preprocessing"]
