@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -450,9 +451,27 @@ def test_a_loader_process_that_dies_is_one_line(long_options, tmp_path):
     assert "resume=" in lines[0]
 
 
+@pytest.mark.parametrize("interruption", [RuntimeError("DataLoader worker (pid 1) is killed"), KeyboardInterrupt()])
+def test_what_interrupts_the_writing_of_a_checkpoint_is_what_is_heard(interruption, tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise interruption
+            return super().write(data)
+
+    writer, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": 1}, path)
+    monkeypatch.setattr("vlabs.training.callbacks.checkpoints.open", Interrupted, raising=False)
+    with pytest.raises(type(interruption)) as heard:
+        writer.save_checkpoint({"step": 2, "weight": torch.zeros(1000)}, path)
+    assert heard.value is interruption
+    assert read(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):
-    io, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
-    io.save_checkpoint({"step": 1}, path)
+    writer, path = WholeCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": 1}, path)
     seen = []
     replace = type(path).replace
 
@@ -462,7 +481,7 @@ def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):
         seen.append(path.is_file())
 
     monkeypatch.setattr(type(path), "replace", watched)
-    io.save_checkpoint({"step": 2}, path)
+    writer.save_checkpoint({"step": 2}, path)
     assert all(seen)
     assert (read(path)["step"], read(previous_of(path))["step"]) == (2, 1)
 

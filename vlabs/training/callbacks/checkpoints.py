@@ -37,7 +37,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         with resumable(path.parent.parent), replacing(path) as partial:
             with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # the archive that is taken apart hides what interrupted its writing
+                    raise error.__context__ or error from None
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == "last.ckpt" and path.is_file():
