@@ -376,3 +376,29 @@ def test_feedback_of_many_tokens_is_that_of_few(topdown):
         strict=True,
     ):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_with_one_right_answer_the_loss_is_its_cross_entropy(smoothing):
+    """Answers of several people count by their shares, and a question whose answers are not in the vocabulary not."""
+    torch.manual_seed(0)
+    model = make_model(None)
+    model.head = VQAHead(model.head.classifier[0].in_features, 5, softmax=True)
+    task = VQATask(model, Preprocessing(16, ""), {}, Recipe(), label_smoothing=smoothing)
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    targets = torch.tensor([[0, 1, 0, 0, 0], [0.3, 0, 0, 0.9, 0], [0, 0, 0, 0, 0]], dtype=torch.float64)
+    odds = model.head.probabilities(logits).double().log()
+
+    def plain(share):
+        wanted = (1 - share) * torch.tensor([[0, 1, 0, 0, 0], [0.25, 0, 0, 0.75, 0]]) + share / 5
+        return -(wanted * odds[:2]).sum() / 2
+
+    assert task.answer_loss(logits, targets).item() == pytest.approx(plain(smoothing).item(), rel=1e-6)
+    assert task.eval().answer_loss(logits, targets).item() == pytest.approx(plain(0).item(), rel=1e-6)
+    assert "softmax" in build(model.spec | {"head": model.head.spec}).head.meaning
+
+
+@pytest.mark.parametrize(("smoothing", "said"), [(0.1, "model.head.softmax=true"), (1.0, r"\[0, 1\)")])
+def test_a_label_smoothing_that_means_nothing_is_refused(smoothing, said):
+    with pytest.raises(UserError, match=said):
+        VQATask(make_model(None), Preprocessing(16, ""), {}, Recipe(), label_smoothing=smoothing)

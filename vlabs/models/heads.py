@@ -20,15 +20,16 @@ class VQAHead(nn.Module):
     Args:
         in_features: width of the pooled output (twice the fusion width).
         num_answers: size of the answer vocabulary.
+        softmax: one answer to a question is right and all others are wrong. METER's default: several may be right
+            (sigmoid), as VQA v2's ten people say.
     """
 
     last_layer = ("head.classifier.3.weight", "head.classifier.3.bias")
     """Of a model with this head, the parameters with a row for each answer."""
-    meaning = "each answer's own probability of being right (sigmoid): several may be, so they need not sum to 100%"
-    """What its probabilities are."""
 
-    def __init__(self, in_features: int, num_answers: int) -> None:
+    def __init__(self, in_features: int, num_answers: int, softmax: bool = False) -> None:
         super().__init__()
+        self.softmax = softmax
         last = nn.Linear(in_features, num_answers)
         self.classifier = nn.Sequential(
             nn.Linear(in_features, in_features),
@@ -53,10 +54,16 @@ class VQAHead(nn.Module):
         logits: Tensor = self.classifier(pooled)
         return logits
 
-    @staticmethod
-    def probabilities(logits: Tensor) -> Tensor:
-        """What logits mean, in [0, 1]: of every answer whether it is right, because several may be (sigmoid)."""
-        return logits.float().sigmoid()
+    @property
+    def meaning(self) -> str:
+        """What its probabilities are."""
+        if self.softmax:
+            return "the probability that it is this answer and none of the others (softmax): all answers sum to 100%"
+        return "each answer's own probability of being right (sigmoid): several may be, so they need not sum to 100%"
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What logits mean, in [0, 1]: whether an answer is right, or which one is."""
+        return logits.float().softmax(dim=-1) if self.softmax else logits.float().sigmoid()
 
 
 @register

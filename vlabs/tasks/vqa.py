@@ -33,25 +33,57 @@ def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         UserError: the model has another number of answers than the data.
     """
+    _check_answers(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
+
+
+def single_answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the one right answer, mean over the questions that have one in the vocabulary.
+
+    Args:
+        logits, targets: (n, answers); targets in [0, 1]: where several are above 0, each counts by its share.
+        label_smoothing: share of a target that is spread over all answers.
+
+    Raises:
+        UserError: as `vqa_loss`.
+    """
+    _check_answers(logits, targets)
+    known = targets.sum(dim=1, keepdim=True)
+    losses = F.cross_entropy(logits, targets / known.clamp(min=1e-6), reduction="none", label_smoothing=label_smoothing)
+    is_known = (known[:, 0] > 0).to(losses.dtype)
+    return (losses * is_known).sum() / is_known.sum().clamp(min=1)
+
+
+def _check_answers(logits: Tensor, targets: Tensor) -> None:
     if logits.shape != targets.shape:
         raise UserError(
             f"model.head.num_answers={logits.shape[1]}: the data have {targets.shape[1]}; pass null for theirs"
         )
-    return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
 
 
 class VQATask(VisionLanguageTask):
-    """VQA fine-tuning. Arguments as in `VisionLanguageTask`; logs `val/vqa_accuracy` and one for each answer type.
+    """VQA fine-tuning. It logs `val/vqa_accuracy` and one for each answer type.
 
     The accuracy is in percent and the official one: a vocabulary answer's target is its official accuracy.
+
+    Args:
+        label_smoothing: of `single_answer_loss`, where the head has one right answer (`VQAHead.softmax`).
+        args, kwargs: of `VisionLanguageTask`.
     """
 
     name = "vqa"
     monitor = "val/vqa_accuracy"
     reads = VQADataModule
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task.label_smoothing={label_smoothing} must be a number in [0, 1)")
+        if label_smoothing and not self.model.head.softmax:
+            raise UserError(
+                "task.label_smoothing is of one right answer: pass model.head.softmax=true, or leave it out"
+            )
+        self.label_smoothing = label_smoothing
         self.accuracy = MeanMetric()
         # A list, because a module cannot have any name that data may have.
         self.answer_types: list[str] = []
@@ -93,6 +125,8 @@ class VQATask(VisionLanguageTask):
 
     def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of answer logits (n, answers) for soft scores (n, answers); `vqa_loss` is METER's."""
+        if self.model.head.softmax:
+            return single_answer_loss(logits, targets, self.label_smoothing if self.training else 0.0)
         return vqa_loss(logits, targets)
 
     def validation_step(self, batch: VQABatch, batch_idx: int) -> None:
