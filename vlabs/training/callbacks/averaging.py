@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EMAWeightAveraging
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor
+
+from vlabs.errors import UserError
 
 
-class WeightAverage(EMAWeightAveraging):
-    """Lightning's exponential moving average, that a validation and all that follows from it is of.
+class WeightAverage(WeightAveraging):
+    """An exponential moving average of the weights, that a validation and all that follows from it is of.
+
+    Its decay grows to the one that is asked for, `min(decay, (1 + n) / (10 + n))` at step n, as TensorFlow's and timm's
+    do: a fixed one would keep the weights that training begins with for some 1 / (1 - decay) steps.
 
     Lightning gives the trained weights back before a task's own measurements at the end of a validation and before
     best.ckpt is written, which would then hold other weights than those that were measured. This one gives them back
     when training goes on.
 
     Args:
-        decay: of the average.
-        options: of Lightning's `EMAWeightAveraging`.
+        decay: of the average, in [0, 1].
+        update_every_n_steps: steps from one update to the next.
+        device: where the average is; None for the model's.
     """
 
-    def __init__(self, decay: float = 0.999, **options: Any) -> None:
-        super().__init__(decay=decay, **options)
+    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, device: str | None = None) -> None:
+        if not 0 <= decay <= 1:
+            raise UserError(f"callbacks.ema.decay={decay} must be in [0, 1]")
+        super().__init__(device=device, multi_avg_fn=partial(_update, decay))
+        self.update_every_n_steps = max(1, update_every_n_steps)
         self.validating = False
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the average takes the weights after this step."""
+        return step_idx is not None and step_idx % self.update_every_n_steps == 0
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average."""
@@ -62,3 +78,13 @@ class WeightAverage(EMAWeightAveraging):
         if self.validating:  # then each is in the place of the other
             state = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint["current_model_state"], checkpoint["state_dict"] = state
+
+
+@torch.no_grad()
+def _update(decay: float, averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    """Move averages of one type towards the current values, `count` having been averaged."""
+    n = int(count)
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+    else:
+        torch._foreach_copy_(averages, current)
