@@ -21,7 +21,7 @@ from vlabs.data.instances import (
     resize_area,
 )
 from vlabs.data.prepared import load_split
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.preprocessing import CROP_MODES, Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.bootstrap import bootstrap_interval, paired_bootstrap
 from vlabs.metrics.grounding import (
@@ -456,15 +456,16 @@ def test_resizing_by_area_gives_means_over_areas() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 64), (480, 641), (375, 500), (333, 128), (31, 50), (20, 20)])
 @pytest.mark.parametrize("image_size", [32, 224])
-def test_a_mask_stays_on_its_object_in_the_models_picture(size: tuple[int, int], image_size: int) -> None:
+@pytest.mark.parametrize("mode", CROP_MODES)
+def test_a_mask_stays_on_its_object_in_the_models_picture(size: tuple[int, int], image_size: int, mode: str) -> None:
     height, width = size
     rows, columns = np.mgrid[:height, :width]
     side = min(size)
     distance = np.hypot((rows - 0.47 * height) / (0.2 * side), (columns - 0.54 * width) / (0.3 * side))
     mask = distance < 1
     picture = Image.fromarray(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
-    seen = np.asarray(Preprocessing(image_size, "").resize(picture))[..., 0] / 255
-    for ours in (crop_map(mask, image_size), crop_mask(mask, image_size)):
+    seen = np.asarray(Preprocessing(image_size, "", crop_mode=mode).resize(picture))[..., 0] / 255
+    for ours in (crop_map(mask, image_size, crop_mode=mode), crop_mask(mask, image_size, mode)):
         assert ours.shape == seen.shape == (image_size, image_size)
         # A border cut off otherwise would move the object by half a pixel or more.
         np.testing.assert_allclose(centre(ours), centre(seen), atol=0.2)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import assert_one_line_error
 from hydra import compose, initialize_config_dir
@@ -10,14 +11,21 @@ from PIL import Image
 
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.masks import MaskDataModule
-from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from vlabs.data.preprocessing import (
+    CROP_MODES,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+)
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.config import config_dir
 from vlabs.training.pictures import Shown, choose, shown_to_checkpoint, shown_to_encoder
 
 HALF = (0.5, 0.5, 0.5)
-NULLS = {"image_mean": None, "image_std": None, "interpolation": None}
+NULLS = {"image_mean": None, "image_std": None, "interpolation": None, "crop_mode": None}
 
 
 def config_of(*overrides):
@@ -50,6 +58,9 @@ def test_a_file_is_its_architectures_unless_a_config_beside_it_says_otherwise(tm
     assert shown_to_encoder(vision).values == {
         "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear", "crop": 0.875,
     }  # fmt: skip
+    whole = processor | {"size": {"height": 224, "width": 224}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole))
+    assert shown_to_encoder(vision).values["crop_mode"] == "squash"
     own = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}
     (tmp_path / "config.json").write_text(json.dumps(own))
     assert shown_to_encoder(vision).values["mean"] == [0, 0, 0]  # the config is of another architecture
@@ -128,16 +139,22 @@ def test_a_checkpoint_says_how_its_pictures_were_shown_also_one_of_old():
     plain = json.loads(json.dumps(made.to_plain()))
     assert Preprocessing.from_plain(plain) == made
     assert shown_to_checkpoint("it", {"preprocessing": plain}).values["interpolation"] == "bilinear"
-    old = {name: value for name, value in plain.items() if name not in ("interpolation", "crop")}
+    old = {name: value for name, value in plain.items() if name not in ("interpolation", "crop", "crop_mode")}
     assert Preprocessing.from_plain(old).interpolation == "bicubic"
     assert shown_to_checkpoint("it", {"preprocessing": old}).values == {
-        "mean": list(HALF), "std": list(HALF), "interpolation": "bicubic", "crop": 1.0,
+        "mean": list(HALF), "std": list(HALF), "interpolation": "bicubic", "crop": 1.0, "crop_mode": "center",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["resize", "resize_for_training"])
 def test_pictures_are_resized_as_it_is_said(name):
     picture = Image.effect_noise((64, 48), 90).convert("RGB")
+    edge = Image.new("RGB", (64, 16))
+    edge.paste((255, 0, 0), (0, 0, 16, 16))
+    left = [
+        np.asarray(getattr(Preprocessing(16, "", crop_mode=mode), name)(edge))[:, :4, 0].min() for mode in CROP_MODES
+    ]
+    assert left[0] == 0 < 200 < left[1]
     sharp, soft = (
         getattr(Preprocessing(16, "", interpolation=one), name)(picture).tobytes() for one in ("bicubic", "bilinear")
     )

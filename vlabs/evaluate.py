@@ -30,7 +30,9 @@ from vlabs.utils.ranks import is_rank_zero
 # What is written `task=NAME` on the command line is a file of the group `evaluation`.
 RENAMED = {"task": "evaluation@task"}
 
-_OF_THE_MODEL = re.compile(r"\+*data\.(image_size|image_mean|image_std|interpolation|crop|max_length|tokenizer)=.*")
+_OF_THE_MODEL = re.compile(
+    r"\+*data\.(image_size|image_mean|image_std|interpolation|crop|crop_mode|max_length|tokenizer)=.*"
+)
 
 
 def run(config: DictConfig) -> None:

@@ -165,6 +165,7 @@ class ClassDataModule(PictureDataModule):
     holds = "pictures with a class (data=objects, imagenet, classes)"
     by_default: ClassVar[dict[str, Any]] = {  # as usual on ImageNet
         "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop": 0.875,
+        "crop_mode": "center",
     }  # fmt: skip
 
     def __init__(

@@ -161,11 +161,11 @@ class ImageReader:
         return shares
 
     def _patch_shares(self, region: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-        size = self.preprocessing.image_size
+        size, mode = self.preprocessing.image_size, self.preprocessing.crop_mode
         assert self.region_grid is not None
         if self.move is None:
-            return crop_map(region, size, self.region_grid)
-        square = Image.fromarray(np.round(255 * crop_map(region, size)).astype(np.uint8))
+            return crop_map(region, size, self.region_grid, mode)
+        square = Image.fromarray(np.round(255 * crop_map(region, size, crop_mode=mode)).astype(np.uint8))
         seed_generators(*key)
         return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
 

@@ -216,13 +216,16 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
 # --- the geometry of the model's input -----------------------------------------------------------------------------
 
 
-def crop_map(values: np.ndarray, image_size: int, grid: tuple[int, int] | None = None) -> np.ndarray:
+def crop_map(
+    values: np.ndarray, image_size: int, grid: tuple[int, int] | None = None, crop_mode: str = "center"
+) -> np.ndarray:
     """A map over a whole picture, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
 
     Args:
         values: (H, W), over the picture's own pixels, or over a smaller or larger copy of the picture.
         image_size: side of the model's input in pixels.
         grid: rows and columns of patches of that input; its pixels if not given.
+        crop_mode: of the `Preprocessing`.
 
     Returns:
         (rows, columns), float64: every pixel or patch is the mean over the area that it covers.
@@ -234,36 +237,41 @@ def crop_map(values: np.ndarray, image_size: int, grid: tuple[int, int] | None =
     rows, columns = grid or (image_size, image_size)
     if image_size % rows or image_size % columns:
         raise ValueError(f"{rows}x{columns} patches do not tile an input of {image_size} pixels")
-    down, across = _crop_weights(height, width, image_size, rows, columns)
+    down, across = _crop_weights(height, width, image_size, rows, columns, crop_mode)
     # Whole numbers until the end, so that a mask's half is exactly a half.
     area = height * width * (image_size // rows) * (image_size // columns)
     return np.asarray(down @ values @ across / area)
 
 
 @lru_cache(maxsize=256)  # pictures of one data set have few sizes
-def _crop_weights(height: int, width: int, image_size: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def _crop_weights(
+    height: int, width: int, image_size: int, rows: int, columns: int, crop_mode: str
+) -> tuple[np.ndarray, np.ndarray]:
     """What `crop_map` multiplies a map with from the left, (rows, H), and the right, (W, columns): whole numbers."""
-    short = min(height, width)
-    # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
-    new_height, new_width = image_size * height // short, image_size * width // short
+    new_height = new_width = image_size
+    if crop_mode == "center":
+        short = min(height, width)
+        # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
+        new_height, new_width = image_size * height // short, image_size * width // short
     top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
     down = _overlaps(height, new_height, top, image_size // rows, rows)
     across = _overlaps(width, new_width, left, image_size // columns, columns)
     return down, across.T.copy()
 
 
-def crop_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
+def crop_mask(mask: np.ndarray, image_size: int, crop_mode: str = "center") -> np.ndarray:
     """A mask over a whole picture, over the part of it that the model sees.
 
     Args:
         mask: (H, W), bool or in [0, 1], over the picture's own pixels, or over a smaller or larger copy of it.
         image_size: side of the model's input in pixels.
+        crop_mode: of the `Preprocessing`.
 
     Returns:
         (image_size, image_size) bool: the pixels of which the mask covers more than half. It can be empty, where the
-        target lies outside the centre square or is thinner than a pixel.
+        target lies outside what the model sees or is thinner than a pixel.
     """
-    return crop_map(mask, image_size) > 0.5
+    return crop_map(mask, image_size, crop_mode=crop_mode) > 0.5
 
 
 def resize_area(values: np.ndarray, height: int, width: int) -> np.ndarray:

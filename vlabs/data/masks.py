@@ -211,7 +211,7 @@ class MaskDataModule(PictureDataModule):
 
     kind = "masks"
     holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
-    unused = (*PictureDataModule.unused, "interpolation")
+    unused = (*PictureDataModule.unused, "interpolation", "crop_mode")
     by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
     def __init__(

@@ -28,9 +28,10 @@ class PreparedDataModule(pl.LightningDataModule):
         max_length: tokens a text at most.
         tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
         image_mean, image_std: by which channels in [0, 1] are normalised; CLIP's if not given. None leaves them, as it
-            does `interpolation` and `crop`, to what a training starts from: see `left_open`.
+            does the other three, to what a training starts from: see `left_open`.
         interpolation: by which pictures are resized, `bicubic` or `bilinear`.
         crop: share of a picture's shorter side that evaluation sees; 1 for all of it.
+        crop_mode: whether the square that is seen is a picture's `center`, or all of it, `squash`ed.
         preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
         options: of `LoaderOptions`, of which `texts_per_image` is called by what the texts are: `questions_per_image`.
 
@@ -56,7 +57,9 @@ class PreparedDataModule(pl.LightningDataModule):
     """Options of others that change nothing here, but may stand in a config at their defaults."""
     item: ClassVar[str] = "text"
     """What a text is called: the column of the rows that they are in."""
-    by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic"}
+    by_default: ClassVar[dict[str, Any]] = {
+        "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "crop_mode": "center",
+    }  # fmt: skip
     """How pictures are read for an encoder from scratch, as far as there is anything to say here."""
     pictures: int = 1
     train_split = "train"
@@ -72,12 +75,14 @@ class PreparedDataModule(pl.LightningDataModule):
         image_std: Sequence[float] | None = IMAGE_STD,
         interpolation: str | None = "bicubic",
         crop: float | None = 1.0,
+        crop_mode: str | None = "center",
         preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         given = {"image_size": image_size, "max_length": max_length, "tokenizer": tokenizer}
         shown = {"image_mean": image_mean, "image_std": image_std, "interpolation": interpolation, "crop": crop}
+        shown["crop_mode"] = crop_mode
         self.options = self.loader_options(**options, **given, **shown, preprocessing=preprocessing)
         check_kind(dir, self.kind)
         self.folders = {"": Path(dir)}
@@ -178,4 +183,4 @@ class PreparedDataModule(pl.LightningDataModule):
 
 
 _DEFAULTS = {name: one.default for name, one in LoaderOptions.__dataclass_fields__.items()}
-_DEFAULTS |= {"max_length": 50, "tokenizer": None, "interpolation": "bicubic", "crop": 1.0}
+_DEFAULTS |= {"max_length": 50, "tokenizer": None, "interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}

@@ -26,6 +26,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 INTERPOLATIONS = ("bicubic", "bilinear")
+CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Preprocessing:
             empty where it ranks.
         mean, std: of the image channels, for values in [0, 1].
         crop: share of the shorter side that is seen, from 0.05 to 1.
+        crop_mode: what becomes the square (timm's names): the `center`, or all of a picture, `squash`ed; `crop` is then
+            a share of both sides.
         interpolation: by which pictures are resized, one of `INTERPOLATIONS`.
 
     Raises:
@@ -57,6 +60,7 @@ class Preprocessing:
     pad_token_id: int = field(default=1)
     crop: float = 1.0
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         for name in PICTURE_OPTIONS:
@@ -94,7 +98,7 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size / crop`, then the centre square, as torchvision does.
+        """Shorter side to `image_size / crop`, then the centre square, as torchvision does; both sides, where squashed.
 
         Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
@@ -105,9 +109,11 @@ class Preprocessing:
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of what is seen of a picture of a size (width, height), in its pixels."""
         width, height = size
-        shorter = min(width, height)
         shorter_resized = int(self.image_size / self.crop)
-        resized = int(shorter_resized * width / shorter), int(shorter_resized * height / shorter)
+        resized = shorter_resized, shorter_resized
+        if self.crop_mode == "center":
+            shorter = min(width, height)
+            resized = int(shorter_resized * width / shorter), int(shorter_resized * height / shorter)
         left, top = (round((side - self.image_size) / 2) for side in resized)
         x, y = width / resized[0], height / resized[1]
         right, bottom = (left + self.image_size) * x, (top + self.image_size) * y
@@ -118,11 +124,12 @@ class Preprocessing:
 
         The picture is moved by less than a pixel of the one that is given; augmentation moves it by more.
         """
-        size, side = self.image_size, min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
+        size = self.image_size
+        width, height = image.size if self.crop_mode == "squash" else (min(image.size),) * 2
+        left, top = (image.width - width) // 2, (image.height - height) // 2
         # The batch of one comes first, so that torch sees channels that lie side by side, for which it has its kernel.
         pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
-        square = pixels[..., top : top + side, left : left + side]
+        square = pixels[..., top : top + height, left : left + width]
         resized = F.interpolate(square, (size, size), mode=self.interpolation, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -226,8 +233,11 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number from 0.05 to 1, a share of the shorter side",
     ),
     "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
 }
-PICTURE_OPTIONS = {"mean": "image_mean", "std": "image_std", "interpolation": "interpolation", "crop": "crop"}
+PICTURE_OPTIONS = {"mean": "image_mean", "std": "image_std"} | {
+    name: name for name in ("interpolation", "crop", "crop_mode")
+}
 """How pictures are read, and the options of `data` that say so."""
 
 

@@ -77,7 +77,7 @@ class Targets:
 class GroundingEvaluation(Evaluation):
     """Measures every map against the targets; prints a table, writes metrics and a line a text.
 
-    Texts whose target is not known, or not inside the centre square that the model sees, are counted and left out.
+    Texts whose target is not known, or not inside what the model sees, are counted and left out.
 
     Args:
         maps: of `vlabs.attention.maps.MAPS`.
@@ -144,7 +144,7 @@ class GroundingEvaluation(Evaluation):
             "texts": len(records),
             "left_out": outside,
         }
-        print(f"{outside} of {len(asked)} texts left out: their target is outside the centre square")
+        print(f"{outside} of {len(asked)} texts left out: their target is outside what the model sees")
         print(write_json(setting.out_dir / "metrics.json", metrics))
         print(lines)
         return metrics
@@ -176,7 +176,8 @@ class GroundingEvaluation(Evaluation):
         records: list[dict[str, Any]] = []
         progress = tqdm(asked, unit="text", desc="human maps", disable=not setting.shows_progress)
         for (item,), by_name in _look_at(model, preprocessing, rows, [[item] for item in progress], maps):
-            human = crop_map(read_human_maps(item.text_id, people[item.text_id]).mean, preprocessing.image_size)
+            human = read_human_maps(item.text_id, people[item.text_id]).mean
+            human = crop_map(human, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
             correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
             records.append({"id": item.text_id, "text": item.text, "maps": correlations})
         lines = _write_lines(setting.out_dir, records)
@@ -271,7 +272,7 @@ def measure(
     groups = (list(of_image) for _, of_image in groupby(targets.asked, key=lambda item: item.row))
     for of_image, by_name in _look_at(model, preprocessing, targets.rows, groups, maps):
         image_id = image_ids[of_image[0].row]["image_id"]
-        masks = [crop_mask(targets.region(item), size) for item in of_image]
+        masks = [crop_mask(targets.region(item), size, preprocessing.crop_mode) for item in of_image]
         for n, (item, mask) in enumerate(zip(of_image, masks, strict=True)):
             if not mask.any():
                 yield None

@@ -22,6 +22,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import crop_mask
 from vlabs.data.prepared import read_answers
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
@@ -81,7 +82,7 @@ class SteeringEvaluation(Evaluation):
             raise UserError(f"task=steering needs questions of which it is known what they are about: {where} has none")
         if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
             raise UserError(f"{where}: the answers are kept back, so nothing can be said of them")
-        images = _pairs(targets, checkpoint.preprocessing.image_size, self.num_texts)
+        images = _pairs(targets, checkpoint.preprocessing, self.num_texts)
         questions = sum(len(pairs) for pairs in images)
         if questions < 2:
             raise UserError(f"{where}: no picture has two questions about different parts of it")
@@ -135,7 +136,7 @@ class _Scores:
         return bool(row["question_type"][own] == row["question_type"][other] and common[own] != common[other])
 
 
-def _pairs(targets: Targets, size: int, count: int | None) -> list[list[_Pair]]:
+def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) -> list[list[_Pair]]:
     """For every picture its questions, each with one about another part of it.
 
     That is the first after it, in a circle, and if there are any the first of its own type, whose answer could be its.
@@ -144,7 +145,7 @@ def _pairs(targets: Targets, size: int, count: int | None) -> list[list[_Pair]]:
     all_kinds = targets.rows.select_columns(["question_type"])
     for _, of_image in groupby(targets.asked, key=lambda item: item.row):
         asked = list(of_image)
-        masks = [crop_mask(targets.region(item), size) for item in asked]
+        masks = [crop_mask(targets.region(item), preprocessing.image_size, preprocessing.crop_mode) for item in asked]
         kinds = all_kinds[asked[0].row]["question_type"]
         pairs = []
         for n, item in enumerate(asked):

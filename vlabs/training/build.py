@@ -185,7 +185,7 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
 _FIXED = re.compile(
     r"model\..*|task\.(_target_|name|freeze|lora\..*)|seed|init|init_by"
     r"|data\.(_target_|size|layout|phrases|image_size|max_length|tokenizer|image_mean|image_std"
-    r"|interpolation|crop|seed)"
+    r"|interpolation|crop|crop_mode|seed)"
 )
 
 

@@ -18,7 +18,7 @@ from vlabs.utils.plain import check_files, parse_json, read_text
 
 _PROCESSOR = "preprocessor_config.json"
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as transformers' files have them
-_TIMM = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop": "crop_pct"}
+_TIMM = {name: name for name in ("mean", "std", "interpolation", "crop_mode")} | {"crop": "crop_pct"}
 
 
 class Shown(NamedTuple):
@@ -40,7 +40,7 @@ def shown_to_checkpoint(source: str, header: Mapping[str, Any]) -> Shown:
         source: what it is called.
         header: its `"vlabs"` entry.
     """
-    before = {"interpolation": "bicubic", "crop": 1.0}  # as long as checkpoints did not say
+    before = {"interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}  # as long as checkpoints did not say
     plain = before | header["preprocessing"]
     return Shown(source, {name: plain[name] for name in PICTURE_OPTIONS if name in plain})
 
@@ -101,7 +101,8 @@ def _of_processor(said: Mapping[str, Any]) -> dict[str, Any]:
         seen, resized = said["crop_size"]["height"], said["size"]["shortest_edge"]
         return values | {"crop": seen / resized}
     except (KeyError, TypeError, ZeroDivisionError):  # it does not crop
-        return values
+        size = said.get("size")
+        return values | ({"crop_mode": "squash"} if isinstance(size, dict) and {"height", "width"} <= {*size} else {})
 
 
 def choose(data: PreparedDataModule, shown: Shown | None) -> str:
@@ -136,7 +137,8 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
             name for name in data.left_open if name not in taken
         ],
     }
-    said = [f"{_words(data.preprocessing, names)} ({whose})" for whose, names in parts.items() if names]
+    words = {whose: _words(data.preprocessing, names) for whose, names in parts.items()}
+    said = [f"{how} ({whose})" for whose, how in words.items() if how]
     others = [name for name in given if name in values and _plain(values[name]) != getattr(data.preprocessing, name)]
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
@@ -156,8 +158,8 @@ def _plain(value: Any) -> Any:
 def _words(preprocessing: Preprocessing, names: list[str]) -> str:
     def word(name: str) -> str:
         value = getattr(preprocessing, name)
-        if name == "interpolation":
-            return str(value)
+        if isinstance(value, str):
+            return value
         return f"{name} {' '.join(f'{one:.3g}' for one in value) if isinstance(value, tuple) else f'{value:.3g}'}"
 
-    return ", ".join(map(word, names))
+    return ", ".join(word(name) for name in names if getattr(preprocessing, name) != "center")  # as usual
