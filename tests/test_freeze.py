@@ -1,7 +1,10 @@
 """`task.freeze` names the same parts in every task, and what it names stays as it is: weights and dropout."""
 
+from typing import ClassVar
+
 import pytest
 from hydra import compose, initialize_config_dir
+from pytorch_lightning import Callback
 from test_classify import make_task as classify_task
 from test_models import make_model
 from test_segment import make_segmenter
@@ -45,7 +48,7 @@ def trained(task, part):
 @pytest.mark.parametrize("name", TASKS)
 def test_vision_is_the_pre_trained_encoder_and_a_linear_probe_freezes_feedback_too(name):
     make, encoder, feedback = TASKS[name]
-    task = make(freeze=["vision"]).train()
+    task = make(freeze=["vision"])
     assert not trained(task, encoder)
     assert all(trained(task, part) for part in feedback)
     for path, module in task.model.named_modules():
@@ -58,8 +61,27 @@ def test_vision_is_the_pre_trained_encoder_and_a_linear_probe_freezes_feedback_t
     }  # fmt: skip
 
 
+class Modes(Callback):
+    """Notes whether a frozen text encoder would drop out, and another part would not, in a step."""
+
+    seen: ClassVar[list[tuple[bool, bool]]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append((any(one.training for one in pl_module.model.text.modules()), pl_module.model.fusion.training))
+
+
+def test_what_is_frozen_drops_nothing_out_in_a_real_training_also_after_a_validation(
+    tiny_options, in_process, tmp_path
+):
+    options = ["task.freeze=[text]", "+callbacks.modes._target_=test_freeze.Modes", "logger=csv"]
+    options += ["trainer.max_epochs=2", "trainer.limit_train_batches=1", "callbacks.grounding=null"]
+    result = in_process("vlabs.train", [*tiny_options, *options], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Modes.seen == [(False, True)] * 2
+
+
 def test_what_is_no_part_is_the_start_of_a_name():
-    task = vqa_task(freeze=["vision.vit.blocks.0", "prior", "text.roberta.embeddings"]).train()
+    task = vqa_task(freeze=["vision.vit.blocks.0", "prior", "text.roberta.embeddings"])
     for part in ("vision.vit.blocks.0", "prior", "text.roberta.embeddings"):
         assert not trained(task, part)
         assert not task.model.get_submodule(part).training

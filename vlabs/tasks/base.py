@@ -99,6 +99,7 @@ class Task(pl.LightningModule):
             model.recompute_activations()
         if compile:
             model.compile_parts()
+        self.train()  # Lightning takes the modes of modules as they are
 
     def _freeze(self, chosen: Sequence[str]) -> list[nn.Module]:
         """Stop training what `freeze` names; returns the modules that are frozen whole."""
