@@ -78,6 +78,7 @@ def test_what_is_frozen_drops_nothing_out_in_a_real_training_also_after_a_valida
     result = in_process("vlabs.train", [*tiny_options, *options], tmp_path)
     assert result.returncode == 0, result.stderr
     assert Modes.seen == [(False, True)] * 2
+    assert "eval mode" not in result.stdout + result.stderr
 
 
 def test_what_is_no_part_is_the_start_of_a_name():

@@ -38,6 +38,7 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
         ".*is smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",  # what task.freeze names
         ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on
         r".*on epoch level in distributed setting.*",  # a metric's value is of all ranks already
     ):
