@@ -11,8 +11,8 @@ A variant with feedback says what the scalars `w_i` and the directions `C_l ·` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from vlabs.models.registry import register
 
 Feedback = Callable[[Tensor], list[Tensor]]
-"""Takes tokens (…, D), returns `C_l tokens` for every block, first block first, without the bias of W_v.
+"""Takes tokens (…, D), returns `C_l tokens` for every block of the second pass, first one first, without W_v's bias.
 
 With `qkv_signal` it is W_qkv in the place of W_v, and 3D in the place of D.
 """
 
 
 Spread = Callable[[int, Tensor], Tensor]
-"""Takes a block and a number for every output token, (n, N, 1); returns one for every token of that block."""
+"""Takes a block of the second pass and a number for every output token, (n, N, 1); one for every token of the block."""
 
 
 def _same(block: int, values: Tensor) -> Tensor:
@@ -76,6 +76,12 @@ class TopDownSignal:
         parts = (value if bias is None else value + bias).split(width, dim=-1)
         return q + parts[0], k + parts[1], v + parts[2]
 
+    def at(self, kept: Tensor) -> TopDownSignal:
+        """The signal of the tokens at the places `kept`, (n, M)."""
+        index = self.image_index
+        directions = [take(one, index, kept if one.shape[1] > 1 else None) for one in self.directions]
+        return replace(self, scale=take(self.scale, None, kept), directions=directions, image_index=None)
+
 
 @dataclass
 class ValueMask:
@@ -92,6 +98,27 @@ class ValueMask:
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
+
+    def at(self, kept: Tensor) -> ValueMask:
+        """See `TopDownSignal`."""
+        return replace(self, similarity=self.similarity.gather(1, kept))
+
+
+SignalT = TypeVar("SignalT", TopDownSignal, ValueMask)
+
+
+def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
+    """What belongs to the image of each of n priors, (n, …); as it is without `image_index`."""
+    return per_image if image_index is None else per_image.index_select(0, image_index)
+
+
+def take(per_image: Tensor, image_index: Tensor | None, kept: Tensor | None) -> Tensor:
+    """Tokens (B, N, D) of the images of n priors: all of them, or those at the places `kept` (n, M), (n, M, D)."""
+    if kept is None:
+        return pick(per_image, image_index)
+    of = torch.arange(len(kept), device=kept.device) % len(per_image) if image_index is None else image_index
+    place = of[:, None] * per_image.shape[1] + kept
+    return per_image.flatten(0, 1).index_select(0, place.flatten()).view(*kept.shape, -1)
 
 
 class TopDown(nn.Module):
@@ -145,6 +172,12 @@ class TopDown(nn.Module):
             alpha: the strength of the signal in the place of the variant's own; it is given to variants that have one.
         """
         raise NotImplementedError
+
+
+def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
+    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own pictures, or of the one there is."""
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), pick(tokens, image_index))
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ class Predictor:
         map_name: str | None = None,
         alpha: float | None = None,
         prior_of: str | None = None,
+        keep: float | None = None,
     ) -> list[Answer]:
         """Answer questions about one picture; they share its bottom-up pass.
 
@@ -126,10 +127,11 @@ class Predictor:
             map_name: which map says where it looked (see `attention_map`); None for `default_map`.
             alpha: strength of the top-down signal in the place of the model's own.
             prior_of: a text whose ξ steers the encoder in the place of the questions' own.
+            keep: share of the patches that are looked at twice in the place of the model's own (see `AbSViT`).
 
         Raises:
             UserError: a file is missing or no image, there are too many or too few, a question is empty, there is no
-                such map, α is no number or too large, or the model has no α or no ξ to be replaced.
+                such map, α is no number or too large, the share is none, or the model has no α or no ξ to be replaced.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -148,7 +150,8 @@ class Predictor:
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
-        look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
+        with self.model.vision.keeping(keep):
+            look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
         answers = self.preprocessing.names
         logits = look.output.logits.detach().float()
         if not logits.isfinite().all():

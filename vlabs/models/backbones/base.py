@@ -54,6 +54,7 @@ class Backbone(ABC):
         grid_size: rows and columns of the output's patches.
         has_cls: whether the first output token is a [cls] that says what the picture is.
         is_even: whether all blocks have the output's tokens.
+        takes_some: whether blocks take any of the tokens, whose places are in them or in `positions`.
     """
 
     network: nn.Module
@@ -62,6 +63,7 @@ class Backbone(ABC):
     grid_size: tuple[int, int]
     has_cls: bool
     is_even = True
+    takes_some = False
 
     @property
     def depth(self) -> int:
@@ -84,8 +86,12 @@ class Backbone(ABC):
     def embed(self, images: Tensor) -> Tensor:
         """The input of the first block, of normalised images (B, 3, H, W)."""
 
-    def positions(self) -> Any:
-        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default."""
+    def positions(self, kept: Tensor | None = None) -> Any:
+        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default.
+
+        Args:
+            kept: (n, M), the patches that are there; None for all.
+        """
         return None
 
     def enter(self, index: int, x: Tensor) -> Tensor:

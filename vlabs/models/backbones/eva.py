@@ -41,14 +41,19 @@ class RotaryViT(TimmViT):
         embedded: Tensor = self.network.norm_pre(self.network._pos_embed(self.network.patch_embed(images))[0])
         return embedded
 
-    def positions(self) -> Tensor | None:
-        """Rotations of the patches, (N, 2d), or (depth, heads, N, 2d) where every block has its own."""
+    def positions(self, kept: Tensor | None = None) -> Tensor | None:
+        """Rotations of the patches, (N, 2d), or (depth, heads, N, 2d) where every block has its own.
+
+        Of `kept` patches (n, M) they are (n, 1, M, 2d) and (depth, n, heads, M, 2d).
+        """
         rope = self.network.rope
         if rope is None:
             return None
         cached = hasattr(rope, "feat_shape") and not self.network.dynamic_img_size
         rotations: Tensor = rope.get_embed(shape=None if cached else list(self.grid_size))
-        return rotations
+        if kept is None:
+            return rotations
+        return rotations[..., kept, :].transpose(1, 2) if rotations.ndim == 4 else rotations[kept].unsqueeze(1)
 
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""
