@@ -47,8 +47,10 @@ def main() -> None:
         check_text("a --question", question)
     device = find_device(arguments.device)
     pictures = [open_image(path) for path in arguments.image]
-    predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
-    answers = predictor.answer(pictures, arguments.question, map_name=arguments.map, keep=arguments.keep)
+    predictor = load(
+        arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
+    )
+    answers = predictor.answer(pictures, arguments.question, map_name=arguments.map)
     for answer in answers:
         show(answer.question)
         for text, probability in answer.answers:

@@ -116,7 +116,6 @@ class Predictor:
         map_name: str | None = None,
         alpha: float | None = None,
         prior_of: str | None = None,
-        keep: float | None = None,
     ) -> list[Answer]:
         """Answer questions about one picture; they share its bottom-up pass.
 
@@ -127,11 +126,10 @@ class Predictor:
             map_name: which map says where it looked (see `attention_map`); None for `default_map`.
             alpha: strength of the top-down signal in the place of the model's own.
             prior_of: a text whose ξ steers the encoder in the place of the questions' own.
-            keep: share of the patches that are looked at twice in the place of the model's own (see `AbSViT`).
 
         Raises:
             UserError: a file is missing or no image, there are too many or too few, a question is empty, there is no
-                such map, α is no number or too large, the share is none, or the model has no α or no ξ to be replaced.
+                such map, α is no number or too large, or the model has no α or no ξ to be replaced.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -150,8 +148,7 @@ class Predictor:
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
-        with self.model.vision.keeping(keep):
-            look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
+        look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
         answers = self.preprocessing.names
         logits = look.output.logits.detach().float()
         if not logits.isfinite().all():
@@ -272,6 +269,7 @@ def load(
     device: str | None = None,
     answers: str | Path | None = None,
     tokenizer: str | None = None,
+    keep: float | None = None,
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -279,10 +277,14 @@ def load(
         path: run folder, `.ckpt`, exported `.safetensors`, or a VQA checkpoint of the released METER code.
         device: `cpu` or `cuda`; the GPU if there is one.
         answers, tokenizer: for a released file; see `load_any`.
+        keep: share of the patches that are looked at twice (see `AbSViT`), in the place of the model's own.
 
     Raises:
-        UserError: the file is no checkpoint of a model that answers or labels.
+        UserError: the file is no checkpoint of a model that answers or labels, or the model cannot keep such a share.
     """
     device = find_device(device)
     tasks = ("vqa", "snli_ve", "nlvr2")
-    return Predictor(load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks), device)
+    checkpoint = load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks)
+    if keep is not None:
+        checkpoint.vision.keep = keep
+    return Predictor(checkpoint, device)
