@@ -33,7 +33,7 @@ from vlabs.errors import UserError
 from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
-from vlabs.models.topdown import PerceiverIO, SignalT, TopDown, TopDownSignal, cosines, pick, similarity, take
+from vlabs.models.topdown import PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
 
 STEMS = ("patch", "conv")
 
@@ -235,6 +235,11 @@ class AbSViT(nn.Module):
         return self.backbone.grid_size
 
     @property
+    def keeps_what_is_read(self) -> bool:
+        """Whether patches are kept by what [cls] reads in the first pass, since there is no ξ to keep them by."""
+        return not self.needs_prior
+
+    @property
     def keep(self) -> float:
         """The share of the patches that the second pass and what reads it have; it can be set."""
         return self._keep
@@ -286,7 +291,7 @@ class AbSViT(nn.Module):
         positions = backbone.positions()
         forget(record)
         kept: list[Tensor] = []
-        last: list[Tensor] | None = [] if self.keep < 1 and not self.needs_prior else None
+        last: list[Tensor] | None = [] if self.keep < 1 and self.keeps_what_is_read else None
         for index in range(backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
             qkv = None
@@ -310,7 +315,7 @@ class AbSViT(nn.Module):
     def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor | None:
         """The tokens that are kept for n priors, or of B images where none steers: (n, M), ascending; None for all.
 
-        They are the prefix and the patches with the largest cosine with ξ, whose order that of s_i is.
+        They are the prefix and the first patches by `order`.
 
         Args:
             bottom_up, prior, image_index: as of `attend`.
@@ -320,13 +325,22 @@ class AbSViT(nn.Module):
         count = max(1, round(self.keep * patches))
         if count >= patches:
             return None
-        if self.needs_prior and prior is not None:
-            order = cosines(prior, bottom_up.tokens, image_index)
-        else:
-            assert bottom_up.read is not None, "encode with the same keep"
-            order = bottom_up.read
-        best = order[:, prefix:].topk(count, dim=1).indices.sort(dim=1).values + prefix
+        best = (
+            self.order(bottom_up, prior, image_index)[:, prefix:].topk(count, dim=1).indices.sort(dim=1).values + prefix
+        )
         return torch.cat([torch.arange(prefix, device=best.device).expand(len(best), -1), best], dim=1)
+
+    def order(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor:
+        """What patches are kept by, largest first: the cosine with ξ, which is s_i where that is above 0, (n, N).
+
+        Where no ξ steers, it is what [cls] reads, (B, N).
+        """
+        if not self.keeps_what_is_read:
+            assert prior is not None
+            return cosines(prior, bottom_up.tokens, image_index)
+        if bottom_up.read is None:
+            raise ValueError("the first pass was made when all patches were kept")
+        return bottom_up.read
 
     def attend(
         self,
@@ -406,8 +420,10 @@ class AbSViT(nn.Module):
         # Variants without a strength, and those of a user that have none to be changed, need not take it.
         given = {} if alpha is None else {"alpha": alpha}
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
+        self._spread(signal)
         weights = signal.similarity
-        signal = self._spread(signal) if kept is None else signal.at(kept)
+        if kept is not None:
+            signal = signal.at(kept)
 
         def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
@@ -438,11 +454,10 @@ class AbSViT(nn.Module):
             outputs.append(tokens)
         return VisionTokens(tokens, hidden, weights, reconstruction, outputs, kept)
 
-    def _spread(self, signal: SignalT) -> SignalT:
+    def _spread(self, signal: TopDownSignal | ValueMask) -> None:
         """Let a signal know which token of a block is which of the output's, where these are not the same."""
         if not self.backbone.is_even:
             signal.spread = lambda block, values: self.backbone.spread(block + self.start - 1, values)
-        return signal
 
     def _run(self, *arguments: Any) -> Tensor:
         """A block, its inner activations kept for the backward pass or not."""
@@ -469,7 +484,8 @@ class AbSViT(nn.Module):
         prepared = self.topdown.prepare(tokens, self._first_feedback)
         signal = self.topdown.signal(tokens, prior, prepared, None, self._first_feedback)
         assert isinstance(signal, TopDownSignal)
-        return self._spread(signal).value(0)
+        self._spread(signal)
+        return signal.value(0)
 
     def _first_feedback(self, tokens: Tensor) -> list[Tensor]:
         """`B_l A_l … A_L tokens` of the second pass's first block alone, without W_v."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +102,6 @@ class ValueMask:
     def at(self, kept: Tensor) -> ValueMask:
         """See `TopDownSignal`."""
         return replace(self, similarity=self.similarity.gather(1, kept))
-
-
-SignalT = TypeVar("SignalT", TopDownSignal, ValueMask)
 
 
 def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
