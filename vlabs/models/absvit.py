@@ -325,10 +325,10 @@ class AbSViT(nn.Module):
         count = max(1, round(self.keep * patches))
         if count >= patches:
             return None
-        best = (
-            self.order(bottom_up, prior, image_index)[:, prefix:].topk(count, dim=1).indices.sort(dim=1).values + prefix
-        )
-        return torch.cat([torch.arange(prefix, device=best.device).expand(len(best), -1), best], dim=1)
+        order = self.order(bottom_up, prior, image_index)[:, prefix:]
+        best = order.topk(count, dim=1).indices
+        best = best.topk(count, dim=1, largest=False).values + prefix  # sorted; ONNX has no sort
+        return torch.cat([torch.arange(prefix, device=best.device).expand(best.shape[0], -1), best], dim=1)
 
     def order(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor:
         """What patches are kept by, largest first: the cosine with ξ, which is s_i where that is above 0, (n, N).

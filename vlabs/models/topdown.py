@@ -113,8 +113,9 @@ def take(per_image: Tensor, image_index: Tensor | None, kept: Tensor | None) -> 
     """Tokens (B, N, D) of the images of n priors: all of them, or those at the places `kept` (n, M), (n, M, D)."""
     if kept is None:
         return pick(per_image, image_index)
-    of = torch.arange(len(kept), device=kept.device) % len(per_image) if image_index is None else image_index
-    place = of[:, None] * per_image.shape[1] + kept
+    if image_index is None:
+        return per_image.expand(kept.shape[0], -1, -1).gather(1, kept[..., None].expand(-1, -1, per_image.shape[2]))
+    place = image_index[:, None] * per_image.shape[1] + kept
     return per_image.flatten(0, 1).index_select(0, place.flatten()).view(*kept.shape, -1)
 
 
