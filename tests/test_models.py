@@ -272,7 +272,12 @@ def test_fewer_patches_are_those_most_like_the_prior_and_maps_are_of_all():
     with model.vision.keeping(0.5):
         record: list[Tensor] = []
         half = model(images, ids, mask, read_image=True, record=record)
-    assert half.seen.tokens.shape == (2, 3, 24)
+    assert half.seen.tokens.shape == (2, 4, 24)  # [cls], two patches, the mean of the others
+    rest = torch.ones(2, 5).scatter(1, half.seen.kept, 0.0) * whole.seen.token_weights.clamp(min=1e-3)
+    assert model.vision.choose(half.bottom_up, half.prior, None) is None
+    with model.vision.keeping(0.5):
+        kept = model.vision.choose(half.bottom_up, half.prior, None)
+    torch.testing.assert_close(kept.rest, rest / rest.sum(1, keepdim=True))
     assert half.seen.kept[:, 0].tolist() == [0, 0]
     torch.testing.assert_close(half.seen.token_weights, whole.seen.token_weights)
     cosine = F.cosine_similarity(half.bottom_up.tokens[:, 1:], half.prior[:, None], dim=-1)

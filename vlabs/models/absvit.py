@@ -33,7 +33,7 @@ from vlabs.errors import UserError
 from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
-from vlabs.models.topdown import PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
+from vlabs.models.topdown import Kept, PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
 
 STEMS = ("patch", "conv")
 
@@ -83,7 +83,8 @@ class VisionTokens:
         token_weights: (n, N) in [0, 1], the similarity of prior and token; None without a prior.
         reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
         layers: (n, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
-        kept: (n, M), the places of the tokens among all of the encoder's, ascending; None where these are all.
+        kept: (n, M), the places of the tokens among all of the encoder's, ascending; None where these are all. The last
+            of the M + 1 tokens that there are then is the mean of all others.
     """
 
     tokens: Tensor
@@ -97,7 +98,8 @@ class VisionTokens:
         """Numbers (n, M) of the tokens as those of all `count` tokens of the encoder: 0 for what was not kept."""
         if self.kept is None or values.shape[1] == count:
             return values
-        return values.new_zeros(len(values), count).scatter(1, self.kept.expand(len(values), -1), values)
+        places = self.kept.expand(len(values), -1)
+        return values.new_zeros(len(values), count).scatter(1, places, values[:, : places.shape[1]])
 
 
 @register
@@ -119,8 +121,8 @@ class AbSViT(nn.Module):
             from scratch learns shapes several times sooner. `patch_size` is then a power of 2.
         start: l0, the block, counted from 1, with which the second pass begins; there are no decoders below.
         keep: the share of the patches, in (0, 1], that the second pass and what reads it have: those most like ξ, or
-            where no ξ steers those that [cls] reads most. Several shares: one for each step of a training, and the
-            largest where nothing else is said.
+            where no ξ steers those that [cls] reads most; all others are one token, their mean. Several shares: one
+            for each step of a training, and the largest where nothing else is said.
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
@@ -312,10 +314,10 @@ class AbSViT(nn.Module):
         return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept, read)
 
     @torch.no_grad()
-    def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor | None:
-        """The tokens that are kept for n priors, or of B images where none steers: (n, M), ascending; None for all.
+    def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Kept | None:
+        """The tokens that are kept for n priors, or of B images where none steers; None for all.
 
-        They are the prefix and the first patches by `order`.
+        They are the prefix and the first patches by `order`, by which the others are weighted.
 
         Args:
             bottom_up, prior, image_index: as of `attend`.
@@ -325,10 +327,12 @@ class AbSViT(nn.Module):
         count = max(1, round(self.keep * patches))
         if count >= patches:
             return None
-        order = self.order(bottom_up, prior, image_index)[:, prefix:]
-        best = order.topk(count, dim=1).indices
+        order = self.order(bottom_up, prior, image_index).float()
+        best = order[:, prefix:].topk(count, dim=1).indices
         best = best.topk(count, dim=1, largest=False).values + prefix  # sorted; ONNX has no sort
-        return torch.cat([torch.arange(prefix, device=best.device).expand(best.shape[0], -1), best], dim=1)
+        places = torch.cat([torch.arange(prefix, device=best.device).expand(best.shape[0], -1), best], dim=1)
+        rest = order.clamp(min=1e-3).scatter(1, places, 0.0)
+        return Kept(places, rest / rest.sum(dim=1, keepdim=True))
 
     def order(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor:
         """What patches are kept by, largest first: the cosine with ξ, which is s_i where that is above 0, (n, N).
@@ -387,7 +391,7 @@ class AbSViT(nn.Module):
                 None,
                 once.reconstruction,
                 [pick(one, image_index) for one in once.layers],
-                None if kept is None else pick(kept, image_index),
+                None if kept is None else pick(kept.places, image_index),
             )
         assert prior is not None
         if not topdown.second_pass:
@@ -400,7 +404,7 @@ class AbSViT(nn.Module):
                 outputs[-1] = scale * outputs[-1]
             scale = take(scale, None, kept)
             tokens, hidden = (scale * take(one, image_index, kept) for one in (bottom_up.tokens, bottom_up.hidden))
-            return VisionTokens(tokens, hidden, weights, None, outputs, kept)
+            return VisionTokens(tokens, hidden, weights, None, outputs, None if kept is None else kept.places)
         return self._second_pass(topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record)
 
     def _second_pass(
@@ -409,7 +413,7 @@ class AbSViT(nn.Module):
         bottom_up: BottomUp,
         prior: Tensor,
         image_index: Tensor | None,
-        kept: Tensor | None,
+        kept: Kept | None,
         reconstruct: bool,
         layers: Sequence[int],
         alpha: float | None,
@@ -431,13 +435,14 @@ class AbSViT(nn.Module):
         hidden = take(bottom_up.embedded, image_index, kept)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
         prefix = self.num_prefix_tokens
-        positions = backbone.positions(None if kept is None else kept[:, prefix:] - prefix)
+        patches = None if kept is None else Kept(kept.places[:, prefix:] - prefix, kept.rest[:, prefix:])
+        positions = backbone.positions(patches)
         forget(record)
         # Blocks before the first of this pass are as they were.
         outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
         for index in range(first, backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
-            qkv = take(bottom_up.first_qkv, image_index, kept) if index == first else None
+            qkv = pick(bottom_up.first_qkv, image_index) if index == first and kept is None else None
             output = self._run(index, hidden, positions, partial(steer, index - first), qkv, record)
             if reconstruction is not None:
                 decoder = self.decoders[index]
@@ -452,7 +457,7 @@ class AbSViT(nn.Module):
         tokens = backbone.finish(hidden)
         if backbone.depth in layers:
             outputs.append(tokens)
-        return VisionTokens(tokens, hidden, weights, reconstruction, outputs, kept)
+        return VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
 
     def _spread(self, signal: TopDownSignal | ValueMask) -> None:
         """Let a signal know which token of a block is which of the output's, where these are not the same."""

@@ -76,11 +76,15 @@ class TopDownSignal:
         parts = (value if bias is None else value + bias).split(width, dim=-1)
         return q + parts[0], k + parts[1], v + parts[2]
 
-    def at(self, kept: Tensor) -> TopDownSignal:
-        """The signal of the tokens at the places `kept`, (n, M)."""
-        index = self.image_index
-        directions = [take(one, index, kept if one.shape[1] > 1 else None) for one in self.directions]
-        return replace(self, scale=take(self.scale, None, kept), directions=directions, image_index=None)
+    def at(self, kept: Kept) -> TopDownSignal:
+        """The signal of the tokens that are kept; that of the last is the mean of the others'."""
+        scale = take(self.scale, None, kept)
+        if self.directions[0].shape[1] == 1:
+            return replace(self, scale=scale)
+        scale = torch.cat([scale[:, :-1], torch.ones_like(scale[:, -1:])], dim=1)
+        scaled = replace(kept, rest=kept.rest * self.scale[..., 0])
+        directions = [take(one, self.image_index, scaled) for one in self.directions]
+        return replace(self, scale=scale, directions=directions, image_index=None)
 
 
 @dataclass
@@ -99,9 +103,9 @@ class ValueMask:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
 
-    def at(self, kept: Tensor) -> ValueMask:
+    def at(self, kept: Kept) -> ValueMask:
         """See `TopDownSignal`."""
-        return replace(self, similarity=self.similarity.gather(1, kept))
+        return replace(self, similarity=take(self.similarity.unsqueeze(-1), None, kept)[..., 0])
 
 
 def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
@@ -109,14 +113,31 @@ def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
     return per_image if image_index is None else per_image.index_select(0, image_index)
 
 
-def take(per_image: Tensor, image_index: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Tokens (B, N, D) of the images of n priors: all of them, or those at the places `kept` (n, M), (n, M, D)."""
+@dataclass
+class Kept:
+    """What n priors keep of N tokens: M of them, and the mean of all others as one token more.
+
+    Attributes:
+        places: (n, M), ascending.
+        rest: (n, N), the weights of that mean: their sum is 1, and those of the kept are 0.
+    """
+
+    places: Tensor
+    rest: Tensor
+
+
+def take(per_image: Tensor, image_index: Tensor | None, kept: Kept | None) -> Tensor:
+    """Tokens (B, N, D) of the images of n priors: all of them, or what is kept of them, (n, M + 1, D)."""
     if kept is None:
         return pick(per_image, image_index)
+    places, width = kept.places, per_image.shape[2]
     if image_index is None:
-        return per_image.expand(kept.shape[0], -1, -1).gather(1, kept[..., None].expand(-1, -1, per_image.shape[2]))
-    place = image_index[:, None] * per_image.shape[1] + kept
-    return per_image.flatten(0, 1).index_select(0, place.flatten()).view(*kept.shape, -1)
+        of = per_image.expand(places.shape[0], -1, -1).gather(1, places[..., None].expand(-1, -1, width))
+    else:
+        place = image_index[:, None] * per_image.shape[1] + places
+        of = per_image.flatten(0, 1).index_select(0, place.flatten()).view(*places.shape, width)
+    rest = kept.rest.unsqueeze(1).to(per_image.dtype) @ pick(per_image, image_index)
+    return torch.cat([of, rest], dim=1)
 
 
 class TopDown(nn.Module):

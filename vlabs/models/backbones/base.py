@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from vlabs.models.topdown import Kept
+
 Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """Takes q, k, v (n, N, D), or (1, N, D) of one image, and the bias (3D,) of W_qkv; gives q, k, v under a signal."""
 
@@ -86,11 +88,11 @@ class Backbone(ABC):
     def embed(self, images: Tensor) -> Tensor:
         """The input of the first block, of normalised images (B, 3, H, W)."""
 
-    def positions(self, kept: Tensor | None = None) -> Any:
+    def positions(self, kept: Kept | None = None) -> Any:
         """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default.
 
         Args:
-            kept: (n, M), the patches that are there; None for all.
+            kept: the patches that are there; None for all.
         """
         return None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlabs.models.backbones.base import Steer, dropout_of, mix, split_heads
 from vlabs.models.backbones.vit import TimmViT
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Kept, take
 
 
 class RotaryViT(TimmViT):
@@ -41,10 +42,10 @@ class RotaryViT(TimmViT):
         embedded: Tensor = self.network.norm_pre(self.network._pos_embed(self.network.patch_embed(images))[0])
         return embedded
 
-    def positions(self, kept: Tensor | None = None) -> Tensor | None:
+    def positions(self, kept: Kept | None = None) -> Tensor | None:
         """Rotations of the patches, (N, 2d), or (depth, heads, N, 2d) where every block has its own.
 
-        Of `kept` patches (n, M) they are (n, 1, M, 2d) and (depth, n, heads, M, 2d).
+        Of `kept` patches they are (n, 1, M + 1, 2d) and (depth, n, heads, M + 1, 2d).
         """
         rope = self.network.rope
         if rope is None:
@@ -53,7 +54,11 @@ class RotaryViT(TimmViT):
         rotations: Tensor = rope.get_embed(shape=None if cached else list(self.grid_size))
         if kept is None:
             return rotations
-        return rotations[..., kept, :].transpose(1, 2) if rotations.ndim == 4 else rotations[kept].unsqueeze(1)
+        if rotations.ndim == 2:
+            return take(rotations[None], None, kept).unsqueeze(1)
+        depth, heads = rotations.shape[:2]
+        of_patches = take(rotations.permute(2, 0, 1, 3).flatten(1)[None], None, kept)
+        return of_patches.unflatten(2, (depth, heads, -1)).permute(2, 0, 3, 1, 4)
 
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""
