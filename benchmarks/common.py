@@ -69,9 +69,21 @@ VARIANTS: dict[str, Callable[[], TopDown] | None] = {
 
 
 def make_model(
-    size: str, topdown: str, head: Callable[..., nn.Module] = RankingHead, dropout: float = 0.1, **sizes: int
+    size: str,
+    topdown: str,
+    head: Callable[..., nn.Module] = RankingHead,
+    dropout: float = 0.1,
+    start: int = 1,
+    keep: float = 1.0,
+    **sizes: int,
 ) -> VisionLanguageModel:
-    """A model of that size with random weights; `head` is called with `in_features`, `sizes` replace some of `Size`."""
+    """A model of that size with random weights.
+
+    Args:
+        head: called with `in_features`.
+        start, keep: of the image encoder, see `AbSViT`.
+        sizes: in the place of some of `Size`.
+    """
     torch.manual_seed(0)
     s = replace(SIZES[size], **sizes)
     variant = VARIANTS[topdown]
@@ -82,6 +94,8 @@ def make_model(
         embed_dim=s.width,
         depth=s.vision_depth,
         num_heads=s.heads,
+        start=start,
+        keep=keep,
     )
     text = RobertaEncoder(
         s.vocabulary,

@@ -6,7 +6,8 @@
     python benchmarks/train_step.py --device cuda   questions a second, share of the card's peak, memory
 
 A step is forward, backward and AdamW, on random weights, images and questions of real lengths, without dropout. The
-released arithmetic is the one of `released_training.py`. k is `data.questions_per_image`: k questions of an image share
+released arithmetic is the one of `released_training.py`; `less` is ours with a share of the patches and a later second
+pass (`--keep`, `--start`). k is `data.questions_per_image`: k questions of an image share
 its first pass. See docs/benchmarks.md.
 """
 
@@ -141,9 +142,22 @@ class Side:
 
 
 def our_side(
-    name: str, options: Options, batch: VQABatch, autocast: bool = False, other: Side | None = None, **sizes: int
+    name: str,
+    options: Options,
+    batch: VQABatch,
+    autocast: bool = False,
+    other: Side | None = None,
+    start: int = 1,
+    keep: float = 1.0,
+    **sizes: int,
 ) -> Side:
-    """vlabs' task on one batch; `other` is a side whose weights and moments are to be used, to save memory."""
+    """vlabs' task on one batch.
+
+    Args:
+        other: a side whose weights and moments are to be used, to save memory.
+        start, keep: of the image encoder, see `AbSViT`.
+        sizes: as of `make_model`.
+    """
     if other is None:
         head = partial(VQAHead, num_answers=ANSWERS[options.size])
         model = make_model(options.size, options.topdown, head, dropout=0.0, **sizes)
@@ -153,7 +167,10 @@ def our_side(
     else:
         task, optimizer = other.owner, other.optimizer
 
+    vision = task.model.vision
+
     def loss() -> Tensor:
+        vision.start, vision.keep = start, keep  # it has all decoders
         total: Tensor = task.total(task.losses(batch))
         return total
 
@@ -190,7 +207,9 @@ def compare(options: Options) -> dict[str, Any]:
     released_4 = rival_side("released k=4", options, batches[4], other=released)
     ours_4 = our_side("ours k=4", options, batches[4], other=ours)
     ours_4_bf16 = our_side("ours k=4 bf16", options, batches[4], autocast=True, other=ours)
-    sides = [released, ours, released_4, ours_4, ours_4_bf16]
+    less = partial(our_side, options=options, batch=batches[4], other=ours, start=options.start, keep=options.keep)
+    less_4, less_4_bf16 = less("less k=4"), less("less k=4 bf16", autocast=True)
+    sides = [released, ours, released_4, ours_4, ours_4_bf16, less_4, less_4_bf16]
     losses = [float(side.warm_up()) for side in sides]
     for _ in range(options.repetitions):
         for side in sides:
@@ -216,10 +235,14 @@ def compare(options: Options) -> dict[str, Any]:
         "ratio_float32_k1": round(released.median / ours.median, 3),
         "ratio_float32_k4": round(released_4.median / ours_4.median, 3),
         "ratio_bfloat16_k4": round(released_4.median / ours_4_bf16.median, 3),
+        "ratio_less_float32_k4": round(released_4.median / less_4.median, 3),
+        "ratio_less_bfloat16_k4": round(released_4.median / less_4_bf16.median, 3),
         "memory_ratio_k1": round(peaks["ours"] / peaks["released"], 3),
         "difference_of_loss": max(abs(losses[0] - losses[1]), abs(losses[2] - losses[3])),
         "size": options.size,
         "topdown": options.topdown,
+        "keep": options.keep,
+        "start": options.start,
         "questions": options.questions,
         "repetitions": options.repetitions,
         "threads": torch.get_num_threads(),
@@ -429,6 +452,8 @@ class Options:
 
     size: str
     topdown: str
+    keep: float
+    start: int
     questions: int
     repetitions: int
     threads: int | None
@@ -452,6 +477,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add = parser.add_argument
     add("--size", choices=SIZES, default="base", help="base: ViT-B/16 at 224 px, RoBERTa-base, 6 fusion layers")
     add("--topdown", choices=ALPHA, default="absvit", help="modulation of both sides")
+    add("--keep", type=float, default=0.25, help="of less: share of the patches")
+    add("--start", type=int, default=1, help="of less: the block with which the second pass begins")
     add("--questions", type=int, default=4, help="questions a step")
     add("--repetitions", type=int, default=5)
     add("--threads", type=int, help="of torch; its own choice if not given")

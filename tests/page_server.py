@@ -138,7 +138,7 @@ class Hostile:
             kinds = (self._direct, self._unheard, self._cancelled, self._odd, self._broken, self._large, self._stolen)
             while not self._ended.is_set():
                 kind = self.random.choice(kinds)
-                status = kind(client, ask, [name, "Which color is the star?", "norm", 0.5, "What is it?"])
+                status = kind(client, ask, [name, "Which color is the star?", "norm", 0.5, "What is it?", 1])
                 key = f"{kind.__name__[1:]} {status}"
                 self.counts[key] = self.counts.get(key, 0) + 1
                 self._ended.wait(0.02)
@@ -169,7 +169,7 @@ class Hostile:
     def _odd(self, client, ask, values):
         """Values of the wrong kind, and too many of them."""
         odd = self.random.choice((None, [], {"a": [1]}, "\ud800", True, 1e308, "x" * 5000, float("nan")))
-        values[self.random.randrange(5)] = odd
+        values[self.random.randrange(len(values))] = odd
         values += [odd] * self.random.choice((0, 0, 3))
         body = json.dumps(request_of(ask, self._session(), *values))
         return client.post("/gradio_api/queue/join", content=body).status_code

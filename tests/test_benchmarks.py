@@ -74,6 +74,7 @@ def test_the_last_line_is_json_with_both_ratios() -> None:
     numbers = json.loads(result.stdout.splitlines()[-1])
     assert numbers["ratio_float32"] > 0
     assert numbers["ratio_bfloat16"] > 0
+    assert numbers["less_to_exact_bfloat16"] > 0
     assert numbers["difference_float32"] < 1e-5
 
 
@@ -81,7 +82,7 @@ def test_the_parts_of_both_sides_are_all_their_work(capsys: pytest.CaptureFixtur
     options = ranking.parse(["--size", "mini", "--repetitions", "1", "--captions", "5", "--topdown", "absvit"])
     assert ranking.compare(options)["difference_float32"] < 1e-5
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    for side in range(3):
+    for side in range(5):
         macs = [float(rows[part][2 * side]) for part in (*ranking.PARTS, "all")]
         assert sum(macs[:-1]) == pytest.approx(macs[-1], abs=0.005)
 

@@ -2,12 +2,14 @@
 
 import json
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlabs.attention.maps import attention_map
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
@@ -34,7 +36,7 @@ def make_vision(topdown=None, **options) -> AbSViT:
     torch.manual_seed(0)
     options = {"embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2} | options
     encoder = AbSViT("vit_base_patch16_224", img_size=16, patch_size=8, topdown=topdown, **options)
-    for decoder in encoder.decoders:  # far from zero, so that the feedback matters
+    for decoder in encoder.decoders[encoder.start - 1 :]:  # far from zero, so that the feedback matters
         torch.nn.init.normal_(decoder.linear.weight, std=0.3)
         torch.nn.init.normal_(decoder.linear2.weight, std=0.3)
     return encoder.eval()
@@ -74,10 +76,10 @@ def make_film() -> FiLMViT:
     return encoder.eval()
 
 
-def make_model(topdown=None, prior_token="cls") -> VisionLanguageModel:
+def make_model(topdown=None, prior_token="cls", **options) -> VisionLanguageModel:
     text = RobertaEncoder(30, 32, 2, 2, 64, 20)
     fusion = partial(CoAttentionFusion, width=16, depth=2, num_heads=2)
-    vision = make_film() if topdown == "film" else make_vision(topdown)
+    vision = make_film() if topdown == "film" else make_vision(topdown, **options)
     return assemble(vision, text, fusion, partial(VQAHead, num_answers=5), prior_token).eval()
 
 
@@ -178,9 +180,10 @@ def test_feedback_begins_at_nothing_and_is_learnt_through_frozen_blocks_too(free
         optimizer.step()
 
 
+@pytest.mark.parametrize("options", [{}, {"start": 2, "keep": 0.5}], ids=["whole", "less"])
 @pytest.mark.parametrize("topdown", [None, "film", *VARIANTS.values()], ids=["none", "film", *VARIANTS])
-def test_one_image_asked_many_things_gives_the_same_answers_and_gradients_as_one_by_one(topdown):
-    model = make_model(topdown).double()
+def test_one_image_asked_many_things_gives_the_same_answers_and_gradients_as_one_by_one(topdown, options):
+    model = make_model(topdown, **options).double()
     images = torch.randn(2, 3, 16, 16).double()
     ids, mask = torch.randint(3, 30, (5, 6)), torch.ones(5, 6, dtype=torch.long)
     index = torch.tensor([0, 1, 1, 0, 1])
@@ -239,6 +242,82 @@ def test_bottom_up_pass_equals_timm_for_its_variants(options):
     bottom_up = encoder.encode(images)
     torch.testing.assert_close(bottom_up.tokens, encoder.vit.forward_features(images))
     assert encoder.attend(bottom_up, torch.randn(2, 24)).tokens.shape == bottom_up.tokens.shape
+
+
+@torch.no_grad()
+def test_a_later_start_says_so_and_begins_as_the_first_pass_and_takes_the_decoders_of_an_earlier_one():
+    whole, late = make_vision(AbSTopDown()), make_vision(AbSTopDown(bias_again=False), start=3)
+    late.load_state_dict({name: value for name, value in whole.state_dict().items() if name in late.state_dict()})
+    assert {name for name in late.state_dict() if "decoders" in name} == {
+        "decoders.2.linear.weight", "decoders.2.linear2.weight"
+    }  # fmt: skip
+    assert (build(late.spec).start, whole.spec["start"], whole.spec["keep"]) == (3, 1, 1.0)
+    old = {name: value for name, value in whole.spec.items() if name not in ("start", "keep")}
+    assert (build(old).start, build(old).keep) == (1, 1.0)
+    images, prior = torch.randn(2, 3, 16, 16), torch.randn(2, 24)
+    bottom_up = late.encode(images, [1, 2, 3])
+    assert torch.equal(bottom_up.embedded, bottom_up.layers[1])
+    seen = late.attend(bottom_up, prior, layers=[1, 2, 3], alpha=0.0)
+    for before, after in zip([bottom_up.tokens, *bottom_up.layers], [seen.tokens, *seen.layers], strict=True):
+        assert torch.equal(before, after)
+    assert not torch.allclose(late.attend(bottom_up, prior).tokens, bottom_up.tokens, atol=1e-3)
+
+
+@torch.no_grad()
+def test_fewer_patches_are_those_most_like_the_prior_and_maps_are_of_all():
+    model = make_model(AbSTopDown(), keep=[0.5, 1])
+    images, ids, mask = torch.randn(2, 3, 16, 16), torch.randint(3, 30, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    assert model.vision.keep == 1.0
+    whole = model(images, ids, mask, read_image=True)
+    with model.vision.keeping(0.5):
+        record: list[Tensor] = []
+        half = model(images, ids, mask, read_image=True, record=record)
+    assert half.seen.tokens.shape == (2, 4, 24)  # [cls], two patches, the mean of the others
+    rest = torch.ones(2, 5).scatter(1, half.seen.kept, 0.0) * whole.seen.token_weights.clamp(min=1e-3)
+    assert model.vision.choose(half.bottom_up, half.prior, None) is None
+    with model.vision.keeping(0.5):
+        kept = model.vision.choose(half.bottom_up, half.prior, None)
+    torch.testing.assert_close(kept.rest, rest / rest.sum(1, keepdim=True))
+    assert half.seen.kept[:, 0].tolist() == [0, 0]
+    torch.testing.assert_close(half.seen.token_weights, whole.seen.token_weights)
+    cosine = F.cosine_similarity(half.bottom_up.tokens[:, 1:], half.prior[:, None], dim=-1)
+    for of_text, kept in zip(cosine, half.seen.kept[:, 1:] - 1, strict=True):
+        assert set(kept.tolist()) == set(of_text.topk(2).indices.tolist())
+    for name in ("fusion", "norm", "cls", "rollout"):
+        seen = attention_map(half, model.vision, name, record).flatten(1)
+        assert [row.nonzero().flatten().tolist() for row in seen] == (half.seen.kept[:, 1:] - 1).tolist(), name
+    assert attention_map(half, model.vision, "weights").shape == (2, 2, 2)
+
+
+def test_a_training_draws_a_share_for_every_step_and_a_step_that_comes_again_the_same():
+    model = make_model(AbSTopDown(), keep=[0.25, 0.5, 1.0])
+    task = VQATask(model, Preprocessing(16, ""), {}, Recipe())
+
+    def drawn(step):
+        with mock.patch.object(VQATask, "global_step", step), task._keeping():
+            return model.vision.keep
+
+    shares = [drawn(step) for step in range(60)]
+    assert min(map(shares.count, (0.25, 0.5, 1.0))) > 10
+    assert shares == [drawn(step) for step in range(60)]
+    assert model.vision.keep == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"keep": keep}, "must be a share") for keep in (0, 1.5, "half", True, [], [0.5, 2])),
+        *(({"start": start}, "one of the 3 blocks") for start in (0, 4, 1.0)),
+        ({"keep": 0.5, "depth": 1, "architecture": "fan_tiny"}, "fan_tiny pools or mixes"),
+        ({"keep": [0.5, 1.0], "film": True}, "no first pass"),
+        ({"start": 2, "film": True}, "no second pass"),
+    ],
+)
+def test_patches_and_blocks_that_cannot_be_left_out_are_refused(options, message):
+    sizes = {"embed_dim": 24, "depth": 3, "num_heads": 2} | options
+    kind = FiLMViT if sizes.pop("film", False) else AbSViT
+    with pytest.raises(UserError, match=message):
+        kind(sizes.pop("architecture", "vit_base_patch16_224"), img_size=32, patch_size=16, **sizes)
 
 
 def test_reconstruction_trains_the_decoders_alone():

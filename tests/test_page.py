@@ -150,7 +150,7 @@ def test_no_request_is_lost_or_mixed_up_while_others_go_past_the_line_break_off_
         client = Client(server.address, verbose=False)
         found = []
         for picture, question, alpha, other in asked[person::6]:
-            given = handle_file(PICTURES[picture]), question, "weights", alpha, other
+            given = handle_file(PICTURES[picture]), question, "weights", alpha, other, 1
             found.append(client.predict(*given, api_name="/ask"))
         return found
 
@@ -185,7 +185,7 @@ def test_only_pictures_that_were_uploaded_are_read_and_others_are_not_told_apart
     said = set()
     for n, place in enumerate(places):
         for given in ({"path": place}, {"path": place, "meta": {"_type": "gradio.FileData"}, "url": place}, place):
-            body = request_of(number, f"reader{n}", given, "What is it?", "norm", 10, "")
+            body = request_of(number, f"reader{n}", given, "What is it?", "norm", 10, "", 1)
             assert client.post("/gradio_api/queue/join", json=body).status_code == 200
             said.add(list(listen(client, f"reader{n}"))[-1]["output"]["data"][0])
     assert said == {"<p class='error' role='alert'>the picture is no longer here: load it again</p>"}
@@ -320,13 +320,13 @@ JOIN = "/gradio_api/queue/join"
 
 def test_a_request_that_is_none_is_one_sentence(server, client):
     number = function_of(client, "ask")
-    good = request_of(number, "session", None, "Why?", "norm", 1, "")
+    good = request_of(number, "session", None, "Why?", "norm", 1, "", 1)
     for body in (
         b"", b"[" * 60_000, b"{" * 60_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
         json.dumps(good)[:-1].encode(),
         *(json.dumps(good | change).encode() for change in (
             {"fn_index": None}, {"fn_index": 10**30}, {"fn_index": -1}, {"fn_index": "1"}, {"fn_index": True},
-            {"data": None}, {"data": []}, {"data": [1] * 6}, {"data": {"0": 1}}, {"session_hash": None},
+            {"data": None}, {"data": []}, {"data": [1] * 7}, {"data": {"0": 1}}, {"session_hash": None},
             {"session_hash": "../x"}, {"session_hash": "x" * 65}, {"session_hash": ["a"]}, {"session_hash": "\ud800"},
         )),
     ):  # fmt: skip
@@ -564,6 +564,7 @@ def test_the_process_that_decodes_ends_with_the_one_that_asked_and_takes_no_more
         *(({"alpha": value}, "α must be a number from 0 to 20") for value in (
             float("nan"), float("inf"), -1, 1e308, 10**400, "3", True, [], {"a": 1},
         )),
+        *(({"keep": value}, "share of the patches must be") for value in (0, 1.5, "1", True, float("nan"))),
         *(({"map_name": value}, "no such map") for value in ("heat", None, 3, ["norm"], {}, "\ud800")),
     ],
 )  # fmt: skip
@@ -603,12 +604,14 @@ def test_what_a_user_types_is_text_and_no_html(in_page):
     assert "&lt;b&gt;x&lt;/b&gt;" in said
 
 
-def test_alpha_of_a_request_is_of_that_request_alone(in_page, predictor):
+def test_alpha_and_keep_of_a_request_are_of_that_request_alone(in_page, predictor):
     arguments = in_page.picture, QUESTIONS[1], "norm"
     before = in_page.ask(*arguments, None, "")
     assert in_page.ask(*arguments, 0.0, "") != before
     assert in_page.ask(*arguments, None, "") == before
     assert in_page.ask(*arguments, predictor.alpha, "") == before
+    assert in_page.ask(*arguments, None, "", 0.25) != before
+    assert in_page.ask(*arguments, None, "", 1) == before == in_page.ask(*arguments, None, "")
 
 
 def test_two_threads_ask_one_model_with_other_alphas_priors_and_maps(predictor):

@@ -81,6 +81,8 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     checkpoint = load_any(
         config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, trained_for=evaluation.trained_for
     )
+    if config.keep is not None:
+        checkpoint.vision.keep = config.keep
     if config.data.dir is None:
         config.data.dir = _dir_of(checkpoint)
     # Partial, because Hydra would turn a dataclass among the arguments into a config.

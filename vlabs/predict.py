@@ -16,6 +16,7 @@ from vlabs.attention.maps import MAPS
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
 from vlabs.prediction.predictor import Answer, load, open_image
+from vlabs.utils.arguments import number
 from vlabs.utils.device import find_device
 
 
@@ -33,6 +34,10 @@ def main() -> None:
     parser.add_argument(
         "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
     )
+    parser.add_argument(
+        "--keep", type=number(0, 1), help="share of the patches that are looked at twice, those most like ξ (default: "
+        "the model's own)",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
@@ -42,7 +47,9 @@ def main() -> None:
         check_text("a --question", question)
     device = find_device(arguments.device)
     pictures = [open_image(path) for path in arguments.image]
-    predictor = load(arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer)
+    predictor = load(
+        arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
+    )
     answers = predictor.answer(pictures, arguments.question, map_name=arguments.map)
     for answer in answers:
         show(answer.question)

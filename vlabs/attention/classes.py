@@ -57,6 +57,6 @@ def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alph
         before[0].cpu(),
         after.cpu(),
         as_map(bottom_up.hidden.norm(dim=-1))[0],
-        as_map(seen.hidden.norm(dim=-1)),
+        as_map(seen.of_all(seen.hidden.norm(dim=-1), encoder.backbone.num_tokens)),
         None if seen.token_weights is None else as_map(seen.token_weights),
     )

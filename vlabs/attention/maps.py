@@ -57,7 +57,7 @@ def attention_map(
         image_index: (n,) as given to the model.
 
     Returns:
-        (n, rows, columns), non-negative.
+        (n, rows, columns), non-negative; of patches that were not kept 0, but in `weights`.
     """
     if name == "fusion":
         if output.image_read is None:
@@ -68,7 +68,7 @@ def attention_map(
         values = (
             weights
             if weights is not None
-            else output.seen.hidden.new_zeros(len(output.text_states), output.seen.hidden.shape[1])
+            else output.seen.hidden.new_zeros(len(output.text_states), vision.backbone.num_tokens)
         )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
@@ -81,6 +81,7 @@ def attention_map(
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
     rows, columns = vision.grid_size
+    values = output.seen.of_all(values, vision.backbone.num_tokens)
     grid = values[:, vision.num_prefix_tokens :].reshape(-1, rows, columns).float()
     return grid.expand(len(output.text_states), -1, -1)
 

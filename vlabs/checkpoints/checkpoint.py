@@ -28,7 +28,7 @@ import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.words import words_in
 from vlabs.errors import UserError, one_line, printable
-from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.hub import CONFIG, FILES, WEIGHTS, read_header, read_weights
 from vlabs.models.lora import merge_adapters
@@ -82,6 +82,11 @@ class Checkpoint:
         """The segmenter, of `task=segment` and `task=refer`."""
         assert isinstance(self.network, Segmenter)
         return self.network
+
+    @property
+    def vision(self) -> AbSViT:
+        """The image encoder, of every task."""
+        return next(one for one in self.network.modules() if isinstance(one, AbSViT))
 
     @property
     def training(self) -> str:

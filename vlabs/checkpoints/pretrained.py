@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,8 @@ def vit_from_timm(
     img_size: int = 224,
     patch_size: int | None = None,
     topdown: TopDown | None = None,
+    start: int = 1,
+    keep: float | Sequence[float] = 1.0,
     encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
@@ -69,8 +71,8 @@ def vit_from_timm(
             config.json and its weights, as `hf download timm/TAG --local-dir` makes it); a local `.safetensors` or
             `.pth` file with timm's parameter names or those of the released RVT or FAN; None for fresh weights.
         architecture: as in `AbSViT`, of a file or of fresh weights. A tag and a folder say their own.
-        img_size, topdown, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last blocks are
-            left out, as METER leaves CLIP's last one out.
+        img_size, topdown, start, keep, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
+            blocks are left out, as METER leaves CLIP's last one out.
         patch_size: as for `AbSViT`; the architecture's own if not given.
         encoder_class: what is built around the ViT.
 
@@ -93,7 +95,9 @@ def vit_from_timm(
         if source.options:
             _check_size(name, vit_options, source)
     patch_size = patch_size or backbones.patch_size_of(name)
-    encoder = encoder_class(name, img_size=img_size, patch_size=patch_size, topdown=topdown, **vit_options)
+    encoder = encoder_class(
+        name, img_size=img_size, patch_size=patch_size, topdown=topdown, start=start, keep=keep, **vit_options
+    )
     if source is not None:
         encoder.origin = _fill(encoder, source, name, vit_options.get("depth"))
     return encoder

@@ -6,6 +6,9 @@
     t ← A_l t, td_l = B_l t   from the modulated z downwards    feedback
     v ← v + W_v td_l in the attention of every block            second pass; q and k stay as they are
 
+The second pass may begin at a later block, from the first one's state there (`start`), and go through no more than the
+patches that ξ points at (`keep`).
+
 The released code adds b_v there once more (`TopDown.bias_again`). Without it, new B_l are zero, so that a pre-trained
 encoder is what it was until feedback has learnt something, and α = 0 is the bottom-up pass. What a block is, and what
 lies between blocks, is the backbone's (`vlabs.models.backbones`).
@@ -13,7 +16,8 @@ lies between blocks, is the backbone's (`vlabs.models.backbones`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +33,7 @@ from vlabs.errors import UserError
 from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
-from vlabs.models.topdown import PerceiverIO, TopDown, TopDownSignal, similarity
+from vlabs.models.topdown import Kept, PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
 
 STEMS = ("patch", "conv")
 
@@ -41,11 +45,13 @@ class BottomUp:
     Attributes:
         tokens: (B, N, D), z: the output tokens after the final norm (the mean-token classifier has no such norm).
         hidden: (B, N, D), the output of the last block before the final norm.
-        embedded: (B, N, D), the input of the first block, which is the same in both passes.
-        first_qkv: (B, N, 3D), q, k, v of the first block, which sees the same input in both passes.
-        prepared: the top-down variant's own part, for every block (B, N, D); empty where it has none.
+        embedded: (B, N, D), what the second pass begins with: the input of its first block, the same in both passes.
+        first_qkv: (B, N, 3D), q, k, v of that block.
+        prepared: the variant's own part, (B, N, D) for every block of the second pass; empty where it has none.
         pooled: (B, D), what `cls` gives.
         layers: (B, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
+        read: (B, N), how much [cls] reads of every token in the last block, or all tokens do where there is none; where
+            patches are to be kept by it.
     """
 
     tokens: Tensor
@@ -55,6 +61,7 @@ class BottomUp:
     prepared: list[Tensor]
     pooled: Tensor
     layers: list[Tensor] = field(default_factory=list)
+    read: Tensor | None = None
 
     @property
     def cls(self) -> Tensor:
@@ -68,7 +75,7 @@ class BottomUp:
 
 @dataclass
 class VisionTokens:
-    """What the encoder sees of an image under a prior, for n priors.
+    """What the encoder sees of an image under a prior, for n priors; N is M where no more tokens are kept.
 
     Attributes:
         tokens: (n, N, D), after the final norm.
@@ -76,6 +83,8 @@ class VisionTokens:
         token_weights: (n, N) in [0, 1], the similarity of prior and token; None without a prior.
         reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
         layers: (n, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
+        kept: (n, M), the places of the tokens among all of the encoder's, ascending; None where these are all. The last
+            of the M + 1 tokens that there are then is the mean of all others.
     """
 
     tokens: Tensor
@@ -83,6 +92,14 @@ class VisionTokens:
     token_weights: Tensor | None = None
     reconstruction: Tensor | None = None
     layers: list[Tensor] = field(default_factory=list)
+    kept: Tensor | None = None
+
+    def of_all(self, values: Tensor, count: int) -> Tensor:
+        """Numbers (n, M) of the tokens as those of all `count` tokens of the encoder: 0 for what was not kept."""
+        if self.kept is None or values.shape[1] == count:
+            return values
+        places = self.kept.expand(len(values), -1)
+        return values.new_zeros(len(values), count).scatter(1, places, values[:, : places.shape[1]])
 
 
 @register
@@ -102,20 +119,28 @@ class AbSViT(nn.Module):
         stem: what makes the input of the first block: `patch`, one linear map of a patch, or `conv`, strided 3×3
             convolutions (Xiao et al., Early Convolutions Help Transformers See Better, 2021), by which a small model
             from scratch learns shapes several times sooner. `patch_size` is then a power of 2.
+        start: l0, the block, counted from 1, with which the second pass begins; there are no decoders below.
+        keep: the share of the patches, in (0, 1], that the second pass and what reads it have: those most like ξ, or
+            where no ξ steers those that [cls] reads most; all others are one token, their mean. Several shares: one
+            for each step of a training, and the largest where nothing else is said.
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
         has_bottom_up: whether the first pass goes through the blocks, so that its tokens say what is in the picture.
         backbone: the encoder as blocks whose values take a signal; its weights are in `vit`.
         origin: how many of which weights it was pre-trained with; None for none.
+        shares: that it is trained with, see `keep`.
+        needs_all: why no patch can be left out; empty where it can.
 
     Raises:
-        UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`.
+        UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`. Or there
+            is no such block or share.
     """
 
     spec: dict[str, Any]
     has_bottom_up = True
     origin: str | None = None
+    needs_all = ""
 
     def __init__(
         self,
@@ -127,6 +152,8 @@ class AbSViT(nn.Module):
         num_classes: int = 0,
         sincos_positions: bool = False,
         stem: str = "patch",
+        start: int = 1,
+        keep: float | Sequence[float] = 1.0,
         **vit_options: Any,
     ) -> None:
         super().__init__()
@@ -157,11 +184,21 @@ class AbSViT(nn.Module):
                 self.vit.pos_embed[:, -len(positions) :] = positions  # type: ignore[index,operator]
         self.topdown = topdown
         self.recompute = False
+        if type(start) is not int or not 1 <= start <= self.backbone.depth:
+            raise UserError(f"model.vision.start={start} must be one of the {self.backbone.depth} blocks, from 1")
+        self.start = start
         feeds_back = topdown is not None and topdown.needs_decoders
         self.decoders = self.backbone.make_decoders() if feeds_back else nn.ModuleList()
-        if topdown is not None and not topdown.bias_again:
-            for decoder in self.decoders:
+        for index, decoder in enumerate(self.decoders):
+            if index < start - 1:
+                self.decoders[index] = nn.Identity()  # it keeps the names of the others
+            elif topdown is not None and not topdown.bias_again:
                 nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
+        if not self.backbone.takes_some:
+            self.needs_all = f"{architecture} pools or mixes its patches by their places, and needs them all"
+        self.shares = list(keep) if isinstance(keep, Sequence) else [keep]
+        self.check_keep(*self.shares)
+        self._keep = float(max(self.shares))
 
     @property
     def width(self) -> int:
@@ -186,7 +223,8 @@ class AbSViT(nn.Module):
     @property
     def is_silent(self) -> bool:
         """Whether there are feedback decoders, and they give nothing yet."""
-        return self.reconstructs and not any(decoder.linear2.weight.any() for decoder in self.decoders)  # type: ignore[union-attr,operator]
+        decoders: Any = self.decoders[self.start - 1 :]
+        return self.reconstructs and not any(decoder.linear2.weight.any() for decoder in decoders)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -197,6 +235,39 @@ class AbSViT(nn.Module):
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.backbone.grid_size
+
+    @property
+    def keeps_what_is_read(self) -> bool:
+        """Whether patches are kept by what [cls] reads in the first pass, since there is no ξ to keep them by."""
+        return not self.needs_prior
+
+    @property
+    def keep(self) -> float:
+        """The share of the patches that the second pass and what reads it have; it can be set."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, share: float) -> None:
+        self.check_keep(share)
+        self._keep = float(share)
+
+    @contextmanager
+    def keeping(self, share: float | None) -> Iterator[None]:
+        """Keep another share of the patches for a while; None for the same."""
+        usual = self.keep
+        self.keep = usual if share is None else share
+        try:
+            yield
+        finally:
+            self.keep = usual
+
+    def check_keep(self, *shares: Any) -> None:
+        """Raise a UserError unless these are shares of the patches that this encoder can keep."""
+        for share in shares or [None]:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                raise UserError(f"keep={share} must be a share of the patches, above 0 and at most 1")
+            if share < 1 and self.needs_all:
+                raise UserError(f"keep={share:g}: {self.needs_all}")
 
     def steers(self, seen: VisionTokens) -> Tensor | None:
         """Whether a prior is like some patch of its picture, (n,); where it is like none, it steers nothing.
@@ -217,22 +288,63 @@ class AbSViT(nn.Module):
                 slower, because it is written out.
         """
         backbone = self.backbone
-        embedded = backbone.embed(images)
-        first_qkv = backbone.qkv(0, embedded)
-        hidden = embedded
+        hidden = backbone.embed(images)
+        embedded = first_qkv = hidden
         positions = backbone.positions()
         forget(record)
         kept: list[Tensor] = []
+        last: list[Tensor] | None = [] if self.keep < 1 and self.keeps_what_is_read else None
         for index in range(backbone.depth):
-            hidden = backbone.enter(index, hidden)
-            hidden = self._run(index, hidden, positions, None, first_qkv if index == 0 else None, record)
+            before, hidden = hidden, backbone.enter(index, hidden)
+            qkv = None
+            if index == self.start - 1:
+                embedded, first_qkv = before, (qkv := backbone.qkv(index, hidden))
+            taken = last if record is None and index == backbone.depth - 1 else record
+            hidden = self._run(index, hidden, positions, None, qkv, taken)
             if index + 1 in layers and index + 1 < backbone.depth:
                 kept.append(hidden)
         tokens = backbone.finish(hidden)
         if backbone.depth in layers:
             kept.append(tokens)
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
-        return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept)
+        read = None
+        if last is not None:
+            attention = (record or last)[-1].detach().mean(dim=1)
+            read = attention[:, 0] if backbone.has_cls else attention.mean(dim=1)
+        return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept, read)
+
+    @torch.no_grad()
+    def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Kept | None:
+        """The tokens that are kept for n priors, or of B images where none steers; None for all.
+
+        They are the prefix and the first patches by `order`, by which the others are weighted.
+
+        Args:
+            bottom_up, prior, image_index: as of `attend`.
+        """
+        prefix = self.num_prefix_tokens
+        patches = bottom_up.tokens.shape[1] - prefix
+        count = max(1, round(self.keep * patches))
+        if count >= patches:
+            return None
+        order = self.order(bottom_up, prior, image_index).float()
+        best = order[:, prefix:].topk(count, dim=1).indices
+        best = best.topk(count, dim=1, largest=False).values + prefix  # sorted; ONNX has no sort
+        places = torch.cat([torch.arange(prefix, device=best.device).expand(best.shape[0], -1), best], dim=1)
+        rest = order.clamp(min=1e-3).scatter(1, places, 0.0)
+        return Kept(places, rest / rest.sum(dim=1, keepdim=True))
+
+    def order(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor:
+        """What patches are kept by, largest first: the cosine with ξ, which is s_i where that is above 0, (n, N).
+
+        Where no ξ steers, it is what [cls] reads, (B, N).
+        """
+        if not self.keeps_what_is_read:
+            assert prior is not None
+            return cosines(prior, bottom_up.tokens, image_index)
+        if bottom_up.read is None:
+            raise ValueError("the first pass was made when all patches were kept")
+        return bottom_up.read
 
     def attend(
         self,
@@ -261,32 +373,39 @@ class AbSViT(nn.Module):
         """
         topdown = self.topdown
         alpha = alpha if hasattr(topdown, "alpha") else None
-        if topdown is None:
-            kept = [_pick(one, image_index) for one in bottom_up.layers]
-            return VisionTokens(_pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index), layers=kept)
-        if not topdown.needs_prior:
+        if self.needs_prior and prior is None:
+            raise ValueError("an encoder that is steered by a prior needs one")
+        kept = self.choose(bottom_up, prior, image_index)
+        if topdown is None or not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
-            once = self._second_pass(topdown, bottom_up, bottom_up.cls, None, reconstruct, layers, alpha, record)
+            if topdown is None:
+                tokens, hidden = (take(one, None, kept) for one in (bottom_up.tokens, bottom_up.hidden))
+                once = VisionTokens(tokens, hidden, layers=bottom_up.layers)
+            else:
+                once = self._second_pass(
+                    topdown, bottom_up, bottom_up.cls, None, kept, reconstruct, layers, alpha, record
+                )
             return VisionTokens(
-                _pick(once.tokens, image_index),
-                _pick(once.hidden, image_index),
+                pick(once.tokens, image_index),
+                pick(once.hidden, image_index),
                 None,
                 once.reconstruction,
-                [_pick(one, image_index) for one in once.layers],
+                [pick(one, image_index) for one in once.layers],
+                None if kept is None else pick(kept.places, image_index),
             )
-        if prior is None:
-            raise ValueError("an encoder that is steered by a prior needs one")
+        assert prior is not None
         if not topdown.second_pass:
             assert isinstance(topdown, PerceiverIO)
-            tokens, hidden = _pick(bottom_up.tokens, image_index), _pick(bottom_up.hidden, image_index)
-            weights = similarity(prior, tokens)
+            weights = similarity(prior, pick(bottom_up.tokens, image_index))
             scale = ((topdown.alpha if alpha is None else alpha) * weights).unsqueeze(-1)
             # What is reweighted is the output: earlier blocks are as they were.
-            kept = [_pick(one, image_index) for one in bottom_up.layers]
+            outputs = [pick(one, image_index) for one in bottom_up.layers]
             if self.backbone.depth in layers:
-                kept[-1] = scale * kept[-1]
-            return VisionTokens(scale * tokens, scale * hidden, weights, None, kept)
-        return self._second_pass(topdown, bottom_up, prior, image_index, reconstruct, layers, alpha, record)
+                outputs[-1] = scale * outputs[-1]
+            scale = take(scale, None, kept)
+            tokens, hidden = (scale * take(one, image_index, kept) for one in (bottom_up.tokens, bottom_up.hidden))
+            return VisionTokens(tokens, hidden, weights, None, outputs, None if kept is None else kept.places)
+        return self._second_pass(topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record)
 
     def _second_pass(
         self,
@@ -294,31 +413,37 @@ class AbSViT(nn.Module):
         bottom_up: BottomUp,
         prior: Tensor,
         image_index: Tensor | None,
+        kept: Kept | None,
         reconstruct: bool,
         layers: Sequence[int],
         alpha: float | None,
         record: list[Tensor] | None,
     ) -> VisionTokens:
-        backbone = self.backbone
-        tokens = _pick(bottom_up.tokens, image_index)
+        backbone, first = self.backbone, self.start - 1
+        tokens = pick(bottom_up.tokens, image_index)
         # Variants without a strength, and those of a user that have none to be changed, need not take it.
         given = {} if alpha is None else {"alpha": alpha}
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
-        if not backbone.is_even:
-            signal.spread = backbone.spread
+        self._spread(signal)
+        weights = signal.similarity
+        if kept is not None:
+            signal = signal.at(kept)
 
         def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
 
-        hidden = _pick(bottom_up.embedded, image_index)
+        hidden = take(bottom_up.embedded, image_index, kept)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
-        positions = backbone.positions()
+        prefix = self.num_prefix_tokens
+        patches = None if kept is None else Kept(kept.places[:, prefix:] - prefix, kept.rest[:, prefix:])
+        positions = backbone.positions(patches)
         forget(record)
-        kept: list[Tensor] = []
-        for index in range(backbone.depth):
+        # Blocks before the first of this pass are as they were.
+        outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
+        for index in range(first, backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
-            qkv = _pick(bottom_up.first_qkv, image_index) if index == 0 else None
-            output = self._run(index, hidden, positions, partial(steer, index), qkv, record)
+            qkv = pick(bottom_up.first_qkv, image_index) if index == first and kept is None else None
+            output = self._run(index, hidden, positions, partial(steer, index - first), qkv, record)
             if reconstruction is not None:
                 decoder = self.decoders[index]
                 decoded = decoder.linear(output.detach())  # type: ignore[operator]
@@ -328,11 +453,16 @@ class AbSViT(nn.Module):
                     reconstruction = reconstruction + F.mse_loss(undone, before.detach())
             hidden = output
             if index + 1 in layers and index + 1 < backbone.depth:
-                kept.append(hidden)
+                outputs.append(hidden)
         tokens = backbone.finish(hidden)
         if backbone.depth in layers:
-            kept.append(tokens)
-        return VisionTokens(tokens, hidden, signal.similarity, reconstruction, kept)
+            outputs.append(tokens)
+        return VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
+
+    def _spread(self, signal: TopDownSignal | ValueMask) -> None:
+        """Let a signal know which token of a block is which of the output's, where these are not the same."""
+        if not self.backbone.is_even:
+            signal.spread = lambda block, values: self.backbone.spread(block + self.start - 1, values)
 
     def _run(self, *arguments: Any) -> Tensor:
         """A block, its inner activations kept for the backward pass or not."""
@@ -348,7 +478,7 @@ class AbSViT(nn.Module):
         self.attend = compiled(self.attend)  # type: ignore[method-assign]
 
     def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
-        """The top-down signal td of the first block, (n, N, D), before W_v: what feedback makes of the picture.
+        """The signal td of the second pass's first block, (n, N, D), before W_v: what feedback makes of the picture.
 
         Args:
             bottom_up: the first pass over one image.
@@ -359,21 +489,20 @@ class AbSViT(nn.Module):
         prepared = self.topdown.prepare(tokens, self._first_feedback)
         signal = self.topdown.signal(tokens, prior, prepared, None, self._first_feedback)
         assert isinstance(signal, TopDownSignal)
-        if not self.backbone.is_even:
-            signal.spread = self.backbone.spread
+        self._spread(signal)
         return signal.value(0)
 
     def _first_feedback(self, tokens: Tensor) -> list[Tensor]:
-        """`B_1 A_1 … A_L tokens` of the first block alone, without W_v."""
-        return [self.decoders[0].linear2(self._chain(tokens)[0])]  # type: ignore[operator]
+        """`B_l A_l … A_L tokens` of the second pass's first block alone, without W_v."""
+        return [self.decoders[self.start - 1].linear2(self._chain(tokens)[0])]  # type: ignore[operator]
 
     def _chain(self, tokens: Tensor) -> list[Tensor]:
-        """`A_l … A_L tokens` for every block l, first block first, with what lies between blocks undone."""
+        """`A_l … A_L tokens` for every block l of the second pass, first block first, with what lies between undone."""
         if not self.backbone.is_even and tokens.shape[-2] == 1:
             # One for all tokens becomes other ones where a token is undone into several.
             tokens = tokens.expand(*tokens.shape[:-2], self.backbone.num_tokens, -1)
         decoded: list[Tensor] = []
-        for index in range(self.backbone.depth - 1, -1, -1):
+        for index in range(self.backbone.depth - 1, self.start - 2, -1):
             decoder = self.decoders[index]
             tokens = decoder.linear(tokens)  # type: ignore[operator]
             decoded.insert(0, tokens)
@@ -381,7 +510,8 @@ class AbSViT(nn.Module):
         return decoded
 
     def feedback(self, tokens: Tensor) -> list[Tensor]:
-        """`C_l tokens = W_v B_l A_l … A_L tokens` for every block, first block first; (…, D) each, without b_v.
+        """`C_l tokens = W_v B_l A_l … A_L tokens` for every block of the second pass, first block first; (…, D) each,
+        without b_v.
 
         W_qkv and 3D in the place of W_v and D for a signal of q, k and v.
         """
@@ -390,7 +520,7 @@ class AbSViT(nn.Module):
         # Of many tokens it is cheaper to multiply the two maps first; a product of maps costs as much as D tokens.
         many = torch.compiler.is_exporting() or tokens[..., 0].numel() > 2 * self.width
         signals = []
-        for index, decoded in enumerate(self._chain(tokens)):
+        for index, decoded in enumerate(self._chain(tokens), self.start - 1):
             weight = weight_of(index)
             out: nn.Linear = self.decoders[index].linear2  # type: ignore[assignment]
             signals.append(F.linear(decoded, weight @ out.weight) if many else F.linear(out(decoded), weight))
@@ -505,7 +635,3 @@ def forget(record: list[Tensor] | None) -> None:
     """Empty what the attention of another pass was kept in."""
     if record is not None:
         record.clear()
-
-
-def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
-    return per_image if image_index is None else per_image.index_select(0, image_index)

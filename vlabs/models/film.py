@@ -30,18 +30,21 @@ class FiLMViT(AbSViT):
     depends on ξ: nothing but the embedding is shared by texts about one image.
 
     Args:
-        architecture, options: as in `AbSViT`; there is no `topdown`.
+        architecture, options: as in `AbSViT`; there is no `topdown`, and all patches are seen from the first block on.
 
     Raises:
         UserError: the architecture is not one of timm's `VisionTransformer`s.
     """
 
     has_bottom_up = False
+    needs_all = "model/topdown=film has no first pass that could say which patches"
 
     def __init__(self, architecture: str, **options: Any) -> None:
         super().__init__(architecture, **{"topdown": None} | options)
         if not isinstance(self.backbone, ViT):
             raise UserError(f"model/topdown=film modulates the norms of a plain ViT, which {architecture} is not")
+        if self.start > 1:
+            raise UserError(f"model.vision.start={self.start}: model/topdown=film has no second pass")
         self.modulations = nn.ModuleList(nn.Linear(self.width, 4 * self.width) for _ in self.backbone.widths)
         for layer in self.modulations:
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlabs.models.registry import register
+from vlabs.models.topdown import cosines
 
 PRIOR_TOKENS = ("cls", "mean", "eos")
 EOS_TOKEN_ID = 2
@@ -124,7 +125,7 @@ class RegionPriorLoss(nn.Module):
             image_index: (n,), the image of each text; None where text i is about image i.
             coverage: (n, N), how much of every patch a text's region covers; zeros where nobody said what it is about.
         """
-        pointed = (_cosines(prior, tokens, image_index) / self.temperature).log_softmax(dim=1)
+        pointed = (cosines(prior, tokens, image_index) / self.temperature).log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
         target = coverage / size.clamp_min(1e-6)
         return -(target * pointed).sum() / max(1, len(prior))
@@ -152,7 +153,7 @@ class AlivePriorLoss(nn.Module):
         Args:
             prior, tokens, image_index, coverage: as of `RegionPriorLoss`; no coverage where no text has a region.
         """
-        short = (self.margin - _cosines(prior, tokens, image_index).amax(dim=1)).relu()
+        short = (self.margin - cosines(prior, tokens, image_index).amax(dim=1)).relu()
         if coverage is not None:
             short = short * (coverage.sum(dim=1) == 0)
         return short.sum() / max(1, len(prior))
@@ -195,14 +196,6 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
-
-
-def _cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
-    """cos(ξ, z_i), (n, N), of n priors with the tokens of their own pictures, (B, N, D)."""
-    tokens = F.normalize(tokens.float(), dim=-1)
-    if image_index is not None:
-        tokens = tokens.index_select(0, image_index)
-    return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), tokens)
 
 
 def _checked(temperature: float) -> float:

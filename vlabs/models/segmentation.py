@@ -131,6 +131,8 @@ class Segmenter(nn.Module, Shareable):
             raise UserError("segmentation reads maps of one stride from every block: choose a ViT, and no film")
         if not layers or min(layers) < 1 or max(layers) > vision.backbone.depth:
             raise UserError(f"model.layers={list(layers)} must be among the {vision.backbone.depth} blocks, from 1")
+        vision.needs_all = "segmentation maps every patch"
+        vision.check_keep(*vision.shares)
         self.vision = vision
         self.decoder = decoder
         self.layers = [int(layer) for layer in layers]

@@ -11,7 +11,7 @@ A variant with feedback says what the scalars `w_i` and the directions `C_l ·` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from vlabs.models.registry import register
 
 Feedback = Callable[[Tensor], list[Tensor]]
-"""Takes tokens (…, D), returns `C_l tokens` for every block, first block first, without the bias of W_v.
+"""Takes tokens (…, D), returns `C_l tokens` for every block of the second pass, first one first, without W_v's bias.
 
 With `qkv_signal` it is W_qkv in the place of W_v, and 3D in the place of D.
 """
 
 
 Spread = Callable[[int, Tensor], Tensor]
-"""Takes a block and a number for every output token, (n, N, 1); returns one for every token of that block."""
+"""Takes a block of the second pass and a number for every output token, (n, N, 1); one for every token of the block."""
 
 
 def _same(block: int, values: Tensor) -> Tensor:
@@ -76,6 +76,16 @@ class TopDownSignal:
         parts = (value if bias is None else value + bias).split(width, dim=-1)
         return q + parts[0], k + parts[1], v + parts[2]
 
+    def at(self, kept: Kept) -> TopDownSignal:
+        """The signal of the tokens that are kept; that of the last is the mean of the others'."""
+        scale = take(self.scale, None, kept)
+        if self.directions[0].shape[1] == 1:
+            return replace(self, scale=scale)
+        scale = torch.cat([scale[:, :-1], torch.ones_like(scale[:, -1:])], dim=1)
+        scaled = replace(kept, rest=kept.rest * self.scale[..., 0])
+        directions = [take(one, self.image_index, scaled) for one in self.directions]
+        return replace(self, scale=scale, directions=directions, image_index=None)
+
 
 @dataclass
 class ValueMask:
@@ -92,6 +102,42 @@ class ValueMask:
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
+
+    def at(self, kept: Kept) -> ValueMask:
+        """See `TopDownSignal`."""
+        return replace(self, similarity=take(self.similarity.unsqueeze(-1), None, kept)[..., 0])
+
+
+def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
+    """What belongs to the image of each of n priors, (n, …); as it is without `image_index`."""
+    return per_image if image_index is None else per_image.index_select(0, image_index)
+
+
+@dataclass
+class Kept:
+    """What n priors keep of N tokens: M of them, and the mean of all others as one token more.
+
+    Attributes:
+        places: (n, M), ascending.
+        rest: (n, N), the weights of that mean: their sum is 1, and those of the kept are 0.
+    """
+
+    places: Tensor
+    rest: Tensor
+
+
+def take(per_image: Tensor, image_index: Tensor | None, kept: Kept | None) -> Tensor:
+    """Tokens (B, N, D) of the images of n priors: all of them, or what is kept of them, (n, M + 1, D)."""
+    if kept is None:
+        return pick(per_image, image_index)
+    places, width = kept.places, per_image.shape[2]
+    if image_index is None:
+        of = per_image.expand(places.shape[0], -1, -1).gather(1, places[..., None].expand(-1, -1, width))
+    else:
+        place = image_index[:, None] * per_image.shape[1] + places
+        of = per_image.flatten(0, 1).index_select(0, place.flatten()).view(*places.shape, width)
+    rest = kept.rest.unsqueeze(1).to(per_image.dtype) @ pick(per_image, image_index)
+    return torch.cat([of, rest], dim=1)
 
 
 class TopDown(nn.Module):
@@ -145,6 +191,12 @@ class TopDown(nn.Module):
             alpha: the strength of the signal in the place of the variant's own; it is given to variants that have one.
         """
         raise NotImplementedError
+
+
+def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
+    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own pictures, or of the one there is."""
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), pick(tokens, image_index))
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vlabs.prediction.predictor import Answer, Predictor
 from vlabs.prediction.search import MEANING, Search
 
 TOP = 5
+LEAST_KEPT = 0.05
 
 
 class Page:
@@ -49,7 +50,7 @@ class Page:
         self.most_alpha = 2 * (predictor.alpha or 1)
         self._lock = threading.Lock()
 
-    def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any) -> str:
+    def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any = None) -> str:
         """Answer questions about a picture, which share its first pass.
 
         Args:
@@ -58,13 +59,14 @@ class Page:
             map_name: of `maps`.
             alpha: strength of the top-down signal, up to `most_alpha`; None for the model's own.
             other: a text whose ξ is shown beside the questions' own; empty or None for none.
+            keep: share of the patches that are looked at twice; None for the model's own.
 
         Returns:
             HTML, which says in one sentence what is wrong where something is.
         """
-        return self._or_error(self._ask, picture, questions, map_name, alpha, other)
+        return self._or_error(self._ask, picture, questions, map_name, alpha, other, keep)
 
-    def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any) -> str:
+    def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any) -> str:
         if picture is None:
             raise UserError("there is no picture yet: choose or drop one")
         questions, other = _text(questions, "the questions"), _text(other, "the text of the other ξ")
@@ -72,6 +74,8 @@ class Page:
             raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
         if alpha is not None:
             alpha = _number(alpha, "α", 0, self.most_alpha)
+        if keep is not None:
+            keep = _number(keep, "the share of the patches", LEAST_KEPT, 1)
         asked = [line.strip() for line in questions.splitlines() if line.strip()]
         if not asked:
             raise UserError("there is no question yet: type one a line")
@@ -81,12 +85,13 @@ class Page:
             self._check_length(text)
         image = self._decoded(picture)
         view = as_view(image, self.predictor.preprocessing.box(image.size))
-        answers = self.predictor.answer(image, asked, TOP, map_name, alpha)
-        said = _row(view, answers)
-        if other.strip():
-            under = self.predictor.answer(image, asked, TOP, map_name, alpha, other)
-            said += _row(view, under, other)
-            answers += under
+        with self.predictor.model.vision.keeping(keep):  # one request at a time, see `_or_error`
+            answers = self.predictor.answer(image, asked, TOP, map_name, alpha)
+            said = _row(view, answers)
+            if other.strip():
+                under = self.predictor.answer(image, asked, TOP, map_name, alpha, other)
+                said += _row(view, under, other)
+                answers += under
         return said + _legend([answer.map_name for answer in answers], f"a percentage is {self.predictor.meaning}")
 
     def _decoded(self, picture: Any) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlabs.attention.maps import default_map
-from vlabs.page.answers import Page
+from vlabs.page.answers import LEAST_KEPT, Page
 from vlabs.page.connection import Connection
 from vlabs.page.hosts import Hosts, in_address, is_loopback
 from vlabs.page.line import Line
@@ -84,6 +84,10 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
                         placeholder="empty: every question steers by its own ξ",
                         info="ξ is what a question asks the image encoder to look for.",
                     )  # fmt: skip
+                    share = gr.Slider(
+                        LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches that are looked at twice",
+                        visible=not model.vision.needs_all, elem_id="keep", info="Those most like ξ; fewer are faster.",
+                    )  # fmt: skip
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=5):
                 answers = gr.HTML(elem_id="answers")
@@ -94,11 +98,12 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
                         label="Pictures to begin with", samples_per_page=12, type="index",
                     )  # fmt: skip
                     shown.samples = [list(one) for one in begins]
-        given = [picture, questions, map_name, strength, other]
+        given = [picture, questions, map_name, strength, other, share]
 
-        def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any) -> str:
+        def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any, share: Any) -> str:
             name = picture.get("path") if isinstance(picture, dict) else picture
-            return page.ask(name, questions, map_name, strength if alpha is not None else None, other)
+            strength = strength if alpha is not None else None
+            return page.ask(name, questions, map_name, strength, other, None if model.vision.needs_all else share)
 
         if examples:
 
@@ -111,12 +116,12 @@ def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_searc
             def first(*how: Any) -> tuple[Any, str, str]:
                 return begin(0, *how)
 
-            how, all_of_it = [map_name, strength, other], [picture, questions, answers]
+            how, all_of_it = [map_name, strength, other, share], [picture, questions, answers]
             shown.click(begin, [shown, *how], all_of_it, api_visibility="private", show_progress="hidden", **raw)
             blocks.load(first, how, all_of_it, api_visibility="private", show_progress="hidden", **raw)
         button.click(ask, given, answers, api_name="ask", **raw)
         questions.submit(ask, given, answers, api_visibility="private", **raw)
-        for control in (map_name, strength):
+        for control in (map_name, strength, share):
             event = control.release if isinstance(control, gr.Slider) else control.input
 
             def again(*values: Any) -> str:

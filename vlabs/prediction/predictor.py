@@ -269,6 +269,7 @@ def load(
     device: str | None = None,
     answers: str | Path | None = None,
     tokenizer: str | None = None,
+    keep: float | None = None,
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -276,10 +277,14 @@ def load(
         path: run folder, `.ckpt`, exported `.safetensors`, or a VQA checkpoint of the released METER code.
         device: `cpu` or `cuda`; the GPU if there is one.
         answers, tokenizer: for a released file; see `load_any`.
+        keep: share of the patches that are looked at twice (see `AbSViT`), in the place of the model's own.
 
     Raises:
-        UserError: the file is no checkpoint of a model that answers or labels.
+        UserError: the file is no checkpoint of a model that answers or labels, or the model cannot keep such a share.
     """
     device = find_device(device)
     tasks = ("vqa", "snli_ve", "nlvr2")
-    return Predictor(load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks), device)
+    checkpoint = load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks)
+    if keep is not None:
+        checkpoint.vision.keep = keep
+    return Predictor(checkpoint, device)

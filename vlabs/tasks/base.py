@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import header_of
+from vlabs.data.images import random_generator
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
@@ -175,12 +177,22 @@ class Task(pl.LightningModule):
         if not self.sample_ids(batch):
             self.leave_out(", ".join(map(str, skipped)))
             return None
-        losses = self.losses(batch)
+        with self._keeping():
+            losses = self.losses(batch)
         total = self.total(losses)
         self.log("train/loss", total, prog_bar=True, batch_size=losses.count)
         for name, loss in (losses.task | losses.others).items():
             self.log(f"train/{name}_loss", loss, batch_size=losses.count)
         return total
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Let the image encoder keep one of its shares of the patches; which, is a function of the step."""
+        with ExitStack() as stack:
+            for encoder in (one for one in self.model.modules() if isinstance(one, AbSViT)):
+                drawn = random_generator(self.global_step).integers(len(encoder.shares))
+                stack.enter_context(encoder.keeping(encoder.shares[drawn]))
+            yield
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's losses, and the accuracy of what it guesses."""

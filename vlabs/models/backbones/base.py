@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from vlabs.models.topdown import Kept
+
 Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """Takes q, k, v (n, N, D), or (1, N, D) of one image, and the bias (3D,) of W_qkv; gives q, k, v under a signal."""
 
@@ -54,6 +56,7 @@ class Backbone(ABC):
         grid_size: rows and columns of the output's patches.
         has_cls: whether the first output token is a [cls] that says what the picture is.
         is_even: whether all blocks have the output's tokens.
+        takes_some: whether blocks take any of the tokens, whose places are in them or in `positions`.
     """
 
     network: nn.Module
@@ -62,6 +65,7 @@ class Backbone(ABC):
     grid_size: tuple[int, int]
     has_cls: bool
     is_even = True
+    takes_some = False
 
     @property
     def depth(self) -> int:
@@ -84,8 +88,12 @@ class Backbone(ABC):
     def embed(self, images: Tensor) -> Tensor:
         """The input of the first block, of normalised images (B, 3, H, W)."""
 
-    def positions(self) -> Any:
-        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default."""
+    def positions(self, kept: Kept | None = None) -> Any:
+        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default.
+
+        Args:
+            kept: the patches that are there; None for all.
+        """
         return None
 
     def enter(self, index: int, x: Tensor) -> Tensor:

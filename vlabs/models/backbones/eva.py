@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlabs.models.backbones.base import Steer, dropout_of, mix, split_heads
 from vlabs.models.backbones.vit import TimmViT
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Kept, take
 
 
 class RotaryViT(TimmViT):
@@ -41,14 +42,23 @@ class RotaryViT(TimmViT):
         embedded: Tensor = self.network.norm_pre(self.network._pos_embed(self.network.patch_embed(images))[0])
         return embedded
 
-    def positions(self) -> Tensor | None:
-        """Rotations of the patches, (N, 2d), or (depth, heads, N, 2d) where every block has its own."""
+    def positions(self, kept: Kept | None = None) -> Tensor | None:
+        """Rotations of the patches, (N, 2d), or (depth, heads, N, 2d) where every block has its own.
+
+        Of `kept` patches they are (n, 1, M + 1, 2d) and (depth, n, heads, M + 1, 2d).
+        """
         rope = self.network.rope
         if rope is None:
             return None
         cached = hasattr(rope, "feat_shape") and not self.network.dynamic_img_size
         rotations: Tensor = rope.get_embed(shape=None if cached else list(self.grid_size))
-        return rotations
+        if kept is None:
+            return rotations
+        if rotations.ndim == 2:
+            return take(rotations[None], None, kept).unsqueeze(1)
+        depth, heads = rotations.shape[:2]
+        of_patches = take(rotations.permute(2, 0, 1, 3).flatten(1)[None], None, kept)
+        return of_patches.unflatten(2, (depth, heads, -1)).permute(2, 0, 3, 1, 4)
 
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""

@@ -16,6 +16,7 @@ class TimmViT(Backbone):
     """What timm's two classes of ViTs have in common: where things are, the norm and the head."""
 
     network: Any
+    takes_some = True
 
     def __init__(self, network: Any) -> None:
         self.network = network

@@ -1,0 +1,123 @@
+"""What it costs in accuracy to look twice at a share of the patches, by how these are chosen, against the arithmetic.
+
+    python benchmarks/keep.py --out keep                       # one seed; goes on where it was stopped
+    python benchmarks/keep.py --out keep --seeds 0 1 2 --orders s random --shares 0.25
+
+Every way of choosing is trained with, alike, for one epoch of the scenes from `init=scenes`, and used at the share that
+it was trained with: `s` by the cosine with ξ, `cls` by what [cls] reads in the first pass, `norm` by the norm of the
+first pass's tokens, `random`. Prints a table, and draws accuracy against GMAC a question to keep.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.models.absvit import AbSViT, BottomUp
+from vlabs.models.topdown import pick
+
+ORDERS = ("s", "cls", "norm", "random")
+_TRAINING = (
+    "experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1", "logger=csv", "callbacks.predictions=null",
+    "callbacks.grounding=null", "trainer.enable_progress_bar=false",
+)  # fmt: skip
+_QUESTIONS, _TOKENS = 4, 12  # of an image, of a question, for the count
+
+
+def choose_by(order: str) -> None:
+    """Let every encoder of this process keep other patches than those most like ξ."""
+    if order == "s":
+        return
+    AbSViT.keeps_what_is_read = order == "cls"  # type: ignore[assignment,method-assign]
+
+    def values(self: AbSViT, bottom_up: BottomUp, prior: Tensor, image_index: Tensor | None) -> Tensor:
+        tokens = bottom_up.tokens
+        of_image = {"cls": bottom_up.read, "norm": tokens.norm(dim=2)}.get(order)
+        if of_image is None:
+            return torch.rand(len(prior), tokens.shape[1], device=tokens.device)
+        return pick(of_image, image_index).expand(len(prior), -1)
+
+    AbSViT.order = values  # type: ignore[assignment,method-assign]
+
+
+def run(order: str, module: str, *arguments: str) -> None:
+    """`python -m module` in a process that chooses so."""
+    command = [sys.executable, __file__, "--as", order, module, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr}")
+
+
+def measure(out: Path, order: str, share: float, seed: int, more: list[str]) -> float:
+    """Percent of val's questions, but yes/no, that one training answers right."""
+    folder = out / f"{order}-{share:g}-{seed}"
+    metrics = folder / "evaluation" / "metrics.json"
+    if not metrics.is_file():
+        own = [f"model.vision.keep={share}", f"seed={seed}", f"hydra.run.dir={folder}"]
+        if not (folder / "summary.json").is_file():
+            run(order, "vlabs.train", *_TRAINING, *own, *more)
+        place = [f"hydra.run.dir={metrics.parent}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+        run(order, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
+    return float(json.loads(metrics.read_text())["not_yes_no"])
+
+
+@torch.inference_mode()
+def count(folder: Path, share: float) -> float:
+    """GMAC of a question, several of which share an image."""
+    checkpoint = load_checkpoint(folder)
+    model, side = checkpoint.model, checkpoint.preprocessing.image_size
+    ids = torch.full((_QUESTIONS, _TOKENS), 5)
+    with model.vision.keeping(share), FlopCounterMode(display=False) as counter:
+        index = torch.zeros(_QUESTIONS, dtype=torch.int64)
+        model(torch.zeros(1, 3, side, side), ids, torch.ones_like(ids), index)
+    return float(counter.get_total_flops()) / 2e9 / _QUESTIONS
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--as"]:
+        _, _, order, module, *arguments = sys.argv
+        choose_by(order)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of keep.png")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.25, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--train", nargs="+", default=[], help="more overrides of the training, e.g. data.size=medium")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{'':10}{'share':>8}{'GMAC':>10}{'accuracy':>10}{'deviation':>11}")
+    for order, share in [("s", 1.0), *((order, share) for order in options.orders for share in options.shares)]:
+        found = [measure(options.out, order, share, seed, options.train) for seed in options.seeds]
+        gmac = count(options.out / f"{order}-{share:g}-{options.seeds[0]}", share)
+        rows.append({"order": order, "share": share, "gmac": gmac, "accuracy": statistics.mean(found), "all": found})
+        deviation = f"{statistics.stdev(found):11.2f}" if len(found) > 1 else ""
+        print(f"{order:10}{share:8g}{gmac:10.4f}{statistics.mean(found):10.2f}{deviation}", flush=True)
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for order in options.orders:
+        shown = sorted((row["gmac"], row["accuracy"]) for row in rows if row["order"] == order or row["share"] == 1)
+        axis.plot(*zip(*shown, strict=True), marker="o", label=order)
+    axis.set_xlabel("GMAC a question")
+    axis.set_ylabel("accuracy, not yes/no (%)")
+    axis.legend(frameon=False)
+    figure.savefig(options.out / "keep.png", dpi=150)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
