@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -38,7 +38,7 @@ class TensorStore:
         UserError: a file of the folder is no shard of this store.
     """
 
-    def __init__(self, folder: Path, identity: str, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, folder: Path, identity: str, layout: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
         self.folder = folder
         self.identity = identity
         self.layout = layout

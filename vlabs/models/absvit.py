@@ -239,10 +239,13 @@ class AbSViT(nn.Module):
         backbone = self.backbone
         if isinstance(images, StoredPass):
             weight = next(self.parameters())
-            stored, known = (None if one is None else one.to(weight) for one in images)
-            if known is not None:
-                return self._known(stored, known)
-        embedded = stored if isinstance(images, StoredPass) else backbone.embed(images)
+            stored, tokens = (None if one is None else one.to(weight) for one in images)
+            if tokens is not None:
+                return self._known(stored, tokens)
+            assert stored is not None
+            embedded = stored
+        else:
+            embedded = backbone.embed(images)
         first_qkv = backbone.qkv(0, embedded)
         hidden = embedded
         positions = backbone.positions()

@@ -63,7 +63,7 @@ class FiLMViT(AbSViT):
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
         embedded = images.embedded if isinstance(images, StoredPass) else self.backbone.embed(images)
         assert embedded is not None
-        embedded = embedded.to(self.modulations[0].weight)
+        embedded = embedded.to(next(self.parameters()))
         return Embedded(embedded, embedded, embedded, embedded, [], embedded)
 
     def attend(

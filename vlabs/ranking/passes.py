@@ -56,8 +56,7 @@ class FirstPasses:
             layout |= {"tokens": (probe.tokens.shape[1:], dtype), "cls": (probe.cls.shape[1:], torch.float16)}
         if not layout or (vision.looks_twice and probe.embedded.requires_grad):
             raise UserError(
-                "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision], "
-                "without adapters in it (task.lora.parts)"
+                "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision]"
             )
         identity = {
             "weights": _digest(vision, training),
@@ -110,6 +109,11 @@ class FirstPasses:
             bottom_up = self.vision.encode(images)
         for n, (key, _) in enumerate(pictures):
             self.store.add(key, {name: getattr(bottom_up, name)[n] for name in self.store.layout})
+
+    def seen(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What a shortlist reads of some pictures: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
+        found = self.store.read(keys, ["cls", "tokens"])
+        return found["cls"], found["tokens"][:, self.vision.num_prefix_tokens :]
 
     def read(self, keys: Sequence[str]) -> StoredPass:
         """The passes over some pictures, together, on the CPU."""
