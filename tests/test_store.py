@@ -146,13 +146,6 @@ def test_a_reader_of_what_is_stored_takes_no_picture_and_leaves_out_what_is_miss
 FROZEN = [
     "task.freeze=[vision]", "task.store=store", "logger=csv", "callbacks.grounding=null", "callbacks.predictions=null",
 ]  # fmt: skip
-    "task.freeze=[vision]",
-    "task.store=store",
-    "logger=csv",
-    "callbacks.grounding=null",
-    "callbacks.predictions=null",
-    "data.rand_augment=null",
-]
 
 
 def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_options, tmp_path, in_process, monkeypatch):
