@@ -18,6 +18,7 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, StoredPass
 from vlabs.models.film import FiLMViT
 from vlabs.models.topdown import AbSTopDown, FeedbackOnly, PerceiverIO
+from vlabs.ranking.nearest import Nearest
 from vlabs.ranking.passes import FirstPasses
 
 TINY = {"architecture": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
@@ -110,6 +111,19 @@ def test_blocks_that_are_trained_go_on_from_what_is_stored(tmp_path):
     vision.vit.blocks[1].mlp.fc1.weight.data += 0.1  # as a step does
     again = FirstPasses(tmp_path, vision, Preprocessing(32, ""), torch.float32, training=True)
     torch.testing.assert_close(vision.encode(again.read(["a"])).tokens, vision.encode(images).tokens)
+
+
+def test_faiss_finds_nearly_all_that_a_comparison_of_all_does():
+    pytest.importorskip("faiss")
+    vectors = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    every, some = Nearest(vectors), Nearest(vectors, many=1000)
+    assert some.index is not None
+    kept = []
+    for one in vectors[:20, None] + 0.1:
+        cosines, places = every.find(one, 10)
+        torch.testing.assert_close(cosines, torch.cosine_similarity(one, vectors[places]))
+        kept.append(torch.isin(places, some.find(one, 20)[1]).float().mean())
+    assert torch.stack(kept).mean() > 0.95
 
 
 class _Known:

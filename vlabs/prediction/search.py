@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.attention.figures import Cell, as_view
@@ -19,6 +18,7 @@ from vlabs.data.decoding import known_suffixes
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
+from vlabs.ranking.nearest import Nearest
 from vlabs.ranking.passes import FirstPasses
 from vlabs.ranking.shortlist import Similarity, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_texts
@@ -89,7 +89,7 @@ class Search:
             self.passes.fill(((key, self._tensor(path)) for key, path in missing.items()), len(missing))
         # All of them lie together, which is little: the tokens are some hundred times as much.
         shortlists = self.model.prior is not None and self.model.vision.has_bottom_up
-        self.cls = self.passes.store.read(self.keys, ["cls"])["cls"].float() if shortlists else None
+        self.nearest = Nearest(self.passes.store.read(self.keys, ["cls"])["cls"]) if shortlists else None
 
     @property
     def kilobytes(self) -> float:
@@ -111,7 +111,7 @@ class Search:
         check_text("a query", query)
         texts = encode_texts(self.model, self.preprocessing, [query])
         chosen: Sequence[int] = range(len(self.pictures))
-        if k is not None and k < len(chosen) and self.cls is not None and texts.prior is not None:
+        if k is not None and k < len(chosen) and self.nearest is not None and texts.prior is not None:
             chosen = self._shortlist(texts.prior.float().cpu(), k)
         found = []
         for start in range(0, len(chosen), _AT_ONCE):
@@ -120,14 +120,13 @@ class Search:
 
     def _shortlist(self, prior: Tensor, k: int) -> list[int]:
         """The k pictures that are most like ξ (1, D), of those whose [cls] are."""
-        assert self.cls is not None
-        cosine = F.cosine_similarity(prior, self.cls, dim=1)
-        first = cosine.topk(min(max(self.first, k), len(cosine))).indices
+        assert self.nearest is not None
+        _, first = self.nearest.find(prior, max(self.first, k))
         parts = []
         for some in first.split(_AT_ONCE):
             parts.append(similarities(*self.passes.seen([self.keys[n] for n in some.tolist()]), prior))
         cls, patches = (torch.cat(part)[:, 0].numpy() for part in zip(*parts, strict=True))
-        best = Similarity(cls[:, None], patches[:, None])[:][:, 0].topk(k).indices
+        best = Similarity(cls[:, None], patches[:, None])[:][:, 0].topk(min(k, len(first))).indices
         return first[best].tolist()  # type: ignore[no-any-return]
 
     def _scored(self, texts: EncodedTexts, some: Sequence[int]) -> list[Found]:
