@@ -154,8 +154,8 @@ def nearest(count: int, width: int, queries: int = 100) -> dict[str, Any]:
         kept = [torch.isin(a[:10], b[:k]).float().mean() for a, b in zip(found["all"], found["faiss"], strict=True)]
         result[f"kept_{k}"] = 100 * float(torch.stack(kept).mean())
     print(
-        f"{count:,} vectors of {width}, a query: all compared {result['all_ms']:.0f} ms, FAISS {result['faiss_ms']:.0f} "
-        f"ms (built in {result['faiss_seconds_to_build']:.0f} s). Of the exact top ten it has {result['kept_10']:.1f}% "
+        f"{count:,} vectors of {width}, a query: all compared {result['all_ms']:.0f} ms, "
+        f"FAISS {result['faiss_ms']:.0f} ms (built in {result['faiss_seconds_to_build']:.0f} s). Of the exact top ten it has {result['kept_10']:.1f}% "
         f"in its own ten, {result['kept_200']:.1f}% in 200, {result['kept_2000']:.1f}% in 2,000."
     )
     return result
