@@ -13,6 +13,7 @@ every caption, second pass and fusion of every pair. `less` is ours with a share
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.ranking.shortlist import shortlist
+from vlabs.ranking.shortlist import Similarity, shortlist, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
 
 CAPTION_LENGTH = 40  # the released code pads captions to this many tokens
@@ -217,9 +218,9 @@ class Rates:
     text: float
     pair: float
 
-    def hours(self, images: int, texts: int, pairs: int, encodings: int = 1) -> float:
-        """Hours for so many; `encodings` is how often an image is encoded."""
-        return (encodings * images * self.image + texts * self.text + pairs * self.pair) / 3600
+    def hours(self, images: int, texts: int, pairs: int) -> float:
+        """Hours for so many."""
+        return (images * self.image + texts * self.text + pairs * self.pair) / 3600
 
 
 @torch.inference_mode()
@@ -229,8 +230,8 @@ def rank(
     """Score N images (N, 3, H, W) with M captions: the rates, all seconds, and the pairs that were scored.
 
     Args:
-        k: score only the shortlist, each image's k best captions and each caption's k best images by the cosine of ξ
-            and the bottom-up [cls]. The images are then encoded a second time, so that only one is held.
+        k: score only the shortlist, each image's k best captions and each caption's k best images by how like ξ their
+            [cls] and their patches are.
     """
     synchronize = torch.cuda.synchronize if images.device.type == "cuda" else lambda: None
     marks = [time.perf_counter()]
@@ -241,25 +242,22 @@ def rank(
 
     texts = our_texts(model, captions, options.text_batch_size)
     mark()
+    passes = [model.vision.encode(image[None]) for image in images]
+    mark()
     wanted = [np.arange(len(captions))] * len(images)
     if k is not None:
-        seen = torch.cat([model.vision.encode(image[None]).cls for image in images])
         assert texts.prior is not None
-        wanted = shortlist(seen, texts.prior, k)
+        patches = torch.cat([one.tokens for one in passes])[:, model.vision.num_prefix_tokens :]
+        like = similarities(torch.cat([one.cls for one in passes]), patches, texts.prior)
+        wanted = shortlist(Similarity(*(part.cpu().numpy() for part in like)).blocks(), k)
     mark()
-    encoding = 0.0
-    for image, chosen in zip(images, wanted, strict=True):
-        started = time.perf_counter()
-        bottom_up = model.vision.encode(image[None])
-        synchronize()
-        encoding += time.perf_counter() - started
-        score_texts(model, bottom_up, texts, torch.from_numpy(chosen).to(image.device), options.batch_size)
+    for bottom_up, chosen in zip(passes, wanted, strict=True):
+        score_texts(model, bottom_up, texts, torch.from_numpy(chosen).to(images.device), options.batch_size)
     mark()
     pairs = sum(map(len, wanted))
-    rates = Rates(
-        encoding / len(images), (marks[1] - marks[0]) / len(captions), (marks[3] - marks[2] - encoding) / pairs
-    )
-    return rates, marks[3] - marks[0], pairs
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    rates = Rates(seconds[1] / len(images), seconds[0] / len(captions), seconds[3] / pairs)
+    return rates, sum(seconds), pairs
 
 
 def table(options: Options) -> dict[str, Any]:
@@ -286,7 +284,7 @@ def table(options: Options) -> dict[str, Any]:
             rank(model, pictures[:1], drawn[: options.batch_size], options)  # the warm-up
         rates, exact, pairs = rank(model, pictures, drawn, options)
         _, short, kept = rank(model, pictures, drawn, options, options.k)
-        hours = rates.hours(images, captions, images * captions), rates.hours(images, captions, at_most, encodings=2)
+        hours = rates.hours(images, captions, images * captions), rates.hours(images, captions, at_most)
         print(
             f"{f'{n}x{m}':>10}{exact:10.2f}{pairs:8}{short:13.2f}{kept:8}{rates.image:10.4f}{rates.text:10.4f}"
             f"{rates.pair:10.4f}{hours[0]:10.1f}{hours[1]:13.2f}",

@@ -8,7 +8,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import assert_one_line_error, command
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
@@ -18,11 +17,9 @@ from PIL import Image
 from vlabs import demo, export, predict, search, segment, vqa_eval
 from vlabs.attention import __main__ as attention
 from vlabs.attention.figures import add_out, check_out, save_out
-from vlabs.checkpoints.checkpoint import find_checkpoint
 from vlabs.errors import UserError
 from vlabs.evaluate import _claimed
 from vlabs.prediction.search import Search, list_pictures
-from vlabs.ranking.index import ImageIndex
 from vlabs.runs import folders
 from vlabs.runs.config import config_dir
 from vlabs.utils.files import mark
@@ -294,11 +291,3 @@ def test_the_page_leaves_out_broken_pictures_when_told(pictures, tmp_path_factor
     assert isinstance(search_of, Search)
     assert len(search_of.pictures) == 2
     assert "broken.jpg" in capsys.readouterr().out
-
-
-def test_two_searches_add_to_one_index(tmp_path):
-    first, second = ImageIndex(tmp_path / "index.safetensors"), ImageIndex(tmp_path / "index.safetensors")
-    first.add([("a", Path("a.png"))], lambda path: torch.tensor([1.0]))
-    second.add([("b", Path("b.png"))], lambda path: torch.tensor([2.0]))
-    assert ImageIndex(tmp_path / "index.safetensors").vectors == {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
-    assert find_checkpoint("scenes").is_file()

@@ -408,12 +408,15 @@ def test_a_folder_of_any_name_is_searched_and_an_index_of_another_model_is_not(t
     given = {"search_ckpt": "scenes_search", "images": [str(folder)], "index": tmp_path / "index", "device": "cpu"}
     arguments = argparse.Namespace(**given, tokenizer=None, on_bad="error")
     next(iter(_searches(arguments, True))).encode()  # as the form does
-    index = next((tmp_path / "index").glob("*.safetensors"))
+    index = next((tmp_path / "index").glob("*/*.safetensors"))
     with safetensors.safe_open(index, "pt") as file:
         metadata = file.metadata()
-    for vectors in (torch.zeros(1, 3), torch.full((1, 64), float("nan")), torch.zeros(1, 64, dtype=torch.int64)):
-        safetensors.torch.save_file({"cls": vectors}, index, metadata=metadata)
-        with pytest.raises(UserError, match="holds no finite numbers of this model: remove it"):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    said = "holds no pictures as this model sees them: remove it"
+    of_another = (({}, said), ({"cls": torch.zeros(1, 3)}, said), ({"cls": tensors["cls"] * torch.nan}, "not finite"))
+    for other, message in of_another:
+        safetensors.torch.save_file(tensors | other if other else {}, index, metadata=metadata)
+        with pytest.raises(UserError, match=message):
             _searches(arguments, True)
 
 

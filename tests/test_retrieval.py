@@ -16,13 +16,14 @@ from torch.nn.functional import cosine_similarity
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
+from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.prior import PriorLoss
 from vlabs.ranking.scores import ScoreMatrix
-from vlabs.ranking.shortlist import best_both_ways, share_kept, shortlist
+from vlabs.ranking.shortlist import Similarity, best_both_ways, share_kept, shortlist, similarities
 from vlabs.tasks.masking import IGNORED, TokenMasker
 from vlabs.tasks.negatives import draw_false
 from vlabs.tasks.optim import Recipe
@@ -253,17 +254,28 @@ def test_a_perfect_ranking_has_recall_one():
 
 
 def test_the_shortlist_is_the_union_of_both_directions_best():
-    torch.manual_seed(0)
-    seen, prior = torch.randn(9, 5), torch.randn(20, 5)
-    similarity = cosine_similarity(seen[:, None], prior[None], dim=2)
+    similarity = torch.randn(9, 20, generator=torch.Generator().manual_seed(0))
     wanted = torch.zeros(9, 20, dtype=torch.bool)
     for image in range(9):
         wanted[image, similarity[image].argsort(descending=True)[:3]] = True
     for caption in range(20):
         wanted[similarity[:, caption].argsort(descending=True)[:3], caption] = True
     for at_once in (1, 4, 100):
-        found = shortlist(seen, prior, 3, images_at_once=at_once)
+        found = shortlist(similarity.split(at_once), 3)
         assert [part.tolist() for part in found] == [row.nonzero()[:, 0].tolist() for row in wanted]
+
+
+def test_pictures_are_compared_with_texts_as_a_whole_and_patch_by_patch():
+    torch.manual_seed(0)
+    cls, patches, prior = torch.randn(9, 5), torch.randn(9, 4, 5), torch.randn(20, 5)
+    by_cls, by_patches = similarities(cls, patches, prior)
+    torch.testing.assert_close(by_cls, cosine_similarity(cls[:, None], prior[None], dim=2))
+    every = cosine_similarity(patches[:, None], prior[None, :, None], dim=3)  # (9, 20, 4)
+    torch.testing.assert_close(by_patches, (every * 10).exp().sum(dim=2).log())
+    both = Similarity(by_cls.numpy(), by_patches.numpy())
+    added = by_cls / by_cls.std(correction=0) + by_patches / by_patches.std(correction=0)
+    torch.testing.assert_close(torch.cat(list(both.blocks(4))), added)
+    torch.testing.assert_close(both[3], added[3])
 
 
 def test_the_best_of_rows_and_columns_equal_a_sort_however_the_matrix_is_cut():
@@ -285,16 +297,14 @@ def test_what_a_shortlist_kept_equals_a_plain_count():
 
 
 def test_pairs_without_a_score_come_after_all_others_in_the_order_of_their_similarity():
-    torch.manual_seed(0)
-    seen, prior = torch.randn(4, 5), torch.randn(9, 5)
+    similarity = Similarity(*np.random.default_rng(2).normal(size=(2, 4, 9)).astype(np.float32))
     scores = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
     unknown = np.random.default_rng(1).random(scores.shape) < 0.5
-    filled = FilledScores(np.where(unknown, np.nan, scores), seen, prior)
+    filled = FilledScores(np.where(unknown, np.nan, scores), similarity)
     whole = np.stack([filled[n] for n in range(4)])
     assert (whole[~unknown] == scores[~unknown]).all()
     assert whole[unknown].max() < scores[~unknown].min()
-    similarity = cosine_similarity(seen[:, None], prior[None], dim=2).numpy()
-    assert (np.argsort(whole[unknown]) == np.argsort(similarity[unknown])).all()
+    assert (np.argsort(whole[unknown]) == np.argsort(similarity[:].numpy()[unknown])).all()
 
 
 def test_a_prior_loss_of_no_pairs_is_zero_and_trains_nothing():
@@ -341,6 +351,22 @@ def test_false_partners_of_the_batch_train(task, negatives, caption_options, tmp
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_false_partners_come_from_the_store_too(task, caption_options, tmp_path, in_process, monkeypatch):
+    options = [
+        f"task={task}",
+        *caption_options,
+        "task.freeze=[vision]",
+        "task.store=store",
+        "callbacks.predictions=null",
+    ]
+    options += ["callbacks.grounding=null"]
+    assert in_process("vlabs.train", [*options, "hydra.run.dir=first"], tmp_path).returncode == 0
+    monkeypatch.setattr(ImageReader, "_read_image", None)
+    result = in_process("vlabs.train", [*options, "hydra.run.dir=run"], tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_fine_tuning_starts_from_the_pretrained_matching_head(fine_tuned, pretrained):
@@ -474,7 +500,7 @@ def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions
     found = search.find(rows[0]["caption"][0], k=None)
     scores = np.load(folder / "exact.npy")[:, 0]
     by_name = [next(item.score for item in found if item.path.name == f"{n:02}.jpg") for n in range(len(rows))]
-    np.testing.assert_allclose(by_name, scores, atol=1e-4)
+    np.testing.assert_allclose(by_name, scores, atol=5e-3)  # tokens of int8
     assert [item.score for item in found] == sorted(by_name, reverse=True)
 
 

@@ -2,8 +2,8 @@
 
 python -m vlabs.search --ckpt RUN --images holidays --query "a dog that doesn't look at the camera"
 
-The pictures' bottom-up states are kept on disk, by the content of the files; the prior ξ of the query finds the most
-promising ones, and these go through the whole network.
+First passes over the pictures are kept on disk, by the content of the files; the prior ξ of the query finds the most
+promising ones by them, and these go through the whole network, without being read again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--query", required=True, action="append", help="a text; may be given several times")
     parser.add_argument("--top", type=whole(1), default=10, help="pictures to print (default %(default)s)")
     parser.add_argument("--k", type=whole(1), default=32, help="pictures that ξ may find for the exact ranking (32)")
+    parser.add_argument("--first", type=whole(1), default=2000, help="pictures whose patches ξ is compared with (2000)")
     parser.add_argument("--exact", action="store_true", help="rank all pictures exactly")
     parser.add_argument("--index", type=Path, default=CACHE, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole picture")
@@ -41,7 +42,8 @@ def main() -> None:
     device = find_device(arguments.device)
     pictures = list_pictures(arguments.images)
     checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
-    search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip")
+    search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip", arguments.first)
+    show(f"{len(search.pictures):,} pictures, {search.kilobytes:,.0f} kB each in the index")
     rows = []
     for query in arguments.query:
         found = search.find(query, None if arguments.exact else arguments.k)
@@ -50,7 +52,7 @@ def main() -> None:
             show(f"  {item.score:8.3f}  {item.path}")
         if new := checkpoint.new_words(query):
             show(f"  (its training never had: {', '.join(new)})")
-        rows.append((query, search.show(query, found[:5])))
+        rows.append((query, search.show(found[:5])))
     show(f"the model's training: {checkpoint.training}")
     show(f"a number is {MEANING}")
     print(save_out(grid_figure(rows), arguments))

@@ -191,7 +191,21 @@ def look_by(
         name: of the map; the others as of `look`.
     """
     output, found = look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
-    n, pictures = len(input_ids), len(image)
+    return _chosen(model, output, found, name, len(image))
+
+
+def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
+    """As `look_by`, of what a model said of n texts about a picture each, with `read_image=True`.
+
+    Args:
+        name: of a map that needs no recorded attention.
+    """
+    found = {one: attention_map(output, model.vision, one).cpu() for one in (name, "fusion")}
+    return _chosen(model, output, found, name, 1)
+
+
+def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tensor], name: str, pictures: int) -> Look:
+    n = len(found[name]) // pictures
     maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
     steered = model.vision.steers(output.seen)
     steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()

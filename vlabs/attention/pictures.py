@@ -170,8 +170,8 @@ def reconstruction_figure(
     for n in np.linspace(0, len(rows) - 1, num=min(num_images, len(rows)), dtype=int).tolist():
         _, tensor = reader.read(n, 0)
         assert tensor is not None
-        tokens.append(_first_input(checkpoint, tensor[None])[0])
-        pixels.append(_to_patches(checkpoint, tensor[None])[0])
+        tokens.append(_first_input(checkpoint, tensor)[0])
+        pixels.append(_to_patches(checkpoint, tensor)[0])
     decoder = _fit(torch.cat(tokens), torch.cat(pixels))
     view, tensor = seen_of(checkpoint, image)
     prefix = model.vision.num_prefix_tokens

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vlabs.data.images import BatchRows, ImageReader, random_generator
+from vlabs.data.images import BatchRows, ImageReader, joined, random_generator
 from vlabs.data.prepared import check_kind, load_split, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
@@ -28,7 +28,7 @@ class CaptionBatch(NamedTuple):
     """n captions with their images, and false partners where the task wants them.
 
     Attributes:
-        images: (B, 3, H, W), normalised; the captions' own, then the false ones.
+        images: (B, 3, H, W), normalised; the captions' own, then the false ones. Or what is stored of them.
         input_ids, attention_mask: (n, T).
         image_index: (n,), the position in `images` of each caption's image.
         image_ids: (n,), the row of each caption's image in the data: the same number for the same image.
@@ -41,7 +41,7 @@ class CaptionBatch(NamedTuple):
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
-    images: Tensor
+    images: Any
     input_ids: Tensor
     attention_mask: Tensor
     image_index: Tensor
@@ -91,8 +91,8 @@ class CaptionDataset(TextDataset):
         false_index = None
         if self.false_images:
             false = self._false_images(read.texts, spec.epoch, read.skipped)
-            false_index = len(read.images) + torch.arange(len(false))
-            common["images"] = torch.cat([read.images, *(image[None] for image in false)])
+            false_index = len(set(read.image_index)) + torch.arange(len(false))
+            common["images"] = joined([read.images, *false])
         false_ids, false_mask = self._false_captions(read.texts, spec.epoch) if self.false_captions else (None, None)
         return CaptionBatch(
             image_index=torch.tensor(read.image_index, dtype=torch.int64),
@@ -111,9 +111,7 @@ class CaptionDataset(TextDataset):
         drawn: np.ndarray = generator.integers(len(self.rows) - 1, size=count)
         return drawn + (drawn >= row)
 
-    def _false_images(
-        self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int, skipped: list[int]
-    ) -> list[Tensor]:
+    def _false_images(self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int, skipped: list[int]) -> list[Any]:
         """An image of another row for every caption."""
         images = []
         for number, _, position in chosen:

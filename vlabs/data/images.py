@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote_to_bytes
 
 import datasets
@@ -27,17 +27,28 @@ from vlabs.errors import UserError, show
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
+class Stored(Protocol):
+    """What is known of pictures by their keys, so that they need not be read (`vlabs.ranking.passes`)."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it is there."""
+
+    def read(self, keys: Sequence[str]) -> Any:
+        """A named tuple of tensors (n, …), in the place of n images."""
+
+
 class BatchRows(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
-        images: (B, 3, H, W), normalised; B may be 0. Where a row has p images, they follow each other.
+        images: (B, 3, H, W), normalised; B may be 0. Where a row has p images, they follow each other. Or what is
+            stored of them, where the reader has that.
         image_index: n, the position in `images` of each text's image, the first where it has several.
         texts: n times the number of the row, the row, and the text's position in the row's lists.
         skipped: ids of images that were left out, with their texts.
     """
 
-    images: Tensor
+    images: Any
     image_index: list[int]
     texts: list[tuple[int, dict[str, Any], int]]
     skipped: list[int]
@@ -55,6 +66,7 @@ class ImageReader:
         scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`, and resize as for training.
         region_grid: rows and columns of patches that `coverage` is over; None where nobody asks for it.
         pictures: images of a row, which texts are about together: `image`, `image_2` and so on.
+        stored: has, by `key`, what the images are read for: then they are not. What it does not have cannot be decoded.
     """
 
     def __init__(
@@ -67,9 +79,14 @@ class ImageReader:
         scaled_decoding: bool = False,
         region_grid: tuple[int, int] | None = None,
         pictures: int = 1,
+        stored: Stored | None = None,
     ) -> None:
         self.suffixes = ["", *(f"_{n}" for n in range(2, pictures + 1))]
+        self.fingerprint = rows._fingerprint
+        self.stored = stored
         self.rows = rows
+        if stored is not None:
+            self.rows = rows.remove_columns([f"image{suffix}" for suffix in self.suffixes])
         self.preprocessing = preprocessing
         self.region_grid = region_grid
         fill = tuple(round(255 * value) for value in preprocessing.mean)
@@ -79,15 +96,26 @@ class ImageReader:
         self.on_bad = on_bad
         self.at_least = preprocessing.image_size if scaled_decoding else None
 
-    def read(self, index: int, epoch: int) -> tuple[dict[str, Any], Tensor | None]:
-        """The row and its image (3, H, W), normalised; None for an image that is left out.
+    def key(self, index: int, place: int = 0) -> str:
+        """Of one of a row's images: the same for the same rows, whatever folder they lie in."""
+        return f"{self.fingerprint}/{index}/{place}"
+
+    def read(self, index: int, epoch: int, place: int = 0) -> tuple[dict[str, Any], Any]:
+        """The row and one of its images (1, 3, H, W), normalised, or what is stored of it; None for one left out.
 
         Raises:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
         """
         row = self.rows[index]
+        if self.stored is not None:
+            if (key := self.key(index, place)) in self.stored:
+                return row, self.stored.read([key])
+            if self.on_bad != "skip":
+                raise UserError(f"{name_of(row)} cannot be decoded: prepare the data again")
+            return row, None
         with self._generators_kept():
-            return row, self._read_image(row, 0, epoch)
+            image = self._read_image(row, place, epoch)
+        return row, None if image is None else image[None]
 
     def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None = None) -> Tensor | None:
         """One of a row's images, written to `out` where given, for one copy less; None if it is left out."""
@@ -118,18 +146,25 @@ class ImageReader:
         skipped: list[int] = []
         size = self.preprocessing.image_size
         pictures = len(self.suffixes)
-        images, count = torch.empty(len(spec.groups) * pictures, 3, size, size), 0
+        keys: list[str] = []
+        images, count = torch.empty(0 if self.stored else len(spec.groups) * pictures, 3, size, size), 0
         with self._generators_kept():
             for group in spec.groups:
                 row = self.rows[group.row]
-                read = [self._read_image(row, place, spec.epoch, images[count + place]) for place in range(pictures)]
-                if any(image is None for image in read):
+                if self.stored is not None:
+                    own = [self.key(group.row, place) for place in range(pictures)]
+                    is_whole = all(key in self.stored for key in own)
+                    keys += own if is_whole else []
+                else:
+                    read = [self._read_image(row, n, spec.epoch, images[count + n]) for n in range(pictures)]
+                    is_whole = all(image is not None for image in read)
+                if not is_whole:
                     skipped.append(row["image_id"])
                     continue
                 index += [count] * len(group.questions)
                 texts += [(group.row, row, position) for position in group.questions]
                 count += pictures
-        return BatchRows(images[:count], index, texts, skipped)
+        return BatchRows(self.stored.read(keys) if self.stored and keys else images[:count], index, texts, skipped)
 
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
         """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
@@ -172,6 +207,13 @@ class ImageReader:
     def _generators_kept(self) -> AbstractContextManager[None]:
         """`generators_kept`, once for a batch, where timm draws from them."""
         return nullcontext() if self.augment is None else generators_kept()
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The images of several batches, or what is stored of them, one after another."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 @contextmanager

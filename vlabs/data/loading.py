@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vlabs.data.prepared import read_manifest
-from vlabs.data.sampling import BatchSpec, EpochSampler, GroupSampler
+from vlabs.data.sampling import EpochSampler, GroupSampler
 from vlabs.errors import UserError, one_line
 from vlabs.utils.files import content_sha256
 from vlabs.utils.ranks import rank_and_world
@@ -249,8 +249,8 @@ def make_loader(
     return eval_loader(dataset, sampler, options)
 
 
-def eval_loader(dataset: Dataset[Any], sampler: Sampler[BatchSpec], options: LoaderOptions) -> DataLoader[Any]:
-    """A loader of whole batches in the order of a sampler."""
+def eval_loader(dataset: Dataset[Any], sampler: Iterable[Any], options: LoaderOptions) -> DataLoader[Any]:
+    """A loader of whole batches, or of whatever else a sampler names, in its order."""
     return DataLoader(dataset, sampler=sampler, **_loader_options(options.num_workers, options.seed))
 
 

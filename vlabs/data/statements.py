@@ -21,7 +21,7 @@ class StatementBatch(NamedTuple):
     """n statements about B pictures, p each.
 
     Attributes:
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalised; or what is stored of them.
         input_ids, attention_mask: (n, T).
         image_index: (n, p), the positions in `images` of each statement's pictures, left before right.
         image_ids: (n,), the data's number of each statement's picture or pair.
@@ -33,7 +33,7 @@ class StatementBatch(NamedTuple):
         skipped: numbers of pictures or pairs that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
-    images: Tensor
+    images: Any
     input_ids: Tensor
     attention_mask: Tensor
     image_index: Tensor

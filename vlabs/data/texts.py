@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlabs.data.images import BatchRows, ImageReader
+from vlabs.data.images import BatchRows, ImageReader, Stored
 from vlabs.data.loading import list_texts, make_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
@@ -80,9 +80,12 @@ class TextDataModule(PreparedDataModule):
 
     Attributes:
         regions_in_validation: validation batches too say what a text is about.
+        stored: what is read in the place of pictures, which are then those of evaluation; a task sets it before there
+            are loaders.
     """
 
     regions_in_validation = False
+    stored: Stored | None = None
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:
         """What reads batches of some rows."""
@@ -132,4 +135,5 @@ class TextDataModule(PreparedDataModule):
             training and self.options.scaled_decoding,
             self.region_grid if training or self.regions_in_validation else None,
             self.pictures,
+            self.stored,
         )

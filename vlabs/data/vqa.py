@@ -26,7 +26,7 @@ class VQABatch(NamedTuple):
     """n questions about B images.
 
     Attributes:
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalised; or what is stored of them.
         input_ids, attention_mask: (n, T).
         image_index: (n,), the position in `images` of each question's image; None where question i is about image i.
         image_ids: (n,), the data set's id of each question's image.
@@ -38,7 +38,7 @@ class VQABatch(NamedTuple):
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
-    images: Tensor
+    images: Any
     input_ids: Tensor
     attention_mask: Tensor
     image_index: Tensor | None
@@ -80,7 +80,7 @@ class VQADataset(TextDataset):
         for n, (_, row, position) in enumerate(read.texts):
             if self.with_targets and row["answer_ids"][position]:
                 targets[n, row["answer_ids"][position]] = torch.tensor(row["answer_scores"][position])
-        one_each = read.image_index == list(range(len(read.images)))
+        one_each = read.image_index == list(range(len(read.texts)))
         return VQABatch(
             image_index=None if one_each else torch.tensor(read.image_index),
             image_ids=image_ids(read),

@@ -211,7 +211,7 @@ def _look_at(
         _, image = reader.read(group[0].row, 0)
         assert image is not None
         input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids([item.text for item in group]))
-        _, by_name = look(model, image[None], input_ids, attention_mask, maps)
+        _, by_name = look(model, image, input_ids, attention_mask, maps)
         yield group, by_name
 
 

@@ -16,7 +16,6 @@ import datasets
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,8 +30,9 @@ from vlabs.errors import UserError, show
 from vlabs.evaluation.base import Evaluation, Setting
 from vlabs.metrics.retrieval import RECALLS, Rows, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
+from vlabs.ranking.passes import FirstPasses
 from vlabs.ranking.scores import ScoreMatrix
-from vlabs.ranking.shortlist import share_kept, shortlist
+from vlabs.ranking.shortlist import Similarity, share_kept, shortlist, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
 from vlabs.runs.trainer import make_trainer
 from vlabs.utils.files import content_sha256, write_json
@@ -48,14 +48,19 @@ class Unit(NamedTuple):
     first: int
 
 
-class _Images(Dataset[tuple[Unit, Tensor]]):
+class _Like(NamedTuple):
+    """How like images are to captions, see `similarities`."""
+
+    cls: ScoreMatrix
+    patches: ScoreMatrix
+
+
+class _Images(Dataset[tuple[Unit, Any]]):
     def __init__(self, images: ImageReader) -> None:
         self.images = images
 
-    def __getitem__(self, unit: Unit) -> tuple[Unit, Tensor]:
-        _, image = self.images.read(unit.image, 0)
-        assert image is not None
-        return unit, image[None]
+    def __getitem__(self, unit: Unit) -> tuple[Unit, Any]:
+        return unit, self.images.read(unit.image, 0)[1]
 
 
 class _Work(pl.LightningDataModule):
@@ -67,7 +72,7 @@ class _Work(pl.LightningDataModule):
         self.images = images
         self.num_workers = num_workers
 
-    def predict_dataloader(self) -> DataLoader[tuple[Unit, Tensor]]:
+    def predict_dataloader(self) -> DataLoader[tuple[Unit, Any]]:
         """This process's units, those of the same captions together."""
         trainer = self.trainer
         assert trainer is not None
@@ -81,18 +86,31 @@ class _Work(pl.LightningDataModule):
         )
 
 
-class _BottomUp(pl.LightningModule):
-    """Writes the bottom-up [cls] of every image."""
+class _FirstPasses(pl.LightningModule):
+    """Stores the first pass of every image, and writes how like it is to every caption's ξ."""
 
-    def __init__(self, model: VisionLanguageModel, seen: ScoreMatrix) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, passes: FirstPasses, images: ImageReader, prior: Tensor, like: _Like
+    ) -> None:
         super().__init__()
         self.model = model
-        self.seen = seen
+        self.passes = passes
+        self.images = images
+        self.prior = prior
+        self.like = like
 
     def predict_step(self, batch: tuple[Unit, Tensor], batch_idx: int) -> None:
         """One image."""
         unit, image = batch
-        self.seen.values[unit.image] = self.model.vision.encode(image).cls[0].float().cpu().numpy()
+        key = self.images.key(unit.image)
+        self.passes.add([(key, image)])
+        cls, patches = (part.to(self.device) for part in self.passes.seen([key]))
+        for matrix, values in zip(self.like, similarities(cls, patches, self.prior.to(self.device)), strict=True):
+            matrix.values[unit.image] = values[0].cpu().numpy()
+
+    def on_predict_epoch_end(self) -> None:
+        """Write what is not in a file yet."""
+        self.passes.store.flush()
 
 
 class _Scores(pl.LightningModule):
@@ -135,7 +153,7 @@ class _Scores(pl.LightningModule):
             if len(self.captions_of(unit)) and not self.matrix.done(unit.image, self.captions_of(unit))
         ]
 
-    def predict_step(self, batch: tuple[Unit, Tensor], batch_idx: int) -> None:
+    def predict_step(self, batch: tuple[Unit, Any], batch_idx: int) -> None:
         """One image with the captions of one part."""
         unit, image = batch
         if self.texts is None or self.first != unit.first:
@@ -241,19 +259,28 @@ class RetrievalEvaluation(Evaluation):
         shape = (len(captioned.rows), len(captioned.captions))
         what = f"{shape[0]:,} images x {shape[1]:,} captions of {captioned.name} ({setting.split})"
         say(f"ranking {what}; scores in {folder}")
-        wanted, cls, prior = None, None, None
+        wanted, similarity = None, None
         if ranker["name"] == "shortlist":
-            seen = ScoreMatrix(folder, "bottom_up_cls", (shape[0], checkpoint.model.vision.width), identity)
-            pending = [Unit(n, 0) for n in range(shape[0]) if not seen.done(n, slice(None))]
+            like = _Like(*(ScoreMatrix(folder, f"like_{name}", shape, identity) for name in _Like._fields))
+            passes = FirstPasses(folder / "first_passes", checkpoint.model.vision, checkpoint.preprocessing)
+            pending = [
+                Unit(n, 0)
+                for n in range(shape[0])
+                if reader.key(n) not in passes or not all(one.done(n, slice(None)) for one in like)
+            ]
             if pending:
-                work = _Work(pending, reader, workers)
-                trainer.predict(_BottomUp(checkpoint.model, seen), work, return_predictions=False)
+                passes.store.check_room(len(pending))
+                # Lightning leaves the model on the CPU.
+                checkpoint.model.to(trainer.strategy.root_device)
+                prior = encode_priors(checkpoint.model, checkpoint.preprocessing, captioned.captions)
+                first = _FirstPasses(checkpoint.model, passes, reader, prior, like)
+                trainer.predict(first, _Work(pending, reader, workers), return_predictions=False)
                 trainer.strategy.barrier()
-            # Lightning leaves the model on the CPU.
-            checkpoint.model.to(trainer.strategy.root_device)
-            prior = encode_priors(checkpoint.model, checkpoint.preprocessing, captioned.captions)
-            cls = torch.from_numpy(np.array(seen.values))
-            wanted = shortlist(cls, prior, ranker["k"])
+                passes.store.refresh()
+            say(f"first passes of {shape[0]:,} images, {passes.store.bytes_each / 1e3:,.0f} kB each, are beside them")
+            reader = ImageReader(captioned.rows, checkpoint.preprocessing, stored=passes)
+            similarity = Similarity(*(one.values for one in like))
+            wanted = shortlist(similarity.blocks(), ranker["k"])
         name = "exact" if ranker["name"] == "exact" else f"shortlist-k{ranker['k']}"
         matrix = ScoreMatrix(folder, name, shape, identity)
         batch_size, in_memory = int(ranker["batch_size"]), int(ranker["captions_in_memory"])
@@ -265,7 +292,7 @@ class RetrievalEvaluation(Evaluation):
         if not trainer.is_global_zero:
             return {}
         matrix.values.flush()  # type: ignore[attr-defined]
-        scores = matrix.values if cls is None or prior is None else FilledScores(matrix.values, cls, prior)
+        scores = matrix.values if similarity is None else FilledScores(matrix.values, similarity)
         metrics = _report(checkpoint, captioned, scores, setting.split, str(ranker["name"]))
         if wanted is not None:
             metrics |= _kept(folder, shape, identity, wanted)
@@ -281,23 +308,21 @@ class FilledScores:
 
     Args:
         scores: (N, M), NaN for pairs without a score; it may be memory-mapped.
-        seen: (N, D), the bottom-up [cls] of every image.
-        prior: ξ, (M, D), of every caption.
+        similarity: of images and captions.
     """
 
-    def __init__(self, scores: np.ndarray, seen: Tensor, prior: Tensor) -> None:
+    def __init__(self, scores: np.ndarray, similarity: Similarity) -> None:
         self.scores = scores
         self.shape = scores.shape
-        self.seen = F.normalize(seen.float(), dim=1)
-        self.prior = F.normalize(prior.float(), dim=1)
-        self.floor = min(float(np.nanmin(row)) for row in scores if not np.isnan(row).all()) - 2
+        self.similarity = similarity
+        lowest = min(float(np.nanmin(row)) for row in scores if not np.isnan(row).all())
+        self.floor = lowest - 1 - max(float(block.max()) for block in similarity.blocks())
 
     def __getitem__(self, image: int) -> np.ndarray:
         """The scores (M,) of an image."""
         row = np.array(self.scores[image])
         missing = np.isnan(row)
-        cosine = self.prior @ self.seen[image]  # at most 1, so all of these are below the lowest score
-        row[missing] = self.floor + cosine.numpy()[missing]
+        row[missing] = self.floor + self.similarity[image].numpy()[missing]
         return row
 
 

@@ -178,7 +178,7 @@ def _measure(
     texts = [pair.own.text for pair in pairs] + [pair.other.text for pair in pairs]
     input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids(texts))
     n = len(pairs)
-    bottom_up = model.vision.encode(image[None])
+    bottom_up = model.vision.encode(image)
     states = model.text(input_ids, attention_mask)
     prior = model.prior_of(states, input_ids)
     index = torch.zeros(n, dtype=torch.int64)

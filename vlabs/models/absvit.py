@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,18 @@ class BottomUp:
             ValueError: this encoder has none, see `AbSViT.has_bottom_up`.
         """
         return self.pooled
+
+
+class StoredPass(NamedTuple):
+    """Of the first pass over B images what the rest follows from, so that they need not be looked at again.
+
+    Attributes:
+        embedded: (B, N, D), as in `BottomUp`; None where there is no second pass to read it.
+        tokens: (B, N, D), z; None where blocks of the first pass are still trained, and go on from `embedded`.
+    """
+
+    embedded: Tensor | None
+    tokens: Tensor | None
 
 
 @dataclass
@@ -216,6 +228,11 @@ class AbSViT(nn.Module):
         return self.topdown is not None and self.topdown.needs_prior
 
     @property
+    def looks_twice(self) -> bool:
+        """Whether a pass starts anew from the embedding of the pictures, under a prior or with what is fed back."""
+        return self.topdown is not None and self.topdown.second_pass
+
+    @property
     def reconstructs(self) -> bool:
         """Whether there are feedback decoders, which the reconstruction loss trains."""
         return len(self.decoders) > 0
@@ -278,23 +295,35 @@ class AbSViT(nn.Module):
             return None
         return (seen.token_weights[:, self.num_prefix_tokens :] > 0).any(dim=1)
 
-    def encode(self, images: Tensor, layers: Sequence[int] = (), record: list[Tensor] | None = None) -> BottomUp:
+    def encode(
+        self, images: Tensor | StoredPass, layers: Sequence[int] = (), record: list[Tensor] | None = None
+    ) -> BottomUp:
         """The bottom-up pass, and what the top-down variant can prepare without a prior.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalised; or what was stored of their pass. What that leaves out because nothing
+                but a map of the norm reads it is z.
             layers: blocks, counted from 1, whose outputs are to be kept.
             record: a list that is emptied and takes the attention of every block, (B, heads, N, N) with gradients;
                 slower, because it is written out.
         """
         backbone = self.backbone
-        hidden = backbone.embed(images)
+        begin = 0
+        if isinstance(images, StoredPass):
+            weight = next(self.parameters())
+            stored, known = (None if one is None else one.to(weight) for one in images)
+            if known is not None:
+                return self._known(stored, known)
+            assert stored is not None
+            hidden, begin = stored, self.start - 1
+        else:
+            hidden = backbone.embed(images)
         embedded = first_qkv = hidden
         positions = backbone.positions()
         forget(record)
         kept: list[Tensor] = []
         last: list[Tensor] | None = [] if self.keep < 1 and self.keeps_what_is_read else None
-        for index in range(backbone.depth):
+        for index in range(begin, backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
             qkv = None
             if index == self.start - 1:
@@ -345,6 +374,14 @@ class AbSViT(nn.Module):
         if bottom_up.read is None:
             raise ValueError("the first pass was made when all patches were kept")
         return bottom_up.read
+
+    def _known(self, embedded: Tensor | None, tokens: Tensor) -> BottomUp:
+        """The bottom-up pass whose outcome was stored."""
+        first = self.start - 1
+        first_qkv = tokens if embedded is None else self.backbone.qkv(first, self.backbone.enter(first, embedded))
+        prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
+        embedded = tokens if embedded is None else embedded
+        return BottomUp(tokens, tokens, embedded, first_qkv, prepared, self.backbone.pool(tokens))
 
     def attend(
         self,

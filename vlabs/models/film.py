@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens, forget
+from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens, forget
 from vlabs.models.backbones.vit import ViT, attend_to
 from vlabs.models.registry import register
 
@@ -55,9 +55,18 @@ class FiLMViT(AbSViT):
         """ξ changes what this encoder sees."""
         return True
 
-    def encode(self, images: Tensor, layers: Sequence[int] = (), record: list[Tensor] | None = None) -> BottomUp:
+    @property
+    def looks_twice(self) -> bool:
+        """It looks once, from the embedding on."""
+        return True
+
+    def encode(
+        self, images: Tensor | StoredPass, layers: Sequence[int] = (), record: list[Tensor] | None = None
+    ) -> BottomUp:
         """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
-        embedded = self.backbone.embed(images)
+        embedded = images.embedded if isinstance(images, StoredPass) else self.backbone.embed(images)
+        assert embedded is not None
+        embedded = embedded.to(next(self.parameters()))
         return Embedded(embedded, embedded, embedded, embedded, [], embedded)
 
     def attend(

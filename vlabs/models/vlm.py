@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlabs.models.absvit import AbSViT, BottomUp, VisionTokens
+from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
@@ -105,7 +105,7 @@ class VisionLanguageModel(nn.Module, Shareable):
 
     def forward(
         self,
-        images: Tensor | BottomUp,
+        images: Tensor | StoredPass | BottomUp,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_index: Tensor | None = None,
@@ -121,7 +121,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         """Encode images and texts, and join them.
 
         Args:
-            images: (B, 3, H, W), normalised; or their first pass, where it is there already.
+            images: (B, 3, H, W), normalised; or their first pass, where it is there already, whole or as stored.
             input_ids, attention_mask: (n, T).
             image_index: (n,) the image of each text; None means that text i belongs to image i; (n, p) where each text
                 is about p pictures together.
@@ -134,7 +134,7 @@ class VisionLanguageModel(nn.Module, Shareable):
             alpha: the strength of the top-down signal in the place of the variant's own, where it has one.
             record: takes the attention of the last pass over the images, see `AbSViT.encode`.
         """
-        bottom_up = self.vision.encode(images, record=record) if isinstance(images, Tensor) else images
+        bottom_up = images if isinstance(images, BottomUp) else self.vision.encode(images, record=record)
         text_states = self.text(input_ids, attention_mask)
         prior = self.prior_of(text_states, input_ids) if prior is None else prior
         if text_index is not None:

@@ -115,7 +115,7 @@ class Page:
         self._check_length(query)
         search = self.searches[folder]
         found = search.find(query.strip())[:count]
-        cells = search.show(query.strip(), found)
+        cells = search.show(found)
         cards = "".join(_card(cell, html.escape(cell.note)) for cell in cells)
         new = search.checkpoint.new_words(query)
         said = f"<p class='warning'>its training never had: {html.escape(', '.join(new))}</p>" if new else ""

@@ -7,33 +7,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.attention.figures import Cell, as_view
-from vlabs.attention.maps import default_map, look_by
+from vlabs.attention.maps import default_map, look_of
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, show
 from vlabs.prediction.predictor import open_image
-from vlabs.ranking.index import ImageIndex
-from vlabs.ranking.texts import encode_texts, score_texts
+from vlabs.ranking.nearest import Nearest
+from vlabs.ranking.passes import FirstPasses
+from vlabs.ranking.shortlist import Similarity, similarities
+from vlabs.ranking.texts import EncodedTexts, encode_texts
 from vlabs.utils.archives import walk
 from vlabs.utils.files import content_sha256
 
 CACHE = Path("~/.cache/vlabs/search")
 MEANING = "a score (a logit) that ranks the pictures of one text; scores of two texts do not compare"
 """What the numbers of found pictures are."""
+_AT_ONCE = 32  # pictures that are read, compared or scored together
 
 
 @dataclass
 class Found:
-    """A picture and its ranking score for a query; higher is better."""
+    """A picture for a query.
+
+    Attributes:
+        path: of its file.
+        score: of the ranking; higher is better.
+        map: (rows, columns), where the model looked.
+        name: which map that is, see `vlabs.attention.maps.look_by`.
+    """
 
     path: Path
     score: float
+    map: np.ndarray
+    name: str
 
 
 class Search:
@@ -42,8 +54,9 @@ class Search:
     Args:
         checkpoint: of a model that was pre-trained or fine-tuned for retrieval.
         pictures: files, each a picture.
-        index_dir: where the index is kept.
+        index_dir: where the first passes over pictures are kept, by what is in the files and not by their names.
         device: `cpu` or `cuda`.
+        first: pictures, of which the [cls] are most like ξ, whose patches are compared with it too.
         skip_bad: leave out pictures that cannot be decoded, and name them; else they are an error.
 
     Raises:
@@ -57,66 +70,85 @@ class Search:
         index_dir: Path = CACHE,
         device: str = "cpu",
         skip_bad: bool = False,
+        first: int = 2000,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
         self.device = device
         self.pictures = list(pictures)
-        self.seen: Tensor | None = None
+        self.first = first
         if skip_bad:
             self.pictures = [path for path in self.pictures if _decodes(path)]
         if not self.pictures:
             raise UserError("--images holds no picture")
-        if self.model.prior is not None and self.model.vision.has_bottom_up:
-            index = ImageIndex(index_dir.expanduser() / f"{content_sha256(checkpoint.path)[:16]}.safetensors")
-            digests = [content_sha256(path) for path in self.pictures]
-            index.add(zip(digests, self.pictures, strict=True), self._bottom_up_cls)
-            vectors = [index.vectors[digest] for digest in digests]
-            width = self.model.vision.width
-            if not all(one.shape == (width,) and one.is_floating_point() and one.isfinite().all() for one in vectors):
-                raise UserError(f"{index.path} holds no finite numbers of this model: remove it")
-            self.seen = torch.stack(vectors)
+        self.passes = FirstPasses(index_dir, self.model.vision, self.preprocessing, torch.int8)
+        self.keys = [content_sha256(path) for path in self.pictures]
+        missing = {key: path for key, path in zip(self.keys, self.pictures, strict=True) if key not in self.passes}
+        if missing:
+            self.passes.fill(((key, self._tensor(path)) for key, path in missing.items()), len(missing))
+        # All of them lie together, which is little: the tokens are some hundred times as much.
+        shortlists = self.model.prior is not None and self.model.vision.has_bottom_up
+        self.nearest = Nearest(self.passes.store.read(self.keys, ["cls"])["cls"]) if shortlists else None
 
-    @torch.inference_mode()
-    def _bottom_up_cls(self, path: Path) -> Tensor:
-        return self.model.vision.encode(self._tensor(path)).cls[0].float().cpu().clone()
+    @property
+    def kilobytes(self) -> float:
+        """Of a picture in the index."""
+        return self.passes.store.bytes_each / 1e3
 
     def _tensor(self, path: Path) -> Tensor:
-        return self.preprocessing.image(open_image(path))[None].to(self.device)
+        return self.preprocessing.image(open_image(path))[None]
 
     @torch.inference_mode()
     def find(self, query: str, k: int | None = 32) -> list[Found]:
-        """The pictures that were scored, best first.
+        """The pictures that were scored, best first. No picture is decoded or encoded.
 
         Args:
             query: any text.
-            k: pictures that go through the whole network, those with the largest cosine of ξ and the bottom-up [cls];
-                None for all. Where there is no ξ, or no bottom-up [cls], all are scored.
+            k: pictures that go through the whole network, those most like ξ (`vlabs.ranking.shortlist`); None for all.
+                Where there is no ξ, or no bottom-up [cls], all are scored.
         """
         check_text("a query", query)
         texts = encode_texts(self.model, self.preprocessing, [query])
-        chosen = list(range(len(self.pictures)))
-        if k is not None and self.seen is not None and texts.prior is not None:
-            similarity = F.cosine_similarity(texts.prior[0].float().cpu(), self.seen, dim=1)
-            chosen = similarity.topk(min(k, len(chosen))).indices.tolist()
-        only = torch.zeros(1, dtype=torch.int64, device=self.device)
+        chosen: Sequence[int] = range(len(self.pictures))
+        if k is not None and k < len(chosen) and self.nearest is not None and texts.prior is not None:
+            chosen = self._shortlist(texts.prior.float().cpu(), k)
         found = []
-        for n in chosen:
-            bottom_up = self.model.vision.encode(self._tensor(self.pictures[n]))
-            found.append(Found(self.pictures[n], float(score_texts(self.model, bottom_up, texts, only)[0])))
+        for start in range(0, len(chosen), _AT_ONCE):
+            found += self._scored(texts, chosen[start : start + _AT_ONCE])
         return sorted(found, key=lambda item: -item.score)
 
-    def show(self, query: str, found: Sequence[Found]) -> list[Cell]:
+    def _shortlist(self, prior: Tensor, k: int) -> list[int]:
+        """The k pictures that are most like ξ (1, D), of those whose [cls] are."""
+        assert self.nearest is not None
+        _, first = self.nearest.find(prior, max(self.first, k))
+        parts = []
+        for some in first.split(_AT_ONCE):
+            parts.append(similarities(*self.passes.seen([self.keys[n] for n in some.tolist()]), prior))
+        cls, patches = (torch.cat(part)[:, 0].numpy() for part in zip(*parts, strict=True))
+        best = Similarity(cls[:, None], patches[:, None])[:][:, 0].topk(min(k, len(first))).indices
+        return first[best].tolist()  # type: ignore[no-any-return]
+
+    def _scored(self, texts: EncodedTexts, some: Sequence[int]) -> list[Found]:
+        """Some pictures with the one text, together."""
+        bottom_up = self.model.vision.encode(self.passes.read([self.keys[n] for n in some]))
+        states, mask = texts.padded(torch.zeros(len(some), dtype=torch.int64, device=self.device))
+        prior = None if texts.prior is None else texts.prior.expand(len(some), -1)
+        output = self.model.join(bottom_up, prior, states, mask, read_image=True)
+        scores = self.model.head.score(output.pooled_features).tolist()  # type: ignore[operator]
+        look = look_of(self.model, output, default_map(self.model))
+        return [
+            Found(self.pictures[n], score, map[0], name)
+            for n, score, map, name in zip(some, scores, look.maps, look.names, strict=True)
+        ]
+
+    def show(self, found: Sequence[Found]) -> list[Cell]:
         """Found pictures, each with its place, score and map for the query."""
-        input_ids, mask = self.preprocessing.pad(self.preprocessing.token_ids([query]))
         cells = []
         for place, item in enumerate(found, start=1):
             image = open_image(item.path)
-            tensor = self.preprocessing.image(image)[None]
-            look = look_by(self.model, tensor, input_ids, mask, default_map(self.model))
             view = as_view(image, self.preprocessing.box(image.size))
-            cells.append(Cell(view, look.maps[0, 0], look.names[0], note=f"{place}: {item.path.name} {item.score:.2f}"))
+            cells.append(Cell(view, item.map, item.name, note=f"{place}: {item.path.name} {item.score:.2f}"))
         return cells
 
 

@@ -1,8 +1,8 @@
-"""Which pairs are worth an exact score: those that the prior's similarity puts among the best."""
+"""Which pairs are worth an exact score: those whose pictures are most like ξ, as a whole and in some patch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -36,30 +36,73 @@ def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(of_row), place
 
 
-def shortlist(seen: Tensor, prior: Tensor, k: int, images_at_once: int = 256) -> list[np.ndarray]:
-    """The k best captions of every image and every caption for which the image is among the k best.
+_TEMPERATURE = 0.1  # at which patches are counted, by how like ξ they are
 
-    The similarity is the cosine of ξ and the bottom-up [cls]; it is held for `images_at_once` images at a time.
+
+def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """How like n pictures are to m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
+
+    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches. Each divided by its deviation, their sum finds
+    more of the exact best than either.
 
     Args:
-        seen: (N, D), the bottom-up [cls] of every image.
-        prior: ξ, (M, D), of every caption.
+        cls: (n, D).
+        patches: z of the patches, (n, P, D).
+        prior: ξ, (m, D).
+
+    Returns:
+        Two of (n, m), float32.
+    """
+    prior = F.normalize(prior.float(), dim=1).T
+    like = F.normalize(patches.float(), dim=2) @ prior
+    return F.normalize(cls.float(), dim=1) @ prior, (like / _TEMPERATURE).logsumexp(dim=1)
+
+
+class Similarity:
+    """The sum of `similarities`, each divided by its deviation, of many images and captions, some rows at a time.
+
+    Args:
+        cls, patches: (N, M); they may be memory-mapped.
+    """
+
+    def __init__(self, cls: np.ndarray, patches: np.ndarray) -> None:
+        self.parts = cls, patches
+        some = np.linspace(0, len(cls) - 1, num=min(len(cls), 256), dtype=int)
+        self.deviations = [max(float(part[some].std()), 1e-6) for part in self.parts]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, images: int | slice) -> Tensor:
+        """Of an image (M,), or of some (n, M)."""
+        summands = (part[images] / by for part, by in zip(self.parts, self.deviations, strict=True))
+        return torch.from_numpy(sum(summands))
+
+    def blocks(self, images_at_once: int = 256) -> Iterator[Tensor]:
+        """All rows, some at a time."""
+        for first in range(0, len(self), images_at_once):
+            yield self[first : first + images_at_once]
+
+
+def shortlist(blocks: Iterable[Tensor], k: int) -> list[np.ndarray]:
+    """The k best captions of every image and every caption for which the image is among the k best.
+
+    Args:
+        blocks: of the similarity of images and captions, as of `best_both_ways`.
         k: at least 1.
 
     Returns:
         For every image the captions, ascending.
     """
-    prior = F.normalize(prior.float(), dim=1)
-    parts = seen.split(images_at_once)
-    captions, images = best_both_ways((F.normalize(part.float(), dim=1) @ prior.T for part in parts), k)
+    captions, images = best_both_ways(blocks, k)
     pairs = torch.cat(
         [
             torch.stack([torch.arange(len(captions))[:, None].expand_as(captions).flatten(), captions.flatten()]),
-            torch.stack([images.flatten(), torch.arange(len(prior)).expand_as(images).flatten()]),
+            torch.stack([images.flatten(), torch.arange(images.shape[1]).expand_as(images).flatten()]),
         ],
         dim=1,
     ).unique(dim=1)  # sorted by image, then caption
-    counts = torch.bincount(pairs[0], minlength=len(seen))
+    counts = torch.bincount(pairs[0], minlength=len(captions))
     return [part.numpy() for part in pairs[1].split(counts.tolist())]
 
 

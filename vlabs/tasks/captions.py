@@ -109,14 +109,14 @@ class CaptionTask(VisionLanguageTask):
         texts = [caption for captions in rows["caption"] for caption in captions]
         image_of_caption = torch.tensor([n for n, captions in enumerate(rows["caption"]) for _ in captions])
         encoded = encode_texts(self.model, self.preprocessing, texts)
-        images = ImageReader(rows, self.preprocessing)
+        images = ImageReader(data.rows(data.val_split), self.preprocessing, stored=data.stored)
         everything = torch.arange(len(texts), device=self.device)
         scores = torch.zeros(len(rows), len(texts), device=self.device)
         rank, world = rank_and_world()
         for n in range(rank, len(rows), world):
             _, image = images.read(n, 0)
             assert image is not None
-            bottom_up = self.model.vision.encode(image[None].to(self.device))
+            bottom_up = self.model.vision.encode(self.transfer_batch_to_device(image, self.device, 0))
             scores[n] = score_texts(self.model, bottom_up, encoded, everything)
         if world > 1:
             dist.all_reduce(scores)

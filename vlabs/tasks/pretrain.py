@@ -53,7 +53,7 @@ class PretrainTask(CaptionTask):
         bottom_up = self.model.vision.encode(batch.images)
         reconstruct = self.reconstruction_weight > 0
 
-        masked, labels = (t.to(batch.images.device) for t in self.masker(batch.input_ids.cpu(), generator))
+        masked, labels = (t.to(batch.input_ids.device) for t in self.masker(batch.input_ids.cpu(), generator))
         guessed = self.model(
             bottom_up, masked, batch.attention_mask, batch.image_index, reconstruct=reconstruct, all_features=True
         )
@@ -83,7 +83,7 @@ class PretrainTask(CaptionTask):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pairs of ITM: token ids, masks, image index, and which of them match (n,)."""
         n = len(batch.caption_ids)
-        matches = (torch.rand(n, generator=generator) < 0.5).to(batch.images.device)
+        matches = (torch.rand(n, generator=generator) < 0.5).to(batch.input_ids.device)
         if batch.false_image_index is not None:
             index = torch.where(matches, batch.image_index, batch.false_image_index)
             return batch.input_ids, batch.attention_mask, index, matches

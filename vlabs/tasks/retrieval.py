@@ -78,7 +78,7 @@ class RetrievalTask(CaptionTask):
     def _candidates(self, batch: CaptionBatch, bottom_up: BottomUp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Texts and masks (P, T); for every caption itself and m others: positions (n, 1 + m), and which are real."""
         n = len(batch.caption_ids)
-        own = torch.arange(n, device=batch.images.device)[:, None]
+        own = torch.arange(n, device=batch.input_ids.device)[:, None]
         if batch.false_input_ids is not None and batch.false_attention_mask is not None:
             false_ids, false_mask = batch.false_input_ids.flatten(0, 1), batch.false_attention_mask.flatten(0, 1)
             ids, masks = self._stack(batch.input_ids, batch.attention_mask, false_ids, false_mask)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
 
+from vlabs.data.images import ImageReader
+from vlabs.data.loading import eval_loader
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
+from vlabs.ranking.passes import FirstPasses
 from vlabs.tasks.base import Task, check_weight, gather
 from vlabs.tasks.optim import Recipe
-from vlabs.utils.ranks import is_distributed, say
+from vlabs.utils.ranks import is_distributed, rank_and_world, say
 
 
 class VisionLanguageTask(Task):
@@ -36,6 +41,8 @@ class VisionLanguageTask(Task):
         alive_prior_margin: its margin, in [0, 1].
         token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
         token_prior_temperature: its τ.
+        store: the folder where the first passes of an image encoder that is not trained are kept, of the pictures of
+            training and validation as evaluation reads them. Its training reads no picture then, after each was once.
     """
 
     of_all_ranks = ("prior", "prior_bottom_up")
@@ -57,6 +64,7 @@ class VisionLanguageTask(Task):
         alive_prior_margin: float = 0.3,
         token_prior_weight: float = 0.0,
         token_prior_temperature: float = 0.1,
+        store: str | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
@@ -89,6 +97,8 @@ class VisionLanguageTask(Task):
         self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
         self.dead = MeanMetric()
         self.has_warned = False
+        self.store = store
+        self.stored: FirstPasses | None = None
         self._freeze_idle_prior()
 
     def _freeze_idle_prior(self) -> None:
@@ -98,7 +108,13 @@ class VisionLanguageTask(Task):
             self.model.prior.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
-        """Ask the data what every text is about, where that is learnt and known."""
+        """Ask the data what every text is about, where that is learnt and known; and for stored first passes.
+
+        Raises:
+            UserError: there is no first pass that could be stored.
+        """
+        if stage == "fit" and self.store is not None:
+            self._open_store(self.store)
         if stage != "fit" or not self.region_prior_weight:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -114,6 +130,34 @@ class VisionLanguageTask(Task):
                 f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
             )
             say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
+
+    def _open_store(self, folder: str) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.options.rand_augment is not None:
+            raise UserError(
+                f"task.store keeps one first pass of every picture, and data.rand_augment={data.options.rand_augment} "
+                "draws another every time: pass data.rand_augment=null"
+            )
+        data.stored = self.stored = FirstPasses(Path(folder), self.model.vision, self.preprocessing, training=True)
+
+    def on_fit_start(self) -> None:
+        """Store the first passes that are not there yet; see `Task` too."""
+        super().on_fit_start()
+        if self.stored is None:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rank, world = rank_and_world()
+        for split in dict.fromkeys([data.train_split, data.val_split]):
+            rows = data.rows(split)
+            reader = ImageReader(rows, self.preprocessing, on_bad=data.options.on_bad, pictures=data.pictures)
+            every = [(row, place) for row in range(len(rows)) for place in range(data.pictures)]
+            mine = [one for one in every if reader.key(*one) not in self.stored][rank::world]
+            if mine:
+                self.stored.fill(eval_loader(_Pictures(reader), mine, data.options), len(mine))
+        self.trainer.strategy.barrier()
+        store = self.stored.store
+        store.refresh()
+        say(f"first passes of {len(store.places):,} pictures, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
 
     def prior_losses(
         self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
@@ -193,6 +237,17 @@ class VisionLanguageTask(Task):
                 f"{self.alive_prior_weight:g}, or task.token_prior_weight, or prepare data with regions"
             )
         self.dead.reset()
+
+
+class _Pictures(Dataset[tuple[str, Tensor | None]]):
+    """Keys and pictures (1, 3, H, W) by row and place in the row."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, which: tuple[int, int]) -> tuple[str, Tensor | None]:
+        row, place = which
+        return self.reader.key(row, place), self.reader.read(row, 0, place)[1]
 
 
 def _temperature(name: str, value: Any) -> float:

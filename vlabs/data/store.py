@@ -1,0 +1,145 @@
+"""Tensors of pictures on disk: shards that are never changed once written, read by memory map."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vlabs.errors import UserError
+from vlabs.utils.files import replacing
+
+_SHARD = 128 * 2**20  # bytes of a shard, about: what a process that is killed loses at most
+
+
+class TensorStore:
+    """Some tensors of every picture, by its key, in a folder of safetensors files.
+
+    Several processes may add to it at the same time, each in files of its own. A process that is killed loses what it
+    had not written yet.
+
+    Args:
+        folder: made when the first shard is written.
+        identity: what the tensors are of, in words or plain data; a shard of something else is an error.
+        layout: name, shape and type of the tensors of a picture. Those of int8 have a scale for each of their last
+            dimension's vectors beside them.
+
+    Attributes:
+        bytes_each: of a picture.
+
+    Raises:
+        UserError: a file of the folder is no shard of this store.
+    """
+
+    def __init__(self, folder: Path, identity: str, layout: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.layout = layout
+        self.bytes_each = sum(
+            one.nbytes
+            for shape, dtype in layout.values()
+            for one in _packed("", torch.empty(shape, device="meta"), dtype).values()
+        )
+        self.shards: dict[str, dict[str, Tensor]] = {}
+        self.places: dict[str, tuple[str, int]] = {}
+        self.waiting: dict[str, dict[str, Tensor]] = {}
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places or key in self.waiting
+
+    def refresh(self) -> None:
+        """See what other processes have written meanwhile."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self.shards:
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+                keys = json.loads(said["keys"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it") from None
+        wanted: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self.layout.items():
+            wanted |= _packed(name, torch.empty(len(keys), *shape, device="meta"), dtype)
+        found, due = ({name: (t.shape, t.dtype) for name, t in one.items()} for one in (tensors, wanted))
+        if said.get("identity") != self.identity or found != due:
+            raise UserError(f"{path} holds no pictures as this model sees them: remove it")
+        self.shards[path.name] = tensors
+        self.places |= {key: (path.name, n) for n, key in enumerate(keys)}
+
+    def check_room(self, pictures: int) -> None:
+        """Raise a UserError where the disk has no room for so many more pictures."""
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        need, free = pictures * self.bytes_each, shutil.disk_usage(place).free
+        if need > free:
+            raise UserError(
+                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} pictures ({self.bytes_each / 1e3:,.0f} "
+                f"kB each), and the disk has {free / 1e9:.1f} GB: name a folder on another"
+            )
+
+    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep the tensors of a picture, in a file at the latest after `flush`."""
+        packed: dict[str, Tensor] = {}
+        for name, (_, dtype) in self.layout.items():
+            packed |= _packed(name, tensors[name].detach().cpu(), dtype)
+        self.waiting[key] = packed
+        if len(self.waiting) * self.bytes_each >= _SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if not self.waiting:
+            return
+        path = self.folder / f"{secrets.token_hex(8)}.safetensors"
+        rows = list(self.waiting.values())
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        metadata = {"identity": self.identity, "keys": json.dumps(list(self.waiting))}
+        with replacing(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        self.waiting = {}
+        self._open(path)
+
+    def read(self, keys: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The tensors of some pictures, by name, each (n, …); those of int8 as float32.
+
+        Args:
+            names: of the tensors; None for all.
+
+        Raises:
+            UserError: numbers that are not finite.
+        """
+        rows = [self.waiting.get(key) or self._row(key) for key in keys]
+        found = {}
+        for name in self.layout if names is None else names:
+            tensor = torch.stack([row[name] for row in rows])
+            if f"{name}.scale" in rows[0]:
+                tensor = tensor.float() * torch.stack([row[f"{name}.scale"] for row in rows])
+            if not tensor.isfinite().all():
+                raise UserError(f"{self.folder} holds numbers that are not finite: remove it")
+            found[name] = tensor
+        return found
+
+    def _row(self, key: str) -> dict[str, Tensor]:
+        shard, n = self.places[key]
+        return {name: tensor[n] for name, tensor in self.shards[shard].items()}
+
+
+def _packed(name: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tensor as it is stored."""
+    if dtype != torch.int8:
+        return {name: tensor.to(dtype)}
+    largest = tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12)
+    return {name: (tensor * (127 / largest)).round().to(torch.int8), f"{name}.scale": largest / 127}

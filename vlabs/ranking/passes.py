@@ -1,0 +1,145 @@
+"""First passes of an image encoder over pictures, kept on disk: no picture is encoded, or decoded, twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlabs.data.preprocessing import PICTURE_OPTIONS, Preprocessing
+from vlabs.data.store import TensorStore
+from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT, StoredPass
+
+_AT_ONCE = 16  # pictures that are encoded together
+
+
+class FirstPasses:
+    """What the second pass, and a shortlist, read of the first pass over pictures, by the pictures' keys.
+
+    Passes of other weights, or of pictures that are read another way, lie in other folders beside each other.
+
+    Args:
+        folder: of all stores.
+        vision: the encoder, on the device where it encodes.
+        preprocessing: how pictures are read: as in evaluation.
+        dtype: how tokens are stored: half precision, or int8 with a scale a token.
+        training: store what does not depend on parameters that are trained; else all are as they stay.
+
+    Attributes:
+        store: where the tensors are.
+
+    Raises:
+        UserError: all of the pass depends on what is trained; and see `TensorStore`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vision: AbSViT,
+        preprocessing: Preprocessing,
+        dtype: torch.dtype = torch.float16,
+        training: bool = False,
+    ) -> None:
+        self.vision = vision
+        with torch.set_grad_enabled(training), _evaluating(vision):
+            side = preprocessing.image_size
+            probe = vision.encode(torch.zeros(1, 3, side, side).to(next(vision.parameters())))
+        layout = {"embedded": (probe.embedded.shape[1:], dtype)} if vision.looks_twice else {}
+        if vision.has_bottom_up and not probe.tokens.requires_grad:
+            layout |= {"tokens": (probe.tokens.shape[1:], dtype), "cls": (probe.cls.shape[1:], torch.float16)}
+        if not layout or (vision.looks_twice and probe.embedded.requires_grad):
+            raise UserError(
+                "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision]"
+            )
+        identity = {
+            "weights": _digest(vision, training),
+            "architecture": {name: value for name, value in vision.spec.items() if name not in ("topdown", "keep")},
+            "pictures": {name: getattr(preprocessing, name) for name in ("image_size", *PICTURE_OPTIONS)},
+            "tensors": {name: str(of) for name, of in layout.items()},
+        }
+        said = json.dumps(identity, sort_keys=True)
+        key = hashlib.sha256(said.encode()).hexdigest()[:16]
+        self.store = TensorStore(folder.expanduser() / key, said, layout)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.store
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys of which there is nothing yet, each once."""
+        return [key for key in dict.fromkeys(keys) if key not in self.store]
+
+    @torch.inference_mode()
+    def fill(self, pictures: Iterable[tuple[str, Tensor | None]], count: int) -> None:
+        """Encode pictures, with a progress bar. What was encoded before a stop stays.
+
+        Args:
+            pictures: key and normalised picture (1, 3, H, W) of each; None for one that is left out.
+            count: how many there are.
+
+        Raises:
+            UserError: the disk has no room for them.
+        """
+        self.store.check_room(count)
+        waiting: list[tuple[str, Tensor]] = []
+        try:
+            for key, image in tqdm(pictures, desc="indexing", unit="image", total=count, disable=not count):
+                waiting += [] if image is None else [(key, image)]
+                if len(waiting) == _AT_ONCE:
+                    self.add(waiting)
+                    waiting = []
+            self.add(waiting)
+        finally:
+            self.store.flush()
+
+    @torch.inference_mode()
+    def add(self, pictures: Sequence[tuple[str, Tensor]]) -> None:
+        """Encode some pictures together, and store them in time."""
+        if not pictures:
+            return
+        weight = next(self.vision.parameters())
+        images = torch.cat([image for _, image in pictures]).to(weight)
+        with _evaluating(self.vision):
+            bottom_up = self.vision.encode(images)
+        for n, (key, _) in enumerate(pictures):
+            self.store.add(key, {name: getattr(bottom_up, name)[n] for name in self.store.layout})
+
+    def seen(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What a shortlist reads of some pictures: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
+        found = self.store.read(keys, ["cls", "tokens"])
+        return found["cls"], found["tokens"][:, self.vision.num_prefix_tokens :]
+
+    def read(self, keys: Sequence[str]) -> StoredPass:
+        """The passes over some pictures, together, on the CPU."""
+        names = [name for name in self.store.layout if name != "cls"]
+        found = self.store.read(keys, names)
+        return StoredPass(found.get("embedded"), found.get("tokens"))
+
+
+def _digest(vision: AbSViT, training: bool) -> str:
+    """SHA-256 of the weights of the first pass, but for those that are trained."""
+    trained = {name for name, value in vision.named_parameters() if value.requires_grad and training}
+    digest = hashlib.sha256()
+    for name, value in sorted(vision.state_dict().items()):
+        if name.startswith("vit.") and name not in trained:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _evaluating(vision: AbSViT) -> Iterator[None]:
+    """Without dropout, and the draws that it takes."""
+    modes = {module: module.training for module in vision.modules()}
+    vision.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
