@@ -18,7 +18,7 @@ import yaml
 from conftest import assert_one_line_error, command
 
 from vlabs.errors import UserError
-from vlabs.report import read_runs
+from vlabs.evaluation.report import read_runs
 from vlabs.runs.environment import write_environment
 from vlabs.runs.logging import _run_id, csv_logger
 from vlabs.runs.record import Record, merged, read_config, run_folder

@@ -100,18 +100,18 @@ CITYSCAPES = {
 
 # What a manifest's `kind` means, and which commands make such a folder.
 _KINDS = {
-    "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),
+    "vqa": ("questions", "`vlabs prepare vqav2`, or `own` for a table of questions"),
     "captions": (
         "captions",
-        "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, data_prep.webdataset for shards, or"
-        " data_prep.own for a table of captions",
+        "`vlabs prepare flickr30k`, `coco_captions` or `scenes_captions`, `webdataset` for shards, `own` for a table "
+        "of captions",
     ),
     "statements": (
         "statements about pictures with a label",
-        "data_prep.snli_ve, data_prep.nlvr2 or data_prep.pairs",
+        "`vlabs prepare snli_ve`, `nlvr2` or `pairs`",
     ),
-    "masks": ("pictures with a class a pixel", "data_prep.segmentation"),
-    "classes": ("pictures with a class", "data_prep.classes, data_prep.imagenet or data_prep.objects"),
+    "masks": ("pictures with a class a pixel", "`vlabs prepare segmentation`"),
+    "classes": ("pictures with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
 }
 
 
@@ -124,10 +124,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(
-            f"{directory} holds no prepared data (no manifest.json): make it with `python -m data_prep.vqav2 "
-            f"--raw-dir RAW --out-dir {directory}` (captions: data_prep.flickr30k or data_prep.coco_captions; "
-            "statements: data_prep.nlvr2 or data_prep.snli_ve; a table of your own: data_prep.own), or name another "
-            "folder"
+            f"{directory} holds no prepared data (no manifest.json): make it with `vlabs prepare vqav2 "
+            f"--raw-dir RAW --out-dir {directory}` (captions: flickr30k or coco_captions; statements: nlvr2 or "
+            "snli_ve; a table of your own: own), or name another folder"
         )
     manifest = _read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
@@ -146,7 +145,7 @@ def check_kind(directory: str | Path, kind: str) -> None:
         holds = _KINDS[found][0] if found in _KINDS else f"data of kind {found!r}"
         wanted, commands = _KINDS[kind]
         raise UserError(
-            f"{directory} holds {holds}, not {wanted}: make a folder of {wanted} with `python -m` {commands}, or name "
+            f"{directory} holds {holds}, not {wanted}: make a folder of {wanted} with {commands}, or name "
             "another folder"
         )
 

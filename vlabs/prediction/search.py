@@ -21,9 +21,10 @@ from vlabs.prediction.predictor import open_image
 from vlabs.ranking.index import ImageIndex
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.utils.archives import walk
+from vlabs.utils.arguments import SEARCH_INDEX
 from vlabs.utils.files import content_sha256
 
-CACHE = Path("~/.cache/vlabs/search")
+CACHE = SEARCH_INDEX
 MEANING = "a score (a logit) that ranks the pictures of one text; scores of two texts do not compare"
 """What the numbers of found pictures are."""
 

@@ -64,7 +64,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     """Everything that a config names. Nothing is written before the run begins.
 
     Args:
-        config: of `vlabs.train`; sizes that only the data know are filled in.
+        config: of `vlabs train`; sizes that only the data know are filled in.
         record: of the run; its folder gets config.yaml and environment.json.
         resumed: what the run goes on from.
 

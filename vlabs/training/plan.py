@@ -1,4 +1,4 @@
-"""What a training will cost, from a few measured steps: `python -m vlabs.train plan=true ...`."""
+"""What a training will cost, from a few measured steps: `vlabs train plan=true ...`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan_run(config: DictConfig, task: Task, data: pl.LightningDataModule) -> di
     """Train for a few steps that leave nothing behind, print what the whole run will be, and return it.
 
     Args:
-        config: of `vlabs.train`.
+        config: of `vlabs train`.
         task, data: as they would be trained; the task's weights change.
     """
     short = config.trainer.copy()
