@@ -2,7 +2,9 @@
 
     vlabs prepare question_only --raw-dir data/vqa_v2 --train train --val val
 
-reads a folder that `vlabs prepare vqav2` takes. A model that does not beat these numbers has not looked.
+A model that does not beat these numbers has not looked.
+
+Download: what `vlabs prepare vqav2` takes.
 """
 
 from __future__ import annotations
