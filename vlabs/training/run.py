@@ -32,6 +32,7 @@ from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
 from vlabs.training.start import Last, last_whole
+from vlabs.training.words import beginning, ending
 from vlabs.utils.ranks import is_rank_zero, say
 
 
@@ -128,7 +129,7 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     """Run a training to its end, and return what summary.json says then."""
     task, trainer, best, last = training.task, training.trainer, training.best, training.last
     parameters = sum(p.numel() for p in task.model.parameters())
-    say(f"run: {trainer.default_root_dir} · {parameters / 1e6:.1f} M parameters · seed {os.environ['PL_GLOBAL_SEED']}")
+    say(beginning(task, training.data, record.folder))
     runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger) and is_rank_zero()]
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
@@ -170,7 +171,9 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
         log_outcome(wandb_run, record.summary("done", **found), str(kept[0]) if kept else None)
     for logger in trainer.loggers:
         logger.finalize("success")
-    return record.end("done", **found)
+    summary = record.end("done", **found)
+    say(ending(task, record.folder, training.line))
+    return summary
 
 
 def _nothing_to_train(record: Record) -> dict[str, Any]:
@@ -186,6 +189,7 @@ def _last(config: DictConfig, run_dir: Path) -> Last | None:
     if config.resume is None:
         return None
     last = last_whole(run_dir, config.resume)
+    say(f"resume: {last.path}, after {last.step:,} steps")
     # What it was trained with; config.yaml may have been edited since.
     last.changed = _changed(config, last.config or _own_config(run_dir))
     return last
