@@ -89,7 +89,8 @@ def run_cli(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.path.append("")  # the current folder, for modules that the user names; after all others
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, for modules that the user names; after all others
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:

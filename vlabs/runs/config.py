@@ -105,7 +105,7 @@ def _without_dashes(arguments: Sequence[str]) -> list[str]:
         if not re.fullmatch(r"--[a-z]\w*", name) or name in flags:
             result.append(argument)
             continue
-        if not equals and (value := next(rest, None)) is None:
+        if not equals and not (value := next(rest, "")):
             raise UserError(f"{name} has no value: pass {name.removeprefix('--')}=VALUE")
         result.append(f"{name.removeprefix('--')}={value}")
     return result
