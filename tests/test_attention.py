@@ -20,7 +20,7 @@ from vlabs.errors import run_cli
 
 @pytest.fixture
 def run(tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """Run `python -m vlabs.attention` in this process, in a folder with two pictures."""
+    """Run `vlabs attention` in this process, in a folder with two pictures."""
     for name, row in zip(("a.jpg", "b.jpg"), load_split(tiny_data, "val"), strict=False):
         (tmp_path / name).write_bytes(row["image"])
     monkeypatch.chdir(tmp_path)

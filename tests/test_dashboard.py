@@ -56,7 +56,7 @@ def test_the_workspace_can_be_sent():
 
 
 def test_without_an_account_there_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(dashboard, "logged_in", lambda: False)
+    monkeypatch.setattr("vlabs.runs.logging.logged_in", lambda: False)
     monkeypatch.setattr(sys, "argv", ["dashboard", "--project", "vlabs"])
     with pytest.raises(SystemExit) as stop:
         run_cli(dashboard.main)

@@ -99,7 +99,7 @@ def test_training_leaves_out_questions_without_a_vocabulary_answer_and_validatio
     some = [row | {"answer_ids": [[], *row["answer_ids"][1:]]} for row in rows.select(range(3))]
     import datasets
 
-    from vlabs.data.prepared import VQA_FEATURES
+    from vlabs.data.features import VQA_FEATURES
 
     rows = datasets.Dataset.from_list(some, features=VQA_FEATURES)
     total = sum(len(row["question"]) for row in some)

@@ -245,7 +245,7 @@ def test_a_plan_says_batch_steps_and_hours_and_leaves_nothing_behind(options, tm
     assert result.returncode == 0, result.stderr
     assert "32 = 16 x 1 devices x 2 accumulated" in result.stdout
     assert "70 = 10 an epoch x 7 epochs" in result.stdout
-    for word in ("GiB at the peak", "texts/s", "hours"):
+    for word in ("GiB at the peak", "texts/s", "MB of checkpoints", "time  "):
         assert word in result.stdout
     assert not made(tmp_path)
 

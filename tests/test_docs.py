@@ -26,9 +26,12 @@ def test_page_does_what_it_says(page, tmp_path):
     blocks = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
-    # `python` in a page is this Python.
+    # `vlabs` and `python` in a page are of this Python.
     warm, plain = shlex.join(warm_python()), shlex.quote(sys.executable)
-    python = f'python() {{ case "$2" in vlabs.*) {warm} "$@";; *) {plain} "$@";; esac; }}\nset -e\n'
+    python = (
+        f'vlabs() {{ case "$1" in prepare) {plain} -m vlabs.cli "$@";; *) {warm} -m vlabs.cli "$@";; esac; }}\n'
+        f'python() {{ {plain} "$@"; }}\nset -e\n'
+    )
     for block in blocks:
         if block["file"]:
             path = tmp_path / block["file"]

@@ -168,7 +168,7 @@ def documented_commands():
     block = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "METER=" in block)
     lines = block.replace("\\\n", " ").splitlines()
     common = shlex.split(lines[0].removeprefix("METER="))[0].split()
-    trained = [shlex.split(line.partition("$METER")[2]) for line in lines if "vlabs.train" in line]
+    trained = [shlex.split(line.partition("$METER")[2]) for line in lines if "vlabs train" in line]
     return {options[0].removeprefix("experiment="): [*common, *options] for options in trained}
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from vlabs import demo, export, predict, search, segment, vqa_eval
 from vlabs.attention import __main__ as attention
-from vlabs.attention.figures import add_out, check_out, save_out
+from vlabs.attention.figures import save_out
 from vlabs.errors import UserError
 from vlabs.evaluate import _claimed
 from vlabs.prediction.search import Search, list_pictures
 from vlabs.runs import folders
 from vlabs.runs.config import config_dir
+from vlabs.utils.arguments import add_out, check_out
 from vlabs.utils.files import mark
 
 ROOT = Path(__file__).parent.parent

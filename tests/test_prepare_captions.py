@@ -23,7 +23,8 @@ from data_prep.readers.flickr30k import Flickr30k
 from data_prep.scenes.corpus import make_scenes
 from data_prep.scenes.render import SPLITS
 from data_prep.scenes.scenes_captions import ScenesCaptions
-from vlabs.data.prepared import CAPTION_FEATURES, check_kind, load_split, read_manifest
+from vlabs.data.features import CAPTION_FEATURES
+from vlabs.data.prepared import check_kind, load_split, read_manifest
 from vlabs.errors import UserError
 
 FLICKR_SPLITS = ["train"] * 6 + ["val"] * 2 + ["test"] * 2

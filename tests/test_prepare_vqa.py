@@ -20,7 +20,8 @@ import tokenizers
 from PIL import Image
 
 from data_prep.engine.texts import SoftScores
-from vlabs.data.prepared import VQA_FEATURES, load_split, read_answers, read_manifest
+from vlabs.data.features import VQA_FEATURES
+from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.metrics.vqa import answer_accuracy, vqa_accuracy
 
 ANSWERS = [

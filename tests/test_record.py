@@ -18,7 +18,7 @@ import yaml
 from conftest import assert_one_line_error, command
 
 from vlabs.errors import UserError
-from vlabs.report import read_runs
+from vlabs.evaluation.report import read_runs
 from vlabs.runs.environment import write_environment
 from vlabs.runs.logging import _run_id, csv_logger
 from vlabs.runs.record import Record, merged, read_config, run_folder
@@ -101,6 +101,7 @@ def test_more_epochs_need_nothing_outside_the_run_and_are_a_part_of_its_record(r
     )
     assert result.returncode == 0, result.stderr
     assert "going on" in result.stdout
+    assert "last.ckpt, after 6 steps" in result.stdout
     assert "trainer.gradient_clip_val=0.5, was 1.0" in result.stdout
     after = summary_of(run)
     assert after["command"] == before["command"]

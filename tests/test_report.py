@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from vlabs.evaluation.control import MEASURES
+from vlabs.evaluation.report import OF_CLASSIFIERS, build_report, read_runs
 from vlabs.metrics.robustness import CORRUPTIONS
-from vlabs.report import OF_CLASSIFIERS, build_report, read_runs
 from vlabs.runs.config import config_dir
 
 
@@ -44,7 +44,7 @@ def test_a_start_that_is_missing_is_not_trained_by_every_process(tiny_options, t
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = [*tiny_options, "logger=csv", "init=start", "init_by=['task=vqa']", "hydra.run.dir=run"]
     result = in_process("vlabs.train", options, tmp_path)
-    assert_one_line_error(result, "init=start is not there yet", "python -m vlabs.train task=vqa hydra.run.dir=start")
+    assert_one_line_error(result, "init=start is not there yet", "vlabs train task=vqa hydra.run.dir=start")
 
 
 def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
@@ -71,7 +71,7 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         "Grounding against model/topdown=none",
         "When ξ is another question's",
         "Accuracy against what was seen",
-        "vlabs.train -m",
+        "vlabs train -m",
     ):
         assert part in text
 
@@ -94,7 +94,7 @@ def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
 def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):
     cwd, _ = sweep
     build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20)
-    monkeypatch.setattr("vlabs.report.evaluate_checkpoint", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr("vlabs.evaluation.report.evaluate_checkpoint", lambda *_: pytest.fail("evaluated again"))
     build_report(cwd / "sweep", cwd / "again", "model/topdown=none", 20)
 
 

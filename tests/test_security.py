@@ -613,6 +613,8 @@ def checked(folder, text, *arguments):
         "init_by: [--config-dir=/tmp]",
         "init_by: ['hydra.job_logging.root=1']",
         "init_by: ['trust=os']",
+        "init_by: ['import=os']",
+        "import: os",
         "init_by: task=vqa",
         "a: !!python/object/apply:os.system [ls]",
         "a: " + "[" * 5000,
@@ -657,13 +659,14 @@ def test_a_config_that_is_a_pickle_is_not_read(tmp_path):
 def test_what_a_run_folders_config_may_name(tmp_path):
     named = "my_tasks.Mine"
     own = f"task: {{_target_: {named}}}"
-    with pytest.raises(UserError, match="pass trust=my_tasks"):
+    with pytest.raises(UserError, match="pass import=my_tasks"):
         checked(tmp_path, own)
-    assert checked(tmp_path, own, "trust=my_tasks")[-1] == "++trust=my_tasks"
-    checked(tmp_path, own, "trust=[other,my_tasks]")
+    for given in ("import=my_tasks", "+import=other,my_tasks", "trust=[other,my_tasks]"):
+        names = "my_tasks" if given == "import=my_tasks" else "other,my_tasks"
+        assert checked(tmp_path, own, given)[-1] == f"++import=[{names}]"
     checked(tmp_path, own, f"task._target_={named}")
     with pytest.raises(UserError, match="my_tasks_of_another"):
-        checked(tmp_path, "task: {_target_: my_tasks_of_another.Mine}", "trust=my_tasks")
+        checked(tmp_path, "task: {_target_: my_tasks_of_another.Mine}", "import=my_tasks")
     lightning = "pytorch_lightning.callbacks.EarlyStopping"
     checked(tmp_path, f"callbacks: {{x: {{_target_: {lightning}, monitor: a}}, y: null}}\nlogger: {{_target_: null}}")
     # The configs of vlabs themselves are read as ever, and a folder beside them is the user's.
@@ -679,7 +682,7 @@ def test_a_run_that_somebody_else_made_does_not_run_his_code(tiny_run, tmp_path,
     before[run / "config.yaml"] = (run / "config.yaml").read_bytes()
     for arguments in ([f"resume={run}"], [f"--config-dir={run}", "--config-name=config", "hydra.run.dir=again"]):
         refused = in_process("vlabs.train", arguments, tmp_path)
-        assert_one_line_error(refused, "config.yaml names os.mkdir", "trust=os")
+        assert_one_line_error(refused, "config.yaml names os.mkdir", "import=os")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "ran").exists()
 

@@ -20,8 +20,9 @@ from test_models import make_vision
 from data_prep.readers.segmentation import VOC_CLASSES, prepare_masks
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.programs import write_programs
+from vlabs.data.features import MASK_FEATURES
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
-from vlabs.data.prepared import CITYSCAPES, IGNORED, MASK_FEATURES, load_split, read_classes, read_manifest
+from vlabs.data.prepared import CITYSCAPES, IGNORED, load_split, read_classes, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Setting

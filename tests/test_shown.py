@@ -22,6 +22,7 @@ from vlabs.data.preprocessing import (
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs.config import config_dir
+from vlabs.training.build import settle
 from vlabs.training.pictures import Shown, choose, shown_to_checkpoint, shown_to_encoder
 
 HALF = (0.5, 0.5, 0.5)
@@ -187,3 +188,13 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
 def test_an_evaluation_reads_pictures_as_the_model_was_trained_to(option, tiny_run, tmp_path, in_process):
     result = in_process("vlabs.evaluate", [f"ckpt={tiny_run[0]}", option], tmp_path)
     assert_one_line_error(result, option, "as the model was trained to")
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [(["init=scenes"], 64), ([], 224), (["init=scenes", "data.image_size=32"], 32)]
+)
+def test_images_have_the_size_that_init_was_trained_on_unless_it_is_set(options, size):
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose("train", overrides=["data=vqav2", "data.dir=x", *options])
+    settle(config)
+    assert config.data.image_size == config.model.vision.img_size == size

@@ -66,6 +66,23 @@ def test_wandb_is_offline_without_an_account_and_says_how_to_upload(tiny_run):
     assert "wandb sync" in result.stderr + result.stdout
 
 
+def test_a_run_says_what_it_begins_with_every_epoch_and_what_came_out(tiny_run):
+    run, result = tiny_run
+    for said in (
+        "train: vqa on scenes (320 questions, 40 images), images of 32 px, from scratch",
+        "M parameters, all trained",
+        "MB of checkpoints",
+        "epoch 1/2: train/loss ",
+        "epoch 2/2: ",
+        f"done: {run}",
+        "best val/vqa_accuracy: ",
+        f"next: vlabs evaluate ckpt={run}",
+    ):
+        assert said in result.stdout, said
+    for noise in ("anonymous", "worker processes", "Run history"):
+        assert noise not in result.stdout + result.stderr
+
+
 def test_every_loss_accuracy_rate_norm_and_speed_is_logged(tiny_run):
     logged = {key for row in metrics_of(tiny_run[0]) for key, value in row.items() if value}
     wanted = {"train/loss", "train/vqa_loss", "train/reconstruction_loss", "train/prior_loss", "train/gradient_norm",

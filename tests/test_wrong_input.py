@@ -142,7 +142,7 @@ def test_a_missing_image_and_an_empty_question_are_named(tiny_run, picture):
 def test_an_image_that_rots_after_preparation_stops_training_or_is_counted(tiny_data, tiny_options, tmp_path, capfd):
     import datasets
 
-    from vlabs.data.prepared import VQA_FEATURES
+    from vlabs.data.features import VQA_FEATURES
     from vlabs.data.vqa import VQADataModule
 
     rows = datasets.load_from_disk(str(tiny_data / "train")).to_list()

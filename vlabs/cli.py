@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 
 from vlabs.errors import UserError, run_cli
 
 COMMANDS = {
     "prepare": "a folder of data from raw files: VQA v2, COCO, your own table, …",
-    "train": "train, sweep, go on with a run, or plan one",
+    "train": "train, sweep, resume a run, or plan one",
     "evaluate": "measure a checkpoint: accuracy, ranking, where it looks, whether it is steered",
-    "predict": "answer questions about a picture",
-    "segment": "the class of every pixel of a picture, or what a text names",
-    "search": "rank a folder of pictures by text",
+    "predict": "answer questions about an image",
+    "segment": "the class of every pixel of an image, or what a text names",
+    "search": "rank a folder of images by text",
     "attention": "draw where a model looks",
     "report": "a page about the runs of a sweep",
     "export": "one safetensors file from a checkpoint",
-    "demo-page": "a web page to ask questions about pictures and to search them",
+    "demo-page": "a web page to ask questions about images and to search them",
     "demo": "fine-tune the small model that comes with vlabs, and show what it does",
     "dashboard": "a W&B workspace for runs of vlabs",
-    "vqa_eval": "score a file of answers with the official VQA accuracy",
+    "vqa-eval": "score a file of answers with the official VQA accuracy",
 }
 
 
@@ -30,10 +31,13 @@ def main() -> None:
 
 
 def _run() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        lines = ["usage: vlabs COMMAND ...   (each has --help)", ""]
+        lines = ["usage: vlabs COMMAND ...   (each has --help; vlabs --version)", ""]
         print("\n".join(lines + [f"  {command:11}{what}" for command, what in COMMANDS.items()]))
+        return
+    if name == "--version":
+        print(f"vlabs {importlib.metadata.version('vlabs')}")
         return
     if name not in COMMANDS:
         raise UserError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")

@@ -1,25 +1,28 @@
-"""The W&B workspace of a project, from code: `python -m vlabs.dashboard --project vlabs`.
+"""The W&B workspace of a project, from code: `vlabs dashboard --project vlabs`.
 
 Accuracy by variant, grounding over training, the figures and prediction tables, and cost.
 """
 
 from __future__ import annotations
 
-import argparse
-
-import wandb
-from wandb_workspaces import workspaces as ws
-from wandb_workspaces.reports import v2 as wr
+from typing import TYPE_CHECKING
 
 from vlabs.errors import UserError, run_cli
-from vlabs.runs.logging import logged_in
+from vlabs.utils.arguments import Parser
 
-# What `vlabs.train` writes into a W&B run's config: the choice of model/topdown.
+if TYPE_CHECKING:
+    from wandb_workspaces import workspaces as ws
+    from wandb_workspaces.reports import v2 as wr
+
+# What `vlabs train` writes into a W&B run's config: the choice of model/topdown.
 VARIANT = "variant"
 
 
 def build_workspace(entity: str, project: str) -> ws.Workspace:
     """The workspace, not yet saved; runs are grouped by variant."""
+    from wandb_workspaces import workspaces as ws
+    from wandb_workspaces.reports import v2 as wr
+
     by_variant = {"groupby": wr.Config(VARIANT), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
     def lines(title: str, *metrics: str) -> wr.LinePlot:
@@ -59,11 +62,15 @@ def build_workspace(entity: str, project: str) -> ws.Workspace:
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.dashboard`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.dashboard", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs dashboard`."""
+    parser = Parser("dashboard", __doc__.splitlines()[0])
     parser.add_argument("--project", required=True, help="the W&B project, as in logger.project")
     parser.add_argument("--entity", help="the user or team that it belongs to (default: your own)")
-    arguments = parser.parse_args()
+    arguments = parser.read()
+    import wandb
+
+    from vlabs.runs.logging import logged_in
+
     if not logged_in():
         raise UserError("W&B: not logged in, so there is no place for a workspace: run `wandb login`")
     workspace = build_workspace(arguments.entity or str(wandb.Api().default_entity), arguments.project)

@@ -1,11 +1,10 @@
 """What `make demo` runs: corpus, training, evaluation, one picture; each step says what it does and how long it took.
 
-python -m vlabs.demo --out demo
+vlabs demo --out demo
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shutil
@@ -14,16 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from vlabs.attention.figures import Cell, as_view, question_figure, save_figure
-from vlabs.data.prepared import load_split
-from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, run_cli
-from vlabs.prediction.predictor import load
+from vlabs.utils.arguments import Parser
 from vlabs.utils.files import is_free, is_marked, locked, mark, reason_of
+
+if TYPE_CHECKING:
+    import datasets
 
 MADE = ("run", "evaluation", "grounding")
 PICTURE = "picture.png"
@@ -31,11 +28,11 @@ TRAINING = ("experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1")
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.demo`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.demo", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs demo`."""
+    parser = Parser("demo", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder that is left")
     parser.add_argument("overrides", nargs="*", help="overrides of the training, e.g. trainer.max_epochs=1")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     with _demo_folder(arguments.out) as out:
         _run(out, arguments.overrides)
 
@@ -65,15 +62,15 @@ def _run(out: Path, overrides: Sequence[str]) -> None:
     started = time.perf_counter()
     _step(
         "1/4 fine-tuning a small AbSViT, RoBERTa and fusion on the embedded corpus, from vlabs' own start",
-        "vlabs.train", *TRAINING, "logger=csv", f"hydra.run.dir={out / 'run'}", *overrides,
+        "train", *TRAINING, "logger=csv", f"hydra.run.dir={out / 'run'}", *overrides,
     )  # fmt: skip
     _step(
         "2/4 evaluating the best checkpoint on the validation split",
-        "vlabs.evaluate", f"ckpt={out / 'run'}", "split=val", f"hydra.run.dir={out / 'evaluation'}",
+        "evaluate", f"ckpt={out / 'run'}", "split=val", f"hydra.run.dir={out / 'evaluation'}",
     )  # fmt: skip
     _step(
         "3/4 measuring whether it looks at what the questions are about",
-        "vlabs.evaluate", "task=grounding", f"ckpt={out / 'run'}", "split=val", "task.maps=[weights,norm,fusion]",
+        "evaluate", "task=grounding", f"ckpt={out / 'run'}", "split=val", "task.maps=[weights,norm,fusion]",
         f"hydra.run.dir={out / 'grounding'}",
     )  # fmt: skip
     print("== 4/4 one image, three questions, and where the model looked for each", flush=True)
@@ -93,10 +90,10 @@ def _run(out: Path, overrides: Sequence[str]) -> None:
     print(f"{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
 
 
-def _step(title: str, module: str, *arguments: str) -> None:
-    print(f"== {title}\n   python -m {module} {' '.join(arguments)}", flush=True)
+def _step(title: str, *arguments: str) -> None:
+    print(f"== {title}\n   vlabs {' '.join(arguments)}", flush=True)
     started = time.perf_counter()
-    result = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    result = subprocess.run([sys.executable, "-m", "vlabs.cli", *arguments], check=False)
     if result.returncode:
         sys.exit(result.returncode)
     print(f"   took {time.perf_counter() - started:.0f} s", flush=True)
@@ -110,6 +107,12 @@ def _data_dir(out: Path) -> str:
 
 def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
     """The picture of the demo: the image of `three_questions`, and for each where ξ points and what was answered."""
+    # Not before a demo gets here: --help takes no seconds.
+    from vlabs.attention.figures import Cell, as_view, question_figure, save_figure
+    from vlabs.data.prepared import load_split
+    from vlabs.data.preprocessing import decode_image
+    from vlabs.prediction.predictor import load
+
     row, positions = three_questions(load_split(data_dir, "val"))
     predictor = load(ckpt)
     image = decode_image(row["image"], f"image {row['image_id']}")

@@ -1,7 +1,7 @@
 """A web page where people ask a model about pictures, see where it looks, and search a folder by text.
 
-python -m vlabs.demo_page                                              # the model that comes with vlabs, no network
-python -m vlabs.demo_page --ckpt RUN --search-ckpt RUN2 --images holidays/
+vlabs demo-page                                              # the model that comes with vlabs, no network
+vlabs demo-page --ckpt RUN --search-ckpt RUN2 --images holidays/
 
 It answers on this machine alone, unless --host says otherwise: it then needs the token that is in its address. An
 uploaded picture lies in a temporary folder for ten minutes at most; answers are not written anywhere.
@@ -17,18 +17,15 @@ import signal
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlabs.checkpoints.checkpoint import packaged_starts
 from vlabs.errors import UserError, one_line, printable, run_cli
-from vlabs.page.answers import Page, example_pictures
-from vlabs.page.decoder import Decoder
 from vlabs.page.hosts import Hosts
 from vlabs.page.uploads import Limits, Uploads, own_folder
-from vlabs.prediction.predictor import load, load_any
-from vlabs.prediction.search import CACHE, Search, list_pictures
-from vlabs.utils.arguments import number, whole
-from vlabs.utils.device import find_device
+from vlabs.utils.arguments import SEARCH_INDEX, Parser, number, whole
+
+if TYPE_CHECKING:
+    from vlabs.prediction.search import Search
 
 _PORT = 7860
 # Of the scenes that come with vlabs, in the order of their files.
@@ -45,8 +42,8 @@ _QUESTIONS = (
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.demo_page` and `vlabs demo-page`."""
-    parser = argparse.ArgumentParser(prog="vlabs demo-page", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs demo-page`."""
+    parser = Parser("demo-page", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", default="scenes", help="of a model that answers or labels (default %(default)s)")
     parser.add_argument("--search-ckpt", help="of a model trained on captions, for the search tab")
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
@@ -63,17 +60,21 @@ def main() -> None:
         "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of a picture's file (10)"
     )
     parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of a picture (30)")
-    parser.add_argument("--index", type=Path, default=CACHE, help="folder of the search index (default %(default)s)")
+    parser.add_argument(
+        "--index", type=Path, default=SEARCH_INDEX, help="folder of the search index (default %(default)s)"
+    )
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     limits = Limits(arguments.max_megabytes, arguments.max_megapixels)
     if arguments.pictures is not None and not arguments.pictures.is_dir():
         raise UserError(f"--pictures {arguments.pictures}: there is no such folder")
     for name in arguments.allow_host:
         if name not in Hosts("127.0.0.1", 0, [name]):
             raise UserError(f"--allow-host {name} is no name of a host, with or without a port: host.example:7860")
+    from vlabs.utils.device import find_device
+
     find_device(arguments.device)  # before anything is loaded
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
@@ -83,6 +84,12 @@ def main() -> None:
 
 
 def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socket, at_end: ExitStack) -> None:
+    # Not before the options are read: --help takes no seconds.
+    from vlabs.checkpoints.checkpoint import packaged_starts
+    from vlabs.page.answers import Page, example_pictures
+    from vlabs.page.decoder import Decoder
+    from vlabs.prediction.predictor import load
+
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
         raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} pictures at a time, the page about one")
@@ -153,6 +160,12 @@ def _listener(host: str, port: int | None) -> socket.socket:
 
 def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search]:
     """What is searched, by folder: with the model that comes with vlabs, the pictures that come with it."""
+    from vlabs.checkpoints.checkpoint import packaged_starts
+    from vlabs.page.answers import example_pictures
+    from vlabs.prediction.predictor import load_any
+    from vlabs.prediction.search import Search, list_pictures
+    from vlabs.utils.device import find_device
+
     ckpt, folders = arguments.search_ckpt, list(arguments.images or [])
     if ckpt is None and folders:
         raise UserError("--images is searched by a model trained on captions: name it with --search-ckpt")

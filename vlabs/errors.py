@@ -89,6 +89,8 @@ def run_cli(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, for modules that the user names; after all others
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # Hydra's too
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
@@ -120,8 +122,8 @@ def foreseen(error: BaseException) -> str | None:
         return f"a loader process died ({text}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
-            f"memory ran out ({text}): give it less at a time (vlabs.train: a smaller data.batch_size, with "
-            "trainer.accumulate_grad_batches=N for the same step; vlabs.evaluate: data.eval_batch_size), or the CPU"
+            f"memory ran out ({text}): give it less at a time (train: a smaller data.batch_size, with "
+            "trainer.accumulate_grad_batches=N for the same step; evaluate: data.eval_batch_size), or the CPU"
         )
     if isinstance(error, OSError) or "OSError" in kinds:
         return _of_the_system(error, text)

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python -m vlabs.evaluate ckpt=RUN split=val`, or `task=retrieval data=flickr30k ckpt=RUN`.
+"""Evaluate a checkpoint: `vlabs evaluate ckpt=RUN split=val`, or `task=retrieval data=flickr30k ckpt=RUN`.
 
 What is measured is in `vlabs.evaluation`, a module a task.
 """
@@ -9,23 +9,21 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import WandbLogger
 
-from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
-from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.prediction.predictor import load_any
 from vlabs.runs.config import check, run_hydra, save_config
-from vlabs.runs.logging import quiet_lightning
 from vlabs.utils.files import is_marked, locked, mark
 from vlabs.utils.ranks import is_rank_zero
+
+if TYPE_CHECKING:
+    from vlabs.checkpoints.checkpoint import Checkpoint
+    from vlabs.data.module import PreparedDataModule
+    from vlabs.evaluation.base import Evaluation
 
 # What is written `task=NAME` on the command line is a file of the group `evaluation`.
 RENAMED = {"task": "evaluation@task"}
@@ -72,8 +70,16 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     """Load a checkpoint, measure it, write what comes out to a folder, and return the metrics.
 
     Args:
-        config: of `vlabs.evaluate`.
+        config: of `vlabs evaluate`.
     """
+    # Not with this module: --help takes no seconds.
+    import torch
+    from pytorch_lightning.loggers import WandbLogger
+
+    from vlabs.evaluation.base import Setting
+    from vlabs.prediction.predictor import load_any
+    from vlabs.runs.logging import quiet_lightning
+
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
     check(config)
@@ -130,7 +136,7 @@ def _check_kind(data: PreparedDataModule, wanted: type[PreparedDataModule]) -> N
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.evaluate`."""
+    """Entry point of `vlabs evaluate`."""
     run_hydra(run, "evaluate", renamed=RENAMED)
 
 

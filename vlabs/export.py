@@ -1,4 +1,4 @@
-"""A model of a run for others: python -m vlabs.export --ckpt RUN --out model.safetensors.
+"""A model of a run for others: vlabs export --ckpt RUN --out model.safetensors.
 
 --out model.safetensors     one file that evaluate, predict, init= and vlabs.load take
 --out FOLDER                a folder as on the Hugging Face hub, with a model card
@@ -11,23 +11,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlabs.checkpoints.checkpoint import export_safetensors
-from vlabs.checkpoints.share import export_folder, push_to_hub
 from vlabs.errors import UserError, run_cli
+from vlabs.utils.arguments import Parser
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.export`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlabs.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Entry point of `vlabs export`."""
+    parser = Parser("export", __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", help="the .safetensors file or the folder to write")
     where.add_argument("--to-hub", metavar="USER/NAME", help="put it on the Hugging Face hub")
     parser.add_argument("--overwrite", action="store_true", help="with --out: an earlier export may be there")
     parser.add_argument("--private", action="store_true", help="with --to-hub: a repository that others do not see")
-    parser.add_argument("--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
+    parser.add_argument("--license", "--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
     parser.add_argument(
         "--metrics", type=Path, action="append", default=[],
         help="for the card: a metrics.json of vlabs.evaluate, or its folder; may be given several times",
@@ -35,7 +32,14 @@ def main() -> None:
     parser.add_argument(
         "--format", choices=("onnx", "torch"), help="with --out FOLDER: programs in the place of weights"
     )
-    arguments = parser.parse_args()
+    _export(parser.read())
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    # Not before the options are read: --help takes no seconds.
+    from vlabs.checkpoints.checkpoint import export_safetensors
+    from vlabs.checkpoints.share import export_folder, push_to_hub
+
     is_file = arguments.out is not None and arguments.out.endswith(".safetensors")
     if arguments.format is not None:
         if arguments.out is None or is_file:
@@ -44,7 +48,7 @@ def main() -> None:
 
         print(export_programs(arguments.ckpt, arguments.out, arguments.format, arguments.overwrite))
     elif arguments.to_hub is not None:
-        print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, arguments.licence, arguments.metrics))
+        print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, arguments.license, arguments.metrics))
     elif is_file:
         print(export_safetensors(arguments.ckpt, arguments.out, arguments.overwrite))
     elif Path(arguments.out).suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -52,7 +56,7 @@ def main() -> None:
     else:
         print(
             export_folder(
-                arguments.ckpt, arguments.out, None, arguments.licence, arguments.metrics, arguments.overwrite
+                arguments.ckpt, arguments.out, None, arguments.license, arguments.metrics, arguments.overwrite
             )
         )
 

@@ -1,28 +1,29 @@
 """Answer questions about a picture, or label statements, and show where the model looked.
 
-python -m vlabs.predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
-python -m vlabs.predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
+vlabs predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
+vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from vlabs.attention.figures import Cell, View, add_out, as_view, check_out, grid_figure, question_figure, save_out
-from vlabs.attention.maps import MAPS
-from vlabs.data.preprocessing import check_text
+from vlabs.attention import MAPS
 from vlabs.errors import run_cli, show
-from vlabs.prediction.predictor import Answer, load, open_image
-from vlabs.utils.arguments import number
-from vlabs.utils.device import find_device
+from vlabs.utils.arguments import Parser, add_out, check_out, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vlabs.attention.figures import View
+    from vlabs.prediction.predictor import Answer
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.predict`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.predict", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs predict`."""
+    parser = Parser("predict", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
     parser.add_argument(
         "--image", required=True, action="append", help="the picture; twice, left and right, for a model of pairs"
@@ -41,8 +42,18 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     check_out(arguments)
+    _predict(arguments)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    # Not before the options are read: --help takes no seconds.
+    from vlabs.attention.figures import as_view, save_out
+    from vlabs.data.preprocessing import check_text
+    from vlabs.prediction.predictor import load, open_image
+    from vlabs.utils.device import find_device
+
     for question in arguments.question:
         check_text("a --question", question)
     device = find_device(arguments.device)
@@ -65,6 +76,8 @@ def main() -> None:
 
 def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
     """A map a question beside its picture; a row a statement, where it is about several pictures."""
+    from vlabs.attention.figures import Cell, grid_figure, question_figure
+
     rows = []
     for answer in answers:
         note = "\n".join([", ".join(f"{text} {share:.0%}" for text, share in answer.answers[:3]), *answer.warnings])

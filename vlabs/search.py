@@ -1,6 +1,6 @@
 """Search a folder of pictures by text, and show where the model looked.
 
-python -m vlabs.search --ckpt RUN --images holidays --query "a dog that doesn't look at the camera"
+vlabs search --ckpt RUN --images holidays --query "a dog that doesn't look at the camera"
 
 First passes over the pictures are kept on disk, by the content of the files; the prior ξ of the query finds the most
 promising ones by them, and these go through the whole network, without being read again.
@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlabs.attention.figures import add_out, check_out, grid_figure, save_out
-from vlabs.data.preprocessing import check_text
 from vlabs.errors import run_cli, show
-from vlabs.prediction.predictor import load_any
-from vlabs.prediction.search import CACHE, MEANING, Search, list_pictures
-from vlabs.utils.arguments import whole
-from vlabs.utils.device import find_device
+from vlabs.utils.arguments import SEARCH_INDEX, Parser, add_out, check_out, whole
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.search`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.search", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs search`."""
+    parser = Parser("search", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
     parser.add_argument("--images", required=True, help="folder of pictures, searched with its sub-folders")
     parser.add_argument("--query", required=True, action="append", help="a text; may be given several times")
@@ -30,13 +25,24 @@ def main() -> None:
     parser.add_argument("--k", type=whole(1), default=32, help="pictures that ξ may find for the exact ranking (32)")
     parser.add_argument("--first", type=whole(1), default=2000, help="pictures whose patches ξ is compared with (2000)")
     parser.add_argument("--exact", action="store_true", help="rank all pictures exactly")
-    parser.add_argument("--index", type=Path, default=CACHE, help="folder of the index (default %(default)s)")
+    parser.add_argument("--index", type=Path, default=SEARCH_INDEX, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole picture")
     add_out(parser, "search.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     check_out(arguments)
+    _search(arguments)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    # Not before the options are read: --help takes no seconds.
+    from vlabs.attention.figures import grid_figure, save_out
+    from vlabs.data.preprocessing import check_text
+    from vlabs.prediction.predictor import load_any
+    from vlabs.prediction.search import MEANING, Search, list_pictures
+    from vlabs.utils.device import find_device
+
     for query in arguments.query:
         check_text("a --query", query)
     device = find_device(arguments.device)

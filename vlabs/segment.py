@@ -1,36 +1,43 @@
 """Segment a picture: the class of every pixel, or what a text names.
 
-python -m vlabs.segment --ckpt RUN --image street.jpg                             # of task=segment
-python -m vlabs.segment --ckpt RUN --image scene.jpg --text "red large star"      # of task=refer
+vlabs segment --ckpt RUN --image street.jpg                             # of task=segment
+vlabs segment --ckpt RUN --image scene.jpg --text "red large star"      # of task=refer
 """
 
 from __future__ import annotations
 
 import argparse
 
-import numpy as np
-import torch
-
-from vlabs.attention.figures import add_out, as_view, check_out, save_out
-from vlabs.attention.segments import Segmented, segment_figure
-from vlabs.data.masks import resize_by
-from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, run_cli, show
-from vlabs.prediction.predictor import load_any, open_image
-from vlabs.tasks.segment import at_size
-from vlabs.utils.device import find_device
+from vlabs.utils.arguments import Parser, add_out, check_out
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.segment`."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.segment", description=__doc__.splitlines()[0])
+    """Entry point of `vlabs segment`."""
+    parser = Parser("segment", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
     parser.add_argument("--image", required=True, help="the picture")
     parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
     add_out(parser, "segments.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     check_out(arguments)
+    _segment(arguments)
+
+
+def _segment(arguments: argparse.Namespace) -> None:
+    # Not before the options are read: --help takes no seconds.
+    import numpy as np
+    import torch
+
+    from vlabs.attention.figures import as_view, save_out
+    from vlabs.attention.segments import Segmented, segment_figure
+    from vlabs.data.masks import resize_by
+    from vlabs.data.preprocessing import check_text
+    from vlabs.prediction.predictor import load_any, open_image
+    from vlabs.tasks.segment import at_size
+    from vlabs.utils.device import find_device
+
     for text in arguments.text:
         check_text("a --text", text)
     device = find_device(arguments.device)

@@ -1,26 +1,27 @@
 """Score a results file with the official VQA accuracy.
 
-python -m vlabs.vqa_eval --annotations v2_mscoco_val2014_annotations.json --results results.json --out metrics.json
+vlabs vqa-eval --annotations v2_mscoco_val2014_annotations.json --results results.json --out metrics.json
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from vlabs.errors import run_cli, show
-from vlabs.metrics.vqa import format_table, vqa_accuracy
+from vlabs.utils.arguments import Parser
 from vlabs.utils.files import check_absent, write_json
 
 
 def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m vlabs.vqa_eval", description="Official VQA accuracy, in percent.")
+    """Entry point of `vlabs vqa-eval`."""
+    parser = Parser("vqa-eval", "Official VQA accuracy, in percent.")
     parser.add_argument("--annotations", type=Path, required=True, help="v2_mscoco_*_annotations.json")
     parser.add_argument("--results", type=Path, required=True, help='a list of {"question_id": ..., "answer": ...}')
     parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
     parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
-    arguments = parser.parse_args()
+    arguments = parser.read()
+    from vlabs.metrics.vqa import format_table, vqa_accuracy
+
     if arguments.out is not None:
         check_absent(arguments.out, "--out", arguments.overwrite)
     accuracy = vqa_accuracy(arguments.annotations, arguments.results)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from vlabs.data.features import CAPTION_FEATURES, VQA_FEATURES, statement_features
 from vlabs.data.instances import list_annotations
-from vlabs.data.prepared import CAPTION_FEATURES, VQA_FEATURES, read_answers, statement_features
+from vlabs.data.prepared import read_answers
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import clean_answer, match_accuracy, normalize_answer, ten_answers
 from vlabs.utils.files import write_json

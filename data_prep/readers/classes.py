@@ -31,7 +31,7 @@ from data_prep.engine.reader import new_parser
 from data_prep.engine.tables import as_text, check_table, is_empty, missing_column, read_rows, split_name
 from data_prep.engine.tars import PACKED, check_not_packed, members, open_tar
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
-from vlabs.data.prepared import CLASS_FEATURES
+from vlabs.data.features import CLASS_FEATURES
 from vlabs.errors import UserError, run_cli, show
 from vlabs.utils.archives import is_clutter, same_name, walk
 from vlabs.utils.files import write_json

@@ -36,8 +36,9 @@ from data_prep.engine.tables import split_name
 from data_prep.engine.tars import read_packed
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from vlabs.data.decoding import read_labels, size_of
+from vlabs.data.features import MASK_FEATURES
 from vlabs.data.instances import list_annotations, list_categories
-from vlabs.data.prepared import CITYSCAPES, IGNORED, MASK_FEATURES
+from vlabs.data.prepared import CITYSCAPES, IGNORED
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.files import write_json
 

@@ -30,7 +30,7 @@ from data_prep.engine.reader import new_parser
 from data_prep.engine.tars import check_not_packed, members, open_tar
 from data_prep.engine.units import Batches, Folder, Row, Unit, prepare_units
 from data_prep.readers.classes import storable
-from vlabs.data.prepared import CAPTION_FEATURES
+from vlabs.data.features import CAPTION_FEATURES
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.json_file import encoding_of, parse_line
 

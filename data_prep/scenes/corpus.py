@@ -1,7 +1,7 @@
 """The embedded corpus: rendered scenes of several objects, with questions, captions and instance masks.
 
-    python -m data_prep.scenes --size small --out-dir data/scenes
-    python -m data_prep.scenes --size small --layout nlvr2 --out-dir data/scenes-nlvr2       # or snli_ve
+    vlabs prepare scenes --size small --out-dir data/scenes
+    vlabs prepare scenes --size small --layout nlvr2 --out-dir data/scenes-nlvr2       # or snli_ve
 
 The first writes the raw formats that the real data sets are downloaded in, so that the same preparation reads both:
 
@@ -284,7 +284,7 @@ def _caption_image(scene: Scene, imgid: int) -> dict[str, Any]:
 def main() -> None:
     """Make the corpus that the command line names."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.scenes", description="render the embedded corpus of scenes, questions and captions"
+        prog="vlabs prepare scenes", description="render the embedded corpus of scenes, questions and captions"
     )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out-dir", type=Path, required=True, help="a new folder")

@@ -182,7 +182,7 @@ def make_objects(size: str, out_dir: str | Path, seed: int = 0, num_workers: int
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.objects", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="vlabs prepare objects", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small", help="(default: %(default)s)")
     parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the corpus")
     parser.add_argument(

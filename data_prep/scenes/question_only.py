@@ -1,8 +1,10 @@
 """How far the question alone gets: the accuracy of the best answer to each question string, without any image.
 
-    python -m data_prep.question_only --raw-dir data/vqa_v2 --train train --val val
+    vlabs prepare question_only --raw-dir data/vqa_v2 --train train --val val
 
-reads a folder that `vlabs prepare vqav2` takes. A model that does not beat these numbers has not looked.
+A model that does not beat these numbers has not looked.
+
+Download: what `vlabs prepare vqav2` takes.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def read_split(raw_dir: Path, name: str) -> tuple[list[Record], list[Record]]:
 
 def main() -> None:
     """Print the table of a raw folder."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.question_only", description=__doc__)
+    parser = argparse.ArgumentParser(prog="vlabs prepare question_only", description=__doc__)
     parser.add_argument("--raw-dir", type=Path, required=True, help="folder of VQA v2 question and annotation zips")
     parser.add_argument("--train", default="train", help="split that the answers are chosen on (default: train)")
     parser.add_argument("--val", default="val", help="split that they are scored on (default: val)")

@@ -1,4 +1,4 @@
-"""Prepare the captions of the embedded corpus, which `data_prep.scenes` renders.
+"""Prepare the captions of the embedded corpus, which `vlabs prepare scenes` renders.
 
     vlabs prepare scenes --size small --out-dir data/scenes-raw
     vlabs prepare scenes_captions --raw-dir data/scenes-raw --out-dir data/scenes-captions

@@ -1,1 +1,13 @@
 """Where a model looks: maps, and figures of them."""
+
+MAPS = {
+    "fusion": "what the text reads of the picture",
+    "weights": "what is like the prior ξ",
+    "norm": "large output tokens, as in the paper",
+    "cls": "what the encoder's [cls] reads in its last block",
+    "rollout": "what the encoder's [cls] reads through all blocks",
+    "gradient": "what the best answer hangs on: gradient × attention",
+}
+"""Maps, and what is bright in each."""
+MOST_ALPHA = 1e6
+"""Of a strength of feedback that is asked for."""

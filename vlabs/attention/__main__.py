@@ -1,7 +1,7 @@
 """Figures of where a model looks.
 
-python -m vlabs.attention --ckpt RUN --image street.jpg --question "What's left of it?" --question "Is it open?"
-python -m vlabs.attention --figure control --ckpt CLASSIFIER --image cat.jpg --image dog.jpg --class cat --class dog
+vlabs attention --ckpt RUN --image street.jpg --question "What's left of it?" --question "Is it open?"
+vlabs attention --figure control --ckpt CLASSIFIER --image cat.jpg --image dog.jpg --class cat --class dog
 """
 
 from __future__ import annotations
@@ -9,29 +9,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-from PIL import Image
-
-from vlabs.attention.figures import add_out, check_out, save_out
-from vlabs.attention.maps import MAPS, default_map
-from vlabs.attention.pictures import (
-    alpha_figure,
-    checkpoints_figure,
-    control_figure,
-    pathway_figure,
-    questions_figure,
-    reconstruction_figure,
-    side_by_side_figure,
-)
-from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.preprocessing import check_text
+from vlabs.attention import MAPS, MOST_ALPHA
 from vlabs.errors import UserError, run_cli
-from vlabs.evaluation.control import ControlEvaluation
-from vlabs.evaluation.grounding import GroundingEvaluation
-from vlabs.evaluation.steering import MOST_ALPHA
-from vlabs.prediction.predictor import load_any, open_image
-from vlabs.utils.arguments import number
+from vlabs.utils.arguments import Parser, add_out, check_out, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from vlabs.checkpoints.checkpoint import Checkpoint
 
 FIGURES = {
     "questions": "pictures by questions",
@@ -45,10 +33,10 @@ FIGURES = {
 
 
 def main() -> None:
-    """Entry point of `python -m vlabs.attention`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlabs.attention",
-        description=__doc__.splitlines()[0],
+    """Entry point of `vlabs attention`."""
+    parser = Parser(
+        "attention",
+        __doc__.splitlines()[0],
         epilog="figures: " + "; ".join(f"{name}: {what}" for name, what in FIGURES.items()),
     )
     parser.add_argument("--ckpt", required=True, action="append", help="run folder, checkpoint or export; several for "
@@ -63,8 +51,17 @@ def main() -> None:
                         "and 10) and control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
     add_out(parser, "attention.png")
-    arguments = parser.parse_args()
+    arguments = parser.read()
     check_out(arguments)
+    _draw(arguments)
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    # Not before the options are read: --help takes no seconds.
+    from vlabs.attention.figures import save_out
+    from vlabs.data.preprocessing import check_text
+    from vlabs.prediction.predictor import open_image
+
     if arguments.figure == "control":
         print(save_out(_control(arguments), arguments))
         return
@@ -86,6 +83,16 @@ def main() -> None:
 def _figure(
     arguments: argparse.Namespace, checkpoints: list[tuple[str, Checkpoint]], images: list[Image.Image]
 ) -> Figure:
+    from vlabs.attention.maps import default_map
+    from vlabs.attention.pictures import (
+        alpha_figure,
+        checkpoints_figure,
+        pathway_figure,
+        questions_figure,
+        reconstruction_figure,
+        side_by_side_figure,
+    )
+
     _, checkpoint = checkpoints[0]
     questions = arguments.question
     defaults = {default_map(one.model) for _, one in checkpoints}
@@ -107,6 +114,10 @@ def _figure(
 
 
 def _control(arguments: argparse.Namespace) -> Figure:
+    from vlabs.attention.pictures import control_figure
+    from vlabs.evaluation.control import ControlEvaluation
+    from vlabs.prediction.predictor import open_image
+
     if not arguments.classes or len(arguments.image) > 2 or arguments.question:
         raise UserError("--figure control takes --image once or twice, --class for what is asked, and no --question")
     if (arguments.map or "norm") not in ("norm", "weights"):
@@ -119,7 +130,11 @@ def _control(arguments: argparse.Namespace) -> Figure:
     return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
 
 
-def _load(text: str, trained_for: Sequence[str] = GroundingEvaluation.trained_for) -> tuple[str, Checkpoint]:
+def _load(text: str, trained_for: Sequence[str] | None = None) -> tuple[str, Checkpoint]:
+    from vlabs.evaluation.grounding import GroundingEvaluation
+    from vlabs.prediction.predictor import load_any
+
+    trained_for = trained_for or GroundingEvaluation.trained_for
     name, separator, path = text.partition("=")
     if separator and not Path(text).exists():
         return name, load_any(path, trained_for=trained_for)

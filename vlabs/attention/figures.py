@@ -18,8 +18,9 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw
 
 from vlabs.attention.maps import legend_of
-from vlabs.errors import UserError, printable
-from vlabs.utils.files import check_absent, replacing
+from vlabs.errors import printable
+from vlabs.utils.arguments import numbered
+from vlabs.utils.files import replacing
 
 COLORMAP = "cividis"  # readable with any colour vision
 LONGEST, _SHORTEST = 1024, 448  # pixels of a picture's longer side, as it is shown
@@ -195,29 +196,12 @@ def _height(label: str, cells: Sequence[Cell]) -> float:
     return max(pictures, 0.8) + 0.2 * lines[0] + 0.17 * lines[1] + 0.15 * lines[2] + 0.2
 
 
-def add_out(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add `--out` and `--overwrite` of a figure to a command line; `check_out` and `save_out` read them."""
-    told = f"where the figure goes, .png or .svg (default: {default}, or {_numbered(default, 2)} where that is there)"
-    parser.add_argument("--out", help=told)
-    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
-    parser.set_defaults(default_out=default)
-
-
-def check_out(arguments: argparse.Namespace) -> None:
-    """Raise a UserError if the figure of a command line cannot go where it says, before the work."""
-    if arguments.out is None:
-        return
-    if Path(arguments.out).suffix not in (".png", ".svg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
-    check_absent(arguments.out, "--out", arguments.overwrite)
-
-
 def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
     """Write the figure of a command line, without `--out` under the first name that is free; returns where."""
     if arguments.out is not None:
         return save_figure(figure, arguments.out)
     for number in itertools.count(1):
-        path = Path(_numbered(arguments.default_out, number))
+        path = Path(numbered(arguments.default_out, number))
         try:
             path.touch(exist_ok=False)  # so that of two commands at once none takes the other's
         except FileExistsError:
@@ -231,11 +215,6 @@ def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
-
-
-def _numbered(name: str, number: int) -> str:
-    path = Path(name)
-    return name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

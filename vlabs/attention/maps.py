@@ -9,19 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlabs.attention import MAPS
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-MAPS = {
-    "fusion": "what the text reads of the picture",
-    "weights": "what is like the prior ξ",
-    "norm": "large output tokens, as in the paper",
-    "cls": "what the encoder's [cls] reads in its last block",
-    "rollout": "what the encoder's [cls] reads through all blocks",
-    "gradient": "what the best answer hangs on: gradient × attention",
-}
-"""Maps, and what is bright in each."""
 DEAD = "this question does not steer: its ξ is like no patch; the map is {}"
 NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 

@@ -34,7 +34,7 @@ def model_card(
         run: the run folder that it is of, if it is of one.
         name: what it will be loaded by: `user/name`, or a folder.
         licence: its licence by the hub's names, e.g. `apache-2.0`; None where nobody said.
-        metrics: `metrics.json` files of `vlabs.evaluate`, or folders with one.
+        metrics: `metrics.json` files of `vlabs evaluate`, or folders with one.
 
     Raises:
         UserError: a file of metrics cannot be read.

@@ -91,15 +91,7 @@ class Checkpoint:
     @property
     def training(self) -> str:
         """What it was trained on, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
-        steps = []
-        for one in history_of(self.task, self.data):
-            data = one["data"]
-            sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
-            names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
-            counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
-            counted = f" ({', '.join(counts)})" if counts else ""
-            steps.append(f"{one['task']} on {' and '.join(names)}{counted}")
-        return printable(", then ".join(steps))
+        return trainings_in_words(history_of(self.task, self.data))
 
     def new_words(self, text: str) -> list[str]:
         """The words of a text that no text had that it was trained on; none where that is not known."""
@@ -458,6 +450,19 @@ def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """
     own = {name: value for name, value in data.items() if name != "history"}
     return [*data.get("history", []), {"task": task, "data": own}]
+
+
+def trainings_in_words(history: list[dict[str, Any]]) -> str:
+    """Trainings as of `history_of`, such as `vqa on scenes (160,000 questions, 20,000 images)`."""
+    steps = []
+    for one in history:
+        data = one["data"]
+        sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
+        names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
+        counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
+        counted = f" ({', '.join(counts)})" if counts else ""
+        steps.append(f"{one['task']} on {' and '.join(names)}{counted}")
+    return printable(", then ".join(steps))
 
 
 def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool = False) -> Path:

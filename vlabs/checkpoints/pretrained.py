@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from vlabs.checkpoints.checkpoint import read_tensors
 from vlabs.checkpoints.released import State, find_state
+from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, one_line
 from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
@@ -108,11 +109,12 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
     return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
-def check_there(vision: str | None, text: str | None) -> None:
+def check_there(vision: str | None, text: str | None, tokenizer: str | None = None) -> None:
     """Find the weights that a run begins with, before minutes of work on its data.
 
     Args:
         vision, text: as of `vit_from_timm` and `text_from_pretrained`.
+        tokenizer: as of `read_tokenizer`; None for that of the data.
 
     Raises:
         UserError: they are not to be had; the message says what to pass.
@@ -126,6 +128,11 @@ def check_there(vision: str | None, text: str | None) -> None:
         try:
             if name and (folder := locate(name)).is_dir() and _weights_of(folder) is None:
                 _read_folder(folder, name)
+        except UserError as error:
+            missing.append(str(error))
+    if tokenizer and not (missing and tokenizer == text):  # whose message is of the whole folder
+        try:
+            read_tokenizer(tokenizer, Path())
         except UserError as error:
             missing.append(str(error))
     if missing:

@@ -171,7 +171,7 @@ class ClassDataModule(PictureDataModule):
     def __init__(
         self,
         dir: str | Path,
-        image_size: int = 224,
+        image_size: int | None = None,
         augmentation: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:

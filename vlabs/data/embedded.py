@@ -13,9 +13,9 @@ import datasets
 
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.classes import ClassDataModule
+from vlabs.data.features import CLASS_FEATURES
 from vlabs.data.masks import MaskDataModule
 from vlabs.data.module import PreparedDataModule
-from vlabs.data.prepared import CLASS_FEATURES
 from vlabs.data.statements import StatementDataModule
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.data.vqa import VQADataModule

@@ -217,7 +217,7 @@ class MaskDataModule(PictureDataModule):
     def __init__(
         self,
         dir: str | Path,
-        image_size: int = 512,
+        image_size: int | None = 512,
         crop: Sequence[int] | None = None,
         scale: Sequence[float] = (0.5, 2.0),
         most: float = 0.75,

@@ -17,6 +17,9 @@ from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, PICTURE_OPTIONS, Pre
 from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
 
+IMAGE_SIZE = 224
+"""Where nobody says another."""
+
 
 class PreparedDataModule(pl.LightningDataModule):
     """Batches of prepared folders (`vlabs.data.prepared`). A kind of data says how rows are read, see `VQADataModule`.
@@ -24,7 +27,7 @@ class PreparedDataModule(pl.LightningDataModule):
     Args:
         dir: the prepared folder.
         val_split: the split that is validated on.
-        image_size: side of the square input in pixels.
+        image_size: side of the square input in pixels; `IMAGE_SIZE` if None.
         max_length: tokens a text at most.
         tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
         image_mean, image_std: by which channels in [0, 1] are normalised; CLIP's if not given. None leaves them, as it
@@ -68,7 +71,7 @@ class PreparedDataModule(pl.LightningDataModule):
         self,
         dir: str | Path,
         val_split: str = "val",
-        image_size: int = 224,
+        image_size: int | None = IMAGE_SIZE,
         max_length: int = 50,
         tokenizer: str | None = None,
         image_mean: Sequence[float] | None = IMAGE_MEAN,
@@ -93,7 +96,7 @@ class PreparedDataModule(pl.LightningDataModule):
         values: dict[str, Any] = said | {name: self.by_default[name] for name in self.left_open}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         self.preprocessing = preprocessing or Preprocessing(
-            image_size=image_size,
+            image_size=image_size or IMAGE_SIZE,
             names=tuple(self.read_names(dir)),
             **values,
             **self.text_options(tokenizer, max_length),
@@ -108,7 +111,8 @@ class PreparedDataModule(pl.LightningDataModule):
         """
         per_image = f"{cls.item}s_per_image"
         for name in ("image_size", "max_length", per_image):
-            check_whole(name, given.get(name, 1), 1)
+            if name != "image_size" or given.get(name) is not None:
+                check_whole(name, given.get(name, 1), 1)
         if isinstance(given.get("preprocessing"), Preprocessing | None):
             given.pop("preprocessing", None)
         cls._check_used(given)

@@ -133,7 +133,7 @@ class PictureDataModule(PreparedDataModule):
     def __init__(
         self,
         dir: str | Path,
-        image_size: int,
+        image_size: int | None,
         **options: Any,
     ) -> None:
         super().__init__(dir, image_size=image_size, **options)

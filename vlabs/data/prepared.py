@@ -8,84 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from vlabs.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 # Goes up when a reader of older folders would misread a newer one.
 FORMAT_VERSION = 2
 
 
-def _text_features(item: str, more: dict[str, Any], pictures: int = 1) -> datasets.Features:
-    """Rows of texts about one picture, or about several: then `image_2` and `region_2` are of the second."""
-    others = range(2, pictures + 1)
-    binary, whole = datasets.Value("binary"), datasets.Value("int64")
-    return datasets.Features(
-        {
-            "image_id": whole,  # of the picture or the pair
-            "image": binary,  # the file's bytes, unchanged
-            **{f"image_{n}": binary for n in others},
-            f"{item}_id": datasets.List(whole),  # texts where the data set's own are
-            item: datasets.List(datasets.Value("string")),
-            **{name: datasets.List(feature) for name, feature in more.items()},
-            # COCO instance annotation ids that a text is about, of all its pictures; empty where nobody said.
-            "target_instances": datasets.List(datasets.List(whole)),
-            # What part of the picture: a PNG of all of it, white (or bright) where; empty bytes where nobody said.
-            "region": datasets.List(binary),
-            **{f"region_{n}": datasets.List(binary) for n in others},
-        }
-    )
-
-
-VQA_FEATURES = _text_features(
-    "question",
-    {
-        # Ten human answers a question as they were written; empty in splits whose answers are kept back.
-        "answers": datasets.List(datasets.Value("string")),
-        # The vocabulary's answers that score above 0, and the official accuracy of each, in [0, 1].
-        "answer_ids": datasets.List(datasets.Value("int32")),
-        "answer_scores": datasets.List(datasets.Value("float32")),
-        "answer_type": datasets.Value("string"),
-        "question_type": datasets.Value("string"),
-    },
-)
-
-CAPTION_FEATURES = _text_features("caption", {})
-
-
-def statement_features(pictures: int) -> datasets.Features:
-    """Rows of statements about one picture, or about a pair."""
-    # `key` is what the data set calls it: pairID of SNLI-VE, identifier of NLVR2. `label` is the position in
-    # labels.json; -1 where it is kept back.
-    more = {"key": datasets.Value("string"), "label": datasets.Value("int32")}
-    return _text_features("statement", more, pictures)
-
-
-CLASS_FEATURES = datasets.Features(
-    {
-        "image_id": datasets.Value("int64"),
-        # Where the picture's file is: all or part of `path`; or its bytes.
-        "path": datasets.Value("string"),
-        "offset": datasets.Value("int64"),
-        "size": datasets.Value("int64"),
-        "image": datasets.Value("binary"),
-        # The position of its class in classes.json.
-        "label": datasets.Value("int64"),
-    }
-)
-
-MASK_FEATURES = datasets.Features(
-    {
-        "image_id": datasets.Value("int64"),
-        "name": datasets.Value("string"),  # of the picture, as the data set calls it
-        "image": datasets.Value("binary"),  # the file's bytes, unchanged
-        # A PNG of the picture's size with the class of every pixel, 255 where none counts (with more than 254 classes
-        # of 16 bits, and 65535); empty where it is kept back.
-        "mask": datasets.Value("binary"),
-    }
-)
 IGNORED = 65535  # as a class in memory, on disk too where a pixel has 16 bits
 
 # The labels of statements of known data sets, in METER's order, so that its heads fit.
@@ -100,18 +33,18 @@ CITYSCAPES = {
 
 # What a manifest's `kind` means, and which commands make such a folder.
 _KINDS = {
-    "vqa": ("questions", "data_prep.vqav2, or data_prep.own for a table of questions"),
+    "vqa": ("questions", "`vlabs prepare vqav2`, or `own` for a table of questions"),
     "captions": (
         "captions",
-        "data_prep.flickr30k, data_prep.coco_captions or data_prep.scenes_captions, data_prep.webdataset for shards, or"
-        " data_prep.own for a table of captions",
+        "`vlabs prepare flickr30k`, `coco_captions` or `scenes_captions`, `webdataset` for shards, `own` for a table "
+        "of captions",
     ),
     "statements": (
         "statements about pictures with a label",
-        "data_prep.snli_ve, data_prep.nlvr2 or data_prep.pairs",
+        "`vlabs prepare snli_ve`, `nlvr2` or `pairs`",
     ),
-    "masks": ("pictures with a class a pixel", "data_prep.segmentation"),
-    "classes": ("pictures with a class", "data_prep.classes, data_prep.imagenet or data_prep.objects"),
+    "masks": ("pictures with a class a pixel", "`vlabs prepare segmentation`"),
+    "classes": ("pictures with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
 }
 
 
@@ -124,10 +57,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(
-            f"{directory} holds no prepared data (no manifest.json): make it with `python -m data_prep.vqav2 "
-            f"--raw-dir RAW --out-dir {directory}` (captions: data_prep.flickr30k or data_prep.coco_captions; "
-            "statements: data_prep.nlvr2 or data_prep.snli_ve; a table of your own: data_prep.own), or name another "
-            "folder"
+            f"{directory} holds no prepared data (no manifest.json): make it with `vlabs prepare vqav2 "
+            f"--raw-dir RAW --out-dir {directory}` (captions: flickr30k or coco_captions; statements: nlvr2 or "
+            "snli_ve; a table of your own: own), or name another folder"
         )
     manifest = _read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
@@ -146,7 +78,7 @@ def check_kind(directory: str | Path, kind: str) -> None:
         holds = _KINDS[found][0] if found in _KINDS else f"data of kind {found!r}"
         wanted, commands = _KINDS[kind]
         raise UserError(
-            f"{directory} holds {holds}, not {wanted}: make a folder of {wanted} with `python -m` {commands}, or name "
+            f"{directory} holds {holds}, not {wanted}: make a folder of {wanted} with {commands}, or name "
             "another folder"
         )
 
@@ -194,6 +126,8 @@ def load_split(directory: str | Path, split: str) -> datasets.Dataset:
     Raises:
         UserError: the folder has no such split; the message names those it has.
     """
+    import datasets  # with pandas, which is not needed to read a manifest
+
     splits = sorted(read_manifest(directory)["splits"])
     if split not in splits:
         raise UserError(f"{directory} has no split '{split}': choose one of {', '.join(splits)}")

@@ -1,1 +1,1 @@
-"""What `python -m vlabs.evaluate` measures, a module a task."""
+"""What `vlabs evaluate` measures, a module a task."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vlabs.attention import MOST_ALPHA
 from vlabs.attention.classes import look_for
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
@@ -17,7 +18,6 @@ from vlabs.data.embedded import several_objects
 from vlabs.data.several import Several, open_several, pairs, read_several
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.evaluation.steering import MOST_ALPHA
 from vlabs.metrics.bootstrap import Interval, bootstrap_interval
 from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
 from vlabs.models.absvit import AbSViTClassifier

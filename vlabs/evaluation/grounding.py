@@ -170,7 +170,7 @@ class GroundingEvaluation(Evaluation):
         if len(asked) < 2:
             raise UserError(
                 f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {setting.split}: "
-                "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (data_prep.vqav2 takes them too)"
+                "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (`vlabs prepare vqav2` takes them too)"
             )
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         records: list[dict[str, Any]] = []

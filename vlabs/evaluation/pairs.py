@@ -32,7 +32,7 @@ class PairsEvaluation(Evaluation):
     def run(self, checkpoint: Checkpoint, data: StatementDataModule, setting: Setting) -> dict[str, Any]:
         """See `Evaluation`; shares in percent."""
         if tuple(data.labels) != LABELS["nlvr2"] or data.pictures != 1:
-            raise UserError(f"{data.dir} holds no pairs to be told apart: prepare them with data_prep.pairs")
+            raise UserError(f"{data.dir} holds no pairs to be told apart: make them with `vlabs prepare pairs`")
         device = device_of(setting.trainer)
         model = checkpoint.model.to(device)
         scores: dict[str, float] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlabs.attention import MOST_ALPHA
 from vlabs.attention.maps import attention_map
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
@@ -32,7 +33,6 @@ from vlabs.metrics.grounding import energy_inside, to_pixels
 from vlabs.utils.files import write_json
 
 MAPS = ("weights", "norm", "fusion")
-MOST_ALPHA = 1e6
 """More leaves no finite number in a map."""
 OWN, OTHER = "own", "other"
 

@@ -72,7 +72,7 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
         return model.eval()  # type: ignore[attr-defined,no-any-return]
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card of a model that nothing more is known of; `vlabs.export` writes one from a run."""
+        """The card of a model that nothing more is known of; `vlabs export` writes one from a run."""
         card_data: ModelCardData = self._hub_mixin_info.model_card_data
         task = getattr(self, "about", {}).get("task")
         of = f", trained for the task `{task}`" if task else ""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vlabs.errors import UserError, one_line
+from vlabs.utils.plugins import load_plugins
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -94,8 +95,15 @@ def _class_of(spec: Any) -> type[nn.Module]:
     if not _is_spec(spec):
         raise UserError("the checkpoint's architecture is not a vlabs spec (no 'class' in it)")
     name = spec["class"]
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise UserError(f"the checkpoint names the class '{name}'; vlabs has: {', '.join(sorted(_CLASSES))}")
+    if not isinstance(name, str):
+        raise UserError("the checkpoint's architecture is not a vlabs spec (its 'class' is no name)")
+    if name not in _CLASSES:
+        load_plugins()
+    if name not in _CLASSES:
+        raise UserError(
+            f"the checkpoint names the class '{name}'; vlabs has: {', '.join(sorted(_CLASSES))}; if it is yours, pass "
+            "import=MODULE"
+        )
     return _CLASSES[name]
 
 

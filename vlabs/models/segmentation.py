@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import UperNetConfig
-from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, VisionTokens
@@ -52,6 +50,9 @@ class UperNet(nn.Module):
         dropout: float = 0.1,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
     ) -> None:
+        from transformers import UperNetConfig  # not for the models that segment nothing
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
         super().__init__()
         channels = min(in_channels, 512) if channels is None else channels
         aux_channels = channels // 2 if aux_channels is None else aux_channels

@@ -23,9 +23,10 @@ from vlabs.ranking.passes import FirstPasses
 from vlabs.ranking.shortlist import Similarity, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_texts
 from vlabs.utils.archives import walk
+from vlabs.utils.arguments import SEARCH_INDEX
 from vlabs.utils.files import content_sha256
 
-CACHE = Path("~/.cache/vlabs/search")
+CACHE = SEARCH_INDEX
 MEANING = "a score (a logit) that ranks the pictures of one text; scores of two texts do not compare"
 """What the numbers of found pictures are."""
 _AT_ONCE = 32  # pictures that are read, compared or scored together

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -29,10 +30,10 @@ from omegaconf.errors import (
 
 import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, fail, fault, foreseen, run_cli
-from vlabs.runs.trainer import check_options, named
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
+from vlabs.utils.plugins import import_modules
 
 
 def config_dir() -> str:
@@ -72,6 +73,9 @@ def run_hydra(
     @functools.wraps(main)
     def guarded(config: DictConfig) -> Any:
         try:
+            with open_dict(config):  # of this command line, and of no run
+                modules = config.pop("import", None) or []
+            import_modules([modules] if isinstance(modules, str) else modules)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 check(config)  # before anything is written; in a sweep, a run's own affair
             return main(config)
@@ -81,7 +85,7 @@ def run_hydra(
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
-        given = hydra_arguments([_rename(item, renamed) for item in prepare(sys.argv[1:])])
+        given = hydra_arguments([_rename(item, renamed) for item in prepare(_without_dashes(sys.argv[1:]))])
         sys.argv[1:] = check_config(given, config_name, Path(config_dir()))
         try:
             program()
@@ -89,6 +93,22 @@ def run_hydra(
             tell(error)
 
     run_cli(run)
+
+
+def _without_dashes(arguments: Sequence[str]) -> list[str]:
+    """`--ckpt RUN` and `--ckpt=RUN` as `ckpt=RUN`, and so any other option that is no flag of Hydra's."""
+    flags = get_args_parser()._option_string_actions
+    result: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[a-z]\w*", name) or name in flags:
+            result.append(argument)
+            continue
+        if not equals and not (value := next(rest, "")):
+            raise UserError(f"{name} has no value: pass {name.removeprefix('--')}=VALUE")
+        result.append(f"{name.removeprefix('--')}={value}")
+    return result
 
 
 def _rename(argument: str, renamed: Mapping[str, str]) -> str:
@@ -186,6 +206,8 @@ def check(config: DictConfig) -> None:
     if HydraConfig.initialized():
         _check_new(content, HydraConfig.get().overrides.task)
     check_values(content)
+    from vlabs.runs.trainer import check_options  # with Lightning, which --help does not need
+
     check_options(plain(config.trainer))
 
 
@@ -203,7 +225,7 @@ def _check_new(content: Any, overrides: Sequence[str]) -> None:
 def _own_names() -> set[str]:
     """The options and sections of all programs."""
     files = [OmegaConf.load(Path(config_dir()) / f"{program}.yaml") for program in ("train", "evaluate")]
-    return {"trust"} | {str(name) for file in files for name in file}
+    return {"import"} | {str(name) for file in files for name in file}
 
 
 def explain(error: BaseException) -> str:
@@ -244,7 +266,7 @@ def _sentence(error: BaseException) -> str | None:
         return _wrong_group(str(error))
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sentence = foreseen(error)
-        return named(sentence) if sentence and sentence.startswith("trainer: ") else sentence
+        return _of_the_trainer(sentence) if sentence and sentence.startswith("trainer: ") else sentence
     missing = re.search(
         r"Could not find '(.+)/(.+?)'\s+Available options in '.+?':\s+(.+?)\s+Config search", str(error), re.S
     )
@@ -267,6 +289,12 @@ def _sentence(error: BaseException) -> str | None:
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
         return f"{place[1]}: {said}" if place else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+
+
+def _of_the_trainer(sentence: str) -> str:
+    from vlabs.runs.trainer import named
+
+    return named(sentence)
 
 
 def _option_of(error: OSError) -> str:
@@ -355,5 +383,4 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 def command_line() -> str:
     """The command that started this process, as a shell would take it."""
-    module = Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", f"vlabs.{module}", *sys.argv[1:]])
+    return shlex.join(["vlabs", Path(sys.argv[0]).stem, *sys.argv[1:]])

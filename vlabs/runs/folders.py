@@ -20,7 +20,7 @@ _LONGEST = 80  # characters of a part of a name
 
 
 def new_run(base: str, root: DictConfig) -> str:
-    """`BASE/TASK/DATA_TIME`, as `${new_run:BASE}` of a config of `vlabs.train`."""
+    """`BASE/TASK/DATA_TIME`, as `${new_run:BASE}` of a config of `vlabs train`."""
     return _new_folder(Path(base, plain_name(_choice(root, "task"))), _data_name(root))
 
 
@@ -32,7 +32,7 @@ def new_sweep(base: str, root: DictConfig) -> str:
 
 
 def new_evaluation(base: str, root: DictConfig) -> str:
-    """`BASE/CHECKPOINT-TASK-SPLIT_TIME`, as `${new_evaluation:BASE}` of a config of `vlabs.evaluate`."""
+    """`BASE/CHECKPOINT-TASK-SPLIT_TIME`, as `${new_evaluation:BASE}` of a config of `vlabs evaluate`."""
     of = _checkpoint_name(str(_option(root, "ckpt") or ""))
     return _new_folder(Path(base), of, _choice(root, "evaluation@task"), str(_option(root, "split") or ""))
 

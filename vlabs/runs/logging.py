@@ -34,6 +34,7 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*worker processes in total.*",  # data.num_workers is refused where it is too many
         ".*infer the `batch_size`.*",
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
@@ -201,17 +202,19 @@ def wandb_logger(
     }
 
     def make(mode: str) -> WandbLogger:
-        settings = wandb.Settings(**waits)
-        return WandbLogger(
+        settings = wandb.Settings(quiet=True, **waits)
+        logger = WandbLogger(
             project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow",
             settings=settings,
         )  # fmt: skip
+        logger._wandb_init.pop("anonymous", None)  # of which W&B warns
+        return logger
 
     logger = make(wanted)
     why = "not logged in"
     if wanted == "online" and is_rank_zero():
         try:
-            logger.experiment  # noqa: B018  it connects
+            say(f"W&B: {logger.experiment.url}")  # it connects
         except wandb.errors.Error as error:
             why, wanted = f"cannot be reached or refuses ({one_line(str(error))})", "offline"
             wandb.teardown()

@@ -2,7 +2,7 @@
 
 A run that goes on (`resume=RUN`) or begins again (`--config-dir=RUN --config-name=config`) reads its whole config from
 its folder. In that file `_target_` may name what the configs of vlabs name, registered parts of models, and Lightning's
-own trainer, callbacks and the like; for others the command line says so, by `trust=MODULE` or with the option itself.
+own trainer, callbacks and the like; for others the command line says so, by `import=MODULE` or with the option itself.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins import Precision
-from pytorch_lightning.profilers import Profiler
-from pytorch_lightning.strategies import Strategy
 
 from vlabs.errors import UserError
-from vlabs.models.registry import registered_names
 from vlabs.utils.plain import is_inside, parse_config, read_text
+from vlabs.utils.plugins import plugins
 
-_LIGHTNING = (Callback, Trainer, Logger, Profiler, Strategy, Precision, CheckpointIO, ClusterEnvironment)
 _EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # of the configs of earlier runs
 _OVERRIDE = re.compile(r"[+~]*[\w./@]+=.*", re.S)
 
@@ -40,12 +33,12 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
         own: folder of vlabs' configs.
 
     Returns:
-        The arguments, `trust=` as an option that Hydra takes.
+        The arguments, `import=` as an option that Hydra takes.
 
     Raises:
         UserError: it names what it may not, or is no plain data; the message says how to allow it.
     """
-    arguments = [re.sub(r"^\+*trust=", "++trust=", item) for item in arguments]
+    arguments = [_as_option(item) for item in arguments]
     given = get_args_parser().parse_known_args(arguments)[0]
     if given.experimental_rerun is not None:
         raise UserError(
@@ -63,14 +56,24 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
     return arguments
 
 
+def _as_option(argument: str) -> str:
+    """`import=MODULE`, or as it was called `trust=MODULE`, as an option of any config."""
+    if not (found := re.match(r"\+*(?:import|trust)=", argument)):
+        return argument
+    return f"++import=[{','.join(re.findall(_NAME, argument[found.end() :]))}]"
+
+
+_NAME = r"[\w.]+"
+
+
 def _trusted(arguments: Sequence[str]) -> set[str]:
-    """Names that the command line gives: modules, or what options with `_target_` make."""
-    names: set[str] = set()
+    """Names that the command line gives, modules or what options with `_target_` make, and those of plugins."""
+    names = {plugin.module for plugin in plugins()}
     for item in arguments:
-        if item.startswith("++trust="):
-            names |= set(re.findall(r"[\w.]+", item.removeprefix("++trust=")))
+        if item.startswith("++import="):
+            names |= set(re.findall(_NAME, item.removeprefix("++import=")))
         elif "_target_" in item:
-            names |= set(re.findall(r"[\w.]+", item.split("_target_", 1)[1]))
+            names |= set(re.findall(_NAME, item.split("_target_", 1)[1]))
     return names
 
 
@@ -79,9 +82,9 @@ def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
     if re.search(r"^\s*#\s*@", text, re.M):
         raise UserError(f"{path} says where in the config it belongs (# @package): a run's config is a whole one")
     content = parse_config(text, str(path))
-    for key in ("hydra", "defaults"):
+    for key in ("hydra", "defaults", "import"):
         if key in content:
-            raise UserError(f"{path} has '{key}', which decides what Hydra reads and runs: a run's config has none")
+            raise UserError(f"{path} has '{key}', which decides what is read and run: a run's config has none")
     for key in _GROUPS:
         if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{path} is damaged: its {key} is {content[key]!r:.40} and no group of options")
@@ -91,7 +94,7 @@ def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
                 module = str(value).rpartition(".")[0]
                 raise UserError(
                     f"{path} names {value} ({where}), which is neither vlabs' nor a part of Lightning: if it is "
-                    f"yours, pass trust={module or value}"
+                    f"yours, pass import={module or value}"
                 )
         elif isinstance(value, str) and _LOOKED_UP.search(value):
             raise UserError(f"{path} has {where}={value}, which Hydra would look up: a run's config is plain data")
@@ -103,7 +106,7 @@ def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
 
 _GROUPS = ("task", "model", "data", "trainer", "callbacks", "logger", "checkpoints")
 _LOOKED_UP = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
-_UNSAFE = r"^[+~]*(hydra|trust|resume)\b|_target_"
+_UNSAFE = r"^[+~]*(hydra|import|trust|resume)\b|_target_"
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,9 +124,15 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_allowed(name: str, own: Path, trusted: set[str]) -> bool:
-    if name in _own_targets(own) or name in _EARLIER or (name.startswith("vlabs.") and name in registered_names()):
+    if name in _own_targets(own) or name in _EARLIER or _is_registered(name):
         return True
     return any(name == one or name.startswith(f"{one}.") for one in trusted) or _is_lightning(name)
+
+
+def _is_registered(name: str) -> bool:
+    from vlabs.models.registry import registered_names
+
+    return name.startswith("vlabs.") and name in registered_names()
 
 
 @functools.cache
@@ -135,6 +144,14 @@ def _own_targets(own: Path) -> set[str]:
 
 def _is_lightning(name: str) -> bool:
     """Whether a name is that of one of Lightning's parts; nothing but its own modules is imported to see that."""
+    from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
+    from pytorch_lightning import Callback, Trainer
+    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.plugins import Precision
+    from pytorch_lightning.profilers import Profiler
+    from pytorch_lightning.strategies import Strategy
+
+    parts = (Callback, Trainer, Logger, Profiler, Strategy, Precision, CheckpointIO, ClusterEnvironment)
     module, _, last = name.rpartition(".")
     if not re.fullmatch(r"pytorch_lightning(\.[a-z]\w*)*", module):
         return False
@@ -142,4 +159,4 @@ def _is_lightning(name: str) -> bool:
         found = getattr(importlib.import_module(module), last, None)
     except ImportError:
         return False
-    return isinstance(found, type) and issubclass(found, _LIGHTNING)
+    return isinstance(found, type) and issubclass(found, parts)

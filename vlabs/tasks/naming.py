@@ -84,7 +84,7 @@ class NamingTask(VisionLanguageTask):
         if not data.regions_known:
             raise UserError(
                 "task=naming learns from what texts are about, and these data do not say it: prepare them with regions "
-                "(data_prep.scenes_captions --phrases, data_prep.refcoco, data_prep.flickr30k --phrases, ...)"
+                "(`vlabs prepare scenes_captions --phrases`, `refcoco`, `flickr30k --phrases`, ...)"
             )
         data.region_grid = self.model.vision.grid_size
         data.regions_in_validation = True

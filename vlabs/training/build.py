@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from vlabs.checkpoints.initialize import initialize, keep_arithmetic, read_source
 from vlabs.checkpoints.pretrained import check_there, report
-from vlabs.data.module import PreparedDataModule
+from vlabs.data.module import IMAGE_SIZE, PreparedDataModule
 from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
@@ -36,6 +36,7 @@ from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.callbacks.resume import GoOn
 from vlabs.training.pictures import as_before, choose, shown_to_checkpoint, shown_to_encoder
 from vlabs.training.start import Last, make_start
+from vlabs.training.words import EpochLine
 from vlabs.utils.ranks import is_rank_zero, say
 
 
@@ -47,6 +48,7 @@ class Training:
         data, task: what is trained on what.
         trainer: of Lightning, with all callbacks and loggers.
         best, last: which keep the checkpoints.
+        line: which knows the best validation.
         resumed: the checkpoint to go on from; None for a new run.
         begin: writes what the run folder says of the run.
     """
@@ -56,6 +58,7 @@ class Training:
     trainer: pl.Trainer
     best: ModelCheckpoint
     last: KeepLast
+    line: EpochLine
     resumed: Path | None
     begin: Callable[[], None]
 
@@ -64,7 +67,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     """Everything that a config names. Nothing is written before the run begins.
 
     Args:
-        config: of `vlabs.train`; sizes that only the data know are filled in.
+        config: of `vlabs train`; sizes that only the data know are filled in.
         record: of the run; its folder gets config.yaml and environment.json.
         resumed: what the run goes on from.
 
@@ -72,10 +75,12 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
         UserError: parts that do not fit each other, or what the run goes on from, or cannot be made.
     """
     run_dir = record.folder
-    given = copy.deepcopy(config)
     callbacks = chosen_callbacks(
         config.get("callbacks") or OmegaConf.create(), config.trainer
     )  # before the data, which may have to be made
+    if resumed is None:
+        settle(config)
+    given = copy.deepcopy(config)
     task, data = build_task(config, resumed)
     kept = recorded(given)
     loggers = build_loggers(config, record, resumed)
@@ -94,11 +99,13 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
             if changed:
                 say(f"not as when this run began: {'; '.join(changed)}")
 
+    line = EpochLine()
     trainer = make_trainer(
         config.trainer,
         callbacks=[
             best,
             last,
+            line,
             GoOn(resumed.changed if resumed else None),
             FiniteGradients(config.max_bad_steps, last.path),
             *callbacks,
@@ -108,7 +115,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
         plugins=[WholeCheckpointIO()],
         default_root_dir=str(run_dir),
     )
-    return Training(data, task, trainer, best, last, resumed.path if resumed else None, begin)
+    return Training(data, task, trainer, best, last, line, resumed.path if resumed else None, begin)
 
 
 def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, PreparedDataModule]:
@@ -119,10 +126,9 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
     """
     if resumed is not None:
         return _build_resumed(config, resumed)
-    if config.init is not None and config.init_by:
-        make_start(Path(config.init), list(config.init_by))
+    settle(config)
     parts = [config.model.get(part) or {} for part in ("vision", "text")]
-    check_there(parts[0].get("weights"), parts[1].get("name_or_path"))
+    check_there(parts[0].get("weights"), parts[1].get("name_or_path"), config.data.get("tokenizer"))
     data: PreparedDataModule = instantiate(config.data, _convert_="all")
     _check_kind(config, data)
     if config.init is None:
@@ -130,6 +136,12 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
     else:
         header = read_source(config.init)[1]["vlabs"]
         shown = shown_to_checkpoint(f"init={config.init}", header)
+        size = header["preprocessing"].get("image_size")
+        if size and config.data.get("image_size", size) != size:
+            say(
+                f"images: {config.data.image_size} px, and init={config.init} was trained on {size} px, which "
+                "data.image_size=null takes"
+            )
         if config.data.get("tokenizer") is None:
             _take_tokenizer(data, header)
     say(choose(data, shown))
@@ -142,6 +154,15 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
         history = initialized.history
         say(initialized.report())
     return _make_task(config, model, data, history), data
+
+
+def settle(config: DictConfig) -> None:
+    """Train what a run starts from, if need be, and fill in the size of images where nobody said: that of `init=`."""
+    if config.init is not None and config.init_by:
+        make_start(Path(config.init), list(config.init_by))
+    if config.data.get("image_size", IMAGE_SIZE) is None:
+        header = read_source(config.init)[1]["vlabs"] if config.init is not None else {"preprocessing": {}}
+        config.data.image_size = header["preprocessing"].get("image_size") or IMAGE_SIZE
 
 
 def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataModule]:

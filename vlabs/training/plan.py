@@ -1,4 +1,4 @@
-"""What a training will cost, from a few measured steps: `python -m vlabs.train plan=true ...`."""
+"""What a training will cost, from a few measured steps: `vlabs train plan=true ...`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
+from vlabs.training.words import checkpoint_bytes, duration, size
 from vlabs.utils.ranks import say
 
 # Batches that are measured, after those that warm up.
@@ -53,7 +54,7 @@ def plan_run(config: DictConfig, task: Task, data: pl.LightningDataModule) -> di
     """Train for a few steps that leave nothing behind, print what the whole run will be, and return it.
 
     Args:
-        config: of `vlabs.train`.
+        config: of `vlabs train`.
         task, data: as they would be trained; the task's weights change.
     """
     short = config.trainer.copy()
@@ -111,7 +112,8 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
         "seconds_per_step": round(second * accumulate, 4),
         "texts_per_second": round(data.batch_size * devices / second, 1),
         "seconds_per_validation": round(validation, 1),
-        "hours": round((steps * accumulate * second + validations * validation) / 3600, 3),
+        "gb_checkpoints": round(checkpoint_bytes(task) / 1e9, 3),
+        "hours": round((steps * accumulate * second + validations * validation) / 3600, 4),
     }
 
 
@@ -136,4 +138,5 @@ def _print(numbers: dict[str, Any]) -> None:
         f"  speed         {n['seconds_per_step']:.3f} s a step, {n['texts_per_second']:,.1f} texts/s, loading "
         f"included; {n['seconds_per_validation']:.0f} s a validation"
     )
-    say(f"  time          {n['hours']:.2f} hours")
+    say(f"  disk          {size(1e9 * n['gb_checkpoints'])} of checkpoints")
+    say(f"  time          {duration(3600 * n['hours'])}")

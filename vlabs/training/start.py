@@ -25,6 +25,7 @@ from vlabs.training.callbacks.checkpoints import previous_of
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.lightning_state import validation_is_next
 from vlabs.utils.plain import check_plain
+from vlabs.utils.plugins import imported
 from vlabs.utils.ranks import say
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def make_start(folder: Path, overrides: list[str]) -> None:
         if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
             raise UserError(
                 f"init={folder} is not there yet, and only a run of one process trains it by itself: first run "
-                f"python -m vlabs.train {' '.join(overrides)} hydra.run.dir={folder}"
+                f"vlabs train {' '.join(overrides)} hydra.run.dir={folder}"
             )
         arguments = [*overrides, f"hydra.run.dir={folder}"]
         if any(path.is_file() for path in _checkpoints(folder)):
@@ -57,7 +58,8 @@ def make_start(folder: Path, overrides: list[str]) -> None:
             arguments = [f"resume={folder}"]
         else:
             say(f"init: {folder} is not there yet, so it is trained first: {' '.join(overrides)}")
-        if subprocess.run([sys.executable, "-m", "vlabs.train", *arguments]).returncode:
+        own = [f"import={','.join(imported)}"] if imported else []
+        if subprocess.run([sys.executable, "-m", "vlabs.train", *arguments, *own]).returncode:
             raise UserError(f"init={folder}: its training (init_by) failed, see above")
 
 

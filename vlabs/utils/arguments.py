@@ -1,13 +1,75 @@
-"""Numbers on a command line: types for argparse that say what a number may be."""
+"""Command lines: a parser for the commands without a config, and types that say what a number may be."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlabs.errors import UserError
+from vlabs.utils.files import check_absent
+from vlabs.utils.plugins import import_modules
 
 MOST_SEED = 2**32 - 1
 """What numpy takes as a seed, and Lightning."""
+SEARCH_INDEX = Path("~/.cache/vlabs/search")
+"""Where what was computed of searched images is kept."""
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a command: `--ckpt RUN`, and `ckpt=RUN` as the commands with a config have it.
+
+    Args:
+        name: of the command, after `vlabs`.
+        doc: what it does.
+        options: of argparse.
+    """
+
+    def __init__(self, name: str, doc: str, **options: Any) -> None:
+        super().__init__(prog=f"vlabs {name}", description=doc, **options)
+        own = "a module of your own, with classes that a checkpoint names; may be given several times"
+        self.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help=own)
+
+    def read(self) -> argparse.Namespace:
+        """The command line of this process; modules of the user's own are imported."""
+        arguments = self.parse_args(self._with_dashes(sys.argv[1:]))
+        import_modules(arguments.modules)
+        return arguments
+
+    def _with_dashes(self, given: Sequence[str]) -> list[str]:
+        options = self._option_string_actions
+        result = []
+        for before, argument in zip(["", *given], given, strict=False):
+            is_value = before in options and options[before].nargs != 0
+            is_option = "=" in argument and f"--{argument.partition('=')[0]}" in options
+            result.append(f"--{argument}" if is_option and not is_value else argument)
+        return result
+
+
+def add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--out` and `--overwrite` of a figure; `check_out` and `vlabs.attention.figures.save_out` read them."""
+    told = f"where the figure goes, .png or .svg (default: {default}, or {numbered(default, 2)} where that is there)"
+    parser.add_argument("--out", help=told)
+    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
+    parser.set_defaults(default_out=default)
+
+
+def check_out(arguments: argparse.Namespace) -> None:
+    """Raise a UserError if the figure of a command line cannot go where it says, before the work."""
+    if arguments.out is None:
+        return
+    if Path(arguments.out).suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: name a .png or .svg file")
+    check_absent(arguments.out, "--out", arguments.overwrite)
+
+
+def numbered(name: str, number: int) -> str:
+    """`name` of a file, with a number before its suffix unless it is the first."""
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def download(
     logging.set_verbosity_error()
     try:
         if not options.get("local_files_only"):  # else it waits for a host that does not answer, without end
-            HfApi(token=options.get("token")).model_info(name, revision=revision, timeout=_SECONDS)
+            _ask(name, revision, options.get("token"))
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **options))
     except Exception as error:  # whatever the hub, the network and the cache can do
         if found := next(_cached(name, files, revision, options.get("cache_dir")), None):
@@ -49,6 +50,19 @@ def download(
         logging.set_verbosity(loud)
 
 
+def _ask(name: str, revision: str | None, token: str | bool | None) -> None:
+    """Raise an error if the hub is not there, of which it is asked once in a minute, or has no such model."""
+    global _silent
+    if _silent is not None and time.monotonic() - _silent[1] < _REMEMBERED:
+        raise _silent[0]
+    try:
+        HfApi(token=token).model_info(name, revision=revision, timeout=_SECONDS)
+    except Exception as error:
+        if _why(error) == "no network":
+            _silent = error, time.monotonic()
+        raise
+
+
 def _cached(name: str, files: Sequence[str], revision: str | None, cache: Any) -> Iterator[Path]:
     """The cache's folder of a model for each of the files that is there."""
     for file in files:
@@ -60,7 +74,8 @@ def _cached(name: str, files: Sequence[str], revision: str | None, cache: Any) -
             yield Path(found).parent
 
 
-_SECONDS = 10.0
+_SECONDS, _REMEMBERED = 4.0, 60.0
+_silent: tuple[Exception, float] | None = None  # the hub did not answer, and when
 _REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     "GatedRepoError": "access to it must be asked for on its page there, then `hf auth login`",

@@ -101,7 +101,7 @@ class PredictionTable(EveryNValidations):
         questions: Sequence[str],
         folder: Path,
     ) -> None:
-        """The figures of `vlabs.attention` that are of one picture and one model, as files and in W&B."""
+        """The figures of `vlabs attention` that are of one picture and one model, as files and in W&B."""
         model = checkpoint.model
         figures = {"questions": questions_figure(checkpoint, [picture], questions, default_map(model))}
         if model.vision.needs_prior:

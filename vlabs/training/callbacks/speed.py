@@ -12,13 +12,19 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from vlabs.tasks.base import Task
 
 
+class _Bar(TQDMProgressBar):
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Without the version of a logger."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
 def progress_bar(refresh_rate: int | None = None) -> TQDMProgressBar:
     """Lightning's progress bar, with the time left.
 
     Args:
         refresh_rate: batches between two updates; 1 on a terminal and 50 in a file if not given.
     """
-    return TQDMProgressBar(refresh_rate=refresh_rate or (1 if sys.stderr.isatty() else 50))
+    return _Bar(refresh_rate=refresh_rate or (1 if sys.stderr.isatty() else 50))
 
 
 class SamplesPerSecond(pl.Callback):

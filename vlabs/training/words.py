@@ -1,0 +1,119 @@
+"""What a run says of itself: what it begins with, a line an epoch, and what came out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from vlabs.checkpoints.checkpoint import trainings_in_words
+from vlabs.data.module import PreparedDataModule
+from vlabs.runs.config import config_dir
+from vlabs.tasks.base import Task
+from vlabs.utils.ranks import say
+
+_SMALL = 5_000_000  # parameters; no model of photographs that is trained from scratch has so few
+
+
+def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
+    """What is trained on what and from what, what is frozen, and what will be written."""
+    everything = sum(p.numel() for p in task.parameters())
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    own = {name: value for name, value in task.data.items() if name != "history"}
+    history = task.data.get("history", [])
+    parts = (getattr(task.model, name, None) for name in ("vision", "encoder", "text"))
+    pretrained = any(getattr(part, "origin", None) for part in parts)
+    source = trainings_in_words(history) if history else "pre-trained encoders" if pretrained else "scratch"
+    side = data.preprocessing.image_size
+    lines = [
+        f"train: {trainings_in_words([{'task': task.name, 'data': own}])}, images of {side} px, from {source}",
+        f"  {everything / 1e6:.1f} M parameters, {_trained(trained, everything)}",
+        f"  to {folder}: about {size(checkpoint_bytes(task))} of checkpoints (best, last, and the last one before)",
+    ]
+    if source == "scratch" and everything < _SMALL and not type(data).__module__.endswith(".embedded"):
+        lines.append(
+            "  note: so small a model learns drawn shapes, but little of photographs: for these pass "
+            "experiment=photo_vqa, pre-trained encoders (model=photo), or init=RUN"
+        )
+    return "\n".join(lines)
+
+
+def _trained(trained: int, everything: int) -> str:
+    return "all trained" if trained == everything else f"{trained / 1e6:.1f} M trained and the others frozen"
+
+
+def checkpoint_bytes(task: Task) -> int:
+    """What the checkpoints of a run take on disk: weights, and for what is trained AdamW's two moments, twice."""
+    everything = sum(p.numel() for p in task.parameters())
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    return 4 * everything + 2 * (4 * everything + 8 * trained)
+
+
+def size(count: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever is read best."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+class EpochLine(pl.Callback):
+    """Says every epoch in a line where there is no progress bar, and knows the epoch of the best validation.
+
+    Attributes:
+        best: the value of the task's monitor; None before the first validation.
+        epoch, step: of that validation, counted from 1.
+    """
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.epoch = self.step = 0
+        self.since = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.since = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the best."""
+        value = trainer.callback_metrics.get(cast(Task, pl_module).monitor)
+        if value is not None and not trainer.sanity_checking and (self.best is None or float(value) > self.best):
+            self.best, self.epoch, self.step = float(value), trainer.current_epoch + 1, trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it."""
+        if trainer.progress_bar_callback is not None:
+            return
+        names = ("train/loss", cast(Task, pl_module).monitor)
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        said = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        said += [f"step {trainer.global_step:,}", duration(time.perf_counter() - self.since)]
+        say(f"epoch {trainer.current_epoch + 1}{of}: {', '.join(said)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best until now."""
+        return {"best": self.best, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the parts of a run before."""
+        self.best, self.epoch, self.step = state_dict["best"], state_dict["epoch"], state_dict["step"]
+
+
+def ending(task: Task, folder: str | Path, line: EpochLine) -> str:
+    """The best value and its epoch, where the run is, and what to do next."""
+    lines = [f"done: {folder}"]
+    if line.best is not None:
+        lines.append(f"  best {task.monitor}: {line.best:.4g} in epoch {line.epoch} (step {line.step:,})")
+    if (Path(config_dir()) / "evaluation" / f"{task.name}.yaml").is_file():
+        chosen = "" if task.name == "vqa" else f" task={task.name}"
+        lines.append(f"  next: vlabs evaluate{chosen} ckpt={folder}")
+    else:
+        lines.append(f"  next: vlabs train init={folder} ...")
+    return "\n".join(lines)
