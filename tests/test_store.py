@@ -73,6 +73,7 @@ def test_a_shard_of_something_else_or_half_a_shard_is_named(tmp_path):
     ("make", "stored"),
     [
         (partial(AbSViT, topdown=AbSTopDown()), {"embedded", "tokens", "cls"}),
+        (partial(AbSViT, topdown=AbSTopDown(), start=2, keep=0.5), {"embedded", "tokens", "cls"}),
         (partial(AbSViT, topdown=FeedbackOnly()), {"embedded", "tokens", "cls"}),
         (partial(AbSViT, topdown=PerceiverIO()), {"tokens", "cls"}),
         (AbSViT, {"tokens", "cls"}),
@@ -98,13 +99,15 @@ def test_a_pass_that_was_stored_is_the_pass(make, stored, tmp_path):
     assert "0" not in FirstPasses(tmp_path, vision, Preprocessing(32, "", crop=0.5), torch.float32)
 
 
-def test_blocks_that_are_trained_go_on_from_what_is_stored(tmp_path):
+@pytest.mark.parametrize("start", [1, 2])
+def test_blocks_that_are_trained_go_on_from_what_is_stored(start, tmp_path):
     torch.manual_seed(0)
-    vision = AbSViT(**TINY, num_heads=2, topdown=AbSTopDown()).eval()
+    vision = AbSViT(**TINY, num_heads=2, topdown=AbSTopDown(), start=start).eval()
     with pytest.raises(UserError, match=r"pass task\.freeze=\[vision\]"):
         FirstPasses(tmp_path, vision, Preprocessing(32, ""), training=True)
     for name, value in vision.named_parameters():
-        value.requires_grad_(not name.startswith(("vit.patch_embed", "vit.cls_token", "vit.pos_embed")))
+        below = ("vit.patch_embed", "vit.cls_token", "vit.pos_embed", *[f"vit.blocks.{n}." for n in range(start - 1)])
+        value.requires_grad_(not name.startswith(below))
     passes = FirstPasses(tmp_path, vision, Preprocessing(32, ""), torch.float32, training=True)
     images = torch.randn(1, 3, 32, 32)
     passes.fill([("a", images)], 1)
@@ -185,9 +188,10 @@ def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_optio
     [
         (["task.freeze=[]"], "task.freeze=[vision]"),
         (["data.rand_augment=rand-m9-n2"], "data.rand_augment=null"),
+        (["model/topdown=none", "model.vision.keep=[0.5,1]"], "keep=0.5"),
     ],
 )
 def test_what_has_no_one_first_pass_cannot_be_stored(options, part, tiny_options, tmp_path, in_process):
     result = in_process("vlabs.train", [*tiny_options, *FROZEN, *options, "hydra.run.dir=run"], tmp_path)
-    assert_one_line_error(result, "task.store", part)
+    assert_one_line_error(result, "store", part)
     assert not (tmp_path / "store").exists()

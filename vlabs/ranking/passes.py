@@ -48,6 +48,11 @@ class FirstPasses:
         training: bool = False,
     ) -> None:
         self.vision = vision
+        if vision.keeps_what_is_read and (least := min(vision.keep, *vision.shares)) < 1:
+            raise UserError(
+                f"keep={least:g}: where no ξ steers, patches are kept by the attention of the first pass, which is not "
+                "stored: leave out the store, or pass keep=1"
+            )
         with torch.set_grad_enabled(training), _evaluating(vision):
             side = preprocessing.image_size
             probe = vision.encode(torch.zeros(1, 3, side, side).to(next(vision.parameters())))
