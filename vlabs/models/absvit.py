@@ -79,10 +79,12 @@ class StoredPass(NamedTuple):
     Attributes:
         embedded: (B, N, D), as in `BottomUp`; None where there is no second pass to read it.
         tokens: (B, N, D), z; None where blocks of the first pass are still trained, and go on from `embedded`.
+        read: (B, N), as in `BottomUp`, where patches are kept by it.
     """
 
     embedded: Tensor | None
     tokens: Tensor | None
+    read: Tensor | None = None
 
 
 @dataclass
@@ -311,9 +313,9 @@ class AbSViT(nn.Module):
         begin = 0
         if isinstance(images, StoredPass):
             weight = next(self.parameters())
-            stored, known = (None if one is None else one.to(weight) for one in images)
+            stored, known, read = (None if one is None else one.to(weight) for one in images)
             if known is not None:
-                return self._known(stored, known)
+                return self._known(stored, known, read)
             assert stored is not None
             hidden, begin = stored, self.start - 1
         else:
@@ -375,13 +377,13 @@ class AbSViT(nn.Module):
             raise ValueError("the first pass was made when all patches were kept")
         return bottom_up.read
 
-    def _known(self, embedded: Tensor | None, tokens: Tensor) -> BottomUp:
+    def _known(self, embedded: Tensor | None, tokens: Tensor, read: Tensor | None) -> BottomUp:
         """The bottom-up pass whose outcome was stored."""
         first = self.start - 1
         first_qkv = tokens if embedded is None else self.backbone.qkv(first, self.backbone.enter(first, embedded))
         prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
         embedded = tokens if embedded is None else embedded
-        return BottomUp(tokens, tokens, embedded, first_qkv, prepared, self.backbone.pool(tokens))
+        return BottomUp(tokens, tokens, embedded, first_qkv, prepared, self.backbone.pool(tokens), read=read)
 
     def attend(
         self,

@@ -59,6 +59,8 @@ class FirstPasses:
         layout = {"embedded": (probe.embedded.shape[1:], dtype)} if vision.looks_twice else {}
         if vision.has_bottom_up and not probe.tokens.requires_grad:
             layout |= {"tokens": (probe.tokens.shape[1:], dtype), "cls": (probe.cls.shape[1:], torch.float16)}
+        if probe.read is not None and "tokens" in layout:
+            layout["read"] = (probe.read.shape[1:], torch.float16)
         if not layout or (vision.looks_twice and probe.embedded.requires_grad):
             raise UserError(
                 "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision]"
@@ -124,7 +126,7 @@ class FirstPasses:
         """The passes over some pictures, together, on the CPU."""
         names = [name for name in self.store.layout if name != "cls"]
         found = self.store.read(keys, names)
-        return StoredPass(found.get("embedded"), found.get("tokens"))
+        return StoredPass(found.get("embedded"), found.get("tokens"), found.get("read"))
 
 
 def _digest(vision: AbSViT, training: bool) -> str:
