@@ -77,6 +77,7 @@ def test_a_shard_of_something_else_or_half_a_shard_is_named(tmp_path):
         (partial(AbSViT, topdown=FeedbackOnly()), {"embedded", "tokens", "cls"}),
         (partial(AbSViT, topdown=PerceiverIO()), {"tokens", "cls"}),
         (AbSViT, {"tokens", "cls"}),
+        (partial(AbSViT, keep=[0.5, 1.0]), {"tokens", "cls", "read"}),
         (FiLMViT, {"embedded"}),
     ],
 )
@@ -90,7 +91,7 @@ def test_a_pass_that_was_stored_is_the_pass(make, stored, tmp_path):
     vision.eval()
     again = FirstPasses(tmp_path, vision, Preprocessing(32, ""), torch.float32)
     prior, index = torch.randn(4, 16), torch.tensor([0, 1, 1, 0])
-    with torch.no_grad():
+    with torch.no_grad(), vision.keeping(vision.shares[0]):
         plain = vision.attend(vision.encode(images[[2, 0]]), prior, index)
         found = vision.attend(vision.encode(again.read(["2", "0"])), prior, index)
     torch.testing.assert_close(found.tokens, plain.tokens)
@@ -188,10 +189,9 @@ def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_optio
     [
         (["task.freeze=[]"], "task.freeze=[vision]"),
         (["data.rand_augment=rand-m9-n2"], "data.rand_augment=null"),
-        (["model/topdown=none", "model.vision.keep=[0.5,1]"], "keep=0.5"),
     ],
 )
 def test_what_has_no_one_first_pass_cannot_be_stored(options, part, tiny_options, tmp_path, in_process):
     result = in_process("vlabs.train", [*tiny_options, *FROZEN, *options, "hydra.run.dir=run"], tmp_path)
-    assert_one_line_error(result, "store", part)
+    assert_one_line_error(result, "task.store", part)
     assert not (tmp_path / "store").exists()

@@ -48,11 +48,6 @@ class FirstPasses:
         training: bool = False,
     ) -> None:
         self.vision = vision
-        if vision.keeps_what_is_read and (least := min(vision.keep, *vision.shares)) < 1:
-            raise UserError(
-                f"keep={least:g}: where no ξ steers, patches are kept by the attention of the first pass, which is not "
-                "stored: leave out the store, or pass keep=1"
-            )
         with torch.set_grad_enabled(training), _evaluating(vision):
             side = preprocessing.image_size
             probe = vision.encode(torch.zeros(1, 3, side, side).to(next(vision.parameters())))
@@ -60,7 +55,7 @@ class FirstPasses:
         if vision.has_bottom_up and not probe.tokens.requires_grad:
             layout |= {"tokens": (probe.tokens.shape[1:], dtype), "cls": (probe.cls.shape[1:], torch.float16)}
         if probe.read is not None and "tokens" in layout:
-            layout["read"] = (probe.read.shape[1:], torch.float16)
+            layout["read"] = (probe.read.shape[1:], torch.float32)
         if not layout or (vision.looks_twice and probe.embedded.requires_grad):
             raise UserError(
                 "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision]"
@@ -142,11 +137,12 @@ def _digest(vision: AbSViT, training: bool) -> str:
 
 @contextmanager
 def _evaluating(vision: AbSViT) -> Iterator[None]:
-    """Without dropout, and the draws that it takes."""
+    """Without dropout and the draws that it takes, and with what is read of patches for all shares of a training."""
     modes = {module: module.training for module in vision.modules()}
     vision.eval()
     try:
-        yield
+        with vision.keeping(min(vision.keep, *vision.shares)):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
