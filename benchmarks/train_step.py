@@ -304,7 +304,7 @@ def parts(options: Options) -> dict[str, Any]:
 
 def compiled(options: Options) -> dict[str, Any]:
     """Our step with and without `task.compile`, in turn, and what compiling takes at the start."""
-    batch = make_batch(options.size, options.questions, 4)
+    batch = make_batch(options.size, options.questions, 4, device=options.device)
     plain = our_side("plain", options, batch, options.dtype == "bfloat16")
     other = our_side("compiled", options, batch, options.dtype == "bfloat16")
     other.owner.model.compile_parts()
@@ -415,7 +415,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def throughput(options: Options, device: torch.device) -> dict[str, Any]:
-    """Questions a second of both sides in bfloat16 for several batches, share of the peak, and memory."""
+    """Questions a second of all sides in bfloat16 for several batches, share of the peak, and memory."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     print(f"{name}: {options.size}, {options.topdown}, bfloat16 autocast\n")
@@ -424,7 +424,8 @@ def throughput(options: Options, device: torch.device) -> dict[str, Any]:
     for batch_size in options.batches:
         for k in (1, 4):
             batch = make_batch(options.size, batch_size, k, device=str(device))
-            for side_name, make in (("ours", our_side), ("released", rival_side)):
+            less = partial(our_side, start=options.start, keep=options.keep)
+            for side_name, make in (("ours", our_side), ("less", less), ("released", rival_side)):
                 if cuda:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
@@ -467,6 +468,7 @@ class Options:
     parts: bool
     dtype: str
     plot: Path | None
+    throughput: bool
     device: str
     peak_tflops: float
 
@@ -485,15 +487,21 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--memory-of", choices=["ours", "released"], help="print the peak memory of one side instead")
     add("--table", action="store_true", help="cost as the work grows instead")
     add("--pixels", type=int, nargs="*", default=[224, 288, 384, 576], help="of --table")
-    add("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="of --table and --device cuda")
+    add("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="of --table and --throughput")
     add("--tokens", type=int, nargs="*", default=[9, 16, 32, 50], help="of --table")
     add("--depths", type=int, nargs="*", default=[2, 4, 6, 8], help="of --table")
     add("--compile", action="store_true", help="with and without task.compile instead")
     add("--parts", action="store_true", help="where the time of our step goes instead")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of --table, --compile and --parts")
     add("--plot", type=Path, help="of --table: where the plot goes")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: questions a second instead")
-    add("--peak-tflops", type=float, default=989.0, help="of --device cuda: dense bfloat16 peak (989: H100)")
+    add("--throughput", action="store_true", help="questions a second of all sides instead")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: of --throughput, which it implies, and --compile",
+    )
+    add("--peak-tflops", type=float, default=989.0, help="of --throughput: dense bfloat16 peak (989: H100)")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -504,8 +512,8 @@ def main() -> None:
     if options.memory_of is not None:
         print(measure_memory(options))
         return
-    if options.device == "cuda":
-        result = throughput(options, torch.device("cuda"))
+    if options.throughput or (options.device == "cuda" and not options.compile):
+        result = throughput(options, torch.device(options.device))
     else:
         chosen = table if options.table else compiled if options.compile else parts if options.parts else compare
         result = chosen(options)

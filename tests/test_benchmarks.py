@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -22,6 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # type: ignore[import-not-found]  # noqa: E402
+import gpu  # type: ignore[import-not-found]  # noqa: E402
 import loader  # type: ignore[import-not-found]  # noqa: E402
 import ranking  # type: ignore[import-not-found]  # noqa: E402
 import train_step  # type: ignore[import-not-found]  # noqa: E402
@@ -97,7 +99,9 @@ def test_the_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> Non
     options = ranking.parse(["--size", "mini", "--pairs", "9", "--batch-size", "4"])
     result = ranking.throughput(options, torch.device("cpu"))
     assert result["pairs"] >= 9
-    assert 0 < result["share_of_peak"] < 1
+    assert result["less"]["gmac"] < result["gmac"] < result["released"]["gmac"]
+    for row in (result, result["less"], result["released"]):
+        assert 0 < row["share_of_peak"] < 1
 
 
 def test_work_within_work_is_booked_once() -> None:
@@ -208,8 +212,31 @@ def test_the_parts_of_a_step_have_all_of_its_time_and_arithmetic() -> None:
 def test_training_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -> None:
     options = train_step.parse(["--size", "mini", "--batches", "4", "--repetitions", "1"])
     rows = train_step.throughput(options, torch.device("cpu"))["rows"]
-    assert [(row["side"], row["k"]) for row in rows] == [("ours", 1), ("released", 1), ("ours", 4), ("released", 4)]
+    sides = ["ours", "less", "released"]
+    assert [(row["side"], row["k"]) for row in rows] == [(side, k) for k in (1, 4) for side in sides]
     assert all(0 < row["share_of_peak"] < 1 for row in rows)
+
+
+def test_the_figures_of_a_gpu_begin_with_parity_and_go_on_where_they_stopped(tmp_path, monkeypatch, capsys) -> None:
+    options = gpu.parse(["--device", "cpu", "--size", "mini", "--out", str(tmp_path / "gpu.json")])
+    found = gpu.parity(options)
+    assert 0 < found["float32"] < 5e-6 < found["bfloat16_relative"] < 0.5
+    monkeypatch.setattr(gpu, "_PARITY", 0.0)
+    with pytest.raises(RuntimeError, match="not the released ones"):
+        gpu.parity(options)
+    ran: list[str] = []
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("no memory")
+
+    steps = {"first": lambda: {"n": ran.append("first")}, "second": fails}
+    monkeypatch.setattr(gpu, "steps", lambda options: steps)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(options.out)])
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="error: second failed"):
+            gpu.main()
+    assert ran == ["first"]
+    assert "no memory" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
