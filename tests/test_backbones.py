@@ -191,7 +191,7 @@ def test_the_factored_second_pass_is_the_plain_one(kind):
             bottom_up = encoder.encode(images)
             seen = encoder.attend(bottom_up, prior, reconstruct=True)
             tokens, losses = plain_second_pass(encoder, images, prior)
-            torch.testing.assert_close(seen.tokens, tokens, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(seen.tokens, tokens, rtol=1e-6, atol=3e-6)
             torch.testing.assert_close(seen.reconstruction, losses, rtol=1e-6, atol=1e-6)
             assert (
                 seen.tokens - take(bottom_up.tokens, None, encoder.choose(bottom_up, prior, None))

@@ -387,11 +387,11 @@ def test_a_folder_of_the_other_kind_is_refused_with_the_command_to_make_one(
 ) -> None:
     check_kind(flickr[2], "captions")
     check_kind(tiny_data, "vqa")
-    with pytest.raises(UserError, match=r"holds captions, not questions: .*data_prep\.vqav2"):
+    with pytest.raises(UserError, match=r"holds captions, not questions: .*vlabs prepare vqav2"):
         check_kind(flickr[2], "vqa")
-    with pytest.raises(UserError, match=r"holds questions, not captions: .*data_prep\.flickr30k"):
+    with pytest.raises(UserError, match=r"holds questions, not captions: .*vlabs prepare flickr30k"):
         check_kind(tiny_data, "captions")
-    with pytest.raises(UserError, match=r"no prepared data.*data_prep\.coco_captions"):
+    with pytest.raises(UserError, match=r"no prepared data.*coco_captions"):
         check_kind(tmp_path, "captions")
 
 

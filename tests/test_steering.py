@@ -44,7 +44,7 @@ def test_pairs_are_about_different_parts_and_measured_as_the_model_says(tiny_run
     model, preprocessing = checkpoint.model, checkpoint.preprocessing
     rows = load_split(tiny_data, "val")
     targets = find_targets(rows, tiny_data, None, None)
-    images = _pairs(targets, preprocessing.image_size, None)
+    images = _pairs(targets, preprocessing, None)
     for pairs in images:
         for pair in pairs:
             assert pair.own.row == pair.other.row

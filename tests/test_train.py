@@ -33,7 +33,7 @@ def test_a_run_folder_holds_config_metrics_checkpoints_figures_and_wandb(tiny_ru
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "done"
     assert summary["steps"] == 6
-    assert "vlabs.train" in summary["command"]
+    assert "vlabs train" in summary["command"]
 
 
 def test_a_run_folder_names_code_packages_device_and_data(tiny_run, tiny_data):

@@ -13,10 +13,9 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 import vlabs
-from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.export import export_safetensors
 from vlabs.metrics.vqa import vqa_accuracy
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -73,7 +73,8 @@ def test_options_of_embedded_data_are_checked_before_it_is_made(tmp_path, in_pro
 
 
 def test_data_that_is_not_there_is_named(tmp_path, in_process):
-    assert_one_line_error(in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path), "data/vqav2", "data_prep")
+    result = in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path)
+    assert_one_line_error(result, "data/vqav2", "vlabs prepare vqav2")
 
 
 def test_evaluation_without_a_checkpoint_asks_for_one(tmp_path, in_process):
@@ -87,7 +88,7 @@ def test_unknown_split_is_answered_with_the_splits(tiny_run, tmp_path, in_proces
 
 @pytest.mark.parametrize("name", ["text.ckpt", "text.safetensors", "half.ckpt", "half.safetensors", "list.ckpt"])
 def test_a_file_that_is_no_checkpoint_is_named(name, tiny_run, tmp_path):
-    from vlabs.export import export_safetensors
+    from vlabs.checkpoints.checkpoint import export_safetensors
 
     path = tmp_path / name
     if name.startswith("text"):
