@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,13 +79,17 @@ def wait_for_step(process, path, step):
 
 
 def killed_at(step, options, cwd):
-    """The last checkpoint of a run that was killed when it had one of that step."""
-    process = start(options, cwd)
+    """The last checkpoint of a run that was killed when it had one of that step, and not at its end."""
     last = cwd / "run/checkpoints/last.ckpt"
-    wait_for_step(process, last, step)
-    process.kill()
-    process.wait()
-    return last
+    for _ in range(5):  # on a busy machine a run may end before it is seen to be there
+        process = start(options, cwd)
+        wait_for_step(process, last, step)
+        process.kill()
+        process.wait()
+        if read(last)["global_step"] < STEPS:
+            return last
+        shutil.rmtree(cwd / "run")
+    raise AssertionError("this machine is too busy to kill a run in time")
 
 
 def logged_steps(run):
@@ -301,7 +306,6 @@ def test_sigterm_after_the_last_step_lets_a_run_end(tmp_path):
 def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long_options, whole, tmp_path):
     last = killed_at(step, long_options, tmp_path)
     saved = read(last)["global_step"]
-    assert saved < STEPS
     result = command("vlabs.train", "resume=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_end(read(last), whole)
