@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,27 +71,40 @@ def parity(options: Options) -> dict[str, Any]:
 
 
 def resume(options: Options) -> dict[str, Any]:
-    """A run that is stopped after an epoch and goes on, beside one that is not: how far their weights are apart."""
-    chosen = ["task=vqa", "data=scenes", "data.size=tiny", "data.num_workers=0", "logger=csv", "task.compile=false"]
+    """A run that is stopped in mid-epoch and goes on, beside one that is not: how far their weights are apart."""
+    chosen = ["task=vqa", "data=scenes", "data.size=tiny", "data.num_workers=0", "logger=csv", "trainer.max_epochs=4"]
     chosen += [f"trainer.accelerator={'gpu' if options.device == 'cuda' else 'cpu'}", "trainer.deterministic=true"]
-    chosen += ["trainer.limit_train_batches=8", "callbacks.predictions=null", "callbacks.grounding=null"]
+    chosen += [
+        "checkpoints.every_n_steps=2",
+        "checkpoints.every_minutes=null",
+        "callbacks.predictions=null",
+        "callbacks.grounding=null",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        for run, epochs in (("whole", 2), ("parts", 1)):
-            train(folder, *chosen, f"trainer.max_epochs={epochs}", f"hydra.run.dir={run}")
-        train(folder, "resume=parts", "trainer.max_epochs=2")
-        runs = [torch.load(Path(folder, run, "checkpoints/last.ckpt"), weights_only=True) for run in ("whole", "parts")]
-        states = [run["state_dict"] for run in runs]
-        apart = max(float((states[0][name] - value).abs().max()) for name, value in states[1].items() if value.numel())
-        return {"steps": [run["global_step"] for run in runs], "weights_apart": apart}
+        _, whole = _ended(_start(folder, *chosen, "hydra.run.dir=whole"), Path(folder, "whole"))
+        process, last = _start(folder, *chosen, "hydra.run.dir=parts"), Path(folder, "parts/checkpoints/last.ckpt")
+        while process.poll() is None and not last.is_file():
+            time.sleep(0.01)
+        process.terminate()
+        stopped, _ = _ended(process, Path(folder, "parts"))
+        _, parts = _ended(_start(folder, "resume=parts"), Path(folder, "parts"))
+    states = whole["state_dict"], parts["state_dict"]
+    apart = max(float((states[0][name] - value).abs().max()) for name, value in states[1].items() if value.numel())
+    return {"was_stopped": stopped, "steps": [whole["global_step"], parts["global_step"]], "weights_apart": apart}
 
 
-def train(folder: str, *arguments: str) -> None:
-    """`vlabs.train` in a folder."""
+def _start(folder: str, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, "-m", "vlabs.train", *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(result.stderr.strip().splitlines()[-1])
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+
+def _ended(process: subprocess.Popen[str], run: Path) -> tuple[bool, dict[str, Any]]:
+    """Whether a training was stopped, and its last checkpoint."""
+    said = process.communicate()[0]
+    if process.returncode not in (0, 128 + signal.SIGTERM):
+        raise RuntimeError(said.strip().splitlines()[-1])
+    return process.returncode != 0, torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
 def benchmark(name: str, *arguments: str) -> dict[str, Any]:
