@@ -182,6 +182,10 @@ def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_optio
     assert again["val/vqa_loss"] == pytest.approx(plain["val/vqa_loss"], rel=1e-3)
     one, other = (load_checkpoint(tmp_path / name).model.state_dict() for name in ("first", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    # A run that goes on knows its passes by the weights that it goes on with.
+    resumed = in_process("vlabs.train", ["resume=again", "trainer.max_epochs=3"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(list((tmp_path / "store").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

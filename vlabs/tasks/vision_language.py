@@ -108,13 +108,7 @@ class VisionLanguageTask(Task):
             self.model.prior.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
-        """Ask the data what every text is about, where that is learnt and known; and for stored first passes.
-
-        Raises:
-            UserError: there is no first pass that could be stored.
-        """
-        if stage == "fit" and self.store is not None:
-            self._open_store(self.store)
+        """Ask the data what every text is about, where that is learnt and known."""
         if stage != "fit" or not self.region_prior_weight:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -130,6 +124,18 @@ class VisionLanguageTask(Task):
                 f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
             )
             say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
+
+    def configure_optimizers(self) -> Any:
+        """See `Task`; before that makes loaders, they are given the stored first passes.
+
+        Not sooner: only now the model has the weights of a run that goes on, by which its passes are known.
+
+        Raises:
+            UserError: there is no first pass that could be stored.
+        """
+        if self.store is not None:
+            self._open_store(self.store)
+        return super().configure_optimizers()
 
     def _open_store(self, folder: str) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
