@@ -72,6 +72,12 @@ def test_options_of_embedded_data_are_checked_before_it_is_made(tmp_path, in_pro
     assert not (tmp_path / "data").exists()
 
 
+def test_a_wrong_option_leaves_no_folder(tmp_path, in_process):
+    result = in_process("vlabs.train", ["task.label_smoothing=abc", "logger=csv", "hydra.run.dir=bad"], tmp_path)
+    assert_one_line_error(result, "task.label_smoothing=abc")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_data_that_is_not_there_is_named(tmp_path, in_process):
     result = in_process("vlabs.train", ["data=vqav2", "logger=csv"], tmp_path)
     assert_one_line_error(result, "data/vqav2", "vlabs prepare vqav2")

@@ -282,7 +282,9 @@ class AbSViT(nn.Module):
 
     def check_keep(self, *shares: Any) -> None:
         """Raise a UserError unless these are shares of the patches that this encoder can keep."""
-        for share in shares or [None]:
+        if not shares:
+            raise UserError("keep=[] must be a share of the patches, or several")
+        for share in shares:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
                 raise UserError(f"keep={share} must be a share of the patches, above 0 and at most 1")
             if share < 1 and self.needs_all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -80,6 +81,8 @@ def run_hydra(
                 check(config)  # before anything is written; in a sweep, a run's own affair
             return main(config)
         except Exception as error:
+            with contextlib.suppress(OSError):
+                Path(HydraConfig.get().runtime.output_dir).rmdir()  # Hydra made it; what is not empty stays
             tell(error)  # here, because Hydra adds lines of its own to an exception that reaches it
 
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)

@@ -32,8 +32,10 @@ class WeightAverage(WeightAveraging):
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, device: str | None = None) -> None:
         if not 0 <= decay <= 1:
             raise UserError(f"callbacks.ema.decay={decay} must be in [0, 1]")
+        if update_every_n_steps < 1:
+            raise UserError(f"callbacks.ema.update_every_n_steps={update_every_n_steps} must be at least 1")
         super().__init__(device=device, multi_avg_fn=partial(_update, decay))
-        self.update_every_n_steps = max(1, update_every_n_steps)
+        self.update_every_n_steps = update_every_n_steps
         self.validating = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
