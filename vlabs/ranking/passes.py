@@ -58,7 +58,8 @@ class FirstPasses:
             layout["read"] = (probe.read.shape[1:], torch.float32)
         if not layout or (vision.looks_twice and probe.embedded.requires_grad):
             raise UserError(
-                "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision]"
+                "task.store keeps the first pass of an image encoder that is not trained: pass task.freeze=[vision], "
+                "or task.store=null"
             )
         identity = {
             "weights": _digest(vision, training),
