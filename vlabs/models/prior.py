@@ -7,6 +7,7 @@ with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by whi
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vlabs.models.registry import register
 from vlabs.models.topdown import cosines
+from vlabs.utils.options import Positive, Share, checked
 
 PRIOR_TOKENS = ("cls", "mean", "eos")
 EOS_TOKEN_ID = 2
@@ -52,27 +54,28 @@ class PriorMap(nn.Module):
         return self.project(state)
 
 
+@checked("task.prior_loss")
 class PriorLoss(nn.Module):
     """−log p_ξ(z_L) of the paper's Eq. 15 in CLIP's form: cross-entropy over the batch of ξ · z / temperature.
 
     Only matched pairs are positives. Outputs of the same image under another text are neither positive nor negative.
 
     Args:
-        temperature: start of the temperature; the logit scale 1 / temperature is capped at 100.
+        temperature: initial temperature; 1 / temperature is capped at 100.
         learnable: whether the temperature is trained.
-        directions: `both` (text to image and image to text, averaged), `text` (each ξ against all z, as in Eq. 15)
-            or `image`.
-        normalize: cosine similarity; False gives the dot product of Eq. 15.
+        directions: `both` (text to image and image to text, averaged), `text` (each ξ against all z, as in Eq. 15) or
+            `image`.
+        normalize: use the cosine similarity; False for the dot product of Eq. 15.
     """
 
     def __init__(
-        self, temperature: float = 0.07, learnable: bool = True, directions: str = "both", normalize: bool = True
+        self,
+        temperature: Positive = 0.07,
+        learnable: bool = True,
+        directions: Literal["both", "text", "image"] = "both",
+        normalize: bool = True,
     ) -> None:
         super().__init__()
-        if directions not in ("both", "text", "image"):
-            raise ValueError(f"directions '{directions}': choose one of both, text, image")
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be above 0")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable)
         self.directions = directions
         self.normalize = normalize
@@ -105,6 +108,7 @@ class PriorLoss(nn.Module):
         return torch.stack(losses).mean()
 
 
+@checked("RegionPriorLoss")
 class RegionPriorLoss(nn.Module):
     """ξ points at a region: cross-entropy of softmax_i(cos(ξ, z_i) / τ) against the share of the region in patch i.
 
@@ -112,9 +116,9 @@ class RegionPriorLoss(nn.Module):
         temperature: τ, fixed.
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: Positive = 0.1) -> None:
         super().__init__()
-        self.temperature = _checked(temperature)
+        self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor) -> Tensor:
         """The mean over n texts; one without a region adds zero, so it does not depend on how they are batched.
@@ -131,6 +135,7 @@ class RegionPriorLoss(nn.Module):
         return -(target * pointed).sum() / max(1, len(prior))
 
 
+@checked("AlivePriorLoss")
 class AlivePriorLoss(nn.Module):
     """ξ is like something in its own picture: relu(margin − max_i cos(ξ, z_i)).
 
@@ -141,7 +146,7 @@ class AlivePriorLoss(nn.Module):
         margin: how like, in [0, 1].
     """
 
-    def __init__(self, margin: float = 0.3) -> None:
+    def __init__(self, margin: Share = 0.3) -> None:
         super().__init__()
         self.margin = margin
 
@@ -159,6 +164,7 @@ class AlivePriorLoss(nn.Module):
         return short.sum() / max(1, len(prior))
 
 
+@checked("TokenPriorLoss")
 class TokenPriorLoss(nn.Module):
     """Texts alone teach ξ to point: the patches that it likes best must tell its image from the others of the batch.
 
@@ -170,9 +176,9 @@ class TokenPriorLoss(nn.Module):
         temperature: τ, fixed.
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: Positive = 0.1) -> None:
         super().__init__()
-        self.temperature = _checked(temperature)
+        self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
         """The loss of n texts about B images; zero without texts. An image without a text is only a wrong choice.
@@ -196,9 +202,3 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
-
-
-def _checked(temperature: float) -> float:
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be above 0")
-    return float(temperature)

@@ -225,9 +225,8 @@ def assemble(
         vision, text: the encoders.
         fusion: makes the fusion, called with `text_dim` and `image_dim`.
         head: makes the task head, called with `in_features`.
-        prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
-        unused_prior: make ξ also for an encoder that does not read it. Its losses then teach the encoders as much as
-            they do where ξ steers, which makes it the control of steering itself.
+        prior_token: text state that becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
+        unused_prior: make and train ξ also where the image encoder does not read it: the control of steering itself.
 
     Raises:
         ValueError: ξ is to be of the token `eos`, which only RoBERTa's texts end with.
