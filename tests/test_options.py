@@ -125,8 +125,8 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
     config = OmegaConf.to_container(OmegaConf.load(Path(config_dir(), f"{file}.yaml")), resolve=False)
     part = next((part for part in (config.get("task"), *config.values()) if isinstance(part, dict)), {})
     options = config if target.rsplit(".", 1)[1] == config.get("_target_", "").rsplit(".", 1)[-1] else part | config
-    kinds = [kind for kind in reversed(pkgutil.resolve_name(target).__mro__) if kind.__module__.startswith("vlabs.")]
-    own = {name: one for kind in kinds for name, one in inspect.signature(kind.__init__).parameters.items()}
+    signatures = [inspect.signature(kind.__init__).parameters for kind in pkgutil.resolve_name(target).__mro__]
+    own = next(one for one in signatures if {*options} & {*one})
     compared = 0
     for name, value in options.items():
         of = own.get(name)
