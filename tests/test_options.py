@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs import reference
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.tasks.base import Task
 from vlabs.utils.options import (
     Count,
