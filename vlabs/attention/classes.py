@@ -13,7 +13,7 @@ from vlabs.models.absvit import AbSViTClassifier
 
 @dataclass
 class ClassLook:
-    """One picture, before anything is asked and under the prior of each of n classes; on the CPU.
+    """One image, before anything is asked and under the prior of each of n classes; on the CPU.
 
     Attributes:
         before: (K,), probabilities of the bottom-up pass.
@@ -32,11 +32,11 @@ class ClassLook:
 
 @torch.inference_mode()
 def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alpha: float | None = None) -> ClassLook:
-    """Ask a classifier for some classes of a picture.
+    """Ask a classifier for some classes of an image.
 
     Args:
         model: in eval mode.
-        image: (1, 3, H, W), normalised.
+        image: (1, 3, H, W), normalized.
         labels: n classes.
         alpha: the strength of the top-down signal, where the variant has one; None for the trained one.
     """

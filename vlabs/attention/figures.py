@@ -1,4 +1,4 @@
-"""Pictures of where a model looks: every figure, and the page, draws them here."""
+"""Images of where a model looks: every figure, and the page, draws them here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Box = tuple[float, float, float, float]
 
 
 class View(NamedTuple):
-    """A picture as its owner has it, at a size for people.
+    """An image as its owner has it, at a size for people.
 
     Attributes:
         image: all of it.
@@ -44,11 +44,11 @@ class View(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One picture of a figure.
+    """One image of a figure.
 
     Attributes:
-        view: the picture.
-        map: (rows, columns) of the part that the model sees, non-negative; None for the picture as it is.
+        view: the image.
+        map: (rows, columns) of the part that the model sees, non-negative; None for the image as it is.
         name: of the map, see `MAPS`.
         title, note: above and below.
         marked: it is framed, as the right one.
@@ -63,10 +63,10 @@ class Cell(NamedTuple):
 
 
 def as_view(image: Image.Image, box: Box | None = None) -> View:
-    """A picture with a longer side of 448 to 1,024 pixels; the pixels of small ones stay visible.
+    """An image with a longer side of 448 to 1,024 pixels; the pixels of small ones stay visible.
 
     Args:
-        box: of `Preprocessing.box`; None where a model sees all of the picture.
+        box: of `Preprocessing.box`; None where a model sees all of the image.
     """
     longer = max(image.size)
     factor = min(max(longer, _SHORTEST), LONGEST) / longer
@@ -80,7 +80,7 @@ def as_view(image: Image.Image, box: Box | None = None) -> View:
 
 
 def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = None) -> np.ndarray:
-    """Darken what a model sees of a picture where a map is low, and tint it where it is high; (H, W, 3) uint8.
+    """Darken what a model sees of an image where a map is low, and tint it where it is high; (H, W, 3) uint8.
 
     Args:
         values: (rows, columns), non-negative, of the box of the view.
@@ -100,10 +100,10 @@ def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = 
 
 
 def within(view: View, draw: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-    """A picture, (H, W, 3) uint8, with the frame of what a model sees where that is not all of it.
+    """An image, (H, W, 3) uint8, with the frame of what a model sees where that is not all of it.
 
     Args:
-        draw: gives pixels (h, w, 3) in [0, 1] of the part in the frame for those of the picture; what is outside is
+        draw: gives pixels (h, w, 3) in [0, 1] of the part in the frame for those of the image; what is outside is
             then pale.
     """
     pixels = np.array(view.image.convert("RGB"), dtype=np.float32) / 255
@@ -136,7 +136,7 @@ def _scale_of(cells: Sequence[Cell]) -> tuple[float, float] | None:
 
 
 def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_range: bool = False) -> Figure:
-    """Rows of pictures with maps; below them stands what is bright.
+    """Rows of images with maps; below them stands what is bright.
 
     Args:
         rows: what stands above each row, and its cells.
@@ -183,7 +183,7 @@ def _draw_row(axes: Sequence[Axes], cells: Sequence[Cell], own_range: bool) -> N
 
 
 def question_figure(view: View, cells: Sequence[Cell]) -> Figure:
-    """A picture, and beside it where a model looked for each question, each map within its own range."""
+    """An image, and beside it where a model looked for each question, each map within its own range."""
     return grid_figure([("", [Cell(view, title="picture"), *cells])], own_range=True)
 
 

@@ -34,7 +34,7 @@ def attention_map(
     attention: Sequence[Tensor] = (),
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """One map for each of n texts; where a text has several pictures, of each pair of text and picture.
+    """One map for each of n texts; where a text has several images, of each pair of text and image.
 
     Args:
         output: of the model, with `read_image=True` for `fusion`.
@@ -108,18 +108,18 @@ def look(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
-    """Run a model on one image with n texts, or on p pictures that every text is about, and make maps of it.
+    """Run a model on one image with n texts, or on p images that every text is about, and make maps of it.
 
     Args:
         model: in eval mode.
-        image: (p, 3, H, W), normalised; on any device. p is 1 but for models of pairs.
+        image: (p, 3, H, W), normalized; on any device. p is 1 but for models of pairs.
         input_ids, attention_mask: (n, T).
         names: of `MAPS`.
-        prior: ξ, (n, D_vision), in the place of the texts' own.
-        alpha: the strength of the top-down signal in the place of the model's own, where it has one.
+        prior: ξ, (n, D_vision), instead of the texts' own.
+        alpha: the strength of the top-down signal instead of the model's own, where it has one.
 
     Returns:
-        The output, and by name the maps (n p, rows, columns), those of a text's pictures one after another,
+        The output, and by name the maps (n p, rows, columns), those of a text's images one after another,
         non-negative, without gradients, on the CPU.
     """
     n, pictures = len(input_ids), len(image)
@@ -151,7 +151,7 @@ class Look(NamedTuple):
 
     Attributes:
         output: of the model.
-        maps: (n, p, rows, columns), of the p pictures of each text, non-negative.
+        maps: (n, p, rows, columns), of the p images of each text, non-negative.
         names: which map is shown of each text.
         steers: whether ξ of each text is like any patch; None where no ξ steers.
     """
@@ -187,7 +187,7 @@ def look_by(
 
 
 def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
-    """As `look_by`, of what a model said of n texts about a picture each, with `read_image=True`.
+    """As `look_by`, of what a model said of n texts about an image each, with `read_image=True`.
 
     Args:
         name: of a map that needs no recorded attention.
@@ -206,5 +206,5 @@ def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tens
 
 
 def _one_column(index: Tensor) -> Tensor:
-    """(n,) where a text has one picture, as models of one picture take it."""
+    """(n,) where a text has one image, as models of one image take it."""
     return index[:, 0] if index.shape[1] == 1 else index

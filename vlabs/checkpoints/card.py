@@ -1,4 +1,4 @@
-"""A model card, filled from what a run folder and a checkpoint say: data, metrics, command, licence."""
+"""A model card, filled from what a run folder and a checkpoint say: data, metrics, command, license."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_card(
         checkpoint: the model.
         run: the run folder that it is of, if it is of one.
         name: what it will be loaded by: `user/name`, or a folder.
-        licence: its licence by the hub's names, e.g. `apache-2.0`; None where nobody said.
+        licence: its license by the hub's names, e.g. `apache-2.0`; None where nobody said.
         metrics: `metrics.json` files of `vlabs evaluate`, or folders with one.
 
     Raises:

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def model(self) -> VisionLanguageModel:
-        """The vision-language model, of every task on pictures and texts."""
+        """The vision-language model, of every task on images and texts."""
         assert isinstance(self.network, VisionLanguageModel)
         return self.network
 

@@ -4,7 +4,7 @@
     first_pass.onnx     images                               ->  what the second pass reads of them
     second_pass.onnx    that, prior, text_states, …, image_index  ->  logits, token_weights, seen_tokens
 
-So a picture is encoded once for all questions, a text once for all pictures, and ξ may be anybody's. The numbers of
+So an image is encoded once for all questions, a text once for all images, and ξ may be anybody's. The numbers of
 images, texts and tokens are free. A classifier has no text, and its second pass no more than images and ξ.
 """
 

@@ -119,7 +119,7 @@ class ReleasedVLM(nn.Module):
     ) -> ReleasedOutput:
         """Images (n, 3, H, W) with texts (n, T); the released ξ depends on T, so pad as the released code does.
 
-        `image_index` is (n, 2) for pairs of pictures, as in `VisionLanguageModel.forward`.
+        `image_index` is (n, 2) for pairs of images, as in `VisionLanguageModel.forward`.
         """
         out = self.model(image, input_ids, attention_mask, image_index, reconstruct=True, all_features=True)
         head = self.model.head
@@ -181,7 +181,7 @@ def load_released(
 
 
 def pictures_of(module: ReleasedClassifier | ReleasedVLM) -> dict[str, Any]:
-    """How the released code reads pictures for a model, by the names of `Preprocessing`."""
+    """How the released code reads images for a model, by the names of `Preprocessing`."""
     if isinstance(module, ReleasedClassifier):
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.875}
     as_imagenet = isinstance(module.model.vision.backbone, Swin)

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of one value a question, with its percentile bootstrap interval.
+    """The mean of one value per question, with its percentile bootstrap interval.
 
     Questions are resampled as if they were independent. Those about one image are not quite, which makes the interval
     somewhat narrow; give one mean an image to be strict.

@@ -1,7 +1,7 @@
 """The official VQA accuracy (Antol et al., ICCV 2015; `vqaEval.py` of the VQA API), every quirk kept.
 
 An answer's accuracy is the mean, over the ten sets that leave one human answer out, of min(1, matches / 3). Strings are
-compared as they are where the ten humans wrote the same string, and in normalised form everywhere else.
+compared as they are where the ten humans wrote the same string, and in normalized form everywhere else.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class CoAttentionFusion(nn.Module):
         mlp_ratio: feed-forward width over `width`.
         dropout: on attention, and on what each sub-layer adds.
         image_pool: what the pooler reads of the image: `first`, its [cls], or `mean`, where it has none.
-        pictures: of a text. Each has a type of its own; METER starts the second picture's as the first's, and so does
+        pictures: of a text. Each has a type of its own; METER starts the second image's as the first's, and so does
             this.
     """
 
@@ -207,7 +207,7 @@ class CoAttentionFusion(nn.Module):
         Args:
             text: (n, T, D_text); attention_mask: (n, T), 1 for text and 0 for padding.
             image: (n, N, D_image); images have no mask.
-            picture: (n,), which of its text's pictures each image is, from 0; None: the first, and only one.
+            picture: (n,), which of its text's images each image is, from 0; None: the first, and only one.
             pooled_only: the last layer computes only the tokens that the poolers read.
             read_image: also return how much the text reads of each image token.
         """

@@ -71,7 +71,7 @@ class LabelHead(nn.Module):
     """METER's classifier of statements (SNLI-VE, NLVR2): Linear(p · d, d), LayerNorm, GELU, Linear(d, labels).
 
     Args:
-        in_features: d, width of the pooled output of one picture (twice the fusion width).
+        in_features: d, width of the pooled output of one image (twice the fusion width).
         num_labels: how many there are.
         pictures: p, of a statement; their pooled outputs are read one after another.
     """
@@ -137,7 +137,7 @@ class RankingHead(nn.Module):
 
 @register
 class PretrainHead(nn.Module):
-    """METER's pre-training heads: image-text matching, and masked language modelling.
+    """METER's pre-training heads: image-text matching, and masked language modeling.
 
     Args:
         in_features: width of the pooled output (twice the fusion width).

@@ -1,7 +1,7 @@
 """Models as folders of plain data and safetensors, and on the Hugging Face hub, by huggingface_hub's own mixin.
 
 A folder holds `config.json` (the architecture, and what else is known of the model), `model.safetensors`, and, where it
-is known how pictures and texts are read, `preprocessing.json` and `tokenizer.json`. Reading it executes nothing.
+is known how images and texts are read, `preprocessing.json` and `tokenizer.json`. Reading it executes nothing.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
 
 
 def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights with adapters as those of the model without: names as they were, W + scale · B A in the place of W.
+    """Weights with adapters as those of the model without: names as they were, W + scale · B A instead of W.
 
     Args:
         state: names and values, of a model or with any prefix.

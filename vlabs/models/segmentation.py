@@ -91,7 +91,7 @@ class Segments(NamedTuple):
     """What a segmenter says.
 
     Attributes:
-        logits: (n, K, H, W), at the pictures' size.
+        logits: (n, K, H, W), at the images' size.
         auxiliary: the same of the auxiliary head; None where nobody asked for it.
         seen: the second pass.
         prior: ξ, (n, D) or (B, D).
@@ -105,10 +105,10 @@ class Segments(NamedTuple):
 
 @register
 class Segmenter(nn.Module, Shareable):
-    """Pictures of any size to a class a pixel, under a trained ξ or that of a text.
+    """Images of any size to a class per pixel, under a trained ξ or that of a text.
 
     Args:
-        vision: an encoder all of whose blocks have the same tokens, and that takes any picture size.
+        vision: an encoder all of whose blocks have the same tokens, and that takes any image size.
         decoder: reads its maps.
         layers: the blocks, counted from 1, after which a map is taken.
         text, prior: read what a text asks for; None for a trained ξ.
@@ -174,13 +174,13 @@ class Segmenter(nn.Module, Shareable):
         auxiliary: bool = False,
         reconstruct: bool = False,
     ) -> Segments:
-        """Segment pictures.
+        """Segment images.
 
         Args:
-            images: (B, 3, H, W), normalised; a side need be no multiple of the patch: it is padded, and the logits of
+            images: (B, 3, H, W), normalized; a side need be no multiple of the patch: it is padded, and the logits of
                 what was added are cut off.
             input_ids, attention_mask: (n, T), where the model reads texts.
-            image_index: (n,), the picture of each text; None where text i is about picture i.
+            image_index: (n,), the image of each text; None where text i is about image i.
             auxiliary: compute the auxiliary head's logits too.
             reconstruct: compute the reconstruction loss.
         """
@@ -211,12 +211,12 @@ class Segmenter(nn.Module, Shareable):
 
     @torch.no_grad()
     def slide(self, images: Tensor, crop: tuple[int, int], stride: tuple[int, int], **texts: Any) -> Tensor:
-        """Logits (n, K, H, W) of windows over the pictures, averaged where they overlap.
+        """Logits (n, K, H, W) of windows over the images, averaged where they overlap.
 
         Args:
             images: (B, 3, H, W).
-            crop: rows and columns of a window; a smaller picture is one window.
-            stride: rows and columns between windows; the last ones end with the picture.
+            crop: rows and columns of a window; a smaller image is one window.
+            stride: rows and columns between windows; the last ones end with the image.
             texts: as in `forward`.
         """
         total: Tensor | None = None

@@ -1,4 +1,4 @@
-"""First passes of an image encoder over pictures, kept on disk: no picture is encoded, or decoded, twice."""
+"""First passes of an image encoder over images, kept on disk: no image is encoded, or decoded, twice."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _AT_ONCE = 16  # pictures that are encoded together
 
 
 class FirstPasses:
-    """What the second pass, and a shortlist, read of the first pass over pictures, by the pictures' keys.
+    """What the second pass, and a shortlist, read of the first pass over images, by the images' keys.
 
-    Passes of other weights, or of pictures that are read another way, lie in other folders beside each other.
+    Passes of other weights, or of images that are read another way, lie in other folders beside each other.
 
     Args:
         folder: of all stores.
         vision: the encoder, on the device where it encodes.
-        preprocessing: how pictures are read: as in evaluation.
+        preprocessing: how images are read: as in evaluation.
         dtype: how tokens are stored: half precision, or int8 with a scale a token.
         training: store what does not depend on parameters that are trained; else all are as they stay.
 
@@ -80,10 +80,10 @@ class FirstPasses:
 
     @torch.inference_mode()
     def fill(self, pictures: Iterable[tuple[str, Tensor | None]], count: int) -> None:
-        """Encode pictures, with a progress bar. What was encoded before a stop stays.
+        """Encode images, with a progress bar. What was encoded before a stop stays.
 
         Args:
-            pictures: key and normalised picture (1, 3, H, W) of each; None for one that is left out.
+            pictures: key and normalized image (1, 3, H, W) of each; None for one that is left out.
             count: how many there are.
 
         Raises:
@@ -103,7 +103,7 @@ class FirstPasses:
 
     @torch.inference_mode()
     def add(self, pictures: Sequence[tuple[str, Tensor]]) -> None:
-        """Encode some pictures together, and store them in time."""
+        """Encode some images together, and store them in time."""
         if not pictures:
             return
         weight = next(self.vision.parameters())
@@ -114,12 +114,12 @@ class FirstPasses:
             self.store.add(key, {name: getattr(bottom_up, name)[n] for name in self.store.layout})
 
     def seen(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What a shortlist reads of some pictures: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
+        """What a shortlist reads of some images: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
         found = self.store.read(keys, ["cls", "tokens"])
         return found["cls"], found["tokens"][:, self.vision.num_prefix_tokens :]
 
     def read(self, keys: Sequence[str]) -> StoredPass:
-        """The passes over some pictures, together, on the CPU."""
+        """The passes over some images, together, on the CPU."""
         names = [name for name in self.store.layout if name != "cls"]
         found = self.store.read(keys, names)
         return StoredPass(found.get("embedded"), found.get("tokens"), found.get("read"))

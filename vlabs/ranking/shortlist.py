@@ -1,4 +1,4 @@
-"""Which pairs are worth an exact score: those whose pictures are most like ξ, as a whole and in some patch."""
+"""Which pairs are worth an exact score: those whose images are most like ξ, as a whole and in some patch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TEMPERATURE = 0.1  # at which patches are counted, by how like ξ they are
 
 
 def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """How like n pictures are to m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
+    """How like n images are to m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
 
     The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches. Each divided by its deviation, their sum finds
     more of the exact best than either.

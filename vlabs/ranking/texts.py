@@ -1,4 +1,4 @@
-"""Scores of many texts with one image: what depends on a text alone is computed once a text."""
+"""Scores of many texts with one image: what depends on a text alone is computed once per text."""
 
 from __future__ import annotations
 

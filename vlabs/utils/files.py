@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and never in the place of something of the user's.
+"""Files and folders that are whole or not there, and never instead of something of the user's.
 
 Whatever vlabs writes goes through this module. What is not whole yet lies beside its place under a name that begins
 with `.vlabs-` (a file) or ends with `.vlabs-partial` (a folder, with a mark inside). Who writes holds a lock that ends

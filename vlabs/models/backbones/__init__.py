@@ -1,6 +1,6 @@
-"""Image encoders that feedback can be added to, a file a kind of them; `create` makes one by name.
+"""Image encoders that feedback can be added to, a file per kind of them; `create` makes one by name.
 
-A kind of one's own is a sub-class of `Backbone` and a line in `OWN` here (or in `TIMM`, for a class of timm's).
+A kind of your own is a sub-class of `Backbone` and a line in `OWN` here (or in `TIMM`, for a class of timm's).
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Backbone(ABC):
         widths: D of every block, first block first.
         num_prefix_tokens: output tokens before the patches: [cls] and registers.
         grid_size: rows and columns of the output's patches.
-        has_cls: whether the first output token is a [cls] that says what the picture is.
+        has_cls: whether the first output token is a [cls] that says what the image is.
         is_even: whether all blocks have the output's tokens.
         takes_some: whether blocks take any of the tokens, whose places are in them or in `positions`.
     """
@@ -86,7 +86,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """The input of the first block, of normalised images (B, 3, H, W)."""
+        """The input of the first block, of normalized images (B, 3, H, W)."""
 
     def positions(self, kept: Kept | None = None) -> Any:
         """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default.
@@ -131,7 +131,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
-        """What the picture is, (n, D), of output tokens: [cls], or what the encoder classifies in its place."""
+        """What the image is, (n, D), of output tokens: [cls], or what the encoder classifies in its place."""
 
     @abstractmethod
     def classify(self, tokens: Tensor) -> Tensor:
