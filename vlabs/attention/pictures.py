@@ -22,7 +22,7 @@ from vlabs.errors import UserError
 
 
 def seen_of(checkpoint: Checkpoint, image: Image.Image) -> tuple[View, Tensor]:
-    """An image to be drawn on, and as the model reads it, (1, 3, H, W)."""
+    """An image to draw on, and the model's input for it, (1, 3, H, W)."""
     preprocessing = checkpoint.preprocessing
     return as_view(image, preprocessing.box(image.size)), preprocessing.image(image)[None]
 
@@ -41,7 +41,7 @@ def questions_figure(
 
 
 def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str]) -> Figure:
-    """Bottom-up attention, token weights and top-down attention side by side, a row per text (paper, Fig. 7).
+    """Bottom-up attention, token weights and top-down attention side by side, one row per text (paper, Fig. 7).
 
     Raises:
         UserError: the model has no prior.
@@ -114,11 +114,11 @@ def control_figure(
     alpha: float,
     map_name: str,
 ) -> Figure:
-    """Classifiers that are asked for one class and another of an image, a row a model (paper, Figs. 4 and 5).
+    """Classifiers asked for each of some classes of an image, one row per model (paper, Figs. 4 and 5).
 
     Args:
         images: one image, or two that are put side by side.
-        classes: names of classes of all the models.
+        classes: class names that all models have.
         alpha: strength of the top-down signal.
         map_name: `norm`, as in the paper, or `weights`.
 

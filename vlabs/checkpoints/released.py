@@ -73,13 +73,13 @@ _RELEASED_NAMES = [
 
 @dataclass
 class ReleasedOutput:
-    """What a released network gives.
+    """The output of a released network.
 
     Attributes:
         logits: (n, classes), (n, answers), or the ranking score (n,).
         losses: `reconstruction`, unweighted, summed over blocks; empty for the plain ViT.
-        logits_bottom_up: (n, classes) of the first pass, classification only.
-        text_features, image_features, pooled_features: of the fusion, vision-language only.
+        logits_bottom_up: (n, classes) from the first pass, classification only.
+        text_features, image_features, pooled_features: from the fusion, vision-language only.
         matching_logits: (n, 2), retrieval and pre-training only.
     """
 
@@ -148,8 +148,9 @@ def load_released(
 
     Args:
         source: a `.pth`, `.ckpt` or `.safetensors` file, or its state dict.
-        task: `classification`, or one of `TASKS`; METER's names of them are vqa, irtr, nlvr2, snli and mlm_itm.
-        vision_heads, text_heads, fusion_heads: attention heads, which no tensor shows; width / 64 if not given.
+        task: `classification`, or one of `TASKS`; METER calls them vqa, irtr, nlvr2, snli and mlm_itm.
+        vision_heads, text_heads, fusion_heads: numbers of attention heads, which tensors do not show; width / 64 if
+            not given.
         alpha: α of the classifier (the vision-language code has 5 built in).
 
     Returns:

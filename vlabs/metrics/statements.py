@@ -1,4 +1,4 @@
-"""Measures of labeled statements."""
+"""Metrics for labeled statements."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
     """NLVR2's consistency: the share of sentences that are labeled right for every pair that they are asked about.
 
-    An identifier is `split-set-pair-sentence`: those that differ in the pair alone are of one sentence (Suhr et al.,
-    2019, section 6; so does the dataset's own `metrics.py`).
+    An identifier is `split-set-pair-sentence`. Identifiers that differ only in the pair belong to one sentence (Suhr et
+    al., 2019, section 6, and the dataset's own `metrics.py`).
 
     Args:
         identifiers, right: of each example; at least one.

@@ -1,7 +1,7 @@
 """Semantic segmentation: an AbSViT under UperNet (paper, section 6.4), steered by a trained ξ or by a text.
 
-The maps are the patch tokens of the second pass after four blocks, the last with the final norm, all at the stride of a
-patch and with nothing between them and the head, as in the released code.
+The maps are the patch tokens of the second pass after four blocks, the last with the final norm. All have the stride of
+a patch and go straight to the head, as in the released code.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ PRIORS = ("trained", "text")
 
 @register
 class UperNet(nn.Module):
-    """UperNet (Xiao et al., 2018) and the auxiliary FCN head, by transformers; what those leave out is the dropout.
+    """UperNet (Xiao et al., 2018) and the auxiliary FCN head of transformers, with the dropout that those leave out.
 
     Args:
-        in_channels: D, of every map.
-        num_classes: of the logits.
-        maps: how many there are.
-        channels: of the head; D, 512 at most, if not given.
-        aux_channels: of the auxiliary head on the last map but one convolution; half of `channels` if not given, 0 for
-            no such head.
-        dropout: of channels, before the classifiers.
-        pool_scales: of the pyramid pooling.
+        in_channels: D, channels of each map.
+        num_classes: classes of the logits.
+        maps: number of maps.
+        channels: channels of the head; D, but at most 512, if not given.
+        aux_channels: channels of the auxiliary head, one convolution on the last map; half of `channels` if not given,
+            0 for no such head.
+        dropout: probability, on channels before the classifiers.
+        pool_scales: scales of the pyramid pooling.
     """
 
     spec: dict[str, Any]
@@ -88,11 +88,11 @@ class UperNet(nn.Module):
 
 
 class Segments(NamedTuple):
-    """What a segmenter says.
+    """The output of a segmenter.
 
     Attributes:
         logits: (n, K, H, W), at the images' size.
-        auxiliary: the same of the auxiliary head; None where nobody asked for it.
+        auxiliary: the same from the auxiliary head; None unless requested.
         seen: the second pass.
         prior: ξ, (n, D) or (B, D).
     """
@@ -105,13 +105,13 @@ class Segments(NamedTuple):
 
 @register
 class Segmenter(nn.Module, Shareable):
-    """Images of any size to a class per pixel, under a trained ξ or that of a text.
+    """Maps images of any size to a class per pixel, under a trained ξ or that of a text.
 
     Args:
-        vision: an encoder all of whose blocks have the same tokens, and that takes any image size.
-        decoder: reads its maps.
+        vision: an encoder whose blocks all have the same tokens, and that takes any image size.
+        decoder: the head that reads its maps.
         layers: the blocks, counted from 1, after which a map is taken.
-        text, prior: read what a text asks for; None for a trained ξ.
+        text, prior: the text encoder and the map to ξ; None for a trained ξ.
 
     Raises:
         UserError: the encoder's blocks have other tokens than its output.
@@ -177,11 +177,11 @@ class Segmenter(nn.Module, Shareable):
         """Segment images.
 
         Args:
-            images: (B, 3, H, W), normalized; a side need be no multiple of the patch: it is padded, and the logits of
-                what was added are cut off.
-            input_ids, attention_mask: (n, T), where the model reads texts.
-            image_index: (n,), the image of each text; None where text i is about image i.
-            auxiliary: compute the auxiliary head's logits too.
+            images: (B, 3, H, W), normalized. Sides need not be multiples of the patch: they are padded, and the logits
+                of the padding are cut off.
+            input_ids, attention_mask: (n, T), if the model reads texts.
+            image_index: (n,), the image of each text; None if text i is about image i.
+            auxiliary: also compute the auxiliary head's logits.
             reconstruct: compute the reconstruction loss.
         """
         height, width = images.shape[-2:]
@@ -215,8 +215,8 @@ class Segmenter(nn.Module, Shareable):
 
         Args:
             images: (B, 3, H, W).
-            crop: rows and columns of a window; a smaller image is one window.
-            stride: rows and columns between windows; the last ones end with the image.
+            crop: rows and columns of a window; a smaller image is a single window.
+            stride: rows and columns between windows; the last windows end at the image's border.
             texts: as in `forward`.
         """
         total: Tensor | None = None
@@ -247,12 +247,12 @@ def assemble_segmenter(
     text: TextEncoder | None = None,
     prior_token: str = "cls",
 ) -> Segmenter:
-    """A segmenter from its config.
+    """Build a segmenter from its config.
 
     Args:
         vision: the encoder.
-        decoder: makes the head, called with `in_channels` and `maps`.
-        layers: see `Segmenter`; the ends of the four quarters of the encoder if not given.
+        decoder: builds the head; called with `in_channels` and `maps`.
+        layers: see `Segmenter`; the last block of each quarter of the encoder if not given.
         alpha: α as `model/topdown` has read it.
         prior: `trained` or `text`.
         text, prior_token: the text encoder and which of its states becomes ξ, for `prior=text`.
