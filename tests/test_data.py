@@ -186,7 +186,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_its_process_and_is_not_waited_f
 
 @pytest.mark.parametrize(
     "option", [{"texts_per_image": 2}, {"captions_per_image": 2}, {"names": ["a"]}, {"folders": {"a": "b"}},
-               {"sets": {"a": "b"}}, {"crop": 0.5}, {"preprocessing": "x"}]
+               {"sets": {"a": "b"}}, {"crop": 0.5}]
 )  # fmt: skip
 def test_options_of_other_data_are_refused_and_those_of_these_are_named(option, tiny_data):
     name = next(iter(option))

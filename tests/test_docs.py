@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 # Pages of tables and links, without commands that could run in seconds.
 TOLD = (
-    "ablations", "benchmarks", "comparison", "faq", "glossary", "index", "install", "notebook", "results",
+    "ablations", "benchmarks", "comparison", "faq", "glossary", "index", "install", "notebook", "options", "results",
     "results_classification", "results_photographs", "results_scenes", "security", "steering",
 )  # fmt: skip
 DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in TOLD)

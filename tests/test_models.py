@@ -306,8 +306,10 @@ def test_a_training_draws_a_share_for_every_step_and_a_step_that_comes_again_the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"keep": keep}, "must be a share") for keep in (0, 1.5, "half", True, [], [0.5, 2])),
-        *(({"start": start}, "one of the 3 blocks") for start in (0, 4, 1.0)),
+        *(({"keep": keep}, r"keep=.* must be a number in \(0, 1\]") for keep in (0, 1.5, "half", True, [0.5, 2])),
+        ({"keep": []}, "must be a share"),
+        *(({"start": start}, "start=.* must be a whole number, at least 1") for start in (0, 1.0)),
+        ({"start": 4}, "one of the 3 blocks"),
         ({"keep": 0.5, "depth": 1, "architecture": "fan_tiny"}, "fan_tiny pools or mixes"),
         ({"keep": [0.5, 1.0], "film": True}, "no first pass"),
         ({"start": 2, "film": True}, "no second pass"),

@@ -289,6 +289,11 @@ def test_a_folder_that_cannot_be_is_named_with_its_option(in_process, tmp_path):
 # Values
 
 STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
+AVERAGE = "vlabs.training.callbacks.averaging.WeightAverage"
+PICTURES = "vlabs.training.callbacks.pictures.PredictionTable"
+VIT = "vlabs.models.absvit.AbSViT"
+FUSION = "vlabs.models.fusion.CoAttentionFusion"
+VQA_DATA = "vlabs.data.vqa.VQADataModule"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +303,7 @@ STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": "abc"}, "seed=abc"),
-        ({"task": {"seed": 2**32}}, "task.seed=4294967296"),
+        ({"task": {"_target_": "vlabs.tasks.pretrain.PretrainTask", "seed": 2**32}}, "task.seed=4294967296"),
         ({"plan": "maybe"}, "plan=maybe must be true or false"),
         ({"ckpt": None}, "ckpt=null"),
         (
@@ -306,8 +311,8 @@ STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
             "model.vision.topdown.alpha=nan must be a finite",
         ),
         ({"task": {"alphas": [1.0, float("inf")]}}, "task.alphas=inf"),
-        ({"model": {"vision": {"depth": 0}}}, "model.vision.depth=0 must be a whole number, at least 1"),
-        ({"callbacks": {"x": {"num_images": -1}}}, "callbacks.x.num_images=-1"),
+        ({"model": {"vision": {"_target_": VIT, "depth": 0}}}, "vision.depth=0 must be a whole number, at least 1"),
+        ({"callbacks": {"x": {"_target_": PICTURES, "num_images": -1}}}, "callbacks.x.num_images=-1"),
         (
             {"logger": {"_target_": "vlabs.runs.logging.wandb_logger", "mode": "onlin"}},
             "logger.mode=onlin must be one of",
@@ -321,19 +326,31 @@ STOPPING = "vlabs.training.callbacks.stopping.EarlyStopping"
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "hflip": "abc"}}, "data.hflip=abc must be a number"),
         ({"data": {"_target_": "vlabs.data.embedded.scenes_masks", "crop": 112}}, "data.crop=112 must be a list"),
         ({"checkpoints": None}, "pass checkpoints.NAME=VALUE"),
-        ({"checkpoints": {"every_n_steps": 1.5}}, "checkpoints.every_n_steps=1.5 must be a whole number or null"),
+        (
+            {"checkpoints": {"every_n_steps": 1.5}},
+            "every_n_steps=1.5 must be a whole number, at least 1, or null",
+        ),
         ({"max_bad_steps": None}, "max_bad_steps=null must be a whole number"),
         ({"task": {"_target_": "vlabs.tasks.vqa.VQATask", "recipe": None}}, "task.recipe=null must be a group of opt"),
         ({"recipe": {"_target_": "vlabs.tasks.optim.Recipe", "lr": 0.1}}, "recipe.lr=0.1 must be a group of options"),
         ({"x": {"_target_": STOPPING, "patience": "abc"}}, "x.patience=abc must be a whole number"),
         ({"x": {"_target_": STOPPING, "patience": -1}}, "x.patience=-1 must be a whole number, at least 0"),
-        ({"x": {"update_every_n_steps": 0}}, "x.update_every_n_steps=0 must be a whole number, at least 1"),
+        (
+            {"x": {"_target_": AVERAGE, "update_every_n_steps": 0}},
+            "update_every_n_steps=0 must be a whole number, at",
+        ),
         (
             {"x": {"_target_": "pytorch_lightning.callbacks.LearningRateMonitor", "logging_interval": "day"}},
             "x.logging_interval=day must be one of step, epoch or null",
         ),
-        ({"data": {"num_workers": 10**9}}, "data.num_workers=1000000000 is more than"),
-        ({"model": {"fusion": {"dropout": -1}}}, "model.fusion.dropout=-1 must be a share"),
+        (
+            {"data": {"_target_": VQA_DATA, "num_workers": 10**9}},
+            "num_workers=1000000000 must be a whole number from 0",
+        ),
+        (
+            {"model": {"fusion": {"_target_": FUSION, "dropout": -1}}},
+            "fusion.dropout=-1 must be a number in [0, 1]",
+        ),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_named(options, named):

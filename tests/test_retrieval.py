@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader
+from vlabs.data.module import Wants
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
@@ -118,7 +119,7 @@ def test_each_caption_comes_once_an_epoch_and_several_sets_are_trained_on_togeth
 
 def test_false_partners_are_of_other_images_and_a_function_of_seed_epoch_and_caption(tiny_captions):
     data = CaptionDataModule(tiny_captions, image_size=16, batch_size=8, num_workers=0)
-    data.false_images, data.false_captions = True, 3
+    data.wants = Wants(false_images=True, false_captions=3)
     loader = data.train_dataloader()
     first, again = next(iter(loader)), next(iter(loader))
     assert torch.equal(first.false_input_ids, again.false_input_ids)
@@ -320,7 +321,7 @@ def test_a_batch_of_one_caption_gives_finite_losses_whether_or_not_it_matches(pr
     checkpoint = load_checkpoint(pretrained)
     task = PretrainTask(checkpoint.model, checkpoint.preprocessing, {}, Recipe(), mlm_probability=0.01).train()
     data = CaptionDataModule(tiny_captions, batch_size=1, preprocessing=checkpoint.preprocessing, num_workers=0)
-    data.false_images = True
+    data.wants = Wants(false_images=True)
     guessed = 0
     batches = list(itertools.islice(data.train_dataloader(), 8))
     for batch in batches:

@@ -22,6 +22,7 @@ from vlabs.attention.pictures import questions_figure
 from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.images import decode_region
+from vlabs.data.module import Wants
 from vlabs.data.prepared import load_split, read_labels, read_manifest
 from vlabs.data.statements import StatementDataModule
 from vlabs.errors import UserError
@@ -398,7 +399,7 @@ def test_the_pictures_of_a_statement_are_no_wrong_choices_for_its_prior(layouts)
 def test_regions_of_both_pictures_are_learnt(layouts):
     task, data = build("nlvr2", layouts / "nlvr2")
     task.train()
-    data.region_grid = task.model.vision.grid_size
+    data.wants = Wants(task.model.vision.grid_size)
     batch = next(iter(data.train_dataloader()))
     assert batch.coverage.shape == (2 * len(batch.keys), 16)
     losses = task.losses(batch)
@@ -553,9 +554,9 @@ def test_a_picture_of_a_pair_that_rots_later_is_named(layouts):
 
 def test_augmentation_moves_each_picture_of_a_pair_by_itself_and_its_region_with_it(layouts):
     data = StatementDataModule(layouts / "nlvr2", image_size=32, num_workers=0, rand_augment="rand-m9-n2")
-    data.region_grid = (4, 4)
+    data.wants = Wants((4, 4))
     plain = StatementDataModule(layouts / "nlvr2", image_size=32, num_workers=0)
-    plain.region_grid = (4, 4)
+    plain.wants = Wants((4, 4))
     moved, still = (next(iter(module.train_dataloader())) for module in (data, plain))
     assert moved.keys == still.keys
     changed = (moved.coverage - still.coverage).abs().sum(dim=1) > 1e-6

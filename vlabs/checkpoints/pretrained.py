@@ -28,6 +28,7 @@ from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
 from vlabs.utils.hub import download
+from vlabs.utils.options import Part, Size
 from vlabs.utils.plain import check_files, parse_json, read_text
 
 _ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - {"self"}
@@ -57,25 +58,25 @@ class _Source:
 def vit_from_timm(
     weights: str | None,
     architecture: str | None = None,
-    img_size: int = 224,
-    patch_size: int | None = None,
+    img_size: Size = 224,
+    patch_size: Size | None = None,
     topdown: TopDown | None = None,
-    start: int = 1,
-    keep: float | Sequence[float] = 1.0,
+    start: Size = 1,
+    keep: Part | Sequence[Part] = 1.0,
     encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
     """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the sizes given.
 
     Args:
-        weights: a timm tag such as `vit_base_patch16_224.augreg_in21k_ft_in1k`; a local folder of such a model (timm's
-            config.json and its weights, as `hf download timm/TAG --local-dir` makes it); a local `.safetensors` or
-            `.pth` file with timm's parameter names or those of the released RVT or FAN; None for fresh weights.
-        architecture: as in `AbSViT`, for a file or fresh weights. A tag and a folder name their own.
+        weights: timm tag, local folder, or local file of the pre-trained weights; None for random weights. A folder has
+            timm's config.json and weights, as `hf download timm/TAG --local-dir` makes it; a `.safetensors` or `.pth`
+            file has timm's parameter names or those of the released RVT or FAN.
+        architecture: as in `AbSViT`, for a file or random weights. A tag and a folder say their own.
         img_size, topdown, start, keep, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
             blocks are left out, as METER leaves CLIP's last one out.
-        patch_size: as for `AbSViT`; the architecture's own if not given.
-        encoder_class: the class that is built around the ViT.
+        patch_size: side of a patch in pixels; None for the architecture's own.
+        encoder_class: what is built around the ViT.
 
     Returns:
         The encoder; its `origin` says how many of the weights it uses.
@@ -273,6 +274,9 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
     """A text encoder by hub name (`FacebookAI/roberta-base`, `answerdotai/ModernBERT-base`) or from a local folder.
 
     Its `config.json` gives the type and the sizes; anything else in it (code, quantization, dtype) is ignored.
+
+    Args:
+        name_or_path: hub name or local folder of the text encoder.
 
     Returns:
         The encoder; its `origin` says how many of the weights it uses.

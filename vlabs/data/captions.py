@@ -18,6 +18,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset
 from vlabs.errors import UserError
+from vlabs.utils.options import Size
 
 # How often another image is drawn where a false one cannot be decoded, with on_bad=skip.
 _REDRAWS = 20
@@ -144,11 +145,9 @@ class CaptionDataModule(TextDataModule):
     Args:
         dir: the prepared folder.
         sets: more of them by a name of your choice, e.g. `{coco: data/coco_captions}`.
+        captions_per_image: captions of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
-    Attributes:
-        false_images, false_captions: whether every caption comes with an image that it does not belong to, and with
-            how many captions of other images. A task sets them before there are loaders.
 
     Raises:
         UserError: see `PreparedDataModule`.
@@ -162,14 +161,13 @@ class CaptionDataModule(TextDataModule):
         self,
         dir: str | Path,
         sets: Mapping[str, str | Path] | None = None,
+        captions_per_image: Size = 1,
         **options: Any,
     ) -> None:
-        super().__init__(dir, **options)
+        super().__init__(dir, captions_per_image=captions_per_image, **options)
         self.folders |= {name: Path(folder) for name, folder in (sets or {}).items()}
         for folder in self.folders.values():
             check_kind(folder, self.kind)
-        self.false_images = False
-        self.false_captions = 0
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split of all sets that have it.
@@ -191,7 +189,7 @@ class CaptionDataModule(TextDataModule):
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> CaptionDataset:
         """See `TextDataModule`; false partners in validation are the same in every epoch."""
         return CaptionDataset(
-            rows, self.preprocessing, images, self.options.seed, self.false_images, self.false_captions
+            rows, self.preprocessing, images, self.options.seed, self.wants.false_images, self.wants.false_captions
         )
 
 

@@ -12,11 +12,12 @@ from timm.data import Mixup, create_transform
 from torch import Tensor
 
 from vlabs.data.images import generators_kept, seed_generators
-from vlabs.data.loading import check_augment, check_number, check_whole
+from vlabs.data.loading import check_augment
 from vlabs.data.pictures import PictureDataModule, PictureDataset
 from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
+from vlabs.utils.options import NonNegative, Share, Size
 
 
 class ClassBatch(NamedTuple):
@@ -41,26 +42,28 @@ class Augmentation(NamedTuple):
     """How training pictures are changed; the names and meanings of timm's `create_transform` and `Mixup`.
 
     Attributes:
-        scale: least share of a picture that is cropped and resized; 1 to keep it whole.
-        hflip: how often it is mirrored.
-        color_jitter: of brightness, contrast and saturation, where there is no `auto_augment`.
-        auto_augment: timm's string, e.g. `rand-m9-mstd0.5-inc1`; None for none.
-        random_erasing: how often a part is replaced by noise.
-        mixup, cutmix: α of the two ways to mix a picture with another of its batch; 0 for neither.
+        scale: least share of an image that is cropped and resized; 1 to keep it whole.
+        hflip: probability of mirroring an image.
+        color_jitter: strength of changes of brightness, contrast and saturation; timm uses it where there is no
+            `auto_augment`.
+        auto_augment: timm's augmentation, such as `rand-m9-mstd0.5-inc1`; None for none.
+        random_erasing: probability of replacing a part by noise.
+        mixup: α of mixup; 0 for none.
+        cutmix: α of CutMix; 0 for none.
         label_smoothing: share of a target that is spread over all classes.
-        repeats: how often every picture comes in an epoch, of which every third is then seen (repeated augmentation);
-            1 for once.
+        repeats: how often every image comes in an epoch, of which every third is then seen (repeated augmentation); 1
+            for once.
     """
 
-    scale: float = 1.0
-    hflip: float = 0.5
-    color_jitter: float = 0.0
+    scale: Share = 1.0
+    hflip: Share = 0.5
+    color_jitter: NonNegative = 0.0
     auto_augment: str | None = None
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-    repeats: int = 1
+    random_erasing: Share = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    label_smoothing: Share = 0.0
+    repeats: Size = 1
 
 
 class ClassDataset(PictureDataset):
@@ -154,7 +157,7 @@ class ClassDataModule(PictureDataModule):
 
     Args:
         dir: the prepared folder.
-        augmentation: of `Augmentation`, by name.
+        augmentation: how training images are changed; a dictionary names options of `Augmentation`.
         options: of `PictureDataModule`.
 
     Raises:
@@ -171,21 +174,14 @@ class ClassDataModule(PictureDataModule):
     def __init__(
         self,
         dir: str | Path,
-        image_size: int | None = None,
-        augmentation: dict[str, Any] | None = None,
+        image_size: Size | None = None,
+        augmentation: Augmentation | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        unknown = [name for name in augmentation or {} if name not in Augmentation._fields]
-        if unknown:
-            raise UserError(f"data.augmentation.{unknown[0]}: choose of {', '.join(Augmentation._fields)}")
         super().__init__(dir, image_size, **options)
-        self.augmentation = a = Augmentation(**(augmentation or {}))
-        check_whole("augmentation.repeats", a.repeats, 1)
+        made = augmentation if isinstance(augmentation, Augmentation) else Augmentation(**augmentation or {})
+        self.augmentation = a = made
         self.repeats = a.repeats
-        for name in ("scale", "hflip", "random_erasing", "label_smoothing"):
-            check_number(f"augmentation.{name}", getattr(a, name), 1)
-        for name in ("color_jitter", "mixup", "cutmix"):
-            check_number(f"augmentation.{name}", getattr(a, name))
         if a.auto_augment is not None:
             check_augment("augmentation.auto_augment", a.auto_augment)
         if (a.mixup > 0 or a.cutmix > 0) and self.options.batch_size % 2:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import datasets
 
@@ -21,8 +21,10 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.utils.files import locked
+from vlabs.utils.options import check_type
 from vlabs.utils.ranks import say
 
+Corpus = Literal["tiny", "small", "medium", "large"]
 _Module = TypeVar("_Module", bound=PreparedDataModule)
 
 
@@ -31,12 +33,12 @@ def _of(name: str) -> Any:
     return importlib.import_module(f"data_prep.{name}")
 
 
-def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
+def scenes_data(size: Corpus, dir: str | Path, **options: Any) -> VQADataModule:
     """The `scenes` corpus of a size, made in `dir` if it is not there yet.
 
     Args:
-        size: `tiny`, `small`, `medium` or `large` (see `data_prep.scenes`).
-        dir: the prepared folder; the raw files go to `dir` with `-raw` added.
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: prepared folder; the raw files go to `dir` with `-raw` added.
         options: of `VQADataModule`.
     """
 
@@ -48,14 +50,15 @@ def scenes_data(size: str, dir: str | Path, **options: Any) -> VQADataModule:
 
 
 def scenes_captions(
-    size: str, dir: str | Path, raw_dir: str | Path, phrases: bool = False, **options: Any
+    size: Corpus, dir: str | Path, raw_dir: str | Path, phrases: bool = False, **options: Any
 ) -> CaptionDataModule:
     """The captions of the `scenes` corpus of a size, made in `dir` if they are not there yet.
 
     Args:
-        size, dir: as in `scenes_data`.
-        raw_dir: where the corpus is rendered to, or is already.
-        phrases: what each object is, in the place of captions.
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: prepared folder.
+        raw_dir: folder that the corpus is rendered to, or is in already.
+        phrases: take what each object is instead of captions.
         options: of `CaptionDataModule`.
     """
 
@@ -66,17 +69,18 @@ def scenes_captions(
     return _made(CaptionDataModule, options, dir, size, what, "data=flickr30k or data=coco_captions", make)
 
 
-def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -> StatementDataModule:
+def scenes_statements(
+    size: Corpus, layout: Literal["snli_ve", "nlvr2"], dir: str | Path, **options: Any
+) -> StatementDataModule:
     """Statements about the embedded corpus in the layout of another data set, made in `dir` if not there yet.
 
     Args:
-        size, dir: as in `scenes_data`.
-        layout: `snli_ve` or `nlvr2` (see `data_prep.scenes.layouts`).
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: prepared folder.
+        layout: data set whose layout the statements have.
         options: of `StatementDataModule`.
     """
     readers = {"snli_ve": "SNLIVE", "nlvr2": "NLVR2"}
-    if layout not in readers:
-        raise UserError(f"data.layout={layout}: choose one of {', '.join(readers)}")
 
     def make(out: Path) -> None:
         raw = _scenes(size, _beside(out), layout=layout)
@@ -86,11 +90,13 @@ def scenes_statements(size: str, layout: str, dir: str | Path, **options: Any) -
     return _made(StatementDataModule, options, dir, size, f"the embedded corpus scenes-{size} as {layout}", real, make)
 
 
-def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any) -> MaskDataModule:
+def scenes_masks(size: Corpus, dir: str | Path, raw_dir: str | Path, **options: Any) -> MaskDataModule:
     """The `scenes` corpus of a size with the shape of every pixel, made in `dir` if it is not there yet.
 
     Args:
-        size, dir, raw_dir: as in `scenes_captions`.
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: prepared folder.
+        raw_dir: folder that the corpus is rendered to, or is in already.
         options: of `MaskDataModule`.
     """
 
@@ -101,11 +107,12 @@ def scenes_masks(size: str, dir: str | Path, raw_dir: str | Path, **options: Any
     return _made(MaskDataModule, options, dir, size, f"the masks of the embedded corpus scenes-{size}", real, make)
 
 
-def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
+def objects_data(size: Corpus, dir: str | Path, **options: Any) -> ClassDataModule:
     """The single objects of a size (`data_prep.objects`), made in `dir` if they are not there yet.
 
     Args:
-        size, dir: as in `scenes_data`; the pictures stay in the raw files.
+        size: `tiny`, `small`, `medium` or `large`.
+        dir: prepared folder; the images stay in the raw files.
         options: of `ClassDataModule`.
     """
 
@@ -119,7 +126,7 @@ def objects_data(size: str, dir: str | Path, **options: Any) -> ClassDataModule:
     return _made(ClassDataModule, options, dir, size, f"the embedded objects-{size}", real, make)
 
 
-def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
+def several_objects(size: Corpus, dir: str | Path, count: int = 500) -> Path:
     """The folder of the pictures of several objects of a size, made beside the prepared objects in `dir`.
 
     Args:
@@ -158,7 +165,7 @@ def _beside(directory: Path) -> Path:
     return directory.with_name(directory.name + "-raw")
 
 
-def _scenes(size: str, raw: str | Path, **options: Any) -> Path:
+def _scenes(size: Corpus, raw: str | Path, **options: Any) -> Path:
     """A rendered corpus, made if it is not there."""
     Path(raw).parent.mkdir(parents=True, exist_ok=True)
     _of("scenes.corpus").make_scenes(size, raw, **options)
@@ -174,15 +181,13 @@ def _made(
     module: type[_Module],
     options: dict[str, Any],
     dir: str | Path,
-    size: str,
+    size: Corpus,
     what: str,
     real: str,
     make: Callable[[Path], None],
 ) -> _Module:
     """A data module of a prepared folder, which one process makes if it is not there; says what it is, or what else."""
-    sizes = ("tiny", "small", "medium", "large")
-    if size not in sizes:
-        raise UserError(f"data.size={size}: choose one of {', '.join(sizes)}")
+    check_type("data.size", size, Corpus)
     module.loader_options(**options)  # before minutes of work
     if options.get("tokenizer") and not (Path(dir) / "manifest.json").is_file():
         read_tokenizer(options["tokenizer"], Path(dir))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -24,29 +23,10 @@ from vlabs.data.prepared import read_manifest
 from vlabs.data.sampling import EpochSampler, GroupSampler
 from vlabs.errors import UserError, one_line
 from vlabs.utils.files import content_sha256
+from vlabs.utils.options import Count, Seed, Size, Workers, checked
 from vlabs.utils.ranks import rank_and_world
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a UserError unless the option `data.NAME` is one of the choices."""
-    if value not in choices:
-        raise UserError(f"data.{name}={value}: choose one of {', '.join(choices)}")
-
-
-def check_whole(name: str, number: Any, least: int) -> None:
-    """Raise a UserError unless the option `data.NAME` is a whole number and at least `least`."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise UserError(f"data.{name}={number} must be a whole number, at least {least}")
-
-
-def check_number(name: str, value: Any, most: float = math.inf) -> None:
-    """Raise a UserError unless the option `data.NAME` is a number from 0 to `most`."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
-        raise UserError(
-            f"data.{name}={value} must be a number, " + (f"0 to {most:g}" if most < math.inf else "at least 0")
-        )
 
 
 def check_augment(name: str, value: Any) -> None:
@@ -57,54 +37,50 @@ def check_augment(name: str, value: Any) -> None:
         raise UserError(f"data.{name}={value} is no augmentation of timm's: write it as rand-m9-n2") from None
 
 
+@checked("data")
 @dataclass(frozen=True)
 class LoaderOptions:
     """How batches are read; the options `data.NAME`.
 
     Attributes:
-        batch_size: texts a step on each device; the batch of an optimiser step is this times devices times
-            `trainer.accumulate_grad_batches`.
-        eval_batch_size: texts a step in evaluation; `batch_size` if not given.
+        batch_size: texts (or images without texts) per step on each device; an optimizer step has this times devices
+            times `trainer.accumulate_grad_batches`.
+        eval_batch_size: texts per step in evaluation; None for `batch_size`.
         texts_per_image: texts of one image that share its first pass in a training step.
-        num_workers: loader processes.
-        rand_augment: timm's RandAugment string for training, e.g. `rand-m9-n2`; None for none.
-        on_bad: `error` or `skip`, for images that cannot be decoded.
-        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below the image size, and resize to
-            within a pixel; evaluation always decodes whole pictures and resizes exactly.
-        bucket_batches: in training, texts of similar length come together: so many batches are drawn at a time and
-            sorted. Less padding, but in-batch negatives of similar length; 0 for none.
-        shuffle_block: in training, rows that lie one after another and are read about the same time; see
-            `GroupSampler`. For pictures inside shards on a disk that is slow to jump about; 0 to shuffle all rows.
-        seed: of shuffling, augmentation and whatever else is drawn.
+        num_workers: data loading processes; None for one per CPU, at most 8.
+        rand_augment: timm's RandAugment for training images, such as `rand-m9-n2`; None for none.
+        on_bad: what to do with images that cannot be decoded: `error` stops, `skip` leaves them out and counts them.
+        scaled_decoding: in training, decode JPEGs at the smallest scale that is not below the image size; evaluation
+            always decodes and resizes exactly.
+        bucket_batches: above 0, sort the training texts of this many batches by length, so that less is padded;
+            negatives in a batch then have similar lengths.
+        shuffle_block: above 0, read the training rows in shuffled blocks of this many neighbors, for images inside
+            shards; 0 shuffles all rows.
+        seed: seed of shuffling and augmentation.
 
     Raises:
         UserError: an option is out of range.
     """
 
-    batch_size: int = 64
-    eval_batch_size: int | None = None
-    texts_per_image: int = 1
-    num_workers: int = 2
+    batch_size: Size = 64
+    eval_batch_size: Size | None = None
+    texts_per_image: Size = 1
+    num_workers: Workers | None = None
     rand_augment: str | None = None
-    on_bad: str = "error"
+    on_bad: Literal["error", "skip"] = "error"
     scaled_decoding: bool = True
-    bucket_batches: int = 0
-    shuffle_block: int = 0
-    seed: int = 0
+    bucket_batches: Count = 0
+    shuffle_block: Count = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_choice("on_bad", self.on_bad, ("error", "skip"))
-        check_whole("batch_size", self.batch_size, 1)
-        check_whole("eval_batch_size", self.batch_size if self.eval_batch_size is None else self.eval_batch_size, 1)
-        check_whole("texts_per_image", self.texts_per_image, 1)
-        check_whole("bucket_batches", self.bucket_batches, 0)
-        check_whole("shuffle_block", self.shuffle_block, 0)
-        check_whole("num_workers", self.num_workers, 0)
-        check_whole("seed", self.seed, 0)
-        if not isinstance(self.scaled_decoding, bool):
-            raise UserError(f"data.scaled_decoding={self.scaled_decoding} must be true or false")
         if self.rand_augment is not None:
             check_augment("rand_augment", self.rand_augment)
+
+    @property
+    def workers(self) -> int:
+        """Loader processes."""
+        return min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
 
 
 def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -245,13 +221,13 @@ def make_loader(
         shuffle_block=options.shuffle_block,
     )
     if training:
-        return GroupLoader(dataset, sampler, options.num_workers)
+        return GroupLoader(dataset, sampler, options.workers)
     return eval_loader(dataset, sampler, options)
 
 
 def eval_loader(dataset: Dataset[Any], sampler: Iterable[Any], options: LoaderOptions) -> DataLoader[Any]:
     """A loader of whole batches, or of whatever else a sampler names, in its order."""
-    return DataLoader(dataset, sampler=sampler, **_loader_options(options.num_workers, options.seed))
+    return DataLoader(dataset, sampler=sampler, **_loader_options(options.workers, options.seed))
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from vlabs.data.decoding import read_labels
 from vlabs.data.images import generators_kept, random_generator, seed_generators
-from vlabs.data.loading import check_number, check_whole
 from vlabs.data.pictures import PictureDataModule, PictureDataset
 from vlabs.data.prepared import IGNORED
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
+from vlabs.utils.options import Positive, Share, Size
 
 
 class MaskBatch(NamedTuple):
@@ -61,11 +61,11 @@ class MaskAugmentation(NamedTuple):
     """How training pictures are changed.
 
     Attributes:
-        scale: least and largest factor of the size.
+        scale: smallest and largest factor by which an image is resized.
         crop: rows and columns that are cut out; what is smaller is padded, which does not count.
-        most: share of a crop that one class may have, before another place is tried, ten times at most.
-        hflip: how often it is mirrored.
-        photometric: how often brightness, contrast, saturation and hue are changed.
+        most: largest share of a crop that one class may have; else another place is tried, ten times at most.
+        hflip: probability of mirroring an image.
+        photometric: probability of changing brightness, contrast, saturation and hue.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -81,7 +81,8 @@ class MaskDataset(PictureDataset):
     Args:
         rows: prepared rows (`vlabs.data.prepared.MASK_FEATURES`).
         augmentation: of training; None for whole pictures.
-        short_side: what a picture's shorter side is resized to first, in pixels; None to leave it.
+        short_side: size that the shorter side of an image is resized to, before scaling in training and in evaluation;
+            None to leave it. Masks of evaluation keep their size.
         preprocessing, seed, on_bad: see `PictureDataset`.
     """
 
@@ -199,10 +200,10 @@ class MaskDataModule(PictureDataModule):
 
     Args:
         dir: the prepared folder.
-        crop: rows and columns of a training crop; `image_size` squared if not given.
+        crop: rows and columns of a training crop; None for the square of `image_size`.
         scale, most, hflip, photometric: of `MaskAugmentation`.
-        short_side: what a picture's shorter side is resized to, before it is scaled in training, and in evaluation,
-            whose masks stay as they are; None to leave it.
+        short_side: size that the shorter side of an image is resized to, in training before scaling, and in evaluation,
+            whose masks keep their size; None to leave it.
         options: of `PictureDataModule`.
 
     Raises:
@@ -212,36 +213,26 @@ class MaskDataModule(PictureDataModule):
     kind = "masks"
     holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
     unused = (*PictureDataModule.unused, "interpolation", "crop_mode")
+    hands_on = (*PictureDataModule.hands_on, MaskAugmentation)
     by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
     def __init__(
         self,
         dir: str | Path,
         image_size: int | None = 512,
-        crop: Sequence[int] | None = None,
-        scale: Sequence[float] = (0.5, 2.0),
-        most: float = 0.75,
-        hflip: float = 0.5,
-        photometric: float = 0.5,
-        short_side: int | None = None,
+        crop: tuple[Size, Size] | None = None,
+        scale: tuple[Positive, Positive] = (0.5, 2.0),
+        most: Share = 0.75,
+        hflip: Share = 0.5,
+        photometric: Share = 0.5,
+        short_side: Size | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dir, image_size, **options)
-        for name, pair in (("crop", crop), ("scale", scale)):
-            if pair is not None and (isinstance(pair, int | float | str) or len(pair) != 2):
-                raise UserError(f"data.{name}={pair} must be two numbers")
         rows, columns = crop if crop is not None else (self.preprocessing.image_size,) * 2
-        for side in (rows, columns):
-            check_whole("crop", side, 1)
-        if short_side is not None:
-            check_whole("short_side", short_side, 1)
-        for name, value in (("most", most), ("hflip", hflip), ("photometric", photometric)):
-            check_number(name, value, 1)
         low, high = scale
-        for factor in scale:
-            check_number("scale", factor)
-        if not 0 < low <= high:
-            raise UserError(f"data.scale={list(scale)} must be two factors above 0, the smaller one first")
+        if low > high:
+            raise UserError(f"data.scale={list(scale)} must have the smaller factor first")
         self.short_side = short_side
         self.augmentation = MaskAugmentation((low, high), (rows, columns), most, hflip, photometric)
 

@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import datasets
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from vlabs.data.loading import LoaderOptions, check_whole, identity_of
+from vlabs.data.loading import LoaderOptions, identity_of
 from vlabs.data.prepared import check_kind, count_regions, load_split
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, PICTURE_OPTIONS, Preprocessing, check_picture_option
 from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
+from vlabs.utils.options import Size, check_type, checked, options_of
 
 IMAGE_SIZE = 224
 """Where nobody says another."""
 
 
+@dataclass(frozen=True)
+class Wants:
+    """What a task wants of its data beside texts and images; see `vlabs.tasks.base.Task.wants`.
+
+    Attributes:
+        region_grid: rows and columns of the grid on which batches say what a text is about; None for nothing.
+        regions_in_validation: batches of validation say it too.
+        false_images: every caption comes with an image that it does not belong to.
+        false_captions: captions of other images that every caption comes with.
+    """
+
+    region_grid: tuple[int, int] | None = None
+    regions_in_validation: bool = False
+    false_images: bool = False
+    false_captions: int = 0
+
+
+@checked("data")
 class PreparedDataModule(pl.LightningDataModule):
     """Batches of prepared folders (`vlabs.data.prepared`). A kind of data says how rows are read, see `VQADataModule`.
 
     Args:
-        dir: the prepared folder.
-        val_split: the split that is validated on.
-        image_size: side of the square input in pixels; `IMAGE_SIZE` if None.
-        max_length: tokens a text at most.
-        tokenizer: a RoBERTa name or folder; None for the tokenizer that was trained with the data.
-        image_mean, image_std: by which channels in [0, 1] are normalised; CLIP's if not given. None leaves them, as it
-            does the other three, to what a training starts from: see `left_open`.
-        interpolation: by which pictures are resized, `bicubic` or `bilinear`.
-        crop: share of a picture's shorter side that evaluation sees; 1 for all of it.
-        crop_mode: whether the square that is seen is a picture's `center`, or all of it, `squash`ed.
+        dir: prepared folder.
+        val_split: split that is validated on.
+        image_size: side of the square input in pixels; None for the size of the checkpoint in `init=`, else 224.
+        max_length: tokens per text at most.
+        tokenizer: RoBERTa name or folder; None for the tokenizer that was trained with the data.
+        image_mean: mean of the channels in [0, 1]; None for that of what the run starts from (`init=` or the
+            pre-trained encoder), else CLIP's. See `left_open`.
+        image_std: standard deviation of the channels; None likewise.
+        interpolation: how images are resized: `bicubic` or `bilinear`; None for what the run starts from, else
+            `bicubic`.
+        crop: share of the shorter side of an image that evaluation sees; 1 for all of it.
+        crop_mode: what becomes the square input: the `center` of an image, or all of it with `squash`; None for what
+            the run starts from, else `center`.
         preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
         options: of `LoaderOptions`, of which `texts_per_image` is called by what the texts are: `questions_per_image`.
 
@@ -45,8 +68,7 @@ class PreparedDataModule(pl.LightningDataModule):
         left_open: what of it nobody said, and is as `by_default`, until a training takes it from the checkpoint or the
             encoder that it starts from (`vlabs.training.pictures`).
         options: of the loaders.
-        region_grid: rows and columns of the grid on which batches say what a text is about; None where no loss reads
-            it. A task sets it before there are loaders.
+        wants: what a task wants of it, who says so before there are loaders.
 
     Raises:
         UserError: no prepared data of this kind there, no tokenizer, an option out of range.
@@ -64,21 +86,28 @@ class PreparedDataModule(pl.LightningDataModule):
         "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "crop_mode": "center",
     }  # fmt: skip
     """How pictures are read for an encoder from scratch, as far as there is anything to say here."""
+    hands_on: ClassVar[tuple[type, ...]] = (LoaderOptions,)
+    """What gets the options that no constructor names."""
     pictures: int = 1
     train_split = "train"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked("data")(cls)
 
     def __init__(
         self,
         dir: str | Path,
         val_split: str = "val",
-        image_size: int | None = IMAGE_SIZE,
-        max_length: int = 50,
+        image_size: Size | None = None,
+        max_length: Size = 50,
         tokenizer: str | None = None,
-        image_mean: Sequence[float] | None = IMAGE_MEAN,
-        image_std: Sequence[float] | None = IMAGE_STD,
-        interpolation: str | None = "bicubic",
-        crop: float | None = 1.0,
-        crop_mode: str | None = "center",
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
+        crop: float | None = None,
+        crop_mode: Literal["center", "squash"] | None = None,
         preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:
@@ -90,7 +119,7 @@ class PreparedDataModule(pl.LightningDataModule):
         check_kind(dir, self.kind)
         self.folders = {"": Path(dir)}
         self.val_split = val_split
-        self.region_grid: tuple[int, int] | None = None
+        self.wants = Wants()
         said = {name: shown[PICTURE_OPTIONS[name]] for name in self.by_default}
         self.left_open = tuple(name for name, value in said.items() if value is None)
         values: dict[str, Any] = said | {name: self.by_default[name] for name in self.left_open}
@@ -110,11 +139,12 @@ class PreparedDataModule(pl.LightningDataModule):
             UserError: an option is out of range, or is not used here.
         """
         per_image = f"{cls.item}s_per_image"
-        for name in ("image_size", "max_length", per_image):
-            if name != "image_size" or given.get(name) is not None:
-                check_whole(name, given.get(name, 1), 1)
         if isinstance(given.get("preprocessing"), Preprocessing | None):
             given.pop("preprocessing", None)
+        hints = options_of(cls) | {per_image: Size}
+        for name, value in given.items():
+            if name not in cls.unused:
+                check_type(f"data.{name}", value, hints.get(name, Any))
         cls._check_used(given)
         for name, option in PICTURE_OPTIONS.items():
             if name in cls.by_default and given.get(option) is not None:

@@ -25,7 +25,7 @@ def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options:
 
     Args:
         dir: the prepared folder.
-        minival_images: of questions, see `VQADataModule`.
+        minival_images: images of val that make `minival`, for questions.
         options: of `PreparedDataModule`.
 
     Raises:

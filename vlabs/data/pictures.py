@@ -162,7 +162,7 @@ class PictureDataModule(PreparedDataModule):
             raise UserError(
                 f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
             )
-        return GroupLoader(self.dataset(rows, True), sampler, self.options.num_workers)
+        return GroupLoader(self.dataset(rows, True), sampler, self.options.workers)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
         """Every picture of a split, in stored order."""

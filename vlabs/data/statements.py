@@ -15,6 +15,7 @@ from vlabs.data.prepared import read_labels, read_manifest
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
+from vlabs.utils.options import Size
 
 
 class StatementBatch(NamedTuple):
@@ -79,6 +80,7 @@ class StatementDataModule(TextDataModule):
 
     Args:
         dir: the prepared folder.
+        statements_per_image: statements of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
     Raises:
@@ -90,8 +92,8 @@ class StatementDataModule(TextDataModule):
     holds = "statements with a label (data=scenes_snli_ve, scenes_nlvr2, snli_ve, nlvr2)"
     read_names = staticmethod(read_labels)
 
-    def __init__(self, dir: str | Path, val_split: str = "dev", **options: Any) -> None:
-        super().__init__(dir, val_split=val_split, **options)
+    def __init__(self, dir: str | Path, val_split: str = "dev", statements_per_image: Size = 1, **options: Any) -> None:
+        super().__init__(dir, val_split=val_split, statements_per_image=statements_per_image, **options)
         self.pictures = int(read_manifest(dir).get("pictures", 1))
         self.labels = read_labels(dir)
 

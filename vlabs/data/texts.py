@@ -79,12 +79,10 @@ class TextDataModule(PreparedDataModule):
     in a training step.
 
     Attributes:
-        regions_in_validation: validation batches too say what a text is about.
         stored: what is read in the place of pictures, which are then those of evaluation; a task sets it before there
             are loaders.
     """
 
-    regions_in_validation = False
     stored: Stored | None = None
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:
@@ -133,7 +131,7 @@ class TextDataModule(PreparedDataModule):
             self.options.seed,
             self.options.on_bad,
             training and self.options.scaled_decoding,
-            self.region_grid if training or self.regions_in_validation else None,
+            self.wants.region_grid if training or self.wants.regions_in_validation else None,
             self.pictures,
             self.stored,
         )

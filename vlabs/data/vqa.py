@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlabs.data.images import BatchRows, ImageReader
-from vlabs.data.loading import check_choice, check_whole
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.data.texts import TextDataModule, TextDataset, column, image_ids
 from vlabs.errors import UserError
+from vlabs.utils.options import Size
 
 
 class VQABatch(NamedTuple):
@@ -98,8 +98,10 @@ class VQADataModule(TextDataModule):
 
     Args:
         dir: the prepared folder.
-        train_split: `train`, or `train+val` without the images of `minival`.
-        val_split: a split, or `minival`: the last `minival_images` images of val.
+        train_split: split that is trained on: `train`, or `train+val` without the images of `minival`.
+        val_split: split that is validated on; `minival` is the last `minival_images` images of val.
+        minival_images: images of val that make `minival`, which `train+val` leaves out.
+        questions_per_image: questions of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
     Raises:
@@ -114,13 +116,12 @@ class VQADataModule(TextDataModule):
     def __init__(
         self,
         dir: str | Path,
-        train_split: str = "train",
-        minival_images: int = 1000,
+        train_split: Literal["train", "train+val"] = "train",
+        minival_images: Size = 1000,
+        questions_per_image: Size = 1,
         **options: Any,
     ) -> None:
-        check_choice("train_split", train_split, ("train", "train+val"))
-        check_whole("minival_images", minival_images, 1)
-        super().__init__(dir, **options)
+        super().__init__(dir, questions_per_image=questions_per_image, **options)
         self.train_split = train_split
         self._with_targets = True
         self.minival_images = minival_images

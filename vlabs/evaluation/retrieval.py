@@ -240,7 +240,7 @@ class RetrievalEvaluation(Evaluation):
     def run(self, checkpoint: Checkpoint, data: CaptionDataModule, setting: Setting) -> dict[str, Any]:
         """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
         self.check_model(checkpoint.model)
-        ranker, workers = self.ranker, data.options.num_workers
+        ranker, workers = self.ranker, data.options.workers
         captioned = CaptionedImages(data, setting.split, self.images)
         identity = {
             "checkpoint": content_sha256(checkpoint.path),

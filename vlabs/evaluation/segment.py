@@ -21,6 +21,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import name_of, read_bytes
 from vlabs.data.masks import MaskDataModule, WholePicture, stacked
+from vlabs.data.module import Wants
 from vlabs.data.prepared import CITYSCAPES, IGNORED, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, show
@@ -188,7 +189,7 @@ class ReferEvaluation(Evaluation):
         device = device_of(setting.trainer)
         model = checkpoint.segmenter.to(device)
         size = checkpoint.preprocessing.image_size
-        data.region_grid, data.regions_in_validation, data.val_split = (size, size), True, setting.split
+        data.wants, data.val_split = Wants((size, size), regions_in_validation=True), setting.split
         rows = data.rows(setting.split)
         lines, both_of, either_of = [], [], []
         shown: list[Segmented] = []

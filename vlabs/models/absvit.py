@@ -16,11 +16,11 @@ what lies between them (`vlabs.models.backbones`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,21 @@ from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
 from vlabs.models.topdown import Kept, PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
+from vlabs.utils.options import Count, Part, Size, check_type
 
-STEMS = ("patch", "conv")
+
+class NetworkOptions(TypedDict, total=False):
+    """The options of timm's networks that are checked here; there are more.
+
+    Attributes:
+        embed_dim: width D of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads of every block.
+    """
+
+    embed_dim: Size | None
+    depth: Size | None
+    num_heads: Size | None
 
 
 @dataclass
@@ -47,7 +60,8 @@ class BottomUp:
         hidden: (B, N, D), the output of the last block before the final norm.
         embedded: (B, N, D), the input of the second pass's first block, which is the same in both passes.
         first_qkv: (B, N, 3D), q, k, v of that block.
-        prepared: the variant's own part, (B, N, D) for every block of the second pass; empty if it has none.
+        prepared: the variant's own part, (B, N, D) for every block of the second pass; empty if it has none, or if it
+            is computed from the kept tokens, once they are known.
         pooled: (B, D), what `cls` gives.
         layers: (B, N, D) each, the outputs of the requested blocks; for the last block, `tokens`.
         read: (B, N), how much [cls] (or, without one, all tokens) attends to each token in the last block; set only if
@@ -125,18 +139,18 @@ class AbSViT(nn.Module):
         img_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
         topdown: what a prior adds inside attention, or None.
-        global_pool: `token` ([cls], final norm on every token), `avg` (mean token, norm after the mean) or `map`
-            (attention pooling); None for the architecture's own.
-        num_classes: size of the classification head; 0 for none.
-        sincos_positions: start the position embeddings of the patches from sines and cosines of unit size, not from
-            noise with a standard deviation of 0.02, which a small model from scratch unlearns slowly.
-        stem: what computes the input of the first block: `patch`, one linear map of each patch, or `conv`, strided 3×3
-            convolutions (Xiao et al., Early Convolutions Help Transformers See Better, 2021), with which a small model
-            from scratch learns shapes several times sooner. `patch_size` must then be a power of 2.
-        start: the block, counted from 1, with which the second pass begins; there are no decoders below.
-        keep: the share of the patches, in (0, 1], in the second pass and in what reads it: those most similar to ξ or,
-            without ξ, those that [cls] attends to most. All others become one token, their mean. With several shares,
-            each training step draws one; otherwise the largest is used.
+        global_pool: what stands for the whole image: `token` ([cls]), `avg` (mean token) or `map` (attention pooling);
+            None for the architecture's own.
+        num_classes: classes of the classification head; 0 for no head.
+        sincos_positions: initialize the position embeddings with sines and cosines instead of noise; small models from
+            scratch learn faster.
+        stem: what embeds the image: `patch`, one linear map of a patch, or `conv`, strided 3×3 convolutions (Xiao et
+            al., Early Convolutions Help Transformers See Better, 2021), with which a small model from scratch learns
+            shapes several times sooner. `patch_size` is then a power of 2.
+        start: first block, from 1, of the second pass; the feedback has no decoders below it.
+        keep: share of the patches that the second pass and the fusion read: those most similar to ξ, or without ξ those
+            that [cls] reads most. The others become one token, their mean. A list draws a share at every training
+            step, and evaluation takes the largest.
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
@@ -152,6 +166,7 @@ class AbSViT(nn.Module):
     """
 
     spec: dict[str, Any]
+    hands_on: ClassVar[tuple[type, ...]] = (NetworkOptions,)
     has_bottom_up = True
     origin: str | None = None
     needs_all = ""
@@ -159,15 +174,15 @@ class AbSViT(nn.Module):
     def __init__(
         self,
         architecture: str,
-        img_size: int = 224,
-        patch_size: int = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         topdown: TopDown | None = None,
         global_pool: str | None = None,
-        num_classes: int = 0,
+        num_classes: Count = 0,
         sincos_positions: bool = False,
-        stem: str = "patch",
-        start: int = 1,
-        keep: float | Sequence[float] = 1.0,
+        stem: Literal["patch", "conv"] = "patch",
+        start: Size = 1,
+        keep: Part | Sequence[Part] = 1.0,
         **vit_options: Any,
     ) -> None:
         super().__init__()
@@ -176,8 +191,6 @@ class AbSViT(nn.Module):
             raise UserError(
                 f"image size {img_size} is not a multiple of the patch size {patch_size}: pass data.image_size={near}"
             )
-        if stem not in STEMS:
-            raise UserError(f"stem '{stem}': choose one of {', '.join(STEMS)}")
         if stem == "conv" and architecture in backbones.OWN:
             raise UserError(f"{architecture} has a stem of its own: leave stem out")
         self.backbone = backbones.create(
@@ -198,7 +211,7 @@ class AbSViT(nn.Module):
                 self.vit.pos_embed[:, -len(positions) :] = positions  # type: ignore[index,operator]
         self.topdown = topdown
         self.recompute = False
-        if type(start) is not int or not 1 <= start <= self.backbone.depth:
+        if start > self.backbone.depth:
             raise UserError(f"model.vision.start={start} must be one of the {self.backbone.depth} blocks, from 1")
         self.start = start
         feeds_back = topdown is not None and topdown.needs_decoders
@@ -285,8 +298,7 @@ class AbSViT(nn.Module):
         if not shares:
             raise UserError("keep=[] must be a share of the patches, or several")
         for share in shares:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise UserError(f"keep={share} must be a share of the patches, above 0 and at most 1")
+            check_type("keep", share, Part)
             if share < 1 and self.needs_all:
                 raise UserError(f"keep={share:g}: {self.needs_all}")
 
@@ -339,12 +351,19 @@ class AbSViT(nn.Module):
         tokens = backbone.finish(hidden)
         if backbone.depth in layers:
             kept.append(tokens)
-        prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
+        prepared = self._prepared(tokens)
         read = None
         if last is not None:
             attention = (record or last)[-1].detach().mean(dim=1)
             read = attention[:, 0] if backbone.has_cls else attention.mean(dim=1)
         return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept, read)
+
+    def _prepared(self, tokens: Tensor, later: bool = True) -> list[Tensor]:
+        """The variant's part of z (B, N, D); nothing yet where `_second_pass` may need it of a few tokens only."""
+        may_wait = later and self.keep < 1 and not torch.compiler.is_compiling()
+        if self.topdown is None or (may_wait and self.topdown.prepares_tokens):
+            return []
+        return self.topdown.prepare(tokens, self.feedback)
 
     @torch.no_grad()
     def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Kept | None:
@@ -383,7 +402,7 @@ class AbSViT(nn.Module):
         """The bottom-up pass of a stored result."""
         first = self.start - 1
         first_qkv = tokens if embedded is None else self.backbone.qkv(first, self.backbone.enter(first, embedded))
-        prepared = self.topdown.prepare(tokens, self.feedback) if self.topdown is not None else []
+        prepared = self._prepared(tokens)
         embedded = tokens if embedded is None else embedded
         return BottomUp(tokens, tokens, embedded, first_qkv, prepared, self.backbone.pool(tokens), read=read)
 
@@ -464,11 +483,17 @@ class AbSViT(nn.Module):
         tokens = pick(bottom_up.tokens, image_index)
         # Variants without a strength, and those of a user that have none to be changed, need not take it.
         given = {} if alpha is None else {"alpha": alpha}
+        prepare: Callable[[Kept], list[Tensor]] | None = None
+        if topdown.prepares_tokens and not bottom_up.prepared:
+            if kept is not None and len(kept.places) * (kept.places.shape[1] + 1) < bottom_up.tokens[..., 0].numel():
+                prepare = lambda kept: topdown.prepare(take(bottom_up.tokens, image_index, kept), self.feedback)  # noqa: E731
+            else:  # once, for all texts of these images
+                bottom_up.prepared = self._prepared(bottom_up.tokens, later=False)
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         self._spread(signal)
         weights = signal.similarity
         if kept is not None:
-            signal = signal.at(kept)
+            signal = signal.at(kept, prepare)  # type: ignore[arg-type]
 
         def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
@@ -639,7 +664,7 @@ def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
 
     Args:
         vision: the encoder, with a head.
-        alpha: α as `model/topdown` has read it: 1 on ImageNet (paper, section 6).
+        alpha: α of a trained ξ, which `model/topdown` reads: 1 on ImageNet (paper, section 6).
     """
     return AbSViTClassifier(vision)
 

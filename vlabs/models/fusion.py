@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlabs.models.registry import register
+from vlabs.utils.options import Positive, Share, Size
 
 
 class FusionAttention(nn.Module):
     """Multi-head attention with residual and post-norm: `norm(x + out(attention(x, context)))`."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: Size, num_heads: Size, dropout: Share) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -110,7 +111,7 @@ class FusionAttention(nn.Module):
 class FusionLayer(nn.Module):
     """Self-attention, cross-attention to the other stream, feed-forward; each with residual and post-norm."""
 
-    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: Size, num_heads: Size, hidden: int, dropout: Share) -> None:
         super().__init__()
         self.self_attention = FusionAttention(width, num_heads, dropout)
         self.cross_attention = FusionAttention(width, num_heads, dropout)
@@ -152,28 +153,29 @@ class CoAttentionFusion(nn.Module):
 
     Args:
         text_dim, image_dim: widths of the two encoders.
-        width, depth, num_heads: size of the fusion; `depth` counts pairs of layers.
-        mlp_ratio: feed-forward width over `width`.
-        dropout: on attention, and on the output of each sub-layer.
-        image_pool: what the pooler reads from the image: `first`, its [cls], or `mean`, if it has none.
-        pictures: images per text. Each has its own type embedding; as in METER, the second starts equal to the first.
+        width: width of the fusion.
+        depth: pairs of layers, one for text and one for the image.
+        num_heads: attention heads of every layer.
+        mlp_ratio: width of the feed-forward layers over `width`.
+        dropout: dropout of the attention and of what each sub-layer adds.
+        image_pool: what the pooler reads of the image: `first`, its [cls], or `mean`, where it has none.
+        pictures: images per text. Each has a token type of its own; METER starts the second one as the first, and so
+            does this.
     """
 
     def __init__(
         self,
         text_dim: int,
         image_dim: int,
-        width: int = 768,
-        depth: int = 6,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.1,
-        image_pool: str = "first",
-        pictures: int = 1,
+        width: Size = 768,
+        depth: Size = 6,
+        num_heads: Size = 12,
+        mlp_ratio: Positive = 4.0,
+        dropout: Share = 0.1,
+        image_pool: Literal["first", "mean"] = "first",
+        pictures: Size = 1,
     ) -> None:
         super().__init__()
-        if image_pool not in ("first", "mean"):
-            raise ValueError(f"image_pool '{image_pool}': choose one of first, mean")
         self.image_pool = image_pool
         if width % num_heads:
             raise ValueError(f"the fusion's width {width} is not a multiple of its {num_heads} heads")

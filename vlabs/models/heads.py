@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.models.registry import register
+from vlabs.utils.options import Size
 
 
 @register
@@ -20,14 +21,13 @@ class VQAHead(nn.Module):
     Args:
         in_features: width of the pooled output (twice the fusion width).
         num_answers: size of the answer vocabulary.
-        softmax: each question has one right answer. By default several answers may be right (sigmoid), as in METER and
-            among the ten annotators of VQA v2.
+        softmax: train one right answer per question with a softmax; else several may be right.
     """
 
     last_layer = ("head.classifier.3.weight", "head.classifier.3.bias")
     """Of a model with this head, the parameters with a row for each answer."""
 
-    def __init__(self, in_features: int, num_answers: int, softmax: bool = False) -> None:
+    def __init__(self, in_features: int, num_answers: Size, softmax: bool = False) -> None:
         super().__init__()
         self.softmax = softmax
         last = nn.Linear(in_features, num_answers)
@@ -78,7 +78,7 @@ class LabelHead(nn.Module):
 
     meaning = "the probability that it is this label and none of the others (softmax): all labels sum to 100%"
 
-    def __init__(self, in_features: int, num_labels: int, pictures: int = 1) -> None:
+    def __init__(self, in_features: int, num_labels: Size, pictures: Size = 1) -> None:
         super().__init__()
         self.pictures = pictures
         self.classifier = nn.Sequential(
@@ -144,7 +144,7 @@ class PretrainHead(nn.Module):
         vocab_size: tokens of the text encoder.
     """
 
-    def __init__(self, in_features: int, vocab_size: int) -> None:
+    def __init__(self, in_features: int, vocab_size: Size) -> None:
         super().__init__()
         width = in_features // 2
         self.match = nn.Linear(in_features, 2)

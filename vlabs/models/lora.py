@@ -7,46 +7,38 @@ inserts them. They are added to W when a trained model is loaded, so only traini
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlabs.errors import UserError
+from vlabs.utils.options import Count, Positive, ShareBelowOne, checked
 
 PARTS = ("vision", "text")
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
+@checked("task.lora")
 @dataclass(frozen=True)
 class LoRA:
     """The adapters of a training.
 
     Attributes:
-        rank: of the product B A; 0 for no adapters.
-        alpha: the product is scaled by alpha / rank.
-        dropout: of an adapter's input. Feedback reads W_v + B A of the blocks, which has no dropout.
-        parts: the encoders whose linear layers get adapters: `vision`, `text`. Everything else in them is frozen; the
-            fusion, the head, the feedback decoders and the map to ξ are trained as usual.
+        rank: rank of the adapters; 0 for none.
+        alpha: scale: the adapters count alpha / rank.
+        dropout: dropout on the input of an adapter. The feedback reads W_v + B A of the blocks, which has no dropout.
+        parts: encoders whose linear layers get an adapter. All else in them is frozen; the fusion, the head, the
+            feedback decoders and the map to ξ are trained.
 
     Raises:
         UserError: an option is out of range.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
-    parts: tuple[str, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 0:
-            raise UserError(f"task.lora.rank={self.rank} must be a whole number, 0 for none")
-        if not isinstance(self.alpha, int | float) or self.alpha <= 0:
-            raise UserError(f"task.lora.alpha={self.alpha} must be a number above 0")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UserError(f"task.lora.dropout={self.dropout} must be in [0, 1)")
-        if unknown := [part for part in self.parts if part not in PARTS]:
-            raise UserError(f"task.lora.parts names '{unknown[0]}': choose of {', '.join(PARTS)}")
+    rank: Count = 0
+    alpha: Positive = 16.0
+    dropout: ShareBelowOne = 0.0
+    parts: tuple[Literal["vision", "text"], ...] = PARTS
 
     @property
     def scale(self) -> float:

@@ -8,6 +8,7 @@ that are close to ξ.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from vlabs.models.registry import register
 from vlabs.models.topdown import cosines
+from vlabs.utils.options import Positive, Share, checked
 
 PRIOR_TOKENS = ("cls", "mean", "eos")
 EOS_TOKEN_ID = 2
@@ -53,27 +55,28 @@ class PriorMap(nn.Module):
         return self.project(state)
 
 
+@checked("task.prior_loss")
 class PriorLoss(nn.Module):
     """−log p_ξ(z_L) of the paper's Eq. 15 in CLIP's form: cross-entropy over the batch of ξ · z / temperature.
 
     Only matched pairs are positives. Outputs of the same image under another text are neither positive nor negative.
 
     Args:
-        temperature: initial temperature; the logit scale 1 / temperature is capped at 100.
+        temperature: initial temperature; 1 / temperature is capped at 100.
         learnable: whether the temperature is trained.
-        directions: `both` (text to image and image to text, averaged), `text` (each ξ against all z, as in Eq. 15)
-            or `image`.
-        normalize: cosine similarity; False gives the dot product of Eq. 15.
+        directions: `both` (text to image and image to text, averaged), `text` (each ξ against all z, as in Eq. 15) or
+            `image`.
+        normalize: use the cosine similarity; False for the dot product of Eq. 15.
     """
 
     def __init__(
-        self, temperature: float = 0.07, learnable: bool = True, directions: str = "both", normalize: bool = True
+        self,
+        temperature: Positive = 0.07,
+        learnable: bool = True,
+        directions: Literal["both", "text", "image"] = "both",
+        normalize: bool = True,
     ) -> None:
         super().__init__()
-        if directions not in ("both", "text", "image"):
-            raise ValueError(f"directions '{directions}': choose one of both, text, image")
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be above 0")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable)
         self.directions = directions
         self.normalize = normalize
@@ -104,6 +107,7 @@ class PriorLoss(nn.Module):
         return torch.stack(losses).mean()
 
 
+@checked("RegionPriorLoss")
 class RegionPriorLoss(nn.Module):
     """ξ points at a region: cross-entropy of softmax_i(cos(ξ, z_i) / τ) against the share of the region in patch i.
 
@@ -111,9 +115,9 @@ class RegionPriorLoss(nn.Module):
         temperature: τ, fixed.
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: Positive = 0.1) -> None:
         super().__init__()
-        self.temperature = _checked(temperature)
+        self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor) -> Tensor:
         """The mean over n texts. Texts without a region add zero, so the loss does not depend on batching.
@@ -130,6 +134,7 @@ class RegionPriorLoss(nn.Module):
         return -(target * pointed).sum() / max(1, len(prior))
 
 
+@checked("AlivePriorLoss")
 class AlivePriorLoss(nn.Module):
     """Keeps ξ similar to some patch of its own image: relu(margin − max_i cos(ξ, z_i)).
 
@@ -140,7 +145,7 @@ class AlivePriorLoss(nn.Module):
         margin: the required cosine, in [0, 1].
     """
 
-    def __init__(self, margin: float = 0.3) -> None:
+    def __init__(self, margin: Share = 0.3) -> None:
         super().__init__()
         self.margin = margin
 
@@ -158,6 +163,7 @@ class AlivePriorLoss(nn.Module):
         return short.sum() / max(1, len(prior))
 
 
+@checked("TokenPriorLoss")
 class TokenPriorLoss(nn.Module):
     """Teaches ξ to point without regions: its most similar patches must tell its image from the others in the batch.
 
@@ -169,9 +175,9 @@ class TokenPriorLoss(nn.Module):
         temperature: τ, fixed.
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: Positive = 0.1) -> None:
         super().__init__()
-        self.temperature = _checked(temperature)
+        self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
         """The loss of n texts about B images; zero without texts. An image without a text only serves as a negative.
@@ -195,9 +201,3 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
-
-
-def _checked(temperature: float) -> float:
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be above 0")
-    return float(temperature)

@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vlabs.errors import UserError, one_line
+from vlabs.utils.options import checked, fits
 from vlabs.utils.plugins import load_plugins
 
 _CLASSES: dict[str, type[nn.Module]] = {}
@@ -35,7 +36,7 @@ _COUNTS = re.compile(r"num_|depth|heads|size|dim|width|pictures")  # in the name
 def register(cls: type[ModuleT]) -> type[ModuleT]:
     """Class decorator: make `cls` buildable from a spec, and its instances remember theirs."""
     signature = inspect.signature(cls.__init__)
-    original_init = cls.__init__
+    original_init = checked(cls.__name__)(cls).__init__
 
     @functools.wraps(original_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -113,7 +114,7 @@ def _check_arguments(cls: type[nn.Module], spec: dict[str, Any]) -> None:
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     hints: dict[str, Any] = {}
     with suppress(NameError):  # a class of the user's own may be annotated with what is not imported
-        hints = get_type_hints(inspect.unwrap(cls.__init__))
+        hints = get_type_hints(inspect.unwrap(cls.__init__), include_extras=True)
     for name, value in spec.items():
         if name == "class":
             continue
@@ -130,17 +131,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, one) for one in get_args(hint))
-    if hint is type(None):
-        return value is None
-    if get_origin(hint) in (Sequence, list, tuple):
-        return isinstance(value, list | tuple) and all(_fits(one, get_args(hint)[0]) for one in value)
     if isinstance(hint, type) and issubclass(hint, nn.Module):
         return _is_spec(value) and issubclass(_class_of(value), hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
+    if hint is str or isinstance(value, str):
+        return isinstance(value, str) and (hint is str or value in get_args(hint))
+    return fits(value, hint)
 
 
 def _short(value: Any) -> str:

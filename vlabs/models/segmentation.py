@@ -7,7 +7,7 @@ a patch and go straight to the head, as in the released code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import TextEncoder
+from vlabs.utils.options import Count, Share, Size
 
 PRIORS = ("trained", "text")
 
@@ -28,14 +29,13 @@ class UperNet(nn.Module):
     """UperNet (Xiao et al., 2018) and the auxiliary FCN head of transformers, with the dropout that those leave out.
 
     Args:
-        in_channels: D, channels of each map.
+        in_channels: D, of every map.
         num_classes: classes of the logits.
-        maps: number of maps.
-        channels: channels of the head; D, but at most 512, if not given.
-        aux_channels: channels of the auxiliary head, one convolution on the last map; half of `channels` if not given,
-            0 for no such head.
-        dropout: probability, on channels before the classifiers.
-        pool_scales: scales of the pyramid pooling.
+        maps: maps that it reads.
+        channels: channels of the head; None for D, at most 512.
+        aux_channels: channels of the auxiliary head; None for half of `channels`, 0 for no such head.
+        dropout: dropout of channels before the classifiers.
+        pool_scales: of the pyramid pooling.
     """
 
     spec: dict[str, Any]
@@ -43,11 +43,11 @@ class UperNet(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        num_classes: int,
-        maps: int = 4,
-        channels: int | None = None,
-        aux_channels: int | None = None,
-        dropout: float = 0.1,
+        num_classes: Size,
+        maps: Size = 4,
+        channels: Size | None = None,
+        aux_channels: Count | None = None,
+        dropout: Share = 0.1,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
     ) -> None:
         from transformers import UperNetConfig  # not for the models that segment nothing
@@ -243,7 +243,7 @@ def assemble_segmenter(
     decoder: Callable[..., UperNet],
     layers: Sequence[int] | None = None,
     alpha: float = 1.0,
-    prior: str = "trained",
+    prior: Literal["trained", "text"] = "trained",
     text: TextEncoder | None = None,
     prior_token: str = "cls",
 ) -> Segmenter:
@@ -251,17 +251,16 @@ def assemble_segmenter(
 
     Args:
         vision: the encoder.
-        decoder: builds the head; called with `in_channels` and `maps`.
-        layers: see `Segmenter`; the last block of each quarter of the encoder if not given.
-        alpha: α as `model/topdown` has read it.
-        prior: `trained` or `text`.
-        text, prior_token: the text encoder and which of its states becomes ξ, for `prior=text`.
+        decoder: makes the head, called with `in_channels` and `maps`.
+        layers: blocks, from 1, whose outputs are the maps; None for the ends of the four quarters of the encoder.
+        alpha: α of a trained ξ, which `model/topdown` reads: 1 in the paper (section 6).
+        prior: what ξ is: a `trained` vector, or of the `text`.
+        text: the text encoder, for `prior=text`.
+        prior_token: text state that becomes ξ, for `prior=text`: `cls`, `mean` or `eos`.
 
     Raises:
         UserError: parts that do not fit each other.
     """
-    if prior not in PRIORS:
-        raise UserError(f"model.prior={prior}: choose one of {', '.join(PRIORS)}")
     if prior == "text" and not isinstance(text, TextEncoder):
         raise UserError("model.prior=text needs a text encoder: pass model/text=mini, or another")
     if prior == "text" and not vision.needs_prior:

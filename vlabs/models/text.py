@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
+from vlabs.utils.options import Share, Size
 
 
 class TextEncoder(nn.Module):
@@ -50,23 +51,36 @@ class RobertaEncoder(TextEncoder):
     Positions count the non-padding tokens from `pad_token_id + 1`, so a text of T tokens needs
     `max_position_embeddings >= T + pad_token_id + 1`.
 
+    Args:
+        vocab_size: tokens that it knows.
+        hidden_size: width of the tokens.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads of every layer.
+        intermediate_size: width of the feed-forward layers.
+        max_position_embeddings: positions, two more than the tokens of the longest text.
+        type_vocab_size: token types, of which one is used.
+        pad_token_id: token that pads.
+        layer_norm_eps: ε of the norms.
+        hidden_dropout_prob: dropout of what each layer adds.
+        attention_probs_dropout_prob: dropout of the attention.
+
     Raises:
         ValueError: `pad_token_id` is not in the vocabulary.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        max_position_embeddings: int = 514,
-        type_vocab_size: int = 1,
+        vocab_size: Size,
+        hidden_size: Size = 768,
+        num_hidden_layers: Size = 12,
+        num_attention_heads: Size = 12,
+        intermediate_size: Size = 3072,
+        max_position_embeddings: Size = 514,
+        type_vocab_size: Size = 1,
         pad_token_id: int = 1,
         layer_norm_eps: float = 1e-5,
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
+        hidden_dropout_prob: Share = 0.1,
+        attention_probs_dropout_prob: Share = 0.1,
     ) -> None:
         super().__init__()
         if not 0 <= pad_token_id < vocab_size:

@@ -76,14 +76,21 @@ class TopDownSignal:
         parts = (value if bias is None else value + bias).split(width, dim=-1)
         return q + parts[0], k + parts[1], v + parts[2]
 
-    def at(self, kept: Kept) -> TopDownSignal:
-        """The signal of the kept tokens; the last one has the mean of the others."""
+    def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> TopDownSignal:
+        """The signal of the kept tokens; the last one has the mean of the others.
+
+        Args:
+            prepare: computes the directions of the kept tokens, (n, M + 1, D), if there are none of all tokens.
+        """
         scale = take(self.scale, None, kept)
-        if self.directions[0].shape[1] == 1:
+        if prepare is None and self.directions[0].shape[1] == 1:
             return replace(self, scale=scale)
         scale = torch.cat([scale[:, :-1], torch.ones_like(scale[:, -1:])], dim=1)
         scaled = replace(kept, rest=kept.rest * self.scale[..., 0])
-        directions = [take(one, self.image_index, scaled) for one in self.directions]
+        if prepare is not None:
+            directions = prepare(scaled)
+        else:
+            directions = [take(one, self.image_index, scaled) for one in self.directions]
         return replace(self, scale=scale, directions=directions, image_index=None)
 
 
@@ -103,7 +110,7 @@ class ValueMask:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
 
-    def at(self, kept: Kept) -> ValueMask:
+    def at(self, kept: Kept, prepare: None = None) -> ValueMask:
         """See `TopDownSignal`."""
         return replace(self, similarity=take(self.similarity.unsqueeze(-1), None, kept)[..., 0])
 
@@ -148,6 +155,7 @@ class TopDown(nn.Module):
         needs_decoders: it feeds tokens back.
         second_pass: it changes the attention, so the image goes through the blocks again.
         qkv_signal: the signal is for q, k and v.
+        prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
         bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
             without a signal the second pass differs from the first. If False, `W_v td` is added; new decoders give
             zero, so a new encoder's second pass equals its first.
@@ -157,6 +165,7 @@ class TopDown(nn.Module):
     needs_decoders = True
     second_pass = True
     qkv_signal = False
+    prepares_tokens = False
     bias_again = True
     spec: dict[str, Any]
 
@@ -220,9 +229,12 @@ class AbSTopDown(TopDown):
     `C_l z` does not depend on the prior: it is computed once per image, and a prior costs N scalars.
 
     Args:
-        alpha: α, the scale of the top-down signal: 1 on ImageNet, 10 for multi-object scenes and language.
-        bias_again: see `TopDown`; the default is for older checkpoints that do not set it.
+        alpha: scale α of the top-down signal: 1 on ImageNet, 10 for multi-object scenes and language.
+        bias_again: add b_v to the values once more, as the released code does; the default is for checkpoints that do
+            not say it.
     """
+
+    prepares_tokens = True
 
     def __init__(self, alpha: float = 10.0, bias_again: bool = True) -> None:
         super().__init__()
@@ -264,11 +276,12 @@ class FeedbackOnly(TopDown):
     """Feeds the output tokens back without weights (paper, section 6, baseline iii): no ξ, the same for all texts.
 
     Args:
-        alpha: the scale of the top-down signal.
-        bias_again: as in `AbSTopDown`.
+        alpha: scale of the top-down signal.
+        bias_again: add b_v to the values once more, as in `AbSTopDown`.
     """
 
     needs_prior = False
+    prepares_tokens = True
 
     def __init__(self, alpha: float = 1.0, bias_again: bool = True) -> None:
         super().__init__()
@@ -317,7 +330,7 @@ class PerceiverIO(TopDown):
     """Weights the output tokens, `z_i → α · s_i · z_i`, and feeds nothing back (paper, section 6, baseline i).
 
     Args:
-        alpha: the scale of the tokens.
+        alpha: scale of the reweighted tokens.
     """
 
     needs_decoders = False
@@ -336,7 +349,7 @@ class ReleasedTopDown(TopDown):
     and no token is decoded.
 
     Args:
-        alpha: the factor, 5 in the released code.
+        alpha: scale of the top-down signal, 5 in the released code.
     """
 
     def __init__(self, alpha: float = 5.0) -> None:

@@ -223,11 +223,10 @@ def assemble(
 
     Args:
         vision, text: the encoders.
-        fusion: builds the fusion; called with `text_dim` and `image_dim`.
-        head: builds the task head; called with `in_features`.
-        prior_token: which text state becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
-        unused_prior: build ξ also for an encoder that does not read it. Its losses then train the encoders as they do
-            where ξ steers, which makes it the control for steering.
+        fusion: makes the fusion, called with `text_dim` and `image_dim`.
+        head: makes the task head, called with `in_features`.
+        prior_token: text state that becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
+        unused_prior: make and train ξ also where the image encoder does not read it: the control of steering itself.
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,6 +89,9 @@ def run_hydra(
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
     def run() -> None:
+        if {"-h", "--help"} & {*sys.argv[1:]}:
+            _print_help(config_name, [_rename(item, renamed) for item in sys.argv[1:]])
+            return
         given = hydra_arguments([_rename(item, renamed) for item in prepare(_without_dashes(sys.argv[1:]))])
         sys.argv[1:] = check_config(given, config_name, Path(config_dir()))
         try:
@@ -96,6 +100,13 @@ def run_hydra(
             tell(error)
 
     run_cli(run)
+
+
+def _print_help(config_name: str, given: Sequence[str]) -> None:
+    from vlabs.runs.reference import help_text
+
+    chosen = [item for item in given if re.match(r"[\w/@.]+=", item) and not item.startswith(("resume=", "import="))]
+    print(help_text(config_name, chosen, config_dir()))
 
 
 def _without_dashes(arguments: Sequence[str]) -> list[str]:
@@ -257,7 +268,8 @@ def _sentence(error: BaseException) -> str | None:
             if valid:
                 where = key.rsplit(".", 1)[0] if "." in key else "the config"
                 return (
-                    f"there is no option '{key}': {where} has {', '.join(valid)} (a new one takes a plus: +{key}=...)"
+                    f"there is no option '{key}'{_nearest(key, parent)}: {where} has {', '.join(valid)} (a new one "
+                    f"takes a plus: +{key}=...)"
                 )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: pass {error.full_key}=..."
@@ -292,6 +304,24 @@ def _sentence(error: BaseException) -> str | None:
         said = (foreseen(chain[-1]) or str(chain[-1])).removeprefix("trainer: ")
         return f"{place[1]}: {said}" if place else said
     return re.sub(r"\s+", " ", str(error).replace("Set the environment variable HYDRA_FULL_ERROR=1", ""))
+
+
+def _nearest(key: str, within: Any) -> str:
+    """The options of a config that are called most like one that is not there."""
+
+    def names(part: Any, start: str = "") -> Iterator[str]:
+        for name, value in part.items() if isinstance(part, dict) else ():
+            yield f"{start}{name}"
+            yield from names(value, f"{start}{name}.")
+
+    root = OmegaConf.to_container(within._get_root(), resolve=False)
+    known = [name for name in names(root) if not name.startswith("hydra.")]
+    section, _, last = key.rpartition(".")
+    here = [name for name in known if name.rpartition(".")[0] == section]
+    found = difflib.get_close_matches(key, here, 1, 0.75)
+    found = found or [name for name in known if name.rpartition(".")[2] == last]
+    found = found or [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2]], 1, 0.75)]
+    return f" (did you mean {' or '.join(found[:3])}?)" if found else ""
 
 
 def _of_the_trainer(sentence: str) -> str:

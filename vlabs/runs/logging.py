@@ -188,7 +188,12 @@ def wandb_logger(
     and a run waits five minutes for it at its end (WANDB_FINISH_TIMEOUT, in seconds).
 
     Args:
-        mode: `online` or `offline` to decide it; W&B's own WANDB_MODE decides before that.
+        project: W&B project of the run.
+        save_dir: run folder.
+        name: display name of the run.
+        group: group of runs, such as those of a sweep.
+        mode: whether W&B is `online`, `offline` or `disabled`; None for online where you are logged in. WANDB_MODE, if
+            it is set, decides.
     """
     save_dir = Path(save_dir)
     wanted = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")

@@ -18,7 +18,7 @@ from pytorch_lightning.strategies import StrategyRegistry
 
 from vlabs.data.loading import GroupLoader
 from vlabs.errors import UserError, one_line
-from vlabs.runs.values import as_given
+from vlabs.utils.options import as_given
 
 _PROFILERS: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import header_of
 from vlabs.data.images import random_generator
-from vlabs.data.module import PreparedDataModule
+from vlabs.data.module import PreparedDataModule, Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.lora import LoRA, add_adapters
 from vlabs.tasks.optim import PARTS, Recipe
+from vlabs.utils.options import checked
 from vlabs.utils.ranks import is_distributed, say
 
 
@@ -47,6 +48,7 @@ class Losses:
 _STEPS_OF_A_TIMED_SCHEDULE = 1_000_000  # whatever they are, `trainer.max_time` is shared out among them
 
 
+@checked("task")
 class Task(pl.LightningModule):
     """A task says what the losses of a batch are (`losses`), which samples a batch has (`sample_ids`), the data that it
     reads and the metric that it is judged by; see `docs/add_a_task.md`.
@@ -57,12 +59,12 @@ class Task(pl.LightningModule):
         preprocessing: goes into the checkpoint, so that it can be used alone.
         data: identity of the training data, for the checkpoint.
         recipe: of optimisation.
-        freeze: what is not trained: parts as in `task.recipe.lr`, which `lr_group` tells apart (`vision` is the
-            pre-trained image encoder in every task, `feedback` its decoders and ξ), or parameters by the start of
-            their name (`text.roberta.embeddings`).
-        recompute_activations: keep less for the backward pass and compute it again: less memory, a third more time.
-        compile: let `torch.compile` make the kernels, see the model's `compile_parts`: a slow start.
-        lora: adapters in the encoders, which then are all of them that is trained; of vision-language models.
+        freeze: what is not trained: parts (`vision`, `text`, `fusion`, `head`, `feedback`, with `vision` the
+            pre-trained image encoder and `feedback` its decoders and ξ), or beginnings of parameter names
+            (`text.roberta.embeddings`).
+        recompute_activations: recompute activations in the backward pass: less memory, a third more time.
+        compile: compile the encoders and the fusion with `torch.compile`: minutes at the start, faster steps after.
+        lora: low-rank adapters in the encoders, of which then nothing else is trained.
     """
 
     name: str
@@ -72,6 +74,11 @@ class Task(pl.LightningModule):
     """The kind of data that it trains on."""
     of_all_ranks: tuple[str, ...] = ()
     """Other losses that are over the samples of all ranks already, on every rank."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked("task")(cls)
 
     def __init__(
         self,
@@ -132,6 +139,22 @@ class Task(pl.LightningModule):
         for module in self.frozen:
             module.eval()
         return self
+
+    def wants(self, data: Any) -> Wants:
+        """What the task wants of its data beside texts and images.
+
+        Args:
+            data: of the kind `reads`.
+
+        Raises:
+            UserError: the data do not have it.
+        """
+        return Wants()
+
+    def setup(self, stage: str) -> None:
+        """Tell the data what is wanted of them."""
+        if stage in ("fit", "validate") and (data := self.trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            data.wants = self.wants(data)
 
     def losses(self, batch: Any) -> Losses:
         """What a batch gives; it has at least one sample."""
@@ -286,13 +309,6 @@ class Task(pl.LightningModule):
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
         if self.lora is not None:
             checkpoint["vlabs"]["lora"] = asdict(self.lora) | {"scale": self.lora.scale, "parts": list(self.lora.parts)}
-
-
-def check_weight(name: str, value: Any) -> float:
-    """The weight of a loss, `task.NAME`; a UserError unless it is a number, at least 0."""
-    if not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"task.{name}={value} must be a number, at least 0")
-    return float(value)
 
 
 class _AllGather(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,9 @@ from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.absvit import BottomUp
 from vlabs.ranking.texts import encode_texts, score_texts
-from vlabs.tasks.negatives import NEGATIVES, gather_captions
+from vlabs.tasks.negatives import gather_captions
 from vlabs.tasks.vision_language import VisionLanguageTask
+from vlabs.utils.options import Count, Positive, Seed
 from vlabs.utils.ranks import rank_and_world
 
 
@@ -24,13 +25,13 @@ class CaptionTask(VisionLanguageTask):
 
     Args:
         args, kwargs: of `VisionLanguageTask`.
-        negatives: where false partners come from. `dataset`: any image or caption of the data at random, as in METER.
-            `batch`: captions of the other images of the batch, over all ranks, uniformly. `hard`: the same, drawn by
-            the prior's similarity, softmax of ξ · z / temperature with z the bottom-up [cls].
-        hard_temperature: of that softmax, on cosines.
-        ranking_images: images of the validation split that are ranked, exactly and in both directions, against all
-            their captions after each validation; 0 for none.
-        seed: of everything that is drawn.
+        negatives: where false partners come from. `dataset` draws any image or caption of the data, as METER does;
+            `batch` draws captions of the other images of the batch, over all ranks; `hard` does so by the similarity of
+            ξ and the first pass's [cls].
+        hard_temperature: temperature of the softmax that hard negatives are drawn by.
+        ranking_images: images of the validation split that are ranked against all their captions after each validation;
+            0 for none.
+        seed: seed of the negatives.
     """
 
     reads = CaptionDataModule
@@ -38,23 +39,17 @@ class CaptionTask(VisionLanguageTask):
     def __init__(
         self,
         *args: Any,
-        negatives: str = "dataset",
-        hard_temperature: float = 0.1,
-        ranking_images: int = 100,
-        seed: int = 0,
+        negatives: Literal["dataset", "batch", "hard"] = "dataset",
+        hard_temperature: Positive = 0.1,
+        ranking_images: Count = 100,
+        seed: Seed = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if negatives not in NEGATIVES:
-            raise UserError(f"task.negatives={negatives}: choose one of {', '.join(NEGATIVES)}")
         if negatives == "hard" and self.model.prior is None:
             raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
         if negatives == "hard" and not self.model.vision.has_bottom_up:
             raise UserError("task.negatives=hard reads the bottom-up [cls], which model/topdown=film does not have")
-        if not isinstance(ranking_images, int) or ranking_images < 0:
-            raise UserError(f"task.ranking_images={ranking_images} must be a whole number, at least 0")
-        if not isinstance(hard_temperature, int | float) or hard_temperature <= 0:
-            raise UserError(f"task.hard_temperature={hard_temperature} must be a number above 0")
         self.negatives = negatives
         self.hard_temperature = hard_temperature
         self.ranking_images = ranking_images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from vlabs.data.classes import ClassBatch, ClassDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.tasks.base import Losses, Task, check_weight
+from vlabs.tasks.base import Losses, Task
 from vlabs.tasks.optim import Recipe
+from vlabs.utils.options import NonNegative
 
 PASSES = ("both", "second")
 
@@ -28,8 +29,9 @@ class ClassifyTask(Task):
 
     Args:
         model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
-        passes: `both` or `second`. Where nothing is fed back, there is one pass.
-        reconstruction_weight: of the variational loss.
+        passes: which passes are trained: `both` (mean of their losses, as in the released code) or `second` (as in the
+            paper). Where nothing is fed back, there is one pass.
+        reconstruction_weight: weight of the variational loss of the feedback decoders.
     """
 
     name = "classify"
@@ -42,19 +44,16 @@ class ClassifyTask(Task):
         preprocessing: Preprocessing,
         data: dict[str, Any],
         recipe: Recipe,
-        passes: str = "both",
-        reconstruction_weight: float = 0.1,
+        passes: Literal["both", "second"] = "both",
+        reconstruction_weight: NonNegative = 0.1,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
     ) -> None:
         if not isinstance(model, AbSViTClassifier):
             raise UserError("task=classify trains a classifier: leave model out, or pass model=classifier")
-        if passes not in PASSES:
-            raise UserError(f"task.passes={passes}: choose one of {', '.join(PASSES)}")
         super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
-        weight = check_weight("reconstruction_weight", reconstruction_weight)
-        self.reconstruction_weight = weight if model.encoder.reconstructs else 0.0
+        self.reconstruction_weight = reconstruction_weight if model.encoder.reconstructs else 0.0
         self.passes = passes
         self.criterion = SoftTargetCrossEntropy()
         self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.module import Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.naming import WordHead
@@ -74,20 +75,18 @@ class NamingTask(VisionLanguageTask):
         if not self.data.get("history"):
             checkpoint["vlabs"]["trained"] = ["vision.vit"]
 
-    def setup(self, stage: str) -> None:
-        """Ask the data what every text is about.
+    def wants(self, data: CaptionDataModule) -> Wants:
+        """What every text is about, on the patches.
 
         Raises:
-            UserError: they do not know.
+            UserError: the data do not know it.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not data.regions_known:
             raise UserError(
                 "task=naming learns from what texts are about, and these data do not say it: prepare them with regions "
                 "(`vlabs prepare scenes_captions --phrases`, `refcoco`, `flickr30k --phrases`, ...)"
             )
-        data.region_grid = self.model.vision.grid_size
-        data.regions_in_validation = True
+        return Wants(self.model.vision.grid_size, regions_in_validation=True)
 
     def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The captions' ids."""

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from vlabs.errors import UserError
+from vlabs.utils.options import NonNegative, Positive, ShareBelowOne, checked
 
 PARTS = ("vision", "text", "fusion", "head", "feedback")
 
@@ -20,44 +21,33 @@ def _default_lr() -> dict[str, float]:
     return {"vision": 1e-5, "text": 1e-5, "fusion": 5e-5, "head": 5e-4, "feedback": 3e-5}
 
 
+@checked("task.recipe")
 @dataclass
 class Recipe:
     """How the parts of a model are optimised.
 
     Attributes:
-        lr: peak learning rate of `vision`, `text`, `fusion`, `head` and `feedback` (decoders, FiLM's maps, ξ map,
-            temperature), and of any group that a task adds.
-        weight_decay: on matrices; biases and norms have none.
-        betas, eps: of AdamW.
-        warmup: share of the optimiser steps in which the rate rises from 0, in [0, 1).
-        schedule: a name of transformers' schedules after warm-up, e.g. `linear` (to 0), `cosine`.
-        schedule_options: of that schedule, e.g. `min_lr_rate` of `cosine_with_min_lr`.
-        fused: AdamW in one kernel.
+        lr: peak learning rate of a part: `vision`, `text`, `fusion`, `head`, `feedback` (decoders, ξ and its
+            temperature), or a group that a task adds.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        betas: β1 and β2 of AdamW.
+        eps: ε of AdamW.
+        warmup: share of the optimizer steps in which the learning rate rises from 0.
+        schedule: name of a learning rate schedule of transformers, such as `linear` (to 0) or `cosine`.
+        schedule_options: options of that schedule, such as `min_lr_rate` of `cosine_with_min_lr`.
+        fused: run AdamW as one kernel.
         no_decay: parameters without weight decay, by the end of their name, beside those of one dimension.
     """
 
-    lr: dict[str, float] = field(default_factory=_default_lr)
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    warmup: float = 0.1
+    lr: dict[str, NonNegative] = field(default_factory=_default_lr)
+    weight_decay: NonNegative = 0.01
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    warmup: ShareBelowOne = 0.1
     schedule: str = "linear"
     schedule_options: dict[str, float] = field(default_factory=dict)
     fused: bool = True
     no_decay: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for part, rate in self.lr.items():
-            if not isinstance(rate, int | float) or rate < 0:
-                raise UserError(f"task.recipe.lr.{part}={rate} must be a number, at least 0")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"task.recipe.warmup={self.warmup} must be a share of the steps, in [0, 1)")
-        if self.weight_decay < 0:
-            raise UserError(f"task.recipe.weight_decay={self.weight_decay} must be at least 0")
-        if self.eps <= 0:
-            raise UserError(f"task.recipe.eps={self.eps} must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"task.recipe.betas={list(self.betas)} must be two numbers in [0, 1)")
 
     def optimizer(self, module: nn.Module, lr_group: Callable[[str], str]) -> AdamW:
         """AdamW over the trainable parameters of a task, in groups `part` and `part/no_decay`.

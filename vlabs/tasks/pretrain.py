@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlabs.data.captions import CaptionBatch
-from vlabs.errors import UserError
+from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.module import Wants
 from vlabs.models.absvit import BottomUp
 from vlabs.models.heads import PretrainHead
 from vlabs.tasks.base import Losses
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.masking import IGNORED, TokenMasker
 from vlabs.tasks.negatives import draw_false
+from vlabs.utils.options import OpenShare
 
 
 class PretrainTask(CaptionTask):
@@ -33,17 +35,14 @@ class PretrainTask(CaptionTask):
     name = "pretrain"
     monitor = "val/match_accuracy"
 
-    def __init__(self, *args: Any, mlm_probability: float = 0.15, whole_words: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mlm_probability: OpenShare = 0.15, whole_words: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self.model.head, PretrainHead)
-        if not isinstance(mlm_probability, int | float) or not 0 < mlm_probability < 1:
-            raise UserError(f"task.mlm_probability={mlm_probability} must be a share of the tokens, in (0, 1)")
         self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
 
-    def setup(self, stage: str) -> None:
-        """Ask the data for false images, as METER draws them; and see `VisionLanguageTask`."""
-        super().setup(stage)
-        self.trainer.datamodule.false_images = self.negatives == "dataset"  # type: ignore[attr-defined]
+    def wants(self, data: CaptionDataModule) -> Wants:
+        """False images, as METER draws them; and see `VisionLanguageTask`."""
+        return replace(super().wants(data), false_images=self.negatives == "dataset")
 
     def losses(self, batch: CaptionBatch) -> Losses:
         """MLM and ITM; both read the images with one first pass."""

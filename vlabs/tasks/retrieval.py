@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
+from vlabs.data.module import Wants
 from vlabs.errors import UserError
 from vlabs.models.absvit import BottomUp
 from vlabs.models.heads import RankingHead
 from vlabs.tasks.base import Losses
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.negatives import draw_false
+from vlabs.utils.options import Size
 
 
 class RetrievalTask(CaptionTask):
@@ -22,17 +25,15 @@ class RetrievalTask(CaptionTask):
 
     Args:
         args, kwargs: of `CaptionTask`.
-        num_false: m, at most; a batch of few images has fewer.
+        num_false: false captions per image, at most; a batch of few images has fewer.
     """
 
     name = "retrieval"
     monitor = "val/ir@1"
 
-    def __init__(self, *args: Any, num_false: int = 15, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_false: Size = 15, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self.model.head, RankingHead)
-        if not isinstance(num_false, int) or num_false < 1:
-            raise UserError(f"task.num_false={num_false} must be a whole number, at least 1")
         if self.ranking_images < 2:
             raise UserError(
                 f"task.ranking_images={self.ranking_images}: the best checkpoint is chosen by the ranking of these "
@@ -41,17 +42,15 @@ class RetrievalTask(CaptionTask):
         self.num_false = num_false
         self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
 
-    def setup(self, stage: str) -> None:
-        """Ask the data for false captions, as METER draws them; and see `VisionLanguageTask`.
+    def wants(self, data: CaptionDataModule) -> Wants:
+        """False captions, as METER draws them; and see `VisionLanguageTask`.
 
         Raises:
             UserError: nothing can be ranked in validation.
         """
-        super().setup(stage)
-        data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        data.false_captions = self.num_false if self.negatives == "dataset" else 0
         if len(data.rows(data.val_split)) < 2:
             raise UserError(f"data.val_split={data.val_split} has one image, and ranking needs at least 2")
+        return replace(super().wants(data), false_captions=self.num_false if self.negatives == "dataset" else 0)
 
     def losses(self, batch: CaptionBatch) -> Losses:
         """Every image with its candidates; the first of them is the true one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,13 +12,15 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.data.masks import MaskBatch, MaskDataModule, WholePicture, stacked
+from vlabs.data.module import Wants
 from vlabs.data.prepared import IGNORED
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.segmentation import mean_iou, region_iou
 from vlabs.models.segmentation import Segmenter, Segments
-from vlabs.tasks.base import Losses, Task, check_weight
+from vlabs.tasks.base import Losses, Task
 from vlabs.tasks.optim import Recipe
+from vlabs.utils.options import NonNegative
 
 TRANSFER = ("end_to_end", "linear", "top_down")
 
@@ -28,10 +30,10 @@ class SegmentationTask(Task):
 
     Args:
         model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
-        transfer: `end_to_end`; `linear`: the encoder is frozen; `top_down`: of the encoder, only the feedback decoders
-            and ξ are trained (the released code's three).
-        auxiliary_weight: of the auxiliary head's loss.
-        reconstruction_weight: of the reconstruction loss.
+        transfer: what is trained: `end_to_end` all, `linear` all but the encoder, `top_down` of the encoder only the
+            feedback decoders and ξ.
+        auxiliary_weight: weight of the auxiliary head's loss.
+        reconstruction_weight: weight of the reconstruction loss of the feedback decoders.
     """
 
     def __init__(
@@ -40,27 +42,24 @@ class SegmentationTask(Task):
         preprocessing: Preprocessing,
         data: dict[str, Any],
         recipe: Recipe,
-        transfer: str = "end_to_end",
-        auxiliary_weight: float = 0.4,
-        reconstruction_weight: float = 0.0,
+        transfer: Literal["end_to_end", "linear", "top_down"] = "end_to_end",
+        auxiliary_weight: NonNegative = 0.4,
+        reconstruction_weight: NonNegative = 0.0,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
     ) -> None:
         if not isinstance(model, Segmenter):
             raise UserError(f"task={self.name} trains a segmenter: leave model out, or pass model=segmenter")
-        if transfer not in TRANSFER:
-            raise UserError(f"task.transfer={transfer}: choose one of {', '.join(TRANSFER)}")
         reads = ("text",) if model.text is not None else ()
         frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[transfer]
         super().__init__(model, preprocessing, data, recipe, (*frozen, *freeze), recompute_activations, compile)
-        self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
+        self.auxiliary_weight = auxiliary_weight
         if model.decoder.auxiliary is None or not self.auxiliary_weight:
             self.auxiliary_weight = 0.0
             if model.decoder.auxiliary is not None:
                 model.decoder.auxiliary.requires_grad_(False)
-        weight = check_weight("reconstruction_weight", reconstruction_weight)
-        self.reconstruction_weight = weight if model.vision.reconstructs else 0.0
+        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         if model.prompt is not None and not model.vision.needs_prior:
             model.prompt.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
 
@@ -157,13 +156,15 @@ class ReferTask(SegmentationTask):
             raise UserError(f"model.decoder.num_classes={self.model.decoder.num_classes}: task=refer has two classes")
         self.iou = MeanMetric()
 
-    def setup(self, stage: str) -> None:
-        """Ask the data for regions a pixel."""
-        data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+    def wants(self, data: CaptionDataModule) -> Wants:
+        """What every text is about, in pixels.
+
+        Raises:
+            UserError: the data do not know it.
+        """
         if not data.regions_known:
             raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
-        data.region_grid = (self.preprocessing.image_size,) * 2
-        data.regions_in_validation = True
+        return Wants((self.preprocessing.image_size,) * 2, regions_in_validation=True)
 
     def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The texts' ids."""

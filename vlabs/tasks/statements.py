@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 
+from vlabs.data.module import Wants
 from vlabs.data.statements import StatementBatch, StatementDataModule
 from vlabs.errors import UserError
 from vlabs.models.vlm import VLMOutput
@@ -32,15 +33,18 @@ class StatementTask(VisionLanguageTask):
                 f"task.token_prior_weight: task={self.name} has pairs of pictures, which it cannot tell apart"
             )
 
-    def setup(self, stage: str) -> None:
-        """See `VisionLanguageTask`; and statements must be about as many pictures as the task's."""
-        super().setup(stage)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None and data.pictures != self.pictures:
+    def wants(self, data: StatementDataModule) -> Wants:
+        """See `VisionLanguageTask`.
+
+        Raises:
+            UserError: statements are not about as many images as the task's.
+        """
+        if data.pictures != self.pictures:
             raise UserError(
                 f"task={self.name} is about {self.pictures} pictures a statement, and {data.dir} has {data.pictures}: "
                 f"choose its own data, such as data=scenes_{self.name}"
             )
+        return super().wants(data)
 
     def forward(self, batch: StatementBatch) -> VLMOutput:
         """The model's output for a batch, without losses."""

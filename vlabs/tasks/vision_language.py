@@ -12,14 +12,16 @@ from torchmetrics import MeanMetric
 
 from vlabs.data.images import ImageReader
 from vlabs.data.loading import eval_loader
+from vlabs.data.module import Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.ranking.passes import FirstPasses
-from vlabs.tasks.base import Task, check_weight, gather
+from vlabs.tasks.base import Task, gather
 from vlabs.tasks.optim import Recipe
+from vlabs.utils.options import NonNegative, Positive, Share
 from vlabs.utils.ranks import is_distributed, rank_and_world, say
 
 
@@ -28,21 +30,22 @@ class VisionLanguageTask(Task):
 
     Args:
         model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora: as in `Task`.
-        reconstruction_weight: w_rec.
-        prior_weight: w_prior, on the second pass's [cls].
-        prior_bottom_up_weight: of the same loss on the bottom-up [cls].
+        reconstruction_weight: weight of the reconstruction loss of the feedback decoders (w_rec of Eq. 14).
+        prior_weight: weight of the prior loss between ξ and the second pass's [cls] (w_prior of Eq. 14).
+        prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls], which `ranker=shortlist`
+            needs.
         prior_loss: form of the prior loss.
-        region_prior_weight: of the loss that puts ξ on the patches which a text is about; without effect where the
-            data say of no text what it is about.
-        region_prior_temperature: its τ.
-        alive_prior_weight: of the loss that keeps ξ like some patch of the picture, for texts of which nobody said what
-            they are about; without effect where no ξ is compared with patches. None for 1 where the region loss has no
-            region to learn from, which else keeps ξ alive, and 0.
-        alive_prior_margin: its margin, in [0, 1].
-        token_prior_weight: of the loss that lets ξ's best patches tell a text's image from the others of its batch.
-        token_prior_temperature: its τ.
-        store: the folder where the first passes of an image encoder that is not trained are kept, of the pictures of
-            training and validation as evaluation reads them. Its training reads no picture then, after each was once.
+        region_prior_weight: weight of the region loss, which puts ξ on the patches that a text is about; it has no
+            effect where the data have no regions.
+        region_prior_temperature: temperature τ of the region loss.
+        alive_prior_weight: weight of the loss that keeps ξ similar to some patch of its image, for texts without
+            regions; None for 1 where no text has regions, else 0.
+        alive_prior_margin: cosine that this loss asks for.
+        token_prior_weight: weight of the token loss, by which the patches most like ξ tell a text's image from the
+            other images of the batch.
+        token_prior_temperature: temperature τ of the token loss.
+        store: folder that keeps the first passes of a frozen image encoder, so that no image is read again after its
+            first time (`task.freeze=[vision]`).
     """
 
     of_all_ranks = ("prior", "prior_bottom_up")
@@ -54,16 +57,16 @@ class VisionLanguageTask(Task):
         preprocessing: Preprocessing,
         data: dict[str, Any],
         recipe: Recipe,
-        reconstruction_weight: float = 0.3,
-        prior_weight: float = 0.1,
-        prior_bottom_up_weight: float = 0.0,
+        reconstruction_weight: NonNegative = 0.3,
+        prior_weight: NonNegative = 0.1,
+        prior_bottom_up_weight: NonNegative = 0.0,
         prior_loss: PriorLoss | None = None,
-        region_prior_weight: float = 0.0,
-        region_prior_temperature: float = 0.1,
-        alive_prior_weight: float | None = 0.0,
-        alive_prior_margin: float = 0.3,
-        token_prior_weight: float = 0.0,
-        token_prior_temperature: float = 0.1,
+        region_prior_weight: NonNegative = 1.0,
+        region_prior_temperature: Positive = 0.1,
+        alive_prior_weight: NonNegative | None = None,
+        alive_prior_margin: Share = 0.3,
+        token_prior_weight: NonNegative = 0.0,
+        token_prior_temperature: Positive = 0.1,
         store: str | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
@@ -72,9 +75,6 @@ class VisionLanguageTask(Task):
     ) -> None:
         super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora)
         has_prior = model.prior is not None
-        reconstruction_weight = check_weight("reconstruction_weight", reconstruction_weight)
-        prior_weight = check_weight("prior_weight", prior_weight)
-        prior_bottom_up_weight = check_weight("prior_bottom_up_weight", prior_bottom_up_weight)
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         # Where ξ steers nothing, there is no second pass for it to be compared with.
         self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
@@ -83,18 +83,16 @@ class VisionLanguageTask(Task):
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
         if self.prior_loss is not None and "feedback" in freeze:
             self.prior_loss.requires_grad_(False)
-        self.region_prior_weight = check_weight("region_prior_weight", region_prior_weight) if has_prior else 0.0
+        self.region_prior_weight = region_prior_weight if has_prior else 0.0
         self.alive_by_data = alive_prior_weight is None
-        alive_prior_weight = check_weight("alive_prior_weight", 1.0 if self.alive_by_data else alive_prior_weight)
+        alive_prior_weight = 1.0 if alive_prior_weight is None else alive_prior_weight
         # FiLM's ξ is compared with nothing.
         compares = model.vision.topdown is not None and model.vision.topdown.needs_prior
         self.alive_prior_weight = alive_prior_weight if compares else 0.0
-        self.token_prior_weight = check_weight("token_prior_weight", token_prior_weight) if has_prior else 0.0
-        self.region_prior_loss = RegionPriorLoss(_temperature("region_prior", region_prior_temperature))
-        if not isinstance(alive_prior_margin, int | float) or not 0 <= alive_prior_margin <= 1:
-            raise UserError(f"task.alive_prior_margin={alive_prior_margin} must be a number in [0, 1]")
+        self.token_prior_weight = token_prior_weight if has_prior else 0.0
+        self.region_prior_loss = RegionPriorLoss(region_prior_temperature)
         self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
-        self.token_prior_loss = TokenPriorLoss(_temperature("token_prior", token_prior_temperature))
+        self.token_prior_loss = TokenPriorLoss(token_prior_temperature)
         self.dead = MeanMetric()
         self.has_warned = False
         self.store = store
@@ -107,14 +105,17 @@ class VisionLanguageTask(Task):
         if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
             self.model.prior.requires_grad_(False)
 
+    def wants(self, data: Any) -> Wants:
+        """What every text is about on the patches, where that is learned and known."""
+        return Wants(self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None)
+
     def setup(self, stage: str) -> None:
-        """Ask the data what every text is about, where that is learnt and known."""
+        """See `Task`; and choose between the losses that keep ξ alive, by what the data know."""
+        super().setup(stage)
         if stage != "fit" or not self.region_prior_weight:
             return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        known = data.regions_known
+        known = self.trainer.datamodule.regions_known  # type: ignore[attr-defined]
         if known:
-            data.region_grid = self.model.vision.grid_size
             self.alive_prior_weight *= not self.alive_by_data
         else:
             self.region_prior_weight = 0.0
@@ -254,9 +255,3 @@ class _Pictures(Dataset[tuple[str, Tensor | None]]):
     def __getitem__(self, which: tuple[int, int]) -> tuple[str, Tensor | None]:
         row, place = which
         return self.reader.key(row, place), self.reader.read(row, 0, place)[1]
-
-
-def _temperature(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"task.{name}_temperature={value} must be a number above 0")
-    return float(value)

@@ -14,6 +14,7 @@ from vlabs.errors import UserError
 from vlabs.models.vlm import VLMOutput
 from vlabs.tasks.base import Losses
 from vlabs.tasks.vision_language import VisionLanguageTask
+from vlabs.utils.options import ShareBelowOne
 
 
 class Prediction(NamedTuple):
@@ -42,8 +43,7 @@ def single_answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float =
 
     Args:
         logits, targets: (n, answers); targets in [0, 1]: where several are above 0, each counts by its share.
-        label_smoothing: share of a target that is spread over all answers.
-
+    X
     Raises:
         UserError: as `vqa_loss`.
     """
@@ -67,7 +67,8 @@ class VQATask(VisionLanguageTask):
     The accuracy is in percent and the official one: a vocabulary answer's target is its official accuracy.
 
     Args:
-        label_smoothing: of `single_answer_loss`, where the head has one right answer (`VQAHead.softmax`).
+        label_smoothing: share of the target that is spread over all answers, for a head with one right answer
+            (`model.head.softmax=true`).
         args, kwargs: of `VisionLanguageTask`.
     """
 
@@ -75,10 +76,8 @@ class VQATask(VisionLanguageTask):
     monitor = "val/vqa_accuracy"
     reads = VQADataModule
 
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, label_smoothing: ShareBelowOne = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"task.label_smoothing={label_smoothing} must be a number in [0, 1)")
         if label_smoothing and not self.model.head.softmax:
             raise UserError(
                 "task.label_smoothing is of one right answer: pass model.head.softmax=true, or leave it out"

@@ -28,7 +28,6 @@ from vlabs.runs.environment import describe_environment, write_environment
 from vlabs.runs.logging import csv_logger, remember_run_id
 from vlabs.runs.record import Record, resumable
 from vlabs.runs.trainer import make_trainer
-from vlabs.runs.values import as_given
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import KeepLast, WholeCheckpointIO
 from vlabs.training.callbacks.gradients import FiniteGradients
@@ -37,6 +36,7 @@ from vlabs.training.callbacks.resume import GoOn
 from vlabs.training.pictures import as_before, choose, shown_to_checkpoint, shown_to_encoder
 from vlabs.training.start import Last, make_start
 from vlabs.training.words import EpochLine
+from vlabs.utils.options import as_given
 from vlabs.utils.ranks import is_rank_zero, say
 
 
@@ -256,9 +256,6 @@ def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
 def build_checkpoints(run_dir: Path, monitor: str, often: DictConfig) -> tuple[ModelCheckpoint, KeepLast]:
     """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
     minutes, steps = often.every_minutes, often.every_n_steps
-    for name, value in (("every_minutes", minutes), ("every_n_steps", steps)):
-        if value is not None and (not isinstance(value, int | float) or value <= 0):
-            raise UserError(f"checkpoints.{name}={value} must be a number above 0, or null")
     if minutes is not None and steps is not None:
         raise UserError("checkpoints: every_minutes and every_n_steps exclude each other; set one of them to null")
     best = ModelCheckpoint(

@@ -10,9 +10,10 @@ import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
-from vlabs.errors import UserError
+from vlabs.utils.options import Share, Size, checked
 
 
+@checked("callbacks.ema")
 class WeightAverage(WeightAveraging):
     """An exponential moving average of the weights, that a validation and all that follows from it is of.
 
@@ -24,16 +25,12 @@ class WeightAverage(WeightAveraging):
     when training goes on.
 
     Args:
-        decay: of the average, in [0, 1].
+        decay: decay of the moving average.
         update_every_n_steps: steps from one update to the next.
         device: where the average is; None for the model's.
     """
 
-    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, device: str | None = None) -> None:
-        if not 0 <= decay <= 1:
-            raise UserError(f"callbacks.ema.decay={decay} must be in [0, 1]")
-        if update_every_n_steps < 1:
-            raise UserError(f"callbacks.ema.update_every_n_steps={update_every_n_steps} must be at least 1")
+    def __init__(self, decay: Share = 0.999, update_every_n_steps: Size = 1, device: str | None = None) -> None:
         super().__init__(device=device, multi_avg_fn=partial(_update, decay))
         self.update_every_n_steps = update_every_n_steps
         self.validating = False

@@ -26,8 +26,6 @@ class FiniteGradients(pl.Callback):
     """
 
     def __init__(self, max_bad_steps: int, checkpoint: Path) -> None:
-        if not isinstance(max_bad_steps, int) or max_bad_steps < 0:
-            raise UserError(f"max_bad_steps={max_bad_steps} must be a whole number, at least 0")
         self.max_bad_steps = max_bad_steps
         self.checkpoint = checkpoint
         self.bad_steps = 0

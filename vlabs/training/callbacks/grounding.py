@@ -12,6 +12,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.grounding import Targets, find_targets, measure
 from vlabs.tasks.vision_language import VisionLanguageTask
 from vlabs.training.callbacks.schedule import EveryNValidations
+from vlabs.utils.options import Count
 
 
 class GroundingCurve(EveryNValidations):
@@ -22,16 +23,16 @@ class GroundingCurve(EveryNValidations):
     is known, nothing is measured.
 
     Args:
-        every_n_validations: how often; 0 for never.
-        num_texts: how many texts.
-        maps: of `vlabs.attention.maps.MAPS`.
-        instances: COCO's instances; what the data were prepared with if not given.
+        every_n_validations: validations from one to the next; 0 for never.
+        num_texts: texts that are measured.
+        maps: maps that are measured, of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances; None for the regions that the data were prepared with.
     """
 
     def __init__(
         self,
-        every_n_validations: int = 1,
-        num_texts: int = 100,
+        every_n_validations: Count = 1,
+        num_texts: Count = 100,
         maps: Sequence[str] = ("norm", "fusion"),
         instances: str | None = None,
     ) -> None:

@@ -20,23 +20,24 @@ from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.runs.logging import sending
 from vlabs.tasks.vqa import VQATask
 from vlabs.training.callbacks.schedule import EveryNValidations
+from vlabs.utils.options import Count
 
 
 class PredictionTable(EveryNValidations):
     """Every N validations: some images with questions, true answers, the top 3 answers and where the model looked.
 
     Args:
-        every_n_validations: how often; 0 for never.
-        num_images: images shown; the first of the validation split.
+        every_n_validations: validations from one to the next; 0 for never.
+        num_images: images of the validation split that are shown.
         questions_per_image: questions shown of each.
         directory: where the figures go; `figures` in the run folder if not given.
     """
 
     def __init__(
         self,
-        every_n_validations: int = 1,
-        num_images: int = 4,
-        questions_per_image: int = 2,
+        every_n_validations: Count = 1,
+        num_images: Count = 4,
+        questions_per_image: Count = 2,
         directory: str | Path | None = None,
     ) -> None:
         super().__init__(every_n_validations)

@@ -13,7 +13,6 @@ import torch
 
 from vlabs.data.loading import GroupLoader
 from vlabs.errors import UserError
-from vlabs.runs.values import as_given
 from vlabs.tasks.optim import Course
 from vlabs.training.lightning_state import (
     batches_done,
@@ -28,6 +27,7 @@ from vlabs.training.lightning_state import (
     validation_follows,
     validation_waits,
 )
+from vlabs.utils.options import as_given
 from vlabs.utils.ranks import say
 
 # What a group of parameters is trained with, by the names of `task.recipe.NAME`.

@@ -13,17 +13,18 @@ from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.runs.logging import sending
 from vlabs.tasks.segment import SegmentTask, at_size
 from vlabs.training.callbacks.schedule import EveryNValidations
+from vlabs.utils.options import Count
 
 
 class SegmentPictures(EveryNValidations):
     """Every N validations of task=segment: some pictures with the classes found and true, as a file and in W&B.
 
     Args:
-        every_n_validations: how often; 0 for never.
-        num_images: the first so many of the validation split.
+        every_n_validations: validations from one to the next; 0 for never.
+        num_images: images of the validation split that are shown.
     """
 
-    def __init__(self, every_n_validations: int = 1, num_images: int = 4) -> None:
+    def __init__(self, every_n_validations: Count = 1, num_images: Count = 4) -> None:
         super().__init__(every_n_validations)
         self.num_images = num_images
 

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 
 from vlabs.errors import UserError
 from vlabs.tasks.base import Task
+from vlabs.utils.options import Count, NonNegative
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
     """Lightning's, on the metric by which the task's best checkpoint is chosen, if no other is named.
 
     Args:
-        monitor: a metric of a validation; None for the task's own.
+        monitor: metric of a validation; None for the task's own.
+        patience: validations without a better value before training stops.
+        mode: whether `max` or `min` is better.
+        min_delta: least change that counts as better.
         options: of Lightning's `EarlyStopping`.
     """
 
-    def __init__(self, monitor: str | None = None, **options: Any) -> None:
-        super().__init__(monitor=monitor or "", **options)
+    def __init__(
+        self,
+        monitor: str | None = None,
+        patience: Count = 3,
+        mode: Literal["min", "max"] = "max",
+        min_delta: NonNegative = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(monitor=monitor or "", patience=patience, mode=mode, min_delta=min_delta, **options)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ask the task for its metric."""

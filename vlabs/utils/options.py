@@ -1,0 +1,206 @@
+"""Options: the arguments of constructors that a config names, declared once and checked in one place.
+
+`dropout: Share = 0.1` in a signature is an option's type, range and default; the docstring's `Args` is its sentence. A
+class with `@checked("model.fusion")` refuses other values, whoever makes it. `vlabs.runs.values` checks a whole config
+against the same annotations before anything is made, and `vlabs.runs.reference` prints them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from vlabs.errors import UserError
+
+Count = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+"""What numpy and torch take."""
+Workers = Annotated[int, Ge(0), Le(16 * (os.cpu_count() or 4))]
+"""Processes: 16 for each CPU of this machine at most, beyond which they only cost memory."""
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+OpenShare = Annotated[float, Gt(0), Lt(1)]
+Part = Annotated[float, Gt(0), Le(1)]
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+_Maker = TypeVar("_Maker")
+
+
+def checked(section: str) -> Callable[[_Maker], _Maker]:
+    """Let a class, or a function, refuse arguments that its annotations exclude.
+
+    Args:
+        section: the part of a config that the arguments are options of, for messages: `task.recipe`.
+    """
+
+    def of(maker: Any) -> Any:
+        call = maker.__init__ if inspect.isclass(maker) else maker
+        signature = inspect.signature(call)
+
+        @functools.wraps(call)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            hints = annotations(call)
+            for name, value in given.items():
+                if value is not signature.parameters[name].default:
+                    check_type(f"{section}.{name}", value, hints.get(name, Any))
+            return call(*args, **kwargs)
+
+        if not inspect.isclass(maker):
+            return guarded
+        maker.__init__ = guarded  # type: ignore[misc]
+        return maker
+
+    return of
+
+
+@functools.cache
+def annotations(call: Any) -> dict[str, Any]:
+    """The types of a function's arguments with their ranges; none where one is known to type checkers alone."""
+    try:
+        return typing.get_type_hints(call, include_extras=True)
+    except NameError:
+        return {}
+
+
+def options_of(kind: Any) -> dict[str, Any]:
+    """The annotations of all arguments of a class, by name: its own, those of its bases, and those
+    of the classes in its attribute `hands_on`, which get what it does not name.
+
+    Args:
+        kind: a class, or a function that makes one and hands on what it does not name itself.
+    """
+    own = {} if inspect.isclass(kind) else annotations(kind)
+    made = own.get("return", kind)
+    found: dict[str, Any] = {}
+    for one in reversed(made.__mro__) if inspect.isclass(made) else ():
+        if one.__module__.startswith(("vlabs.", "pytorch_lightning.")):
+            for other in vars(one).get("hands_on", ()):
+                found |= options_of(other)
+            maker = one if hasattr(one, "_fields") or typing.is_typeddict(one) else vars(one).get("__init__")
+            found |= annotations(maker) if maker else {}
+    return found | own
+
+
+def check_type(path: str, value: Any, hint: Any) -> None:
+    """Raise a UserError unless an option is as its annotation says, as far as that is of plain data.
+
+    Args:
+        path: the option's name.
+        value: as of a config: a list may stand for a tuple, a dictionary for what is made of it.
+        hint: the annotation; `Literal`, `Annotated` by the types above, unions, lists and dictionaries of such.
+    """
+    if not fits(value, hint):
+        raise UserError(f"{path}={as_given(value)} must be {in_words(hint)}")
+    if not isinstance(value, Mapping) or "_target_" in value:
+        return
+    for kind in (hint, *get_args(hint)) if get_origin(hint) in (None, typing.Union, types.UnionType) else (hint,):
+        if get_origin(kind) in (dict, Mapping):
+            known, rest = {}, get_args(kind)[1]
+        elif _is_ours(kind):
+            known, rest = options_of(kind), None
+        else:
+            continue
+        for name, item in value.items():
+            if rest is None and name not in known:
+                raise UserError(f"there is no option {path}.{name}: choose of {', '.join(known)}")
+            check_type(f"{path}.{name}", item, known.get(name, rest))
+        return
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is as an annotation says; what is not plain data always is."""
+    if is_open(value):
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, inner[0]) and all(_is_within(value, limit) for limit in inner[1:])
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple and inner[-1] is not ...:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(fits, value, inner))
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    if _is_ours(hint):  # made already, or by what has options
+        return isinstance(value, Mapping | hint) if inspect.isclass(hint) else True
+    if hint is str:  # a name may look like a number
+        return isinstance(value, str | int | float) and not isinstance(value, bool)
+    return True
+
+
+def in_words(hint: Any) -> str:
+    """What an annotation allows, for people: `a whole number, at least 1, or null`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return in_words(inner[0]) + _limits(inner[0], inner[1:])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(one) for one in inner)).replace("1 or null", "1, or null")
+    if origin is Literal:
+        return f"one of {', '.join(map(as_given, inner))}"
+    if origin is tuple and inner[-1] is not ...:
+        return f"a list of {len(inner)}, each {in_words(inner[0])}"
+    if origin in (dict, Mapping) or _is_ours(hint):
+        return "a group of options"
+    if origin is not None and inner:
+        return f"a list, each item {in_words(inner[0])}"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def as_given(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_open(value: Any) -> bool:
+    """Whether it is an interpolation, or missing."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _is_ours(hint: Any) -> bool:
+    return str(getattr(hint, "__module__", "")).startswith("vlabs.")
+
+
+def _is_within(value: Any, limit: Any) -> bool:
+    match limit:
+        case Ge(least):
+            return bool(value >= least)
+        case Gt(least):
+            return bool(value > least)
+        case Le(most):
+            return bool(value <= most)
+        case Lt(most):
+            return bool(value < most)
+    return True
+
+
+def _limits(kind: type, limits: Sequence[Any]) -> str:
+    least = next((one for one in limits if isinstance(one, Ge | Gt)), None)
+    most = next((one for one in limits if isinstance(one, Le | Lt)), None)
+    if most is not None and isinstance(least, Ge) and kind is int:
+        return f" from {least.ge} to {most.le if isinstance(most, Le) else most.lt - 1}"  # type: ignore[operator]
+    if most is not None:
+        opening = f"({least.gt}" if isinstance(least, Gt) else f"[{least.ge if least else '-inf'}"  # type: ignore[union-attr]
+        return f" in {opening}, {f'{most.le}]' if isinstance(most, Le) else f'{most.lt})'}"
+    if isinstance(least, Gt):
+        return f" above {least.gt}"
+    return f", at least {least.ge}" if isinstance(least, Ge) else ""
