@@ -17,6 +17,7 @@ from test_ranking import random_model
 from vlabs.checkpoints.released import ReleasedVLM, load_released
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.runs.groups import choices
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GOLDEN = Path(__file__).parent / "golden"
@@ -283,9 +284,9 @@ def test_the_cost_of_every_variant_is_printed(tmp_path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])["time_against_vit"]
-    choices = {path.stem for path in (BENCHMARKS.parent / "conf/model/topdown").glob("*.yaml")}
-    assert found.keys() == choices
-    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line and line.split()[0] in choices}
+    known = {*choices("model/topdown")}
+    assert found.keys() == known
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line and line.split()[0] in known}
     plain, full = rows["none"], rows["absvit"]
     assert float(full[1]) > float(plain[1])  # decoders
     assert float(full[2]) > 1.05 * float(plain[2])  # a second pass

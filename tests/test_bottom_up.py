@@ -1,7 +1,5 @@
 """Every way to steer the encoder with everything that reads its bottom-up [cls], of which one way has none."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import TINY_MODEL
@@ -16,12 +14,12 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import RetrievalEvaluation
 from vlabs.prediction.search import Search
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import choices, config_dir
 from vlabs.tasks.naming import NamingTask
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.retrieval import RetrievalTask
 
-VARIANTS = sorted(path.stem for path in Path(config_dir(), "model/topdown").glob("*.yaml"))
+VARIANTS = choices("model/topdown")
 
 
 @pytest.fixture(params=VARIANTS)

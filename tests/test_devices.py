@@ -228,7 +228,7 @@ def test_the_runs_of_a_sweep_can_be_processes_of_their_own(options, tmp_path):
 def test_the_slurm_launcher_is_a_choice_that_composes():
     from hydra import compose, initialize_config_dir
 
-    from vlabs.runs.config import config_dir
+    from vlabs.runs.groups import config_dir
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = compose("train", ["hydra/launcher=slurm"], return_hydra_config=True)

@@ -14,7 +14,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.topdown import AbSTopDown
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.segment import SegmentTask
 from vlabs.tasks.vqa import VQATask

@@ -19,7 +19,7 @@ from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.released import load_released
 from vlabs.errors import UserError
 from vlabs.prediction.predictor import load_any
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.training.build import build_task
 
 TASKS = {"vqa": "vqa", "nlvr2": "nlvr2", "snli": "snli_ve", "irtr": "retrieval", "pretrain": "pretrain"}

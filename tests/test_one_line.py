@@ -24,7 +24,8 @@ from vlabs.data.preprocessing import check_text
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError, foreseen, one_line, run_cli
 from vlabs.prediction.predictor import load
-from vlabs.runs.config import as_config, config_dir, hydra_arguments, hydra_quoted, path_of, save_config
+from vlabs.runs.config import as_config, hydra_arguments, hydra_quoted, path_of, save_config
+from vlabs.runs.groups import config_dir
 from vlabs.runs.trainer import check_options, make_trainer
 from vlabs.runs.values import check_values
 from vlabs.utils.device import find_device

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs import reference
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.tasks.base import Task
 from vlabs.utils.options import (
     Count,
@@ -125,8 +125,8 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
     config = OmegaConf.to_container(OmegaConf.load(Path(config_dir(), f"{file}.yaml")), resolve=False)
     part = next((part for part in (config.get("task"), *config.values()) if isinstance(part, dict)), {})
     options = config if target.rsplit(".", 1)[1] == config.get("_target_", "").rsplit(".", 1)[-1] else part | config
-    kinds = [kind for kind in reversed(pkgutil.resolve_name(target).__mro__) if kind.__module__.startswith("vlabs.")]
-    own = {name: one for kind in kinds for name, one in inspect.signature(kind.__init__).parameters.items()}
+    signatures = [inspect.signature(kind.__init__).parameters for kind in pkgutil.resolve_name(target).__mro__]
+    own = next(one for one in signatures if {*options} & {*one})
     compared = 0
     for name, value in options.items():
         of = own.get(name)

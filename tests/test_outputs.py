@@ -21,7 +21,7 @@ from vlabs.errors import UserError
 from vlabs.evaluate import _claimed
 from vlabs.prediction.search import Search, list_pictures
 from vlabs.runs import folders
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.utils.arguments import add_out, check_out
 from vlabs.utils.files import mark
 

@@ -32,7 +32,7 @@ from vlabs.models.backbones import patch_size_of
 from vlabs.models.registry import build
 from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.topdown import AbSTopDown
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -550,7 +550,7 @@ def test_the_wheel_carries_every_module_and_file_and_works_in_a_clean_environmen
     )  # fmt: skip
     assert answered.returncode == 0, answered.stderr
     assert "purple" in answered.stdout
-    code = "import vlabs.runs.config as config; print(config.config_dir())"
+    code = "from vlabs.runs.groups import config_dir; print(config_dir())"
     found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.strip() == str(site / "vlabs/conf")
 

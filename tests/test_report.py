@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from vlabs.evaluation.control import MEASURES
 from vlabs.evaluation.report import OF_CLASSIFIERS, build_report, read_runs
 from vlabs.metrics.robustness import CORRUPTIONS
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, show
 from vlabs.models.registry import build, register
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.runs.record import read_config, read_summary
 from vlabs.runs.trusted import check_config
 from vlabs.training.callbacks.recording import Recorder

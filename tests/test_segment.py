@@ -525,7 +525,7 @@ def test_the_experiments_of_real_data_are_the_papers(name, steps):
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from vlabs.runs.config import config_dir
+    from vlabs.runs.groups import config_dir
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = compose("train", overrides=[f"experiment={name}_absvit_b", "model.decoder.num_classes=19"])

@@ -21,7 +21,7 @@ from vlabs.data.preprocessing import (
 )
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.training.build import settle
 from vlabs.training.pictures import Shown, choose, shown_to_checkpoint, shown_to_encoder
 

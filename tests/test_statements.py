@@ -28,7 +28,7 @@ from vlabs.data.statements import StatementDataModule
 from vlabs.errors import UserError
 from vlabs.metrics.statements import consistency
 from vlabs.prediction.predictor import Predictor
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.training.build import build_task
 
 TINY = [*TINY_MODEL, "data.size=tiny", "data.image_size=32", "data.num_workers=0", "trainer.enable_progress_bar=false"]

@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlabs.errors import UserError
-from vlabs.runs.config import as_config, config_dir, path_of, run_hydra, save_config
+from vlabs.runs.config import as_config, path_of, run_hydra, save_config
+from vlabs.runs.groups import config_dir
 from vlabs.runs.record import read_config
 from vlabs.utils.ranks import say
 

@@ -39,7 +39,8 @@ from vlabs.evaluation.grounding import find_instances
 from vlabs.evaluation.robustness import ATTACKS
 from vlabs.metrics.bootstrap import paired_bootstrap
 from vlabs.metrics.robustness import CORRUPTIONS
-from vlabs.runs.config import config_dir, hydra_quoted
+from vlabs.runs.config import hydra_quoted
+from vlabs.runs.groups import config_dir
 from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.files import write_text

@@ -32,19 +32,11 @@ from omegaconf.errors import (
 
 import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, fail, fault, foreseen, run_cli
+from vlabs.runs.groups import choices, config_dir
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
 from vlabs.utils.files import replacing
 from vlabs.utils.plugins import import_modules
-
-
-def config_dir() -> str:
-    """Where the configs lie: `vlabs/conf` when installed, `conf` beside `vlabs` in a checkout."""
-    here = Path(__file__).resolve().parent.parent
-    for path in (here / "conf", here.parent / "conf"):
-        if (path / "train.yaml").is_file():
-            return str(path)
-    raise UserError(f"the configs are missing from the installation at {here}: install vlabs again")
 
 
 def run_hydra(
@@ -291,8 +283,7 @@ def _sentence(error: BaseException) -> str | None:
     # Of a group that several files may be chosen of, Hydra does not say which there are.
     if unloaded := re.search(r"Could not load '(.+)/(.+?)'", str(error)):
         group, choice = unloaded.groups()
-        names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
-        return f"there is no {group}={choice}: choose one of {', '.join(names)}"
+        return f"there is no {group}={choice}: choose one of {', '.join(choices(group))}"
     if unmatched := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", str(error)):
         name = unmatched[1]
         return (
@@ -349,7 +340,7 @@ def _wrong_group(message: str) -> str:
         if equals and folder.is_dir() and not re.fullmatch(r"\[.*\]|[A-Za-z]\w*", value.replace("null", "")):
             if not name:
                 return _unread(argument.removeprefix("="))
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            names = ", ".join(choices(folder.relative_to(config_dir()).as_posix()))
             return f"{argument}: {name} is a group of options, choose one of {names}"
     return message
 

@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from vlabs.runs.groups import choices
 from vlabs.utils import options
 from vlabs.utils.options import as_given, in_words
 
@@ -99,7 +100,7 @@ def help_text(config_name: str, overrides: Sequence[str], config_dir: str) -> st
     width = min(shutil.get_terminal_size((100, 0)).columns, 120)
     lines = [str(config.hydra.help.header).strip(), "", "Groups, one choice each (* is chosen now):", ""]
     chosen = {name.removeprefix("evaluation@"): str(choice) for name, choice in config.hydra.runtime.choices.items()}
-    for group, names in _groups(Path(config_dir), list(config.hydra.runtime.choices)):
+    for group, names in _groups(list(config.hydra.runtime.choices)):
         marked = ", ".join(f"{name}*" if name == chosen.get(group) else name for name in names)
         lines += textwrap.wrap(marked, width, initial_indent=f"  {group + '=':16}", subsequent_indent=" " * 18)
     lines += ["", "Options of these choices, with their values now (an option that is not listed takes a +):"]
@@ -125,9 +126,9 @@ def page(config_dir: str) -> str:
     lines = [_INTRODUCTION]
     for title, program, group, names in _PARTS:
         lines += [f"## {title}", ""]
-        choices = names or sorted(path.stem for path in Path(config_dir, group).glob("*.yaml"))
+        chosen = names or choices(group)
         about: dict[tuple[str, str], dict[str, str]] = {}
-        for choice in choices:
+        for choice in chosen:
             whole = f"[{choice}]" if group == "callbacks" else choice
             given = [f"{group.replace('evaluation', 'evaluation@task')}={whole}"] if group else []
             start = (
@@ -138,11 +139,11 @@ def page(config_dir: str) -> str:
                     for name, (option, value) in section.options.items():
                         of = f"{section.name}.{name}".lstrip("."), str(option).replace("|", "\\|")
                         about.setdefault(of, {})[choice] = _short(value)
-        several = len(choices) > 1
+        several = len(chosen) > 1
         lines += [f"| option | value | meaning |{' of |' if several else ''}", "|---" * (3 + several) + "|"]
         for (name, said), values in about.items():
             shown = " or ".join(f"`{value}`" for value in dict.fromkeys(values.values()))
-            of_choices = f" {'all' if len(values) == len(choices) else ', '.join(values)} |" if several else ""
+            of_choices = f" {'all' if len(values) == len(chosen) else ', '.join(values)} |" if several else ""
             lines.append(f"| `{name}` | {shown} | {said} |{of_choices}")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
@@ -304,11 +305,11 @@ def _module(name: str) -> griffe.Module | None:
     return None
 
 
-def _groups(folder: Path, chosen: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _groups(chosen: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The groups that a program has something chosen of, with all choices."""
     for name in sorted(name for name in chosen if not name.startswith("hydra/")):
         group = name.partition("@")[0]
-        names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+        names = choices(group)
         if len(names) > 1 and "base" not in group.split("/"):
             yield name.removeprefix("evaluation@"), names
 
@@ -320,6 +321,6 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    from vlabs.runs.config import config_dir
+    from vlabs.runs.groups import config_dir
 
     print(page(config_dir()), end="")

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from vlabs.checkpoints.checkpoint import trainings_in_words
 from vlabs.data.module import PreparedDataModule
-from vlabs.runs.config import config_dir
+from vlabs.runs.groups import config_dir
 from vlabs.tasks.base import Task
 from vlabs.utils.ranks import say
 
