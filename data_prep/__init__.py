@@ -1,7 +1,7 @@
-"""From raw downloads to prepared folders (`vlabs.data.prepared`). Three rooms, and imports go one way through them.
+"""From raw downloads to prepared folders (`vlabs.data.prepared`). Three packages; imports go one way through them.
 
-`scenes` (what is rendered) → `readers` (a file a raw layout) → `engine` (files, tables, pictures, what is written).
-`vlabs prepare NAME` is `python -m data_prep.NAME`, where NAME is a file of `readers` or of `scenes`.
+`scenes` (the rendered corpus) → `readers` (one module per raw layout) → `engine` (files, tables, images, output).
+`vlabs prepare NAME` is `python -m data_prep.NAME`, where NAME is a module of `readers` or `scenes`.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from vlabs.errors import UserError, run_cli
 
 
 def commands() -> dict[str, tuple[str, str, str]]:
-    """By name, the module of every preparation, what it does, and what to download for it, by their docstrings."""
+    """The module, the purpose and the downloads of every preparation, by name, from the docstrings."""
     found = {}
     for room in ("readers", "scenes"):
         for path in sorted(Path(__file__).parent.joinpath(room).glob("*.py")):

@@ -1,4 +1,4 @@
-"""What every prepared folder has, whatever is in it: is it there, what was it made from, what was left out."""
+"""What all prepared folders share: whether they exist, what they were made from, what was left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of `datasets`, from the hub or a local copy: rows that are streamed, and pictures by their bytes."""
+"""Datasets of `datasets`, from the hub or a local copy: rows that are streamed, and images by their bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LARGEST = 256 * 2**20  # bytes of a picture's file
 
 
 def open_streams(name: str, config: str | None = None, splits: dict[str, str] | None = None) -> dict[str, Any]:
-    """The splits of a data set by the names that they get, as streams.
+    """The splits of a dataset by the names that they get, as streams.
 
     Args:
         name: on the hub, or a local folder: of `save_to_disk`, or of files that `load_dataset` knows.
-        config: of the data set, where it has several.
-        splits: by the name that a split gets, the data set's own; None for all that it has, with usual names.
+        config: of the dataset, where it has several.
+        splits: by the name that a split gets, the dataset's own; None for all that it has, with usual names.
 
     Raises:
         UserError: it cannot be had, or has no such split.
@@ -56,7 +56,7 @@ def open_streams(name: str, config: str | None = None, splits: dict[str, str] | 
 
 
 def rows_of(name: str, split: str, stream: Any, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a stream from one on, numbered from 0; pictures are their files' bytes, and no decoder is started.
+    """The rows of a stream from one on, numbered from 0; images are their files' bytes, and no decoder is started.
 
     Raises:
         UserError: reading stops, as when the network does.
@@ -81,13 +81,13 @@ def columns_of(stream: Any) -> list[str]:
 
 
 def picture_of(where: str, value: Any, folder: Path) -> bytes | None:
-    """The bytes of a picture in a row: as they are, in a dictionary, or in a file that it names; None if it is null.
+    """The bytes of an image in a row: as they are, in a dictionary, or in a file that it names; None if it is null.
 
     Args:
-        folder: of the data set; what lies outside is not read, whatever a row says.
+        folder: of the dataset; what lies outside is not read, whatever a row says.
 
     Raises:
-        UserError: it is no picture, or in a file that is outside, no regular one, or larger than any.
+        UserError: it is no image, or in a file that is outside, no regular one, or larger than any.
         FileNotFoundError: the file is not there; its text is the name.
     """
     if isinstance(value, dict):
@@ -114,10 +114,10 @@ def picture_of(where: str, value: Any, folder: Path) -> bytes | None:
 
 
 def check_sources(folder: Path) -> None:
-    """Raise a UserError if a local data set says that its files are elsewhere, from where `datasets` would read them.
+    """Raise a UserError if a local dataset says that its files are elsewhere, from where `datasets` would read them.
 
     Args:
-        folder: of the data set; for a name on the hub there is none.
+        folder: of the dataset; for a name on the hub there is none.
     """
     said: list[tuple[Path, Any]] = []
     for file in (folder / "README.md", folder / ".huggingface.yaml"):

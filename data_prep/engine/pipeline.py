@@ -1,11 +1,11 @@
-"""From questions or captions of images to the prepared form of `vlabs.data.prepared`: what all raw data shares.
+"""From texts about images to the prepared form of `vlabs.data.prepared`: the part that all raw data share.
 
-1. The questions or captions go into a sqlite index, one at a time, so memory does not follow their number.
+1. The questions or captions go into a sqlite index, one at a time, so memory is constant.
 2. Worker processes build shards of a fixed number of images; a finished shard has its final name and a record.
 3. The finished folder gets its name, in one step, when nothing is left to do.
 
-All that is written depends on the raw data and the options alone. Until the end it lies in `OUT.vlabs-partial`, where a
-run that was stopped, however roughly, goes on.
+The output depends only on the raw data and the options. Until the end it is in `OUT.vlabs-partial`, where a run that
+was stopped, even by SIGKILL, continues.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Options:
         on_bad: `error`, or `skip` to leave out what cannot be used.
         shard_size: images a file.
         num_workers: processes; has no influence on what is written.
-        name: what the data set is called; what the raw data say if empty.
+        name: what the dataset is called; what the raw data say if empty.
     """
 
     min_answer_count: int = 1
@@ -111,7 +111,7 @@ def prepare_in(
     """`prepare` in a folder that `vlabs.utils.files.new_folder` gave.
 
     Args:
-        name: of a data set that has no name of its own.
+        name: of a dataset that has no name of its own.
         raw_files: of `raw_files_of`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where the raw pictures lie, in folders, zip and tar files, and how one is read without unpacking anything."""
+"""Where the raw images are, in folders, zip and tar files, and how one is read without unpacking anything."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMED = 20  # pictures that are missing, for which a name that is there is look
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is called as a picture that can be decoded."""
+    """Whether a file is called as an image that can be decoded."""
     return os.path.splitext(name)[1].lower() in known_suffixes()
 
 
@@ -58,7 +58,7 @@ def json_files(folder: Path, archives: str = "*.zip") -> list[JsonFile]:
 
 
 def count_others(names: Iterable[str]) -> str:
-    """What is said of files that are no pictures: how many of each suffix; empty without any."""
+    """What is said of files that are no images: how many of each suffix; empty without any."""
     counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
     return ", ".join(f"{count:,} of {suffix}" for suffix, count in counts.most_common())
 
@@ -152,7 +152,7 @@ class Listing:
         return self.files.get(plain) or self.files.get(self.top + plain) or self.older.get(plain)
 
     def like(self, name: str) -> str | None:
-        """The name of a file that could be meant by one that is not there: spelled alike, or any picture."""
+        """The name of a file that could be meant by one that is not there: spelled alike, or any image."""
         stem = os.path.splitext(name.replace("\\", "/").rpartition("/")[2])[0].casefold()
         pictures = [one for one in self.files if is_picture(one)]
         alike = (one for one in pictures if os.path.splitext(one.rpartition("/")[2])[0].casefold() == stem)
@@ -284,7 +284,7 @@ def read_file(image: ImageFile) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is larger than any picture, or than it says.
+        OSError, ValueError: it cannot be read, or is larger than any image, or than it says.
     """
     if (size := max(image.size, image.stored)) > _LARGEST:
         raise ValueError(f"it has {size >> 20} MiB, more than any picture")

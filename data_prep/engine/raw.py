@@ -1,4 +1,4 @@
-"""What the readers of texts have in common: raw files, and what they say."""
+"""The base class of readers of texts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vlabs.errors import UserError
 
 
 class Reader:
-    """The raw files of one data set in one folder. A subclass says what they are called, and what they say.
+    """The raw files of one dataset in one folder. A subclass defines their names and how they are read.
 
     Args:
         raw_dir: the folder.
 
     Attributes:
-        name: what its command is called, and the data set.
+        name: what its command is called, and the dataset.
         kind: of its texts.
-        official: how many texts a split of the data set has. Files in its form whose numbers differ in all splits are
+        official: how many texts a split of the dataset has. Files in its form whose numbers differ in all splits are
             somebody's own, and called as their folder. Empty where files say whose they are, or everybody's are meant.
         min_answer_count: of the answer vocabulary of questions, if the user does not say.
         options: what the command line's options say of what is read, so that a run with other ones starts anew.
@@ -79,11 +79,11 @@ class Reader:
         return self.store
 
     def called(self, seen: Mapping[str, int]) -> str:
-        """Return what the data set is called, from its texts by split; empty for the name of its prepared folder."""
+        """Return what the dataset is called, from its texts by split; empty for the name of its prepared folder."""
         return self.call(not self.official or any(seen.get(split) == count for split, count in self.official.items()))
 
     def call(self, is_official: bool) -> str:
-        """What the data set is called: its name where it is the official one, or as its folder."""
+        """What the dataset is called: its name where it is the official one, or as its folder."""
         return name_of_rendered(self.raw_dir) or (self.name if is_official else self.raw_dir.resolve().name)
 
     def lines(self, splits: Mapping[str, Path]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
@@ -101,7 +101,7 @@ class Reader:
                 raise UserError(f"{path} is empty: download it again")
 
     def texts(self) -> Iterable[Text | BadItem]:
-        """Yield all texts, and what is bad in the place of those that cannot be used.
+        """Yield all texts, and what is bad instead of those that cannot be used.
 
         Raises:
             UserError: a file is not as it should be.
@@ -109,7 +109,7 @@ class Reader:
         raise NotImplementedError
 
     def fill(self, index: Index) -> None:
-        """Put all texts into the index, and what part of their pictures they are about."""
+        """Put all texts into the index, and what part of their images they are about."""
         for text in self.texts():
             if isinstance(text, BadItem):
                 index.add_bad(*text)
@@ -119,7 +119,7 @@ class Reader:
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options of this data set alone to its command line."""
+        """Add the options of this dataset alone to its command line."""
         parser.add_argument("--raw-dir", type=Path, required=True, help="folder with the files as they are downloaded")
 
     @classmethod

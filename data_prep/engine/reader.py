@@ -1,4 +1,4 @@
-"""The command lines of readers: what all of them ask, and how one of texts is run."""
+"""The command lines of readers: common options, and how a reader of texts is run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
 
 
 def command(reader: type[Reader]) -> Callable[[], None]:
-    """The command that prepares a data set."""
+    """The command that prepares a dataset."""
 
     def main() -> None:
         least = reader.min_answer_count if reader.kind == QUESTIONS else None

@@ -1,13 +1,13 @@
-"""What part of a picture a text is about: from boxes, instances and mask files to one map a text.
+"""Regions, the parts of images that texts are about: from boxes, instances and mask files to one map per text.
 
 On its way through the index a region is one of these, as JSON:
 
-    {"box": [x, y, width, height]}           in pixels, from the picture's top left corner; perhaps with
-                                             "size": [height, width] of the picture that it is meant for
+    {"box": [x, y, width, height]}           in pixels, from the image's top left corner; perhaps with
+                                             "size": [height, width] of the image that it is meant for
     {"segmentation": ...}                    COCO's: polygons, or run lengths with their size
-    {"maps": [[file, member or null], ...]}  pictures of where it is, bright or not, of which the mean is taken
+    {"maps": [[file, member or null], ...]}  images of where it is, bright or not, of which the mean is taken
 
-A prepared row keeps, for every text, a PNG of the whole picture, in which white is what the text is about.
+A prepared row keeps, for every text, a PNG of the whole image, in which white is what the text is about.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ class Degenerate(ValueError):
 
 
 def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) -> tuple[bytes, list[str]]:
-    """The union of some regions of a picture, as a PNG: 1 bit a pixel for masks, 8 for maps.
+    """The union of some regions of an image, as a PNG: 1 bit a pixel for masks, 8 for maps.
 
     Args:
         regions: see the module.
-        width, height: of the picture as it is seen.
+        width, height: of the image as it is seen.
 
     Returns:
         The PNG, empty bytes where nothing can be drawn; and why boxes and polygons are left out that have no area, are
-        no shape, or lie outside the picture.
+        no shape, or lie outside the image.
 
     Raises:
-        ValueError: a region is of another picture, or its file cannot be read.
+        ValueError: a region is of another image, or its file cannot be read.
     """
     union: np.ndarray = np.zeros((height, width), dtype=np.uint8)
     faults: list[str] = []
@@ -122,8 +122,8 @@ def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) ->
         faults: gets why the others are left out.
 
     Raises:
-        Degenerate: none of them can be drawn, or nothing is in the picture.
-        ValueError: it is of another picture, or in none of COCO's formats.
+        Degenerate: none of them can be drawn, or nothing is in the image.
+        ValueError: it is of another image, or in none of COCO's formats.
     """
     try:
         drawn = Instance(0, 0, 0.0, height, width, segmentation).mask()
@@ -139,7 +139,7 @@ def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) ->
 
 
 def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
-    """Pixels whose centres are in the box; at least one, of a box that is in the picture."""
+    """Pixels whose centres are in the box; at least one, of a box that is in the image."""
     try:
         x, y, box_width, box_height = map(float, box)
     except (TypeError, ValueError, OverflowError):
@@ -163,7 +163,7 @@ def _pixels(start: float, length: float, side: int) -> slice:
 
 
 def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) -> np.ndarray:
-    """The mean of some gray pictures, scaled so that its brightest is white."""
+    """The mean of some gray images, scaled so that its brightest is white."""
     maps = [_read_map(Path(str(file)), member) for file, member in files]
     if len({one.shape for one in maps}) > 1:
         raise ValueError(f"{files[0][0]} and the other maps of the same text differ in size")

@@ -1,4 +1,4 @@
-"""One shard of a prepared split: rows of pictures with their texts, built in one process of several."""
+"""One shard of a prepared split: rows of images with their texts, built by one of several processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ShardTask:
     record_file: Path
 
     def read_images(self, connection: sqlite3.Connection, kind: Kind) -> dict[str, dict[int, ImageFile]]:
-        """Where the pictures are, by column and by image id."""
+        """Where the images are, by column and by image id."""
         return {
             column: read_images(connection, f"{self.split}/{place}", self.first_image, self.last_image)
             for place, column in enumerate(["image", *kind.more_images])
@@ -110,7 +110,7 @@ class ShardBuilder:
     def _read(
         self, image: ImageFile | None, column: str, row: dict[str, Any], task: ShardTask, bad: list[BadItem]
     ) -> bool:
-        """Read a picture and its regions into a row; what is bad is noted, and False if it is the picture."""
+        """Read an image and its regions into a row; what is bad is noted, and False if it is the image."""
         place = ["image", *self.kind.more_images].index(column)
         if image is None:
             found = self.index.execute(
@@ -149,7 +149,7 @@ class ShardBuilder:
         return drawn
 
     def _rows(self, task: ShardTask) -> Iterator[dict[str, Any]]:
-        """Yield the shard's rows by image id, without the pictures, their texts by their ids."""
+        """Yield the shard's rows by image id, without the images, their texts by their ids."""
         found = self.index.execute(
             "SELECT image_id, item_id, text, more, targets, regions FROM items"
             " WHERE split = ? AND image_id BETWEEN ? AND ? ORDER BY image_id, item_id",

@@ -1,4 +1,4 @@
-"""Tables as people have them: CSV of any encoding and separator, JSON lines, and JSON lists of objects."""
+"""Tables of users: CSV with any encoding and separator, JSON lines, and JSON lists of objects."""
 
 from __future__ import annotations
 

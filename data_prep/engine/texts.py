@@ -1,7 +1,7 @@
-"""Texts about pictures on their way to the prepared form: questions, captions, and statements with a label.
+"""Texts about images on their way to the prepared form: questions, captions, and statements with a label.
 
 The index of all texts is on disk, so memory does not follow their number. An id is what the source says, a whole number
-or a text; a picture's is a number, the source's own or counted in the order in which pictures appear.
+or a text; an image's is a number, the source's own or counted in the order in which images appear.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ Regions = Sequence[Mapping[str, Any]]  # as in `engine.regions`
 
 
 class Text(NamedTuple):
-    """A text about a picture, or about several together.
+    """A text about an image, or about several together.
 
     Attributes:
         where: its place in the raw data, for messages.
         split: the name of its split.
-        images: the names of its pictures.
+        images: the names of its images.
         id: its own, once in its split.
         text: what is asked or said.
-        image_id: of its picture or pictures; None to count them by their names.
+        image_id: of its image or images; None to count them by their names.
         answers: to a question, as people wrote them; none where they are kept back.
         major: the answer that counts for the vocabulary, in normal form; the most frequent one if not given.
         answer_type, question_type: the first is told from the answer, the second is the first two words, if not given.
-        key: what the data set calls a statement.
+        key: what the dataset calls a statement.
         label: of a statement: a name; None where it is kept back.
-        targets: of each picture, the COCO instances that the text is about.
-        regions: of its picture, what part the text is about.
+        targets: of each image, the COCO instances that the text is about.
+        regions: of its image, what part the text is about.
     """
 
     where: str
@@ -88,7 +88,7 @@ class Kind:
 
     @property
     def more_images(self) -> list[str]:
-        """The columns of a row's pictures beside `image`: `image_2` and so on."""
+        """The columns of a row's images beside `image`: `image_2` and so on."""
         return [f"image_{n}" for n in range(2, self.pictures + 1)]
 
 
@@ -97,7 +97,7 @@ CAPTIONS = Kind("captions", "caption", CAPTION_FEATURES)
 
 
 def statements(labels: Sequence[str], pictures: int = 1) -> Kind:
-    """The kind of statements with these labels about so many pictures each."""
+    """The kind of statements with these labels about so many images each."""
     return Kind("statements", "statement", statement_features(pictures), pictures, tuple(labels))
 
 
@@ -314,7 +314,7 @@ class Index:
             raise UserError(f"there are no {self.kind.item}s{found}")
 
     def _number(self, where: str, names: tuple[str, ...]) -> int:
-        """The number of a picture, or of some together: they are counted in the order in which they appear."""
+        """The number of an image, or of some together: they are counted in the order in which they appear."""
         values = {"names": "\n".join(names)}
         self._store(where, "INSERT OR IGNORE INTO numbers (names) VALUES (?)", values)
         found = self.connection.execute("SELECT image_id FROM numbers WHERE names = ?", tuple(values.values()))
@@ -371,7 +371,7 @@ def _major(text: Text) -> str:
 
 
 def _targets(where: str, targets: Sequence[Sequence[int]]) -> str | None:
-    """COCO's instances of each picture, as the index stores them."""
+    """COCO's instances of each image, as the index stores them."""
     for of_picture in targets:
         if not isinstance(of_picture, Sequence) or isinstance(of_picture, str):
             raise UserError(f"{where}: 'target_instances' must be a list of whole numbers")
@@ -443,7 +443,7 @@ class Rows:
     def row(
         self, image_id: int, items: Iterable[tuple[Any, str, str | None, str | None, str | None]]
     ) -> dict[str, Any]:
-        """A row without its pictures' bytes, from the id, text, more, targets and regions of each of its texts."""
+        """A row without its images' bytes, from the id, text, more, targets and regions of each of its texts."""
         single = ("image_id", "image", *self.kind.more_images)
         row: dict[str, Any] = {column: [] for column in self.features if column not in single} | {"image_id": image_id}
         for item_id, text, more, targets, regions in items:

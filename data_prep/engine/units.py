@@ -1,4 +1,4 @@
-"""Prepared folders of pictures: units of work that are read one by one, each kept as soon as it is done.
+"""Prepared folders of images: units of work that are read one by one, each kept as soon as it is done.
 
 A unit gives rows; what is bad in it is noted in their place. Memory follows a batch of rows, and a run that was stopped
 goes on with the next unit.
@@ -43,7 +43,7 @@ class Unit:
     Attributes:
         split: of its rows.
         name: for the progress bar.
-        read: gives its rows, and a BadItem in the place of one that cannot be used.
+        read: gives its rows, and a BadItem instead of one that cannot be used.
     """
 
     split: str
@@ -56,7 +56,7 @@ class Folder:
     """What is to be prepared.
 
     Attributes:
-        kind, name: of the data set, for its manifest.
+        kind, name: of the dataset, for its manifest.
         features: of a prepared row.
         units: what is read, in order.
         raw_files: what the manifest says of what it is read from; a run goes on where these are the same.

@@ -1,15 +1,15 @@
-"""Prepare pictures with one class each: class folders, tar files of them, a table, or a data set of `datasets`.
+"""Prepare images with one class each: class folders, tar files of them, a table, or a dataset of `datasets`.
 
     vlabs prepare classes --raw-dir RAW --out-dir data/mine                    # RAW/train, RAW/val or their .tar
-    vlabs prepare classes --table pictures.csv --out-dir data/mine             # columns image, class, split
+    vlabs prepare classes --table images.csv --out-dir data/mine             # columns image, class, split
     vlabs prepare classes --dataset NAME_OR_FOLDER --out-dir data/mine
 
-Download: nothing of its own; whatever has a class a picture.
+Download: nothing special; any images with one class each.
 
-Pictures of folders, tar files and tables stay where they are: what is written is where each one lies, in a file of its
-own or inside a tar file, which is then read there. So preparing 1.3 million pictures takes as long as reading the
-headers of a tar file. Classes that are whole numbers are in their order, others sorted as texts. A row without a
-picture or a class (or with -1, which data sets write for none) is bad.
+Images of folders, tar files and tables stay where they are: only the place of each one is written, and it is read there
+later. So preparing 1.3 million images takes as long as reading the headers of a tar file. Classes that are whole
+numbers are in numeric order, others are sorted as texts. A row without an image or a class (or with -1, which datasets
+use for none) is bad.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _PART = pa.schema(
 
 
 def entry(label: str, path: Path | None = None, offset: int = 0, size: int = 0, image: bytes = b"") -> Row:
-    """A picture: its class, and its bytes or the part of a file that they are."""
+    """An image: its class, and its bytes or the part of a file that they are."""
     place = "" if path is None else storable(path.absolute())
     return {"label": label, "path": place, "offset": offset, "size": size, "image": image}
 
 
 def entry_in(split: str, where: str, label: str, path: Path, offset: int, size: int) -> Row | BadItem:
-    """A picture that lies in a file, unless there is none of it."""
+    """An image that lies in a file, unless there is none of it."""
     return entry(label, path, offset, size) if size else BadItem("empty image", split, where)
 
 
@@ -74,7 +74,7 @@ def prepare_classes(
     Args:
         units: what to read.
         raw_files: what they are read from; by their names, sizes and times it is known whether a run goes on.
-        name: of the data set.
+        name: of the dataset.
         classes: all class names in the order of their labels; those that occur, sorted, if not given.
         on_bad: see `prepare_units`.
     """
@@ -152,7 +152,7 @@ def folder_units(raw_dir: Path) -> tuple[list[Unit], list[Path]]:
 
 
 def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
-    """The pictures of a class folder."""
+    """The images of a class folder."""
     others: list[str] = []
     odd: list[Path] = []
     for path in walk(folder, odd):
@@ -169,7 +169,7 @@ def _of_folder(folder: Path, split: str = "") -> Iterator[Row | BadItem]:
 
 
 def _of_tar(path: Path, split: str = "") -> Iterator[Row | BadItem]:
-    """The pictures of a tar file: the class is the folder that a picture is in."""
+    """The images of a tar file: the class is the folder that an image is in."""
     others = []
     with open_tar(path) as archive:
         for member in members(archive, path):
@@ -197,10 +197,10 @@ def _say_others(place: Path, names: Sequence[str]) -> None:
 
 
 def entries_of(path: Path) -> Iterator[Row]:
-    """The pictures of a tar file with class folders, or of a folder of them.
+    """The images of a tar file with class folders, or of a folder of them.
 
     Raises:
-        UserError: it is neither, or a picture's file is empty.
+        UserError: it is neither, or an image's file is empty.
     """
     if path.is_dir():
         folders = sorted(one for one in path.iterdir() if one.is_dir() and not is_clutter(one.name))
@@ -255,7 +255,7 @@ def _label(value: Any) -> str | None:
 
 
 def dataset_units(name: str, image: str, label: str) -> tuple[list[Unit], list[Path], list[str] | None]:
-    """The splits of a data set of `datasets`, by its hub name or the folder of a local copy.
+    """The splits of a dataset of `datasets`, by its hub name or the folder of a local copy.
 
     Args:
         image, label: its columns.

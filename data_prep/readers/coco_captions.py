@@ -6,12 +6,12 @@ Download: the captions, `coco.zip` or `caption_datasets.zip` of
 https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images, `train2014.zip` and `val2014.zip` of
 https://cocodataset.org/#download.
 
-Nothing needs unpacking, but `dataset_coco.json` and folders of images do as well. The splits are train (113,287 images:
+Nothing needs unpacking, but unpacked files work too. The splits are train (113,287 images:
 Karpathy's `restval` counts as training), val and test (5,000 each); an image's id is COCO's, a caption's its `sentid`.
-A run that was stopped goes on where it was when it is started again.
+A stopped run continues when it is started again.
 
-With `--phrases` the captions are what COCO's instances are ("traffic light"), each with its mask, for `task=naming`;
-`annotations_trainval2014.zip` has to be in the same folder.
+With `--phrases` the captions are the categories of COCO's instances ("traffic light"), each with its mask, for
+`task=naming`; `annotations_trainval2014.zip` must be in the same folder.
 """
 
 from __future__ import annotations

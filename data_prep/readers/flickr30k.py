@@ -7,13 +7,13 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/, and the images of https:
 (a tar file, which has to be unpacked); if wanted, `annotations.zip` of
 https://github.com/BryanPlummer/flickr30k_entities.
 
-`dataset_flickr30k.json` does as well; the images lie in the folder `flickr30k-images/` or `flickr30k_images/` or in a
+`dataset_flickr30k.json` works too; the images are in the folder `flickr30k-images/` or `flickr30k_images/` or in a
 zip file of one of these names. The splits are train, val and test; an image's id is its `imgid`, a caption's its
-`sentid`. A run that was stopped goes on where it was when it is started again.
+`sentid`. A stopped run continues when it is started again.
 
-Where the folder also holds Flickr30K Entities (`entities.py`), what part of its picture a caption is about are the
-boxes of all phrases of its sentence. With `--phrases`, the phrases that have boxes are the captions, in place of the
-sentences: a phrase's words, about its own boxes, with 100 * `sentid` + its place in the sentence, from 1, as its id.
+If the folder also holds Flickr30K Entities (`entities.py`), the region of a caption is the boxes of all phrases of its
+sentence. With `--phrases`, the phrases that have boxes are the captions instead of the sentences: each with its own
+boxes, and with 100 * `sentid` + its position in the sentence, from 1, as its id.
 """
 
 from __future__ import annotations

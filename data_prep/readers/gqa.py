@@ -1,4 +1,4 @@
-"""Prepare GQA: questions, and what they are about by the scene graphs.
+"""Prepare GQA: questions, and their regions from the scene graphs.
 
     vlabs prepare gqa --raw-dir downloads --out-dir data/gqa
 
@@ -6,11 +6,11 @@ Download: `questions1.2.zip`, `sceneGraphs.zip` and `images.zip` or `allImages.z
 https://cs.stanford.edu/people/dorarad/gqa/download.html.
 
 Nothing needs unpacking, but the files `train_balanced_questions.json`, `train_sceneGraphs.json` and so on and a folder
-of pictures do as well. The balanced questions are prepared, as `train`, `val`, `testdev` and `test`; with `--all` all
-of them. Their ids are GQA's, letter by letter, because two may differ in a leading zero alone. A question's answer
-counts as given by all ten people that VQA v2 asks, so that its score is 0 or 100. What part of the picture it is about
-are the boxes of the objects that its annotations of question and answer name, where there is a scene graph;
-`question_type` is GQA's structural type. A run that was stopped goes on where it was when it is started again.
+of images work too. The balanced questions are prepared, as `train`, `val`, `testdev` and `test`; with `--all` all of
+them. Their ids are GQA's, as texts, because two may differ only in a leading zero. A question's answer counts as given
+by all ten annotators of VQA v2, so that its score is 0 or 100. The region of a question is the boxes of the objects
+that its annotations of question and answer name, if there is a scene graph. `question_type` is GQA's structural type. A
+stopped run continues when it is started again.
 
     vlabs train experiment=vqav2_absvit_base data.dir=data/gqa
 """

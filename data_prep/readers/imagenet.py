@@ -2,8 +2,8 @@
 
     vlabs prepare imagenet --raw-dir RAW --out-dir data/imagenet
 
-Download: ILSVRC2012_img_train.tar (a tar file a class inside), ILSVRC2012_img_val.tar and
-ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation pictures, of https://image-net.org.
+Download: ILSVRC2012_img_train.tar (a tar file per class inside), ILSVRC2012_img_val.tar and
+ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images, of https://image-net.org.
 
 For class folders, unpacked, see `vlabs prepare classes`.
 """
@@ -50,7 +50,7 @@ def imagenet_units(raw_dir: Path) -> tuple[list[Unit], list[Path], list[str]]:
 
 
 def read_devkit(path: Path) -> tuple[list[str], list[str]]:
-    """The WordNet id of every validation picture, in order, and those of all classes, sorted.
+    """The WordNet id of every validation image, in order, and those of all classes, sorted.
 
     Raises:
         UserError: it is not the development kit.
@@ -70,7 +70,7 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _of_class_tar(path: Path, inner: tarfile.TarInfo) -> Iterator[Row | BadItem]:
-    """The pictures of a class: a tar file inside the tar file."""
+    """The images of a class: a tar file inside the tar file."""
     with open_tar(path) as outer, open_tar(path, outer.extractfile(inner)) as archive:
         for member in members(archive, path):
             where, offset = f"{inner.name}: {member.name}", inner.offset_data + member.offset_data
@@ -78,7 +78,7 @@ def _of_class_tar(path: Path, inner: tarfile.TarInfo) -> Iterator[Row | BadItem]
 
 
 def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:
-    """The validation pictures, whose class is known by their number."""
+    """The validation images, whose class is known by their number."""
     with open_tar(path) as archive:
         for member in members(archive, path):
             match = _VAL_NAME.fullmatch(Path(member.name).name)

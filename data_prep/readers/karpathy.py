@@ -1,6 +1,6 @@
 """Captions in the layout of Karpathy's splits: one JSON file with every image's split and sentences, and the images.
 
-What the data sets differ in is said by the attributes of a subclass, each in a module with its command.
+The datasets differ in the attributes of a subclass; each has a module with its command.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPLITS = {"restval": "train"}
 
 
 class KarpathyCaptions(Reader):
-    """The raw files of one data set of captions.
+    """The raw files of one dataset of captions.
 
     Args:
         raw_dir: folder with the JSON file and the images, zipped or not.
@@ -83,7 +83,7 @@ class KarpathyCaptions(Reader):
         self.tables = [json_file.path, *self.instances]
 
     def called(self, seen: Mapping[str, int]) -> str:
-        """The layout's name if the JSON file says that it is of it; data of one's own are called as their folder."""
+        """The layout's name if the JSON file says that it is of it; data of your own are called as their folder."""
         return self.call(self.json_file.text("dataset") == self.layout)
 
     @classmethod

@@ -1,18 +1,18 @@
-"""Prepare NLVR2: sentences about pairs of pictures, each true or false.
+"""Prepare NLVR2: sentences about pairs of images, each true or false.
 
     vlabs prepare nlvr2 --raw-dir downloads --out-dir data/nlvr2
 
-Download: `train.json`, `dev.json` and `test1.json` (any of them will do), and with them `test2.json` and those of
-`balanced/` and `unbalanced/`, of `nlvr2/data` of https://github.com/lil-lab/nlvr; and train_img.zip, dev_img.zip and
-test1_img.zip, for which its authors are asked.
+Download: `train.json`, `dev.json` and `test1.json` (or some of them), `test2.json` and those of `balanced/` and
+`unbalanced/`, from `nlvr2/data` of https://github.com/lil-lab/nlvr; and train_img.zip, dev_img.zip and test1_img.zip,
+which its authors give on request.
 
-The JSON lines are looked for at any depth of the folder, and the pictures by their names,
-`dev-850-0-img0.png`, in zip and tar files, or in folders at any depth. Each file is a split by its name: `train`,
-`dev`, `test1`, `balanced_dev` and so on. A row is a pair with the sentences about it; the line's `identifier` is the
-sentence's key. A run that was stopped goes on where it was when it is started again.
+The JSON lines may be at any depth of the folder, and the images, by names such as `dev-850-0-img0.png`, in zip and tar
+files or in folders at any depth. Each file is a split by its name: `train`, `dev`, `test1`, `balanced_dev` and so on. A
+row is a pair with the sentences about it; the line's `identifier` is the sentence's key. A stopped run continues when
+it is started again.
 
-Where a line has `target_instances` and `target_instances_right`, as those of the embedded corpus do, and COCO's
-instances lie in the folder, they say what part of the left and of the right picture a sentence is about.
+If a line has `target_instances` and `target_instances_right`, as in the embedded corpus, and COCO's instances are in
+the folder, they are the regions of the sentence in the left and in the right image.
 """
 
 from __future__ import annotations

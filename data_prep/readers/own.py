@@ -1,39 +1,38 @@
-"""Prepare your own questions about images, or your own captions, listed in a table or a data set of `datasets`.
+"""Prepare your own questions about images, or your own captions, listed in a table or a dataset of `datasets`.
 
     vlabs prepare own --table questions.jsonl --out-dir data/own
     vlabs prepare own --dataset NAME --columns image=img answers=answers.answer --out-dir data/own
 
-Download: nothing of its own; for --dataset what its name says, or a local copy (`hf download`).
+Download: nothing; --dataset takes a name on the hub, or a local copy (`hf download`).
 
 The table is JSON lines, a JSON list, CSV or TSV, with a header line. A table of questions has these columns:
 
 - `image`: path of an image, relative to the table's folder or to `--image-root`
-- `question`: text of any language and length
-- `answers`: a list or a single one (JSON); answers separated by `|` (CSV). May be left out.
-- `split`, if wanted: `train`, `val`, `test` or any other name. Rows without one are divided between train and val by
-  image, so that no image is in both; which images go where depends on their paths alone.
-- `question_id` (a whole number or a text), `question_type`, `answer_type`, if wanted. Otherwise: the row's number from
-  1, the question's first two words, and one of yes/no, number, other.
-- `boxes` or `mask`, if wanted, not both: what part of the picture the row is about, whether it has answers or not.
-  `boxes` is a list of boxes, each `[x, y, width, height]` in pixels from the top left corner, or a single such box; in
-  CSV, `x y width height`, several separated by `|`. `mask` is the path of a gray or black and white picture, relative
-  like the image and of the same aspect, in which white is what the row is about. Both are of the picture as a viewer
-  shows it.
+- `question`: text in any language, of any length
+- `answers`: a list or a single answer (JSON); answers separated by `|` (CSV). Optional.
+- `split` (optional): `train`, `val`, `test` or any other name. Rows without one are divided between train and val by
+  image, so that no image is in both; the division depends only on the paths of the images.
+- `question_id` (a whole number or a text), `question_type`, `answer_type` (optional). By default: the row's number
+  from 1, the question's first two words, and one of yes/no, number, other.
+- `boxes` or `mask` (optional, not both): the part of the image that the row is about. `boxes` is a list of boxes, each
+  `[x, y, width, height]` in pixels from the top left corner, or a single box; in CSV, `x y width height`, several
+  separated by `|`. `mask` is the path of a gray or black-and-white image of the same aspect ratio, relative like the
+  image, in which the part is white. Both refer to the image as a viewer shows it.
 
 A table of captions has `caption` instead of `question`:
 
 - `image`, `split`, `boxes` and `mask`, as above; several rows of one image are several captions of it
-- `caption`: text of any language and length
-- `caption_id` (once in the table), if wanted. Otherwise: the row's number from 1.
+- `caption`: text in any language, of any length
+- `caption_id` (optional, unique). By default: the row's number from 1.
 
-In the place of a table, `--dataset` streams a data set of the Hugging Face hub, or of a local copy. A list of questions
-or captions in a row is as many rows. Its splits are taken as they are, `validation` as `val`; a data set of one split
-is divided as a table without splits is. A row without an image or a text is bad.
+Instead of a table, `--dataset` streams a dataset of the Hugging Face hub or a local copy. A list of questions or
+captions in a row becomes as many rows. Splits keep their names, except `validation`, which becomes `val`; a dataset
+with one split is divided like a table without splits. A row without an image or a text is bad.
 
-Fewer than ten answers count as ten, those given in turn, because the official accuracy is made for ten: one answer
-counts as ten people agreeing, two as five against five (either is fully right), and of five different answers each is
-60% right. The answers are written in normal form ("A red one." becomes "red 1"): where all ten are the same, the
-official evaluation compares letter by letter, so "Red" could never be answered with the vocabulary's "red".
+Fewer than ten answers count as ten, by repeating them in turn, because the official accuracy assumes ten: one answer
+counts as ten people agreeing, two as five against five (either is fully right), and each of five different answers is
+60% right. Answers are written in normal form ("A red one." becomes "red 1"): if all ten are the same, the official
+evaluation compares strings exactly, so "Red" could never be answered with the vocabulary's "red".
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class Table(Reader):
         path: of the table.
         image_root: what the images' paths are relative to.
         val_fraction: part of the images of rows without a split that goes into val, in [0, 1).
-        name: of the data set; empty to call it as its folder.
+        name: of the dataset; empty to call it as its folder.
 
     Raises:
         UserError: there is no such table or folder, it has no rows or a bad one, or the fraction is out of range.
@@ -116,7 +115,7 @@ class Table(Reader):
 
     @property
     def images(self) -> Sequence[Path]:
-        """See `Reader`; there is no end to what may lie in a folder of one's own."""
+        """See `Reader`; there is no end to what may lie in a folder of your own."""
         return []
 
     def called(self, seen: Mapping[str, int]) -> str:
@@ -150,7 +149,7 @@ class Table(Reader):
             index.add(_with_answers(text, row) if self.kind is QUESTIONS else text)
 
     def _regions(self, row: Row) -> list[dict[str, Any]]:
-        """What part of the picture a row is about, as in `engine.regions`."""
+        """What part of the image a row is about, as in `engine.regions`."""
         if row.mask is not None:
             return [{"maps": [[str((self.image_root / row.mask).absolute()), None]]}]
         return [{"box": box} for box in row.boxes]
@@ -174,7 +173,7 @@ class Table(Reader):
             yield _as_row(where, values, self.kind)
 
     def _one_name(self, image: str) -> str:
-        """One spelling of a picture's name, also where it is absolute or leaves the folder to come back to it."""
+        """One spelling of an image's name, also where it is absolute or leaves the folder to come back to it."""
         root = self.image_root.absolute()
         return os.path.relpath(root / same_name(image), root)
 
@@ -274,13 +273,13 @@ def _with_answers(text: Text, row: Row) -> Text:
 
 
 class Source(NamedTuple):
-    """What is read of a data set.
+    """What is read of a dataset.
 
     Attributes:
         dataset: on the hub, or a local folder.
         columns: by field of `FIELDS`, the column that it is in; `a.b` is `b` inside `a`, also where `a` is a list.
-        config: of the data set, where it has several.
-        splits: by the name that a split gets, the data set's own; empty for all that it has.
+        config: of the dataset, where it has several.
+        splits: by the name that a split gets, the dataset's own; empty for all that it has.
     """
 
     dataset: str
@@ -307,12 +306,12 @@ def read_pairs(option: str, pairs: Sequence[str], known: Sequence[str] = ()) -> 
 
 
 def write_table(source: Source, folder: Path) -> Path:
-    """Stream a data set into `folder/rows.jsonl` and `folder/images/`, from where an earlier run stopped.
+    """Stream a dataset into `folder/rows.jsonl` and `folder/images/`, from where an earlier run stopped.
 
-    A picture that many rows show is kept once; memory and disk take no more than what is prepared.
+    An image that many rows show is kept once; memory and disk take no more than what is prepared.
 
     Raises:
-        UserError: the data set cannot be had, lacks a column, or a row is not as it should be.
+        UserError: the dataset cannot be had, lacks a column, or a row is not as it should be.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -399,7 +398,7 @@ def _value(row: Any, path: str) -> Any:
 def _entries(
     where: str, row: dict[str, Any], columns: dict[str, str], split: str | None, images: Path, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """The lines of the table that a row of the data set makes: one a question or caption."""
+    """The lines of the table that a row of the dataset makes: one a question or caption."""
     values = {one: _value(row, column) for one, column in columns.items()}
     try:
         content = hub.picture_of(where, values.pop("image"), folder)
@@ -426,7 +425,7 @@ def _entries(
 
 
 def _keep(content: bytes, images: Path) -> str:
-    """Write a picture once, by its content, and return its path in the table's folder."""
+    """Write an image once, by its content, and return its path in the table's folder."""
     digest = hashlib.sha256(content).hexdigest()
     path = images / digest[:2] / digest
     if not path.is_file():

@@ -1,17 +1,17 @@
-"""Prepare examples in which a caption has to be told from a wrong one, or a picture from another.
+"""Prepare examples in which a right caption competes with a wrong one, or a right image with another.
 
     vlabs prepare pairs --raw-dir winoground --out-dir data/winoground
     vlabs prepare pairs --raw-dir VALSE --out-dir data/valse
     vlabs prepare pairs --table mine.jsonl --out-dir data/mine
 
 Download: Winoground (`hf download facebook/winoground`), or VALSE (https://github.com/Heidelberg-NLP/VALSE) and the
-pictures of its sources; nothing for a table of your own.
+images of its sources; nothing for a table of your own.
 
-Winoground's folder holds `examples.jsonl` and the pictures, in `images.zip` or a folder. VALSE's holds its JSON files,
-each of which becomes a split by its name (`existence`, `actant-swap`, …), and the pictures by their names, in folders
-or zip files; only what its annotators confirmed is taken, as in its paper. A table of one's own has an example a row:
+Winoground's folder holds `examples.jsonl` and the images, in `images.zip` or a folder. VALSE's holds its JSON files,
+each of which becomes a split by its name (`existence`, `actant-swap`, …), and the images by their names, in folders or
+zip files; only examples that its annotators confirmed are used, as in its paper. Your own table has an example per row:
 `image`, `caption` and `foil`; or `image_0`, `image_1`, `caption_0` and `caption_1`, of which those with one number
-belong together; and `split`, if not `test`. Its pictures' paths are relative to it. Then:
+belong together; and `split`, if not `test`. Its images' paths are relative to it. Then:
 
     vlabs evaluate task=pairs data.dir=data/winoground split=test ckpt=RUN
 """
@@ -37,10 +37,10 @@ _CONFIRMED = 2  # of VALSE's three annotators
 
 
 class Example(NamedTuple):
-    """A row of the raw data, and its columns of pictures and captions; those of one place belong together.
+    """A row of the raw data, and its columns of images and captions; those of one place belong together.
 
     Attributes:
-        suffix: what pictures' names lack.
+        suffix: what images' names lack.
     """
 
     where: str
@@ -71,7 +71,7 @@ class Pairs(Reader):
         raise NotImplementedError
 
     def texts(self) -> Iterator[Text | BadItem]:
-        """A statement for every picture with every caption: true where they belong together."""
+        """A statement for every image with every caption: true where they belong together."""
         number = 0
         for where, split, name, row, images, captions, suffix in self.examples():
             if absent := [column for column in (*images, *captions) if column not in row]:
@@ -102,7 +102,7 @@ class Pairs(Reader):
 
 
 class Winoground(Pairs):
-    """Two pictures and two captions of the same words in other orders."""
+    """Two images and two captions of the same words in other orders."""
 
     name = "winoground"
 
@@ -119,7 +119,7 @@ class Winoground(Pairs):
 
 
 class Valse(Pairs):
-    """A picture, its caption and a foil; a file a phenomenon."""
+    """An image, its caption and a foil; a file a phenomenon."""
 
     name = "valse"
 
@@ -146,7 +146,7 @@ class Valse(Pairs):
 
 
 class PairTable(Pairs):
-    """A table of one's own."""
+    """A table of your own."""
 
     def __init__(self, path: Path) -> None:
         check_table(path)

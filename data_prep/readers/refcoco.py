@@ -1,14 +1,13 @@
-"""Prepare RefCOCO, RefCOCO+ or RefCOCOg: expressions, each of which names one object of a picture of COCO.
+"""Prepare RefCOCO, RefCOCO+ or RefCOCOg: expressions, each of which names one object of an image of COCO.
 
     vlabs prepare refcoco --raw-dir downloads --out-dir data/refcoco --dataset refcoco
 
 Download: refcoco.zip, refcoco+.zip or refcocog.zip of https://github.com/lichengunc/refer, and train2014.zip of
 https://cocodataset.org/#download.
 
-Nothing needs unpacking, but the folders `refcoco/` (with `refs(unc).p` and `instances.json`) and `train2014/` do as
-well. Every expression becomes a caption, with its `sent_id` as its id, and its object is what part of the picture it is
-about. The splits are those of the file: train, val, and testA and testB or test. A run that was stopped goes on where
-it was when it is started again.
+Nothing needs unpacking, but the folders `refcoco/` (with `refs(unc).p` and `instances.json`) and `train2014/` work too.
+Every expression becomes a caption, with its `sent_id` as its id and its object as its region. The splits are those of
+the file: train, val, and testA and testB or test. A stopped run continues when it is started again.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _RELEASE = "train2014"
 
 
 class RefCoco(Reader):
-    """The raw files of one of the data sets.
+    """The raw files of one of the datasets.
 
     Args:
         raw_dir: folder with all of them.

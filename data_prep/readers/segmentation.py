@@ -1,4 +1,4 @@
-"""Prepare pictures with a class a pixel: PASCAL VOC 2012, Cityscapes, ADE20K, or COCO instances of your own.
+"""Prepare images with a class per pixel: PASCAL VOC 2012, Cityscapes, ADE20K, or COCO instances of your own.
 
     vlabs prepare segmentation --layout voc --raw-dir RAW --out-dir data/voc
 
@@ -8,12 +8,12 @@ Download: what the layout names, to RAW; nothing needs unpacking.
     cityscapes   leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; the 19 classes of the benchmark
     ade20k       ADEChallengeData2016.zip; with release_test.zip beside it the test images
     instances    COCO instances, in annotations*.zip or instances_SUBSET.json, and the images of a subset in SUBSET.zip
-                 or a folder: a class is a category, what is no object is background, and of objects that overlap the
-                 smaller one counts
+                 or a folder: a class is a category, pixels without an object are background, and of overlapping
+                 objects the smaller one counts
 
-Label values become 0, 1, … in the order of `classes.json`; what does not count is 255 (65535 where there are more than
-254 classes): VOC's borders, all but the 19 classes of Cityscapes, and ADE20K's 0. A picture without its mask, a mask of
-another size than its picture and a value that the data set does not have are bad.
+Label values become 0, 1, … in the order of `classes.json`. Ignored pixels are 255 (65535 with more than 254 classes):
+VOC's borders, all but the 19 classes of Cityscapes, and ADE20K's 0. An image without its mask, a mask of another size
+than its image, and a value that the dataset does not have are bad.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _CITYSCAPES_LABELS = 34
 
 
 class Pair(NamedTuple):
-    """A picture and its mask, read when they are wanted.
+    """An image and its mask, read when they are wanted.
 
     Attributes:
-        name: of the picture.
+        name: of the image.
         image: gives its file's bytes.
         mask: gives the raw label values (rows, columns); None where masks of the split are kept back.
         faults: what was left out of the mask alone, once it is read.
@@ -70,11 +70,11 @@ class Pair(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A data set.
+    """A dataset.
 
     Attributes:
         classes: their names.
-        labels: the class of every raw label value that the data set has; `IGNORED` for what does not count.
+        labels: the class of every raw label value that the dataset has; `IGNORED` for what does not count.
         splits: by name, their pairs, in parts that are read and kept at once.
         files: what is read.
     """
@@ -110,7 +110,7 @@ def _read(listing: Listing, name: str) -> bytes:
 
 
 def _pair(name: str, pictures: Listing, picture: str, mask: str | None, masks: Listing | None = None) -> Pair:
-    """A picture and its mask by their names in archives; None for a mask that is kept back."""
+    """An image and its mask by their names in archives; None for a mask that is kept back."""
     labels = None if mask is None else lambda: read_labels(_read(masks or pictures, mask))
     return Pair(name, partial(_read, pictures, picture), labels)
 
@@ -209,7 +209,7 @@ def ade20k(raw_dir: Path) -> Layout:
 
 
 def instances(raw_dir: Path) -> Layout:
-    """COCO instances as semantic maps: COCO's own, those of the embedded corpus, or of one's own."""
+    """COCO instances as semantic maps: COCO's own, those of the embedded corpus, or of your own."""
     found = [(file, _INSTANCES.fullmatch(file.name)) for file in json_files(raw_dir, "annotations*.zip")]
     subsets = [(file, match[1]) for file, match in found if match]
     if not subsets:
@@ -281,7 +281,7 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
 
     Args:
         layout: a key of `LAYOUTS`.
-        name: of the data set; that of the layout, or of what was rendered, or of `raw_dir` if not given.
+        name: of the dataset; that of the layout, or of what was rendered, or of `raw_dir` if not given.
 
     Raises:
         UserError: files are missing or damaged, a pair cannot be used, or `out_dir` holds something else.
@@ -324,7 +324,7 @@ def _rows(split: str, pairs: Iterable[Pair], layout: Layout) -> Iterator[Row | B
 
 
 def _checked(pair: Pair, layout: Layout) -> tuple[bytes, bytes]:
-    """A picture's bytes, and its mask as the PNG that is kept.
+    """An image's bytes, and its mask as the PNG that is kept.
 
     Raises:
         ValueError: what is wrong with them.

@@ -1,16 +1,16 @@
-"""Prepare SNLI-VE: hypotheses about pictures of Flickr30K, which follow, contradict or neither.
+"""Prepare SNLI-VE: hypotheses about images of Flickr30K, which are entailed, contradicted or neither.
 
     vlabs prepare snli_ve --raw-dir downloads --out-dir data/snli_ve
 
-Download: `snli_ve_train.jsonl`, `snli_ve_dev.jsonl` and `snli_ve_test.jsonl` (any of them will do) of
-https://github.com/necla-ml/SNLI-VE, and the pictures of Flickr30K, `flickr30k-images.tar`.
+Download: `snli_ve_train.jsonl`, `snli_ve_dev.jsonl` and `snli_ve_test.jsonl` (or some of them) of
+https://github.com/necla-ml/SNLI-VE, and the images of Flickr30K, `flickr30k-images.tar`.
 
-The pictures `<Flickr30K_ID>.jpg` lie in a folder, at any depth, or in a zip or tar file. A picture is the premise,
-`sentence2` the hypothesis; `sentence1`, the caption that the picture stands for, is not read. A line's `pairID` is the
-statement's key. A run that was stopped goes on where it was when it is started again.
+The images `<Flickr30K_ID>.jpg` are in a folder, at any depth, or in a zip or tar file. An image is the premise,
+`sentence2` the hypothesis; `sentence1`, the caption that the image replaces, is not read. A line's `pairID` is the
+statement's key. A stopped run continues when it is started again.
 
-Where a line has `target_instances`, as those of the embedded corpus do, and COCO's instances lie in the folder, they
-say what part of the picture a hypothesis is about.
+If a line has `target_instances`, as in the embedded corpus, and COCO's instances are in the folder, they are the region
+of the hypothesis.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Prepare VQA v2, or questions of your own in its form: question, annotation and image zip files.
+"""Prepare VQA v2, or your own questions in its layout: question, annotation and image zip files.
 
     vlabs prepare vqav2 --raw-dir downloads --out-dir data/vqav2
 
 Download: of https://visualqa.org/download.html v2_Questions_Train_mscoco.zip, v2_Annotations_Train_mscoco.zip and
-train2014.zip, the same for val with val2014.zip, and v2_Questions_Test_mscoco.zip with test2015.zip. Any one split
-will do, and so do VQA v1's files.
+train2014.zip, the same for val with val2014.zip, and v2_Questions_Test_mscoco.zip with test2015.zip. A single split is
+enough, and VQA v1's files work too.
 
-Nothing needs unpacking, but unpacked JSON files and image folders (`train2014/`) do as well. Every split that is there
-is prepared: `train` of train2014, `val` of val2014, `test` of test2015, `test-dev` of test-dev2015, and any other by
-its name. The answer vocabulary is METER's, in METER's order. Fewer than ten answers to a question count as ten, those
-given in turn. A run that was stopped goes on where it was when it is started again.
+Nothing needs unpacking, but unpacked JSON files and image folders (`train2014/`) work too. Every split that is there is
+prepared: `train` from train2014, `val` from val2014, `test` from test2015, `test-dev` from test-dev2015, and any other
+by its name. The answer vocabulary is METER's, in METER's order. Fewer than ten answers to a question count as ten, by
+repeating them in turn. A stopped run continues when it is started again.
 
-What part of the picture a question is about comes from its `target_instances`, where its annotation names them and
-COCO's instances lie in the same folder, or from people: `--human-maps vqahat_train --human-maps vqahat_val` takes the
-maps of VQA-HAT (files `QUESTION_NUMBER.png`), of which a question gets the mean, in place of what its instances are.
+The region of a question comes from its `target_instances`, if its annotation names them and COCO's instances are in the
+same folder, or from people: `--human-maps vqahat_train --human-maps vqahat_val` takes the mean of a question's maps in
+VQA-HAT (files `QUESTION_NUMBER.png`) instead of its instances.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class VQAv2(Reader):
         return self.splits[split].store
 
     def called(self, seen: Mapping[str, int]) -> str:
-        """`vqav2` if a file says that it is of the VQA dataset; data of one's own are called as their folder."""
+        """`vqav2` if a file says that it is of the VQA dataset; data of your own are called as their folder."""
         said = next(iter(self.splits.values())).questions.text("info.description") or ""
         return self.call(re.search(r"\bVQA dataset\b", said) is not None)
 

@@ -1,14 +1,14 @@
-"""Prepare captions in WebDataset shards, as CC3M, CC12M or SBU are downloaded by img2dataset: to pre-train at scale.
+"""Prepare captions in WebDataset shards, as img2dataset downloads CC3M, CC12M or SBU, to pre-train at scale.
 
     vlabs prepare webdataset --shards 'cc3m/*.tar' --out-dir data/cc3m
     vlabs prepare webdataset --shards 'cc3m/train-*.tar' --val-shards 'cc3m/val-*.tar' --out-dir data/cc3m
 
 Download: the shards, with img2dataset or from the hub.
 
-A sample is some files of one name that follow each other: `000012.jpg` with `000012.txt`, or with `000012.json` that
-has a field `caption`, a text or a list of them. Pictures stay in the shards and are read where they lie: what is
-written is where each picture is, with its captions, shard by shard. So preparing takes as long as reading the headers
-of the tar files, memory does not follow their number, and a run that was stopped goes on with the next shard.
+A sample is a sequence of files with one name: `000012.jpg` with `000012.txt`, or with a `000012.json` whose field
+`caption` is a text or a list of texts. Images stay in the shards and are read there: only the place of each image and
+its captions are written, shard by shard. So preparing takes as long as reading the headers of the tar files, memory is
+constant, and a stopped run continues with the next shard.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LARGEST_TEXT = 64 * 2**20
 
 
 class Sample(NamedTuple):
-    """A picture in a shard with its captions; what is wrong with it, where something is."""
+    """An image in a shard with its captions; what is wrong with it, where something is."""
 
     key: str
     offset: int
@@ -123,11 +123,11 @@ def prepare_shards(
 
     Args:
         shards: by split, tar files.
-        name: of the data set.
+        name: of the dataset.
         field: as in `read_shard`.
         val_fraction: part of the samples of `train` that go to `val`; which ones depends on their keys alone.
         vocab_size: of a tokenizer that is trained on the training captions; 0 for none.
-        on_bad: see `prepare_units`; a sample without a picture or a caption is bad.
+        on_bad: see `prepare_units`; a sample without an image or a caption is bad.
     """
     units = [
         Unit(split, path.name, partial(_of_shard, split, path, field))

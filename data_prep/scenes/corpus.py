@@ -3,7 +3,7 @@
     vlabs prepare scenes --size small --out-dir data/scenes
     vlabs prepare scenes --size small --layout nlvr2 --out-dir data/scenes-nlvr2       # or snli_ve
 
-The first writes the raw formats that the real data sets are downloaded in, so that the same preparation reads both:
+The first writes the raw formats that the real datasets are downloaded in, so that the same preparation reads both:
 
     v2_Questions_<Split>_mscoco.zip, v2_Annotations_<Split>_mscoco.zip    VQA v2, ten answers a question
     <subset>.zip                                                          the images

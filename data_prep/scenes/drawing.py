@@ -1,4 +1,4 @@
-"""What all layouts of scenes are made with: pictures with their instances, several processes, and files."""
+"""What all layouts of scenes are made with: images with their instances, several processes, and files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Made = TypeVar("Made")
 
 
 class Drawn(NamedTuple):
-    """A rendered picture and its COCO instances, as JSON."""
+    """A rendered image and its COCO instances, as JSON."""
 
     jpeg: bytes
     instances: list[str]
 
 
 def draw(objects: list[SceneObject], size: SceneSize, image_id: int, rng: Random) -> Drawn | None:
-    """The picture of a scene; None if one of its objects shows too little."""
+    """The image of a scene; None if one of its objects shows too little."""
     drawn = render(objects, size.image_size, rng)
     if drawn is None:
         return None
@@ -44,7 +44,7 @@ def draw(objects: list[SceneObject], size: SceneSize, image_id: int, rng: Random
 
 
 def as_jpeg(pixels: np.ndarray) -> bytes:
-    """A picture (rows, columns, 3) of 8 bits as a file."""
+    """An image (rows, columns, 3) of 8 bits as a file."""
     jpeg = io.BytesIO()
     Image.fromarray(pixels).save(jpeg, "JPEG", quality=92, subsampling=0)
     return jpeg.getvalue()
@@ -87,7 +87,7 @@ def mapped(make: Callable[[AnyTask], Made], tasks: Sequence[AnyTask], workers: i
 def add_instances(
     archive: zipfile.ZipFile, subset: str, size: SceneSize, names: Mapping[int, str], instances: Iterable[str]
 ) -> None:
-    """Add the instances of some pictures, whose names are by their ids."""
+    """Add the instances of some images, whose names are by their ids."""
     shapes, side = size.shapes, size.image_size
     header = {
         "info": INFO,

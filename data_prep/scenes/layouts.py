@@ -1,14 +1,14 @@
-"""Scenes in the raw layouts of other data sets of statements, so that the same preparation reads both.
+"""Scenes in the raw layouts of other datasets of statements, so that the same preparation reads both.
 
-`snli_ve`: `snli_ve_<split>.jsonl` for train, dev and test, and `flickr30k-images.zip`. The premise is a picture, and
+`snli_ve`: `snli_ve_<split>.jsonl` for train, dev and test, and `flickr30k-images.zip`. The premise is an image, and
 the hypotheses are those of `data_prep.scenes.statements`: neutral is what speaks of something that is not in the
-picture.
+image.
 
 `nlvr2`: `train.json`, `dev.json` and `test1.json`, and `<split>_img.zip`. Two sentences are about each of the four
-pairs of a set of eight pictures, each true of two of them.
+pairs of a set of eight images, each true of two of them.
 
 Both have `annotations.zip` with COCO instances, and in every line `target_instances` (`target_instances_right`, of a
-pair's right picture): the ids of what it is about. `scenes.json` says what there is, and what the words alone are
+pair's right image): the ids of what it is about. `scenes.json` says what there is, and what the words alone are
 worth.
 """
 
@@ -35,7 +35,7 @@ _IMAGES_A_SET = 2  # of the corpus's number of images, so that there are as many
 
 
 class SetTask(NamedTuple):
-    """Which picture with hypotheses, or which set of pairs, to make."""
+    """Which image with hypotheses, or which set of pairs, to make."""
 
     layout: str
     size: str
@@ -51,7 +51,7 @@ class SetTask(NamedTuple):
 
 
 class Premise(NamedTuple):
-    """A picture and what was drawn of hypotheses about it."""
+    """An image and what was drawn of hypotheses about it."""
 
     image_id: int
     drawn: Drawn
@@ -60,7 +60,7 @@ class Premise(NamedTuple):
 
 
 class PairSet(NamedTuple):
-    """Four pairs of pictures, left before right, and the sentences about them."""
+    """Four pairs of images, left before right, and the sentences about them."""
 
     number: int
     images: list[tuple[int, Drawn]]
@@ -99,7 +99,7 @@ def write_layout(layout: str, size: str, train_images: int, folder: Path, seed: 
     """Write a corpus in one of `LAYOUTS` into a folder that is there.
 
     Args:
-        train_images: of the training split; pairs have pictures of their own, twice as many.
+        train_images: of the training split; pairs have images of their own, twice as many.
     """
     splits = {"train": train_images, "dev": SIZES[size].eval_images}
     splits["test1" if layout == "nlvr2" else "test"] = SIZES[size].eval_images

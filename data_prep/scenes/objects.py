@@ -1,15 +1,15 @@
-"""The embedded corpus of single objects: one coloured shape a picture, its class the pair of shape and fill.
+"""The embedded corpus of single objects: one colored shape per image, whose class is the pair of shape and fill.
 
     vlabs prepare objects --size small --out-dir data/objects-raw
 
-Download: nothing, the pictures are rendered.
+Download: nothing, the images are rendered.
 
-The command writes `train.tar` and `val.tar`, each with a folder a class and JPEG files in it, as any data of class
-folders come (`vlabs prepare classes` reads them). Colour, place and diameter are free, backgrounds those of the scenes.
+The command writes `train.tar` and `val.tar`, each with one folder of JPEG files per class (`vlabs prepare classes`
+reads them). Color, position and diameter vary; backgrounds are those of the scenes.
 
     vlabs prepare objects --size small --out-dir data/objects-several --several 500
 
-writes pictures of two to four objects of different classes, and `instances.json` with their masks as COCO has them.
+writes images of two to four objects of different classes, and `instances.json` with their masks as COCO has them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPLITS = ("train", "val")
 
 
 class ObjectSize(NamedTuple):
-    """How large a corpus is: side in pixels, pictures, and of how many shapes and colours."""
+    """How large a corpus is: side in pixels, images, and of how many shapes and colors."""
 
     image_size: int
     train_images: int
@@ -64,7 +64,7 @@ SIZES = {
 
 
 class Task(NamedTuple):
-    """Which picture to make."""
+    """Which image to make."""
 
     size: str
     split: str
@@ -73,12 +73,12 @@ class Task(NamedTuple):
 
     @property
     def label(self) -> int:
-        """Classes take turns, so that all have as many pictures."""
+        """Classes take turns, so that all have as many images."""
         return self.number % len(SIZES[self.size].classes)
 
 
 def draw_object(task: Task) -> bytes:
-    """A picture of one object, as JPEG; a function of the task alone."""
+    """An image of one object, as JPEG; a function of the task alone."""
     size = SIZES[task.size]
     rng = Random(f"objects/{task.seed}/{task.size}/{task.split}/{task.number}")
     fill, shape = size.classes[task.label].split()
@@ -97,7 +97,7 @@ def _check_size(size: str) -> None:
 
 
 def draw_several(size: str, number: int, seed: int) -> tuple[bytes, list[int], list[Mask]]:
-    """A picture of two to four objects that do not touch: as JPEG, the class of each, and the pixels of each."""
+    """An image of two to four objects that do not touch: as JPEG, the class of each, and the pixels of each."""
     of_size = SIZES[size]
     rng = Random(f"objects/several/{seed}/{size}/{number}")
     count = rng.randint(2, 4)
@@ -118,10 +118,10 @@ def draw_several(size: str, number: int, seed: int) -> tuple[bytes, list[int], l
 
 
 def make_several(size: str, out_dir: str | Path, count: int, seed: int = 0) -> None:
-    """Render pictures of several objects into the new folder `out_dir`; every byte is a function of the arguments.
+    """Render images of several objects into the new folder `out_dir`; every byte is a function of the arguments.
 
     Raises:
-        UserError: for an unknown size, fewer than one picture, or an `out_dir` that is there.
+        UserError: for an unknown size, fewer than one image, or an `out_dir` that is there.
     """
     out_dir = Path(out_dir)
     _check_size(size)

@@ -1,8 +1,8 @@
-"""How far the question alone gets: the accuracy of the best answer to each question string, without any image.
+"""The question-only baseline: the accuracy of the best answer to each question string, without any image.
 
     vlabs prepare question_only --raw-dir data/vqa_v2 --train train --val val
 
-A model that does not beat these numbers has not looked.
+A model that does not beat these numbers has not used the images.
 
 Download: what `vlabs prepare vqav2` takes.
 """
@@ -43,7 +43,7 @@ def question_only_accuracy(
         train_questions, val_questions: the `questions` lists of the matching question files.
 
     Returns:
-        One entry a question type, then "overall" and "not yes/no" (all answer types but yes/no); only groups that
+        One entry per question type, then "overall" and "not yes/no" (all answer types but yes/no); only groups that
         have questions in val.
 
     Raises:

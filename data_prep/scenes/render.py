@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what a scene may hold, how one is drawn from a seed, and how it becomes pixels.
+"""Scenes of colored shapes: what a scene may hold, how one is drawn from a seed, and how it becomes pixels.
 
 Every shape is a signed distance field on the unit disc, tabulated once; an object is a look-up into that table on its
 bounding box, which gives anti-aliased edges (`coverage = clip(0.5 - distance, 0, 1)`) for the price of a crop.
@@ -92,7 +92,7 @@ SIZES = {
 
 
 class SceneObject(NamedTuple):
-    """One object. `x`, `y` (centre, from the top left) and `radius` are fractions of the image side."""
+    """One object. `x`, `y` (center, from the top left) and `radius` are fractions of the image side."""
 
     shape: str
     color: str

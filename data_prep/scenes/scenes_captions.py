@@ -3,7 +3,7 @@
     vlabs prepare scenes --size small --out-dir data/scenes-raw
     vlabs prepare scenes_captions --raw-dir data/scenes-raw --out-dir data/scenes-captions
 
-Download: nothing, the first command renders the pictures.
+Download: nothing, the first command renders the images.
 
 Every split of the corpus is prepared. Each caption says in `target_instances` which objects it is about.
 With `--phrases` the captions are what the objects are ("red large striped star"), each with its mask.

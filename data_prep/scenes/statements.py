@@ -1,7 +1,7 @@
-"""Statements about scenes, each with a label: hypotheses about one picture, and sentences about a pair of them.
+"""Statements about scenes, each with a label: hypotheses about one image, and sentences about a pair of them.
 
 The label never follows from the words. A hypothesis ("The star is red.") is in a split as often entailed as
-contradicted as neutral: it is neutral where the picture shows nothing of what it speaks of. A sentence about pairs
+contradicted as neutral: it is neutral where the image shows nothing of what it speaks of. A sentence about pairs
 ("Both pictures show a star.") is true of two of the four pairs that it is asked about, and false of the others, as in
 NLVR2.
 """
@@ -116,7 +116,7 @@ def balance(drawn: Iterable[Sequence[Hypothesis]], rng: Random) -> list[list[Hyp
 
 
 class Sentence(NamedTuple):
-    """A sentence about pairs of pictures: of which it is true, and which objects of each it is about."""
+    """A sentence about pairs of images: of which it is true, and which objects of each it is about."""
 
     text: str
     truth: tuple[bool, ...]
@@ -171,7 +171,7 @@ def _kinds(a: str, many: str, n: int, in_all: str) -> list[tuple[str, str, Calla
 
 
 def statement_only(train: Iterable[tuple[str, str]], test: Iterable[tuple[str, str]]) -> float:
-    """Accuracy in percent on (text, label) of what knows no picture: it guesses the text's most frequent label."""
+    """Accuracy in percent on (text, label) of what knows no image: it guesses the text's most frequent label."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for text, label in train:
         for key in (text, ""):

@@ -1,4 +1,4 @@
-"""Where a classifier looks that is asked for a class: ξ is its row of the last linear layer (paper, section 6.1)."""
+"""Where a classifier looks when asked for a class: ξ is its row of the last linear layer (paper, section 6.1)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vlabs.models.absvit import AbSViTClassifier
 
 @dataclass
 class ClassLook:
-    """One picture, before anything is asked and under the prior of each of n classes; on the CPU.
+    """The output for one image, bottom-up and under the prior of each of n classes; on the CPU.
 
     Attributes:
         before: (K,), probabilities of the bottom-up pass.
         after: (n, K), under each prior.
         bottom_up: (rows, columns), the norm of the bottom-up tokens before the final norm.
-        norm: (n, rows, columns), of the tokens under each prior.
-        weights: (n, rows, columns), the similarity of prior and token; None where no prior is read.
+        norm: (n, rows, columns), the same for the tokens under each prior.
+        weights: (n, rows, columns), the similarity of prior and token; None if the variant reads no prior.
     """
 
     before: Tensor
@@ -32,13 +32,13 @@ class ClassLook:
 
 @torch.inference_mode()
 def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alpha: float | None = None) -> ClassLook:
-    """Ask a classifier for some classes of a picture.
+    """Ask a classifier for some classes of an image.
 
     Args:
         model: in eval mode.
-        image: (1, 3, H, W), normalised.
-        labels: n classes.
-        alpha: the strength of the top-down signal, where the variant has one; None for the trained one.
+        image: (1, 3, H, W), normalized.
+        labels: indices of n classes.
+        alpha: the strength of the top-down signal, if the variant has one; None for the trained value.
     """
     encoder = model.encoder
     weight = model.class_priors(labels)

@@ -1,4 +1,4 @@
-"""Pictures of where a model looks: every figure, and the page, draws them here."""
+"""Figures of where a model looks; every figure and the page are drawn here."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Box = tuple[float, float, float, float]
 
 
 class View(NamedTuple):
-    """A picture as its owner has it, at a size for people.
+    """An image at a size for display.
 
     Attributes:
-        image: all of it.
-        box: left, top, right and bottom of the part that a model sees, in pixels of `image`.
+        image: the whole image.
+        box: left, top, right and bottom of the part that the model sees, in pixels of `image`.
     """
 
     image: Image.Image
@@ -44,14 +44,14 @@ class View(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One picture of a figure.
+    """One image of a figure.
 
     Attributes:
-        view: the picture.
-        map: (rows, columns) of the part that the model sees, non-negative; None for the picture as it is.
-        name: of the map, see `MAPS`.
-        title, note: above and below.
-        marked: it is framed, as the right one.
+        view: the image.
+        map: (rows, columns), non-negative, over the part that the model sees; None for the plain image.
+        name: name of the map, see `MAPS`.
+        title, note: text above and below.
+        marked: draw a frame around it, as the right one.
     """
 
     view: View
@@ -63,10 +63,10 @@ class Cell(NamedTuple):
 
 
 def as_view(image: Image.Image, box: Box | None = None) -> View:
-    """A picture with a longer side of 448 to 1,024 pixels; the pixels of small ones stay visible.
+    """Resize an image to a longer side of 448 to 1,024 pixels; the pixels of small images stay visible.
 
     Args:
-        box: of `Preprocessing.box`; None where a model sees all of the picture.
+        box: the result of `Preprocessing.box`; None if the model sees the whole image.
     """
     longer = max(image.size)
     factor = min(max(longer, _SHORTEST), LONGEST) / longer
@@ -80,11 +80,11 @@ def as_view(image: Image.Image, box: Box | None = None) -> View:
 
 
 def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = None) -> np.ndarray:
-    """Darken what a model sees of a picture where a map is low, and tint it where it is high; (H, W, 3) uint8.
+    """Darken the part that a model sees where a map is low, and tint it where it is high; (H, W, 3) uint8.
 
     Args:
-        values: (rows, columns), non-negative, of the box of the view.
-        scale: the values that are shown darkest and brightest; the map's own if not given.
+        values: (rows, columns), non-negative, over the box of the view.
+        scale: the values that are shown darkest and brightest; the map's own range if not given.
     """
     low, high = scale or (float(values.min()), float(values.max()))
     scaled = ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
@@ -100,11 +100,10 @@ def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = 
 
 
 def within(view: View, draw: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-    """A picture, (H, W, 3) uint8, with the frame of what a model sees where that is not all of it.
+    """An image, (H, W, 3) uint8, with a frame around what the model sees, unless that is all of it.
 
     Args:
-        draw: gives pixels (h, w, 3) in [0, 1] of the part in the frame for those of the picture; what is outside is
-            then pale.
+        draw: maps the pixels (h, w, 3) in [0, 1] inside the frame to what is shown there; the outside is then pale.
     """
     pixels = np.array(view.image.convert("RGB"), dtype=np.float32) / 255
     left, top, right, bottom = box = [round(edge) for edge in view.box]
@@ -123,12 +122,12 @@ def within(view: View, draw: Callable[[np.ndarray], np.ndarray] | None = None) -
 
 
 def pixels_of(cell: Cell, scale: tuple[float, float] | None = None) -> np.ndarray:
-    """A cell as it is shown, (H, W, 3) uint8; `scale` as of `overlay`."""
+    """The pixels of a cell, (H, W, 3) uint8; `scale` as in `overlay`."""
     return within(cell.view) if cell.map is None else overlay(cell.view, cell.map, scale)
 
 
 def _scale_of(cells: Sequence[Cell]) -> tuple[float, float] | None:
-    """The range of the maps of some cells; None where these are of several names, and do not compare."""
+    """The common range of the maps of some cells; None if they have different names and do not compare."""
     maps = [cell.map for cell in cells if cell.map is not None]
     if len({cell.name for cell in cells if cell.map is not None}) != 1:
         return None
@@ -136,13 +135,13 @@ def _scale_of(cells: Sequence[Cell]) -> tuple[float, float] | None:
 
 
 def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_range: bool = False) -> Figure:
-    """Rows of pictures with maps; below them stands what is bright.
+    """A figure of rows of images with maps, with a legend below.
 
     Args:
-        rows: what stands above each row, and its cells.
-        note: stands below, too.
-        own_range: each map is shown within its own range, as it always is beside maps of another name. Else those of a
-            row have one, so that they can be compared.
+        rows: the title of each row, and its cells.
+        note: more text below.
+        own_range: show each map within its own range, as always beside maps of another name. Otherwise the maps of a
+            row share one range, so that they can be compared.
     """
     cells = [cell for _, row in rows for cell in row]
     columns = max(len(row) for _, row in rows)
@@ -183,12 +182,12 @@ def _draw_row(axes: Sequence[Axes], cells: Sequence[Cell], own_range: bool) -> N
 
 
 def question_figure(view: View, cells: Sequence[Cell]) -> Figure:
-    """A picture, and beside it where a model looked for each question, each map within its own range."""
+    """A figure of an image and, beside it, the map of each question within its own range."""
     return grid_figure([("", [Cell(view, title="picture"), *cells])], own_range=True)
 
 
 def _height(label: str, cells: Sequence[Cell]) -> float:
-    """Inches of a row."""
+    """The height of a row in inches."""
     pictures = max(min(cell.view.image.height / cell.view.image.width, 1.6) * (_COLUMN - 0.1) for cell in cells)
     lines = [max(_wrapped(text, width).count("\n") + bool(text) for text in texts) for texts, width in (
         ([label], 60), ([cell.title for cell in cells], 34), ([cell.note for cell in cells], 40),
@@ -197,7 +196,7 @@ def _height(label: str, cells: Sequence[Cell]) -> float:
 
 
 def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
-    """Write the figure of a command line, without `--out` under the first name that is free; returns where."""
+    """Write the figure of a command; without `--out`, under the first free name. Returns the path."""
     if arguments.out is not None:
         return save_figure(figure, arguments.out)
     for number in itertools.count(1):
@@ -218,7 +217,7 @@ def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure, whole or not at all. The suffix chooses the format."""
+    """Write a figure, completely or not at all. The suffix chooses the format."""
     path = Path(path)
     for text in figure.findobj(Text):
         # What is in no font steers the terminal from matplotlib's warning, and breaks an SVG.
@@ -233,5 +232,5 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """A lone $ would start mathematical text."""
+    """Escape $, which would start mathematical text."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Where a model looks: maps over the patch grid, from what the model computes anyway."""
+"""Maps over the patch grid that show where a model looks, from what the model computes anyway."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 
 
 def default_map(model: VisionLanguageModel) -> str:
-    """The map that says best where a model looks: the token weights where ξ steers it, else what its fusion reads.
+    """The default map: the token weights if ξ steers the encoder, otherwise the attention of the fusion.
 
-    Weights are what is fed back, and where ξ was taught to point they lie on what is asked (`docs/topdown_study.md`).
+    Token weights are what is fed back. If ξ was taught to point, they lie on what is asked (`docs/topdown_study.md`).
     """
     topdown = model.vision.topdown
     return "weights" if topdown is not None and topdown.needs_prior else "fusion"
@@ -34,22 +34,22 @@ def attention_map(
     attention: Sequence[Tensor] = (),
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """One map for each of n texts; where a text has several pictures, of each pair of text and picture.
+    """One map per text or, if a text has several images, per pair of text and image.
 
     Args:
-        output: of the model, with `read_image=True` for `fusion`.
+        output: the model's output, with `read_image=True` for `fusion`.
         vision: its image encoder, for the grid of patches.
-        name: `fusion`: how much the text's [cls] reads of each image token in the last fusion layer. `weights`: the
+        name: `fusion`: the attention of the text's [cls] to each image token in the last fusion layer. `weights`: the
             top-down token weights s_i (zeros without a prior). `norm`: the norm of the output tokens before the final
             norm (paper, section 6.1). `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
             `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
             of [cls]. Without a [cls], both are the mean of all rows. `gradient`: gradient × attention in the last
             block, of the best answer or the ranking score, positive part, summed over queries and heads.
-        attention: what `record` of the model has taken, for the last three; with gradients for `gradient`.
+        attention: the attention that the model recorded, for the last three; with gradients for `gradient`.
         image_index: (n,) as given to the model.
 
     Returns:
-        (n, rows, columns), non-negative; of patches that were not kept 0, but in `weights`.
+        (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights`.
     """
     if name == "fusion":
         if output.image_read is None:
@@ -79,7 +79,7 @@ def attention_map(
 
 
 def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
-    """(n, N) from the attention of every block (n, heads, N, N)."""
+    """A map (n, N) from the attention of every block (n, heads, N, N)."""
 
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
@@ -108,19 +108,19 @@ def look(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
-    """Run a model on one image with n texts, or on p pictures that every text is about, and make maps of it.
+    """Run a model on one image with n texts, or on p images that every text is about, and compute maps.
 
     Args:
         model: in eval mode.
-        image: (p, 3, H, W), normalised; on any device. p is 1 but for models of pairs.
+        image: (p, 3, H, W), normalized; on any device. p is 1, except for models of pairs.
         input_ids, attention_mask: (n, T).
-        names: of `MAPS`.
-        prior: ξ, (n, D_vision), in the place of the texts' own.
-        alpha: the strength of the top-down signal in the place of the model's own, where it has one.
+        names: names in `MAPS`.
+        prior: ξ, (n, D_vision), instead of the texts' own.
+        alpha: the strength of the top-down signal instead of the model's own, if it has one.
 
     Returns:
-        The output, and by name the maps (n p, rows, columns), those of a text's pictures one after another,
-        non-negative, without gradients, on the CPU.
+        The output, and the maps (n p, rows, columns) by name: non-negative, without gradients, on the CPU. The maps of
+        a text's images are adjacent.
     """
     n, pictures = len(input_ids), len(image)
     weight = next(model.parameters())
@@ -150,10 +150,10 @@ class Look(NamedTuple):
     """Where a model looks for n texts.
 
     Attributes:
-        output: of the model.
-        maps: (n, p, rows, columns), of the p pictures of each text, non-negative.
-        names: which map is shown of each text.
-        steers: whether ξ of each text is like any patch; None where no ξ steers.
+        output: the model's output.
+        maps: (n, p, rows, columns), non-negative, for the p images of each text.
+        names: the map that is shown for each text.
+        steers: whether ξ of each text is similar to any patch; None if no ξ steers.
     """
 
     output: VLMOutput
@@ -163,7 +163,7 @@ class Look(NamedTuple):
 
 
 def legend_of(names: Sequence[str], own_range: bool = False) -> str:
-    """What is bright in maps of some names, each of which may be shown within its own range."""
+    """The legend of maps with some names, each of which may be shown within its own range."""
     said = [f"bright ({name}): {MAPS[name]}" for name in dict.fromkeys(names)]
     return "; ".join([*said, "each within its own range"] if said and own_range else said)
 
@@ -177,20 +177,20 @@ def look_by(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> Look:
-    """Where a model looks by one map; by `fusion` for texts whose token weights are all 0, since ξ is like no patch.
+    """Where a model looks, by one map; by `fusion` for texts whose token weights are all 0.
 
     Args:
-        name: of the map; the others as of `look`.
+        name: name of the map; the other arguments are those of `look`.
     """
     output, found = look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
     return _chosen(model, output, found, name, len(image))
 
 
 def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
-    """As `look_by`, of what a model said of n texts about a picture each, with `read_image=True`.
+    """As `look_by`, from the output for n texts about one image each, with `read_image=True`.
 
     Args:
-        name: of a map that needs no recorded attention.
+        name: name of a map that needs no recorded attention.
     """
     found = {one: attention_map(output, model.vision, one).cpu() for one in (name, "fusion")}
     return _chosen(model, output, found, name, 1)
@@ -206,5 +206,5 @@ def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tens
 
 
 def _one_column(index: Tensor) -> Tensor:
-    """(n,) where a text has one picture, as models of one picture take it."""
+    """(n,) if each text has one image, as models of one image take it."""
     return index[:, 0] if index.shape[1] == 1 else index

@@ -1,4 +1,4 @@
-"""The paper's figures, for a model and pictures of one's own."""
+"""The paper's figures, for a model and images of your own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlabs.errors import UserError
 
 
 def seen_of(checkpoint: Checkpoint, image: Image.Image) -> tuple[View, Tensor]:
-    """A picture to be drawn on, and as the model reads it, (1, 3, H, W)."""
+    """An image to draw on, and the model's input for it, (1, 3, H, W)."""
     preprocessing = checkpoint.preprocessing
     return as_view(image, preprocessing.box(image.size)), preprocessing.image(image)[None]
 
@@ -30,7 +30,7 @@ def seen_of(checkpoint: Checkpoint, image: Image.Image) -> tuple[View, Tensor]:
 def questions_figure(
     checkpoint: Checkpoint, images: Sequence[Image.Image], texts: Sequence[str], map_name: str
 ) -> Figure:
-    """Pictures by questions: where the model looks for each (paper, Fig. 6)."""
+    """Images by questions: where the model looks for each (paper, Fig. 6)."""
     rows = []
     for image in images:
         view, tensor = seen_of(checkpoint, image)
@@ -41,7 +41,7 @@ def questions_figure(
 
 
 def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str]) -> Figure:
-    """Bottom-up attention, token weights and top-down attention side by side, a row a text (paper, Fig. 7).
+    """Bottom-up attention, token weights and top-down attention side by side, one row per text (paper, Fig. 7).
 
     Raises:
         UserError: the model has no prior.
@@ -70,7 +70,7 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
 def alpha_figure(
     checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], alphas: Sequence[float], map_name: str
 ) -> Figure:
-    """One prior at several strengths of the top-down signal, a row a text (paper, Fig. 8).
+    """One prior at several strengths of the top-down signal, a row per text (paper, Fig. 8).
 
     Raises:
         UserError: the model has no α.
@@ -90,14 +90,14 @@ def alpha_figure(
 def side_by_side_figure(
     checkpoint: Checkpoint, left: Image.Image, right: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
-    """Two pictures pasted into one, and where the model looks for each text (paper, Fig. 4)."""
+    """Two images pasted into one, and where the model looks for each text (paper, Fig. 4)."""
     return questions_figure(checkpoint, [side_by_side([left, right], LONGEST)], texts, map_name)
 
 
 def checkpoints_figure(
     checkpoints: Sequence[tuple[str, Checkpoint]], image: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
-    """One picture seen by several models, a row a text (paper, Fig. 5); each map within its own range."""
+    """One image seen by several models, a row per text (paper, Fig. 5); each map within its own range."""
     view, _ = seen_of(checkpoints[0][1], image)
     rows: list[tuple[str, list[Cell]]] = [(text, [Cell(view, title="picture")]) for text in texts]
     for name, checkpoint in checkpoints:
@@ -114,11 +114,11 @@ def control_figure(
     alpha: float,
     map_name: str,
 ) -> Figure:
-    """Classifiers that are asked for one class and another of a picture, a row a model (paper, Figs. 4 and 5).
+    """Classifiers asked for each of some classes of an image, one row per model (paper, Figs. 4 and 5).
 
     Args:
-        images: one picture, or two that are put side by side.
-        classes: names of classes of all the models.
+        images: one image, or two that are put side by side.
+        classes: class names that all models have.
         alpha: strength of the top-down signal.
         map_name: `norm`, as in the paper, or `weights`.
 
@@ -151,7 +151,7 @@ def control_figure(
 def reconstruction_figure(
     checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], data_dir: str | Path, num_images: int = 200
 ) -> Figure:
-    """What a linear decoder sees in the signals of the first block, a row a text (paper, Fig. 9).
+    """What a linear decoder sees in the signals of the first block, a row per text (paper, Fig. 9).
 
     The decoder maps a token of the first block's bottom-up input to the pixels of its patch; it is fitted by least
     squares on training images, and then applied to the bottom-up signal, the top-down signal and their sum.

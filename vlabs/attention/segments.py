@@ -1,4 +1,4 @@
-"""Pictures of segments: a colour a class, over the picture and beside the truth."""
+"""Figures of segmentations: one color per class, over the image and beside the ground truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LISTED = 20  # classes that a legend names
 
 
 class Segmented(NamedTuple):
-    """A picture with classes (rows, columns) of what a model sees of it: found, and true where that is known."""
+    """An image with classes (rows, columns) of the part that a model sees: predicted, and true if known."""
 
     view: View
     found: np.ndarray
@@ -27,7 +27,7 @@ class Segmented(NamedTuple):
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour a class, (classes + 1, 3) in [0, 1], the first dark; white for what does not count."""
+    """One color per class, (classes + 1, 3) in [0, 1], the first dark; the last, white, for ignored pixels."""
     colors = np.ones((classes + 1, 3))
     hues = matplotlib.colormaps["tab20"](np.arange(classes) % 20)[:, :3]
     colors[:classes] = hues * (1 - 0.12 * (np.arange(classes)[:, None] // 20 % 4))
@@ -36,7 +36,7 @@ def palette(classes: int) -> np.ndarray:
 
 
 def colored(view: View, labels: np.ndarray, colors: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """Classes (rows, columns) as colours over what a model sees of a picture; (H, W, 3) uint8."""
+    """Classes (rows, columns) as colors over the part of an image that a model sees; (H, W, 3) uint8."""
 
     def mixed(pixels: np.ndarray) -> np.ndarray:
         small = Image.fromarray(labels.astype(np.uint16))
@@ -48,7 +48,7 @@ def colored(view: View, labels: np.ndarray, colors: np.ndarray, strength: float 
 
 
 def segment_figure(rows: Sequence[Segmented], classes: Sequence[str]) -> Figure:
-    """A row a picture: the picture, what was found, and the truth where it is known."""
+    """A figure with one row per image: the image, the prediction, and the ground truth if known."""
     colors = palette(len(classes))
     shown_rows, present = [], set()
     for view, found, truth, title in rows:

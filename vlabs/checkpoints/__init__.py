@@ -1,1 +1,1 @@
-"""Checkpoint files, pre-trained and released weights, and the start that comes with vlabs."""
+"""Checkpoint files, pre-trained and released weights, and the models that come with vlabs."""

@@ -1,4 +1,4 @@
-"""A model card, filled from what a run folder and a checkpoint say: data, metrics, command, licence."""
+"""A model card, filled from a run folder and a checkpoint: data, metrics, command, license."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def model_card(
     licence: str | None = None,
     metrics: Sequence[Path] = (),
 ) -> ModelCard:
-    """The card of a model.
+    """Write the card of a model.
 
     Args:
         checkpoint: the model.
-        run: the run folder that it is of, if it is of one.
-        name: what it will be loaded by: `user/name`, or a folder.
-        licence: its licence by the hub's names, e.g. `apache-2.0`; None where nobody said.
+        run: its run folder, if it has one.
+        name: the name by which it will be loaded: `user/name`, or a folder.
+        licence: its license by the hub's names, e.g. `apache-2.0`; None if unknown.
         metrics: `metrics.json` files of `vlabs evaluate`, or folders with one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checkpoint files: read without executing anything, rebuilt from the plain data they carry.
+"""Checkpoint files: read without executing anything, and rebuilt from the plain data they contain.
 
 A vlabs checkpoint is Lightning's, with one more entry, `"vlabs"`: format, task, architecture (a spec of
 `vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries it as metadata.
@@ -54,8 +54,8 @@ class Checkpoint:
         network: in eval mode, on the CPU: a vision-language model (`model`) or a classifier (`classifier`).
         preprocessing: images and texts to tensors, and the answer vocabulary.
         task: the task it was trained for, e.g. `vqa`.
-        data: the prepared folder it was trained on and the hash of its manifest, and under `history` what its weights
-            were trained on before.
+        data: the prepared folder it was trained on and the hash of its manifest; under `history`, the earlier trainings
+            of its weights.
         path: the file it was read from.
     """
 
@@ -67,25 +67,25 @@ class Checkpoint:
 
     @property
     def model(self) -> VisionLanguageModel:
-        """The vision-language model, of every task on pictures and texts."""
+        """The vision-language model, for every task with images and texts."""
         assert isinstance(self.network, VisionLanguageModel)
         return self.network
 
     @property
     def classifier(self) -> AbSViTClassifier:
-        """The classifier, of `task=classify`."""
+        """The classifier, for `task=classify`."""
         assert isinstance(self.network, AbSViTClassifier)
         return self.network
 
     @property
     def segmenter(self) -> Segmenter:
-        """The segmenter, of `task=segment` and `task=refer`."""
+        """The segmenter, for `task=segment` and `task=refer`."""
         assert isinstance(self.network, Segmenter)
         return self.network
 
     @property
     def vision(self) -> AbSViT:
-        """The image encoder, of every task."""
+        """The image encoder, for every task."""
         return next(one for one in self.network.modules() if isinstance(one, AbSViT))
 
     @property
@@ -94,7 +94,7 @@ class Checkpoint:
         return trainings_in_words(history_of(self.task, self.data))
 
     def new_words(self, text: str) -> list[str]:
-        """The words of a text that no text had that it was trained on; none where that is not known."""
+        """The words of a text that occur in no text of its training data; empty if these are unknown."""
         trainings = [one["data"] for one in history_of(self.task, self.data) if one["task"] not in _WITHOUT_TEXT]
         known = [data.get("words") for data in trainings]
         if not all(isinstance(words, str) for words in known):
@@ -108,11 +108,11 @@ def packaged_starts() -> dict[str, Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that a path means: itself, a run folder's best checkpoint, or its last, or what comes with vlabs.
+    """Find the file that a path refers to: itself, a run folder's best or last checkpoint, or a model of vlabs.
 
     Args:
-        path: of a file, a run folder or a folder as on the Hugging Face hub; where there is no such file or folder, a
-            name of `packaged_starts`, or `user/name` or `user/name@revision` of the hub.
+        path: a file, a run folder or a folder in the hub's layout; if there is no such file or folder, a name in
+            `packaged_starts`, or `user/name` or `user/name@revision` on the hub.
 
     Raises:
         UserError: there is nothing there.
@@ -142,7 +142,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Rebuild the model of a vlabs checkpoint or export.
 
     Raises:
-        UserError: no such file, no checkpoint, or not one of vlabs'.
+        UserError: the file does not exist, is not a checkpoint, or not one of vlabs.
     """
     path = find_checkpoint(path)
     content = read_tensors(path)
@@ -172,10 +172,10 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
 
 
 def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
-    """Its preprocessing, of what a checkpoint says of its training.
+    """Check the header of a checkpoint, and return its preprocessing.
 
     Raises:
-        UserError: that is not as `header_of` writes it.
+        UserError: the header is not as `header_of` writes it.
     """
     if missing := [name for name in ("task", "preprocessing", "data", "format") if name not in header]:
         raise UserError(
@@ -227,7 +227,7 @@ def _check_fit(
     task: str,
     data: dict[str, Any],
 ) -> None:
-    """Raise a UserError if a model is not of its task's kind, or does not take what its preprocessing makes."""
+    """Raise a UserError if a model does not fit its task, or does not accept the output of its preprocessing."""
     head = getattr(model, "head", None)
     others = tuple(kind for kind in _HEADS.values() if kind is not _HEADS.get(task, type(head)))
     is_read = getattr(model, "text", None) is not None
@@ -266,7 +266,7 @@ def _check_fit(
 
 
 def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> int | None:
-    """How many answers, labels or classes a model tells apart; None where they have no names."""
+    """The number of answers, labels or classes of a model; None if they have no names."""
     if isinstance(model, Segmenter):
         return int(model.decoder.spec["num_classes"]) if model.text is None else None
     if isinstance(model, AbSViTClassifier):
@@ -280,8 +280,8 @@ def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> in
 def read_tensors(path: Path) -> dict[str, Any]:
     """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors; nothing in it is executed.
 
-    Safetensors come back in the shape of a checkpoint: `state_dict`, and `vlabs` if it is an export of ours. The
-    tensors of a `.ckpt` may lie in the file until they are used.
+    Safetensors are returned in the form of a checkpoint: `state_dict`, and `vlabs` if it is an export of vlabs. The
+    tensors of a `.ckpt` may stay in the file until they are used.
 
     Raises:
         UserError: the file is damaged, not a checkpoint, holds pickled objects other than inert ones, or asks for more
@@ -306,7 +306,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name; or, whatever that is, by its beginning: the length of a header in eight bytes, and then JSON."""
+    """Whether a file is safetensors, by its name or its beginning: eight bytes with a header's length, then JSON."""
     if path.suffix.lower() == ".safetensors":
         return True
     with suppress(OSError), open(path, "rb") as file:
@@ -363,7 +363,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise an error if a record of a checkpoint's archive is not what was written, or larger than the file."""
+    """Raise an error if a record of a checkpoint's archive is damaged, or larger than the file."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
@@ -377,13 +377,13 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_pickle(content: bytes | mmap.mmap) -> None:
-    """Raise an error if a pickle makes a `bytearray`, which torch allows, and which may be of any size."""
+    """Raise an error if a pickle builds a `bytearray`, which torch allows, and which may have any size."""
     if content.find(b"\nbytearray\n") >= 0:
         raise ValueError("it makes a bytearray, which no checkpoint of vlabs has")
 
 
 def _check_sizes(content: dict[str, Any], size: int) -> None:
-    """Raise an error if a tensor anywhere is not plain, or there is less of it in a file of `size` bytes."""
+    """Raise an error if any tensor is not plain, or is larger than its data in a file of `size` bytes."""
     left, seen, total = [content], set(), 0
     while left:
         one: Any = left.pop()
@@ -402,7 +402,7 @@ def _check_sizes(content: dict[str, Any], size: int) -> None:
 
 
 class _Inert:
-    """Stands in for a class that a foreign checkpoint names (a callback, say); does nothing with what it is given."""
+    """Stands in for a class that a foreign checkpoint names (a callback, say), and ignores its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -443,17 +443,17 @@ def header_of(
 
 
 def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The trainings that a checkpoint's weights have been through, oldest first, its own last.
+    """The trainings of a checkpoint's weights, oldest first, its own last.
 
     Args:
-        task, data: of the checkpoint.
+        task, data: those of the checkpoint.
     """
     own = {name: value for name, value in data.items() if name != "history"}
     return [*data.get("history", []), {"task": task, "data": own}]
 
 
 def trainings_in_words(history: list[dict[str, Any]]) -> str:
-    """Trainings as of `history_of`, such as `vqa on scenes (160,000 questions, 20,000 images)`."""
+    """Describe the trainings of `history_of`, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
     steps = []
     for one in history:
         data = one["data"]
@@ -468,14 +468,13 @@ def trainings_in_words(history: list[dict[str, Any]]) -> str:
 def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
 
-    Data folders in the current folder are named relative to it,
-    because an export is for others too.
+    Data folders in the current folder are named relative to it, because an export is for others too.
 
     Args:
-        overwrite: `out` may be there already.
+        overwrite: `out` may exist.
 
     Raises:
-        UserError: no such checkpoint, or `out` is there already.
+        UserError: the checkpoint does not exist, or `out` exists.
     """
     check_absent(out, "--out", overwrite)
     path, out = find_checkpoint(checkpoint), Path(out)
@@ -494,10 +493,10 @@ def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool 
 
 
 def _with_relative_folders(data: Any, outside: bool = True) -> Any:
-    """A checkpoint's `data` with every `dir` that is in the current folder relative to it.
+    """A checkpoint's `data` with every `dir` in the current folder made relative to it.
 
     Args:
-        outside: keep where the others are; else only what their folder is called.
+        outside: keep the paths of other folders; otherwise only their names.
     """
     if isinstance(data, list):
         return [_with_relative_folders(item, outside) for item in data]

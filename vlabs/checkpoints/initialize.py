@@ -24,18 +24,17 @@ _LISTED = 20  # names that a report lists of one kind
 
 @dataclass
 class Initialized:
-    """What became of every parameter, by name.
+    """The origin of every parameter, by name.
 
     Attributes:
         source: the checkpoint.
-        loaded: taken as they were.
+        loaded: copied.
         resampled: interpolated to another resolution or patch size.
-        left_out: in the checkpoint, but without a place of their shape in this model.
-        new: in this model, but not in the checkpoint: they keep their fresh values.
-        derived: made from others.
-        bias_again: b_v is added as the checkpoint's decoders are used to, and not as the config has it; None where both
-            agree, or no decoders were taken.
-        history: the trainings that these weights have been through, oldest first: task and identity of the data.
+        left_out: in the checkpoint, but this model has no parameter of this name and shape.
+        new: in this model, but not in the checkpoint; they keep their fresh values.
+        derived: computed from others.
+        bias_again: the `bias_again` that the checkpoint's decoders need, if the config has another one; otherwise None.
+        history: the trainings of these weights, oldest first: task and identity of the data.
     """
 
     source: Path
@@ -48,7 +47,7 @@ class Initialized:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> str:
-        """A few lines: counts, and the names of those that were not simply loaded, unless they are many."""
+        """A summary in a few lines: counts, and the names of parameters that were not copied, unless there are many."""
         lines = [f"init: {len(self.loaded)} parameters loaded from {self.source}"]
         for what, names in (
             ("resampled", self.resampled),
@@ -69,7 +68,7 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that `init=SOURCE` means, and its content.
 
     Raises:
-        UserError: no such checkpoint, or neither one of vlabs' nor a released classifier.
+        UserError: the checkpoint does not exist, or is neither one of vlabs nor a released classifier.
     """
     path = find_checkpoint(source)
     content = read_tensors(path)
@@ -97,11 +96,11 @@ def initialize(
     """Fill `model` in place with the weights of a vlabs checkpoint, export or run folder, as far as they fit.
 
     Args:
-        answers: the answer vocabulary of `model`. What its head knows of an answer comes from the same answer of the
-            source, wherever it stands there; an answer that the source does not have keeps its fresh weights.
+        answers: the answer vocabulary of `model`. The head's weights of an answer come from the same answer in the
+            source, at any index; an answer that the source does not have keeps its fresh weights.
 
     Raises:
-        UserError: no such checkpoint, or no parameter of it fits.
+        UserError: the checkpoint does not exist, or none of its parameters fits.
     """
     path, content = read_source(source)
     encoders = {"encoder.": "vision."} if hasattr(model, "vision") else {"vision.": "encoder."}
@@ -159,7 +158,7 @@ def initialize(
 
 
 def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:
-    """Let the feedback of `model` be what the decoders of another architecture are used to; whether it was not so."""
+    """Set `bias_again` of `model` as the decoders of another architecture need it; returns whether it changed."""
 
     def part(plain: Any, name: str) -> Any:
         return plain.get(name) if isinstance(plain, dict) else None
@@ -183,7 +182,7 @@ def _renamed(name: str, parts: dict[str, str]) -> str:
 def _move_answers(
     state: dict[str, Tensor], own: dict[str, Tensor], known: Sequence[str], answers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The last layer of a VQA head, its rows put in the order of another vocabulary; nothing where it is the same."""
+    """The last layer of a VQA head with its rows in the order of another vocabulary; empty if it is the same."""
     if list(known) == list(answers):
         return {}
     place = {answer: row for row, answer in enumerate(known)}

@@ -43,10 +43,10 @@ class _Source:
     """Weights of an image encoder.
 
     Attributes:
-        label: what they are called in messages.
-        state: by name.
-        architecture: where they say it.
-        options: of the architecture, where they say them.
+        label: their name in messages.
+        state: tensors by name.
+        architecture: the architecture, if the source names it.
+        options: options of the architecture, if the source names them.
     """
 
     label: str
@@ -79,10 +79,10 @@ def vit_from_timm(
         encoder_class: what is built around the ViT.
 
     Returns:
-        The encoder; its `origin` says how much of the weights it has.
+        The encoder; its `origin` says how many of the weights it uses.
 
     Raises:
-        UserError: feedback cannot be added to the architecture, or the weights cannot be had or are another's.
+        UserError: feedback cannot be added to the architecture, or the weights are not available or do not fit.
     """
     source = None if weights is None else _find_weights(weights)
     name = (source and source.architecture) or architecture
@@ -111,14 +111,14 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
 
 
 def check_there(vision: str | None, text: str | None, tokenizer: str | None = None) -> None:
-    """Find the weights that a run begins with, before minutes of work on its data.
+    """Check that the weights of a run are available, before minutes of work on its data.
 
     Args:
-        vision, text: as of `vit_from_timm` and `text_from_pretrained`.
-        tokenizer: as of `read_tokenizer`; None for that of the data.
+        vision, text: arguments of `vit_from_timm` and `text_from_pretrained`.
+        tokenizer: as in `read_tokenizer`; None for that of the data.
 
     Raises:
-        UserError: they are not to be had; the message says what to pass.
+        UserError: something is not available; the message says what to pass.
     """
     wanted: dict[str | None, Callable[[str], Path]] = {
         vision: _located,
@@ -141,7 +141,7 @@ def check_there(vision: str | None, text: str | None, tokenizer: str | None = No
 
 
 def _located(weights: str) -> Path:
-    """The file or folder that `model.vision.weights` means; of a tag that of the cache."""
+    """The file or folder that `model.vision.weights` refers to; for a tag, that in the cache."""
     path = Path(weights)
     if path.exists():
         return path
@@ -168,7 +168,7 @@ def _find_weights(weights: str) -> _Source:
 
 
 def _of_folder(folder: Path) -> _Source:
-    """A folder of timm's, which says its architecture in its config; without a config, weights alone."""
+    """Read a folder of timm's, whose config names the architecture; without a config, only the weights."""
     architecture: Any = None
     options: Any = {}
     if os.path.lexists(folder / CONFIG):
@@ -187,7 +187,7 @@ def _of_folder(folder: Path) -> _Source:
 
 
 def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
-    """Raise a UserError if sizes that a folder says ask for much more memory or time than it has weights for."""
+    """Raise a UserError if a folder's config asks for much more memory or time than its weights justify."""
     with torch.device("meta"), no_more_parameters_than(4 * len(source.state) + 100):
         network = backbones.create(name, **options).network
     if sum(one.nbytes for one in network.state_dict().values()) > 2**28 + 4 * sum(
@@ -197,10 +197,10 @@ def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
 
 
 def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str:
-    """Give an encoder its weights, and say how many of them and which.
+    """Load weights into an encoder, and return a description of which and how many.
 
     Raises:
-        UserError: they are of another architecture.
+        UserError: the weights belong to another architecture.
     """
     own = encoder.vit.state_dict()
     failed = ""
@@ -229,7 +229,7 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
 
 
 def _without_head(state: State, own: State) -> State:
-    """The last norm, though, by the name that it has in a model: `fc_norm` where the mean token is classified."""
+    """Weights without the head; the last norm has its name in the model: `fc_norm` if the mean token is classified."""
     for there, here in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
         if f"{there}weight" in state.keys() - own.keys() and f"{here}weight" in own.keys() - state.keys():
             state = {re.sub(rf"^{there}", here, key): value for key, value in state.items()}
@@ -249,7 +249,7 @@ def _is_of_head(key: str) -> bool:
 
 
 def _block_of(key: str) -> int:
-    """The block that a tensor is of, from 0; -1 for none."""
+    """The block of a tensor, from 0; -1 if it belongs to none."""
     found = re.match(r"blocks\.(\d+)\.", key)
     return int(found[1]) if found else -1
 
@@ -273,16 +273,16 @@ def _in_brackets(said: list[str]) -> str:
 def text_from_pretrained(name_or_path: str) -> TextEncoder:
     """A text encoder by hub name (`FacebookAI/roberta-base`, `answerdotai/ModernBERT-base`) or from a local folder.
 
-    Its `config.json` says the type and the sizes; what else it says (code, quantization, dtype) is not followed.
+    Its `config.json` gives the type and the sizes; anything else in it (code, quantization, dtype) is ignored.
 
     Args:
         name_or_path: hub name or local folder of the text encoder.
 
     Returns:
-        The encoder; its `origin` says how much of the weights it has.
+        The encoder; its `origin` says how many of the weights it uses.
 
     Raises:
-        UserError: it cannot be had (the message says which local folder to pass), or it is of another type.
+        UserError: it is not available (the message says which local folder to pass), or has another type.
     """
     folder = _folder(name_or_path, "model.text.name_or_path=DIR")
     config = _read_config(folder, name_or_path)
@@ -317,12 +317,12 @@ roberta_from_pretrained = text_from_pretrained  # what the configs of earlier ru
 
 
 def _today(name: str) -> str:
-    """A parameter's name as it is called today; BERT's files are from before."""
+    """The current name of a parameter; BERT's files have old ones."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
 def report(model: nn.Module) -> str | None:
-    """What of a new model is pre-trained, how many of the weights there are, and what begins new; None if all does."""
+    """Say which parts of a new model are pre-trained, with how many weights, and which are new; None if all are new."""
     old, new = [], []
     for name, part in model.named_children():
         inner = {key for key, _ in part.named_parameters()}
@@ -343,7 +343,7 @@ def report(model: nn.Module) -> str | None:
 
 
 def _folder(name_or_path: str, instead: str) -> Path:
-    """A local folder, or that of a model of the hub with its config and weights."""
+    """A local folder, or the cache folder of a model on the hub with its config and weights."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     folder = download(name_or_path, (CONFIG, WEIGHTS, _INDEX, _SHARDS), instead)
@@ -370,7 +370,7 @@ def _read_folder(folder: Path, name: str) -> State:
     """The weights of a folder, in one file or several, in float32.
 
     Raises:
-        UserError: it has none, or of other kinds, or not all of them.
+        UserError: it has no weights, weights in an unsupported form, or only some of them.
     """
     check_files(folder, (WEIGHTS, _INDEX, _PICKLED))
     file = _weights_of(folder)
@@ -405,10 +405,10 @@ def _read_shards(folder: Path, name: str) -> State:
 
 
 def _in_full(state: State, name: str) -> State:
-    """Floats in float32, which says what half precision says.
+    """Convert floats to float32, which represents half precision exactly.
 
     Raises:
-        UserError: they are of another type, which needs more than that, or no numbers.
+        UserError: they have another type (e.g. int8), or are not finite.
     """
     for key, value in state.items():
         if value.is_floating_point() and value.dtype not in _FLOATS:
@@ -420,7 +420,7 @@ def _in_full(state: State, name: str) -> State:
 
 
 def _not_whole(folder: Path, name: str, missing: Iterable[str]) -> UserError:
-    """What a model's folder lacks, and what else it has."""
+    """Say what a model's folder lacks, and what it has instead."""
     there = sorted(path.name for path in folder.iterdir() if path.is_file())
     lacks = [f"{file} (a broken link)" if os.path.islink(folder / file) else file for file in missing]
     of = f"{name} has no {_listed(lacks)}"

@@ -1,11 +1,11 @@
-"""A model as programs that run without vlabs: ONNX, or torch.export's own form. ξ is an input of the second pass.
+"""A model as programs that run without vlabs: ONNX, or torch.export. ξ is an input of the second pass.
 
     text.onnx           input_ids, attention_mask            ->  text_states, prior
     first_pass.onnx     images                               ->  what the second pass reads of them
     second_pass.onnx    that, prior, text_states, …, image_index  ->  logits, token_weights, seen_tokens
 
-So a picture is encoded once for all questions, a text once for all pictures, and ξ may be anybody's. The numbers of
-images, texts and tokens are free. A classifier has no text, and its second pass no more than images and ξ.
+An image is encoded once for all questions, a text once for all images, and ξ may come from anywhere. The numbers of
+images, texts and tokens are free. A classifier has no text; its second pass takes only images and ξ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IMAGES = ("tokens", "hidden", "embedded", "first_qkv", "pooled")
 
 
 class TextPass(nn.Module):
-    """Token ids (n, T) and their mask to text states (n, T, D_text) and ξ (n, D_vision), where there is one."""
+    """Token ids (n, T) and their mask to text states (n, T, D_text) and ξ (n, D_vision), if there is one."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TextPass(nn.Module):
 
 
 class FirstPass(nn.Module):
-    """Images (B, 3, H, W) to the tensors of `BottomUp`; those of a variant's own come last."""
+    """Images (B, 3, H, W) to the tensors of `BottomUp`; those of the variant come last."""
 
     def __init__(self, encoder: AbSViT) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class FirstPass(nn.Module):
 
 
 class SecondPass(nn.Module):
-    """What `FirstPass` and `TextPass` gave, and which image each text is about, to logits and where it looked.
+    """The outputs of `FirstPass` and `TextPass`, and the image of each text, to logits and token weights.
 
     Args:
         model: the model.
-        pictures: p, that a text is about: `image_index` is (n, p).
+        pictures: p, the images per text: `image_index` is (n, p).
     """
 
     def __init__(self, model: VisionLanguageModel, pictures: int) -> None:
@@ -90,7 +90,7 @@ class SecondPass(nn.Module):
 
 
 class ClassifierSecondPass(nn.Module):
-    """What `FirstPass` gave and ξ (B, D) to logits of both passes, (B, K) each, and token weights (B, N)."""
+    """The output of `FirstPass` and ξ (B, D) to logits of both passes, (B, K) each, and token weights (B, N)."""
 
     def __init__(self, model: AbSViTClassifier) -> None:
         super().__init__()
@@ -115,22 +115,22 @@ def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx", overw
     """Write the programs of a run folder or checkpoint, see `write_programs`.
 
     Raises:
-        UserError: no such checkpoint; and as there.
+        UserError: the checkpoint does not exist; and as in `write_programs`.
     """
     return write_programs(load_checkpoint(ckpt), out, form, overwrite)
 
 
 def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx", overwrite: bool = False) -> Path:
-    """Write the programs of a model with `preprocessing.json` and `tokenizer.json`, whole or not at all.
+    """Write the programs of a model with `preprocessing.json` and `tokenizer.json`, completely or not at all.
 
     Args:
         checkpoint: the model.
-        out: the folder to make.
+        out: the new folder.
         form: `onnx` or `torch`.
-        overwrite: `out` may be an export already.
+        overwrite: `out` may be an earlier export.
 
     Raises:
-        UserError: `out` is there, a package is missing, or a part of the model cannot be exported.
+        UserError: `out` exists, a package is missing, or a part of the model cannot be exported.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
@@ -150,11 +150,11 @@ def write_programs(checkpoint: Checkpoint, out: str | Path, form: str = "onnx", 
 
 
 class Part(NamedTuple):
-    """A program before it is one.
+    """A part of a model before its export.
 
     Attributes:
-        module, inputs, shapes: for `torch.export.export`.
-        given, gives: names of what goes in and comes out, tensor by tensor.
+        module, inputs, shapes: arguments of `torch.export.export`.
+        given, gives: names of the input and output tensors.
     """
 
     module: nn.Module
@@ -165,7 +165,7 @@ class Part(NamedTuple):
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
-    """The parts of a model, by name, in the order in which they are run."""
+    """The parts of a model by name, in the order in which they run."""
     if isinstance(checkpoint.network, AbSViTClassifier):
         return _parts_of_classifier(checkpoint)
     if not isinstance(checkpoint.network, VisionLanguageModel):
@@ -222,7 +222,7 @@ def _names(seen: Sequence[Tensor]) -> list[str]:
 
 
 def trace(part: Part) -> torch.export.ExportedProgram:
-    """A part as torch.export has it."""
+    """Trace a part with torch.export."""
     with torch.no_grad():
         return torch.export.export(part.module.eval(), part.inputs, dynamic_shapes=part.shapes, strict=False)
 

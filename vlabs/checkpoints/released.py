@@ -73,13 +73,13 @@ _RELEASED_NAMES = [
 
 @dataclass
 class ReleasedOutput:
-    """What a released network gives.
+    """The output of a released network.
 
     Attributes:
         logits: (n, classes), (n, answers), or the ranking score (n,).
         losses: `reconstruction`, unweighted, summed over blocks; empty for the plain ViT.
-        logits_bottom_up: (n, classes) of the first pass, classification only.
-        text_features, image_features, pooled_features: of the fusion, vision-language only.
+        logits_bottom_up: (n, classes) from the first pass, classification only.
+        text_features, image_features, pooled_features: from the fusion, vision-language only.
         matching_logits: (n, 2), retrieval and pre-training only.
     """
 
@@ -119,7 +119,7 @@ class ReleasedVLM(nn.Module):
     ) -> ReleasedOutput:
         """Images (n, 3, H, W) with texts (n, T); the released ξ depends on T, so pad as the released code does.
 
-        `image_index` is (n, 2) for pairs of pictures, as in `VisionLanguageModel.forward`.
+        `image_index` is (n, 2) for pairs of images, as in `VisionLanguageModel.forward`.
         """
         out = self.model(image, input_ids, attention_mask, image_index, reconstruct=True, all_features=True)
         head = self.model.head
@@ -148,8 +148,9 @@ def load_released(
 
     Args:
         source: a `.pth`, `.ckpt` or `.safetensors` file, or its state dict.
-        task: `classification`, or one of `TASKS`; METER's names of them are vqa, irtr, nlvr2, snli and mlm_itm.
-        vision_heads, text_heads, fusion_heads: attention heads, which no tensor shows; width / 64 if not given.
+        task: `classification`, or one of `TASKS`; METER calls them vqa, irtr, nlvr2, snli and mlm_itm.
+        vision_heads, text_heads, fusion_heads: numbers of attention heads, which tensors do not show; width / 64 if
+            not given.
         alpha: α of the classifier (the vision-language code has 5 built in).
 
     Returns:
@@ -181,7 +182,7 @@ def load_released(
 
 
 def pictures_of(module: ReleasedClassifier | ReleasedVLM) -> dict[str, Any]:
-    """How the released code reads pictures for a model, by the names of `Preprocessing`."""
+    """How the released code reads images for a model, by the names of `Preprocessing`."""
     if isinstance(module, ReleasedClassifier):
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.875}
     as_imagenet = isinstance(module.model.vision.backbone, Swin)

@@ -1,4 +1,4 @@
-"""A model as others get it: one safetensors file, a folder as on the Hugging Face hub, or on the hub itself."""
+"""Sharing a model: as a safetensors file, as a folder in the Hugging Face hub's layout, or on the hub itself."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def export_folder(
     metrics: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write a folder that `vlabs.load`, `ckpt=`, `init=` and `from_pretrained` take, whole or not at all.
+    """Write a folder that `vlabs.load`, `ckpt=`, `init=` and `from_pretrained` read, completely or not at all.
 
     Args:
         ckpt: run folder or checkpoint.
-        out: the folder to make.
-        name: what the card says that it is loaded by; the folder's name if not given.
+        out: the new folder.
+        name: the name by which the card loads it; the folder's name if not given.
         licence, metrics: see `model_card`.
-        overwrite: `out` may be an export already.
+        overwrite: `out` may be an earlier export.
 
     Raises:
-        UserError: no such checkpoint, or `out` is there already.
+        UserError: the checkpoint does not exist, or `out` exists.
     """
     out = Path(out)
     with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
@@ -49,7 +49,7 @@ def export_folder(
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an export of vlabs, of weights or programs, and holds nothing else."""
+    """Whether a folder holds an export of vlabs (weights or programs) and nothing else."""
     known = (*FILES, PROGRAMS)
     if not folder.is_dir() or any(one.name not in known and one.suffix not in _PROGRAM for one in folder.iterdir()):
         return False
@@ -68,19 +68,19 @@ def push_to_hub(
     metrics: Sequence[Path] = (),
     token: str | None = None,
 ) -> str:
-    """Put a model on the hub, in one commit; what is there of that name is replaced.
+    """Upload a model to the hub in one commit; files of the same name are replaced.
 
     Args:
         name: `user/name`.
-        private: for a repository that is made by this.
-        token: of the hub; what `hf auth login` left if not given.
+        private: whether a new repository is private.
+        token: of the hub; that of `hf auth login` if not given.
         ckpt, licence, metrics: see `export_folder`.
 
     Returns:
         The address of the commit.
 
     Raises:
-        UserError: no such checkpoint, or the hub does not take it.
+        UserError: the checkpoint does not exist, or the hub refuses the upload.
     """
     if name.count("/") != 1:
         raise UserError(f"--to-hub {name}: name it as user/name")
@@ -102,6 +102,6 @@ def push_to_hub(
 
 
 def _run_of(ckpt: str | Path) -> Path | None:
-    """The run folder that a checkpoint lies in."""
+    """The run folder of a checkpoint."""
     folder = find_checkpoint(ckpt).parent.parent
     return folder if (folder / "config.yaml").is_file() else None

@@ -1,1 +1,1 @@
-"""Measures that know no model: accuracy, recall, grounding, intervals."""
+"""Metrics that know no model: accuracy, recall, grounding, intervals."""

@@ -1,4 +1,4 @@
-"""How sure a mean is: percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
+"""Percentile bootstrap intervals of a mean (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DRAWN = 2**22
 
 
 class Interval(NamedTuple):
-    """A mean, and the bounds between which it lies with the asked confidence."""
+    """A mean and its confidence interval."""
 
     mean: float
     low: float
@@ -21,10 +21,10 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of one value a question, with its percentile bootstrap interval.
+    """The mean of one value per question, with its percentile bootstrap interval.
 
     Questions are resampled as if they were independent. Those about one image are not quite, which makes the interval
-    somewhat narrow; give one mean an image to be strict.
+    somewhat narrow; pass one mean per image to be strict.
 
     Args:
         values: (n,), at least two.

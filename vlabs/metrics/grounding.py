@@ -1,10 +1,10 @@
-"""Does a model look at what it was asked about: maps against target masks, and against where humans looked.
+"""Grounding: does a model look at what it was asked about? Maps against target masks and against human attention.
 
 A map is non-negative, (..., H, W), of any scale, and so are the masks and human maps it is compared with; every measure
 gives one value in float64 for each map, (...). A map over patches becomes one over pixels by `to_pixels`. Values do not
-depend on the scale of a map, and an all-zero map counts as a uniform one: a model that prefers no place.
+depend on the scale of a map, and an all-zero map counts as a uniform one.
 
-The first three measures have one chance level: a uniform map scores exactly the target's share of the picture
+The first three measures have one chance level: a uniform map scores exactly the target's share of the image
 (`area_share`), and so does a random one on average (a little more for `average_precision`).
 """
 
@@ -35,13 +35,13 @@ def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
     Args:
         patches: (..., rows, columns).
-        size: the side of the picture in pixels, or (height, width).
+        size: the side of the image in pixels, or (height, width).
 
     Returns:
         (..., height, width)
 
     Raises:
-        ValueError: the picture is not a whole number of patches high and wide.
+        ValueError: the image is not a whole number of patches high and wide.
     """
     if patches.ndim < 2:
         raise ValueError(f"a map over patches has rows and columns, and not shape {patches.shape}")
@@ -53,7 +53,7 @@ def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def area_share(mask: np.ndarray) -> np.ndarray:
-    """The target's share of the picture, in (0, 1]: what a uniform map scores.
+    """The target's share of the image, in (0, 1]: what a uniform map scores.
 
     Args:
         mask: (..., H, W), bool.
@@ -110,7 +110,7 @@ def best_iou(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The best intersection over union of the target with the pixels above any threshold of the map, in (0, 1].
 
     The threshold is chosen with the target in hand, so this is an upper bound of what the map can segment, and never
-    below the target's share of the picture.
+    below the target's share of the image.
 
     Args and raises: as `energy_inside`.
     """
@@ -129,7 +129,7 @@ def rank_correlation(attention: np.ndarray, human: np.ndarray) -> np.ndarray:
 
     Args:
         attention: (..., H, W), non-negative; over patches or pixels.
-        human: (..., H', W'), non-negative; of the same part of the picture, see `vlabs.data.instances.crop_map`.
+        human: (..., H', W'), non-negative; of the same part of the image, see `vlabs.data.instances.crop_map`.
 
     Raises:
         ValueError: the leading shapes differ, or a value is negative or not finite.
@@ -147,8 +147,8 @@ class HumanMaps(NamedTuple):
     """Where people looked for one question.
 
     Attributes:
-        question_id: of VQA v1, which VQA-HAT was collected on; v2 numbers the same questions otherwise.
-        maps: (n, H, W), float32 in [0, 1], one map a person, of the size of the whole picture.
+        question_id: the id in VQA v1, on which VQA-HAT was collected; v2 numbers the same questions differently.
+        maps: (n, H, W), float32 in [0, 1], one map per person, of the size of the whole image.
     """
 
     question_id: int
@@ -161,20 +161,20 @@ class HumanMaps(NamedTuple):
 
 
 def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> Iterator[HumanMaps]:
-    """Read the human attention maps of VQA-HAT as they are downloaded: `{question_id}_{n}.png`, up to three a question.
+    """Read the human attention maps of VQA-HAT as they are downloaded.
 
-    Files with other names are passed over.
+    Files are `{question_id}_{n}.png`, up to three per question; files with other names are ignored.
 
     Args:
         folder: `vqahat_train` or `vqahat_val`.
-        question_ids: those that are wanted; all by default.
+        question_ids: the wanted questions; all by default.
 
     Yields:
-        One record a question, by question id.
+        One record per question, by question id.
 
     Raises:
-        UserError: there is no such folder, it holds no maps, a file is no picture, or the maps of a question differ in
-            size.
+        UserError: there is no such folder, it holds no maps, a file is not an image, or the maps of a question differ
+            in size.
     """
     found = list_hat(folder)
     wanted = sorted(question_id for question_id in found if question_ids is None or question_id in question_ids)
@@ -244,7 +244,7 @@ def _flat_pair(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _thresholds(values: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take the pixels in by falling value.
+    """Add the pixels in order of decreasing value.
 
     Returns:
         how many of the first k are in the target, (..., P); k, (P,); whether a threshold ends there and not among

@@ -14,7 +14,7 @@ RECALLS = (1, 5, 10)
 
 @dataclass
 class Ranks:
-    """How far down a right answer comes, counted from 1.
+    """The ranks of the right answers, counted from 1.
 
     Attributes:
         image: (M,), for every caption the rank of its image among all images.
@@ -35,7 +35,7 @@ class Ranks:
 
 
 class Rows(Protocol):
-    """A matrix (N, M) of which a row can be asked for: an array, memory-mapped or not, or what computes its rows."""
+    """A matrix (N, M) that is read by rows: an array, memory-mapped or not, or something that computes its rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,9 +48,9 @@ class Rows(Protocol):
 def retrieval_ranks(scores: Rows, image_of_caption: np.ndarray) -> Ranks:
     """Ranks of the right answers in both directions.
 
-    A caption is a query for images, and its one image is right. An image is a query for captions, and any of its own is
-    right: what counts is the best of them, as in METER. A tie counts against the right answer, so that equal scores are
-    no better than chance.
+    A caption is a query for images, and only its image is right. An image is a query for captions, and any of its own
+    is right: the best of them counts, as in METER. A tie counts against the right answer, so that equal scores are no
+    better than chance.
 
     Args:
         scores: (N, M), images by captions; read row by row, twice.
@@ -82,7 +82,7 @@ def retrieval_ranks(scores: Rows, image_of_caption: np.ndarray) -> Ranks:
 
 
 def check_enough_images(images: int, split: str) -> None:
-    """Refuse to report a recall that nothing can miss.
+    """Refuse to report a recall that is always 100%.
 
     Raises:
         UserError: there are fewer images than the largest K of R@K.

@@ -1,4 +1,4 @@
-"""How well a classifier bears what it has not seen: corruption errors, and attacks on its pixels."""
+"""Robustness of a classifier: corruption errors, and attacks on its pixels."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def pgd(
     steps: int = 5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient descent (Madry et al., 2018): the pixels near these that the model takes for something else.
+    """Projected gradient descent (Madry et al., 2018): nearby pixels that the model classifies differently.
 
     Args:
         logits_of: gives (n, classes) of pixels; what is attacked must be what is evaluated.
         pixels: (n, 3, H, W) in [0, 1].
         labels: (n,).
-        epsilon: how far a pixel may move.
-        step: how far it moves at once, along the sign of the gradient of the cross-entropy.
-        steps: how often.
+        epsilon: the largest change of a pixel.
+        step: the change per step, along the sign of the gradient of the cross-entropy.
+        steps: number of steps.
         generator: of a random start inside epsilon; None to start at the pixels.
 
     Returns:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """IoU of every class, in percent, (K,); NaN for one that neither occurs nor is found.
+    """IoU of every class, in percent, (K,); NaN for a class that neither occurs nor is predicted.
 
     Args:
-        confusion: (K, K) of pixels, true class by found class.
+        confusion: (K, K), counts of pixels, true class by predicted class.
     """
     counts = confusion.double()
     right = counts.diag()
@@ -19,12 +19,12 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 
 def mean_iou(confusion: Tensor) -> Tensor:
-    """The mean of `class_iou` over the classes that there are, in percent; a float32 scalar."""
+    """The mean of `class_iou` over the classes that are not NaN, in percent; a float32 scalar."""
     return class_iou(confusion).nanmean().float()
 
 
 def region_iou(found: Tensor, masks: Tensor, ignored: int) -> Tensor:
-    """IoU of what was found with the region of every text, in [0, 1]; texts without a region are left out.
+    """IoU of the prediction with the region of every text, in [0, 1]; texts without a region are left out.
 
     Args:
         found, masks: (n, H, W), 1 inside; masks all `ignored` where there is no region.

@@ -1,4 +1,4 @@
-"""Measures of labelled statements."""
+"""Metrics for labeled statements."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 
 def consistency(identifiers: Sequence[str], right: Sequence[bool]) -> float:
-    """NLVR2's consistency: the share of sentences that are labelled right for every pair that they are asked about.
+    """NLVR2's consistency: the share of sentences that are labeled right for every pair that they are asked about.
 
-    An identifier is `split-set-pair-sentence`: those that differ in the pair alone are of one sentence (Suhr et al.,
-    2019, section 6; so does the data set's own `metrics.py`).
+    An identifier is `split-set-pair-sentence`. Identifiers that differ only in the pair belong to one sentence (Suhr et
+    al., 2019, section 6, and the dataset's own `metrics.py`).
 
     Args:
         identifiers, right: of each example; at least one.
@@ -29,11 +29,11 @@ def told_apart(scores: Mapping[tuple[int, int], float]) -> dict[str, bool]:
     """Whether what belongs together has the higher score, as Winoground measures it (Thrush et al., 2022, section 4).
 
     Args:
-        scores: of (picture, caption); picture n belongs to caption n. One picture and two captions, or two of each.
+        scores: of (image, caption); image n belongs to caption n. One image and two captions, or two of each.
 
     Returns:
-        `text`: every picture's own caption scores higher than the other. With two pictures also `image`: every
-        caption's own picture scores higher, and `group`: both. Equal scores tell nothing apart.
+        `text`: every image's own caption scores higher than the other. With two images also `image`: every
+        caption's own image scores higher, and `group`: both. Equal scores tell nothing apart.
     """
     pictures = {picture for picture, _ in scores}
     text = all(scores[n, n] > scores[n, 1 - n] for n in pictures)

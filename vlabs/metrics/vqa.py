@@ -1,7 +1,7 @@
-"""The official VQA accuracy (Antol et al., ICCV 2015; `vqaEval.py` of the VQA API), every quirk kept.
+"""The official VQA accuracy (Antol et al., ICCV 2015; `vqaEval.py` of the VQA API), with all its quirks.
 
 An answer's accuracy is the mean, over the ten sets that leave one human answer out, of min(1, matches / 3). Strings are
-compared as they are where the ten humans wrote the same string, and in normalised form everywhere else.
+compared as they are where the ten humans wrote the same string, and in normalized form everywhere else.
 """
 
 from __future__ import annotations
@@ -201,9 +201,9 @@ def match_accuracy(matches: int, total: int) -> float:
 
 
 def ten_answers(answers: Sequence[str]) -> list[str]:
-    """Return at least ten answers, those given in turn: the official accuracy, which leaves one out, is made for ten.
+    """Return at least ten answers, repeating the given ones in turn, because the official accuracy assumes ten.
 
-    As they are, the one answer to a question would score 0, and two people who agree 33%.
+    Otherwise a single answer to a question would score 0, and two people who agree 33%.
 
     Raises:
         ValueError: there are no answers.

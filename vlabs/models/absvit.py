@@ -1,4 +1,4 @@
-"""The image encoder: a ViT that can be run a second time with a top-down signal inside its attention.
+"""The image encoder: a ViT that can run a second time with a top-down signal inside its attention.
 
 "Top-Down Visual Attention from Analysis by Synthesis" (Shi, Darrell, Wang; CVPR 2023), section 5.1:
 
@@ -6,12 +6,12 @@
     t ← A_l t, td_l = B_l t   from the modulated z downwards    feedback
     v ← v + W_v td_l in the attention of every block            second pass; q and k stay as they are
 
-The second pass may begin at a later block, from the first one's state there (`start`), and go through no more than the
-patches that ξ points at (`keep`).
+The second pass may begin at a later block, from the first pass's state there (`start`), and may use only the patches
+that ξ points at (`keep`).
 
-The released code adds b_v there once more (`TopDown.bias_again`). Without it, new B_l are zero, so that a pre-trained
-encoder is what it was until feedback has learnt something, and α = 0 is the bottom-up pass. What a block is, and what
-lies between blocks, is the backbone's (`vlabs.models.backbones`).
+The released code adds b_v there once more (`TopDown.bias_again`). Without it, new B_l are zero: a pre-trained encoder
+is unchanged until feedback has learned something, and α = 0 is the bottom-up pass. The backbone defines the blocks and
+what lies between them (`vlabs.models.backbones`).
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ class NetworkOptions(TypedDict, total=False):
 
 @dataclass
 class BottomUp:
-    """The first pass over B images and all that no prior changes.
+    """The first pass over B images, and everything that does not depend on a prior.
 
     Attributes:
         tokens: (B, N, D), z: the output tokens after the final norm (the mean-token classifier has no such norm).
         hidden: (B, N, D), the output of the last block before the final norm.
-        embedded: (B, N, D), what the second pass begins with: the input of its first block, the same in both passes.
+        embedded: (B, N, D), the input of the second pass's first block, which is the same in both passes.
         first_qkv: (B, N, 3D), q, k, v of that block.
-        prepared: the variant's own part, (B, N, D) for every block of the second pass; empty where it has none, or
-            where it is made of the tokens that are kept, once they are known.
+        prepared: the variant's own part, (B, N, D) for every block of the second pass; empty if it has none, or if it
+            is computed from the kept tokens, once they are known.
         pooled: (B, D), what `cls` gives.
-        layers: (B, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
-        read: (B, N), how much [cls] reads of every token in the last block, or all tokens do where there is none; where
-            patches are to be kept by it.
+        layers: (B, N, D) each, the outputs of the requested blocks; for the last block, `tokens`.
+        read: (B, N), how much [cls] (or, without one, all tokens) attends to each token in the last block; set only if
+            patches are kept by it.
     """
 
     tokens: Tensor
@@ -79,21 +79,21 @@ class BottomUp:
 
     @property
     def cls(self) -> Tensor:
-        """(B, D), z of [cls], or what the encoder has in its place: what the pictures are, before anything is asked.
+        """(B, D), z of [cls] or of what the encoder has instead of it: the images, before any text.
 
         Raises:
-            ValueError: this encoder has none, see `AbSViT.has_bottom_up`.
+            ValueError: the encoder has no bottom-up pass, see `AbSViT.has_bottom_up`.
         """
         return self.pooled
 
 
 class StoredPass(NamedTuple):
-    """Of the first pass over B images what the rest follows from, so that they need not be looked at again.
+    """The part of the first pass over B images from which the rest follows, so that they need not be encoded again.
 
     Attributes:
-        embedded: (B, N, D), as in `BottomUp`; None where there is no second pass to read it.
-        tokens: (B, N, D), z; None where blocks of the first pass are still trained, and go on from `embedded`.
-        read: (B, N), as in `BottomUp`, where patches are kept by it.
+        embedded: (B, N, D), as in `BottomUp`; None if there is no second pass to read it.
+        tokens: (B, N, D), z; None if blocks of the first pass are still trained, and continue from `embedded`.
+        read: (B, N), as in `BottomUp`, if patches are kept by it.
     """
 
     embedded: Tensor | None
@@ -103,16 +103,16 @@ class StoredPass(NamedTuple):
 
 @dataclass
 class VisionTokens:
-    """What the encoder sees of an image under a prior, for n priors; N is M where no more tokens are kept.
+    """The encoder's output for n priors, each with its image; N is M + 1 if only M tokens are kept.
 
     Attributes:
         tokens: (n, N, D), after the final norm.
         hidden: (n, N, D), before the final norm: its norm is the paper's attention map.
         token_weights: (n, N) in [0, 1], the similarity of prior and token; None without a prior.
-        reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None when not asked for.
-        layers: (n, N, D) each, the outputs of blocks that were asked for; of the last block, `tokens`.
-        kept: (n, M), the places of the tokens among all of the encoder's, ascending; None where these are all. The last
-            of the M + 1 tokens that there are then is the mean of all others.
+        reconstruction: scalar, Σ_l mse(A_l · sg(output of block l), sg(input of block l)); None if not requested.
+        layers: (n, N, D) each, the outputs of the requested blocks; for the last block, `tokens`.
+        kept: (n, M), the positions of the kept tokens, ascending; None if all are kept. Otherwise there are M + 1
+            tokens, and the last is the mean of all others.
     """
 
     tokens: Tensor
@@ -123,7 +123,7 @@ class VisionTokens:
     kept: Tensor | None = None
 
     def of_all(self, values: Tensor, count: int) -> Tensor:
-        """Numbers (n, M) of the tokens as those of all `count` tokens of the encoder: 0 for what was not kept."""
+        """Spread values (n, M) of the kept tokens over all `count` tokens of the encoder, with 0 for the others."""
         if self.kept is None or values.shape[1] == count:
             return values
         places = self.kept.expand(len(values), -1)
@@ -154,15 +154,15 @@ class AbSViT(nn.Module):
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
-        has_bottom_up: whether the first pass goes through the blocks, so that its tokens say what is in the picture.
+        has_bottom_up: whether the first pass runs the blocks, so that its tokens describe the image.
         backbone: the encoder as blocks whose values take a signal; its weights are in `vit`.
-        origin: how many of which weights it was pre-trained with; None for none.
-        shares: that it is trained with, see `keep`.
-        needs_all: why no patch can be left out; empty where it can.
+        origin: which pre-trained weights it has, and how many of them; None without any.
+        shares: the shares that it is trained with, see `keep`.
+        needs_all: why no patch can be left out; empty if patches can.
 
     Raises:
-        UserError: there is no such architecture, or feedback cannot be added to it; see `backbones.create`. Or there
-            is no such block or share.
+        UserError: the architecture does not exist, or feedback cannot be added to it (see `backbones.create`), or
+            `start` or `keep` is out of range.
     """
 
     spec: dict[str, Any]
@@ -229,22 +229,22 @@ class AbSViT(nn.Module):
 
     @property
     def width(self) -> int:
-        """D, the size of a token."""
+        """D, the width of a token."""
         return self.backbone.width
 
     @property
     def has_cls(self) -> bool:
-        """Whether the first output token is a [cls] that says what the picture is."""
+        """Whether the first output token is a [cls] that stands for the image."""
         return self.backbone.has_cls
 
     @property
     def needs_prior(self) -> bool:
-        """Whether ξ changes what this encoder sees."""
+        """Whether the output of this encoder depends on ξ."""
         return self.topdown is not None and self.topdown.needs_prior
 
     @property
     def looks_twice(self) -> bool:
-        """Whether a pass starts anew from the embedding of the pictures, under a prior or with what is fed back."""
+        """Whether there is a second pass from the embedding of the images, under a prior or with feedback."""
         return self.topdown is not None and self.topdown.second_pass
 
     @property
@@ -254,7 +254,7 @@ class AbSViT(nn.Module):
 
     @property
     def is_silent(self) -> bool:
-        """Whether there are feedback decoders, and they give nothing yet."""
+        """Whether there are feedback decoders whose output is still zero."""
         decoders: Any = self.decoders[self.start - 1 :]
         return self.reconstructs and not any(decoder.linear2.weight.any() for decoder in decoders)
 
@@ -270,12 +270,12 @@ class AbSViT(nn.Module):
 
     @property
     def keeps_what_is_read(self) -> bool:
-        """Whether patches are kept by what [cls] reads in the first pass, since there is no ξ to keep them by."""
+        """Whether patches are kept by the attention of [cls] in the first pass, because there is no ξ."""
         return not self.needs_prior
 
     @property
     def keep(self) -> float:
-        """The share of the patches that the second pass and what reads it have; it can be set."""
+        """The share of the patches in the second pass and in what reads it; it can be set."""
         return self._keep
 
     @keep.setter
@@ -285,7 +285,7 @@ class AbSViT(nn.Module):
 
     @contextmanager
     def keeping(self, share: float | None) -> Iterator[None]:
-        """Keep another share of the patches for a while; None for the same."""
+        """Context manager: keep another share of the patches; None changes nothing."""
         usual = self.keep
         self.keep = usual if share is None else share
         try:
@@ -303,9 +303,9 @@ class AbSViT(nn.Module):
                 raise UserError(f"keep={share:g}: {self.needs_all}")
 
     def steers(self, seen: VisionTokens) -> Tensor | None:
-        """Whether a prior is like some patch of its picture, (n,); where it is like none, it steers nothing.
+        """(n,), whether each prior is similar to some patch of its image; otherwise it steers nothing.
 
-        None where the encoder is not steered by how like a prior its tokens are.
+        None if the encoder is not steered by the similarity of prior and tokens.
         """
         if not self.needs_prior or seen.token_weights is None:
             return None
@@ -314,14 +314,14 @@ class AbSViT(nn.Module):
     def encode(
         self, images: Tensor | StoredPass, layers: Sequence[int] = (), record: list[Tensor] | None = None
     ) -> BottomUp:
-        """The bottom-up pass, and what the top-down variant can prepare without a prior.
+        """The bottom-up pass, and what the top-down variant can compute without a prior.
 
         Args:
-            images: (B, 3, H, W), normalised; or what was stored of their pass. What that leaves out because nothing
-                but a map of the norm reads it is z.
-            layers: blocks, counted from 1, whose outputs are to be kept.
-            record: a list that is emptied and takes the attention of every block, (B, heads, N, N) with gradients;
-                slower, because it is written out.
+            images: (B, 3, H, W), normalized; or their stored pass. `hidden`, which only the norm map reads, is not
+                stored, and is then z.
+            layers: blocks, counted from 1, whose outputs are kept.
+            record: a list that is emptied and filled with the attention of every block, (B, heads, N, N), with
+                gradients; slower, because the attention is then computed explicitly.
         """
         backbone = self.backbone
         begin = 0
@@ -367,12 +367,12 @@ class AbSViT(nn.Module):
 
     @torch.no_grad()
     def choose(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Kept | None:
-        """The tokens that are kept for n priors, or of B images where none steers; None for all.
+        """The tokens to keep for n priors or, without a prior, of B images; None for all.
 
-        They are the prefix and the first patches by `order`, by which the others are weighted.
+        These are the prefix and the first patches by `order`, which also weights the mean of the others.
 
         Args:
-            bottom_up, prior, image_index: as of `attend`.
+            bottom_up, prior, image_index: as for `attend`.
         """
         prefix = self.num_prefix_tokens
         patches = bottom_up.tokens.shape[1] - prefix
@@ -387,9 +387,9 @@ class AbSViT(nn.Module):
         return Kept(places, rest / rest.sum(dim=1, keepdim=True))
 
     def order(self, bottom_up: BottomUp, prior: Tensor | None, image_index: Tensor | None) -> Tensor:
-        """What patches are kept by, largest first: the cosine with ξ, which is s_i where that is above 0, (n, N).
+        """The values by which patches are kept, largest first: the cosine with ξ, (n, N); s_i where it is above 0.
 
-        Where no ξ steers, it is what [cls] reads, (B, N).
+        Without ξ, the attention of [cls], (B, N).
         """
         if not self.keeps_what_is_read:
             assert prior is not None
@@ -399,7 +399,7 @@ class AbSViT(nn.Module):
         return bottom_up.read
 
     def _known(self, embedded: Tensor | None, tokens: Tensor, read: Tensor | None) -> BottomUp:
-        """The bottom-up pass whose outcome was stored."""
+        """The bottom-up pass of a stored result."""
         first = self.start - 1
         first_qkv = tokens if embedded is None else self.backbone.qkv(first, self.backbone.enter(first, embedded))
         prepared = self._prepared(tokens)
@@ -421,15 +421,15 @@ class AbSViT(nn.Module):
 
         Args:
             bottom_up: the first pass over B images.
-            prior: ξ, (n, D); not read where `needs_prior` is False.
+            prior: ξ, (n, D); not read if `needs_prior` is False.
             image_index: (n,) the image of each prior; None means that prior i belongs to image i, or that all priors
-                belong to the one image there is.
+                belong to a single image.
             reconstruct: also compute the reconstruction loss (training).
-            layers: as `encode` was given; those that do not change come from there.
-            alpha: the strength of the top-down signal in the place of the variant's own, where it has one.
-            record: as in `encode`, of this pass, (n, heads, N, N); where there is none, what the first pass left stays.
+            layers: as given to `encode`; outputs that do not change come from there.
+            alpha: the strength of the top-down signal instead of the variant's own, if it has one.
+            record: as in `encode`, for this pass, (n, heads, N, N); without a second pass, that of the first stays.
 
-        Without feedback and `image_index`, one image comes back as one, whatever the number of priors.
+        Without feedback and `image_index`, a single image gives a single output, whatever the number of priors.
         """
         topdown = self.topdown
         alpha = alpha if hasattr(topdown, "alpha") else None
@@ -526,25 +526,25 @@ class AbSViT(nn.Module):
         return VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
 
     def _spread(self, signal: TopDownSignal | ValueMask) -> None:
-        """Let a signal know which token of a block is which of the output's, where these are not the same."""
+        """Tell a signal which output token stands for each token of a block, if these differ."""
         if not self.backbone.is_even:
             signal.spread = lambda block, values: self.backbone.spread(block + self.start - 1, values)
 
     def _run(self, *arguments: Any) -> Tensor:
-        """A block, its inner activations kept for the backward pass or not."""
+        """Run a block, with or without keeping its inner activations for the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(self.backbone.block, *arguments, use_reentrant=False)
             return output
         return self.backbone.block(*arguments)
 
     def compile_passes(self, backend: str = "inductor") -> None:
-        """Let `torch.compile` make kernels of both passes; see `VisionLanguageModel.compile_parts`."""
+        """Compile both passes with `torch.compile`; see `VisionLanguageModel.compile_parts`."""
         compiled = partial(torch.compile, backend=backend, dynamic=True)
         self.encode = compiled(self.encode)  # type: ignore[method-assign]
         self.attend = compiled(self.attend)  # type: ignore[method-assign]
 
     def first_signal(self, bottom_up: BottomUp, prior: Tensor) -> Tensor:
-        """The signal td of the second pass's first block, (n, N, D), before W_v: what feedback makes of the picture.
+        """The signal td of the second pass's first block, (n, N, D), before W_v.
 
         Args:
             bottom_up: the first pass over one image.
@@ -579,7 +579,7 @@ class AbSViT(nn.Module):
         """`C_l tokens = W_v B_l A_l … A_L tokens` for every block of the second pass, first block first; (…, D) each,
         without b_v.
 
-        W_qkv and 3D in the place of W_v and D for a signal of q, k and v.
+        W_qkv and 3D instead of W_v and D for a signal of q, k and v.
         """
         whole = self.topdown is not None and self.topdown.qkv_signal
         weight_of = self.backbone.qkv_weight if whole else self.backbone.value_weight
@@ -618,14 +618,14 @@ class AbSViTClassifier(nn.Module, Shareable):
         """Classify images.
 
         Args:
-            images: (B, 3, H, W), normalised.
-            prior: ξ, (B, D), in the place of the trained vector.
+            images: (B, 3, H, W), normalized.
+            prior: ξ, (B, D), instead of the trained vector.
             reconstruct: compute the reconstruction loss.
-            alpha: the strength of the top-down signal in the place of the variant's own.
+            alpha: the strength of the top-down signal instead of the variant's own.
 
         Returns:
-            Logits after feedback and of the bottom-up pass, both (B, K), the same tensor where nothing is fed back; and
-            the second pass.
+            Logits of the second pass and of the bottom-up pass, both (B, K), the same tensor without feedback; and the
+            output of the second pass.
         """
         bottom_up = self.encoder.encode(images)
         head = self.encoder.backbone.classify
@@ -638,7 +638,7 @@ class AbSViTClassifier(nn.Module, Shareable):
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """What logits mean, in [0, 1]: which one of the classes is right (softmax)."""
+        """Probabilities of the classes from logits (softmax)."""
         return logits.float().softmax(dim=-1)
 
     def class_priors(self, labels: Sequence[int]) -> Tensor:
@@ -651,16 +651,16 @@ class AbSViTClassifier(nn.Module, Shareable):
         self.encoder.recompute = True
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Let `torch.compile` make kernels of both passes.
+        """Compile both passes with `torch.compile`.
 
         Args:
-            backend: of `torch.compile`.
+            backend: that of `torch.compile`.
         """
         self.encoder.compile_passes(backend)
 
 
 def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
-    """A classifier from its config.
+    """Build a classifier from its config.
 
     Args:
         vision: the encoder, with a head.
@@ -679,9 +679,9 @@ def _conv_stem(
     output_fmt: str | None = None,
     **unused: Any,
 ) -> HybridEmbed:
-    """timm's convolutional stem: halves the picture until a pixel is a patch, doubling the channels up to D.
+    """timm's convolutional stem: halves the image until one pixel is one patch, doubling the channels up to D.
 
-    Layer norm in the place of batch norm, so that a picture does not depend on the others of its batch.
+    It has layer norm instead of batch norm, so that an image does not depend on the others in its batch.
     """
     depth = stride.bit_length() - 1
     if stride != 2**depth or depth < 1:
@@ -698,6 +698,6 @@ def _conv_stem(
 
 
 def forget(record: list[Tensor] | None) -> None:
-    """Empty what the attention of another pass was kept in."""
+    """Empty the list that holds the attention of another pass."""
     if record is not None:
         record.clear()

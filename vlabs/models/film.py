@@ -1,4 +1,4 @@
-"""A rival that is steered another way: ξ scales and shifts what the norms of a plain ViT give (FiLM)."""
+"""A baseline that is steered differently: ξ scales and shifts the outputs of the norms of a plain ViT (FiLM)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from vlabs.models.registry import register
 
 
 class Embedded(BottomUp):
-    """All that B images share under every prior where there is no pass without one: the embedding."""
+    """What B images share under every prior if there is no bottom-up pass: the embedding."""
 
     @property
     def cls(self) -> Tensor:
-        """There is none: [cls] has read nothing yet, and would be the same for every image."""
+        """Not available: before any block, [cls] is the same for every image.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError("an encoder that is steered from its first block has no bottom-up [cls]")
 
 
@@ -27,10 +31,10 @@ class FiLMViT(AbSViT):
     """Perez et al. (2018) inside a ViT: `norm(x) → norm(x) · (1 + γ_l(ξ)) + β_l(ξ)` for both norms of every block.
 
     γ and β are linear in ξ and start at zero, so the encoder starts as the plain ViT. There is one pass, and all of it
-    depends on ξ: nothing but the embedding is shared by texts about one image.
+    depends on ξ: texts about one image share only the embedding.
 
     Args:
-        architecture, options: as in `AbSViT`; there is no `topdown`, and all patches are seen from the first block on.
+        architecture, options: as in `AbSViT`, without `topdown`, `start` and `keep`.
 
     Raises:
         UserError: the architecture is not one of timm's `VisionTransformer`s.
@@ -52,18 +56,18 @@ class FiLMViT(AbSViT):
 
     @property
     def needs_prior(self) -> bool:
-        """ξ changes what this encoder sees."""
+        """Always: the output depends on ξ."""
         return True
 
     @property
     def looks_twice(self) -> bool:
-        """It looks once, from the embedding on."""
+        """Never: there is one pass."""
         return True
 
     def encode(
         self, images: Tensor | StoredPass, layers: Sequence[int] = (), record: list[Tensor] | None = None
     ) -> BottomUp:
-        """The embedding of the patches, which is all that ξ does not change; it stands for z too."""
+        """The embedding of the patches, which is all that does not depend on ξ; it stands for z too."""
         embedded = images.embedded if isinstance(images, StoredPass) else self.backbone.embed(images)
         assert embedded is not None
         embedded = embedded.to(next(self.parameters()))
@@ -80,7 +84,7 @@ class FiLMViT(AbSViT):
         alpha: float | None = None,
         record: list[Tensor] | None = None,
     ) -> VisionTokens:
-        """The pass over the images, each under a prior; arguments as in `AbSViT`. It has no strength."""
+        """The pass over the images, each under a prior; arguments as in `AbSViT`. There is no α."""
         if prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         hidden = bottom_up.embedded if image_index is None else bottom_up.embedded.index_select(0, image_index)

@@ -31,9 +31,9 @@ class FusionAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x (n, S, D) reads context (n, T, D); mask (n, T) is True where the context may be read.
+        """x (n, S, D) attends to context (n, T, D); mask (n, T) is True where attention is allowed.
 
-        One of x and context may be a single one, (1, …), that stands for all n.
+        One of x and context may be shared by all n: (1, …).
         """
         queries, keys, width = x.shape[1], context.shape[1], x.shape[2]
         # Multiply-adds, both over 2 D. Folded ones are in smaller matrices, which run slower: half as many must do.
@@ -63,7 +63,7 @@ class FusionAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
     def _mix_few_queries(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """The same without keys and values of the context: their maps act on the few queries and on what these read.
+        """The same without keys and values of the context: their maps act on the few queries and their results.
 
         `q · (W_k c_j + b_k) = (W_kᵀ q) · c_j + q · b_k` and `Σ_j a_j (W_v c_j + b_v) = W_v Σ_j a_j c_j + b_v Σ_j a_j`,
         head by head.
@@ -85,7 +85,7 @@ class FusionAttention(nn.Module):
         return mixed.flatten(2)
 
     def _update_from_few_keys(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """`out` of the same, without queries of x: their map acts on the few keys, and `out` on the few values.
+        """The same after `out`, without queries of x: their map acts on the few keys, and `out` on the few values.
 
         `(W_q x_i + b_q) · k_j = x_i · (W_qᵀ k_j) + b_q · k_j` and `W_o Σ_j a_ij v_j = Σ_j a_ij (W_o v_j)`,
         head by head.
@@ -103,7 +103,7 @@ class FusionAttention(nn.Module):
         return share.flatten(2) @ values + self.out.bias
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """How much each of x (n, S, D) reads of each of the context (n, T, D): (n, S, T), mean over heads."""
+        """Attention weights of x (n, S, D) to context (n, T, D): (n, S, T), mean over heads."""
         q, k = self._heads(self.query(x)), self._heads(self.key(context))
         return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
 
@@ -123,7 +123,7 @@ class FusionLayer(nn.Module):
     def forward(
         self, x: Tensor, other: Tensor, mask: Tensor | None, other_mask: Tensor | None, first_only: bool = False
     ) -> Tensor:
-        """Update x (n, S, D), or with `first_only` just its first token (n, 1, D), which is all that a pooler reads."""
+        """Update x (n, S, D) or, with `first_only`, only its first token (n, 1, D), which is what a pooler reads."""
         query = x[:, :1] if first_only else x
         query = self.self_attention(query, x, mask)
         query = self.cross_attention(query, other, other_mask)
@@ -133,12 +133,12 @@ class FusionLayer(nn.Module):
 
 @dataclass
 class Fused:
-    """What the fusion makes of n pairs.
+    """The output of the fusion for n pairs.
 
     Attributes:
         pooled: (n, 2D), each stream's first token (or the mean of the image's) through dense and tanh, text first.
-        text: (n, T, D), image: (n, N, D): the streams' states; one token each when only the pooled output was asked.
-        image_read: (n, N), how much the text's first token reads of each image token in the last layer; when asked.
+        text, image: (n, T, D) and (n, N, D), the states of the streams; one token each if `pooled_only`.
+        image_read: (n, N), attention of the text's first token to each image token in the last layer; if requested.
     """
 
     pooled: Tensor
@@ -149,7 +149,7 @@ class Fused:
 
 @register
 class CoAttentionFusion(nn.Module):
-    """N pairs of layers over text and image tokens, each stream mapped to the fusion width and marked with its type.
+    """Pairs of layers over text and image tokens; each stream is mapped to the fusion width and gets a type embedding.
 
     Args:
         text_dim, image_dim: widths of the two encoders.
@@ -208,9 +208,9 @@ class CoAttentionFusion(nn.Module):
         Args:
             text: (n, T, D_text); attention_mask: (n, T), 1 for text and 0 for padding.
             image: (n, N, D_image); images have no mask.
-            picture: (n,), which of its text's pictures each image is, from 0; None: the first, and only one.
+            picture: (n,), the index of each image among its text's images; None if each text has one image.
             pooled_only: the last layer computes only the tokens that the poolers read.
-            read_image: also return how much the text reads of each image token.
+            read_image: also return the attention of the text to each image token.
         """
         mask = attention_mask.bool()
         text = self.text_map(text) + self.token_type.weight[0]
@@ -231,7 +231,7 @@ class CoAttentionFusion(nn.Module):
         return Fused(pooled, text, image, image_read)
 
     def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:
-        """A layer, its inner activations kept for the backward pass or not."""
+        """Run a layer, with or without keeping its inner activations for the backward pass."""
         output: Tensor
         if self.recompute and torch.is_grad_enabled():
             output = checkpoint(layer, *arguments, use_reentrant=False)
@@ -247,7 +247,7 @@ def _read_weights(layer: nn.Module, text: Tensor, mask: Tensor, image: Tensor) -
 
 
 def _init_bert(module: nn.Module) -> None:
-    """METER starts the fusion as BERT does: normal with deviation 0.02, biases zero."""
+    """Initialize as METER and BERT do: normal with standard deviation 0.02, biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -15,7 +15,7 @@ from vlabs.utils.options import Size
 class VQAHead(nn.Module):
     """METER's answer classifier: Linear(d, d), LayerNorm, GELU, Linear(d, answers), with d the pooled width.
 
-    The last bias starts where every answer has the probability 1 / answers, so that training does not begin with
+    The last bias starts so that every answer has the probability 1 / answers. Training then does not begin with
     learning that most answers are wrong.
 
     Args:
@@ -56,13 +56,13 @@ class VQAHead(nn.Module):
 
     @property
     def meaning(self) -> str:
-        """What its probabilities are."""
+        """The meaning of its probabilities."""
         if self.softmax:
             return "the probability that it is this answer and none of the others (softmax): all answers sum to 100%"
         return "each answer's own probability of being right (sigmoid): several may be, so they need not sum to 100%"
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What logits mean, in [0, 1]: whether an answer is right, or which one is."""
+        """Probabilities from logits: of each answer (sigmoid), or over all answers (softmax)."""
         return logits.float().softmax(dim=-1) if self.softmax else logits.float().sigmoid()
 
 
@@ -71,9 +71,9 @@ class LabelHead(nn.Module):
     """METER's classifier of statements (SNLI-VE, NLVR2): Linear(p · d, d), LayerNorm, GELU, Linear(d, labels).
 
     Args:
-        in_features: d, width of the pooled output of one picture (twice the fusion width).
+        in_features: d, width of the pooled output of one image (twice the fusion width).
         num_labels: how many there are.
-        pictures: p, of a statement; their pooled outputs are read one after another.
+        pictures: p, the images per statement; their pooled outputs are concatenated.
     """
 
     meaning = "the probability that it is this label and none of the others (softmax): all labels sum to 100%"
@@ -99,13 +99,13 @@ class LabelHead(nn.Module):
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """What logits mean, in [0, 1]: which one of the labels is right (softmax)."""
+        """Probabilities of the labels from logits (softmax)."""
         return logits.float().softmax(dim=-1)
 
 
 @register
 class RankingHead(nn.Module):
-    """METER's retrieval heads: the ranking score of a pair, and the image-text-matching logits it is started from.
+    """METER's retrieval heads: the ranking score of a pair, and the image-text matching logits from which it starts.
 
     Args:
         in_features: width of the pooled output (twice the fusion width).
@@ -125,7 +125,7 @@ class RankingHead(nn.Module):
         return score
 
     def score(self, pooled: Tensor) -> Tensor:
-        """What pairs are ranked by, (n,), in float32 whatever the precision of the rest."""
+        """The score by which pairs are ranked, (n,), in float32 at any precision."""
         return _in_float32(self.rank, 0, pooled)
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class RankingHead(nn.Module):
 
 @register
 class PretrainHead(nn.Module):
-    """METER's pre-training heads: image-text matching, and masked language modelling.
+    """METER's pre-training heads: image-text matching, and masked language modeling.
 
     Args:
         in_features: width of the pooled output (twice the fusion width).
@@ -162,9 +162,9 @@ class PretrainHead(nn.Module):
         return logits
 
     def score(self, pooled: Tensor) -> Tensor:
-        """What pairs are ranked by without fine-tuning, (n,): the logit of "they match" (METER's zero-shot).
+        """The score by which pairs are ranked without fine-tuning, (n,): the logit of "they match" (METER's zero-shot).
 
-        In float32 whatever the precision of the rest.
+        In float32 at any precision.
         """
         return _in_float32(self.match, 1, pooled)
 
@@ -175,6 +175,6 @@ class PretrainHead(nn.Module):
 
 
 def _in_float32(layer: nn.Linear, row: int, pooled: Tensor) -> Tensor:
-    """One output of a linear layer: in bfloat16, thousands of pairs would have the same score."""
+    """One output of a linear layer, in float32: in bfloat16, thousands of pairs would have the same score."""
     with torch.autocast(pooled.device.type, enabled=False):
         return pooled.float() @ layer.weight[row].float() + layer.bias[row].float()

@@ -1,7 +1,7 @@
 """Models as folders of plain data and safetensors, and on the Hugging Face hub, by huggingface_hub's own mixin.
 
-A folder holds `config.json` (the architecture, and what else is known of the model), `model.safetensors`, and, where it
-is known how pictures and texts are read, `preprocessing.json` and `tokenizer.json`. Reading it executes nothing.
+A folder holds `config.json` (the architecture, and what else is known about the model), `model.safetensors` and, if it
+is known how images and texts are read, `preprocessing.json` and `tokenizer.json`. Reading it executes nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
     """Gives a registered model `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
     Attributes:
-        about: what is known of it beside the architecture, as plain data: task, training data, preprocessing. It is
-            saved along; `vlabs.load` needs it.
+        about: what is known about it beside the architecture, as plain data: task, training data, preprocessing. It is
+            saved too; `vlabs.load` needs it.
     """
 
     spec: dict[str, Any]
@@ -72,7 +72,7 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
         return model.eval()  # type: ignore[attr-defined,no-any-return]
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card of a model that nothing more is known of; `vlabs export` writes one from a run."""
+        """The card of a model without a run; `vlabs export` writes a full one from a run."""
         card_data: ModelCardData = self._hub_mixin_info.model_card_data
         task = getattr(self, "about", {}).get("task")
         of = f", trained for the task `{task}`" if task else ""
@@ -81,10 +81,10 @@ class Shareable(ModelHubMixin, library_name="vlabs", tags=["vlabs", "absvit"]):
 
 
 def write_folder(folder: Path, header: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write a model's folder but for its card.
+    """Write a model's folder, without its card.
 
     Args:
-        header: plain data; its `preprocessing`, where there is one, goes into files of its own.
+        header: plain data; its `preprocessing`, if any, goes into files of its own.
         state: weights by the model's own names.
     """
     header = dict(header)
@@ -99,10 +99,10 @@ def write_folder(folder: Path, header: dict[str, Any], state: dict[str, Tensor])
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What a model's folder says of it, `preprocessing` with its tokenizer included.
+    """Read the plain data of a model's folder, including `preprocessing` with its tokenizer.
 
     Raises:
-        UserError: it is no such folder.
+        UserError: it is not a folder of a model.
     """
     check_files(folder, FILES)
     header = _read_json(folder / CONFIG)

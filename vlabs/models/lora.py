@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: low-rank adapters (LoRA, Hu et al., 2021) on the linear layers of the encoders.
 
 A layer's W becomes W + (alpha / rank) · B A with A (rank, in) and B (out, rank), and only A and B are trained. peft
-puts them in; what a trained model is loaded from has them added to W again, so that only training knows of them.
+inserts them. They are added to W when a trained model is loaded, so only training knows about them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer
 @checked("task.lora")
 @dataclass(frozen=True)
 class LoRA:
-    """Which adapters a training has.
+    """The adapters of a training.
 
     Attributes:
         rank: rank of the adapters; 0 for none.
@@ -42,12 +42,12 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """By what B A is multiplied."""
+        """The factor of B A, alpha / rank."""
         return self.alpha / self.rank
 
 
 def add_adapters(model: Any, lora: LoRA) -> None:
-    """Put adapters into the encoders of a vision-language model, in place; at first they change nothing.
+    """Insert adapters into the encoders of a vision-language model, in place; initially they change nothing.
 
     Raises:
         UserError: peft is not installed.
@@ -70,7 +70,7 @@ def add_adapters(model: Any, lora: LoRA) -> None:
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """W of a linear layer (out, in), with what its adapters add, if it has any."""
+    """W of a linear layer (out, in), including its adapters, if it has any."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     for adapter in getattr(layer, "active_adapters", ()):
         weight = weight + layer.get_delta_weight(adapter)  # type: ignore[operator]
@@ -78,7 +78,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
 
 
 def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights with adapters as those of the model without: names as they were, W + scale · B A in the place of W.
+    """Merge adapters into the weights: the names of the model without adapters, and W + scale · B A instead of W.
 
     Args:
         state: names and values, of a model or with any prefix.

@@ -1,4 +1,4 @@
-"""Patches that name what lies on them: what teaches an image encoder words where the data say what is where."""
+"""The naming task: each patch predicts the words of what lies on it, which teaches an encoder words and places."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class WordHead(nn.Module):
     Args:
         width: D of the patch tokens.
         vocab_size: words.
-        unspoken: token ids that are no words: of padding, and of the beginning and the end of a text.
+        unspoken: token ids that are not words: padding, and the beginning and the end of a text.
     """
 
     def __init__(self, width: int, vocab_size: int, unspoken: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -33,9 +33,9 @@ class WordHead(nn.Module):
     def loss(self, tokens: Tensor, input_ids: Tensor, image_index: Tensor, coverage: Tensor) -> Tensor:
         """Binary cross-entropy of every patch and every word of the batch, summed over words, mean over patches.
 
-        How much a word is to be named by a patch is the share of the patch that texts with the word are about. Words of
-        other images of the batch are wrong ones; words that no text of the batch has cost nothing, whatever the size of
-        the vocabulary. A patch about which no text says anything is to name nothing.
+        The target of a word and a patch is the share of the patch that texts with the word are about. Words of other
+        images in the batch are negatives. Words in no text of the batch do not count, whatever the size of the
+        vocabulary. A patch that no text is about has no words.
 
         Args:
             tokens: (B, N, D).

@@ -1,7 +1,8 @@
-"""ξ, the prior that steers the image encoder, and the losses that align it with what is seen.
+"""ξ, the prior that steers the image encoder, and the losses that align it with the image.
 
-`PriorLoss` is the paper's, on whole pictures. The other three are ours, on patches: the top-down signal is α · sᵢ · zᵢ
-with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by which patch tokens ξ is close to.
+`PriorLoss` is the paper's and compares whole images. The other three are not in the paper and work on patches: the
+top-down signal is α · sᵢ · zᵢ with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by the patch tokens
+that are close to ξ.
 """
 
 from __future__ import annotations
@@ -81,14 +82,12 @@ class PriorLoss(nn.Module):
         self.normalize = normalize
 
     def forward(self, prior: Tensor, seen: Tensor, image_ids: Tensor) -> Tensor:
-        """The loss of n matched pairs.
+        """The loss of n matched pairs; zero without pairs.
 
         Args:
             prior: ξ, (n, D).
             seen: (n, D), the second pass's [cls] state under each prior.
             image_ids: (n,), which image each pair is about.
-
-        Without pairs it is zero.
         """
         if not len(prior):
             # A mean over nothing is NaN; the sum keeps every parameter in the graph, which DDP asks for.
@@ -121,13 +120,13 @@ class RegionPriorLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor) -> Tensor:
-        """The mean over n texts; one without a region adds zero, so it does not depend on how they are batched.
+        """The mean over n texts. Texts without a region add zero, so the loss does not depend on batching.
 
         Args:
             prior: ξ, (n, D).
-            tokens: z of the patches, (B, N, D): of the bottom-up pass, which ξ is compared with.
-            image_index: (n,), the image of each text; None where text i is about image i.
-            coverage: (n, N), how much of every patch a text's region covers; zeros where nobody said what it is about.
+            tokens: z of the patches, (B, N, D), from the bottom-up pass.
+            image_index: (n,), the image of each text; None if text i is about image i.
+            coverage: (n, N), how much of each patch a text's region covers; zeros without a region.
         """
         pointed = (cosines(prior, tokens, image_index) / self.temperature).log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
@@ -137,13 +136,13 @@ class RegionPriorLoss(nn.Module):
 
 @checked("AlivePriorLoss")
 class AlivePriorLoss(nn.Module):
-    """ξ is like something in its own picture: relu(margin − max_i cos(ξ, z_i)).
+    """Keeps ξ similar to some patch of its own image: relu(margin − max_i cos(ξ, z_i)).
 
-    The other losses compare texts, pictures or patches with each other, and do not care where zero is; but what steers
-    is clamp(cos, 0, 1), which has neither a value nor a gradient where ξ is unlike every patch.
+    The other losses compare texts, images or patches with each other, and do not care where zero is. What steers is
+    clamp(cos, 0, 1), which has neither a value nor a gradient if ξ is similar to no patch.
 
     Args:
-        margin: how like, in [0, 1].
+        margin: the required cosine, in [0, 1].
     """
 
     def __init__(self, margin: Share = 0.3) -> None:
@@ -153,10 +152,10 @@ class AlivePriorLoss(nn.Module):
     def forward(
         self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor | None = None
     ) -> Tensor:
-        """The mean over n texts, where one with a region adds zero.
+        """The mean over n texts, where texts with a region add zero.
 
         Args:
-            prior, tokens, image_index, coverage: as of `RegionPriorLoss`; no coverage where no text has a region.
+            prior, tokens, image_index, coverage: as in `RegionPriorLoss`; `coverage` is None if no text has a region.
         """
         short = (self.margin - cosines(prior, tokens, image_index).amax(dim=1)).relu()
         if coverage is not None:
@@ -166,11 +165,11 @@ class AlivePriorLoss(nn.Module):
 
 @checked("TokenPriorLoss")
 class TokenPriorLoss(nn.Module):
-    """Texts alone teach ξ to point: the patches that it likes best must tell its image from the others of the batch.
+    """Teaches ξ to point without regions: its most similar patches must tell its image from the others in the batch.
 
-    The similarity of text n and image b is a soft maximum over patches, `logsumexp_i(cos(ξ_n, z_bi) / τ)`, so that an
-    image belongs to a text if some of it does, whatever the rest shows; cross-entropy over the batch, in both
-    directions as in `PriorLoss`. Which patches are the best is left to learning, as in multiple-instance learning.
+    The similarity of text n and image b is a soft maximum over patches, `logsumexp_i(cos(ξ_n, z_bi) / τ)`: an image
+    belongs to a text if some part of it does. The loss is cross-entropy over the batch, in both directions as in
+    `PriorLoss`. Which patches are the best is left to learning, as in multiple-instance learning.
 
     Args:
         temperature: τ, fixed.
@@ -181,12 +180,12 @@ class TokenPriorLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
-        """The loss of n texts about B images; zero without texts. An image without a text is only a wrong choice.
+        """The loss of n texts about B images; zero without texts. An image without a text only serves as a negative.
 
         Args:
             prior: ξ, (n, D).
-            tokens: z of the patches, (B, N, D), of the bottom-up pass.
-            image_index: (n,), the image of each text; None where text i is about image i.
+            tokens: z of the patches, (B, N, D), from the bottom-up pass.
+            image_index: (n,), the image of each text; None if text i is about image i.
         """
         n = len(prior)
         if not n:

@@ -1,8 +1,8 @@
-"""Architectures as plain data: what a checkpoint carries, and the only classes and arguments it can name.
+"""Architectures as plain data: what a checkpoint stores, and the only classes and arguments that it can name.
 
 A class under `@register` remembers the arguments it was built with as `module.spec`, a JSON-able dictionary with the
-class name under `"class"` and nested modules as nested specs. `build(spec)` makes the module again. Names are looked up
-in this registry alone: an import path written in a file is never followed. An argument must be one that the class
+class name under `"class"` and nested modules as nested specs. `build(spec)` builds the module again. Names are looked
+up in this registry only: an import path in a file is never followed. An argument must be one that the class
 declares, of the type that it declares; a class that takes others (`**options`) checks them against a list of its own.
 """
 
@@ -109,7 +109,7 @@ def _class_of(spec: Any) -> type[nn.Module]:
 
 
 def _check_arguments(cls: type[nn.Module], spec: dict[str, Any]) -> None:
-    """Raise a UserError that names the first argument of a spec that the class does not declare so."""
+    """Raise a UserError that names the first argument of a spec that the class does not declare with this type."""
     parameters = inspect.signature(cls.__init__).parameters
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     hints: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def _check_arguments(cls: type[nn.Module], spec: dict[str, Any]) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a spec is of the type that a class declares; numbers within what any architecture has."""
+    """Whether a value of a spec has the declared type; numbers must be within the limits of known architectures."""
     if hint is Any:
         return True
     if get_origin(hint) in (Union, types.UnionType):
@@ -146,13 +146,13 @@ def _short(value: Any) -> str:
 def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> nn.Module:
     """Build the module that a spec describes and fill it with weights.
 
-    A spec that asks for more memory or time than there are weights for gets none: shapes alone are built first.
+    A spec that asks for more memory or time than its weights justify gets none: only shapes are built first.
 
     Args:
-        left_over: weights may be there that the module has no place for.
+        left_over: allow weights that the module has no place for.
 
     Raises:
-        UserError: the spec names what vlabs does not have, or the weights are not its, or no numbers.
+        UserError: the spec names something that vlabs does not have, or weights do not fit it or are not finite.
     """
     try:
         weights = check_spec(spec, weights, left_over)
@@ -169,14 +169,14 @@ def restore(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> n
 
 
 def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -> dict[str, Tensor]:
-    """The weights of the module that a spec describes, of which no more than shapes are made.
+    """Check weights against the module that a spec describes, of which only shapes are built.
 
     Args:
         weights: may be on the device `meta`.
-        left_over: as of `restore`.
+        left_over: as in `restore`.
 
     Raises:
-        UserError: as of `restore`.
+        UserError: as in `restore`.
     """
     _class_of(spec)
     _check_numbers(spec)
@@ -189,7 +189,7 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all values of a float tensor are numbers."""
+    """Whether all values of a float tensor are finite."""
     return math.isfinite(value.float().sum()) or bool(value.float().isfinite().all())
 
 
@@ -207,7 +207,7 @@ def _check_numbers(value: Any, name: str = "") -> None:
 
 @contextmanager
 def no_more_parameters_than(most: int) -> Iterator[None]:
-    """Raise a UserError as soon as more parameters are made."""
+    """Context manager: raise a UserError as soon as more parameters are created."""
     count = 0
 
     def counted(*_: Any) -> None:

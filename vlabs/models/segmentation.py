@@ -1,7 +1,7 @@
 """Semantic segmentation: an AbSViT under UperNet (paper, section 6.4), steered by a trained ξ or by a text.
 
-The maps are the patch tokens of the second pass after four blocks, the last with the final norm, all at the stride of a
-patch and with nothing between them and the head, as in the released code.
+The maps are the patch tokens of the second pass after four blocks, the last with the final norm. All have the stride of
+a patch and go straight to the head, as in the released code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRIORS = ("trained", "text")
 
 @register
 class UperNet(nn.Module):
-    """UperNet (Xiao et al., 2018) and the auxiliary FCN head, by transformers; what those leave out is the dropout.
+    """UperNet (Xiao et al., 2018) and the auxiliary FCN head of transformers, with the dropout that those leave out.
 
     Args:
         in_channels: D, of every map.
@@ -88,11 +88,11 @@ class UperNet(nn.Module):
 
 
 class Segments(NamedTuple):
-    """What a segmenter says.
+    """The output of a segmenter.
 
     Attributes:
-        logits: (n, K, H, W), at the pictures' size.
-        auxiliary: the same of the auxiliary head; None where nobody asked for it.
+        logits: (n, K, H, W), at the images' size.
+        auxiliary: the same from the auxiliary head; None unless requested.
         seen: the second pass.
         prior: ξ, (n, D) or (B, D).
     """
@@ -105,13 +105,13 @@ class Segments(NamedTuple):
 
 @register
 class Segmenter(nn.Module, Shareable):
-    """Pictures of any size to a class a pixel, under a trained ξ or that of a text.
+    """Maps images of any size to a class per pixel, under a trained ξ or that of a text.
 
     Args:
-        vision: an encoder all of whose blocks have the same tokens, and that takes any picture size.
-        decoder: reads its maps.
+        vision: an encoder whose blocks all have the same tokens, and that takes any image size.
+        decoder: the head that reads its maps.
         layers: the blocks, counted from 1, after which a map is taken.
-        text, prior: read what a text asks for; None for a trained ξ.
+        text, prior: the text encoder and the map to ξ; None for a trained ξ.
 
     Raises:
         UserError: the encoder's blocks have other tokens than its output.
@@ -174,14 +174,14 @@ class Segmenter(nn.Module, Shareable):
         auxiliary: bool = False,
         reconstruct: bool = False,
     ) -> Segments:
-        """Segment pictures.
+        """Segment images.
 
         Args:
-            images: (B, 3, H, W), normalised; a side need be no multiple of the patch: it is padded, and the logits of
-                what was added are cut off.
-            input_ids, attention_mask: (n, T), where the model reads texts.
-            image_index: (n,), the picture of each text; None where text i is about picture i.
-            auxiliary: compute the auxiliary head's logits too.
+            images: (B, 3, H, W), normalized. Sides need not be multiples of the patch: they are padded, and the logits
+                of the padding are cut off.
+            input_ids, attention_mask: (n, T), if the model reads texts.
+            image_index: (n,), the image of each text; None if text i is about image i.
+            auxiliary: also compute the auxiliary head's logits.
             reconstruct: compute the reconstruction loss.
         """
         height, width = images.shape[-2:]
@@ -211,12 +211,12 @@ class Segmenter(nn.Module, Shareable):
 
     @torch.no_grad()
     def slide(self, images: Tensor, crop: tuple[int, int], stride: tuple[int, int], **texts: Any) -> Tensor:
-        """Logits (n, K, H, W) of windows over the pictures, averaged where they overlap.
+        """Logits (n, K, H, W) of windows over the images, averaged where they overlap.
 
         Args:
             images: (B, 3, H, W).
-            crop: rows and columns of a window; a smaller picture is one window.
-            stride: rows and columns between windows; the last ones end with the picture.
+            crop: rows and columns of a window; a smaller image is a single window.
+            stride: rows and columns between windows; the last windows end at the image's border.
             texts: as in `forward`.
         """
         total: Tensor | None = None
@@ -247,7 +247,7 @@ def assemble_segmenter(
     text: TextEncoder | None = None,
     prior_token: str = "cls",
 ) -> Segmenter:
-    """A segmenter from its config.
+    """Build a segmenter from its config.
 
     Args:
         vision: the encoder.

@@ -1,4 +1,4 @@
-"""Text encoders through transformers: RoBERTa, pre-trained or small and from scratch, and others like it."""
+"""Text encoders of transformers: RoBERTa (pre-trained, or small and from scratch), BERT, DeBERTa and ModernBERT."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vlabs.utils.options import Share, Size
 
 
 class TextEncoder(nn.Module):
-    """What a model needs of a text encoder.
+    """Base class of text encoders.
 
     Attributes:
-        width: D, of its states.
-        max_length: tokens of a text, at most.
-        vocab_size: tokens that it knows.
-        origin: how many of which weights it was pre-trained with; None for none.
+        width: D, the width of its states.
+        max_length: the largest number of tokens in a text.
+        vocab_size: size of the vocabulary.
+        origin: which pre-trained weights it has, and how many of them; None without any.
     """
 
     width: int
@@ -35,7 +35,7 @@ class TextEncoder(nn.Module):
         """The model of transformers, without a pooler."""
 
     def recompute_activations(self) -> None:
-        """Keep only the input of each layer in the forward pass, and compute the rest again in the backward pass."""
+        """Keep only the input of each layer in the forward pass, and recompute the rest in the backward pass."""
         self.network.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class RobertaEncoder(TextEncoder):
         attention_probs_dropout_prob: dropout of the attention.
 
     Raises:
-        ValueError: `pad_token_id` is no token.
+        ValueError: `pad_token_id` is not in the vocabulary.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class OtherEncoder(TextEncoder):
     """BERT, DeBERTa-v3 (which transformers calls deberta-v2) or ModernBERT, without a pooler.
 
     Args:
-        model_type: of `OTHER_TYPES`.
-        config: arguments of transformers' config of that type, as plain data: of `OPTIONS`; those of `IGNORED` change
-            nothing.
+        model_type: one of `OTHER_TYPES`.
+        config: arguments of transformers' config of that type, as plain data, among `OPTIONS`; those in `IGNORED` are
+            ignored.
 
     Raises:
-        ValueError: another type.
-        UserError: another argument.
+        ValueError: the type is unknown.
+        UserError: an argument is unknown.
     """
 
     def __init__(self, model_type: str, **config: Any) -> None:
@@ -191,5 +191,5 @@ class OtherEncoder(TextEncoder):
 
 
 def _attention(model_type: str) -> str:
-    """DeBERTa's attention has terms of its own, which only transformers' plain form has."""
+    """The attention implementation: DeBERTa's extra terms exist only in transformers' eager form."""
     return "eager" if model_type == "deberta-v2" else "sdpa"

@@ -1,11 +1,11 @@
 """How a prior steers the image encoder: what it adds inside the attention of every block, or does to the tokens.
 
-The feedback decoders are linear and the modulation of the paper is one scalar a token, so the top-down signal in value
-space factors exactly: with `C_l = W_v B_l A_l A_{l+1} … A_L` (A_L acts first),
+The feedback decoders are linear, and the paper's modulation is one scalar per token. The top-down signal in value space
+therefore factors exactly: with `C_l = W_v B_l A_l A_{l+1} … A_L` (A_L acts first),
 
     W_v td_l = C_l (w_i z_i) = w_i · (C_l z)_i
 
-A variant with feedback says what the scalars `w_i` and the directions `C_l ·` are. It sees no whole top-down token.
+A variant with feedback defines the scalars `w_i` and the directions `C_l ·`. It never builds a whole top-down token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlabs.models.registry import register
 Feedback = Callable[[Tensor], list[Tensor]]
 """Takes tokens (…, D), returns `C_l tokens` for every block of the second pass, first one first, without W_v's bias.
 
-With `qkv_signal` it is W_qkv in the place of W_v, and 3D in the place of D.
+With `qkv_signal` it is W_qkv instead of W_v, and 3D instead of D.
 """
 
 
@@ -32,7 +32,7 @@ Spread = Callable[[int, Tensor], Tensor]
 
 
 def _same(block: int, values: Tensor) -> Tensor:
-    """Where all blocks have the output's tokens."""
+    """For encoders whose blocks all have the tokens of the output."""
     return values
 
 
@@ -42,9 +42,9 @@ class TopDownSignal:
 
     Attributes:
         scale: (n, N, 1), the scalar w_i of every token of every prior.
-        directions: for every block (B, N, D) where it depends on the image, (n, 1, D) where it depends on the prior; 3D
-            for the signal of q, k and v.
-        image_index: (n,) the image of each prior; None where `directions` are per prior, or B is n or 1.
+        directions: for every block, (B, N, D) if it depends on the image, (n, 1, D) if it depends on the prior; 3D for
+            the signal of q, k and v.
+        image_index: (n,) the image of each prior; None if `directions` are per prior, or B is n or 1.
         similarity: (n, N), cosine of prior and token clamped to [0, 1]: where the prior asks to look; None without ξ.
         spread: see `Spread`.
     """
@@ -66,8 +66,8 @@ class TopDownSignal:
         """`v ← v + (W_v td + b_v)` in one block, and the same for q and k where the signal is for all three.
 
         Args:
-            q, k, v: (n, N, D), or (1, N, D) where they are the same for all priors.
-            bias: (3D,), of W_qkv; None where none is added (see `TopDown.bias_again`).
+            q, k, v: (n, N, D), or (1, N, D) if they are the same for all priors.
+            bias: (3D,), that of W_qkv; None if none is added (see `TopDown.bias_again`).
         """
         value = self.value(block)
         width = v.shape[-1]
@@ -77,10 +77,10 @@ class TopDownSignal:
         return q + parts[0], k + parts[1], v + parts[2]
 
     def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> TopDownSignal:
-        """The signal of the tokens that are kept; that of the last is the mean of the others'.
+        """The signal of the kept tokens; the last one has the mean of the others.
 
         Args:
-            prepare: makes the directions of tokens that are kept, (n, M + 1, D), where there are none of all tokens.
+            prepare: computes the directions of the kept tokens, (n, M + 1, D), if there are none of all tokens.
         """
         scale = take(self.scale, None, kept)
         if prepare is None and self.directions[0].shape[1] == 1:
@@ -96,7 +96,7 @@ class TopDownSignal:
 
 @dataclass
 class ValueMask:
-    """A soft mask on the values, in the place of a signal.
+    """A soft mask on the values, instead of a signal.
 
     Attributes:
         similarity: (n, N), cosine of prior and token clamped to [0, 1].
@@ -116,17 +116,17 @@ class ValueMask:
 
 
 def pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
-    """What belongs to the image of each of n priors, (n, …); as it is without `image_index`."""
+    """Select the entry of each prior's image, (n, …); without `image_index` nothing changes."""
     return per_image if image_index is None else per_image.index_select(0, image_index)
 
 
 @dataclass
 class Kept:
-    """What n priors keep of N tokens: M of them, and the mean of all others as one token more.
+    """What n priors keep of N tokens: M of them, and one more token, the mean of all others.
 
     Attributes:
         places: (n, M), ascending.
-        rest: (n, N), the weights of that mean: their sum is 1, and those of the kept are 0.
+        rest: (n, N), the weights of that mean: they sum to 1, and are 0 for the kept tokens.
     """
 
     places: Tensor
@@ -134,7 +134,7 @@ class Kept:
 
 
 def take(per_image: Tensor, image_index: Tensor | None, kept: Kept | None) -> Tensor:
-    """Tokens (B, N, D) of the images of n priors: all of them, or what is kept of them, (n, M + 1, D)."""
+    """The tokens (B, N, D) of each prior's image: all of them, or the kept ones, (n, M + 1, D)."""
     if kept is None:
         return pick(per_image, image_index)
     places, width = kept.places, per_image.shape[2]
@@ -148,17 +148,17 @@ def take(per_image: Tensor, image_index: Tensor | None, kept: Kept | None) -> Te
 
 
 class TopDown(nn.Module):
-    """A way to steer the encoder. Sub-classes say what they need, and give the signal of n priors.
+    """Base class of top-down variants. Subclasses declare what they need, and compute the signal of n priors.
 
     Attributes:
-        needs_prior: it reads ξ. Without, the second pass is the same for every text, and is done once an image.
+        needs_prior: it reads ξ. If not, the second pass is the same for every text and is computed once per image.
         needs_decoders: it feeds tokens back.
-        second_pass: it changes the attention, so that the image goes through the blocks again.
+        second_pass: it changes the attention, so the image goes through the blocks again.
         qkv_signal: the signal is for q, k and v.
         prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
-        bias_again: what is added to the values is `W_v td + b_v`, as in the released code, so that they have b_v twice
-            and no signal is not the first pass. Otherwise it is `W_v td`, and new decoders give none: the second pass
-            of a new encoder is the first, whatever the encoder has learnt before.
+        bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
+            without a signal the second pass differs from the first. If False, `W_v td` is added; new decoders give
+            zero, so a new encoder's second pass equals its first.
     """
 
     needs_prior = True
@@ -170,14 +170,14 @@ class TopDown(nn.Module):
     spec: dict[str, Any]
 
     def add_bias_again(self, again: bool) -> bool:
-        """Have the arithmetic of other weights, see `bias_again`; whether it was another."""
+        """Set `bias_again` as other weights need it; returns whether it changed."""
         if self.spec.get("bias_again", again) == again:
             return False
         self.bias_again = self.spec["bias_again"] = again
         return True
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
-        """What no prior changes, once an image, from z (B, N, D); (B, N, …) for every block."""
+        """Compute what does not depend on a prior, once per image, from z (B, N, D): (B, N, …) for every block."""
         return []
 
     def signal(
@@ -192,18 +192,18 @@ class TopDown(nn.Module):
         """The signal of n priors.
 
         Args:
-            tokens: z of each prior's image, (n, N, D), or (1, N, D) of the one image.
+            tokens: z of each prior's image, (n, N, D), or (1, N, D) of a single image.
             prior: ξ, (n, D).
-            prepared: what `prepare` gave.
-            image_index: (n,) the image of each prior in `prepared`; None where it is the same or there is one image.
+            prepared: the output of `prepare`.
+            image_index: (n,) the image of each prior in `prepared`; None if prior i has image i or there is one image.
             feedback: see `Feedback`.
-            alpha: the strength of the signal in the place of the variant's own; it is given to variants that have one.
+            alpha: the strength of the signal instead of the variant's own; only passed to variants that have one.
         """
         raise NotImplementedError
 
 
 def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
-    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own pictures, or of the one there is."""
+    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own images, or of a single image."""
     tokens = F.normalize(tokens.float(), dim=-1)
     return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), pick(tokens, image_index))
 
@@ -213,7 +213,7 @@ def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         prior: (n, D).
-        tokens: (n, N, D), or (1, N, D) where all priors are about one image.
+        tokens: (n, N, D), or (1, N, D) if all priors belong to one image.
 
     Returns:
         (n, N).
@@ -226,7 +226,7 @@ def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
 class AbSTopDown(TopDown):
     """The paper's modulation, `z_i → α · clamp(cos(ξ, z_i), 0, 1) · z_i` (section 5.1, "Design of token modulation").
 
-    `C_l z` does not depend on the prior: it is computed once an image, and a prior costs N scalars.
+    `C_l z` does not depend on the prior: it is computed once per image, and a prior costs N scalars.
 
     Args:
         alpha: scale α of the top-down signal: 1 on ImageNet, 10 for multi-object scenes and language.
@@ -262,7 +262,7 @@ class AbSTopDown(TopDown):
 
 @register
 class AbSTopDownQKV(AbSTopDown):
-    """The same signal added to q, k and v (paper, Table 5): `C_l` has W_qkv in the place of W_v.
+    """The same signal added to q, k and v (paper, Table 5): `C_l` has W_qkv instead of W_v.
 
     Args:
         alpha, bias_again: as in `AbSTopDown`.
@@ -273,7 +273,7 @@ class AbSTopDownQKV(AbSTopDown):
 
 @register
 class FeedbackOnly(TopDown):
-    """Feeds the output tokens back without reweighting (paper, section 6, baseline iii): no ξ, one map for all texts.
+    """Feeds the output tokens back without weights (paper, section 6, baseline iii): no ξ, the same for all texts.
 
     Args:
         alpha: scale of the top-down signal.
@@ -308,7 +308,7 @@ class FeedbackOnly(TopDown):
 
 @register
 class MaskAttention(TopDown):
-    """The soft mask on the values of the attention in every block, in the place of a signal (paper, baseline ii)."""
+    """The soft mask on the values of the attention in every block, instead of a signal (paper, baseline ii)."""
 
     needs_decoders = False
 
@@ -327,7 +327,7 @@ class MaskAttention(TopDown):
 
 @register
 class PerceiverIO(TopDown):
-    """Reweights the output tokens, `z_i → α · s_i · z_i`, and feeds nothing back (paper, section 6, baseline i).
+    """Weights the output tokens, `z_i → α · s_i · z_i`, and feeds nothing back (paper, section 6, baseline i).
 
     Args:
         alpha: scale of the reweighted tokens.
@@ -345,7 +345,7 @@ class PerceiverIO(TopDown):
 class ReleasedTopDown(TopDown):
     """The modulation of the released vision-language code, `5 · clamp(cos(ξ, z_i), 0, 1) · (z_i · ξ) ξ`.
 
-    Neither z nor ξ is normalised outside the cosine. The direction is ξ itself, so a text costs L vectors `C_l ξ`
+    Neither z nor ξ is normalized outside the cosine. The direction is ξ itself, so a text costs L vectors `C_l ξ`
     and no token is decoded.
 
     Args:

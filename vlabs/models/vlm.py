@@ -1,4 +1,4 @@
-"""The whole model: image encoder told by the text what to look for, text encoder, fusion, task head."""
+"""The whole model: an image encoder steered by the text, a text encoder, fusion and a task head."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from vlabs.models.topdown import similarity
 
 @dataclass
 class VLMOutput:
-    """What the model says of n texts about their images.
+    """The model's output for n texts about their images.
 
-    Where a text has p pictures, n is the number of pairs of text and picture everywhere but in the first two: p pairs a
-    text, one after another.
+    If a text has p images, n is the number of text-image pairs in all attributes but the first two; the p pairs of a
+    text are adjacent.
 
     Attributes:
         logits: the task head's output: (n, answers), or (n,) for ranking.
-        pooled_features: (n, 2D) of the fusion; (n, 2D p) where a text has p pictures, in order.
-        text_features: (n, T, D), image_features: (n, N, D) of the fusion; one token each unless all were asked for.
-        prior: ξ, (n, D_vision); None where there is none.
+        pooled_features: (n, 2D) from the fusion; (n, 2D p) if a text has p images, in order.
+        text_features, image_features: (n, T, D) and (n, N, D) from the fusion; one token each unless all are requested.
+        prior: ξ, (n, D_vision); None if there is none.
         seen: the second pass over the images.
         bottom_up: the first pass over the B images.
-        image_index: (n,) the image of each text; None where text i is about image i, or all about the one there is.
-        text_states: (n, T, D_text), of the text encoder.
-        image_read: (n, N), the fusion's text-to-image attention; None unless asked for.
-        losses: unweighted losses that the model itself computes, by name: `reconstruction`, when asked for.
+        image_index: (n,) the image of each text; None if text i is about image i, or all are about a single image.
+        text_states: (n, T, D_text), from the text encoder.
+        image_read: (n, N), the fusion's text-to-image attention; None unless requested.
+        losses: unweighted losses that the model itself computes, by name: `reconstruction`, if requested.
     """
 
     logits: Tensor
@@ -58,7 +58,7 @@ class VisionLanguageModel(nn.Module, Shareable):
 
     Args:
         vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
-        prior: the map from text to ξ; None where there is no ξ. The encoder need not read it, see `assemble`.
+        prior: the map from text to ξ; None without ξ. The encoder need not read it, see `assemble`.
     """
 
     spec: dict[str, Any]
@@ -80,24 +80,24 @@ class VisionLanguageModel(nn.Module, Shareable):
 
     @property
     def pads_to_fixed_length(self) -> bool:
-        """Whether ξ depends on the padding, so that every text must be padded to one length."""
+        """Whether ξ depends on the padding, so that every text must be padded to the same length."""
         return self.prior is not None and self.prior.token == "mean"
 
     def recompute_activations(self) -> None:
-        """Keep only the input of each layer in the forward pass, and compute the rest again in the backward pass.
+        """Keep only the input of each layer in the forward pass, and recompute the rest in the backward pass.
 
-        Less memory for a third more time; nothing changes in the numbers.
+        This saves memory for a third more time, and does not change the numbers.
         """
         self.vision.recompute = self.fusion.recompute = True
         self.text.recompute_activations()
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Let `torch.compile` make kernels of both passes and of the fusion; numbers stay within rounding.
+        """Compile both passes and the fusion with `torch.compile`; numbers change within rounding.
 
-        The text encoder is left as it is: it takes a few tokens, and its lengths change from batch to batch.
+        The text encoder is not compiled: it takes few tokens, and their number changes from batch to batch.
 
         Args:
-            backend: of `torch.compile`.
+            backend: that of `torch.compile`.
         """
         compiled = partial(torch.compile, backend=backend, dynamic=True)
         self.vision.compile_passes(backend)
@@ -121,18 +121,18 @@ class VisionLanguageModel(nn.Module, Shareable):
         """Encode images and texts, and join them.
 
         Args:
-            images: (B, 3, H, W), normalised; or their first pass, where it is there already, whole or as stored.
+            images: (B, 3, H, W), normalized; or their first pass, whole or as stored.
             input_ids, attention_mask: (n, T).
-            image_index: (n,) the image of each text; None means that text i belongs to image i; (n, p) where each text
-                is about p pictures together.
-            text_index: (p,) where p pairs are to be made of the n texts: the text of each; `image_index` is then (p,)
-                too, and so is the output. A text is encoded once, however many images it is paired with.
-            prior: ξ, (n, D_vision), in the place of the texts' own.
+            image_index: (n,) the image of each text; None means that text i belongs to image i; (n, p) if each text is
+                about p images together.
+            text_index: (p,), the text of each of p pairs; `image_index` and the output then have p entries too. A text
+                is encoded once, however many images it is paired with.
+            prior: ξ, (n, D_vision), instead of the texts' own.
             reconstruct: compute the reconstruction loss.
-            all_features: return every token's fused features, not the first alone.
+            all_features: return the fused features of all tokens, not only of the first.
             read_image: return the fusion's text-to-image attention.
-            alpha: the strength of the top-down signal in the place of the variant's own, where it has one.
-            record: takes the attention of the last pass over the images, see `AbSViT.encode`.
+            alpha: the strength of the top-down signal instead of the variant's own, if it has one.
+            record: filled with the attention of the last pass over the images, see `AbSViT.encode`.
         """
         bottom_up = images if isinstance(images, BottomUp) else self.vision.encode(images, record=record)
         text_states = self.text(input_ids, attention_mask)
@@ -160,7 +160,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         )
 
     def prior_of(self, text_states: Tensor, input_ids: Tensor) -> Tensor | None:
-        """ξ, (n, D_vision), of the states (n, T, D_text) of token ids (n, T); None where nothing reads it."""
+        """ξ, (n, D_vision), from the states (n, T, D_text) of token ids (n, T); None if the model has no prior."""
         return self.prior(text_states, input_ids) if self.prior is not None else None
 
     def join(
@@ -180,10 +180,10 @@ class VisionLanguageModel(nn.Module, Shareable):
     ) -> VLMOutput:
         """Second pass, fusion and head for encoded images and texts; arguments as in `forward`.
 
-        Without `image_index`, one image may stand for all texts.
+        Without `image_index`, a single image may serve all texts.
 
         Args:
-            pictures: p, of a text: each stands there p times in a row, and `image_index` says with which picture.
+            pictures: p, the images per text: each text then occurs p times in a row; `image_index` names its images.
         """
         seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record)
         if prior is not None and not self.vision.needs_prior:
@@ -219,7 +219,7 @@ def assemble(
     prior_token: str = "cls",
     unused_prior: bool = False,
 ) -> VisionLanguageModel:
-    """Build the parts that depend on the encoders' widths, and the model of them all.
+    """Build the parts that depend on the encoders' widths, and the whole model.
 
     Args:
         vision, text: the encoders.
@@ -229,7 +229,7 @@ def assemble(
         unused_prior: make and train ξ also where the image encoder does not read it: the control of steering itself.
 
     Raises:
-        ValueError: ξ is to be of the token `eos`, which only RoBERTa's texts end with.
+        ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
     """
     if prior_token == "eos" and not isinstance(text, RobertaEncoder):
         raise ValueError("prior_token 'eos' is RoBERTa's </s>: choose cls or mean for another text encoder")

@@ -1,4 +1,4 @@
-"""The vectors that are most like another one, of many."""
+"""Nearest neighbors of a vector among many."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LISTS = 64  # that are looked through, of about the square root of the number o
 
 
 class Nearest:
-    """Vectors by their cosine with another one: all compared, or of very many those that FAISS finds.
+    """Vectors by their cosine with a query: all are compared or, if there are very many, those that FAISS finds.
 
-    FAISS puts vectors into lists by the nearest of some centers, and compares those of the lists that are nearest.
+    FAISS sorts vectors into lists by their nearest center, and compares only the lists nearest to the query.
 
     Args:
         vectors: (N, D).
-        many: N from which on FAISS is used.
+        many: the N from which FAISS is used.
     """
 
     def __init__(self, vectors: Tensor, many: int = MANY) -> None:
@@ -43,7 +43,7 @@ class Nearest:
         self.index.add(self.vectors.numpy())
 
     def find(self, vector: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines and places of the k best for a vector (1, D), or fewer where there are fewer; best first."""
+        """Cosines and indices of the k best for a vector (1, D), or of all if there are fewer; best first."""
         vector = F.normalize(vector.float(), dim=1)
         if self.index is None:
             best = (self.vectors @ vector[0]).topk(min(k, len(self.vectors)))

@@ -1,4 +1,4 @@
-"""First passes of an image encoder over pictures, kept on disk: no picture is encoded, or decoded, twice."""
+"""First passes of an image encoder, stored on disk, so that no image is decoded or encoded twice."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _AT_ONCE = 16  # pictures that are encoded together
 
 
 class FirstPasses:
-    """What the second pass, and a shortlist, read of the first pass over pictures, by the pictures' keys.
+    """A store of first passes, by the keys of the images, for second passes and shortlists.
 
-    Passes of other weights, or of pictures that are read another way, lie in other folders beside each other.
+    Passes with other weights, or of images that are read differently, are in other folders beside each other.
 
     Args:
-        folder: of all stores.
+        folder: the folder of all stores.
         vision: the encoder, on the device where it encodes.
-        preprocessing: how pictures are read: as in evaluation.
-        dtype: how tokens are stored: half precision, or int8 with a scale a token.
-        training: store what does not depend on parameters that are trained; else all are as they stay.
+        preprocessing: how images are read, as in evaluation.
+        dtype: how tokens are stored: half precision, or int8 with a scale per token.
+        training: store only what does not depend on trained parameters; if False, no parameter changes.
 
     Attributes:
         store: where the tensors are.
 
     Raises:
-        UserError: all of the pass depends on what is trained; and see `TensorStore`.
+        UserError: the whole pass depends on trained parameters; and see `TensorStore`.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class FirstPasses:
         return key in self.store
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys of which there is nothing yet, each once."""
+        """The keys that are not stored yet, each once."""
         return [key for key in dict.fromkeys(keys) if key not in self.store]
 
     @torch.inference_mode()
     def fill(self, pictures: Iterable[tuple[str, Tensor | None]], count: int) -> None:
-        """Encode pictures, with a progress bar. What was encoded before a stop stays.
+        """Encode images, with a progress bar. What was encoded before a stop is kept.
 
         Args:
-            pictures: key and normalised picture (1, 3, H, W) of each; None for one that is left out.
-            count: how many there are.
+            pictures: key and normalized image (1, 3, H, W) of each; None for one that is left out.
+            count: the number of images.
 
         Raises:
-            UserError: the disk has no room for them.
+            UserError: the disk has no space for them.
         """
         self.store.check_room(count)
         waiting: list[tuple[str, Tensor]] = []
@@ -103,7 +103,7 @@ class FirstPasses:
 
     @torch.inference_mode()
     def add(self, pictures: Sequence[tuple[str, Tensor]]) -> None:
-        """Encode some pictures together, and store them in time."""
+        """Encode some images together; they are stored after enough have come."""
         if not pictures:
             return
         weight = next(self.vision.parameters())
@@ -114,19 +114,19 @@ class FirstPasses:
             self.store.add(key, {name: getattr(bottom_up, name)[n] for name in self.store.layout})
 
     def seen(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What a shortlist reads of some pictures: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
+        """What a shortlist reads from some images: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
         found = self.store.read(keys, ["cls", "tokens"])
         return found["cls"], found["tokens"][:, self.vision.num_prefix_tokens :]
 
     def read(self, keys: Sequence[str]) -> StoredPass:
-        """The passes over some pictures, together, on the CPU."""
+        """The passes over some images, together, on the CPU."""
         names = [name for name in self.store.layout if name != "cls"]
         found = self.store.read(keys, names)
         return StoredPass(found.get("embedded"), found.get("tokens"), found.get("read"))
 
 
 def _digest(vision: AbSViT, training: bool) -> str:
-    """SHA-256 of the weights of the first pass, but for those that are trained."""
+    """SHA-256 of the weights of the first pass, without the trained ones."""
     trained = {name for name, value in vision.named_parameters() if value.requires_grad and training}
     digest = hashlib.sha256()
     for name, value in sorted(vision.state_dict().items()):
@@ -138,7 +138,7 @@ def _digest(vision: AbSViT, training: bool) -> str:
 
 @contextmanager
 def _evaluating(vision: AbSViT) -> Iterator[None]:
-    """Without dropout and the draws that it takes, and with what is read of patches for all shares of a training."""
+    """Context manager: eval mode, with `read` computed for every share that may be kept."""
     modes = {module: module.training for module in vision.modules()}
     vision.eval()
     try:

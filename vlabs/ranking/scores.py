@@ -13,18 +13,18 @@ from vlabs.utils.files import locked, replacing, write_json
 
 
 class ScoreMatrix:
-    """`NAME.npy`, float32 (images, captions), NaN where nothing is known yet, and `NAME.json`, what it is of.
+    """`NAME.npy`, float32 (images, captions), NaN where no score is known yet, and `NAME.json`, its identity.
 
     Several processes of one machine may write different parts. A process that is killed leaves what it wrote.
 
     Args:
-        directory: where the files are, or are to be.
-        name: of the two files.
-        shape: images and captions.
-        identity: plain data that says what the scores are of: checkpoint, data, split, precision.
+        directory: where the files are, or will be.
+        name: the name of the two files.
+        shape: numbers of images and captions.
+        identity: plain data that identifies the scores: checkpoint, data, split, precision.
 
     Raises:
-        UserError: there are scores of something else.
+        UserError: the files hold scores with another identity.
     """
 
     def __init__(self, directory: str | Path, name: str, shape: tuple[int, int], identity: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class ScoreMatrix:
         return values  # type: ignore[no-any-return]
 
     def done(self, image: int, captions: np.ndarray | slice) -> bool:
-        """Whether the scores of an image with some captions are all there."""
+        """Whether all scores of an image with some captions are known."""
         return not bool(np.isnan(self.values[image, captions]).any())
 
 

@@ -1,4 +1,4 @@
-"""Which pairs are worth an exact score: those whose pictures are most like ξ, as a whole and in some patch."""
+"""Which pairs get an exact score: those whose images are most similar to ξ, as a whole and in some patch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of every row and of every column of a matrix, of which no more than a block is held.
+    """The k best of every row and of every column of a matrix, of which only one block is in memory.
 
     Args:
         blocks: rows (n, M) of the matrix, from the first to the last.
-        k: at least 1; fewer come back where there are fewer.
+        k: at least 1; fewer are returned if there are fewer.
 
     Returns:
         Columns (N, k) of every row's best, and rows (k, M) of every column's best, best first.
@@ -40,10 +40,10 @@ _TEMPERATURE = 0.1  # at which patches are counted, by how like ξ they are
 
 
 def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """How like n pictures are to m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
+    """Similarities of n images and m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
 
-    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches. Each divided by its deviation, their sum finds
-    more of the exact best than either.
+    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches. Their sum, each divided by its standard deviation,
+    finds more of the exact best than either.
 
     Args:
         cls: (n, D).
@@ -59,7 +59,7 @@ def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, T
 
 
 class Similarity:
-    """The sum of `similarities`, each divided by its deviation, of many images and captions, some rows at a time.
+    """The sum of `similarities`, each over its standard deviation, of many images and captions, by blocks of rows.
 
     Args:
         cls, patches: (N, M); they may be memory-mapped.
@@ -74,12 +74,12 @@ class Similarity:
         return len(self.parts[0])
 
     def __getitem__(self, images: int | slice) -> Tensor:
-        """Of an image (M,), or of some (n, M)."""
+        """The row of one image (M,), or of several (n, M)."""
         summands = (part[images] / by for part, by in zip(self.parts, self.deviations, strict=True))
         return torch.from_numpy(sum(summands))
 
     def blocks(self, images_at_once: int = 256) -> Iterator[Tensor]:
-        """All rows, some at a time."""
+        """All rows, in blocks."""
         for first in range(0, len(self), images_at_once):
             yield self[first : first + images_at_once]
 
@@ -88,11 +88,11 @@ def shortlist(blocks: Iterable[Tensor], k: int) -> list[np.ndarray]:
     """The k best captions of every image and every caption for which the image is among the k best.
 
     Args:
-        blocks: of the similarity of images and captions, as of `best_both_ways`.
+        blocks: similarities of images and captions, as in `best_both_ways`.
         k: at least 1.
 
     Returns:
-        For every image the captions, ascending.
+        The captions of each image, ascending.
     """
     captions, images = best_both_ways(blocks, k)
     pairs = torch.cat(
@@ -107,10 +107,10 @@ def shortlist(blocks: Iterable[Tensor], k: int) -> list[np.ndarray]:
 
 
 def share_kept(wanted: list[np.ndarray], exact: np.ndarray, k: int = 10, images_at_once: int = 256) -> dict[str, float]:
-    """How much of the exact top k a shortlist has, in percent: of the `texts` of every image, the `images` of a text.
+    """The share of the exact top k in a shortlist, in percent: for the `texts` of an image, and the `images` of a text.
 
     Args:
-        wanted: of `shortlist`.
+        wanted: the output of `shortlist`.
         exact: (N, M), images by captions; read `images_at_once` rows at a time.
     """
     starts = range(0, len(exact), images_at_once)

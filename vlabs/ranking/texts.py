@@ -1,4 +1,4 @@
-"""Scores of many texts with one image: what depends on a text alone is computed once a text."""
+"""Scores of many texts with one image; what depends only on the text is computed once per text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vlabs.models.vlm import VisionLanguageModel
 
 @dataclass
 class EncodedTexts:
-    """M texts as the text encoder leaves them.
+    """M encoded texts.
 
     Attributes:
-        states: (Σ lengths, D), the states of all texts in a row, without padding.
-        starts, lengths: (M,) where each text lies in `states`.
+        states: (Σ lengths, D), the concatenated states of all texts, without padding.
+        starts, lengths: (M,), the position of each text in `states`.
         prior: ξ, (M, D_vision); None without feedback.
     """
 
@@ -32,7 +32,7 @@ class EncodedTexts:
         return len(self.lengths)
 
     def padded(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """States (n, T, D) and mask (n, T) of some texts; padding is zeros, which nothing reads."""
+        """States (n, T, D) and mask (n, T) of some texts; padding is zeros and masked."""
         lengths = self.lengths[which]
         offset = torch.arange(int(lengths.max()), device=lengths.device)
         mask = offset < lengths[:, None]
@@ -44,11 +44,11 @@ class EncodedTexts:
 def encode_texts(
     model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int = 256
 ) -> EncodedTexts:
-    """Run the text encoder and the ξ map once over each text, those of similar length together.
+    """Run the text encoder and the ξ map once per text, with texts of similar length in one batch.
 
     Args:
-        model: on the device where the texts are to be.
-        batch_size: texts at a time.
+        model: the model, on the device where the texts will be.
+        batch_size: texts per batch.
     """
     lengths = [0] * len(texts)
     states: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -69,11 +69,11 @@ def encode_texts(
 def encode_priors(
     model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int = 256
 ) -> Tensor:
-    """ξ of M texts, (M, D_vision), float32 on the CPU; of the states no more than a batch is held.
+    """ξ of M texts, (M, D_vision), float32 on the CPU; only one batch of states is in memory.
 
     Args:
-        model: with a prior.
-        batch_size: texts at a time.
+        model: a model with a prior.
+        batch_size: texts per batch.
     """
     priors = torch.empty(len(texts), model.vision.width)
     for which, _, _, prior in _in_batches(model, preprocessing, texts, batch_size):
@@ -85,7 +85,7 @@ def encode_priors(
 def _in_batches(
     model: VisionLanguageModel, preprocessing: Preprocessing, texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], list[int], Tensor, Tensor | None]]:
-    """Texts of similar length together: their positions, lengths, states and ξ."""
+    """Batches of texts of similar length: their positions, lengths, states and ξ."""
     device = next(model.parameters()).device
     ids = preprocessing.token_ids(texts)
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
@@ -103,10 +103,10 @@ def score_texts(
     """The ranking score of one image with some texts; every pair goes through the second pass and the fusion.
 
     Args:
-        model: whose head has a `score`.
-        bottom_up: the first pass over the one image.
-        which: (n,) the texts.
-        batch_size: pairs at a time.
+        model: a model whose head has a `score`.
+        bottom_up: the first pass over the image.
+        which: (n,) indices of the texts.
+        batch_size: pairs per batch.
 
     Returns:
         (n,), float32.

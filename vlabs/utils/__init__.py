@@ -1,1 +1,1 @@
-"""Files that are written whole, and which process this is."""
+"""Files, JSON, arguments, devices, plug-ins and processes."""

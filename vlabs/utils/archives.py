@@ -1,4 +1,4 @@
-"""Folders and zip files as people have them: names in one spelling, members no larger than they say."""
+"""Folders and zip files of users: names in one spelling, members no larger than declared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same_name(name: str) -> str:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a path is of what systems leave beside a user's files: dot files, `__MACOSX`, `Thumbs.db`."""
+    """Whether a path is a file that systems leave beside a user's files: dot files, `__MACOSX`, `Thumbs.db`."""
     parts = (part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
     return any(part.startswith(".") or part.lower() in _CLUTTER for part in parts)
 
@@ -48,8 +48,8 @@ def walk(folder: Path, odd: list[Path] | None = None) -> Iterator[Path]:
     """The regular files below a folder, sorted, without clutter; links to folders are followed, each folder once.
 
     Args:
-        odd: gets what is neither a file nor a folder (a link to nothing, a pipe, a device), which is never opened; if
-            not given, it is said how many there are.
+        odd: called with what is neither a file nor a folder (a broken link, a pipe, a device), which is never opened;
+            if not given, their number is printed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -79,7 +79,7 @@ def read_regular(path: Path, most: int = 256 * 2**20) -> bytes:
     """The content of a file.
 
     Raises:
-        OSError: it cannot be read, is larger than `most`, or a pipe or a device, reading which need not end.
+        OSError: it cannot be read, is larger than `most`, or is a pipe or a device, which may never end.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -97,7 +97,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file.
 
     Raises:
-        UserError: it is not there or damaged, as after a download that was cut off.
+        UserError: it is missing or damaged, as after an interrupted download.
     """
     if not path.is_file():  # opening a pipe need not end
         raise UserError(f"{path} is not there, or no regular file")
@@ -123,11 +123,11 @@ def read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | 
     """The content of a member of a zip file.
 
     Args:
-        path: of the archive, for messages.
-        most: bytes.
+        path: path of the archive, for messages.
+        most: the largest number of bytes.
 
     Raises:
-        UserError: it is damaged, encrypted, packed in an odd way, larger than `most`, or than it says.
+        UserError: it is damaged, encrypted, compressed in an unsupported way, larger than `most`, or than declared.
     """
     with open_member(path, archive, member, most) as stream:
         try:
@@ -140,10 +140,10 @@ def read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | 
 def open_member(
     path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | str, most: int | None = None
 ) -> IO[bytes]:
-    """A member of a zip file, to be read as a stream, which gives no more than the archive says that there is.
+    """A member of a zip file as a stream, which ends at its declared size.
 
     Raises:
-        UserError: it is encrypted, packed in an odd way, or larger than `most`.
+        UserError: it is encrypted, compressed in an unsupported way, or larger than `most`.
     """
     try:
         info = archive.getinfo(member) if isinstance(member, str) else member
@@ -165,15 +165,15 @@ def open_member(
 
 
 def unpack(file: IO[bytes], offset: int, stored: int, size: int, method: int, crc: int) -> bytes:
-    """A member of a zip file, in one piece, with no more memory than it says that it has.
+    """A member of a zip file in one piece, with no more memory than its declared size.
 
     Args:
-        offset: of its local header.
+        offset: offset of its local header.
         stored, size: bytes in the archive, and unpacked.
-        crc: of the content.
+        crc: checksum of the content.
 
     Raises:
-        ValueError: it is damaged, encrypted, or packed in another way.
+        ValueError: it is damaged, encrypted, or compressed in another way.
     """
     file.seek(offset)
     header = file.read(30)

@@ -1,4 +1,4 @@
-"""Command lines: a parser for the commands without a config, and types that say what a number may be."""
+"""Command lines: a parser for the commands without a config, and types with limits for numbers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SEARCH_INDEX = Path("~/.cache/vlabs/search")
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a command: `--ckpt RUN`, and `ckpt=RUN` as the commands with a config have it.
+    """The options of a command: `--ckpt RUN`, or `ckpt=RUN` as in commands with a config.
 
     Args:
-        name: of the command, after `vlabs`.
+        name: name of the command, after `vlabs`.
         doc: what it does.
-        options: of argparse.
+        options: options of argparse.
     """
 
     def __init__(self, name: str, doc: str, **options: Any) -> None:
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help=own)
 
     def read(self) -> argparse.Namespace:
-        """The command line of this process; modules of the user's own are imported."""
+        """Parse the command line of this process; modules that it names are imported."""
         arguments = self.parse_args(self._with_dashes(sys.argv[1:]))
         import_modules(arguments.modules)
         return arguments
@@ -58,7 +58,7 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def check_out(arguments: argparse.Namespace) -> None:
-    """Raise a UserError if the figure of a command line cannot go where it says, before the work."""
+    """Raise a UserError before the work if the figure of a command cannot be written to its path."""
     if arguments.out is None:
         return
     if Path(arguments.out).suffix not in (".png", ".svg"):
@@ -67,7 +67,7 @@ def check_out(arguments: argparse.Namespace) -> None:
 
 
 def numbered(name: str, number: int) -> str:
-    """`name` of a file, with a number before its suffix unless it is the first."""
+    """A file name with a number before its suffix, unless it is the first."""
     path = Path(name)
     return name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 

@@ -8,7 +8,7 @@ from vlabs.errors import UserError
 
 
 def find_device(name: str | None) -> str:
-    """A device of this machine by the name that a user gave it, `--device`; the GPU if there is one where it is None.
+    """The device that `--device` names; if it is None, the GPU if there is one.
 
     Raises:
         UserError: there is no such device, or torch cannot use it.

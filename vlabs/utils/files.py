@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there, and never in the place of something of the user's.
+"""Files and folders that are written completely or not at all, and never replace something of the user's.
 
-Whatever vlabs writes goes through this module. What is not whole yet lies beside its place under a name that begins
-with `.vlabs-` (a file) or ends with `.vlabs-partial` (a folder, with a mark inside). Who writes holds a lock that ends
-with its process, so what a killed process left is known from what another one is writing now, and is removed.
+Everything that vlabs writes goes through this module. Unfinished output lies beside its target under a name that begins
+with `.vlabs-` (a file) or ends with `.vlabs-partial` (a folder, with a mark inside). The writer holds a lock that ends
+with its process. So the leftovers of a killed process can be told from the work of a running one, and are removed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ _PARTIAL = ".vlabs-partial"
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file beside `path` to write to. It takes the place of `path` when all is written, and is removed if that fails.
+    """Context manager: a file beside `path` to write to, which replaces `path` at the end, or is removed on failure.
 
-    Several processes may write the same file at the same time: the last one to end is the one that stays. Through a
-    link the file that it points to is written; a device, such as /dev/null, is written as it is.
+    Several processes may write the same file at the same time; the last one wins. A link is followed; a device, such as
+    /dev/null, is written directly.
 
     Raises:
-        UserError: `path` is a folder, or the system does not let it be written (full disk, no right to); what was there
-            before is untouched.
+        UserError: `path` is a folder, or cannot be written (full disk, no permission); its old content is unchanged.
     """
     given, path = path, Path(os.path.realpath(path))
     with _explained(path, str(given)):
@@ -66,11 +65,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None:
-    """Raise a UserError if a file that a user named is there, before the work whose result goes there.
+    """Raise a UserError before the work if the file for its result exists.
 
     Args:
-        option: what it was named with; `hydra`-like if it ends with `=`, which says how to overwrite.
-        overwrite: it may be there.
+        option: the option that names the file; Hydra style if it ends with `=`, which the hint on overwriting follows.
+        overwrite: it may exist.
     """
     path = Path(path)
     with _explained(Path(os.path.realpath(path)), _named(option, path)):
@@ -89,17 +88,17 @@ def new_folder(
     replaces: Callable[[Path], bool] | None = None,
     overwrite: bool = True,
 ) -> Iterator[Path]:
-    """A folder beside `path` to work in. It gets its name when all is written, without what lies in `WORK` then.
+    """Context manager: a folder beside `path` to work in, which is renamed to `path` at the end, without `WORK` in it.
 
     Args:
-        option: what the folder was named with, for messages.
-        resumable: what a stopped or failed process wrote is kept, and the next one goes on in it; else it is removed.
-        replaces: whether vlabs made what stands at `path`, which is then overwritten; None if it never is.
-        overwrite: what `replaces` allows; without it, how to ask for it is said.
+        option: the option that names the folder, for messages.
+        resumable: keep what a stopped or failed process wrote, for the next one to continue; otherwise it is removed.
+        replaces: whether vlabs made what is at `path`, which may then be overwritten; None if it never may.
+        overwrite: do what `replaces` allows; without it, the message says how to ask for it.
 
     Raises:
-        UserError: something else stands at `path` or where the work is done, another process is at work there, or the
-            system does not let it be written.
+        UserError: something else is at `path` or at the work folder, another process is working there, or it cannot be
+            written.
     """
     given, path = path, Path(os.path.realpath(path))
     named = _named(option, given)
@@ -126,19 +125,19 @@ def new_folder(
 
 
 def is_free(path: Path) -> bool:
-    """Whether a folder can be made there: there is nothing, or an empty folder."""
+    """Whether a folder can be made at a path: there is nothing, or an empty folder."""
     return not os.path.exists(path) or (path.is_dir() and os.access(path, os.R_OK) and not any(path.iterdir()))
 
 
 def clear(folder: Path, *keep: str) -> None:
-    """Remove what is in a folder of `new_folder`, but what has one of the names in `keep`."""
+    """Remove the content of a folder of `new_folder`, except the names in `keep`."""
     for path in folder.iterdir():
         if path.name not in (MARK, _LOCK, *keep):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def mark(folder: Path, what: str) -> None:
-    """Say in a folder that vlabs made it, as `what`."""
+    """Mark a folder as made by vlabs, as `what`."""
     (folder / MARK).write_text(f"{what}\n", encoding="utf-8")
 
 
@@ -150,17 +149,17 @@ def is_marked(folder: Path, what: str) -> bool:
 
 
 def unmark(folder: Path) -> None:
-    """Take the mark of `mark` away."""
+    """Remove the mark of `mark`."""
     (folder / MARK).unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
-    """Be the only process that works in a folder, which is there. The lock ends with the process, however it ends.
+    """Context manager: lock an existing folder for this process. The lock ends with the process, however it ends.
 
     Args:
-        message: of the error where another process has it.
-        wait: for that process to end, in its place.
+        message: message of the error if another process has the lock.
+        wait: wait for that process instead.
 
     Raises:
         UserError: another process has it.
@@ -185,14 +184,14 @@ def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text, whole or not at all; returns where. What is no UTF-8 (names of files) is written as its escape."""
+    """Write a text, completely or not at all, and return its path. What is not UTF-8 (file names) is escaped."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
 def write_json(path: str | Path, content: Any, indent: int = 1) -> Path:
-    """Write JSON, whole or not at all; returns where."""
+    """Write JSON, completely or not at all, and return its path."""
     return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
@@ -215,9 +214,9 @@ _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 
 def reason_of(error: BaseException) -> str | None:
-    """What the system says where something cannot be written, in words; None where an error is not about that.
+    """The system's reason why something cannot be written, in words; None if an error is not about that.
 
-    torch.save and safetensors raise errors of their own from the system's: it is in their context, or in their text.
+    torch.save and safetensors raise their own errors from the system's: the reason is in their context or text.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
@@ -233,7 +232,7 @@ def reason_of(error: BaseException) -> str | None:
 
 @contextmanager
 def _explained(path: Path, named: str) -> Iterator[None]:
-    """Turn what the system says of a place that is written into a UserError; errors about other files go on."""
+    """Context manager: turn the system's errors about a written path into a UserError; others pass."""
     try:
         yield
     except UserError:
@@ -281,7 +280,7 @@ def _check_replaceable(path: Path, named: str, replaces: Callable[[Path], bool] 
 
 
 def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
-    """Make the folder of the work or go on in it, marked and locked."""
+    """Make the work folder, or continue in it, marked and locked."""
     busy = f"{named} is being made by another process: wait for it, or name another folder"
     while True:
         with contextlib.suppress(FileExistsError):
@@ -303,14 +302,14 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove a folder that is replaced, under another name first: at no time is half of it there."""
+    """Remove a folder that is replaced, after renaming it, so that it is never there in part."""
     old = path.with_name(f".vlabs-old-{secrets.token_hex(4)}")
     path.rename(old)
     shutil.rmtree(old)
 
 
 def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the files of processes that were killed: nobody holds their locks."""
+    """Remove files of killed processes, whose locks nobody holds."""
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
             file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -322,7 +321,7 @@ def _remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 def _try_lock(file: int, kind: Callable[[int, int], None], wait: bool = False) -> bool:
-    """Lock an open file; False where another process has it. Where the file system has no locks, all goes without."""
+    """Lock an open file; False if another process has the lock. File systems without locks are used without them."""
     try:
         kind(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):

@@ -1,4 +1,4 @@
-"""Files of a model on the Hugging Face hub: whatever vlabs wants of the hub goes through `download`."""
+"""Files of a model on the Hugging Face hub; all downloads of vlabs go through `download`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vlabs.errors import UserError
 def download(
     name: str, files: Sequence[str], instead: str = "DIR", revision: str | None = None, **options: Any
 ) -> Path:
-    """The local copy of files of a model on the hub; without a network that of the cache, also if it has only some.
+    """The local copy of files of a model on the hub; without a network that in the cache, even if incomplete.
 
-    It fails within seconds and with nothing on the screen.
+    It fails within seconds and prints nothing.
 
     Args:
         name: `user/name`.
-        files: what is wanted of it, as far as it has that; `*` stands for anything.
-        instead: what to pass once it was downloaded by hand, to a folder DIR.
+        files: the wanted files, as far as they exist; `*` stands for anything.
+        instead: what to pass after downloading it by hand to a folder DIR.
         revision: branch, tag or commit.
-        options: of huggingface_hub's `snapshot_download`.
+        options: options of huggingface_hub's `snapshot_download`.
 
     Raises:
-        UserError: nothing of it is to be had; the message says what to pass instead.
+        UserError: nothing of it is available; the message says what to pass instead.
     """
     loud = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -51,7 +51,7 @@ def download(
 
 
 def _ask(name: str, revision: str | None, token: str | bool | None) -> None:
-    """Raise an error if the hub is not there, of which it is asked once in a minute, or has no such model."""
+    """Raise an error if the hub does not answer (checked at most once per minute), or has no such model."""
     global _silent
     if _silent is not None and time.monotonic() - _silent[1] < _REMEMBERED:
         raise _silent[0]
@@ -64,7 +64,7 @@ def _ask(name: str, revision: str | None, token: str | bool | None) -> None:
 
 
 def _cached(name: str, files: Sequence[str], revision: str | None, cache: Any) -> Iterator[Path]:
-    """The cache's folder of a model for each of the files that is there."""
+    """The model's cache folder, once for each file in it."""
     for file in files:
         try:
             found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)

@@ -1,4 +1,4 @@
-"""JSON files of any size, plain or inside a zip file, read as a stream that nobody can make endless."""
+"""JSON files of any size, plain or inside a zip file, read as a bounded stream."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MARKS = {  # that of UTF-32 begins as that of UTF-16 does
 
 
 def encoding_of(start: bytes) -> str:
-    """How a text is encoded, by its first bytes: what its mark says, or the zeros in it; UTF-8 without."""
+    """The encoding of a text by its first bytes: its byte order mark, or the zeros in it; otherwise UTF-8."""
     if marked := next((name for mark, name in _MARKS.items() if start.startswith(mark)), None):
         return marked
     zeros = start[:1] == b"\0", start[1:2] == b"\0"
@@ -38,7 +38,7 @@ def encoding_of(start: bytes) -> str:
 
 @dataclass(frozen=True)
 class JsonFile:
-    """A JSON file, or one inside a zip file, that is read as a stream."""
+    """A JSON file, plain or inside a zip file, that is read as a stream."""
 
     path: Path
     member: str | None = None
@@ -48,15 +48,15 @@ class JsonFile:
 
     @property
     def name(self) -> str:
-        """Of the file itself, without folders."""
+        """The name of the file itself, without folders."""
         return (self.member or str(self.path)).replace("\\", "/").rpartition("/")[2]
 
     def entries(self, key: str = "", floats: bool = False, some: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield the entries of the list under a key, or that the whole file is.
+        """Yield the entries of the list under a key, or of the list that is the whole file.
 
         Args:
-            floats: numbers with a point are floats, and whole ones of more than 63 bits an error.
-            some: so is an empty list.
+            floats: numbers with a point become floats, and integers of more than 63 bits are an error.
+            some: an empty list is an error too.
 
         Raises:
             UserError: the file is damaged, there is no such list, or an entry is not an object.
@@ -82,7 +82,7 @@ class JsonFile:
         raise UserError(f"{self} has no {what}, but {there or 'nothing'}"[:500])
 
     def named(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the names and values of the object that the whole file is.
+        """Yield the names and values of the object that is the whole file.
 
         Raises:
             UserError: the file is damaged, or a value is not an object.
@@ -98,7 +98,7 @@ class JsonFile:
         return value if isinstance(value, str) else None
 
     def items(self, prefix: str, floats: bool = False) -> Iterator[Any]:
-        """Yield the values at a place, in ijson's words; `floats` as in `entries`."""
+        """Yield the values at an ijson path; `floats` as in `entries`."""
         return self._read(lambda stream: ijson.items(stream, prefix, buf_size=_READ_BYTES, use_float=floats))
 
     def _read(self, parse: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
@@ -132,7 +132,7 @@ class JsonFile:
 
 
 class _Bounded:
-    """A stream for ijson as UTF-8 without a mark, of texts, numbers and levels that it can stand."""
+    """A stream for ijson as UTF-8 without a byte order mark, with limits for texts, numbers and nesting."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self.stream, self.name = stream, name
@@ -142,7 +142,7 @@ class _Bounded:
         self.escape = self.tail = b""
 
     def read(self, size: int) -> bytes:
-        """The next bytes, as many or fewer; none at the end."""
+        """The next bytes, at most as many as asked for; empty at the end."""
         if size <= 0:  # as ijson asks what kind of stream it is
             return b""
         chunk = self.stream.read(size)
@@ -185,10 +185,10 @@ class _Bounded:
 
 
 def parse_line(text: str) -> Any:
-    """What a short JSON text holds; NaN and Infinity are None, and halves of characters are `?`, as in `JsonFile`.
+    """Parse a short JSON text; NaN and Infinity become None, and lone surrogates `?`, as in `JsonFile`.
 
     Raises:
-        ValueError, RecursionError: it is no JSON.
+        ValueError, RecursionError: it is not JSON.
     """
     value = json.loads(text, parse_constant=lambda name: None)
     if "\\ud" in text.lower():
@@ -201,10 +201,10 @@ def get_value(entry: dict[str, Any], key: str, where: str, *kinds: type) -> Any:
     """Return the value of a key.
 
     Args:
-        kinds: as in `check_value`; whatever it is if not given.
+        kinds: as in `check_value`; any if not given.
 
     Raises:
-        UserError: there is none, or of another kind; the message starts with `where`.
+        UserError: there is none, or it has another kind; the message starts with `where`.
     """
     if key not in entry:
         raise UserError(f"{where} has no '{key}', but {', '.join(map(repr, entry)) or 'nothing'}"[:500])
@@ -226,7 +226,7 @@ def get_objects(entry: dict[str, Any], key: str, where: str) -> list[dict[str, A
 
 
 def check_value(where: str, name: str, value: object, *kinds: type) -> None:
-    """Check that a value is a whole number (`int`), text (`str`) or an object (`dict`); of two kinds it is not empty.
+    """Check that a value is a whole number (`int`), text (`str`) or an object (`dict`); with two kinds, not empty.
 
     Raises:
         UserError: it is not; the message starts with `where`.

@@ -1,4 +1,4 @@
-"""Plain data out of files that may be somebody else's: bounded, and nothing but what JSON can hold."""
+"""Plain data from untrusted files: bounded, and only what JSON can hold."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_text(path: Path) -> str:
     """The text of a small file.
 
     Raises:
-        UserError: it is not there, no regular file, larger than `LARGEST`, or no UTF-8.
+        UserError: it does not exist, is not a regular file, is larger than `LARGEST`, or is not UTF-8.
     """
     try:
         if not path.is_file():  # reading a pipe or a device need not end
@@ -42,7 +42,7 @@ def read_text(path: Path) -> str:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path, links followed, is in a folder; in the hub's cache, whose folders are of links, in its blobs."""
+    """Whether a path, with links followed, is in a folder; in the hub's cache, which has links, in its blobs."""
     root, real = (Path(os.path.realpath(one)) for one in (folder, path))
     inside = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
@@ -51,7 +51,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:
-    """Raise a UserError if a file of a model's folder is no file, or a link out of it, which others may have laid."""
+    """Raise a UserError if a file of a model's folder is not a regular file, or is a link out of the folder."""
     for name in names:
         path = folder / name
         if not is_inside(path, folder):
@@ -63,14 +63,14 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def parse_json(text: str, name: str, finite: bool = True) -> Any:
-    """What a JSON text holds.
+    """Parse a JSON text.
 
     Args:
-        name: of the file, for messages.
-        finite: numbers must be.
+        name: name of the file, for messages.
+        finite: numbers must be finite.
 
     Raises:
-        UserError: it is no JSON, or not plain, see `check_plain`.
+        UserError: it is not JSON, or not plain, see `check_plain`.
     """
     try:
         if text.count(",") > _MOST:  # each may be a value, which takes many times its bytes
@@ -83,7 +83,7 @@ def parse_json(text: str, name: str, finite: bool = True) -> Any:
 
 
 class _Config(get_yaml_loader()):  # type: ignore[misc]
-    """YAML with a few aliases at most, as people write it; a few lines of them make values without end."""
+    """YAML with few aliases: a few lines of aliases could expand to endless values."""
 
     aliases = 0
 
@@ -96,13 +96,13 @@ class _Config(get_yaml_loader()):  # type: ignore[misc]
 
 
 def parse_config(text: str, name: str) -> dict[str, Any]:
-    """What the YAML text of a config holds, which is plain data; numbers may be infinite.
+    """Parse the YAML text of a config, which is plain data; numbers may be infinite.
 
     Args:
-        name: of the file, for messages.
+        name: name of the file, for messages.
 
     Raises:
-        UserError: it is no config, or larger than any.
+        UserError: it is not a config, or too large for one.
     """
     try:
         if len(text) > _LARGEST_CONFIG:
@@ -117,12 +117,12 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
 
 
 def check_plain(value: Any, name: str, most: int = _MOST, finite: bool = True) -> None:
-    """Raise a UserError unless a value is nested lists and dictionaries of texts and numbers, and nothing else.
+    """Raise a UserError unless a value consists of nested lists and dictionaries of texts and numbers.
 
     Args:
-        name: of the file, for messages.
-        most: values in all; what occurs several times counts so often.
-        finite: numbers must be.
+        name: name of the file, for messages.
+        most: largest number of values; shared values count each time.
+        finite: numbers must be finite.
     """
     left = [(value, 0)]
     count = 0

@@ -1,6 +1,6 @@
-"""Modules of a user's own: those that the command line names, and those that installed packages offer to vlabs.
+"""Plug-in modules: those that the command line names, and those that installed packages declare.
 
-A package offers a module by an entry point of the group `vlabs.plugins`. Nothing that a file says is ever imported.
+A package declares a module by an entry point of the group `vlabs.plugins`. No module named in a file is ever imported.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def plugins() -> list[EntryPoint]:
-    """What installed packages offer."""
+    """The entry points of installed packages."""
     return list(entry_points(group="vlabs.plugins"))
 
 
 @functools.cache
 def load_plugins() -> None:
-    """Import what installed packages offer, once.
+    """Import the plug-ins of installed packages, once.
 
     Raises:
         UserError: one fails.

@@ -1,4 +1,4 @@
-"""Which of a run's processes this is."""
+"""The rank of this process."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from vlabs.errors import show
 
 
 def say(message: str) -> None:
-    """Print a line of a run's own, once whatever the number of processes."""
+    """Print a line once, whatever the number of processes."""
     if is_rank_zero():
         show(message, flush=True)
 
 
 def is_distributed() -> bool:
-    """Whether processes can talk to each other now."""
+    """Whether torch.distributed is initialized."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are; (0, 1) where there is one."""
+    """Rank and world size; (0, 1) for a single process."""
     if not is_distributed():
         return 0, 1
     import torch.distributed as dist
@@ -28,7 +28,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes files and speaks for all, as Lightning knows before they can talk to each other."""
+    """Whether this process writes files and prints; known before torch.distributed is initialized."""
     # Not with this module, which all commands import.
     from pytorch_lightning.utilities import rank_zero_only
 

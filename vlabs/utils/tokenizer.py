@@ -1,4 +1,4 @@
-"""What a tokenizer.json may say: it may be somebody else's, and a few lines make texts without end of any text."""
+"""Checks of an untrusted tokenizer.json: a few lines could turn any text into an endless one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ADDED = 10_000
 
 
 def check_tokenizer(text: str, name: str) -> None:
-    """Raise a UserError for a tokenizer that makes very much of a little text, or says a wrong size of what it holds.
+    """Raise a UserError for a tokenizer that multiplies texts, or declares a wrong size of its content.
 
     Args:
-        text: of a tokenizer.json.
-        name: of its file, for messages.
+        text: content of a tokenizer.json.
+        name: name of its file, for messages.
     """
     content = parse_json(text, name, finite=False)
     if not isinstance(content, dict):
@@ -37,7 +37,7 @@ def check_tokenizer(text: str, name: str) -> None:
 
 
 def _steps(value: Any) -> Iterator[dict[str, Any]]:
-    """Every step in nested sequences of steps."""
+    """Yield every step in nested sequences of steps."""
     if isinstance(value, dict):
         if "type" in value:
             yield value
@@ -49,7 +49,7 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any], name: str) -> float:
-    """By what a step may multiply the bytes of a text."""
+    """The factor by which a step may multiply the bytes of a text."""
     kind, added = step["type"], len(str(step.get("content") or step.get("prepend") or "").encode(errors="replace"))
     if kind == "Replace":
         pattern = step.get("pattern")
@@ -66,7 +66,7 @@ def _growth(step: dict[str, Any], name: str) -> float:
 
 
 def _check_table(coded: Any, name: str) -> None:
-    """Raise a UserError if the table of a normalizer is not as large as it says, for which memory is taken."""
+    """Raise a UserError if the table of a normalizer is smaller than declared, because memory is allocated for it."""
     try:
         table = base64.b64decode(coded, validate=True)
     except (TypeError, ValueError):

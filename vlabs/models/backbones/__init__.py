@@ -1,6 +1,6 @@
-"""Image encoders that feedback can be added to, a file a kind of them; `create` makes one by name.
+"""Image encoders that feedback can be added to, one file per family; `create` builds one by name.
 
-A kind of one's own is a sub-class of `Backbone` and a line in `OWN` here (or in `TIMM`, for a class of timm's).
+A new family is a subclass of `Backbone` and a line in `OWN` here (or in `TIMM`, for a class of timm's).
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ def _check_options(architecture: str, options: dict[str, Any]) -> None:
 
 
 def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = None, **options: Any) -> Backbone:
-    """A backbone with fresh weights.
+    """Build a backbone with fresh weights.
 
     Args:
         architecture: a key of `OWN`, or a model of timm.
-        embed_layer: what makes the input of the first block; None for the architecture's own.
-        options: of the one or the other, of `OPTIONS`; `img_size`, `patch_size`, `num_classes` and `global_pool` are
-            common to all, and a `global_pool` of None is the architecture's own.
+        embed_layer: computes the input of the first block; None for the architecture's own.
+        options: options of the architecture, among `OPTIONS`; all take `img_size`, `patch_size`, `num_classes` and
+            `global_pool`, where None means the architecture's own.
 
     Raises:
         UserError: there is no such model, it does not take the options, or feedback cannot be added to it.
@@ -146,7 +146,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
 
 
 def patch_size_of(architecture: str) -> int:
-    """The side of a patch in pixels that an architecture has by itself."""
+    """The side of a patch in pixels, by default, of an architecture."""
     with torch.device("meta"):
         network: Any = create(architecture).network
     size = getattr(network.patch_embed, "patch_size", PATCH) if architecture not in OWN else PATCH

@@ -1,4 +1,4 @@
-"""What feedback needs of an image encoder: blocks whose values take a signal, and what lies between the blocks."""
+"""What feedback needs from an image encoder: blocks whose values take a signal, and what lies between the blocks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, 
 
 
 class FeedbackDecoder(nn.Module):
-    """The decoder of one block: `linear` is A_l, the link of the chain; `linear2` is B_l, what the block is given.
+    """The feedback decoder of one block: `linear` is A_l, the link of the chain; `linear2` is B_l, the block's signal.
 
-    Names and the missing biases are those of the released AbSViT code, whose checkpoints load into them.
+    Names and missing biases follow the released AbSViT code, whose checkpoints load into them.
     """
 
     def __init__(self, dim: int) -> None:
@@ -31,9 +31,9 @@ class FeedbackDecoder(nn.Module):
 
 
 class PooledDecoder(FeedbackDecoder):
-    """The decoder of a block whose tokens were pooled just before; `unpool` takes every token back to the four.
+    """The decoder of a block whose tokens were pooled just before; `unpool` maps every token to the four it came from.
 
-    Its kernel is as large as its stride, so that every token is decoded alone, which keeps the signal factored.
+    Its kernel is as large as its stride, so every token is decoded alone and the signal stays factored.
     """
 
     def __init__(self, dim: int, before: int) -> None:
@@ -43,20 +43,20 @@ class PooledDecoder(FeedbackDecoder):
 
 
 class Backbone(ABC):
-    """A view of an image encoder as blocks whose values take a signal; one sub-class, in a file here, a kind of them.
+    """An image encoder seen as blocks whose values take a signal; each family has a subclass in a file of its own.
 
-    The weights stay in `network`, under the names of its own checkpoints. Tokens are (n, N, D). Where blocks have
-    other tokens than the output, `enter` says what lies before such a block, `back` what feedback does there, which
-    must be linear and act on every token alone, and `spread` which output token stands for each of a block's.
+    The weights stay in `network`, under the names of its own checkpoints. Tokens are (n, N, D). If blocks have other
+    tokens than the output, `enter` is what lies before such a block, `back` is what feedback does there (it must be
+    linear and act on every token alone), and `spread` gives the output token that stands for each token of a block.
 
     Attributes:
         network: the encoder.
         widths: D of every block, first block first.
         num_prefix_tokens: output tokens before the patches: [cls] and registers.
         grid_size: rows and columns of the output's patches.
-        has_cls: whether the first output token is a [cls] that says what the picture is.
-        is_even: whether all blocks have the output's tokens.
-        takes_some: whether blocks take any of the tokens, whose places are in them or in `positions`.
+        has_cls: whether the first output token is a [cls] that stands for the image.
+        is_even: whether all blocks have the tokens of the output.
+        takes_some: whether blocks can run on a subset of the tokens.
     """
 
     network: nn.Module
@@ -69,40 +69,40 @@ class Backbone(ABC):
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self.widths)
 
     @property
     def width(self) -> int:
-        """D of the output tokens."""
+        """D, the width of the output tokens."""
         return self.widths[-1]
 
     @property
     def num_tokens(self) -> int:
-        """N of the output."""
+        """N, the number of output tokens."""
         return self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
     # A pass
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """The input of the first block, of normalised images (B, 3, H, W)."""
+        """The input of the first block, of normalized images (B, 3, H, W)."""
 
     def positions(self, kept: Kept | None = None) -> Any:
-        """What all blocks of a pass read of the places of tokens, e.g. rotary embeddings; nothing by default.
+        """Positions that all blocks of a pass read, e.g. rotary embeddings; None by default.
 
         Args:
-            kept: the patches that are there; None for all.
+            kept: the patches that are kept; None for all.
         """
         return None
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """From the output of the block before to the input of block `index`: the same, by default."""
+        """From the output of the previous block to the input of block `index`: the identity by default."""
         return x
 
     @abstractmethod
     def qkv(self, index: int, x: Tensor) -> Tensor:
-        """q, k and v (n, N, 3D) of block `index`, of its input."""
+        """q, k and v (n, N, 3D) of block `index` for its input."""
 
     @abstractmethod
     def block(
@@ -114,28 +114,28 @@ class Backbone(ABC):
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
-        """One block.
+        """Run one block.
 
         Args:
-            index: which one.
-            x: its input, (n, N, D), or (1, N, D) where `steer` makes n of one.
-            positions: as `positions` gives them.
+            index: which block.
+            x: its input, (n, N, D), or (1, N, D) if `steer` expands one image to n priors.
+            positions: the output of `positions`.
             steer: changes q, k and v.
-            qkv: of the input, where it is known already.
-            record: the attention weights (n, heads, queries, N) are written out and appended to it, if it is there.
+            qkv: q, k and v of the input, if they are known already.
+            record: a list to which the attention weights (n, heads, queries, N) are appended.
         """
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
-        """The output tokens, of the output of the last block: the final norm."""
+        """The output tokens from the output of the last block: the final norm."""
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
-        """What the picture is, (n, D), of output tokens: [cls], or what the encoder classifies in its place."""
+        """The image's feature (n, D) from output tokens: [cls], or what the encoder classifies instead."""
 
     @abstractmethod
     def classify(self, tokens: Tensor) -> Tensor:
-        """Logits (n, K) of output tokens."""
+        """Logits (n, K) from output tokens."""
 
     # Feedback
 
@@ -148,29 +148,29 @@ class Backbone(ABC):
         return self.qkv_weight(index).chunk(3)[2]
 
     def make_decoders(self) -> nn.ModuleList:
-        """New feedback decoders, one a block."""
+        """New feedback decoders, one per block."""
         return nn.ModuleList(FeedbackDecoder(width) for width in self.widths)
 
     def back(self, index: int, tokens: Tensor, decoder: nn.Module) -> Tensor:
-        """From what feedback makes of the input of block `index` to the output of the block before: the same.
+        """Feedback from the input of block `index` to the output of the previous block: the identity by default.
 
         Args:
-            decoder: of block `index`.
+            decoder: the decoder of block `index`.
         """
         return tokens
 
     def spread(self, index: int, values: Tensor) -> Tensor:
-        """A number for every output token, (n, N, 1), as one for every token of block `index`: the same."""
+        """Turn a value per output token, (n, N, 1), into one per token of block `index`: the identity by default."""
         return values
 
     # Weights
 
     @abstractmethod
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint of this architecture under the names and in the sizes that `network` has."""
+        """Rename and reshape the tensors of a checkpoint of this architecture as `network` has them."""
 
     def resample(self, name: str, value: Tensor, target: Tensor) -> Tensor | None:
-        """A tensor of `network` at another resolution or patch size as this one needs it; None where it cannot be."""
+        """Resample a tensor of `network` from another resolution or patch size; None if that is not possible."""
         if name == "pos_embed" and value.shape[-1] == target.shape[-1]:
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.num_prefix_tokens
             # As METER and the released AbSViT resample: without the smoothing that timm adds.
@@ -203,10 +203,10 @@ def mix(
     record: list[Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of (n, heads, N, d): (n, N, heads · d); q and k may be those of one image for n values.
+    """Attention of q, k and v (n, heads, N, d): (n, N, heads · d); q and k may be shared by n sets of values.
 
     Args:
-        dropout: of the weights.
+        dropout: probability, on the attention weights.
         record: as in `Backbone.block`.
         bias: (n or 1, heads, N, N), added to the scores.
     """
@@ -221,5 +221,5 @@ def mix(
 
 
 def dropout_of(layer: nn.Module) -> float:
-    """The rate of a dropout layer, 0 outside training."""
+    """The probability of a dropout layer, 0 outside training."""
     return float(layer.p) if layer.training else 0.0  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """FAN-ViT: Understanding the Robustness in Vision Transformers (Zhou et al., ICML 2022), under feedback.
 
-An XCiT without its cross-covariance: self-attention between tokens as in a ViT, and in the place of the MLP a gate
+An XCiT without its cross-covariance: self-attention between tokens as in a ViT, and instead of the MLP a gate
 for every channel that an MLP with a local convolution is multiplied by. A [cls] is put in front of the patches for the
 last two blocks, in which it alone attends. Stem, Fourier positions, local convolution and class attention are timm's.
 """

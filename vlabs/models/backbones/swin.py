@@ -27,7 +27,7 @@ class Swin(Backbone):
     """A timm `SwinTransformer`. The signal is added to the values within every window, as to those of a ViT.
 
     Between two stages feedback takes every token back to the four that it was merged from, as in `RVT`. The attention
-    of a block is recorded where one window is the whole picture, which it is in the last stage of METER's Swins.
+    of a block is recorded where one window is the whole image, which it is in the last stage of METER's Swins.
 
     Raises:
         ValueError: a grid that is merged has an odd side.
