@@ -55,12 +55,12 @@ def _search(arguments: argparse.Namespace) -> None:
         found = search.find(query, None if arguments.exact else arguments.k)
         show(query)
         for item in found[: arguments.top]:
-            show(f"  {item.score:8.3f}  {item.path}")
+            show(f"  {item.share:7.1%}  {item.path}")
         if new := checkpoint.new_words(query):
             show(f"  (its training never had: {', '.join(new)})")
         rows.append((query, search.show(found[:5])))
     show(f"the model's training: {checkpoint.training}")
-    show(f"a number is {MEANING}")
+    show(f"a percentage is {MEANING}")
     print(save_out(grid_figure(rows), arguments))
 
 
