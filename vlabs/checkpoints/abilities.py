@@ -68,7 +68,7 @@ ABILITIES = {
         "segments no classes of pictures (task=segment trains that)",
     ),
     "segments texts": Ability(
-        lambda network: isinstance(network, Segmenter) and network.text is not None,
+        lambda network: isinstance(network, Segmenter) and network.decoder.num_classes == 2,
         "segments nothing that a text names (task=refer trains that)",
     ),
 }

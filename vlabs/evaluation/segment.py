@@ -182,6 +182,8 @@ class ReferEvaluation(Evaluation):
         """See `Evaluation`; in percent, with 95% intervals over texts."""
         if not data.regions_known:
             raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
+        if not checkpoint.preprocessing.tokenizer:
+            raise UserError(f"{checkpoint.path} reads no texts, not even to leave them unused: train task=refer")
         model = checkpoint.segmenter.to(results.device)
         size = checkpoint.preprocessing.image_size
         data.region_grid, data.regions_in_validation, data.val_split = (size, size), True, results.split
@@ -212,7 +214,13 @@ class ReferEvaluation(Evaluation):
         frame = results.frame
         overall = 100 * float(frame["intersection"].sum()) / max(1, int(frame["union"].sum()))
         results.metrics |= {"texts": len(frame), "overall_iou": overall}
-        results.say(f"{len(frame):,} texts, {results.split}; overall IoU {overall:.2f}")
-        above = {f"above_{level:g}": 100.0 * (frame["iou"] > level) for level in self.above}
-        results.means({"iou": frame["iou"], **above})
+        precisions = [
+            [f"Pr@{level / 100:g}", results.mean(f"above_{level:g}", 100.0 * (frame["iou"] > level))]
+            for level in self.above
+        ]
+        ious = [
+            ["oIoU, of all texts together", f"{overall:.2f}"],
+            ["mIoU, over texts", results.mean("iou", frame["iou"])],
+        ]
+        results.table([f"{len(frame):,} texts, {results.split}", "percent"], [*ious, *precisions])
         results.figure("refer", segment_figure(shown, ["all else", "what the text names"]))
