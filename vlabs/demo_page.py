@@ -175,7 +175,7 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
         folders = [str(example_pictures()[0].parent)] if ckpt == _SEARCHES else []
     if not folders:
         raise UserError("--search-ckpt has nothing to search: pass --images FOLDER")
-    checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
+    checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)

@@ -47,7 +47,7 @@ def _search(arguments: argparse.Namespace) -> None:
         check_text("a --query", query)
     device = find_device(arguments.device)
     pictures = list_pictures(arguments.images)
-    checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
+    checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip", arguments.first)
     show(f"{len(search.pictures):,} pictures, {search.kilobytes:,.0f} kB each in the index")
     rows = []
