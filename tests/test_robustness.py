@@ -123,8 +123,8 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
     ("override", "message"),
     [
         ("task.corruptions=[rain]", "task.corruptions names rain: choose of gaussian_noise"),
-        ("task.severities=[6]", "task.severities names 6"),
-        ("task.attacks=[cw]", "choose of fgsm, pgd"),
+        ("task.severities=[6]", "task.severities=[6] must be a list, each item a whole number from 1 to 5"),
+        ("task.attacks=[cw]", "must be a list, each item one of fgsm, pgd"),
         ("+task.sets.a=nowhere", "nowhere is neither a folder of class folders nor a .tar file"),
     ],
 )

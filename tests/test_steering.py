@@ -95,7 +95,7 @@ def test_wrong_inputs_are_one_line(tiny_run, tmp_path, in_process):
         (["task.instances=nowhere.zip"], "nowhere.zip"),
         (["split=nowhere"], "nowhere"),
         (["task.alphas=[strong]"], "must be a list"),
-        (["task.alphas=[-1]"], "task.alphas names -1"),
+        (["task.alphas=[-1]"], "task.alphas=[-1] must be a list"),
         (["task.num_texts=0"], "task.num_texts=0"),
     ):
         result = in_process("vlabs.evaluate", ["task=steering", f"ckpt={tiny_run[0]}", *options], tmp_path)

@@ -8,13 +8,15 @@ from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.module import PreparedDataModule
 from vlabs.evaluation.results import Results, Setting
+from vlabs.utils.options import checked
 from vlabs.utils.ranks import is_rank_zero
 
 
 class Evaluation:
     """Measures a checkpoint on data. A class of one's own is named in a config of the group `evaluation`.
 
-    Its constructor takes the options of that config, and checks them before anything is loaded.
+    Its constructor takes the options of that config. Their annotations are checked before anything is loaded
+    (`vlabs.utils.options`).
     """
 
     name: ClassVar[str]
@@ -24,6 +26,11 @@ class Evaluation:
     for."""
     reads: ClassVar[type[PreparedDataModule]] = PreparedDataModule
     """The kind of data that it is measured on."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked("task")(cls)
 
     def measure(self, checkpoint: Checkpoint, data: Any, results: Results) -> None:
         """Measure, and give the results what is found: rows, means, tables, figures. They print and write it.

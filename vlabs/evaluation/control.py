@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vlabs.attention import MOST_ALPHA
 from vlabs.attention.classes import look_for
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
@@ -19,6 +18,7 @@ from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
 from vlabs.models.absvit import AbSViTClassifier
+from vlabs.utils.options import Pairs, Seed, Strength
 
 LAYOUTS = ("pairs", "several")
 WHEN = ("before", "after")
@@ -42,10 +42,10 @@ class ControlEvaluation(Evaluation):
 
     Args:
         alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
-        num_images: pictures of each layout.
+        num_images: images of each layout.
         several: a folder of pictures with several classes (see `vlabs.data.several.read_several`); None for the
             embedded ones, where the checkpoint was trained on embedded objects, and pairs alone where it was not.
-        seed: of which pictures are paired.
+        seed: seed of which images are paired.
 
     Raises:
         UserError: an option is out of range.
@@ -55,11 +55,9 @@ class ControlEvaluation(Evaluation):
     needs = ("classes",)
     reads = ClassDataModule
 
-    def __init__(self, alpha: float = 10.0, num_images: int = 300, several: str | None = None, seed: int = 0) -> None:
-        if not isinstance(alpha, int | float) or not 0 <= alpha <= MOST_ALPHA:
-            raise UserError(f"task.alpha={alpha} must be a number, 0 to {MOST_ALPHA:g}")
-        if not isinstance(num_images, int) or num_images < 2:
-            raise UserError(f"task.num_images={num_images} must be a whole number, at least 2")
+    def __init__(
+        self, alpha: Strength = 10.0, num_images: Pairs = 300, several: str | None = None, seed: Seed = 0
+    ) -> None:
         self.alpha, self.num_images, self.several, self.seed = float(alpha), num_images, several, seed
 
     def measure(self, checkpoint: Checkpoint, data: ClassDataModule, results: Results) -> None:

@@ -33,6 +33,7 @@ from vlabs.metrics.grounding import (
     to_pixels,
 )
 from vlabs.models.vlm import VisionLanguageModel
+from vlabs.utils.options import Size
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
 
@@ -77,10 +78,10 @@ class GroundingEvaluation(Evaluation):
     Texts whose target is not known, or not inside what the model sees, are counted and left out.
 
     Args:
-        maps: of `vlabs.attention.maps.MAPS`.
+        maps: maps that are measured, of `vlabs.attention.maps.MAPS`.
         instances: COCO's instances of the same corpus; without them, the regions that the data were prepared with.
-        num_texts: how many texts, evenly spread; None for all.
-        human_maps: a folder of VQA-HAT's maps: rank correlation with them, in the place of all other measures.
+        num_texts: texts that are measured, evenly spread; None for all.
+        human_maps: folder of VQA-HAT's maps: measure the rank correlation with them instead of all else.
 
     Raises:
         UserError: a map that there is not.
@@ -93,14 +94,12 @@ class GroundingEvaluation(Evaluation):
         self,
         maps: Sequence[str],
         instances: str | None = None,
-        num_texts: int | None = None,
+        num_texts: Size | None = None,
         human_maps: str | None = None,
     ) -> None:
         wrong = [name for name in maps if name not in MAPS]
         if wrong or not maps:
             raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
-        if num_texts is not None and num_texts < 1:
-            raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
         self.maps = list(maps)
         self.instances = instances
         self.num_texts = num_texts

@@ -36,7 +36,9 @@ from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import Similarity, share_kept, shortlist, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
 from vlabs.runs.trainer import make_trainer
+from vlabs.runs.values import Ranker
 from vlabs.utils.files import content_sha256
+from vlabs.utils.options import Count, Size, check_type
 from vlabs.utils.ranks import say
 
 RANKERS = ("exact", "shortlist")
@@ -203,9 +205,9 @@ class RetrievalEvaluation(Evaluation):
     """Ranks a split in both directions: recalls, a line a query, and a figure of some with their best images.
 
     Args:
-        ranker: of the group `ranker`: name, batch_size, captions_in_memory, scores, and k of a shortlist.
+        ranker: the options of the group `ranker`, see `vlabs.runs.values.Ranker`.
         figure_queries: captions in the figure; 0 for none.
-        images: rank only the first so many images of the split; None for all.
+        images: images of the split that are ranked, the first ones; None for all.
 
     Raises:
         UserError: an option is out of range.
@@ -215,15 +217,8 @@ class RetrievalEvaluation(Evaluation):
     needs = ("texts", "ranks")  # a matching head ranks without fine-tuning
     reads = CaptionDataModule
 
-    def __init__(self, ranker: Mapping[str, Any], figure_queries: int = 6, images: int | None = None) -> None:
-        if ranker["name"] not in RANKERS:
-            raise UserError(f"ranker.name={ranker['name']}: choose one of {', '.join(RANKERS)}")
-        for name in ("batch_size", "captions_in_memory", "k"):
-            value = ranker.get(name, 1)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"ranker.{name}={value} must be a whole number, at least 1")
-        if images is not None and (not isinstance(images, int) or images < 1):
-            raise UserError(f"task.images={images} must be a whole number, at least 1")
+    def __init__(self, ranker: Mapping[str, Any], figure_queries: Count = 6, images: Size | None = None) -> None:
+        check_type("ranker", ranker, Ranker)
         self.ranker = dict(ranker)
         self.figure_queries = figure_queries
         self.images = images

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -23,6 +23,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
+from vlabs.utils.options import Seed, Severity, Size
 
 ATTACKS = ("fgsm", "pgd")
 
@@ -31,13 +32,14 @@ class RobustnessEvaluation(Evaluation):
     """Top-1 accuracy of the second pass, clean and otherwise, and a figure of severities.
 
     Args:
-        corruptions: `all`, or some of the fifteen of ImageNet-C.
-        severities: 1 to 5.
+        corruptions: corruptions that are measured: `all`, or some of the fifteen of ImageNet-C.
+        severities: severities of the corruptions.
         imagenet_c: ImageNet-C's folder; None to corrupt the split's pictures on the fly.
-        sets: other pictures by name; only the classes that a set has can be chosen, as for ImageNet-A and -R.
-        attacks: of `fgsm` and `pgd`, on the logits that are evaluated.
-        num_images: of the split, evenly spread; None for all.
-        seed: of corruptions and random starts.
+        sets: other images by name, folders or .tar files of class folders; only the classes that a set has can be
+            chosen, as for ImageNet-A and -R.
+        attacks: attacks on the logits that are evaluated.
+        num_images: images of the split that are measured, evenly spread; None for all.
+        seed: seed of corruptions and random starts.
 
     Raises:
         UserError: an option is out of range.
@@ -50,23 +52,16 @@ class RobustnessEvaluation(Evaluation):
     def __init__(
         self,
         corruptions: str | Sequence[str] = "all",
-        severities: Sequence[int] = SEVERITIES,
+        severities: Sequence[Severity] = SEVERITIES,
         imagenet_c: str | None = None,
         sets: Mapping[str, str] | None = None,
-        attacks: Sequence[str] = ATTACKS,
-        num_images: int | None = None,
-        seed: int = 0,
+        attacks: Sequence[Literal["fgsm", "pgd"]] = ATTACKS,
+        num_images: Size | None = None,
+        seed: Seed = 0,
     ) -> None:
         self.corruptions = list(CORRUPTIONS) if corruptions == "all" else list(corruptions)
-        for name, values, choices in (
-            ("corruptions", self.corruptions, CORRUPTIONS),
-            ("severities", severities, SEVERITIES),
-            ("attacks", attacks, ATTACKS),
-        ):
-            if wrong := [value for value in values if value not in choices]:
-                raise UserError(f"task.{name} names {wrong[0]}: choose of {', '.join(map(str, choices))}")
-        if num_images is not None and (not isinstance(num_images, int) or num_images < 1):
-            raise UserError(f"task.num_images={num_images} must be a whole number, at least 1, or null")
+        if wrong := [name for name in self.corruptions if name not in CORRUPTIONS]:
+            raise UserError(f"task.corruptions names {wrong[0]}: choose of {', '.join(CORRUPTIONS)}")
         self.severities = list(severities)
         self.imagenet_c = None if imagenet_c is None else Path(imagenet_c)
         if self.corruptions and imagenet_c is None:

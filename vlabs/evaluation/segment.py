@@ -28,6 +28,7 @@ from vlabs.evaluation.results import Results
 from vlabs.metrics.segmentation import class_iou, mean_iou
 from vlabs.tasks.segment import at_size, region_masks, segment_texts
 from vlabs.utils.files import new_folder
+from vlabs.utils.options import Count, Percent, Size
 
 # The raw label value of every class, of what has a server that scores it.
 _RAW_LABELS = {
@@ -41,8 +42,8 @@ class SegmentEvaluation(Evaluation):
 
     Args:
         window: rows and columns of a sliding window, or one number for both; None for whole pictures.
-        stride: between windows; two thirds of the window if not given.
-        num_pictures: shown.
+        stride: rows and columns between windows; None for two thirds of the window.
+        num_pictures: images that are shown.
         predictions: write the classes found as PNGs, with the raw label values of Cityscapes and ADE20K, as their
             servers want them; done anyway where a split's masks are kept back.
     """
@@ -53,16 +54,16 @@ class SegmentEvaluation(Evaluation):
 
     def __init__(
         self,
-        window: int | Sequence[int] | None = None,
-        stride: int | Sequence[int] | None = None,
-        num_pictures: int = 6,
+        window: Size | tuple[Size, Size] | None = None,
+        stride: Size | tuple[Size, Size] | None = None,
+        num_pictures: Count = 6,
         predictions: bool = False,
     ) -> None:
-        self.window = None if window is None else _pair("window", window)
+        self.window = None if window is None else _pair(window)
         chosen = (
             stride if stride is not None or self.window is None else [max(1, 2 * side // 3) for side in self.window]
         )
-        self.stride = None if chosen is None else _pair("stride", chosen)
+        self.stride = None if chosen is None else _pair(chosen)
         if self.window is None and self.stride is not None:
             raise UserError("task.stride is of a sliding window: pass task.window too")
         self.num_pictures = num_pictures
@@ -110,11 +111,8 @@ class SegmentEvaluation(Evaluation):
         return model.slide(images, self.window, self.stride)  # type: ignore[no-any-return]
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"task.{name}={value} must be a number of pixels, or rows and columns")
-    return int(sides[0]), int(sides[1])
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _report(results: Results, confusion: Tensor, classes: Sequence[str]) -> None:
@@ -166,15 +164,15 @@ class ReferEvaluation(Evaluation):
     """Segments what every text of a split names: mean and overall IoU, and the share of texts above some IoUs.
 
     Args:
-        num_pictures: shown.
-        above: IoUs, in percent.
+        num_pictures: images that are shown.
+        above: IoUs in percent, of which the share of texts with more is given.
     """
 
     name = "refer"
     needs = ("segments texts",)
     reads = CaptionDataModule
 
-    def __init__(self, num_pictures: int = 6, above: Sequence[float] = (50, 70, 90)) -> None:
+    def __init__(self, num_pictures: Count = 6, above: Sequence[Percent] = (50, 70, 90)) -> None:
         self.num_pictures = num_pictures
         self.above = list(above)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torchmetrics.utilities.plot import plot_confusion_matrix
 
@@ -28,9 +30,7 @@ class StatementEvaluation(Evaluation):
     name = "statements"
     reads = StatementDataModule
 
-    def __init__(self, of: str) -> None:
-        if of not in PICTURES:
-            raise UserError(f"task.of={of}: choose one of {', '.join(PICTURES)}")
+    def __init__(self, of: Literal["snli_ve", "nlvr2"]) -> None:
         self.of = of
         self.needs = ("texts", "answers", "two pictures" if PICTURES[of] == 2 else "one picture")  # type: ignore[misc]
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlabs.attention import MOST_ALPHA
 from vlabs.attention.maps import attention_map
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
@@ -28,6 +27,7 @@ from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.grounding import Asked, Targets, find_targets
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, to_pixels
+from vlabs.utils.options import Size, Strength
 
 MAPS = ("weights", "norm", "fusion")
 """More leaves no finite number in a map."""
@@ -41,7 +41,7 @@ class SteeringEvaluation(Evaluation):
 
     Args:
         alphas: strengths of feedback, beside the trained one, where the variant has one.
-        num_texts: how many questions, evenly spread; None for all.
+        num_texts: questions that are measured, evenly spread; None for all.
         instances: COCO's instances; without them, the regions that the data were prepared with.
 
     Raises:
@@ -52,12 +52,7 @@ class SteeringEvaluation(Evaluation):
     needs = ("texts", "one picture", "answers")
     reads = VQADataModule
 
-    def __init__(self, alphas: Sequence[float], num_texts: int | None = None, instances: str | None = None) -> None:
-        for value in alphas:
-            if not isinstance(value, int | float) or not 0 <= value <= MOST_ALPHA:
-                raise UserError(f"task.alphas names {value}: a strength of feedback is a number, 0 to {MOST_ALPHA:g}")
-        if num_texts is not None and (not isinstance(num_texts, int) or num_texts < 1):
-            raise UserError(f"task.num_texts={num_texts} must be a whole number, at least 1, or null")
+    def __init__(self, alphas: Sequence[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
         self.alphas = list(alphas)
         self.num_texts = num_texts
         self.instances = instances

@@ -168,7 +168,7 @@ def sections(config: DictConfig) -> Iterator[Section]:
     yield Section("", "", dict(_known("vlabs.runs.values.ProgramOptions", "", content)))
     for name in ("task", "data", "model", *content):
         if isinstance(part := content.pop(name, None), dict):
-            yield from _sections(name, part)
+            yield from _sections(name, part, "vlabs.runs.values.Ranker" if name == "ranker" else "")
 
 
 def _sections(name: str, part: dict[str, Any], owner: str = "") -> Iterator[Section]:
@@ -271,7 +271,7 @@ def _kind_of(target: str, name: str) -> str:
     """The class that the argument `name` of a class or function is annotated with."""
     found = _find(target)
     maker = found.members.get("__init__", found) if isinstance(found, griffe.Class) else found
-    for one in getattr(maker, "parameters", ()):
+    for one in getattr(maker, "parameters", None) or getattr(maker, "attributes", {}).values():
         if one.name == name and found is not None:
             return _resolve(found, str(one.annotation).split(" ")[0])
     return _kind_of(_resolve(found, str(found.returns)), name) if isinstance(found, griffe.Function) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from vlabs.errors import UserError
 from vlabs.utils.options import Count, Part, Positive, Seed, Size, annotations, as_given, check_type, options_of
@@ -25,6 +25,28 @@ class Checkpoints(TypedDict):
     every_n_steps: Size | None
 
 
+class Ranker(TypedDict, total=False):
+    """How `task=retrieval` ranks.
+
+    Attributes:
+        name: `exact` scores every pair, `shortlist` the k best by ξ of every image and every caption.
+        batch_size: pairs that are scored at a time; on a CPU about 8 is faster.
+        captions_in_memory: encoded captions held at a time; every image is encoded again for each such part.
+        scores: folder of the scores, where a stopped run is resumed; null for outputs/scores/KEY, with a KEY of
+            checkpoint, data, split and precision.
+        k: length of a shortlist.
+    """
+
+    name: Literal["exact", "shortlist"]
+    batch_size: Size
+    captions_in_memory: Size
+    scores: str | None
+    k: Size
+
+
+_OWNERS = {"ranker": Ranker}
+
+
 class ProgramOptions(TypedDict):
     """The options of `vlabs train` and `vlabs evaluate` that are of no group.
 
@@ -40,7 +62,7 @@ class ProgramOptions(TypedDict):
         split: `val`, `minival`, `test`, `test-dev`, or any other split of the data.
         keep: share of the patches that are looked at twice, those most like ξ; null for the checkpoint's own.
         overwrite: whether an evaluation that is in `hydra.run.dir` already is made again.
-        tokenizer: of a released file: its RoBERTa, a hub name or a local folder.
+        tokenizer: RoBERTa of a released file, a hub name or a local folder.
     """
 
     seed: Seed
@@ -81,6 +103,8 @@ def check_values(config: Any, path: str = "") -> None:
             if inner in _SECTIONS and not isinstance(value, dict):
                 raise UserError(f"{inner}={as_given(value)}: {inner} has options, pass {inner}.NAME=VALUE")
             check_values(value, inner)
+            if inner in _OWNERS and isinstance(value, dict):
+                check_type(inner, value, _OWNERS[inner])
             hint = hints.get(name, Any)
             if hint is not Any and not (value is None and name in _FILLED_IN):
                 check_type(inner, value, hint)

@@ -29,6 +29,12 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+Percent = Annotated[float, Ge(0), Le(100)]
+Strength = Annotated[float, Ge(0), Le(1e6)]
+"""α of the top-down signal; beyond, nothing but signal is left of the tokens."""
+Severity = Annotated[int, Ge(1), Le(5)]
+Pairs = Annotated[int, Ge(2)]
+"""Images of which two are taken."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
 
