@@ -126,7 +126,7 @@ def objects_data(size: Corpus, dir: str | Path, **options: Any) -> ClassDataModu
     return _made(ClassDataModule, options, dir, size, f"the embedded objects-{size}", real, make)
 
 
-def several_objects(size: Corpus, dir: str | Path, count: int = 500) -> Path:
+def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
     """The folder of the pictures of several objects of a size, made beside the prepared objects in `dir`.
 
     Args:

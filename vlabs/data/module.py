@@ -113,8 +113,8 @@ class PreparedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         given = {"image_size": image_size, "max_length": max_length, "tokenizer": tokenizer}
-        shown = {"image_mean": image_mean, "image_std": image_std, "interpolation": interpolation, "crop": crop}
-        shown["crop_mode"] = crop_mode
+        shown: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std, "interpolation": interpolation}
+        shown |= {"crop": crop, "crop_mode": crop_mode}
         self.options = self.loader_options(**options, **given, **shown, preprocessing=preprocessing)
         check_kind(dir, self.kind)
         self.folders = {"": Path(dir)}

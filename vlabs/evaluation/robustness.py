@@ -25,7 +25,8 @@ from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
 from vlabs.utils.options import Seed, Severity, Size
 
-ATTACKS = ("fgsm", "pgd")
+Attack = Literal["fgsm", "pgd"]
+ATTACKS: tuple[Attack, ...] = ("fgsm", "pgd")
 
 
 class RobustnessEvaluation(Evaluation):
@@ -55,7 +56,7 @@ class RobustnessEvaluation(Evaluation):
         severities: Sequence[Severity] = SEVERITIES,
         imagenet_c: str | None = None,
         sets: Mapping[str, str] | None = None,
-        attacks: Sequence[Literal["fgsm", "pgd"]] = ATTACKS,
+        attacks: Sequence[Attack] = ATTACKS,
         num_images: Size | None = None,
         seed: Seed = 0,
     ) -> None:

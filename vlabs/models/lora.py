@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vlabs.errors import UserError
 from vlabs.utils.options import Count, Positive, ShareBelowOne, checked
 
-PARTS = ("vision", "text")
+Part = Literal["vision", "text"]
+PARTS: tuple[Part, ...] = ("vision", "text")
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
@@ -38,7 +39,7 @@ class LoRA:
     rank: Count = 0
     alpha: Positive = 16.0
     dropout: ShareBelowOne = 0.0
-    parts: tuple[Literal["vision", "text"], ...] = PARTS
+    parts: tuple[Part, ...] = PARTS
 
     @property
     def scale(self) -> float:

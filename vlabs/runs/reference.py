@@ -152,7 +152,7 @@ def page(config_dir: str) -> str:
 def _is_of(section: str, part: str) -> bool:
     """Whether a section is of a part of the reference page, and has no part of its own."""
     elsewhere = ("task.recipe", "model.vision", "model.text", "model.fusion")
-    return section == part or (section.startswith(f"{part}.") and part and not section.startswith(elsewhere))
+    return section == part or (part != "" and section.startswith(f"{part}.") and not section.startswith(elsewhere))
 
 
 def _composed(program: str, overrides: Sequence[str], config_dir: str) -> DictConfig:
@@ -214,7 +214,8 @@ def options_of(target: str) -> dict[str, Option]:
     known: dict[str, Option] = {}
     for base in found.bases:
         known = _merged(known, options_of(_resolve(found, str(base))))
-    for name in re.findall(r"\w+", str(found.members["hands_on"].value)) if "hands_on" in found.members else ():
+    hands_on = found.members.get("hands_on")
+    for name in re.findall(r"\w+", str(hands_on.value)) if isinstance(hands_on, griffe.Attribute) else ():
         known = _merged(known, options_of(_resolve(found, name)))
     maker = found.members.get("__init__")
     if isinstance(maker, griffe.Function):

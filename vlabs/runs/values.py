@@ -7,7 +7,7 @@ import pkgutil
 from typing import Any, Literal, TypedDict
 
 from vlabs.errors import UserError
-from vlabs.utils.options import Count, Part, Positive, Seed, Size, annotations, as_given, check_type, options_of
+from vlabs.utils.options import Count, Part, Positive, Seed, Size, annotations_of, as_given, check_type, options_of
 
 _FILLED_IN = ("vocab_size", "num_answers", "num_labels", "num_classes")
 """Sizes that are null until the data are known."""
@@ -97,7 +97,7 @@ def check_values(config: Any, path: str = "") -> None:
         for item in config:
             check_values(item, path)
     if isinstance(config, dict):
-        hints = hints_of(config.get("_target_")) if path else annotations(ProgramOptions)
+        hints = hints_of(config.get("_target_")) if path else annotations_of(ProgramOptions)
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             if inner in _SECTIONS and not isinstance(value, dict):

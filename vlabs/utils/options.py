@@ -56,7 +56,7 @@ def checked(section: str) -> Callable[[_Maker], _Maker]:
         @functools.wraps(call)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind_partial(*args, **kwargs).arguments
-            hints = annotations(call)
+            hints = annotations_of(call)
             for name, value in given.items():
                 if value is not signature.parameters[name].default:
                     check_type(f"{section}.{name}", value, hints.get(name, Any))
@@ -64,14 +64,14 @@ def checked(section: str) -> Callable[[_Maker], _Maker]:
 
         if not inspect.isclass(maker):
             return guarded
-        maker.__init__ = guarded  # type: ignore[misc]
+        maker.__init__ = guarded  # type: ignore[method-assign]
         return maker
 
     return of
 
 
 @functools.cache
-def annotations(call: Any) -> dict[str, Any]:
+def annotations_of(call: Any) -> dict[str, Any]:
     """The types of a function's arguments with their ranges; none where one is known to type checkers alone."""
     try:
         return typing.get_type_hints(call, include_extras=True)
@@ -80,13 +80,13 @@ def annotations(call: Any) -> dict[str, Any]:
 
 
 def options_of(kind: Any) -> dict[str, Any]:
-    """The annotations of all arguments of a class, by name: its own, those of its bases, and those
-    of the classes in its attribute `hands_on`, which get what it does not name.
+    """The annotations of all arguments of a class by name: its own, those of its bases, and those of the classes in the
+    attribute `hands_on`, which get what it does not name.
 
     Args:
         kind: a class, or a function that makes one and hands on what it does not name itself.
     """
-    own = {} if inspect.isclass(kind) else annotations(kind)
+    own = {} if inspect.isclass(kind) else annotations_of(kind)
     made = own.get("return", kind)
     found: dict[str, Any] = {}
     for one in reversed(made.__mro__) if inspect.isclass(made) else ():
@@ -94,7 +94,7 @@ def options_of(kind: Any) -> dict[str, Any]:
             for other in vars(one).get("hands_on", ()):
                 found |= options_of(other)
             maker = one if hasattr(one, "_fields") or typing.is_typeddict(one) else vars(one).get("__init__")
-            found |= annotations(maker) if maker else {}
+            found |= annotations_of(maker) if maker else {}
     return found | own
 
 
