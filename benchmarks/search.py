@@ -85,7 +85,7 @@ def anew(search: Search, k: int) -> list[float]:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Print seconds a query of all sides, and of the store's parts."""
-    known = load_any("scenes_search", trained_for=("retrieval",)).preprocessing
+    known = load_any("scenes_search", needs=("texts", "ranks")).preprocessing
     preprocessing = replace(known, image_size=SIZES[options.size].pixels)
     less = {name: value for name in ("keep", "start") if (value := getattr(options, name)) is not None}
     kinds: list[tuple[str, dict[str, Any], torch.dtype]] = [("anew", {}, torch.float32), ("store", {}, torch.float32)]

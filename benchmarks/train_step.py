@@ -161,7 +161,7 @@ def our_side(
     if other is None:
         head = partial(VQAHead, num_answers=ANSWERS[options.size])
         model = make_model(options.size, options.topdown, head, dropout=0.0, **sizes)
-        task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, _RECIPE)
+        task = VQATask(model, Preprocessing(image_size=0, tokenizer=""), {}, _RECIPE, alive_prior_weight=0.0)
         task.to(batch.images.device).train()
         optimizer: torch.optim.Optimizer = _RECIPE.optimizer(task, task.lr_group)
     else:

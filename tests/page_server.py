@@ -60,9 +60,9 @@ def browsing():
             browser.close()
 
 
-def open_page(browser, address):
+def open_page(browser, address, width=1280, height=860, **options):
     """The page, ready to be used; what it asks of other hosts is in `page.elsewhere`."""
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page = browser.new_page(viewport={"width": width, "height": height}, **options)
     page.set_default_timeout(10_000)
     page.elsewhere = []
     page.on(

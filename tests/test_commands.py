@@ -23,9 +23,9 @@ for name in cli.COMMANDS:
         cli.main()
     except SystemExit as left:
         assert not left.code, name
-print("then", *sys.modules)
+print("@@", *sys.modules)
 import vlabs.attention.figures, vlabs.prediction.predictor
-print("then", *sys.modules)
+print("@@", *sys.modules)
 """
 
 
@@ -35,7 +35,7 @@ def test_a_command_imports_only_what_it_uses(tmp_path):
         env=clean_environment(tmp_path) | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    told, of_help, of_predict = ran.stdout.split("then ")
+    told, of_help, of_predict = ran.stdout.split("@@ ")
     assert "usage: vlabs predict" in told
     assert "vlabs train" in told
     prediction = {"torch", "torchvision", "timm", "transformers", "matplotlib", "huggingface_hub", "numpy", "scipy"}

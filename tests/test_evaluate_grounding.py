@@ -31,7 +31,7 @@ def measured(tiny_run, tiny_data, tmp_path_factory):
 def test_the_table_has_every_map_and_measure_with_an_interval_around_the_mean(measured):
     metrics, records, result = measured
     for name in MAPS:
-        assert f"\n{name} " in result.stdout
+        assert f"\n| {name} " in result.stdout
         for measure in ("energy", "pointing", "ap", "iou"):
             low, high = metrics[f"{name}/{measure}_interval"]
             mean = 100 * np.mean([record["maps"][name][measure] for record in records])
@@ -151,7 +151,7 @@ def test_maps_are_compared_with_where_people_looked(tiny_run, tiny_data, people,
     assert records[0]["maps"]["norm"] == pytest.approx(float(expected), abs=1e-5)
     mean = np.mean([record["maps"]["fusion"] for record in records])
     assert metrics["fusion/rank_correlation"] == pytest.approx(mean)
-    assert "fusion " in result.stdout
+    assert "| fusion " in result.stdout
 
 
 def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):

@@ -17,6 +17,7 @@ import threading
 import time
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -30,8 +31,9 @@ from page_server import request_of, serving, upload  # isort: skip
 from PIL import Image
 
 import vlabs
-from vlabs.demo_page import _searches
+from vlabs.demo_page import _QUESTIONS, _searches
 from vlabs.errors import UserError
+from vlabs.page.about import about
 from vlabs.page.answers import Page, example_pictures
 from vlabs.page.decoder import Decoder, decode
 from vlabs.page.hosts import Hosts
@@ -107,13 +109,11 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     said = page.inner_text("#answers .error")
     assert "no picture that is known here" in said
     assert "\n" not in said
-    # One of the pictures to begin with replaces it, with its own questions.
-    page.click("table tbody tr:nth-child(2)")
-    page.wait_for_function("document.querySelector('#questions textarea').value.includes('hollow object')")
+    # One of the pictures to begin with replaces it, and is answered by that click.
+    page.click("#examples button:nth-child(2)")
+    page.wait_for_selector("#answers .card")
     assert page.input_value("#questions textarea").splitlines() == QUESTIONS
     page.wait_for_function("document.querySelector('#picture img')?.naturalWidth == 64")
-    page.click("#ask")
-    page.wait_for_selector("#answers .card")
     cards = page.query_selector_all("#answers .card")
     assert [card.query_selector("b").inner_text() for card in cards] == QUESTIONS
     assert [card.query_selector(".text").inner_text() for card in cards] == [best(predictor, q) for q in QUESTIONS]
@@ -123,12 +123,14 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     page.click("#picture button[aria-label='Remove Image']")
     give_picture(page, PICTURES[1])
     other = "What shape is the blue object?"
+    page.click("#how button")
     page.fill("#other textarea, #other input", other)
     page.click("#ask")
     page.wait_for_selector("#answers .other")
     last = page.query_selector_all("#answers .card")[-1]
     assert last.query_selector(".text").inner_text() == best(predictor, QUESTIONS[1], prior_of=other)
     assert last.query_selector(".text").inner_text() != best(predictor, QUESTIONS[1])
+    assert "knows nothing of photographs" in page.inner_text("#answers .warning")
     # Another map of the same answers, without asking anew.
     page.click("#map label:has-text('norm')")
     page.wait_for_function("document.querySelector('#answers .legend').innerText.includes('norm')")
@@ -137,7 +139,110 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     page.click("#search")
     page.wait_for_selector("#found .card")
     assert page.inner_text("#found .card figcaption").split()[1] == PICTURES[1].name
+    assert "A small hollow green cross" in page.inner_text("#found")
+    assert "scenes_search" in page.inner_text(".about >> visible=true")
+    page.click("#texts button:nth-child(1)")
+    page.wait_for_function("document.querySelector('#found').innerText.includes('A purple star')")
     assert page.elsewhere == []
+
+
+def test_the_first_picture_is_answered_before_anybody_asks_and_what_was_asked_in_a_tab_can_be_had_again(
+    server, predictor, browser
+):
+    asked = []
+    page = open_page(browser, server.address)
+    page.on("request", lambda request: asked.append(request.url) if "queue/join" in request.url else None)
+    page.reload()
+    page.wait_for_selector("#answers .card")
+    first = page.inner_text("#answers .card .text")
+    question = page.inner_text("#answers .card b")
+    assert first == predictor.answer(PICTURES[0], [question])[0].answers[0][0]
+    assert asked == []
+    for n in (2, 3):
+        page.click(f"#examples button:nth-child({n})")
+        expected = _QUESTIONS[n - 1].splitlines()[0]
+        page.wait_for_function("text => document.querySelector('#answers b')?.innerText == text", arg=expected)
+    page.click("text=Asked in this tab")
+    rows = page.locator("#past tbody tr")
+    assert rows.count() == 2
+    before = len(asked)
+    rows.nth(1).click()
+    page.wait_for_function("text => document.querySelector('#answers b')?.innerText == text", arg=QUESTIONS[0])
+    assert page.input_value("#questions textarea").splitlines() == QUESTIONS
+    assert len(asked) == before
+    # The map is drawn aside, all maps together, and a link saves it.
+    page.fill("#answers .look input >> nth=0", "30")
+    at = "n => getComputedStyle(document.querySelectorAll('#answers .look img')[n]).clipPath"
+    assert [page.evaluate(at, n) for n in (0, 1)] == ["inset(0px 0px 0px 30%)"] * 2
+    page.fill("#answers .legend input", "0.5")
+    assert page.evaluate("getComputedStyle(document.querySelector('#answers .look img')).opacity") == "0.5"
+    with page.expect_download() as saved:
+        page.click("#answers .save >> nth=0")
+    assert saved.value.suggested_filename == "What-color-is-the-hollow-object.jpg"
+    assert Image.open(saved.value.path()).size == (448, 448)
+
+
+# The contrast of a text with the page, as WCAG has it.
+CONTRAST = """selector => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+  const light = color => {
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = Array.from(canvas.getImageData(0, 0, 1, 1).data, v => ((v / 255 + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const both = [document.querySelector(selector), document.body].map(getComputedStyle);
+  const [text, page] = [light(both[0].color), light(both[1].backgroundColor)];
+  return Math.max(text, page) / Math.min(text, page);
+}"""
+
+
+def test_on_a_phone_nothing_is_wider_than_it_and_all_can_be_read_in_light_and_dark(server, browser):
+    wide, behind = "document.documentElement.scrollWidth", "getComputedStyle(document.body).backgroundColor"
+    for scheme in ("light", "dark"):
+        page = open_page(browser, server.address, 390, 844, color_scheme=scheme)
+        page.fill("#questions textarea", "Is the zebra red?")
+        page.click("#ask")
+        page.wait_for_selector("#answers .card .warning")
+        for closed in page.locator("button.label-wrap:visible").all():
+            closed.click()
+        assert (page.evaluate(behind) == "rgb(255, 255, 255)") == (scheme == "light")
+        for selector in ("#answers b", "#answers .text", "#answers .legend", "#answers .warning", ".about"):
+            assert page.evaluate(CONTRAST, selector) > 4.5, selector
+        assert page.evaluate(wide) <= 390
+        page.click("button[role=tab]:has-text('Search')")
+        page.click("#texts button:nth-child(1)")
+        page.wait_for_selector("#found .card")
+        assert page.evaluate(wide) <= 390
+        page.close()
+
+
+def test_the_pictures_of_the_docs_are_made_by_a_command_and_small(server, browser, tmp_path):
+    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+    from screenshots import shoot
+
+    made = shoot(browser, server.address, tmp_path)
+    assert [Image.open(path).size for path in made] == [(1200, 1040), (390, 844)]
+    assert max(path.stat().st_size for path in made) < 150_000
+
+
+def test_a_card_says_what_a_model_was_trained_on_and_does_not_know(predictor, tmp_path):
+    packaged = about(predictor.checkpoint, "scenes")
+    assert "nothing of photographs" in packaged.limits
+    assert packaged.limits.split()[0] == "It"
+    assert "| val | 93.0 |" in packaged.card
+    assert "](scenes_vit.md)" not in packaged.card
+    # Of a run, what its folder says.
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "summary.json").write_text('{"best/val/accuracy": 12.25, "command": "vlabs train"}')
+    file = tmp_path / "checkpoints" / "best.safetensors"
+    file.write_bytes(predictor.checkpoint.path.read_bytes())
+    run = about(vlabs.load(file).checkpoint, file)
+    assert run.limits == ""
+    assert run.training == packaged.training
+    assert run.training in run.card
+    assert "| val, best of training | val/accuracy | 12.25 |" in run.card
 
 
 def test_no_request_is_lost_or_mixed_up_while_others_go_past_the_line_break_off_and_send_nonsense(server, predictor):
@@ -720,7 +825,7 @@ def test_a_colored_rectangle_is_shown_at_a_size_for_people(in_page):
     file = io.BytesIO()
     Image.new("RGB", (32, 24), "red").save(file, "PNG")
     said = in_page.ask(in_page.uploads.take(file.getvalue()), "What is it?", "weights", None, "")
-    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^']*)'", said)[1])))
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"src='data:image/jpeg;base64,([^']*)'", said)[1])))
     assert shown.size == (448, 336)  # all of it
 
 
@@ -728,8 +833,8 @@ def test_a_photograph_is_shown_whole_and_at_its_own_size_with_what_the_model_was
     file = io.BytesIO()
     Image.new("RGB", (1200, 800), "red").save(file, "JPEG")
     said = in_page.ask(in_page.uploads.take(file.getvalue()), "Is the zebra red?", "fusion", None, "")
-    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r"base64,([^']*)'", said)]
-    assert sizes == [(1024, 683)] * 2  # the picture, and the map
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r"base64,([\w+/=]*)", said)]
+    assert sizes == [(1024, 683)] * 2  # the picture, and the map over it
     assert "its training never had: zebra" in said
     assert "need not sum to 100%" in said
     assert in_page.predictor.checkpoint.training.endswith("vqa on scenes (160,000 questions, 20,000 images)")

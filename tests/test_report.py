@@ -60,8 +60,8 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         for run in runs
         if "film" in run.variant
     ]
-    row = next(line for line in text.splitlines() if line.startswith("| model/topdown=film | 2 |"))
-    assert f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}" in row
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "topdown=film |" in line]
+    assert rows[0][1:4] == ["model/topdown=film", "2", f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}"]
     for part in (
         "distractors",
         "systematic",
@@ -85,9 +85,9 @@ def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
         means[run.variant.removeprefix("model/topdown=")].append(metrics["fusion/energy"])
     text = (cwd / "report/report.md").read_text()
     lines = text[text.index("## Grounding against") :].splitlines()
-    row = next(line for line in lines if line.startswith("| model/topdown=film"))
-    column = lines[4].split(" | ").index("fusion energy")
-    shown = float(row.split(" | ")[column].split()[0])
+    header, row = ([cell.strip() for cell in line.split("|")] for line in (lines[4], lines[6]))
+    assert row[1] == "model/topdown=film"
+    shown = float(row[header.index("fusion energy")].split()[0])
     assert shown == pytest.approx(np.mean(means["film"]) - np.mean(means["none"]), abs=0.051)
 
 
@@ -137,7 +137,8 @@ def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
             (run / "evaluation/control/metrics.json").write_text(json.dumps(control))
     files = build_report(tmp_path / "sweep", tmp_path / "out", "model/topdown=none")
     assert [path.name for path in files] == ["report.md", "report.html"]
-    rows = [line.strip("| ").split(" | ") for line in files[0].read_text().splitlines() if line.startswith("| model")]
+    lines = [line for line in files[0].read_text().splitlines() if line.startswith("| model")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     by_hand = {0.0: "50.0 ± 0.0", 2.0: f"52.0 ± {4.302653 * 2 / 3**0.5:.1f}"}  # t of two degrees of freedom
     robust, control = ({row[0]: row for row in rows[n : n + 2]} for n in (0, 2))
     assert robust["model/topdown=none"][1:5] == ["3", by_hand[2.0], "1.0 ± 0.0", by_hand[0.0]]

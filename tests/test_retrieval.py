@@ -503,6 +503,8 @@ def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions
     by_name = [next(item.score for item in found if item.path.name == f"{n:02}.jpg") for n in range(len(rows))]
     np.testing.assert_allclose(by_name, scores, atol=5e-3)  # tokens of int8
     assert [item.score for item in found] == sorted(by_name, reverse=True)
+    sharp = np.exp([item.score - found[0].score for item in found])
+    np.testing.assert_allclose([item.share for item in found], sharp / sharp.sum())
 
 
 # Wrong input

@@ -18,7 +18,7 @@ from PIL import Image
 from test_models import make_vision
 
 from data_prep.readers.segmentation import VOC_CLASSES, prepare_masks
-from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
 from vlabs.checkpoints.programs import write_programs
 from vlabs.data.features import MASK_FEATURES
 from vlabs.data.masks import MaskAugmentation, MaskDataModule, MaskDataset
@@ -32,6 +32,7 @@ from vlabs.models.registry import build
 from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown, FeedbackOnly, MaskAttention, PerceiverIO, ReleasedTopDown
+from vlabs.prediction.predictor import load_any
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.segment import SegmentTask
 
@@ -501,6 +502,18 @@ def test_what_a_text_names_is_segmented_with_the_encoder_of_another_run(run, phr
     shown = command("vlabs.segment", "--ckpt", "run", "--image", "own.png", "--text", "a red star", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("a red star: ")
+
+
+def test_the_control_of_refer_which_reads_no_text_is_read_back(tmp_path):
+    model = assemble_segmenter(make_segmenter().vision, partial(DECODER, num_classes=2), prior="trained")
+    header = header_of(model, Preprocessing(32, ""), "refer", {})
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"vlabs": header, "state_dict": state}, tmp_path / "control.ckpt")
+    read = load_any(tmp_path / "control.ckpt", needs=("segments texts",)).segmenter
+    assert torch.equal(read.prompt, model.prompt)
+    torch.save({"vlabs": header | {"task": "segment"}, "state_dict": state}, tmp_path / "classes.ckpt")
+    with pytest.raises(UserError, match="tells 2 answers apart, and its preprocessing names 0"):
+        load_checkpoint(tmp_path / "classes.ckpt")
 
 
 def test_wrong_options_are_one_line(scenes, phrases, tmp_path, in_process):

@@ -70,12 +70,12 @@ def test_pairs_are_about_different_parts_and_measured_as_the_model_says(tiny_run
         )
         for whom in ("own", "other"):
             expected = 100 * pixels[pair.masks[whom]].sum() / pixels.sum()
-            values = [value for w, name, value in found if (w, name) == (whose, f"fusion/{whom}")]
+            values = [row[f"fusion/{whom}"] for row in found if row["xi"] == whose]
             assert values[0] == pytest.approx(expected, rel=1e-4)
         answer = preprocessing.names[int(output.logits.argmax())]
         human = row["answers"][pair.own.position]
         official = np.mean([min(1, (human.count(answer) - (human[k] == answer)) / 3) for k in range(10)])
-        accuracies = [value for w, name, value in found if (w, name) == (whose, "accuracy")]
+        accuracies = [row["accuracy"] for row in found if row["xi"] == whose]
         assert accuracies[0] == pytest.approx(100 * official, abs=0.01)
 
 

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_checkpoint_is_named(name, tiny_run, tmp_path):
 
 
 def test_a_checkpoint_of_another_task_is_named():
-    with pytest.raises(UserError, match="trained for the task 'retrieval', not for vqa"):
+    with pytest.raises(UserError, match="trained for the task 'retrieval': the model has no head with `probabilities`"):
         load("scenes_search")
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlabs.prediction.search import Search
 
 _PORT = 7860
+_SEARCHES = "scenes_search"  # where no other model is named
 # Of the scenes that come with vlabs, in the order of their files.
 _QUESTIONS = (
     "What is the color of the cross?\nWhich shape is left of the cross?",
@@ -39,6 +40,7 @@ _QUESTIONS = (
     "What shape is the green object?\nWhat shape is left of the red square?",
     "What shape is the large object?\nWhat is the color of the circle?",
 )
+_TEXTS = ("A purple star right of a cross.", "A small hollow green cross.", "A large red square left of a circle.")
 
 
 def main() -> None:
@@ -86,6 +88,7 @@ def main() -> None:
 def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socket, at_end: ExitStack) -> None:
     # Not before the options are read: --help takes no seconds.
     from vlabs.checkpoints.checkpoint import packaged_starts
+    from vlabs.page.about import about
     from vlabs.page.answers import Page, example_pictures
     from vlabs.page.decoder import Decoder
     from vlabs.prediction.predictor import load
@@ -102,23 +105,18 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     for one in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(one) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(one, _end)
+    model = about(predictor.checkpoint, arguments.ckpt)
+    searcher = next((search.checkpoint for search in searches.values()), None)
     decoder = Decoder(limits.megapixels, limits.seconds)
     at_end.callback(decoder.close)
     folder = at_end.enter_context(own_folder())
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     from vlabs.page.app import build, serve
 
-    uploads = Uploads(folder, limits)
-    page = Page(predictor, searches, uploads, decoder)
-    if pictures:  # what a first answer makes and keeps is there before anybody asks
-        page.ask(uploads.keep(pictures[0]), "What is it?", "fusion", None, "")
-    why = "There is nothing to search: start with `--search-ckpt` of a model trained on captions and `--images FOLDER`."
-    knows = ", which knows drawn shapes and nothing of photographs," if embedded else ""
-    title = (
-        f"Ask the model `{printable(arguments.ckpt)}`{knows} about a picture, and see where it looks "
-        "([how it works](https://arxiv.org/abs/2303.13043))."
-    )
-    blocks = build(page, title, examples, why)
+    page = Page(predictor, searches, Uploads(folder, limits), decoder, model.limits)
+    name = arguments.search_ckpt or _SEARCHES
+    named = None if searcher is None else about(searcher, name)
+    blocks = build(page, model, named, examples, _TEXTS if name == _SEARCHES else ())
 
     def ready(address: str) -> None:
         shown = "; whoever knows this address can use it" if "?" in address else ""
@@ -170,14 +168,14 @@ def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search
     if ckpt is None and folders:
         raise UserError("--images is searched by a model trained on captions: name it with --search-ckpt")
     if ckpt is None:
-        if not embedded or "scenes_search" not in packaged_starts():
+        if not embedded or _SEARCHES not in packaged_starts():
             return {}
-        ckpt = "scenes_search"
+        ckpt = _SEARCHES
     if not folders:
-        folders = [str(example_pictures()[0].parent)] if ckpt == "scenes_search" else []
+        folders = [str(example_pictures()[0].parent)] if ckpt == _SEARCHES else []
     if not folders:
         raise UserError("--search-ckpt has nothing to search: pass --images FOLDER")
-    checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
+    checkpoint = load_any(ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
     found = {}
     for folder in folders:
         own = folder == str(example_pictures()[0].parent)

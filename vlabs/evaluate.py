@@ -76,7 +76,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     import torch
     from pytorch_lightning.loggers import WandbLogger
 
-    from vlabs.evaluation.base import Setting
+    from vlabs.evaluation.results import Setting
     from vlabs.prediction.predictor import load_any
     from vlabs.runs.logging import quiet_lightning
 
@@ -84,9 +84,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     quiet_lightning()
     check(config)
     evaluation: Evaluation = instantiate(config.task, _convert_="all")
-    checkpoint = load_any(
-        config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, trained_for=evaluation.trained_for
-    )
+    checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, needs=evaluation.needs)
     if config.keep is not None:
         checkpoint.vision.keep = config.keep
     if config.data.dir is None:

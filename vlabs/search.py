@@ -47,7 +47,7 @@ def _search(arguments: argparse.Namespace) -> None:
         check_text("a --query", query)
     device = find_device(arguments.device)
     pictures = list_pictures(arguments.images)
-    checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, trained_for=("retrieval", "pretrain"))
+    checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip", arguments.first)
     show(f"{len(search.pictures):,} pictures, {search.kilobytes:,.0f} kB each in the index")
     rows = []
@@ -55,12 +55,12 @@ def _search(arguments: argparse.Namespace) -> None:
         found = search.find(query, None if arguments.exact else arguments.k)
         show(query)
         for item in found[: arguments.top]:
-            show(f"  {item.score:8.3f}  {item.path}")
+            show(f"  {item.share:7.1%}  {item.path}")
         if new := checkpoint.new_words(query):
             show(f"  (its training never had: {', '.join(new)})")
         rows.append((query, search.show(found[:5])))
     show(f"the model's training: {checkpoint.training}")
-    show(f"a number is {MEANING}")
+    show(f"a percentage is {MEANING}")
     print(save_out(grid_figure(rows), arguments))
 
 

@@ -42,7 +42,7 @@ def _segment(arguments: argparse.Namespace) -> None:
         check_text("a --text", text)
     device = find_device(arguments.device)
     image = open_image(arguments.image)
-    checkpoint = load_any(arguments.ckpt, trained_for=("segment", "refer"))
+    checkpoint = load_any(arguments.ckpt, needs=("segments",))
     model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
     if (model.text is None) == bool(arguments.text):
         raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")

@@ -20,12 +20,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
     parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
     arguments = parser.read()
-    from vlabs.metrics.vqa import format_table, vqa_accuracy
+    from vlabs.metrics.vqa import types_table, vqa_accuracy
+    from vlabs.utils.table import table
 
     if arguments.out is not None:
         check_absent(arguments.out, "--out", arguments.overwrite)
     accuracy = vqa_accuracy(arguments.annotations, arguments.results)
-    show(format_table(accuracy))
+    rows = [["overall", f"{accuracy['overall']:.2f}"], *types_table(accuracy)]
+    show(table([f"{len(accuracy['per_question']):,} questions", "percent"], rows))
     if arguments.out is not None:
         write_json(arguments.out, accuracy)
 

@@ -115,7 +115,6 @@ def _figure(
 
 def _control(arguments: argparse.Namespace) -> Figure:
     from vlabs.attention.pictures import control_figure
-    from vlabs.evaluation.control import ControlEvaluation
     from vlabs.prediction.predictor import open_image
 
     if not arguments.classes or len(arguments.image) > 2 or arguments.question:
@@ -126,19 +125,17 @@ def _control(arguments: argparse.Namespace) -> Figure:
     if len(alpha) > 1:
         raise UserError("--figure control takes --alpha once")
     images = [open_image(path) for path in arguments.image]
-    checkpoints = [_load(text, ControlEvaluation.trained_for) for text in arguments.ckpt]
+    checkpoints = [_load(text, ("classes",)) for text in arguments.ckpt]
     return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
 
 
-def _load(text: str, trained_for: Sequence[str] | None = None) -> tuple[str, Checkpoint]:
-    from vlabs.evaluation.grounding import GroundingEvaluation
+def _load(text: str, needs: Sequence[str] = ("texts", "one picture")) -> tuple[str, Checkpoint]:
     from vlabs.prediction.predictor import load_any
 
-    trained_for = trained_for or GroundingEvaluation.trained_for
     name, separator, path = text.partition("=")
     if separator and not Path(text).exists():
-        return name, load_any(path, trained_for=trained_for)
-    return Path(text).name, load_any(text, trained_for=trained_for)
+        return name, load_any(path, needs=needs)
+    return Path(text).name, load_any(text, needs=needs)
 
 
 if __name__ == "__main__":

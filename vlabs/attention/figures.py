@@ -105,15 +105,20 @@ def within(view: View, draw: Callable[[np.ndarray], np.ndarray] | None = None) -
     Args:
         draw: maps the pixels (h, w, 3) in [0, 1] inside the frame to what is shown there; the outside is then pale.
     """
-    pixels = np.array(view.image.convert("RGB"), dtype=np.float32) / 255
+    whole = view.image.convert("RGB")
     left, top, right, bottom = box = [round(edge) for edge in view.box]
     right, bottom = max(right, left + 1), max(bottom, top + 1)
+    part = box != [0, 0, *whole.size]
     if draw is not None:
+        pixels = np.asarray(whole, dtype=np.float32) / 255
         seen = draw(pixels[top:bottom, left:right])
-        pixels = 0.75 + 0.25 * pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
-        pixels[top:bottom, left:right] = seen
-    whole = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    if box != [0, 0, *whole.size]:
+        if part:
+            pixels = 0.75 + 0.25 * pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
+            pixels[top:bottom, left:right] = seen
+        else:
+            pixels = seen
+        whole = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    if part:
         for color, inset, width in (("black", 0, 4), ("white", 1, 2)):
             edges = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
             if edges[0] <= edges[2] and edges[1] <= edges[3]:

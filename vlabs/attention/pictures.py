@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,12 +205,14 @@ def _cells(
     """A map for every text, with the best answer or the ranking score."""
     found = look_by(checkpoint.model, tensor, *_tokens(checkpoint, texts), map_name, alpha=alpha)
     answers = checkpoint.preprocessing.names
-    if answers:
-        best, ids = checkpoint.model.head.probabilities(found.output.logits.detach()).max(dim=1)  # type: ignore[operator]
+    head: Any = checkpoint.model.head
+    if answers and hasattr(head, "probabilities"):
+        best, ids = head.probabilities(found.output.logits.detach()).max(dim=1)
         lines = [f"{answers[i]} {p:.0%}" for i, p in zip(ids.tolist(), best.tolist(), strict=True)]
+    elif hasattr(head, "score"):
+        lines = [f"score {score:.2f}" for score in head.score(found.output.pooled_features.detach()).tolist()]
     else:
-        scores = checkpoint.model.head.score(found.output.pooled_features.detach())  # type: ignore[operator]
-        lines = [f"score {score:.2f}" for score in scores.tolist()]
+        lines = [""] * len(texts)
     cells = []
     for maps, name, steers, line in zip(found.maps, found.names, found.steers, lines, strict=True):
         cells.append(Cell(view, maps[0], name, note=f"{line}\n{DEAD.format(name)}" if steers is False else line))

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from vlabs.checkpoints.abilities import pictures_per_text
 from vlabs.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from vlabs.checkpoints.share import PROGRAMS, is_export
 from vlabs.errors import UserError, one_line
 from vlabs.models.absvit import AbSViT, AbSViTClassifier, BottomUp
-from vlabs.models.heads import LabelHead
 from vlabs.models.hub import PREPROCESSING, TOKENIZER
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.files import new_folder
@@ -171,7 +171,7 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     if not isinstance(checkpoint.network, VisionLanguageModel):
         raise UserError(f"{checkpoint.path} is of task={checkpoint.task}, which has no programs: export it as weights")
     model = checkpoint.model
-    pictures = model.head.pictures if isinstance(model.head, LabelHead) else 1
+    pictures = pictures_per_text(model)
     images, ids, mask = example_inputs(checkpoint)
     index = torch.tensor([[0, 1], [1, 0], [1, 1]])[:, :pictures]
     index = index[:, 0] if pictures == 1 else index

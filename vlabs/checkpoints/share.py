@@ -44,7 +44,7 @@ def export_folder(
     with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
         checkpoint = load_checkpoint(ckpt)
         checkpoint.network._save_pretrained(partial)  # type: ignore[operator]
-        model_card(checkpoint, _run_of(ckpt), name or str(out), licence, metrics).save(partial / "README.md")
+        model_card(checkpoint, run_of(ckpt), name or str(out), licence, metrics).save(partial / "README.md")
     return out
 
 
@@ -101,7 +101,7 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _run_of(ckpt: str | Path) -> Path | None:
+def run_of(ckpt: str | Path) -> Path | None:
     """The run folder of a checkpoint."""
     folder = find_checkpoint(ckpt).parent.parent
     return folder if (folder / "config.yaml").is_file() else None

@@ -1,42 +1,14 @@
-"""What an evaluation is: options, the checkpoints and data that it takes, and a measurement."""
+"""What an evaluation is: options, what it asks of a model and of data, and a measurement."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-
+from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.module import PreparedDataModule
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a checkpoint is measured.
-
-    Attributes:
-        split: of the data.
-        out_dir: where what comes out goes.
-        trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
-    """
-
-    split: str
-    out_dir: Path
-    trainer: DictConfig
-
-    @property
-    def shows_progress(self) -> bool:
-        """Whether a progress bar is wanted."""
-        return bool(self.trainer.enable_progress_bar)
-
-    @property
-    def callbacks(self) -> list[Callback] | None:
-        """Lightning's progress bar, with the time left, unless it is switched off."""
-        return [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)] if self.shows_progress else None
+from vlabs.evaluation.results import Results, Setting
+from vlabs.utils.ranks import is_rank_zero
 
 
 class Evaluation:
@@ -45,16 +17,25 @@ class Evaluation:
     Its constructor takes the options of that config, and checks them before anything is loaded.
     """
 
-    trained_for: ClassVar[tuple[str, ...]]
-    """The tasks (`VisionLanguageTask.name`) whose checkpoints it takes."""
+    name: ClassVar[str]
+    """Of the files that it writes, see `Results`."""
+    needs: ClassVar[tuple[str | Ability, ...]] = ()
+    """What a model has to be able to do, of `vlabs.checkpoints.abilities.ABILITIES` or others, whatever it was trained
+    for."""
     reads: ClassVar[type[PreparedDataModule]] = PreparedDataModule
     """The kind of data that it is measured on."""
 
-    def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
-        """Measure, print and write what comes out, and return the metrics as plain data.
+    def measure(self, checkpoint: Checkpoint, data: Any, results: Results) -> None:
+        """Measure, and give the results what is found: rows, means, tables, figures. They print and write it.
 
         Args:
-            checkpoint: of one of the tasks in `trained_for`.
+            checkpoint: of a model that does what it `needs`, on the CPU.
             data: of the kind `reads`, with the checkpoint's preprocessing.
         """
         raise NotImplementedError
+
+    def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
+        """Measure, print and write what comes out, and return the metrics as plain data."""
+        results = Results(self.name, checkpoint, setting)
+        self.measure(checkpoint, data, results)
+        return results.write() if is_rank_zero() else results.metrics

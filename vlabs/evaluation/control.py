@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vlabs.attention import MOST_ALPHA
 from vlabs.attention.classes import look_for
@@ -17,14 +15,13 @@ from vlabs.data.classes import ClassDataModule
 from vlabs.data.embedded import several_objects
 from vlabs.data.several import Several, open_several, pairs, read_several
 from vlabs.errors import UserError
-from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.metrics.bootstrap import Interval, bootstrap_interval
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, pointing, to_pixels
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.runs.trainer import device_of
-from vlabs.utils.files import write_json, write_text
 
 LAYOUTS = ("pairs", "several")
+WHEN = ("before", "after")
 MEASURES = {
     "norm_energy": "norm map: energy on the class asked for",
     "norm_energy_others": "norm map: energy on the others",
@@ -37,9 +34,11 @@ MEASURES = {
 
 
 class ControlEvaluation(Evaluation):
-    """Asks for every class in pictures of several, one after the other; prints and writes a table.
+    """Asks for every class in pictures of several, one after the other.
 
-    ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said.
+    ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said. The metrics
+    are for each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
+    `LAYOUT/area`, what a map that looks everywhere alike has on the class asked for.
 
     Args:
         alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
@@ -52,7 +51,8 @@ class ControlEvaluation(Evaluation):
         UserError: an option is out of range.
     """
 
-    trained_for = ("classify",)
+    name = "control"
+    needs = ("classes",)
     reads = ClassDataModule
 
     def __init__(self, alpha: float = 10.0, num_images: int = 300, several: str | None = None, seed: int = 0) -> None:
@@ -62,40 +62,35 @@ class ControlEvaluation(Evaluation):
             raise UserError(f"task.num_images={num_images} must be a whole number, at least 2")
         self.alpha, self.num_images, self.several, self.seed = float(alpha), num_images, several, seed
 
-    def run(self, checkpoint: Checkpoint, data: ClassDataModule, setting: Setting) -> dict[str, Any]:
-        """See `Evaluation`.
-
-        Returns:
-            For each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
-            `LAYOUT/area`, what a map that looks everywhere alike has on the class asked for.
-        """
-        model = checkpoint.classifier.to(device_of(setting.trainer))
+    def measure(self, checkpoint: Checkpoint, data: ClassDataModule, results: Results) -> None:
+        """See `Evaluation`."""
+        model = checkpoint.classifier.to(results.device)
         if model.encoder.has_cls:
-            print("this model classifies [cls], so its classes are like [cls] and need not be like patches: see "
-                  "model.vision.global_pool=avg")  # fmt: skip
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "alpha": self.alpha}
-        lines = [
+            results.say("this model classifies [cls], so its classes are like [cls] and need not be like patches: see "
+                        "model.vision.global_pool=avg")  # fmt: skip
+        results.metrics["alpha"] = self.alpha
+        results.say(
             f"ξ is a class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over pictures"
-        ]
-        for layout, count, pictures in self._layouts(checkpoint, data, setting.split):
-            values: dict[str, list[float]] = defaultdict(list)
-            for picture in tqdm(pictures, total=count, unit="image", desc=layout, disable=not setting.shows_progress):
-                for name, value in _measure(model, checkpoint, picture, self.alpha).items():
-                    values[name].append(value)
-            if len(values["area"]) < 2:
+        )
+        for layout, total, pictures in self._layouts(checkpoint, data, results.split):
+            shown = results.each(pictures, "image", total)
+            measured = [_measure(model, checkpoint, picture, self.alpha) for picture in shown]
+            if (count := len(measured)) < 2:
                 raise UserError("task.several: fewer than two pictures show two classes in the square that is seen")
-            if left_out := count - len(values["area"]):
-                print(f"{left_out} of {count} pictures left out: fewer than two classes are in the square that is seen")
-            found = {name: bootstrap_interval(of_pictures) for name, of_pictures in values.items()}
-            for name, interval in found.items():
-                metrics[f"{layout}/{name}"] = interval.mean
-                metrics[f"{layout}/{name}_interval"] = [interval.low, interval.high]
-            lines += ["", _table(layout, len(values["area"]), found)]
-        table = "\n".join(lines)
-        print(f"\n{table}\n")
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        print(write_text(setting.out_dir / "control.md", table + "\n"))
-        return metrics
+            if left_out := total - count:
+                results.say(
+                    f"{left_out} of {total} pictures left out: fewer than two classes are in the square that is seen"
+                )
+            results.rows += [{"layout": layout, **row} for row in measured]
+            cells = {
+                name: results.mean(f"{layout}/{name}", [row[name] for row in measured], digits=1)
+                for name in measured[0]
+            }
+            what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
+            area = results.metrics[f"{layout}/area"]
+            results.say(f"{count} {what}; a map that looks everywhere alike: {area:.1f}")
+            rows = [[title, *(cells.get(f"{name}/{when}", "–") for when in WHEN)] for name, title in MEASURES.items()]
+            results.table(["", "bottom-up", "under the prior"], [row for row in rows if row[1:] != ["–", "–"]])
 
     def _layouts(
         self, checkpoint: Checkpoint, data: ClassDataModule, split: str
@@ -136,16 +131,3 @@ def _measure(model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, 
             values[f"top1/{when}"].append(float(shares.argmax() == label))
             values[f"chosen/{when}"].append(float(labels[int(shares[labels].argmax())] == label))
     return {name: 100 * float(np.mean(of_classes)) for name, of_classes in values.items()}
-
-
-def _table(layout: str, count: int, found: dict[str, Interval]) -> str:
-    """Markdown: a line a measure, before anything is asked and under the prior."""
-    what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
-    lines = [f"{count} {what}; a map that looks everywhere alike: {found['area'].mean:.1f}", ""]
-    lines += ["| | bottom-up | under the prior |", "| --- | --- | --- |"]
-    for name, title in MEASURES.items():
-        cells = [found.get(f"{name}/{when}") for when in ("before", "after")]
-        if any(cells):
-            text = ["–" if cell is None else f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]" for cell in cells]
-            lines.append(f"| {title} | {' | '.join(text)} |")
-    return "\n".join(lines)

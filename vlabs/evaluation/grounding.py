@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from vlabs.attention.maps import MAPS, look
 from vlabs.checkpoints.checkpoint import Checkpoint
@@ -21,8 +19,8 @@ from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask,
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import (
     area_share,
     average_precision,
@@ -35,7 +33,6 @@ from vlabs.metrics.grounding import (
     to_pixels,
 )
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.utils.files import write_json, write_text
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
 
@@ -75,7 +72,7 @@ class Targets:
 
 
 class GroundingEvaluation(Evaluation):
-    """Measures every map against the targets; prints a table, writes metrics and a line a text.
+    """Measures every map against the targets: means over the texts, by map and measure, and a line a text.
 
     Texts whose target is not known, or not inside what the model sees, are counted and left out.
 
@@ -89,7 +86,8 @@ class GroundingEvaluation(Evaluation):
         UserError: a map that there is not.
     """
 
-    trained_for = ("vqa", "retrieval", "pretrain", "snli_ve")
+    name = "grounding"
+    needs = ("texts", "one picture")
 
     def __init__(
         self,
@@ -108,12 +106,13 @@ class GroundingEvaluation(Evaluation):
         self.num_texts = num_texts
         self.human_maps = human_maps
 
-    def run(self, checkpoint: Checkpoint, data: PreparedDataModule, setting: Setting) -> dict[str, Any]:
-        """See `Evaluation`; the metrics are means over the texts."""
+    def measure(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results) -> None:
+        """See `Evaluation`; in percent, but rank correlations."""
         if self.human_maps is not None:
-            return self._against_people(checkpoint, data, setting, self.human_maps)
-        where = f"{data.dir}, split {setting.split}"
-        targets = find_targets(data.rows(setting.split), data.dir, self.instances, self.num_texts)
+            self._against_people(checkpoint, data, results, self.human_maps)
+            return
+        where = f"{data.dir}, split {results.split}"
+        targets = find_targets(data.rows(results.split), data.dir, self.instances, self.num_texts)
         if targets is None:
             raise UserError(
                 "task=grounding needs to know what a text is about: prepare the data with regions, or pass "
@@ -123,41 +122,43 @@ class GroundingEvaluation(Evaluation):
         if not asked:
             raise UserError(f"{where}: no text says what it is about")
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
-            print("rollout is left out: it needs an encoder whose blocks all have the same tokens")
+            results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
             self.maps.remove("rollout")
-        records, outside = [], 0
-        progress = tqdm(total=len(asked), unit="text", desc="grounding", disable=not setting.shows_progress)
-        for record in measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps):
-            progress.update()
-            if record is None:
-                outside += 1
-            else:
-                records.append(record)
-        progress.close()
-        if len(records) < 2:
+        measured = measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps)
+        results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]
+        if len(results.rows) < 2:
             raise UserError(f"{where}: fewer than two texts have a target that the model can see")
-        lines = _write_lines(setting.out_dir, records)
-        metrics = _table(records, self.maps)
-        metrics |= {
-            "checkpoint": str(checkpoint.path),
-            "split": setting.split,
-            "texts": len(records),
-            "left_out": outside,
-        }
-        print(f"{outside} of {len(asked)} texts left out: their target is outside what the model sees")
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        print(lines)
-        return metrics
+        left_out, found = len(asked) - len(results.rows), results.frame
+        area = 100 * found["area"].mean()
+        results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
+        results.say(
+            f"{len(found)} texts; a map that looks everywhere alike scores {area:.1f} for energy, pointing and ap\n"
+            f"{left_out} of {len(asked)} texts left out: their target is outside what the model sees"
+        )
+        cells = [
+            [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
+            for name in self.maps
+        ]
+        results.table(["map", *MEASURES], cells)
+        by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
+        if list(by_objects.index) == [0]:  # nobody said how many there are
+            return
+        results.say("energy by the number of objects in the picture")
+        rows = []
+        for name in ["area", *self.maps]:
+            means = by_objects[name if name == "area" else f"maps/{name}/energy"]
+            key = "area_by_objects" if name == "area" else f"{name}/energy_by_objects"
+            results.metrics[key] = {str(count): value for count, value in means.items()}
+            rows.append([name, *(f"{value:.1f}" for value in means)])
+        results.table(["map", *by_objects.index], rows)
 
-    def _against_people(
-        self, checkpoint: Checkpoint, data: PreparedDataModule, setting: Setting, folder: str
-    ) -> dict[str, Any]:
+    def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
         """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
 
         A question's human map is the mean over the people who were asked, of the part of the picture that the model
         sees.
         """
-        rows = data.rows(setting.split)
+        rows = data.rows(results.split)
         if "question" not in rows.column_names:
             raise UserError(f"task.human_maps={folder} is about questions, and {data.dir} holds none")
         asked = [
@@ -169,33 +170,21 @@ class GroundingEvaluation(Evaluation):
         asked = spread([item for item in asked if item.text_id in people], self.num_texts)
         if len(asked) < 2:
             raise UserError(
-                f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {setting.split}: "
+                f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {results.split}: "
                 "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (`vlabs prepare vqav2` takes them too)"
             )
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
-        records: list[dict[str, Any]] = []
-        progress = tqdm(asked, unit="text", desc="human maps", disable=not setting.shows_progress)
-        for (item,), by_name in _look_at(model, preprocessing, rows, [[item] for item in progress], maps):
+        alone = ([item] for item in results.each(asked))
+        for (item,), by_name in _look_at(model, preprocessing, rows, alone, maps):
             human = read_human_maps(item.text_id, people[item.text_id]).mean
             human = crop_map(human, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
             correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
-            records.append({"id": item.text_id, "text": item.text, "maps": correlations})
-        lines = _write_lines(setting.out_dir, records)
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "texts": len(records)}
-        print(f"\n{len(records)} questions; a map that looks everywhere alike scores 0\n")
-        print(f"{'map':10}{'rank correlation':>26}")
-        for name in maps:
-            interval = bootstrap_interval([record["maps"][name] for record in records])
-            metrics[f"{name}/rank_correlation"] = interval.mean
-            metrics[f"{name}/rank_correlation_interval"] = [interval.low, interval.high]
-            print(f"{name:10}" + f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]".rjust(26))
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        print(lines)
-        return metrics
-
-
-def _write_lines(out_dir: Path, records: Sequence[dict[str, Any]]) -> Path:
-    return write_text(out_dir / "grounding.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            results.rows.append({"id": item.text_id, "text": item.text, "maps": correlations})
+        results.metrics["texts"] = len(results.rows)
+        results.say(f"{len(results.rows)} questions; a map that looks everywhere alike scores 0")
+        found = results.frame
+        cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
+        results.table(["map", "rank correlation"], cells)
 
 
 def _look_at(
@@ -291,36 +280,6 @@ def measure(
                 "area": float(area_share(mask)),
                 "maps": values,
             }
-
-
-def _table(records: Sequence[dict[str, Any]], maps: Sequence[str]) -> dict[str, Any]:
-    """Print and return the means with 95% bootstrap intervals, and energy by the number of objects, in percent."""
-    area = 100 * np.mean([record["area"] for record in records])
-    print(f"\n{len(records)} texts; a map that looks everywhere alike scores {area:.1f} for energy, pointing and ap\n")
-    print(f"{'map':10}" + "".join(f"{measure:>22}" for measure in MEASURES))
-    metrics: dict[str, Any] = {"area": area}
-    for name in maps:
-        cells = []
-        for measure in MEASURES:
-            interval = bootstrap_interval([100 * record["maps"][name][measure] for record in records])
-            metrics[f"{name}/{measure}"] = interval.mean
-            metrics[f"{name}/{measure}_interval"] = [interval.low, interval.high]
-            cells.append(f"{interval.mean:8.1f} [{interval.low:.1f}, {interval.high:.1f}]".rjust(22))
-        print(f"{name:10}" + "".join(cells))
-    counts = sorted({record["objects"] for record in records})
-    if counts == [0]:  # nobody said how many there are
-        return metrics
-    print("\nenergy by the number of objects in the picture")
-    print(f"{'map':10}" + "".join(f"{count:>8}" for count in counts))
-    for name in ["area", *maps]:
-        means = {}
-        for count in counts:
-            chosen = [record for record in records if record["objects"] == count]
-            values = [record["area"] if name == "area" else record["maps"][name]["energy"] for record in chosen]
-            means[str(count)] = 100 * float(np.mean(values))
-        metrics[f"{name}/energy_by_objects" if name != "area" else "area_by_objects"] = means
-        print(f"{name:10}" + "".join(f"{value:8.1f}" for value in means.values()))
-    return metrics
 
 
 def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:

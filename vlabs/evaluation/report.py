@@ -12,15 +12,15 @@ import contextlib
 import html
 import io
 import json
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from scipy import stats
@@ -33,7 +33,7 @@ from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError, show
-from vlabs.evaluate import evaluate_checkpoint
+from vlabs.evaluate import evaluate_checkpoint, numbers_of
 from vlabs.evaluation.control import LAYOUTS
 from vlabs.evaluation.grounding import find_instances
 from vlabs.evaluation.robustness import ATTACKS
@@ -44,6 +44,7 @@ from vlabs.runs.groups import config_dir
 from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.files import write_text
+from vlabs.utils.table import table
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
@@ -76,6 +77,10 @@ class Run:
     variant: str
     summary: dict[str, Any]
     data_dir: str
+
+    def evaluation(self, name: str) -> Path:
+        """The folder of one of its evaluations."""
+        return self.path / "evaluation" / name
 
 
 def read_runs(sweep: Path) -> list[Run]:
@@ -125,7 +130,7 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
         wanted: by name, the options of each evaluation.
     """
     for name, options in wanted.items():
-        out = run.path / "evaluation" / name
+        out = run.evaluation(name)
         done = read_json(out / "metrics.json")
         # A report of before may have measured fewer maps.
         if done and (name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS)):
@@ -154,38 +159,46 @@ def build_report(
         The files.
     """
     runs = read_runs(sweep)
-    if read_manifest(runs[0].data_dir)["kind"] == ClassDataModule.kind:
-        return _of_classifiers(sweep, runs, out)
-    splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
+    manifest = read_manifest(runs[0].data_dir)
+    if manifest["kind"] == ClassDataModule.kind:
+        frame = _evaluated(runs, OF_CLASSIFIERS)
+        return _write(sweep, runs, [_robustness(frame), *_control(frame), _cost(frame)], {}, out)
+    splits = [name for name in SPLITS if name in manifest["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
-    for run in tqdm(runs, desc="evaluating", unit="run"):
-        evaluate_run(run, _wanted(splits, instances, num_texts))
-    groups = _by_variant(runs)
-    base = next((name for name in groups if baseline in name), None)
-    groups = dict(sorted(groups.items(), key=lambda item: item[0] != base))  # what is compared with comes first
-    sections = [_accuracy(groups, splits)]
-    sections.append(_by_type(groups, "val"))
+    base = next((run.variant for run in runs if baseline in run.variant), None)
+    runs.sort(key=lambda run: run.variant != base)  # what is compared with comes first
+    frame = _evaluated(runs, _wanted(splits, instances, num_texts))
+    sections = [_accuracy(frame, splits), _by_type(frame, "val")]
     if instances is not None:
-        sections += [_grounding(groups), _steering(groups), *_strengths(groups)]
+        sections += [_grounding(frame), _steering(frame), *_strengths(frame)]
     if base is not None:
-        sections.append(_against(groups, base, splits))
-        if instances is not None:
-            sections.append(_grounding_against(groups, base))
-    sections.append(_cost(groups))
-    figures = {"where they look (fusion attention)": _figure(groups, out / "attention.png")}
-    if curves := _curves(groups, out / "curves.png"):
+        sections += _against(runs, base, splits, instances is not None)
+    sections.append(_cost(frame))
+    figures = {"where they look (fusion attention)": _figure(_by_variant(runs), out / "attention.png")}
+    if curves := _curves(_by_variant(runs), out / "curves.png"):
         figures = {"accuracy against what was seen": curves} | figures
     return _write(sweep, runs, sections, figures, out)
 
 
-def _of_classifiers(sweep: Path, runs: Sequence[Run], out: Path) -> list[Path]:
-    """The report of runs of `task=classify`."""
+def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFrame:
+    """A row a run: its variant, its cost, and the numbers of its evaluations by their paths (`grounding/norm/energy`).
+
+    What steering has for the strength that a run was trained with, the first, is under `trained/` too.
+    """
+    rows = []
     for run in tqdm(runs, desc="evaluating", unit="run"):
-        evaluate_run(run, OF_CLASSIFIERS)
-    groups = _by_variant(runs)
-    layouts = [name for name in LAYOUTS if f"{name}/area" in _metrics(runs[0], "control")]
-    sections = [_robustness(groups), *[_control(groups, layout) for layout in layouts], _cost(groups)]
-    return _write(sweep, runs, sections, {}, out)
+        evaluate_run(run, wanted)
+        found = {name: json.loads((run.evaluation(name) / "metrics.json").read_text()) for name in wanted}
+        steering = found.get("steering", {})
+        for strength in [key.split("/")[0] for key in steering if key.endswith("/own/accuracy")][:1]:
+            found["trained"] = {
+                key.removeprefix(f"{strength}/"): value
+                for key, value in steering.items()
+                if key.startswith(f"{strength}/")
+            }
+        cost = {"parameters": run.summary["parameters"] / 1e6, "minutes": run.summary["fit_seconds"] / 60}
+        rows.append({"variant": run.variant, **cost, **numbers_of(found, "")})
+    return pd.DataFrame(rows)
 
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -195,220 +208,175 @@ def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _write(
-    sweep: Path, runs: Sequence[Run], sections: Sequence[Section], figures: dict[str, Path], out: Path
-) -> list[Path]:
-    commands = list(dict.fromkeys(run.summary["command"] for run in runs))
-    files = [out / "report.md", out / "report.html"]
-    title = f"{sweep.name}: {len(runs)} runs, {len(_by_variant(runs))} variants"
-    write_text(files[0], _markdown(title, sections, figures, commands))
-    write_text(files[1], _html(title, sections, figures, commands))
-    return [*files, *figures.values()]
-
-
 @dataclass
 class Section:
-    """A table: title, what it says, header and rows."""
+    """A table of texts, a line a variant, with its title and what it says."""
 
     title: str
     text: str
-    header: list[str]
-    rows: list[list[str]]
+    cells: pd.DataFrame
 
 
-def _metrics(run: Run, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run.path / "evaluation" / name / "metrics.json").read_text())
-    return content
+def _half_interval(values: pd.Series) -> float:
+    """Half of the 95% interval of a mean by Student's t, which few seeds make wide."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
 
 
-def _mean(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+def _over_seeds(
+    frame: pd.DataFrame, columns: Mapping[str, str], spread: Callable[[pd.Series], float] = pd.Series.std
+) -> pd.DataFrame:
+    """A line a variant: how many seeds it has, and the means of columns of the frame, ± their spread.
+
+    Args:
+        columns: of the frame, by header; "–" where a variant has none.
+    """
+
+    def cell(values: pd.Series) -> str:
+        if values.isna().any():
+            return "–"
+        return f"{values.mean():.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else "")
+
+    groups = frame.reindex(columns=["variant", *columns.values()]).groupby("variant", sort=False)
+    cells = groups.agg(cell).set_axis(list(columns), axis=1)
+    cells.insert(0, "seeds", groups.size().astype(str))
+    return cells.reset_index()
 
 
-def _interval(values: Sequence[float]) -> str:
-    """The mean ± half of its 95% interval by Student's t, which few seeds make wide."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"
-
-
-def _robustness(groups: dict[str, list[Run]]) -> Section:
-    def cells(runs: Sequence[Run]) -> list[str]:
-        found = [_metrics(run, "robustness") for run in runs]
-        kinds = [[_corrupted(one, names) for one in found] for names in KINDS.values()]
-        whole = [[one[name] for one in found] for name in ("clean", "corrupted")]
-        attacked = [[one[name] for one in found] for name in ATTACKS]
-        return [_interval(values) for values in (*whole, *kinds, *attacked)]
-
-    rows = [[name, str(len(runs)), *cells(runs)] for name, runs in groups.items()]
-    header = ["variant", "seeds", "clean", "corrupted", *KINDS, *[name.upper() for name in ATTACKS]]
+def _robustness(frame: pd.DataFrame) -> Section:
+    columns = {name: f"robustness/{name}" for name in ("clean", "corrupted")}
+    for kind, names in KINDS.items():
+        starts = tuple(f"robustness/corruptions/{name}/" for name in names)
+        columns[kind] = f"kinds/{kind}"
+        frame[columns[kind]] = frame[[name for name in frame if name.startswith(starts)]].mean(axis=1)
+    columns |= {name.upper(): f"robustness/{name}" for name in ATTACKS}
     text = "Top-1 on val in percent, mean ± half of its 95% interval over seeds."
-    return Section("Robustness", text, header, rows)
+    return Section("Robustness", text, _over_seeds(frame, columns, _half_interval))
 
 
-def _corrupted(metrics: dict[str, Any], names: Sequence[str]) -> float:
-    return statistics.mean(value for name in names for value in metrics["corruptions"][name].values())
-
-
-def _control(groups: dict[str, list[Run]], layout: str) -> Section:
+def _control(frame: pd.DataFrame) -> list[Section]:
     columns = {
         "norm energy, bottom-up": "norm_energy/before", "under ξ": "norm_energy/after",
         "weights energy": "weights_energy/after", "weights pointing": "weights_pointing/after",
         "top-1 is asked for, bottom-up": "top1/before", "top-1, under ξ": "top1/after",
-        "chosen, bottom-up": "chosen/before", "chosen, under ξ": "chosen/after",
+        "chosen, bottom-up": "chosen/before", "chosen, under ξ": "chosen/after", "chosen, difference": "chosen/moved",
     }  # fmt: skip
-
-    def cells(runs: Sequence[Run]) -> list[str]:
-        found = [_metrics(run, "control") for run in runs]
-        names = [f"{layout}/{name}" for name in columns.values()]
-        values = [_interval([one[name] for one in found]) if name in found[0] else "–" for name in names]
-        moved = [one[f"{layout}/chosen/after"] - one[f"{layout}/chosen/before"] for one in found]
-        return [*values, _interval(moved)]
-
-    rows = [[name, str(len(runs)), *cells(runs)] for name, runs in groups.items()]
-    area = _metrics(next(iter(groups.values()))[0], "control")[f"{layout}/area"]
-    text = f"A class asked for, in percent as before; a map that looks everywhere alike has {area:.1f} on it."
-    return Section(f"Control, {layout}", text, ["variant", "seeds", *columns, "chosen, difference"], rows)
+    sections = []
+    for start in (f"control/{layout}" for layout in LAYOUTS if f"control/{layout}/area" in frame):
+        frame[f"{start}/chosen/moved"] = frame[f"{start}/chosen/after"] - frame[f"{start}/chosen/before"]
+        area = frame[f"{start}/area"][0]
+        text = f"A class asked for, in percent as before; a map that looks everywhere alike has {area:.1f} on it."
+        cells = _over_seeds(frame, {title: f"{start}/{name}" for title, name in columns.items()}, _half_interval)
+        sections.append(Section(f"Control, {start.removeprefix('control/')}", text, cells))
+    return sections
 
 
-def _accuracy(groups: dict[str, list[Run]], splits: Sequence[str]) -> Section:
-    rows = []
-    for name, runs in groups.items():
-        cells = [_mean([_metrics(run, split)["overall"] for run in runs]) for split in splits]
-        rows.append([name, str(len(runs)), *cells])
+def _accuracy(frame: pd.DataFrame, splits: Sequence[str]) -> Section:
     text = "Official VQA accuracy in percent, mean ± standard deviation over seeds."
-    return Section("Accuracy", text, ["variant", "seeds", *splits], rows)
+    return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}))
 
 
-def _by_type(groups: dict[str, list[Run]], split: str) -> Section:
-    first = next(iter(groups.values()))[0]
-    types = list(_metrics(first, split)["per_question_type"])
-    rows = [
-        [name, *[_mean([_metrics(run, split)["per_question_type"][kind] for run in runs]) for kind in types]]
-        for name, runs in groups.items()
-    ]
-    return Section(f"Accuracy by question type ({split})", "In percent.", ["variant", *types], rows)
+def _by_type(frame: pd.DataFrame, split: str) -> Section:
+    start = f"{split}/per_question_type/"
+    columns = {name.removeprefix(start): name for name in frame if name.startswith(start)}
+    return Section(f"Accuracy by question type ({split})", "In percent.", _over_seeds(frame, columns))
 
 
-def _grounding(groups: dict[str, list[Run]]) -> Section:
-    header = ["variant", *[f"{name} {measure}" for name in GROUNDING_MAPS for measure in ("energy", "pointing", "ap")]]
-    rows = []
-    for name, runs in groups.items():
-        found = [_metrics(run, "grounding") for run in runs]
-        rows.append([name, *[_mean([one[column.replace(" ", "/")] for one in found]) for column in header[1:]]])
-    area = _metrics(next(iter(groups.values()))[0], "grounding")["area"]
+def _grounding(frame: pd.DataFrame) -> Section:
+    columns = {
+        f"{name} {measure}": f"grounding/{name}/{measure}"
+        for name in GROUNDING_MAPS
+        for measure in ("energy", "pointing", "ap")
+    }
     text = (
-        f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores {area:.1f},"
-        " as do the token weights of a variant without any."
+        f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores"
+        f" {frame['grounding/area'][0]:.1f}, as do the token weights of a variant without any."
     )
-    return Section("Grounding (val)", text, header, rows)
+    return Section("Grounding (val)", text, _over_seeds(frame, columns))
 
 
-def _steering(groups: dict[str, list[Run]]) -> Section:
-    columns = ("accuracy", "answers_other", "fusion/own", "fusion/other")
-    rows = []
-    for name, runs in groups.items():
-        found = [_metrics(run, "steering") for run in runs]
-        keys = [_trained_strength(one) for one in found]
-        cells = [
-            _mean([one[f"{key}/{whose}/{column}"] for one, key in zip(found, keys, strict=True)])
-            for whose in ("own", "other")
-            for column in columns
-        ]
-        rows.append([name, *cells])
-    questions = _metrics(next(iter(groups.values()))[0], "steering")["questions"]
+def _steering(frame: pd.DataFrame) -> Section:
+    columns = {
+        f"{title} ξ: {column}": f"trained/{whose}/{column}"
+        for title, whose in (("own", "own"), ("other's", "other"))
+        for column in ("accuracy", "answers_other", "fusion/own", "fusion/other")
+    }
     text = (
-        f"{questions} questions of val under their own ξ and under that of a question about another object of the same"
-        " picture, in percent: accuracy; how many are given the other question's answer, of those whose types agree and"
-        " answers differ; and the fusion map's energy on the own and on the other object."
+        f"{frame['steering/questions'][0]} questions of val under their own ξ and under that of a question about"
+        " another object of the same picture, in percent: accuracy; how many are given the other question's answer, of"
+        " those whose types agree and answers differ; and the fusion map's energy on the own and on the other object."
     )
-    header = [f"{whose} ξ: {column}" for whose in ("own", "other's") for column in columns]
-    return Section("When ξ is another question's", text, ["variant", *header], rows)
+    return Section("When ξ is another question's", text, _over_seeds(frame, columns))
 
 
-def _strengths(groups: dict[str, list[Run]]) -> list[Section]:
+def _strengths(frame: pd.DataFrame) -> list[Section]:
     """Accuracy by the strength of feedback, of the variants that have one; none where none has."""
-    rows = []
-    for name, runs in groups.items():
-        found = [_metrics(run, "steering") for run in runs]
-        if all(f"α={alpha}/own/accuracy" in one for one in found for alpha in ALPHAS):
-            cells = [_mean([one[f"α={alpha}/own/accuracy"] for one in found]) for alpha in ALPHAS]
-            rows.append([name, *cells])
+    columns = {f"α = {alpha}": f"steering/α={alpha}/own/accuracy" for alpha in ALPHAS}
+    cells = _over_seeds(frame, columns)
+    cells = cells[(cells != "–").all(axis=1)]
     text = "Accuracy on the same questions where α, with which nothing was trained again, is another."
-    header = ["variant", *[f"α = {alpha}" for alpha in ALPHAS]]
-    return [Section("Strength of feedback", text, header, rows)] if rows else []
+    return [] if cells.empty else [Section("Strength of feedback", text, cells)]
 
 
-def _trained_strength(metrics: dict[str, Any]) -> str:
-    """What the steering of a run is listed under for the strength that it was trained with: the first."""
-    return next(key for key in metrics if key.endswith("/own/accuracy")).removesuffix("/own/accuracy")
+def _cost(frame: pd.DataFrame) -> Section:
+    cells = _over_seeds(frame, {"minutes": "minutes"})
+    parameters = frame.groupby("variant", sort=False)["parameters"].first()
+    cells.insert(2, "million parameters", [f"{millions:.2f}" for millions in parameters])
+    text = "Minutes of training on the machine of the sweep: to be compared only if nothing else ran beside it."
+    return Section("Cost", text, cells)
 
 
-def _against(groups: dict[str, list[Run]], base: str, splits: Sequence[str]) -> Section:
-    rows = []
-    for name, runs in groups.items():
-        if name == base:
-            continue
-        rows.append(
-            [name, *[_difference(*(_per_question(group, split) for group in (runs, groups[base]))) for split in splits]]
-        )
+def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bool) -> list[Section]:
+    """How every variant differs from the baseline, question by question."""
+    groups = _by_variant(runs)
+
+    def compare(read: Callable[[Sequence[Run]], Mapping[str, pd.Series]]) -> pd.DataFrame:
+        theirs = read(groups[base])
+        ours = {name: read(of_variant) for name, of_variant in groups.items() if name != base}
+        rows = [[name, *(_difference(of[one], theirs[one]) for one in theirs)] for name, of in ours.items()]
+        return pd.DataFrame(rows, columns=["variant", *theirs])
+
     text = (
         "Difference of accuracy in points, with its 95% interval by a paired bootstrap over questions (seeds averaged"
         " first); * marks intervals without 0. It says nothing of the spread between seeds, which is above."
     )
-    return Section(f"Against {base}", text, ["variant", *splits], rows)
+    sections = [Section(f"Against {base}", text, compare(lambda runs: _per_question(runs, splits)))]
+    if grounded:
+        text = "The same for grounding, over the questions that it was measured on."
+        sections.append(Section(f"Grounding against {base}", text, compare(_per_text)))
+    return sections
 
 
-def _grounding_against(groups: dict[str, list[Run]], base: str) -> Section:
-    columns = [(name, measure) for name in GROUNDING_MAPS for measure in ("energy", "pointing")]
-    rows = []
-    for name, runs in groups.items():
-        if name != base:
-            pairs = [[_per_text(group, *column) for group in (runs, groups[base])] for column in columns]
-            rows.append([name, *[_difference(*pair) for pair in pairs]])
-    text = "The same for grounding, over the questions that it was measured on."
-    return Section(
-        f"Grounding against {base}", text, ["variant", *[f"{name} {measure}" for name, measure in columns]], rows
-    )
-
-
-def _difference(ours: dict[str, float], theirs: dict[str, float]) -> str:
+def _difference(ours: pd.Series, theirs: pd.Series) -> str:
     """Mean difference over what both were asked, with its interval; * where that is without 0."""
-    asked = sorted(ours.keys() & theirs.keys())
-    interval = paired_bootstrap([ours[key] for key in asked], [theirs[key] for key in asked])
+    both = pd.concat([ours, theirs], axis=1, join="inner").sort_index()
+    interval = paired_bootstrap(both.iloc[:, 0], both.iloc[:, 1])
     sure = "" if interval.low <= 0 <= interval.high else " *"
     return f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]{sure}"
 
 
-def _per_text(runs: Sequence[Run], name: str, measure: str) -> dict[str, float]:
-    """A measure of a map in percent by id of the text, mean over runs."""
-    found: dict[str, list[float]] = defaultdict(list)
+def _per_question(runs: Sequence[Run], splits: Sequence[str]) -> dict[str, pd.Series]:
+    """Of each split the accuracy by question, mean over runs."""
+    return {
+        split: _mean([pd.Series(json.loads((run.evaluation(split) / "per_question.json").read_text())) for run in runs])
+        for split in splits
+    }
+
+
+def _per_text(runs: Sequence[Run]) -> dict[str, pd.Series]:
+    """Of maps and measures the values by text, in percent, mean over runs."""
+    frames = []
     for run in runs:
-        for line in (run.path / "evaluation" / "grounding" / "grounding.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            found[str(record["id"])].append(100 * record["maps"][name][measure])
-    return {key: float(np.mean(values)) for key, values in found.items()}
+        lines = (run.evaluation("grounding") / "grounding.jsonl").read_text().splitlines()
+        frame = pd.json_normalize([json.loads(line) for line in lines], sep=" ")
+        frames.append(frame.set_index(frame["id"].astype(str)).drop(columns=["id", "text"]))
+    found = 100 * _mean(frames)
+    columns = [f"{name} {measure}" for name in GROUNDING_MAPS for measure in ("energy", "pointing")]
+    return {column: found[f"maps {column}"] for column in columns}
 
 
-def _per_question(runs: Sequence[Run], split: str) -> dict[str, float]:
-    found = [json.loads((run.path / "evaluation" / split / "per_question.json").read_text()) for run in runs]
-    return {question: float(np.mean([one[question] for one in found])) for question in found[0]}
-
-
-def _cost(groups: dict[str, list[Run]]) -> Section:
-    rows = [
-        [
-            name,
-            f"{runs[0].summary['parameters'] / 1e6:.2f}",
-            _mean([run.summary["fit_seconds"] / 60 for run in runs]),
-        ]
-        for name, runs in groups.items()
-    ]
-    text = "Minutes of training on the machine of the sweep: to be compared only if nothing else ran beside it."
-    return Section("Cost", text, ["variant", "million parameters", "minutes"], rows)
+def _mean(of_runs: Sequence[Any]) -> Any:
+    """The mean over tables with one index."""
+    return pd.concat(of_runs).groupby(level=0).mean()
 
 
 def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
@@ -456,34 +424,30 @@ def _course(run: Run) -> np.ndarray:
     return course
 
 
-def _markdown(title: str, sections: Sequence[Section], figures: dict[str, Path], commands: Sequence[str]) -> str:
-    lines = [f"# {title}", ""]
+def _write(
+    sweep: Path, runs: Sequence[Run], sections: Sequence[Section], figures: dict[str, Path], out: Path
+) -> list[Path]:
+    title = f"{sweep.name}: {len(runs)} runs, {len(_by_variant(runs))} variants"
+    commands = "\n".join(dict.fromkeys(run.summary["command"] for run in runs))
+    page, site = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
-        lines += [f"## {section.title}", "", section.text, ""]
-        lines.append("| " + " | ".join(section.header) + " |")
-        lines.append("| " + " | ".join("---" for _ in section.header) + " |")
-        lines += ["| " + " | ".join(row) + " |" for row in section.rows]
-        lines.append("")
+        page += [f"## {section.title}", section.text, table(section.cells.columns, section.cells.to_numpy())]
+        site += [f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"]
+        with pd.option_context("display.max_colwidth", None):
+            site.append(section.cells.to_html(index=False, border=0))
     for name, figure in figures.items():
-        lines += [f"## {name[0].upper()}{name[1:]}", "", f"![{name}]({figure.name})", ""]
-    lines += ["## Commands", "", "```"]
-    return "\n".join([*lines, *commands, "```", ""])
+        heading = name[0].upper() + name[1:]
+        page += [f"## {heading}", f"![{name}]({figure.name})"]
+        site.append(f"<h2>{heading}</h2><img src='{figure.name}' alt='{name}'>")
+    page.append(f"## Commands\n\n```\n{commands}\n```")
+    site.append(f"<h2>Commands</h2><pre>{html.escape(commands)}</pre>")
+    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    files = {out / "report.md": "\n\n".join(page), out / "report.html": "\n".join([head, *site])}
+    return [*(write_text(path, f"{text}\n") for path, text in files.items()), *figures.values()]
 
 
-def _html(title: str, sections: Sequence[Section], figures: dict[str, Path], commands: Sequence[str]) -> str:
-    style = (
-        "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child"
-        "{text-align:left}img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1em}"
-    )
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"]
-    parts.append(f"<h1>{html.escape(title)}</h1>")
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p><table>")
-        for tag, row in [("th", section.header), *[("td", row) for row in section.rows]]:
-            parts.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
-        parts.append("</table>")
-    for name, figure in figures.items():
-        parts.append(f"<h2>{name[0].upper()}{name[1:]}</h2><img src='{figure.name}' alt='{name}'>")
-    parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
-    return "\n".join(parts) + "\n"
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child"
+    "{text-align:left}img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1em}"
+)

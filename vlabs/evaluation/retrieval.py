@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlabs.attention.figures import Cell, as_view, grid_figure, save_figure
+from vlabs.attention.figures import Cell, as_view, grid_figure
 from vlabs.attention.maps import look
 from vlabs.checkpoints.checkpoint import Checkpoint, history_of
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader, name_of, read_bytes
 from vlabs.data.loading import identity_of
 from vlabs.data.preprocessing import decode_image
-from vlabs.errors import UserError, show
-from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.retrieval import RECALLS, Rows, check_enough_images, retrieval_ranks
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.passes import FirstPasses
@@ -35,7 +36,7 @@ from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import Similarity, share_kept, shortlist, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_priors, encode_texts, score_texts
 from vlabs.runs.trainer import make_trainer
-from vlabs.utils.files import content_sha256, write_json
+from vlabs.utils.files import content_sha256
 from vlabs.utils.ranks import say
 
 RANKERS = ("exact", "shortlist")
@@ -199,7 +200,7 @@ class CaptionedImages:
 
 
 class RetrievalEvaluation(Evaluation):
-    """Ranks a split in both directions: prints and writes the recalls, draws some queries with their best images.
+    """Ranks a split in both directions: recalls, a line a query, and a figure of some with their best images.
 
     Args:
         ranker: of the group `ranker`: name, batch_size, captions_in_memory, scores, and k of a shortlist.
@@ -210,8 +211,8 @@ class RetrievalEvaluation(Evaluation):
         UserError: an option is out of range.
     """
 
-    # A matching head ranks without fine-tuning.
-    trained_for = ("retrieval", "pretrain")
+    name = "retrieval"
+    needs = ("texts", "ranks")  # a matching head ranks without fine-tuning
     reads = CaptionDataModule
 
     def __init__(self, ranker: Mapping[str, Any], figure_queries: int = 6, images: int | None = None) -> None:
@@ -237,10 +238,10 @@ class RetrievalEvaluation(Evaluation):
                 "ranker=exact"
             )
 
-    def run(self, checkpoint: Checkpoint, data: CaptionDataModule, setting: Setting) -> dict[str, Any]:
+    def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
         self.check_model(checkpoint.model)
-        ranker, workers = self.ranker, data.options.workers
+        ranker, workers, setting = self.ranker, data.options.workers, results.setting
         captioned = CaptionedImages(data, setting.split, self.images)
         identity = {
             "checkpoint": content_sha256(checkpoint.path),
@@ -290,17 +291,14 @@ class RetrievalEvaluation(Evaluation):
             trainer.predict(scoring, _Work(units, reader, workers), return_predictions=False)
             trainer.strategy.barrier()
         if not trainer.is_global_zero:
-            return {}
+            return
         matrix.values.flush()  # type: ignore[attr-defined]
         scores = matrix.values if similarity is None else FilledScores(matrix.values, similarity)
-        metrics = _report(checkpoint, captioned, scores, setting.split, str(ranker["name"]))
+        _report(results, checkpoint, captioned, scores, str(ranker["name"]))
         if wanted is not None:
-            metrics |= _kept(folder, shape, identity, wanted)
-        print(write_json(setting.out_dir / "metrics.json", metrics))
+            _report_kept(results, folder, shape, identity, wanted)
         if self.figure_queries:
-            figure = _figure(checkpoint, captioned, scores, self.figure_queries)
-            print(save_figure(figure, setting.out_dir / "figures" / "ranking.png"))
-        return metrics
+            results.figure("ranking", _figure(checkpoint, captioned, scores, self.figure_queries))
 
 
 class FilledScores:
@@ -326,8 +324,8 @@ class FilledScores:
         return row
 
 
-def _report(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, split: str, ranker: str) -> dict[str, Any]:
-    metrics = retrieval_ranks(scores, data.image_of_caption).metrics()
+def _report(results: Results, checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, ranker: str) -> None:
+    ranks = retrieval_ranks(scores, data.image_of_caption)
     history = history_of(checkpoint.task, checkpoint.data)
     trained_on = [
         {"task": item["task"], "name": entry.get("name") or entry.get("dir", "unknown data")}
@@ -338,43 +336,47 @@ def _report(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, split: 
     known = None not in hashes
     seen = not hashes.isdisjoint(data.manifests) or data.name in {item["name"] for item in trained_on}
     images, captions = scores.shape
-    show(f"\n{data.name} {split}, {images:,} images, {captions:,} captions, {ranker}")
-    show("trained on: " + ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on))
-    print(
-        "not zero-shot: the model was trained on this data set"
-        if seen
-        else "zero-shot: nothing of this data set was trained on"
-        if known
-        else "the checkpoint does not say what it was trained on, so nobody knows whether this is zero-shot"
-    )
-    print(f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}")
-    for name, what in (("ir", "image retrieval"), ("tr", "text retrieval")):
-        recalls = "".join(f"{metrics[f'{name}@{k}']:8.2f}" for k in RECALLS)
-        print(f"{what:18}{recalls}{metrics[f'{name}_median_rank']:14.1f}")
-    return {
-        **metrics,
-        "checkpoint": str(checkpoint.path),
+    results.metrics |= {
+        **ranks.metrics(),
         "data": data.name,
-        "split": split,
         "ranker": ranker,
         "images": images,
         "captions": captions,
         "trained_on": trained_on,
         "zero_shot": None if not known and not seen else not seen,
     }
+    trainings = ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on)
+    results.say(
+        f"{data.name} {data.split}, {images:,} images, {captions:,} captions, {ranker}\ntrained on: {trainings}"
+    )
+    results.say(
+        "not zero-shot: the model was trained on this data set"
+        if seen
+        else "zero-shot: nothing of this data set was trained on"
+        if known
+        else "the checkpoint does not say what it was trained on, so nobody knows whether this is zero-shot"
+    )
+    cells = []
+    for name, what, found in (("ir", "image retrieval", ranks.image), ("tr", "text retrieval", ranks.text)):
+        recalls = [results.mean(f"{name}@{k}", 100.0 * (found <= k)) for k in RECALLS]
+        cells.append([what, *recalls, f"{np.median(found):.1f}"])
+    results.table(["percent", *(f"R@{k}" for k in RECALLS), "median rank"], cells)
+    ids = [caption_id for row in data.rows.select_columns(["caption_id"]) for caption_id in row["caption_id"]]
+    results.add(caption_id=ids, rank=ranks.image.tolist())
+    results.add(image_id=data.rows["image_id"], rank=ranks.text.tolist())
 
 
-def _kept(folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted: list[np.ndarray]) -> dict[str, float]:
+def _report_kept(
+    results: Results, folder: Path, shape: tuple[int, int], identity: dict[str, Any], wanted: list[np.ndarray]
+) -> None:
     """How much of the exact top ten the shortlist has, in percent; nothing where exact is not known."""
     if not (folder / "exact.npy").is_file():
-        return {}
+        return
     exact = ScoreMatrix(folder, "exact", shape, identity).values
-    if np.isnan(exact).any():
-        return {}
-    kept = share_kept(wanted, exact)
-    for name, percent in kept.items():
-        print(f"of the exact top ten {name} the shortlist has {percent:.1f}%")
-    return {f"shortlist_kept_{name}": percent for name, percent in kept.items()}
+    if not np.isnan(exact).any():
+        for name, percent in share_kept(wanted, exact).items():
+            results.metrics[f"shortlist_kept_{name}"] = percent
+            results.say(f"of the exact top ten {name} the shortlist has {percent:.1f}%")
 
 
 @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
-from vlabs.attention.figures import save_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule, ClassDataset
 from vlabs.data.corruptions import CorruptedDataset, library
@@ -21,16 +20,15 @@ from vlabs.data.embedded import raw_classes
 from vlabs.data.loading import eval_loader
 from vlabs.data.pictures import ImageSampler
 from vlabs.errors import UserError
-from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
-from vlabs.runs.trainer import device_of
-from vlabs.utils.files import write_json, write_text
 
 ATTACKS = ("fgsm", "pgd")
 
 
 class RobustnessEvaluation(Evaluation):
-    """Top-1 accuracy of the second pass, clean and otherwise; prints, writes JSON and Markdown, draws severities.
+    """Top-1 accuracy of the second pass, clean and otherwise, and a figure of severities.
 
     Args:
         corruptions: `all`, or some of the fifteen of ImageNet-C.
@@ -45,7 +43,8 @@ class RobustnessEvaluation(Evaluation):
         UserError: an option is out of range.
     """
 
-    trained_for = ("classify",)
+    name = "robustness"
+    needs = ("classes",)
     reads = ClassDataModule
 
     def __init__(
@@ -77,76 +76,77 @@ class RobustnessEvaluation(Evaluation):
         self.num_images = num_images
         self.seed = seed
 
-    def run(self, checkpoint: Checkpoint, data: ClassDataModule, setting: Setting) -> dict[str, Any]:
+    def measure(self, checkpoint: Checkpoint, data: ClassDataModule, results: Results) -> None:
         """See `Evaluation`; accuracies in percent."""
-        device = device_of(setting.trainer)
+        device = results.device
         model = checkpoint.classifier.to(device)
         preprocessing, options = checkpoint.preprocessing, data.options
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
-        rows = data.rows(setting.split)
+        rows = data.rows(results.split)
         if self.num_images is not None and self.num_images < len(rows):
             rows = rows.select(np.linspace(0, len(rows) - 1, num=self.num_images, dtype=int))
         generator = torch.Generator().manual_seed(self.seed)
-        progress = tqdm(unit="batch", desc="robustness", disable=not setting.shows_progress)
+        attacks: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": partial(pgd, generator=generator)}
+        progress = results.each(unit="batch")
 
         def logits_of(pixels: Tensor) -> Tensor:
             logits: Tensor = model((pixels - mean) / std, reconstruct=False)[0]
             return logits
 
-        def accuracy(dataset: ClassDataset, attack: str | None = None) -> float:
-            """Top-1, in percent; of the classes that occur alone where the set is not of all."""
+        def right(dataset: ClassDataset, attack: str | None = None) -> np.ndarray:
+            """100 for each picture that is told right, else 0; of the classes that occur alone where a set is not of
+            all."""
             size = options.eval_batch_size or options.batch_size
-            right, count = 0, 0
             mask = torch.ones(len(preprocessing.names), dtype=torch.bool)
             if dataset.rows is not rows:
                 mask = torch.zeros_like(mask)
                 mask[sorted(set(dataset.rows["label"]))] = True
+            found = []
             for batch in eval_loader(dataset, ImageSampler(len(dataset.rows), size, False, self.seed), options):
                 labels = batch.labels.to(device)
                 pixels = batch.images.to(device) * std + mean
-                if attack == "fgsm":
-                    pixels = fgsm(logits_of, pixels, labels)
-                elif attack == "pgd":
-                    pixels = pgd(logits_of, pixels, labels, generator=generator)
+                if attack is not None:
+                    pixels = attacks[attack](logits_of, pixels, labels)
                 with torch.no_grad():
                     logits = logits_of(pixels).masked_fill(~mask.to(device), float("-inf"))
-                right += int((logits.argmax(dim=1) == labels).sum())
-                count += len(labels)
+                found.append(100.0 * (logits.argmax(dim=1) == labels).cpu().numpy())
                 progress.update()
-            return 100 * right / max(1, count)
+            return np.concatenate(found) if found else np.zeros(1)
 
         clean = ClassDataset(rows, preprocessing, None, self.seed, options.on_bad)
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": len(rows)}
-        metrics["clean"] = accuracy(clean)
-        corrupted: dict[str, dict[int, float]] = {}
-        for name in self.corruptions:
-            corrupted[name] = {
-                severity: accuracy(self._corrupted(name, severity, rows, checkpoint, options.on_bad))
+        metrics = results.metrics
+        metrics["images"] = len(rows)
+        table = [["clean", results.mean("clean", right(clean))]]
+        corrupted = {
+            name: {
+                severity: float(right(self._corrupted(name, severity, rows, checkpoint, options.on_bad)).mean())
                 for severity in self.severities
             }
+            for name in self.corruptions
+        }
         if corrupted:
+            by = "imagenet-c" if self.imagenet_c is not None else "imagecorruptions, on the fly"
             metrics["corruptions"] = {name: {str(k): v for k, v in found.items()} for name, found in corrupted.items()}
             metrics["corrupted"] = float(np.mean([list(found.values()) for found in corrupted.values()]))
-            metrics["corruptions_by"] = "imagenet-c" if self.imagenet_c is not None else "imagecorruptions, on the fly"
-        if (
-            self.imagenet_c is not None
-            and len(corrupted) == len(CORRUPTIONS)
-            and len(self.severities) == len(SEVERITIES)
-        ):
+            metrics["corruptions_by"] = by
+            table.append(["corrupted, mean", f"{metrics['corrupted']:.2f}"])
+        whole = len(corrupted) == len(CORRUPTIONS) and len(self.severities) == len(SEVERITIES)
+        if self.imagenet_c is not None and whole:
             errors = {name: {k: 1 - v / 100 for k, v in found.items()} for name, found in corrupted.items()}
             metrics["mce"] = mean_corruption_error(errors)
+            table.append(["mCE (lower is better)", f"{metrics['mce']:.2f}"])
         for name, path in self.sets.items():
-            metrics[name] = accuracy(ClassDataset(raw_classes(path, preprocessing.names), preprocessing))
-        for attack in self.attacks:
-            metrics[attack] = accuracy(clean, attack)
+            others = ClassDataset(raw_classes(path, preprocessing.names), preprocessing)
+            table.append([name, results.mean(name, right(others))])
+        table += [[attack.upper(), results.mean(attack, right(clean, attack))] for attack in self.attacks]
         progress.close()
-        table = _table(metrics, corrupted, self.severities)
-        print("\n" + table)
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        print(write_text(setting.out_dir / "robustness.md", table + "\n"))
+        results.say(f"{len(rows):,} images, {results.split}; top-1 in percent")
+        results.table(["", "percent"], table)
         if corrupted:
-            print(save_figure(_figure(metrics, corrupted), setting.out_dir / "figures" / "severities.png"))
-        return metrics
+            results.say(f"Corruptions: {metrics['corruptions_by']}.")
+            cells = [[name, *(f"{value:.1f}" for value in found.values())] for name, found in corrupted.items()]
+            results.table(["severity", *self.severities], cells)
+            results.figure("severities", _figure(metrics, corrupted))
 
     def _corrupted(
         self, name: str, severity: int, rows: datasets.Dataset, checkpoint: Checkpoint, on_bad: str
@@ -159,21 +159,6 @@ class RobustnessEvaluation(Evaluation):
                 f"task.imagenet_c={self.imagenet_c} has no {name}/{severity}: unpack all of ImageNet-C there"
             )
         return ClassDataset(raw_classes(folder, checkpoint.preprocessing.names), checkpoint.preprocessing)
-
-
-def _table(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]], severities: Sequence[int]) -> str:
-    """Markdown: one line a measure, and one line a corruption."""
-    left_out = ("checkpoint", "split", "images", "corruptions", "corruptions_by")
-    what = {"corrupted": "corrupted, mean", "mce": "mCE (lower is better)", "fgsm": "FGSM", "pgd": "PGD"}
-    lines = [f"{metrics['images']:,} images, {metrics['split']}; top-1 in percent", "", "| | |", "| --- | --- |"]
-    lines += [f"| {what.get(name, name)} | {value:.2f} |" for name, value in metrics.items() if name not in left_out]
-    if corrupted:
-        lines += ["", f"Corruptions: {metrics['corruptions_by']}.", ""]
-        lines += ["| severity | " + " | ".join(map(str, severities)) + " |", "| --- |" + " --- |" * len(severities)]
-        lines += [
-            f"| {name} | " + " | ".join(f"{v:.1f}" for v in found.values()) + " |" for name, found in corrupted.items()
-        ]
-    return "\n".join(lines)
 
 
 def _figure(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]]) -> Figure:

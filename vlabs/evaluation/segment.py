@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
-from tqdm import tqdm
 
-from vlabs.attention.figures import as_view, save_figure
+from vlabs.attention.figures import as_view
 from vlabs.attention.segments import Segmented, segment_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
@@ -24,13 +22,12 @@ from vlabs.data.masks import MaskDataModule, WholePicture, stacked
 from vlabs.data.module import Wants
 from vlabs.data.prepared import CITYSCAPES, IGNORED, read_manifest
 from vlabs.data.preprocessing import decode_image
-from vlabs.errors import UserError, show
-from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.segmentation import class_iou, mean_iou
-from vlabs.runs.trainer import device_of
 from vlabs.tasks.segment import at_size, region_masks, segment_texts
-from vlabs.utils.files import new_folder, write_json, write_text
+from vlabs.utils.files import new_folder
 
 # The raw label value of every class, of what has a server that scores it.
 _RAW_LABELS = {
@@ -50,7 +47,8 @@ class SegmentEvaluation(Evaluation):
             servers want them; done anyway where a split's masks are kept back.
     """
 
-    trained_for = ("segment",)
+    name = "segment"
+    needs = ("segments classes",)
     reads = MaskDataModule
 
     def __init__(
@@ -71,43 +69,39 @@ class SegmentEvaluation(Evaluation):
         self.predictions = predictions
 
     @torch.inference_mode()
-    def run(self, checkpoint: Checkpoint, data: MaskDataModule, setting: Setting) -> dict[str, Any]:
+    def measure(self, checkpoint: Checkpoint, data: MaskDataModule, results: Results) -> None:
         """See `Evaluation`; IoU in percent."""
-        device = device_of(setting.trainer)
+        device = results.device
         if data.short_side is None and (side := checkpoint.data.get("short_side")) is not None:
             data.short_side = int(side)
-            print(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
+            results.say(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
         model = checkpoint.segmenter.to(device)
         classes = checkpoint.preprocessing.names
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
         shown: list[Segmented] = []
-        hidden = not any(data.rows(setting.split)[:1]["mask"])
-        predictions = setting.out_dir / "predictions" if self.predictions or hidden else None
+        hidden = not any(data.rows(results.split)[:1]["mask"])
+        predictions = results.setting.out_dir / "predictions" if self.predictions or hidden else None
         count = 0
-        loader = data.eval_dataloader(setting.split)
         with _writer(predictions, data, len(classes)) as write:
-            for batch in tqdm(loader, unit="batch", desc="segment", disable=not setting.shows_progress):
+            for batch in results.batches(data.eval_dataloader(results.split)):
                 for images, pictures in stacked(batch):
-                    logits = self._logits(model, images.to(device))
+                    logits = self._logits(model, images)
                     for one, picture in zip(logits, pictures, strict=True):
                         found = at_size(one, picture.mask.shape).argmax(dim=0)
-                        confusion.update(found, picture.mask.to(device))
+                        confusion.update(found, picture.mask)
                         count += 1
                         labels = found.cpu().numpy()
                         write(picture, labels)
                         if len(shown) < self.num_pictures:
-                            truth = None if hidden else picture.mask.numpy()
+                            truth = None if hidden else picture.mask.cpu().numpy()
                             shown.append(Segmented(as_view(picture.shown), labels, truth, picture.name))
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "images": count}
+        results.metrics["images"] = count
         if predictions is not None:
-            print(predictions)
+            results.file(predictions)
         if not hidden:
-            metrics |= _report(confusion.compute().cpu(), classes)
+            _report(results, confusion.compute().cpu(), classes)
         if shown:
-            path = save_figure(segment_figure(shown, classes), setting.out_dir / "figures" / "segments.png")
-            print(path)
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        return metrics
+            results.figure("segments", segment_figure(shown, classes))
 
     def _logits(self, model: Any, images: Tensor) -> Tensor:
         if self.window is None or self.stride is None:
@@ -123,22 +117,24 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _report(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Print a table of classes, and return the numbers."""
+def _report(results: Results, confusion: Tensor, classes: Sequence[str]) -> None:
     counts = confusion.double()
-    iou, right = class_iou(confusion), counts.diag()
-    recall = 100 * right / counts.sum(dim=1).where(counts.sum(dim=1) > 0, torch.nan)
-    print(f"\n{'class':24}{'IoU':>8}{'recall':>8}{'pixels':>14}")
-    for name, one, of, pixels in zip(classes, iou.tolist(), recall.tolist(), counts.sum(dim=1).tolist(), strict=True):
-        show(f"{name[:23]:24}{one:8.2f}{of:8.2f}{int(pixels):14,}")
-    found = {
+    iou, right, pixels = class_iou(confusion), counts.diag(), counts.sum(dim=1)
+    recall = 100 * right / pixels.where(pixels > 0, torch.nan)
+    means = {
         "miou": float(mean_iou(confusion)),
         "pixel_accuracy": float(100 * right.sum() / counts.sum().clamp_min(1)),
         "mean_recall": float(recall.nanmean()),
     }
-    print(f"{'mean':24}{found['miou']:8.2f}{found['mean_recall']:8.2f}\npixels right {found['pixel_accuracy']:.2f}\n")
     known = {name: one for name, one in zip(classes, iou.tolist(), strict=True) if one == one}  # not NaN
-    return found | {"per_class": known}
+    results.metrics |= {**means, "per_class": known}
+    table = [
+        [name, f"{one:.2f}", f"{of:.2f}", f"{int(many):,}"]
+        for name, one, of, many in zip(classes, iou.tolist(), recall.tolist(), pixels.tolist(), strict=True)
+    ]
+    mean = ["mean", f"{means['miou']:.2f}", f"{means['mean_recall']:.2f}", f"{int(counts.sum()):,}"]
+    results.table(["class", "IoU", "recall", "pixels"], [*table, mean])
+    results.say(f"pixel accuracy {means['pixel_accuracy']:.2f}")
 
 
 @contextlib.contextmanager
@@ -174,7 +170,8 @@ class ReferEvaluation(Evaluation):
         above: IoUs, in percent.
     """
 
-    trained_for = ("refer",)
+    name = "refer"
+    needs = ("segments texts",)
     reads = CaptionDataModule
 
     def __init__(self, num_pictures: int = 6, above: Sequence[float] = (50, 70, 90)) -> None:
@@ -182,58 +179,49 @@ class ReferEvaluation(Evaluation):
         self.above = list(above)
 
     @torch.inference_mode()
-    def run(self, checkpoint: Checkpoint, data: CaptionDataModule, setting: Setting) -> dict[str, Any]:
+    def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`; in percent, with 95% intervals over texts."""
         if not data.regions_known:
             raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
-        device = device_of(setting.trainer)
-        model = checkpoint.segmenter.to(device)
+        if not checkpoint.preprocessing.tokenizer:
+            raise UserError(f"{checkpoint.path} reads no texts, not even to leave them unused: train task=refer")
+        model = checkpoint.segmenter.to(results.device)
         size = checkpoint.preprocessing.image_size
-        data.wants, data.val_split = Wants((size, size), regions_in_validation=True), setting.split
-        rows = data.rows(setting.split)
-        lines, both_of, either_of = [], [], []
+        data.wants, data.val_split = Wants((size, size), regions_in_validation=True), results.split
+        rows = data.rows(results.split)
         shown: list[Segmented] = []
-        loader = data.val_dataloader()
-        for batch in tqdm(loader, unit="batch", desc="refer", disable=not setting.shows_progress):
-            given = batch._replace(
-                images=batch.images.to(device), input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device), image_index=batch.image_index.to(device),
-            )  # fmt: skip
-            logits = segment_texts(model, given).logits
-            found = logits.argmax(dim=1).cpu()
-            masks = region_masks(batch, logits.shape[-2:])
+        for batch in results.batches(data.val_dataloader()):
+            logits = segment_texts(model, batch).logits
+            found, masks = logits.argmax(dim=1), region_masks(batch, logits.shape[-2:])
             known = (masks != IGNORED).flatten(1).any(dim=1)
             both = ((found == 1) & (masks == 1)).flatten(1).sum(dim=1)
             either = ((found == 1) | (masks == 1)).flatten(1).sum(dim=1)
-            for n, text_id in enumerate(batch.caption_ids):
-                if not known[n]:
-                    continue
-                iou = float(both[n] / either[n].clamp_min(1))
-                lines.append({"caption_id": text_id, "iou": round(100 * iou, 3)})
-                both_of.append(int(both[n]))
-                either_of.append(int(either[n]))
-                if len(shown) < self.num_pictures:
-                    row = rows[int(batch.image_ids[n])]
-                    text = row["caption"][row["caption_id"].index(text_id)]
-                    image = decode_image(read_bytes(row), name_of(row))
-                    view = as_view(image, checkpoint.preprocessing.box(image.size))
-                    shown.append(Segmented(view, found[n].numpy(), masks[n].numpy(), text))
-        if len(lines) < 2:
-            raise UserError(f"{data.dir}, {setting.split}: fewer than two texts have a region")
-        values = np.array([line["iou"] for line in lines])
-        metrics: dict[str, Any] = {
-            "checkpoint": str(checkpoint.path), "split": setting.split, "texts": len(values),
-            "overall_iou": 100 * sum(both_of) / max(1, sum(either_of)),
-        }  # fmt: skip
-        print(f"\n{len(values):,} texts, {setting.split}\n{'overall IoU':14}{metrics['overall_iou']:8.2f}")
-        measured = {"iou": values} | {f"above_{level:g}": 100.0 * (values > level) for level in self.above}
-        for name, one in measured.items():
-            interval = bootstrap_interval(one)
-            metrics[name] = interval.mean
-            metrics[f"{name}_interval"] = [interval.low, interval.high]
-            print(f"{name.replace('_', ' '):14}{interval.mean:8.2f} [{interval.low:.2f}, {interval.high:.2f}]")
-        write_text(setting.out_dir / "refer.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        figure = segment_figure(shown, ["all else", "what the text names"])
-        print(save_figure(figure, setting.out_dir / "figures" / "refer.png"))
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        return metrics
+            ious = [round(100 * iou, 3) for iou in (both / either.clamp_min(1)).tolist()]
+            ids = batch.caption_ids
+            columns = zip(ids, ious, both.tolist(), either.tolist(), known.tolist(), strict=True)
+            results.rows += [
+                {"caption_id": text_id, "iou": iou, "intersection": shared, "union": total}
+                for text_id, iou, shared, total, is_known in columns
+                if is_known
+            ]
+            for n in known.nonzero()[:, 0].tolist()[: self.num_pictures - len(shown)]:
+                row = rows[int(batch.image_ids[n])]
+                text = row["caption"][row["caption_id"].index(ids[n])]
+                image = decode_image(read_bytes(row), name_of(row))
+                view = as_view(image, checkpoint.preprocessing.box(image.size))
+                shown.append(Segmented(view, found[n].cpu().numpy(), masks[n].cpu().numpy(), text))
+        if len(results.rows) < 2:
+            raise UserError(f"{data.dir}, {results.split}: fewer than two texts have a region")
+        frame = results.frame
+        overall = 100 * float(frame["intersection"].sum()) / max(1, int(frame["union"].sum()))
+        results.metrics |= {"texts": len(frame), "overall_iou": overall}
+        precisions = [
+            [f"Pr@{level / 100:g}", results.mean(f"above_{level:g}", 100.0 * (frame["iou"] > level))]
+            for level in self.above
+        ]
+        ious = [
+            ["oIoU, of all texts together", f"{overall:.2f}"],
+            ["mIoU, over texts", results.mean("iou", frame["iou"])],
+        ]
+        results.table([f"{len(frame):,} texts, {results.split}", "percent"], [*ious, *precisions])
+        results.figure("refer", segment_figure(shown, ["all else", "what the text names"]))

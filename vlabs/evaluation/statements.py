@@ -2,116 +2,81 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from torchmetrics.classification import MulticlassConfusionMatrix
-from tqdm import tqdm
+from torchmetrics.utilities.plot import plot_confusion_matrix
 
-from vlabs.attention.figures import save_figure
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.statements import StatementDataModule
-from vlabs.errors import UserError, show
-from vlabs.evaluation.base import Evaluation, Setting
-from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.results import Results
 from vlabs.metrics.statements import consistency
-from vlabs.runs.trainer import device_of
-from vlabs.tasks.optim import Recipe
-from vlabs.tasks.statements import NLVR2Task, SNLIVETask, StatementTask
-from vlabs.utils.files import write_json, write_text
 
-TASKS: dict[str, type[StatementTask]] = {task.name: task for task in (SNLIVETask, NLVR2Task)}
+PICTURES = {"snli_ve": 1, "nlvr2": 2}
 
 
 class StatementEvaluation(Evaluation):
-    """Labels every statement of a split; scores the labels, where they are known.
+    """Labels every statement of a split; scores the labels, where they are known, in percent.
 
     Args:
-        of: the task, `snli_ve` or `nlvr2`.
+        of: what the statements are of: `snli_ve`, of a picture, or `nlvr2`, of a pair.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such kind.
     """
 
+    name = "statements"
     reads = StatementDataModule
 
     def __init__(self, of: str) -> None:
-        if of not in TASKS:
-            raise UserError(f"task.of={of}: choose one of {', '.join(TASKS)}")
+        if of not in PICTURES:
+            raise UserError(f"task.of={of}: choose one of {', '.join(PICTURES)}")
         self.of = of
-        self.trained_for = (of,)  # type: ignore[misc]
+        self.needs = ("texts", "answers", "two pictures" if PICTURES[of] == 2 else "one picture")  # type: ignore[misc]
 
     @torch.inference_mode()
-    def run(self, checkpoint: Checkpoint, data: StatementDataModule, setting: Setting) -> dict[str, Any]:
-        """See `Evaluation`; accuracies in percent."""
+    def measure(self, checkpoint: Checkpoint, data: StatementDataModule, results: Results) -> None:
+        """See `Evaluation`."""
         names = list(checkpoint.preprocessing.names)
-        if data.labels != names or data.pictures != TASKS[self.of].pictures:
+        if data.labels != names or data.pictures != PICTURES[self.of]:
             raise UserError(
                 f"{data.dir} has the labels {', '.join(data.labels)} of {data.pictures} pictures a statement, and the "
-                f"model of task={self.of} tells {', '.join(names)}: pass data.dir=FOLDER of its own kind"
+                f"model of task={checkpoint.task} tells {', '.join(names)}: pass data.dir=FOLDER of its own kind"
             )
-        device = device_of(setting.trainer)
-        task = TASKS[self.of](checkpoint.model.to(device), checkpoint.preprocessing, data={}, recipe=Recipe())
-        task.eval()
-        keys: list[str] = []
-        labels: list[int] = []
-        probabilities: list[list[float]] = []
-        loader = data.eval_dataloader(setting.split)
-        for batch in tqdm(loader, unit="batch", desc=self.of, disable=not setting.shows_progress):
-            found = task.predict_step(task.transfer_batch_to_device(batch, torch.device(device), 0), 0)
-            keys += found["keys"]
-            labels += found["labels"]
-            probabilities += found["probabilities"]
-        guessed = torch.tensor(probabilities).argmax(dim=1)
-        lines = [f"{key},{names[int(label)]}\n" for key, label in zip(keys, guessed, strict=True)]
-        written = [write_text(setting.out_dir / "predictions.csv", "".join(lines))]
-        metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split, "statements": len(keys)}
-        truth = torch.tensor(labels)
-        known = truth >= 0
-        print(f"\n{len(keys):,} statements, {setting.split}")
-        if not known.any():
-            print("their labels are kept back: nothing is scored")
-        else:
-            right = guessed == truth
-            metrics |= _score(right[known], truth[known], guessed[known], names)
-            if self.of == "nlvr2" and known.all():
-                metrics["consistency"] = consistency(keys, right.tolist())
-                print(f"consistency   {metrics['consistency']:7.2f}")
-            written.append(_draw_confusion(truth[known], guessed[known], names, setting.out_dir))
-        written.append(write_json(setting.out_dir / "metrics.json", metrics))
-        for path in written:
-            print(path)
-        return metrics
-
-
-def _score(right: torch.Tensor, truth: torch.Tensor, guessed: torch.Tensor, names: list[str]) -> dict[str, Any]:
-    """Print and return the accuracy with its 95% bootstrap interval, that of every label, and the confusion matrix."""
-    metrics: dict[str, Any] = {"accuracy": 100 * float(right.double().mean())}
-    if len(right) > 1:
-        interval = bootstrap_interval(100 * right.double().numpy())
-        metrics["accuracy_interval"] = [interval.low, interval.high]
-        print(f"accuracy      {interval.mean:7.2f} [{interval.low:.2f}, {interval.high:.2f}]")
-    metrics["per_label"] = {
-        name: 100 * float(right[truth == n].double().mean()) for n, name in enumerate(names) if (truth == n).any()
-    }
-    counts = MulticlassConfusionMatrix(len(names))(guessed, truth)
-    metrics["confusion"] = {
-        name: {guess: int(counts[n, m]) for m, guess in enumerate(names)} for n, name in enumerate(names)
-    }
-    width = max(14, *(len(name) + 2 for name in names))
-    print("\nlabel (down), taken for (across)")
-    show(" " * width + "".join(name.rjust(width) for name in names))
-    for name, row in metrics["confusion"].items():
-        show(f"{name:{width}}" + "".join(f"{count:{width},}" for count in row.values()))
-    print()
-    return metrics
-
-
-def _draw_confusion(truth: torch.Tensor, guessed: torch.Tensor, names: list[str], out_dir: Path) -> Path:
-    """The confusion matrix as a picture, in shares of each label."""
-    metric = MulticlassConfusionMatrix(len(names), normalize="true")
-    metric.update(guessed, truth)
-    figure, axis = metric.plot(labels=names, cmap="Blues")  # type: ignore[arg-type]
-    axis.set(xlabel="taken for", ylabel="label")  # type: ignore[union-attr]
-    return save_figure(figure, out_dir / "figures" / "confusion.png")
+        model = checkpoint.model.to(results.device)
+        for batch in results.batches(data.eval_dataloader(results.split)):
+            if not batch.keys:
+                continue
+            index = batch.image_index if data.pictures > 1 else batch.image_index[:, 0]
+            logits = model(batch.images, batch.input_ids, batch.attention_mask, index).logits
+            shares = model.head.probabilities(logits)  # type: ignore[operator]
+            guesses = [names[n] for n in shares.argmax(dim=1).tolist()]
+            labels = [names[n] if n >= 0 else None for n in batch.labels.tolist()]
+            results.add(id=batch.keys, label=labels, guess=guesses, probabilities=shares)
+        found = results.frame
+        results.metrics["statements"] = len(found)
+        results.say(f"{len(found):,} statements, {results.split}")
+        results.text("predictions.csv", "".join(f"{row['id']},{row['guess']}\n" for row in results.rows))
+        known = found[found["label"].notna()]
+        if known.empty:
+            results.say("their labels are kept back: nothing is scored")
+            return
+        right = known["label"] == known["guess"]
+        accuracies = {"accuracy": results.mean("accuracy", 100 * right)}
+        if self.of == "nlvr2" and len(known) == len(found):
+            results.metrics["consistency"] = consistency(known["id"].tolist(), right.tolist())
+            accuracies["consistency"] = f"{results.metrics['consistency']:.2f}"
+        results.table(["", "percent"], accuracies.items())
+        per_label = 100 * right.groupby(known["label"]).mean()
+        results.metrics["per_label"] = {name: per_label[name] for name in names if name in per_label}
+        counts = {name: known[known["label"] == name]["guess"].value_counts() for name in names}
+        results.metrics["confusion"] = {
+            name: {guess: int(row.get(guess, 0)) for guess in names} for name, row in counts.items()
+        }
+        rows = {name: list(row.values()) for name, row in results.metrics["confusion"].items()}
+        results.table(["label (down), taken for (across)", *names], [[name, *row] for name, row in rows.items()])
+        matrix = torch.tensor(list(rows.values()), dtype=torch.float64)
+        shares = matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
+        figure, axis = plot_confusion_matrix(shares, labels=names, cmap="Blues")
+        axis.set(xlabel="taken for", ylabel="label")
+        results.figure("confusion", figure)

@@ -6,7 +6,6 @@ what is fed back is not used, or fusion repairs it; if the map follows ξ to the
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -15,7 +14,6 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlabs.attention import MOST_ALPHA
 from vlabs.attention.maps import attention_map
@@ -26,11 +24,10 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
-from vlabs.evaluation.base import Evaluation, Setting
+from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.grounding import Asked, Targets, find_targets
-from vlabs.metrics.bootstrap import bootstrap_interval
+from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, to_pixels
-from vlabs.utils.files import write_json
 
 MAPS = ("weights", "norm", "fusion")
 """More leaves no finite number in a map."""
@@ -38,7 +35,7 @@ OWN, OTHER = "own", "other"
 
 
 class SteeringEvaluation(Evaluation):
-    """Answers questions under their own ξ and under that of another question of the picture; prints and writes a table.
+    """Answers questions under their own ξ and under that of another question of the picture.
 
     Only pairs of questions about different parts of a picture count.
 
@@ -51,7 +48,8 @@ class SteeringEvaluation(Evaluation):
         UserError: an option is out of range.
     """
 
-    trained_for = ("vqa",)
+    name = "steering"
+    needs = ("texts", "one picture", "answers")
     reads = VQADataModule
 
     def __init__(self, alphas: Sequence[float], num_texts: int | None = None, instances: str | None = None) -> None:
@@ -64,19 +62,18 @@ class SteeringEvaluation(Evaluation):
         self.num_texts = num_texts
         self.instances = instances
 
-    def run(self, checkpoint: Checkpoint, data: VQADataModule, setting: Setting) -> dict[str, Any]:
+    def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`.
 
-        Returns:
-            For `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`, of the
-            questions whose partner is of the same type and has another answer, how many are given that one; and for
-            every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
+        The metrics are for `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`,
+        of the questions whose partner is of the same type and has another answer, how many are given that one; and
+        for every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
 
         Raises:
             UserError: the questions say nothing of what they are about, or have no answers or no partners.
         """
-        rows = data.rows(setting.split)
-        where = f"{data.dir}, split {setting.split}"
+        rows = data.rows(results.split)
+        where = f"{data.dir}, split {results.split}"
         targets = find_targets(rows, data.dir, self.instances, None)
         if targets is None:
             raise UserError(f"task=steering needs questions of which it is known what they are about: {where} has none")
@@ -90,22 +87,26 @@ class SteeringEvaluation(Evaluation):
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
         rated = _Scores(rows, read_answers(data.dir))
-        scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-        total = len(strengths) * questions
-        progress = tqdm(total=total, unit="text", desc="steering", disable=not setting.shows_progress)
+        progress = results.each(total=len(strengths) * questions)
         for alpha in strengths:
-            found: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), OTHER: defaultdict(list)}
+            strength = "as trained" if alpha is None else f"α={alpha:g}"
             for pairs in images:
-                for whose, measure, value in _measure(checkpoint, rated, pairs, alpha):
-                    found[whose][measure].append(value)
+                results.rows += [{"strength": strength, **row} for row in _measure(checkpoint, rated, pairs, alpha)]
                 progress.update(len(pairs))
-            for whose, measures in found.items():
-                scores["as trained" if alpha is None else f"α={alpha:g}", whose] = measures
         progress.close()
-        metrics = _table(scores, questions)
-        metrics |= {"checkpoint": str(checkpoint.path), "split": setting.split, "questions": questions}
-        print(write_json(setting.out_dir / "metrics.json", metrics))
-        return metrics
+        results.metrics["questions"] = questions
+        results.say(
+            f"{questions} questions, under their own ξ and that of a question about another part of the same picture; "
+            "of every map, the energy on the own and on the other part"
+        )
+        columns = ["accuracy", "answers_other", *[f"{name}/{whom}" for name in MAPS for whom in (OWN, OTHER)]]
+        results.table(
+            ["strength", "ξ", *columns],
+            [
+                [strength, whose, *(results.mean(f"{strength}/{whose}/{one}", of[one].dropna(), 1) for one in columns)]
+                for (strength, whose), of in results.frame.groupby(["strength", "xi"], sort=False)
+            ],
+        )
 
 
 class _Pair:
@@ -169,8 +170,8 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
 @torch.no_grad()
 def _measure(
     checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair], alpha: float | None = None
-) -> Iterator[tuple[str, str, float]]:
-    """Whose ξ, what is measured, and its value, for all pairs of one picture; α as in `AbSViT.attend`."""
+) -> Iterator[dict[str, Any]]:
+    """A row for every pair of one picture and either ξ, in percent; α as in `AbSViT.attend`."""
     model, preprocessing = checkpoint.model, checkpoint.preprocessing
     _, image = ImageReader(scores.rows, preprocessing).read(pairs[0].own.row, 0)
     assert image is not None
@@ -189,28 +190,10 @@ def _measure(
         maps = {name: attention_map(output, model.vision, name).numpy() for name in MAPS}
         for k, pair in enumerate(pairs):
             answer = preprocessing.names[best[k]]
-            yield whose, "accuracy", scores.of(pair.own, answer)
-            if scores.answers_differ(pair):
-                yield whose, "answers_other", 100.0 * (scores.of(pair.other, answer) > scores.of(pair.own, answer))
+            own, other = scores.of(pair.own, answer), scores.of(pair.other, answer)
+            row: dict[str, Any] = {"id": pair.own.text_id, "xi": whose, "accuracy": own}
+            row["answers_other"] = 100.0 * (other > own) if scores.answers_differ(pair) else None
             for name in MAPS:
                 pixels = to_pixels(maps[name][k], preprocessing.image_size)
-                for whom, mask in pair.masks.items():
-                    yield whose, f"{name}/{whom}", 100 * float(energy_inside(pixels, mask))
-
-
-def _table(scores: dict[tuple[str, str], dict[str, list[float]]], questions: int) -> dict[str, Any]:
-    """Print and return the means, with 95% bootstrap intervals for accuracy."""
-    columns = ["answers_other", *[f"{name}/{whom}" for name in MAPS for whom in (OWN, OTHER)]]
-    print(f"\n{questions} questions, under their own ξ and that of a question about another part of the same picture;")
-    print("of every map, the energy on the own and on the other part\n")
-    print(f"{'strength':12}{'ξ':8}{'accuracy':>22}" + "".join(f"{column:>15}" for column in columns))
-    metrics: dict[str, Any] = {}
-    for (strength, whose), measures in scores.items():
-        interval = bootstrap_interval(measures["accuracy"])
-        key = f"{strength}/{whose}"
-        metrics |= {f"{key}/{name}": float(np.mean(values)) for name, values in measures.items()}
-        metrics[f"{key}/accuracy_interval"] = [interval.low, interval.high]
-        cells = [f"{metrics.get(f'{key}/{column}', float('nan')):15.1f}" for column in columns]
-        accuracy = f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
-        print(f"{strength:12}{whose:8}{accuracy:>22}" + "".join(cells))
-    return metrics
+                row |= {f"{name}/{whom}": 100 * float(energy_inside(pixels, mask)) for whom, mask in pair.masks.items()}
+            yield row

@@ -343,16 +343,11 @@ def _listed(question_ids: Iterable[Hashable], most: int = 10) -> str:
     )
 
 
-def format_table(accuracy: VqaAccuracy) -> str:
-    """Return the accuracies as lines of text: overall, by answer type, by question type (best first)."""
-    width = max(map(len, ["overall", *accuracy["per_answer_type"], *accuracy["per_question_type"]])) + 4
-    lines = [f"{'overall':<{width}}{accuracy['overall']:>7.2f}   ({len(accuracy['per_question']):,} questions)"]
-
-    def section(title: str, values: Mapping[str, float]) -> None:
-        lines.extend(["", title])
-        for name, value in sorted(values.items(), key=lambda item: (-item[1], item[0])):
-            lines.append(f"  {name:<{width - 2}}{value:>7.2f}")
-
-    section("by answer type", accuracy["per_answer_type"])
-    section("by question type", accuracy["per_question_type"])
-    return "\n".join(lines)
+def types_table(accuracy: VqaAccuracy) -> list[list[str]]:
+    """Rows of a table: the accuracies by answer type and by question type, best first."""
+    kinds = {"answer type": accuracy["per_answer_type"], "question type": accuracy["per_question_type"]}
+    return [
+        [f"{kind}: {name}", f"{value:.2f}"]
+        for kind, values in kinds.items()
+        for name, value in sorted(values.items(), key=lambda item: (-item[1], item[0]))
+    ]

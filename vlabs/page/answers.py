@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vlabs.attention.figures import Cell, View, as_view, pixels_of
 from vlabs.attention.maps import MAPS, legend_of
-from vlabs.errors import UserError, one_line
+from vlabs.errors import UserError, one_line, printable
 from vlabs.page.decoder import Decoder
 from vlabs.page.uploads import Uploads
 from vlabs.prediction.predictor import Answer, Predictor
@@ -34,17 +35,21 @@ class Page:
         searches: by the name of a folder, what finds pictures in it.
         uploads: the pictures that are asked about, and the limits of a request.
         decoder: of the pictures.
+        caution: what is said beside answers about a picture that somebody brought.
 
     Attributes:
         maps: that may be asked for.
         most_alpha: the largest α that may be asked for.
     """
 
-    def __init__(self, predictor: Predictor, searches: dict[str, Search], uploads: Uploads, decoder: Decoder) -> None:
+    def __init__(
+        self, predictor: Predictor, searches: dict[str, Search], uploads: Uploads, decoder: Decoder, caution: str = ""
+    ) -> None:
         self.predictor = predictor
         self.searches = searches
         self.uploads = uploads
         self.decoder = decoder
+        self.caution = caution
         self.limits = uploads.limits
         self.maps = [name for name in MAPS if name != "weights" or predictor.model.prior is not None]
         self.most_alpha = 2 * (predictor.alpha or 1)
@@ -85,14 +90,15 @@ class Page:
             self._check_length(text)
         image = self._decoded(picture)
         view = as_view(image, self.predictor.preprocessing.box(image.size))
+        said = _warnings([self.caution] if self.caution and not self.uploads.is_kept(picture) else [])
         with self.predictor.model.vision.keeping(keep):  # one request at a time, see `_or_error`
             answers = self.predictor.answer(image, asked, TOP, map_name, alpha)
-            said = _row(view, answers)
+            said += _row(view, answers)
             if other.strip():
                 under = self.predictor.answer(image, asked, TOP, map_name, alpha, other)
                 said += _row(view, under, other)
                 answers += under
-        return said + _legend([answer.map_name for answer in answers], f"a percentage is {self.predictor.meaning}")
+        return said + _legend([answer.map_name for answer in answers], self.predictor.meaning)
 
     def _decoded(self, picture: Any) -> Image.Image:
         content = self.uploads.read(picture)
@@ -114,14 +120,19 @@ class Page:
             raise UserError("there is no text to search for yet: type one")
         self._check_length(query)
         search = self.searches[folder]
-        found = search.find(query.strip())[:count]
+        compared = search.find(query.strip())
+        found = compared[:count]
         cells = search.show(found)
-        cards = "".join(_card(cell, html.escape(cell.note)) for cell in cells)
+        cards = ""
+        for place, (item, cell) in enumerate(zip(found, cells, strict=True), start=1):
+            bar = _bars([(f"{place}: {printable(item.path.name)}", item.share)])
+            cards += _card(cell, bar, item.path.stem, _under(cell.view))
         new = search.checkpoint.new_words(query)
-        said = f"<p class='warning'>its training never had: {html.escape(', '.join(new))}</p>" if new else ""
-        return f"{said}<div class='cards'>{cards}</div>" + _legend(
-            [cell.name for cell in cells], f"a number is {MEANING}"
-        )
+        said = f"<p>The best {len(found)} of {len(search.pictures):,} pictures for <b>{html.escape(query.strip())}</b>"
+        if len(compared) < len(search.pictures):
+            said += f", of which the {len(compared)} most like its ξ were compared"
+        said += "</p>" + _warnings([f"its training never had: {', '.join(new)}"] if new else [])
+        return f"{said}<div class='cards'>{cards}</div>" + _legend([one.name for one in cells], MEANING)
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.limits.characters:
@@ -157,36 +168,58 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
 
 
 def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
-    """The picture, and a card a question, side by side."""
-    cards = [_card(Cell(view), "the picture", "picture")]
+    """A card a question, side by side, over one picture."""
+    cards = []
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
-        bars = "".join(
-            f"<li><span class='bar' style='width:{100 * share:.1f}%'></span><span class='text'>{html.escape(text)}"
-            f"</span><span class='score'>{share:.1%}</span></li>"
-            for text, share in answer.answers
-        )
-        warnings = "".join(f"<p class='warning'>{html.escape(warning)}</p>" for warning in answer.warnings)
-        said = f"<b>{html.escape(answer.question)}</b>{note}<ol>{bars}</ol>{warnings}"
-        cards.append(_card(Cell(view, answer.map, answer.map_name), said))
-    return f"<div class='cards'>{''.join(cards)}</div>"
+        said = f"<b>{html.escape(answer.question)}</b>{note}{_bars(answer.answers)}{_warnings(answer.warnings)}"
+        cards.append(_card(Cell(view, answer.map, answer.map_name), said, answer.question))
+    return f"<div class='cards' {_under(view)}>{''.join(cards)}</div>"
 
 
-def _card(cell: Cell, said: str, kind: str = "card") -> str:
-    return f"<figure class='{kind}'>{_image(pixels_of(cell))}<figcaption>{said}</figcaption></figure>"
+def _bars(shares: Sequence[tuple[str, float]]) -> str:
+    rows = "".join(
+        f"<li><span class='bar' style='width:{100 * share:.1f}%'></span><span class='text'>{html.escape(text)}"
+        f"</span><span class='score'>{share:.1%}</span></li>"
+        for text, share in shares
+    )
+    return f"<ol>{rows}</ol>"
 
 
-def _legend(names: Sequence[str], numbers: str) -> str:
-    said = f"{html.escape(legend_of(names, own_range=True))}<br>{html.escape(numbers)}"
-    return f"<p class='legend'>low <span class='scale'></span> high; {said}</p>"
+def _warnings(warnings: Sequence[str]) -> str:
+    return "".join(f"<p class='warning'>{html.escape(warning)}</p>" for warning in warnings)
 
 
-def _image(pixels: np.ndarray) -> str:
-    """An `img` that carries its bytes, so that nothing is written to a disk."""
+def _card(cell: Cell, said: str, name: str, under: str = "") -> str:
+    """A map that is drawn aside to show the picture under it; see `_under`. The page's script reads the inputs."""
+    file = re.sub(r"\W+", "-", name).strip("-")[:60] or "map"
+    return (
+        f"<figure class='card' {under}><div class='look'>"
+        f"<img alt='the picture, and where the model looked' src='{_data(pixels_of(cell))}'>"
+        "<input type='range' name='at' min='0' max='100' value='0' aria-label='from the map to the picture'></div>"
+        f"<figcaption>{said}<a class='save' href='#' download='{file}.jpg'>download</a></figcaption></figure>"
+    )
+
+
+def _under(view: View) -> str:
+    """The picture that lies under the maps of an element."""
+    return f"style='--picture: url({_data(pixels_of(Cell(view)))})'"
+
+
+def _legend(names: Sequence[str], percentage: str) -> str:
+    said = f"{html.escape(legend_of(names, own_range=True))}<br>a percentage is {html.escape(percentage)}"
+    opacity = "<input type='range' name='opacity' min='0' max='1' step='0.01' value='1'>"
+    return (
+        f"<p class='legend'>Drag across a map to see the picture under it. <label>Opacity {opacity}</label><br>"
+        f"low <span class='scale'></span> high; {said}</p>"
+    )
+
+
+def _data(pixels: np.ndarray) -> str:
+    """A picture as an address that holds its bytes, so that nothing is written to a disk."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    coded = base64.b64encode(file.getvalue()).decode()
-    return f"<img alt='the picture, and where the model looked' src='data:image/jpeg;base64,{coded}'>"
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def example_pictures(folder: Path | None = None) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import secrets
 import socket
@@ -12,7 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from vlabs.attention import MAPS
 from vlabs.attention.maps import default_map
+from vlabs.page.about import About
 from vlabs.page.answers import LEAST_KEPT, Page
 from vlabs.page.connection import Connection
 from vlabs.page.hosts import Hosts, in_address, is_loopback
@@ -27,125 +30,176 @@ from fastapi import FastAPI
 
 _WAITING = 100  # requests in line; more are told to come back
 _CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
-_CSS = """
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 16px; margin-bottom: 16px; }
-.card, .picture { max-width: 420px; margin: 0; }
-.card img, .picture img { width: 100%; border-radius: 6px; display: block; }
-.card ol { list-style: none; margin: 6px 0 0; padding: 0; }
-.card li { position: relative; padding: 1px 6px; font-size: 14px; display: flex; justify-content: space-between; }
-.card .bar { position: absolute; inset: 1px auto 1px 0; background: var(--primary-200); border-radius: 3px; }
-.card .text, .card .score { position: relative; z-index: 1; }
-.card .score { font-variant-numeric: tabular-nums; margin-left: 8px; }
-.card .other, .warning { color: #b45309; font-size: 13px; margin: 2px 0 0; }
-.scale { display: inline-block; width: 80px; height: 10px; border-radius: 3px;
-  background: linear-gradient(90deg, #00224e, #575d6d, #a59c74, #fee838); }
-.legend { color: var(--body-text-color-subdued); font-size: 13px; margin-top: 8px; }
-.error { color: #b91c1c; font-weight: 600; }
+_PAST = 12  # answers that a tab keeps
+# Of answers: what is dragged is a variable of the style, and a link takes the map of its card.
+_SCRIPT = """
+element.addEventListener("input", ({target}) => {
+  element.style.setProperty("--" + target.name, target.value);
+  for (const one of element.querySelectorAll(`[name=${target.name}]`)) one.value = target.value;
+});
+element.addEventListener("click", ({target}) => {
+  if (target.className === "save") target.href = target.closest("figure").querySelector("img").src;
+});
+"""
+# The history is of a tab and stays in it: all values of the form with what was said, newest first.
+_REMEMBER = """(...all) => {
+  const cards = new DOMParser().parseFromString(all.at(-1), "text/html").querySelectorAll(".card");
+  if (!cards.length) return;
+  const said = Array.from(cards, (card) => card.querySelector("b").textContent + " " +
+    card.querySelector(".text").textContent);
+  globalThis.asked = [{shown: {url: cards[0].querySelector("img").src}, said: said.join("; "), all},
+    ...(globalThis.asked ?? [])].slice(0, MOST);
+  if (innerWidth < 700) document.querySelector("#answers").scrollIntoView({behavior: "smooth"});
+  return {__type__: "update", samples: asked.map(({shown, said}) => [shown, said])};
+}""".replace("MOST", str(_PAST))
+_STEERING = """
+- **ξ** is what a question asks the image encoder to look for: one vector, made of the text.
+- **α** is how strongly the patches that are like ξ are fed back, for a second look at the picture.
+- A **map** says where the model looked, in one of several senses:
 """
 _FONTS = ["system-ui", "sans-serif"]
+# Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
+_RAW: dict[str, Any] = {"preprocess": False, "postprocess": False}
+_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def build(page: Page, title: str, examples: Sequence[tuple[Path, str]], no_search: str) -> gr.Blocks:
+def build(
+    page: Page, model: About, searcher: About | None, examples: Sequence[tuple[Path, str]], texts: Sequence[str]
+) -> gr.Blocks:
     """The page.
 
     Args:
         page: what answers.
-        title: a line about the model.
+        model: that is asked.
+        searcher: the model that searches, where one does.
         examples: pictures to begin with, each with questions.
-        no_search: why there is no search, where there is none.
+        texts: to begin a search with.
     """
-    model, alpha = page.predictor.model, page.predictor.alpha
-    # Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
-    raw: dict[str, Any] = {"preprocess": False, "postprocess": False}
-    with gr.Blocks(title="vlabs", analytics_enabled=False) as blocks:
-        gr.Markdown(f"## vlabs\n{title}")
-        training = html.escape(page.predictor.checkpoint.training)
-        gr.HTML(f"<p>The training of this model: {training}.</p>", elem_id="about")
-        with gr.Tab("Ask"), gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(
-                    type="filepath", sources=["upload", "clipboard"], label="Picture", height=220, elem_id="picture"
-                )
-                questions = gr.Textbox(label="Questions, one a line", lines=3, elem_id="questions")
-                with gr.Accordion("Where it looks", open=True):
-                    map_name = gr.Radio(
-                        page.maps,
-                        value=default_map(model),
-                        label="Map",
-                        elem_id="map",
-                        info="What says where it looks.",
-                    )
-                    strength = gr.Slider(
-                        0, page.most_alpha, value=alpha or 0, label="α, strength of the top-down signal",
-                        visible=alpha is not None, elem_id="alpha", info="0: no top-down signal.",
-                    )  # fmt: skip
-                    other = gr.Textbox(
-                        label="ξ of another question", visible=model.prior is not None, elem_id="other",
-                        placeholder="empty: every question steers by its own ξ",
-                        info="ξ is what a question asks the image encoder to look for.",
-                    )  # fmt: skip
-                    share = gr.Slider(
-                        LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches that are looked at twice",
-                        visible=not model.vision.needs_all, elem_id="keep", info="Those most like ξ; fewer are faster.",
-                    )  # fmt: skip
-                button = gr.Button("Ask", variant="primary", elem_id="ask")
-            with gr.Column(scale=5):
-                answers = gr.HTML(elem_id="answers")
-                if examples:
-                    begins = [(_file(page.uploads.keep(path)), text) for path, text in examples]
-                    shown = gr.Dataset(
-                        components=[picture, questions], samples=[[None, ""] for _ in begins],
-                        label="Pictures to begin with", samples_per_page=12, type="index",
-                    )  # fmt: skip
-                    shown.samples = [list(one) for one in begins]
-        given = [picture, questions, map_name, strength, other, share]
-
-        def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any, share: Any) -> str:
-            name = picture.get("path") if isinstance(picture, dict) else picture
-            strength = strength if alpha is not None else None
-            return page.ask(name, questions, map_name, strength, other, None if model.vision.needs_all else share)
-
-        if examples:
-
-            def begin(number: Any, *how: Any) -> tuple[Any, str, str]:
-                if type(number) is not int or not 0 <= number < len(begins):
-                    return None, "", ""
-                file, text = begins[number]
-                return file, text, ask(file, text, *how) if text else ""
-
-            def first(*how: Any) -> tuple[Any, str, str]:
-                return begin(0, *how)
-
-            how, all_of_it = [map_name, strength, other, share], [picture, questions, answers]
-            shown.click(begin, [shown, *how], all_of_it, api_visibility="private", show_progress="hidden", **raw)
-            blocks.load(first, how, all_of_it, api_visibility="private", show_progress="hidden", **raw)
-        button.click(ask, given, answers, api_name="ask", **raw)
-        questions.submit(ask, given, answers, api_visibility="private", **raw)
-        for control in (map_name, strength, share):
-            event = control.release if isinstance(control, gr.Slider) else control.input
-
-            def again(*values: Any) -> str:
-                return ask(*values) if values[0] and values[1] else ""
-
-            event(again, given, answers, api_visibility="private", show_progress="hidden", **raw)
+    with gr.Blocks(title=f"vlabs: {model.name}", analytics_enabled=False) as blocks:
+        gr.Markdown(
+            "# vlabs\nAsk about a picture. The question tells the image encoder what to look for "
+            "([AbSViT](https://arxiv.org/abs/2303.13043)), and the page shows where it looked."
+        )
+        with gr.Tab("Ask"):
+            _show_about(model, "answers here")
+            _ask(page, [(_file(page.uploads.keep(path)), text) for path, text in examples])
         with gr.Tab("Search"):
-            for training in dict.fromkeys(search.checkpoint.training for search in page.searches.values()):
-                gr.HTML(f"<p>The training of the model that searches: {html.escape(training)}.</p>")
-            if page.searches:
-                with gr.Row():
-                    query = gr.Textbox(
-                        label="Text", scale=4, elem_id="query", placeholder="A purple star right of a cross."
-                    )
-                    names = list(page.searches)
-                    folder = gr.Dropdown(names, value=names[0], label="Folder", scale=2)
-                    count = gr.Slider(1, 24, value=6, step=1, label="Pictures", scale=1)
-                search = gr.Button("Search", variant="primary", elem_id="search")
-                found = gr.HTML(elem_id="found")
-                search.click(page.find, [folder, query, count], found, api_name="find", **raw)
-                query.submit(page.find, [folder, query, count], found, api_visibility="private", **raw)
+            if searcher is not None:
+                _show_about(searcher, "searches here")
+                _search(page, texts)
             else:
-                gr.Markdown(no_search)
+                gr.Markdown(
+                    "There is nothing to search: start with `--search-ckpt` of a model trained on captions and "
+                    "`--images FOLDER`."
+                )
     return blocks
+
+
+def _show_about(model: About, does: str) -> None:
+    said = f"The model <b>{html.escape(model.name)}</b> {does}. Its training: {html.escape(model.training)}."
+    gr.HTML(f"<p>{said}</p><p>{html.escape(model.limits)}</p>", elem_classes="about")
+    with gr.Accordion(f"The card of {model.name}: how it was made, how good it is, its limits", open=False):
+        gr.Markdown(model.card, elem_classes="model")
+
+
+def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """The tab where a model is asked; `begins` are pictures with their questions, of which the first is answered."""
+    model, alpha = page.predictor.model, page.predictor.alpha
+    examples = gr.Dataset(
+        components=["image"], samples=[[None] for _ in begins], type="index", samples_per_page=24,
+        label="Pictures to begin with: a click asks", visible=bool(begins), elem_id="examples",
+    )  # fmt: skip
+    examples.samples = [[file] for file, _ in begins]
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            picture = gr.Image(
+                type="filepath", sources=["upload", "clipboard"], label="Picture", height=220, elem_id="picture"
+            )
+            questions = gr.Textbox(label="Questions, one a line", lines=2, elem_id="questions")
+            button = gr.Button("Ask", variant="primary", elem_id="ask")
+            how = _how(page)
+        with gr.Column(scale=5, min_width=300):
+            answers = gr.HTML(elem_id="answers", js_on_load=_SCRIPT)
+            with gr.Accordion(f"Asked in this tab: the last {_PAST}, a click shows one again", open=False):
+                past = gr.Dataset(
+                    components=["image", "textbox"], headers=["map", "questions and answers"], samples=[],
+                    type="index", show_label=False, elem_id="past",
+                )  # fmt: skip
+    given = [picture, questions, *how]
+
+    def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any, share: Any) -> str:
+        name = picture.get("path") if isinstance(picture, dict) else picture
+        strength = strength if alpha is not None else None
+        return page.ask(name, questions, map_name, strength, other, None if model.vision.needs_all else share)
+
+    def again(*values: Any) -> str:
+        return ask(*values) if values[0] and values[1] else ""
+
+    def begin(number: Any, typed: Any, *how: Any) -> tuple[Any, Any, str]:
+        if type(number) is not int or not 0 <= number < len(begins):
+            return None, "", ""
+        file, text = begins[number][0], begins[number][1] or typed
+        return file, text, again(file, text, *how)
+
+    if begins:  # the first one is answered once, for all
+        picture.value, questions.value, answers.value = begin(0, "", *(control.value for control in how))
+    for event in (
+        examples.click(begin, [examples, questions, *how], [picture, questions, answers], **_QUIET, **_RAW),
+        button.click(ask, given, answers, api_name="ask", **_RAW),
+        questions.submit(ask, given, answers, api_visibility="private", **_RAW),
+    ):
+        event.then(None, [*given, answers], past, js=_REMEMBER, **_QUIET)
+    for control in how:
+        if not isinstance(control, gr.Textbox):
+            changed = control.release if isinstance(control, gr.Slider) else control.input
+            changed(again, given, answers, **_QUIET, **_RAW)
+    past.click(None, past, [*given, answers], js="(number) => asked[number].all", **_QUIET)
+
+
+def _how(page: Page) -> list[Any]:
+    """What is set beside a question, folded: map, α, ξ of another question, share of the patches."""
+    model, alpha = page.predictor.model, page.predictor.alpha
+    with gr.Accordion("Where it looks: maps, α and ξ", open=False, elem_id="how"):
+        gr.Markdown(_STEERING if model.prior is not None else _STEERING.splitlines()[-1])
+        return [
+            gr.Radio(
+                [(f"{name}: {MAPS[name]}", name) for name in page.maps], value=default_map(model), label="Map",
+                elem_id="map",
+            ),
+            gr.Slider(
+                0, page.most_alpha, value=alpha or 0, label="α, strength of the top-down signal",
+                visible=alpha is not None, elem_id="alpha", info="0: no top-down signal.",
+            ),
+            gr.Textbox(
+                label="ξ of another question", visible=model.prior is not None, elem_id="other",
+                placeholder="empty: every question steers by its own ξ",
+                info="What the model says when it is told to look for something else.",
+            ),
+            gr.Slider(
+                LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches that are looked at twice",
+                visible=not model.vision.needs_all, elem_id="keep", info="Those most like ξ; fewer are faster.",
+            ),
+        ]  # fmt: skip
+
+
+def _search(page: Page, texts: Sequence[str]) -> None:
+    """The tab where pictures are searched; `texts` are some to begin with."""
+    with gr.Row():
+        query = gr.Textbox(label="Text", scale=4, min_width=300, elem_id="query")
+        names = list(page.searches)
+        folder = gr.Dropdown(names, value=names[0], label="Folder", scale=2)
+        count = gr.Slider(1, page.limits.pictures, value=6, step=1, label="Pictures", scale=2)
+    examples = gr.Dataset(
+        components=["textbox"], samples=[[text] for text in texts], label="Texts to begin with: a click searches",
+        visible=bool(texts), elem_id="texts",
+    )  # fmt: skip
+    button = gr.Button("Search", variant="primary", elem_id="search")
+    found = gr.HTML(elem_id="found", js_on_load=_SCRIPT)
+    given = [folder, query, count]
+    button.click(page.find, given, found, api_name="find", **_RAW)
+    query.submit(page.find, given, found, api_visibility="private", **_RAW)
+    chosen = examples.click(None, examples, query, js=f"(number) => {json.dumps(texts)}[number]", **_QUIET)
+    chosen.then(page.find, given, found, api_visibility="private", **_RAW)
 
 
 def _file(name: str) -> dict[str, Any]:
@@ -166,9 +220,10 @@ def serve(page: Page, blocks: gr.Blocks, listener: socket.socket, host: str, oth
     port = listener.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     # All in the background of the process: Gradio's own server, queue and files are not used.
+    theme = gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=["monospace"])
     form = gr.mount_gradio_app(
         FastAPI(), blocks, "/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
-        mcp_server=False, css=_CSS, theme=gr.themes.Default(font=_FONTS, font_mono=["monospace"]),
+        mcp_server=False, css_paths=Path(__file__).with_name("page.css"), theme=theme,
     )  # fmt: skip
     functions = {n: (one.fn, len(one.inputs)) for n, one in blocks.fns.items() if one.fn is not None}
     line = Line(_WAITING)

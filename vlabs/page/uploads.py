@@ -111,6 +111,10 @@ class Uploads:
             raise UserError(f"there is no room for the picture here ({error.strerror}): try again later") from None
         return name
 
+    def is_kept(self, name: object) -> bool:
+        """Whether it is a picture of the page's own."""
+        return isinstance(name, str) and name in self._kept
+
     def read(self, name: object) -> bytes:
         """The content of a picture.
 

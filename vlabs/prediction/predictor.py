@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlabs.attention.maps import DEAD, MAPS, default_map, look_by
+from vlabs.checkpoints.abilities import Ability, check_able, pictures_per_text
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, pictures_of, task_of
 from vlabs.data.decoding import as_shown
@@ -19,12 +20,14 @@ from vlabs.data.prepared import LABELS, read_answers
 from vlabs.data.preprocessing import Preprocessing, check_text, decode_image
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
-from vlabs.models.heads import LabelHead, VQAHead
+from vlabs.models.heads import VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
 from vlabs.utils.archives import read_regular
 from vlabs.utils.device import find_device
 
 AnyImage = str | Path | Image.Image
+ANSWERS = ("texts", "answers")
+"""What a model has to be able to do to be asked."""
 
 # Of the text encoders that METER was trained with.
 _TOKENIZERS: dict[type, str] = {
@@ -70,7 +73,7 @@ class Answer:
 
 
 class Predictor:
-    """Answers questions with the model of a VQA checkpoint, or labels statements with one of snli_ve or nlvr2.
+    """Answers questions or labels statements, with any model whose head gives their probabilities.
 
     Args:
         checkpoint: the model and its preprocessing.
@@ -79,11 +82,12 @@ class Predictor:
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
+        if not checkpoint.preprocessing.names:
+            raise UserError(f"{checkpoint.path} does not name what its model tells apart, so it has nothing to answer")
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
         self.device = device
-        head = checkpoint.model.head
-        self.pictures = head.pictures if isinstance(head, LabelHead) else 1
+        self.pictures = pictures_per_text(checkpoint.model)
 
     @property
     def alpha(self) -> float | None:
@@ -92,8 +96,8 @@ class Predictor:
 
     @property
     def meaning(self) -> str:
-        """What the percentages of answers are."""
-        return str(self.model.head.meaning)
+        """What the percentages of answers are, which a head says by `meaning`."""
+        return str(getattr(self.model.head, "meaning", "what its head makes of its logits"))
 
     @torch.inference_mode()
     def prior(self, text: str) -> Tensor:
@@ -196,25 +200,23 @@ def load_any(
     *,
     answers: str | Path | None = None,
     tokenizer: str | None = None,
-    trained_for: Sequence[str] = ("vqa",),
+    needs: Sequence[str | Ability] = ANSWERS,
 ) -> Checkpoint:
     """A vlabs checkpoint, export or run folder, or a file of the released METER code.
 
     Args:
         answers: for a released VQA file, the prepared folder whose vocabulary it was trained on.
-        trained_for: the tasks whose checkpoints will do.
+        needs: what the model has to be able to do, of `vlabs.checkpoints.abilities.ABILITIES`.
         tokenizer: for a released file, the RoBERTa it was trained with, by hub name or local folder.
 
     Raises:
-        UserError: no checkpoint, one of another task, or a released file without its vocabulary.
+        UserError: no checkpoint, one of a model that lacks an ability, or a released file without its vocabulary.
     """
     file = find_checkpoint(path)
     content = read_tensors(file)
     if "vlabs" in content:
         checkpoint = rebuild(content["vlabs"], content["state_dict"], file)
-        if checkpoint.task not in trained_for:
-            wanted = " or ".join(trained_for)
-            raise UserError(f"{file} was trained for the task '{checkpoint.task}', not for {wanted}")
+        check_able(checkpoint.network, checkpoint.task, needs, file)
         return checkpoint
     if not any("vit_model." in key for key in content.get("state_dict", content)):
         raise UserError(f"{file} is neither a vlabs checkpoint nor one of the released METER code")
@@ -222,10 +224,9 @@ def load_any(
     task = task_of(state)
     if task is None:
         raise UserError(f"{file} has none of METER's heads: it is no whole checkpoint of the released code")
-    if task not in trained_for:
-        raise UserError(f"{file} was trained for the task '{task}', not for {' or '.join(trained_for)}")
     module = load_released(state, task=task)
     assert isinstance(module, ReleasedVLM)
+    check_able(module.model, task, needs, file)
     if task != "vqa":
         return _released_checkpoint(module, file, tokenizer, LABELS.get(task, ()), answers, task)
     if answers is None:
@@ -283,8 +284,7 @@ def load(
         UserError: the file is no checkpoint of a model that answers or labels, or the model cannot keep such a share.
     """
     device = find_device(device)
-    tasks = ("vqa", "snli_ve", "nlvr2")
-    checkpoint = load_any(path, answers=answers, tokenizer=tokenizer, trained_for=tasks)
+    checkpoint = load_any(path, answers=answers, tokenizer=tokenizer)
     if keep is not None:
         checkpoint.vision.keep = keep
     return Predictor(checkpoint, device)

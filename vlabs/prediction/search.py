@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ from vlabs.utils.arguments import SEARCH_INDEX
 from vlabs.utils.files import content_sha256
 
 CACHE = SEARCH_INDEX
-MEANING = "a score (a logit) that ranks the pictures of one text; scores of two texts do not compare"
-"""What the numbers of found pictures are."""
+MEANING = "a picture's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
+"""What the percentages of found pictures are."""
 _AT_ONCE = 32  # pictures that are read, compared or scored together
 
 
@@ -41,12 +41,14 @@ class Found:
         score: of the ranking; higher is better.
         map: (rows, columns), where the model looked.
         name: which map that is, see `vlabs.attention.maps.look_by`.
+        share: softmax of the scores over the pictures that were scored, in [0, 1].
     """
 
     path: Path
     score: float
     map: np.ndarray
     name: str
+    share: float = 0.0
 
 
 class Search:
@@ -117,6 +119,8 @@ class Search:
         found = []
         for start in range(0, len(chosen), _AT_ONCE):
             found += self._scored(texts, chosen[start : start + _AT_ONCE])
+        shares = torch.tensor([item.score for item in found], dtype=torch.float64).softmax(dim=0).tolist()
+        found = [replace(item, share=share) for item, share in zip(found, shares, strict=True)]
         return sorted(found, key=lambda item: -item.score)
 
     def _shortlist(self, prior: Tensor, k: int) -> list[int]:
@@ -144,12 +148,12 @@ class Search:
         ]
 
     def show(self, found: Sequence[Found]) -> list[Cell]:
-        """Found pictures, each with its place, score and map for the query."""
+        """Found pictures, each with its place, share and map for the query."""
         cells = []
         for place, item in enumerate(found, start=1):
             image = open_image(item.path)
             view = as_view(image, self.preprocessing.box(image.size))
-            cells.append(Cell(view, item.map, item.name, note=f"{place}: {item.path.name} {item.score:.2f}"))
+            cells.append(Cell(view, item.map, item.name, note=f"{place}: {item.path.name} {item.share:.1%}"))
         return cells
 
 

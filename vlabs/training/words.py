@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from vlabs.checkpoints.checkpoint import trainings_in_words
 from vlabs.data.module import PreparedDataModule
-from vlabs.runs.groups import config_dir
+from vlabs.runs.groups import choices
 from vlabs.tasks.base import Task
 from vlabs.utils.ranks import say
 
@@ -111,7 +111,7 @@ def ending(task: Task, folder: str | Path, line: EpochLine) -> str:
     lines = [f"done: {folder}"]
     if line.best is not None:
         lines.append(f"  best {task.monitor}: {line.best:.4g} in epoch {line.epoch} (step {line.step:,})")
-    if (Path(config_dir()) / "evaluation" / f"{task.name}.yaml").is_file():
+    if task.name in choices("evaluation"):
         chosen = "" if task.name == "vqa" else f" task={task.name}"
         lines.append(f"  next: vlabs evaluate{chosen} ckpt={folder}")
     else:
