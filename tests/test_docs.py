@@ -72,7 +72,8 @@ def test_every_public_module_is_in_the_reference():
         for page in (ROOT / "docs/api").glob("*.md")
         for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
     ]
-    assert not modules - set(listed)
+    missing = sorted(modules - set(listed))
+    assert not missing
     assert len(listed) == len(set(listed))
     assert all(f"api/{page.name}" in (ROOT / "mkdocs.yml").read_text() for page in (ROOT / "docs/api").glob("*.md"))
 
