@@ -1,4 +1,4 @@
-"""vlabs: vision-language fine-tuning with an image encoder that is told what to look for.
+"""vlabs: fine-tuning of vision-language models whose image encoder knows the question.
 
 import vlabs
 model = vlabs.load("outputs/vqa/RUN")

@@ -1,4 +1,4 @@
-"""What `make demo` runs: corpus, training, evaluation, one picture; each step says what it does and how long it took.
+"""`make demo`: corpus, training, evaluation and a figure; each step says what it does and how long it took.
 
 vlabs demo --out demo
 """
@@ -106,7 +106,7 @@ def _data_dir(out: Path) -> str:
 
 
 def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
-    """The picture of the demo: the image of `three_questions`, and for each where ξ points and what was answered."""
+    """The figure of the demo: the image of `three_questions` and, for each question, where ξ points and the answer."""
     # Not before a demo gets here: --help takes no seconds.
     from vlabs.attention.figures import Cell, as_view, question_figure, save_figure
     from vlabs.data.prepared import load_split

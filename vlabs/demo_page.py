@@ -1,10 +1,10 @@
-"""A web page where people ask a model about pictures, see where it looks, and search a folder by text.
+"""A web page where people ask a model about images, see where it looks, and search a folder by text.
 
 vlabs demo-page                                              # the model that comes with vlabs, no network
 vlabs demo-page --ckpt RUN --search-ckpt RUN2 --images holidays/
 
-It answers on this machine alone, unless --host says otherwise: it then needs the token that is in its address. An
-uploaded picture lies in a temporary folder for ten minutes at most; answers are not written anywhere.
+It answers on this machine only, unless --host is given; it then asks for the token in its address. An uploaded image
+is in a temporary folder for ten minutes at most; answers are not written anywhere.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
 
 
 def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search]:
-    """What is searched, by folder: with the model that comes with vlabs, the pictures that come with it."""
+    """What is searched, by folder: with the model that comes with vlabs, the images that come with it."""
     from vlabs.checkpoints.checkpoint import packaged_starts
     from vlabs.page.answers import example_pictures
     from vlabs.prediction.predictor import load_any

@@ -1,8 +1,7 @@
-"""How a user hears that something is wrong: one line on standard error, a status that is not 0, and no traceback.
+"""Errors for users: one line on standard error, an exit status that is not 0, and no traceback.
 
-A `UserError` is in vlabs' own words. What the system, torch, Lightning or another library says is put into one line by
-`foreseen`, here for all commands. All else is a fault of vlabs' own and keeps its traceback; with VLABS_DEBUG=1 there
-always is one.
+A `UserError` is raised by vlabs. Messages of the system, torch, Lightning or another library become one line in
+`foreseen`, for all commands. Everything else is a bug of vlabs and keeps its traceback; VLABS_DEBUG=1 always shows it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """A text as a terminal may have it: what steers a terminal, or is no character at all, is written out."""
+    """A text that is safe for a terminal: control characters and invalid characters are escaped."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
@@ -41,19 +40,18 @@ def show(text: object, **options: Any) -> None:
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks and control characters; of an error that a loader process passed on, only what it
-    says."""
+    """A message without line breaks and control characters; for an error from a loader process, only its message."""
     return printable(" ".join(_said(message)[1].split()))
 
 
 def fault(error: BaseException) -> str:
-    """What is said of an error that nobody foresaw."""
+    """The message of an unforeseen error."""
     return f"{type(error).__name__}: {error} (a fault of vlabs' own: please report it with its traceback)"
 
 
 def exit_with(message: str, status: int = 1) -> NoReturn:
-    """Print `error: message` on one line of standard error and leave. Of several processes that fail alike, only the
-    one that started the others is heard.
+    """Print `error: message` on one line of standard error and exit. If several processes fail in the same way, only
+    the one that started the others prints.
     """
     parent = os.getppid()
     for _ in range(50 if int(os.environ.get("LOCAL_RANK") or 0) > 0 else 0):
@@ -65,10 +63,10 @@ def exit_with(message: str, status: int = 1) -> NoReturn:
 
 
 def fail(error: BaseException, sentence: str | None) -> NoReturn:
-    """Say what an error means, and leave with a status that is not 0.
+    """Explain an error, and exit with a status that is not 0.
 
     Args:
-        sentence: of `foreseen`; None for a fault of vlabs' own, which is shown with its traceback.
+        sentence: the result of `foreseen`; None for a bug of vlabs, which is shown with its traceback.
     """
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
@@ -85,7 +83,7 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command line program. Whatever is wrong becomes one line and status 1, Ctrl-C status 130."""
+    """Run a command. Every error becomes one line and exit status 1; Ctrl-C is status 130."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -107,10 +105,10 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def foreseen(error: BaseException) -> str | None:
-    """A sentence for what is wrong outside of vlabs: input, files, memory, the machine, a library's options.
+    """A sentence for an error outside of vlabs: input, files, memory, the machine, a library's options.
 
     Returns:
-        None for all else.
+        The sentence, or None for other errors.
     """
     name, text = _said(str(error))
     kinds = {kind.__name__ for kind in type(error).__mro__} | _bases(name)
@@ -176,7 +174,7 @@ _REMEDY = {
 
 
 def _of_the_system(error: BaseException, text: str) -> str:
-    """Which file, what the system says of it, and what to do."""
+    """The file, the system's message, and what to do."""
     number = getattr(error, "errno", None)
     reason = getattr(error, "strerror", None)
     if reason is None:  # of a library, or passed on by a loader process
@@ -204,7 +202,7 @@ def _bases(name: str) -> set[str]:
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:
-    """Whether the code that raised an error is of a package, or of a part of it."""
+    """Whether an error was raised in a package, or in a part of it."""
     last = ([""] + list(_frames(error)))[-1]
     return any(f"{last}.".startswith(f"{package}.") for package in packages)
 
@@ -222,7 +220,7 @@ def _has_no_reader() -> bool:
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In the place of argparse's own, which prints the usage first."""
+    """Instead of argparse's own, which prints the usage first."""
     exit_with(f"{message} (--help says what there is)", 2)
 
 

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: `vlabs evaluate ckpt=RUN split=val`, or `task=retrieval data=flickr30k ckpt=RUN`.
 
-What is measured is in `vlabs.evaluation`, a module a task.
+What is measured is in `vlabs.evaluation`, with one module per task.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
 
 
 def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
-    """Load a checkpoint, measure it, write what comes out to a folder, and return the metrics.
+    """Load a checkpoint, measure it, write the results to a folder, and return the metrics.
 
     Args:
-        config: of `vlabs evaluate`.
+        config: the config of `vlabs evaluate`.
     """
     # Not with this module: --help takes no seconds.
     import torch
@@ -110,7 +110,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
 
 
 def numbers_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers among metrics, those of metrics within metrics too, each by its path."""
+    """All numbers in nested metrics, by their paths."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""A model of a run for others: vlabs export --ckpt RUN --out model.safetensors.
+"""Export a model: vlabs export --ckpt RUN --out model.safetensors.
 
---out model.safetensors     one file that evaluate, predict, init= and vlabs.load take
---out FOLDER                a folder as on the Hugging Face hub, with a model card
+--out model.safetensors     one file for evaluate, predict, init= and vlabs.load
+--out FOLDER                a folder in the Hugging Face hub's layout, with a card
 --to-hub user/name          the same on the hub
 --out FOLDER --format onnx  both passes with ξ as an input, for serving without vlabs (or `torch`: torch.export)
 """

@@ -1,4 +1,4 @@
-"""Answer questions about a picture, or label statements, and show where the model looked.
+"""Answer questions about an image, or label statements, and show where the model looked.
 
 vlabs predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
 vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
@@ -75,7 +75,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
-    """A map a question beside its picture; a row a statement, where it is about several pictures."""
+    """A map per question beside its image; a row a statement, where it is about several images."""
     from vlabs.attention.figures import Cell, grid_figure, question_figure
 
     rows = []

@@ -1,8 +1,8 @@
-"""One page about a sweep: what every variant is worth, how sure that is, and what it costs.
+"""A report on a sweep: the accuracy of every variant, its uncertainty, and its cost.
 
 vlabs report outputs/sweeps/DATE
 
-What it says and how is in `vlabs.evaluation.report`.
+See `vlabs.evaluation.report`.
 """
 
 from __future__ import annotations

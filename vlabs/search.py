@@ -1,9 +1,9 @@
-"""Search a folder of pictures by text, and show where the model looked.
+"""Search a folder of images by text, and show where the model looked.
 
 vlabs search --ckpt RUN --images holidays --query "a dog that doesn't look at the camera"
 
-First passes over the pictures are kept on disk, by the content of the files; the prior ξ of the query finds the most
-promising ones by them, and these go through the whole network, without being read again.
+First passes over the images are stored on disk, by the content of the files. The prior ξ of the query selects the most
+promising images from them, and these go through the whole network without being read again.
 """
 
 from __future__ import annotations

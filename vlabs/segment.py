@@ -1,4 +1,4 @@
-"""Segment a picture: the class of every pixel, or what a text names.
+"""Segment an image: the class of every pixel, or what a text names.
 
 vlabs segment --ckpt RUN --image street.jpg                             # of task=segment
 vlabs segment --ckpt RUN --image scene.jpg --text "red large star"      # of task=refer

@@ -1,4 +1,4 @@
-"""Train: `vlabs train task=vqa [group=choice] [key=value]`, with `-m` a sweep, with `resume=RUN_DIR` go on.
+"""Train: `vlabs train task=vqa [group=choice] [key=value]`; `-m` runs a sweep, `resume=RUN_DIR` continues a run.
 
 A run folder holds config.yaml (resolved), environment.json, metrics.csv, summary.json, checkpoints/, figures/, wandb/.
 """
@@ -35,7 +35,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def _arguments(given: list[str]) -> list[str]:
-    """Arguments for Hydra of a run that goes on, or begins with the config of another."""
+    """Hydra's arguments for a resumed run, or for one with the config of another."""
     resumed = _resume_arguments(given)
     return resumed if resumed != given else _same_arguments(given)
 
@@ -86,10 +86,10 @@ _QUIET = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.job_log
 
 
 def _mend_config(run_dir: Path) -> None:
-    """Write a config.yaml that is damaged or gone as the run's last checkpoint has it.
+    """Restore a damaged or missing config.yaml from the run's last checkpoint.
 
     Raises:
-        UserError: that has none either.
+        UserError: the checkpoint has none either.
     """
     config, path = read_config(run_dir), run_dir / "config.yaml"
     if config is not None and "resume" in config:  # the last of its lines

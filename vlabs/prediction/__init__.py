@@ -1,1 +1,1 @@
-"""Trained models in use: answers to questions, and search in a folder of pictures."""
+"""Trained models in use: answers to questions, and search in a folder of images."""

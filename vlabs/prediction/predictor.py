@@ -1,4 +1,4 @@
-"""A trained model that answers questions about pictures, or labels statements about them."""
+"""A trained model that answers questions about images, or labels statements about them."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _TOKENIZERS: dict[type, str] = {
 
 @dataclass
 class Answer:
-    """What the model answers to one question, or how it labels one statement.
+    """The answer to one question, or the label of one statement.
 
     Attributes:
-        question: as it was asked.
-        answers: the best answers with their probabilities, best first: sigmoid of the logit for answers, of which
-            several may be right; softmax for labels.
-        maps: of each picture (rows, columns) of the patch grid, non-negative, in `Preprocessing.box`: where the model
-            looked.
-        map_name: which map that is: `fusion` where ξ is like no patch, so that its weights are 0 everywhere.
-        steers: whether ξ is like any patch of the pictures; None where no ξ steers.
-        new_words: of the question, which no text of the training had; none where the checkpoint does not know.
+        question: the question.
+        answers: the best answers with their probabilities, best first: sigmoid for answers, of which several may be
+            right; softmax for labels.
+        maps: where the model looked: one map (rows, columns) per image over its patch grid, non-negative, in
+            `Preprocessing.box`.
+        map_name: the name of that map: `fusion` if ξ is similar to no patch, so that all its weights are 0.
+        steers: whether ξ is similar to any patch of the images; None if no ξ steers.
+        new_words: words of the question that no training text had; empty if the checkpoint does not know.
     """
 
     question: str
@@ -60,12 +60,12 @@ class Answer:
 
     @property
     def map(self) -> np.ndarray:
-        """Of the first picture, mostly the only one."""
+        """The map of the first image, which is usually the only one."""
         return self.maps[0]
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be known before the answer is believed, in words."""
+        """Warnings about the answer, in words."""
         said = [f"its training never had: {', '.join(self.new_words)}"] if self.new_words else []
         if self.steers is False:
             said.append(DEAD.format(self.map_name))
@@ -73,7 +73,7 @@ class Answer:
 
 
 class Predictor:
-    """Answers questions or labels statements, with any model whose head gives their probabilities.
+    """Answers questions or labels statements, with any model whose head gives probabilities.
 
     Args:
         checkpoint: the model and its preprocessing.
@@ -91,12 +91,12 @@ class Predictor:
 
     @property
     def alpha(self) -> float | None:
-        """Strength of the top-down signal; None where the model has none."""
+        """The strength of the top-down signal; None if the model has none."""
         return getattr(self.model.vision.topdown, "alpha", None)
 
     @property
     def meaning(self) -> str:
-        """What the percentages of answers are, which a head says by `meaning`."""
+        """The meaning of the percentages, from the head's `meaning`."""
         return str(getattr(self.model.head, "meaning", "what its head makes of its logits"))
 
     @torch.inference_mode()
@@ -121,19 +121,19 @@ class Predictor:
         alpha: float | None = None,
         prior_of: str | None = None,
     ) -> list[Answer]:
-        """Answer questions about one picture; they share its bottom-up pass.
+        """Answer questions about one image; they share its bottom-up pass.
 
         Args:
             image: a file, or a Pillow image; two of them for a model of pairs (nlvr2), left before right.
-            questions: any text; longer than the model's limit is cut.
-            top: answers a question.
-            map_name: which map says where it looked (see `attention_map`); None for `default_map`.
-            alpha: strength of the top-down signal in the place of the model's own.
-            prior_of: a text whose ξ steers the encoder in the place of the questions' own.
+            questions: any texts; they are cut at the model's limit.
+            top: number of answers per question.
+            map_name: the map to show (see `attention_map`); None for `default_map`.
+            alpha: strength of the top-down signal instead of the model's own.
+            prior_of: a text whose ξ steers the encoder instead of the questions' own.
 
         Raises:
-            UserError: a file is missing or no image, there are too many or too few, a question is empty, there is no
-                such map, α is no number or too large, or the model has no α or no ξ to be replaced.
+            UserError: a file is missing or not an image, there are too many or too few images, a question is empty, the
+                map does not exist, α is not a number or too large, or the model has no α or no ξ to replace.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -202,15 +202,15 @@ def load_any(
     tokenizer: str | None = None,
     needs: Sequence[str | Ability] = ANSWERS,
 ) -> Checkpoint:
-    """A vlabs checkpoint, export or run folder, or a file of the released METER code.
+    """Load a vlabs checkpoint, export or run folder, or a file of the released METER code.
 
     Args:
         answers: for a released VQA file, the prepared folder whose vocabulary it was trained on.
-        needs: what the model has to be able to do, of `vlabs.checkpoints.abilities.ABILITIES`.
+        needs: required abilities of the model, among `vlabs.checkpoints.abilities.ABILITIES`.
         tokenizer: for a released file, the RoBERTa it was trained with, by hub name or local folder.
 
     Raises:
-        UserError: no checkpoint, one of a model that lacks an ability, or a released file without its vocabulary.
+        UserError: the checkpoint does not exist, its model lacks an ability, or a released file has no vocabulary.
     """
     file = find_checkpoint(path)
     content = read_tensors(file)
@@ -278,10 +278,10 @@ def load(
         path: run folder, `.ckpt`, exported `.safetensors`, or a VQA checkpoint of the released METER code.
         device: `cpu` or `cuda`; the GPU if there is one.
         answers, tokenizer: for a released file; see `load_any`.
-        keep: share of the patches that are looked at twice (see `AbSViT`), in the place of the model's own.
+        keep: share of the patches in the second pass (see `AbSViT`), instead of the model's own.
 
     Raises:
-        UserError: the file is no checkpoint of a model that answers or labels, or the model cannot keep such a share.
+        UserError: the file is not a checkpoint of a model that answers or labels, or the model cannot use this share.
     """
     device = find_device(device)
     checkpoint = load_any(path, answers=answers, tokenizer=tokenizer)

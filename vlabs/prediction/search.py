@@ -1,4 +1,4 @@
-"""Ranking the pictures of a folder by text: ξ finds the most promising ones, the whole network ranks those."""
+"""Ranks the images of a folder by text: ξ selects the most promising ones, and the whole network ranks those."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from vlabs.utils.files import content_sha256
 
 CACHE = SEARCH_INDEX
 MEANING = "a picture's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
-"""What the percentages of found pictures are."""
+"""What the percentages of found images are."""
 _AT_ONCE = 32  # pictures that are read, compared or scored together
 
 
 @dataclass
 class Found:
-    """A picture for a query.
+    """An image that was found for a query.
 
     Attributes:
-        path: of its file.
-        score: of the ranking; higher is better.
+        path: path of its file.
+        score: ranking score; higher is better.
         map: (rows, columns), where the model looked.
-        name: which map that is, see `vlabs.attention.maps.look_by`.
-        share: softmax of the scores over the pictures that were scored, in [0, 1].
+        name: name of that map, see `vlabs.attention.maps.look_by`.
+        share: softmax of the scores over the images that were scored, in [0, 1].
     """
 
     path: Path
@@ -52,18 +52,18 @@ class Found:
 
 
 class Search:
-    """Ranks the pictures of a folder by text.
+    """Ranks the images of a folder by text.
 
     Args:
-        checkpoint: of a model that was pre-trained or fine-tuned for retrieval.
-        pictures: files, each a picture.
-        index_dir: where the first passes over pictures are kept, by what is in the files and not by their names.
+        checkpoint: a model that was pre-trained or fine-tuned for retrieval.
+        pictures: image files.
+        index_dir: where first passes are stored, by the content of the files and not by their names.
         device: `cpu` or `cuda`.
-        first: pictures, of which the [cls] are most like ξ, whose patches are compared with it too.
-        skip_bad: leave out pictures that cannot be decoded, and name them; else they are an error.
+        first: the number of images, by similarity of [cls] and ξ, whose patches are compared with ξ too.
+        skip_bad: leave out images that cannot be decoded, and name them; otherwise they are an error.
 
     Raises:
-        UserError: there is no picture, or one cannot be decoded.
+        UserError: there is no image, or one cannot be decoded.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Search:
 
     @property
     def kilobytes(self) -> float:
-        """Of a picture in the index."""
+        """The size of an image in the index."""
         return self.passes.store.bytes_each / 1e3
 
     def _tensor(self, path: Path) -> Tensor:
@@ -104,12 +104,12 @@ class Search:
 
     @torch.inference_mode()
     def find(self, query: str, k: int | None = 32) -> list[Found]:
-        """The pictures that were scored, best first. No picture is decoded or encoded.
+        """The scored images, best first. No image is decoded or encoded.
 
         Args:
             query: any text.
-            k: pictures that go through the whole network, those most like ξ (`vlabs.ranking.shortlist`); None for all.
-                Where there is no ξ, or no bottom-up [cls], all are scored.
+            k: the number of images, by similarity to ξ (`vlabs.ranking.shortlist`), that go through the whole network;
+                None for all. Without ξ, or without a bottom-up [cls], all are scored.
         """
         check_text("a query", query)
         texts = encode_texts(self.model, self.preprocessing, [query])
@@ -124,7 +124,7 @@ class Search:
         return sorted(found, key=lambda item: -item.score)
 
     def _shortlist(self, prior: Tensor, k: int) -> list[int]:
-        """The k pictures that are most like ξ (1, D), of those whose [cls] are."""
+        """The k images most similar to ξ (1, D), among those with the most similar [cls]."""
         assert self.nearest is not None
         _, first = self.nearest.find(prior, max(self.first, k))
         parts = []
@@ -135,7 +135,7 @@ class Search:
         return first[best].tolist()  # type: ignore[no-any-return]
 
     def _scored(self, texts: EncodedTexts, some: Sequence[int]) -> list[Found]:
-        """Some pictures with the one text, together."""
+        """Score some images with one text, in a batch."""
         bottom_up = self.model.vision.encode(self.passes.read([self.keys[n] for n in some]))
         states, mask = texts.padded(torch.zeros(len(some), dtype=torch.int64, device=self.device))
         prior = None if texts.prior is None else texts.prior.expand(len(some), -1)
@@ -148,7 +148,7 @@ class Search:
         ]
 
     def show(self, found: Sequence[Found]) -> list[Cell]:
-        """Found pictures, each with its place, share and map for the query."""
+        """A figure of found images, each with its rank, share and map."""
         cells = []
         for place, item in enumerate(found, start=1):
             image = open_image(item.path)
@@ -158,10 +158,10 @@ class Search:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The files under a folder whose names end as pictures' do, sorted; how many others there are is said.
+    """The image files under a folder, by their suffixes, sorted; the number of other files is printed.
 
     Raises:
-        UserError: there is no such folder, or no picture in it.
+        UserError: the folder does not exist, or has no image.
     """
     folder = Path(folder)
     if not folder.is_dir():

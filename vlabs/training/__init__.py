@@ -1,1 +1,1 @@
-"""From a config to a training that runs, is watched, and goes on where it was stopped."""
+"""From a config to a training that runs, is monitored, and can be resumed."""

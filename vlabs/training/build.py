@@ -1,4 +1,4 @@
-"""From a config to a training that only has to be run: data, model, task, what watches it, and Lightning's trainer."""
+"""From a config to a training that is ready to run: data, model, task, callbacks, and Lightning's trainer."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from vlabs.utils.ranks import is_rank_zero, say
 
 @dataclass
 class Training:
-    """A run before it begins.
+    """A run that is ready to start.
 
     Attributes:
-        data, task: what is trained on what.
-        trainer: of Lightning, with all callbacks and loggers.
-        best, last: which keep the checkpoints.
-        line: which knows the best validation.
-        resumed: the checkpoint to go on from; None for a new run.
-        begin: writes what the run folder says of the run.
+        data, task: the data, and the task that is trained on them.
+        trainer: Lightning's trainer, with all callbacks and loggers.
+        best, last: the callbacks that keep the checkpoints.
+        line: the callback that knows the best validation.
+        resumed: the checkpoint to resume from; None for a new run.
+        begin: writes the files of the run folder that describe the run.
     """
 
     data: PreparedDataModule
@@ -64,15 +64,15 @@ class Training:
 
 
 def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Training:
-    """Everything that a config names. Nothing is written before the run begins.
+    """Build everything that a config names. Nothing is written before the run begins.
 
     Args:
-        config: of `vlabs train`; sizes that only the data know are filled in.
-        record: of the run; its folder gets config.yaml and environment.json.
-        resumed: what the run goes on from.
+        config: the config of `vlabs train`; sizes that only the data know are filled in.
+        record: the record of the run, whose folder gets config.yaml and environment.json.
+        resumed: the checkpoint to resume from.
 
     Raises:
-        UserError: parts that do not fit each other, or what the run goes on from, or cannot be made.
+        UserError: parts do not fit each other or the resumed run, or cannot be built.
     """
     run_dir = record.folder
     callbacks = chosen_callbacks(
@@ -119,7 +119,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
 
 
 def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, PreparedDataModule]:
-    """The task with its model, started from other weights where the config says so, and its data.
+    """Build the task with its model, initialized from other weights if the config says so, and its data.
 
     Args:
         config, resumed: as in `build`.
@@ -157,7 +157,7 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
 
 
 def settle(config: DictConfig) -> None:
-    """Train what a run starts from, if need be, and fill in the size of images where nobody said: that of `init=`."""
+    """Train what a run starts from, if necessary, and fill in the image size, if not set, from `init=`."""
     if config.init is not None and config.init_by:
         make_start(Path(config.init), list(config.init_by))
     if config.data.get("image_size", IMAGE_SIZE) is None:
@@ -166,7 +166,7 @@ def settle(config: DictConfig) -> None:
 
 
 def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataModule]:
-    """`build_task` of a run that goes on. Of what it was made of only the data are outside its own checkpoint."""
+    """`build_task` for a resumed run. Only its data are outside its own checkpoint."""
     for name, (old, new) in last.changed.items():
         if _FIXED.fullmatch(name) and "drop" not in name:
             raise UserError(
@@ -211,7 +211,7 @@ _FIXED = re.compile(
 
 
 def _new_model(config: DictConfig, data: PreparedDataModule) -> Any:
-    """The model that a config describes, which fits the data."""
+    """Build the model that a config describes, with sizes that fit the data."""
     _fill_in_sizes(config, data)
     model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
     if isinstance(model, VisionLanguageModel) or getattr(model, "text", None) is not None:
@@ -234,10 +234,10 @@ def data_sets(data: PreparedDataModule) -> list[dict[str, Any]]:
 
 
 def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
-    """The callbacks that the group `callbacks` names.
+    """Build the callbacks that the group `callbacks` names.
 
     Args:
-        trainer: of the group `trainer`, which may want no progress bar.
+        trainer: options of the group `trainer`, which may turn the progress bar off.
     """
     callbacks: list[Callback] = []
     for name, options in ((str(name), options) for name, options in config.items()):
@@ -286,7 +286,7 @@ def build_loggers(config: DictConfig, record: Record, resumed: Last | None) -> l
 
 
 def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
-    """The data must be of the kind that the task reads, and have texts if the model reads them."""
+    """Check that the data are of the kind that the task reads, and have texts if the model reads them."""
     task: type[Task] = get_class(config.task._target_)
     if not isinstance(data, task.reads):
         raise UserError(
@@ -297,7 +297,7 @@ def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
 
 
 def _take_tokenizer(data: PreparedDataModule, header: dict[str, Any]) -> None:
-    """Read texts as the weights that a run starts from do, if a text encoder is among them: they know its tokens."""
+    """Use the tokenizer of the weights that a run starts from, if a text encoder is among them."""
     if "trained" not in header or "text" in header["trained"]:
         tokenizer = header["preprocessing"].get("tokenizer", "")
         if not tokenizer:
@@ -306,7 +306,7 @@ def _take_tokenizer(data: PreparedDataModule, header: dict[str, Any]) -> None:
 
 
 def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
-    """Sizes in the model's config that are null because only the data know them."""
+    """Fill in sizes in the model's config that only the data know."""
     answers = len(data.preprocessing.names)
     with open_dict(config.model):
         parts: list[Any] = [config.model.get(part) or {} for part in ("text", "head", "vision", "decoder")]
@@ -328,9 +328,9 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
 
 
 def _check_fit(model: Any, data: PreparedDataModule) -> None:
-    """The text encoder must know every token that the tokenizer can make, and have a position for each.
+    """Check that the text encoder knows every token of the tokenizer, and has a position for each.
 
-    A model whose ξ depends on the padding gets its texts padded to one length.
+    If the model's ξ depends on the padding, its texts are padded to one length.
     """
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     if data.pictures >= (types := getattr(model, "fusion", None) and model.fusion.token_type.num_embeddings or 99):

@@ -1,4 +1,4 @@
-"""How pictures are read in a training: as the data say, and else as they were shown to what it starts from."""
+"""How images are read in a training: as the data say, and else as they were shown to what it starts from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TIMM = {name: name for name in ("mean", "std", "interpolation", "crop_mode")} |
 
 
 class Shown(NamedTuple):
-    """How pictures were shown to what a training starts from.
+    """How images were shown to what a training starts from.
 
     Attributes:
         source: what says so.
@@ -106,7 +106,7 @@ def _of_processor(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose(data: PreparedDataModule, shown: Shown | None) -> str:
-    """Read pictures as they were shown to what a training starts from, as far as the data leave that open.
+    """Read images as they were shown to what a training starts from, as far as the data leave that open.
 
     Args:
         data: gets a new `preprocessing`.

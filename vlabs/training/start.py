@@ -70,13 +70,13 @@ class Last:
     Attributes:
         path: of the checkpoint.
         header: its `"vlabs"` entry.
-        step: optimiser steps that are done.
+        step: optimizer steps that are done.
         validates: the run goes on with a validation.
         callbacks: the states of the callbacks.
         shapes: of the weights, by name; adapters are merged.
         weights: of the model, without their values.
-        moments: of the optimiser, in the order of its parameters: shapes by name.
-        groups: of the optimiser: name, and how many parameters it has.
+        moments: of the optimizer, in the order of its parameters: shapes by name.
+        groups: of the optimizer: name, and how many parameters it has.
         changed: the options that are not as they were, with the values of then and now.
     """
 
@@ -126,7 +126,7 @@ class Last:
             raise UserError(f"{self.path} does not fit the architecture that it names: {reason}") from None
 
     def differs_from(self, task: Task) -> str | None:
-        """The first weight, or group of the optimiser, that a task has otherwise; None if a run may go on with it."""
+        """The first weight, or group of the optimizer, that a task has otherwise; None if a run may go on with it."""
         state = task.state_dict()
         if task.lora is not None:
             state = merge_adapters(state, task.lora.scale)

@@ -1,4 +1,4 @@
-"""What a run says of itself: what it begins with, a line an epoch, and what came out."""
+"""What a run says of itself: what it begins with, a line per epoch, and what came out."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What watches a run, a module a subject; which of them, says the group `callbacks` of the config."""
+"""Callbacks, one module per subject; the config group `callbacks` chooses them."""

@@ -15,14 +15,14 @@ from vlabs.utils.options import Share, Size, checked
 
 @checked("callbacks.ema")
 class WeightAverage(WeightAveraging):
-    """An exponential moving average of the weights, that a validation and all that follows from it is of.
+    """An exponential moving average of the weights, which validation, best.ckpt and the final model use.
 
-    Its decay grows to the one that is asked for, `min(decay, (1 + n) / (10 + n))` at step n, as TensorFlow's and timm's
-    do: a fixed one would keep the weights that training begins with for some 1 / (1 - decay) steps.
+    The decay grows to its final value, `min(decay, (1 + n) / (10 + n))` at step n, as in TensorFlow and timm: a fixed
+    one would keep the initial weights for some 1 / (1 - decay) steps.
 
-    Lightning gives the trained weights back before a task's own measurements at the end of a validation and before
-    best.ckpt is written, which would then hold other weights than those that were measured. This one gives them back
-    when training goes on.
+    Lightning restores the trained weights before a task's own measurements at the end of a validation and before
+    best.ckpt is written, which would then hold other weights than those that were measured. This class restores them
+    when training continues.
 
     Args:
         decay: decay of the moving average.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, and the last one whenever a run could go on from it."""
+"""Checkpoints of a run: written completely, and the last one whenever a run could resume from it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vlabs.utils.ranks import is_rank_zero, say
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name and renames it, so that a stop leaves the one before.
+    """Writes a checkpoint under a temporary name and renames it, so that a stop leaves the previous one.
 
-    Of `last.ckpt`, which a run goes on from, the one before is kept too, as `last.ckpt.previous`.
+    The previous `last.ckpt`, from which a run resumes, is kept as `last.ckpt.previous`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -60,10 +60,10 @@ def previous_of(path: Path) -> Path:
 
 
 class Stopped(SIGTERMException):
-    """A run that was asked to stop, by SIGTERM or Ctrl-C, and has saved what it needs to go on.
+    """Raised by a run that was asked to stop, by SIGTERM or Ctrl-C, and has saved what it needs to resume.
 
     Attributes:
-        signal: which signal asked.
+        signal: the signal.
     """
 
     def __init__(self, signal: int) -> None:
@@ -83,17 +83,17 @@ def _write_to_no_terminal() -> None:
 
 
 class KeepLast(pl.callbacks.Checkpoint):
-    """Keeps `last.ckpt`, all that a run needs to go on.
+    """Keeps `last.ckpt`, which has everything that a run needs to resume.
 
-    It is saved before and after every validation, at the end of every epoch, at intervals, where the training ends, and
-    when SIGTERM, Ctrl-C or the end of the terminal (then the run stops) or SIGUSR1 (then it goes on) comes, as SLURM
-    sends them before it takes a job's machine. It is saved between two optimiser steps only: the gradients of a step
-    that is half accumulated are not in it. A second Ctrl-C stops at once.
+    It is saved before and after every validation, at the end of every epoch, at intervals, at the end of the training,
+    and on SIGTERM, Ctrl-C or the end of the terminal (then the run stops) or SIGUSR1 (then it continues), which SLURM
+    sends before it takes a job's machine. It is saved only between two optimizer steps: it has no gradients of a partly
+    accumulated step. A second Ctrl-C stops at once.
 
     Args:
-        path: of the checkpoint.
+        path: path of the checkpoint.
         every_minutes: save so often, at least.
-        every_n_steps: save after so many optimiser steps.
+        every_n_steps: save after so many optimizer steps.
     """
 
     def __init__(self, path: Path, every_minutes: float | None = None, every_n_steps: int | None = None) -> None:
@@ -115,7 +115,7 @@ class KeepLast(pl.callbacks.Checkpoint):
             self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for SIGTERM and Ctrl-C in the place of Lightning, which would stop in half a step."""
+        """Listen for SIGTERM and Ctrl-C instead of Lightning, which would stop in half a step."""
         self.saved_at = time.monotonic()
         for number in _STOPS:
             self._listen(number, self._ask_stop)

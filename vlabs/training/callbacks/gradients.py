@@ -16,7 +16,7 @@ from vlabs.utils.ranks import say
 
 
 class FiniteGradients(pl.Callback):
-    """Stops a run before a step whose gradient is not finite, or leaves some such steps out. Logs the gradient's norm.
+    """Stops a run before a step whose gradient is not finite, or skips some such steps. Logs the gradient norm.
 
     With 16-bit float precision and its scaler such steps are part of the search for a scale, and left to it.
 

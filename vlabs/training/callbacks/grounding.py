@@ -1,4 +1,4 @@
-"""Whether a model looks where it is asked to, during training."""
+"""Grounding during training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlabs.utils.options import Count
 
 
 class GroundingCurve(EveryNValidations):
-    """Every N validations: does it look where the questions or captions are about? Logs `val/grounding/MAP_energy`.
+    """Every N validations: does the model look at what the texts are about? Logs `val/grounding/MAP_energy`.
 
-    The share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share that a map which
-    looks everywhere alike would have; on texts of the validation split whose target is known, evenly spread. Where none
-    is known, nothing is measured.
+    This is the share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share of a
+    uniform map; on texts of the validation split with known targets, evenly spread. If there are none, nothing is
+    measured.
 
     Args:
         every_n_validations: validations from one to the next; 0 for never.

@@ -1,4 +1,4 @@
-"""Pictures of what a model answers and where it looks."""
+"""Figures of answers and of where a model looks, during training."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class PredictionTable(EveryNValidations):
         questions: Sequence[str],
         folder: Path,
     ) -> None:
-        """The figures of `vlabs attention` that are of one picture and one model, as files and in W&B."""
+        """The figures of `vlabs attention` that are of one image and one model, as files and in W&B."""
         model = checkpoint.model
         figures = {"questions": questions_figure(checkpoint, [picture], questions, default_map(model))}
         if model.vision.needs_prior:

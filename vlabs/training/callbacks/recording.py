@@ -1,4 +1,4 @@
-"""The record of a run (`vlabs.runs.record`), as training goes on."""
+"""The record of a run (`vlabs.runs.record`), kept during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on where a run was stopped."""
+"""Resuming a run exactly where it was stopped."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _NO_OPTIONS = ("texts", "pictures", "processes")
 
 
 class GoOn(pl.Callback):
-    """Makes a run that goes on the run that it would have been: generators, place in the epoch and in the schedule.
+    """Restores a resumed run to the state in which it stopped: generators, position in the epoch and in the schedule.
 
-    With another batch size, accumulation, number of processes or length of an epoch, the texts of the begun epoch that
-    did not come yet come once, and the rates go on at the share of the training that is done. With another number of
-    epochs or steps the share is that of the longer, or shorter, training: the rates are what they would have been here
-    had it been that long from its beginning.
+    With another batch size, accumulation, number of processes or epoch length, the remaining texts of the epoch come
+    once each, and learning rates continue at the share of the training that is done. With another number of epochs or
+    steps the share is that of the longer, or shorter, training: learning rates are what they would have been if it had
+    had this length from the beginning.
 
-    It also ends a training after `trainer.max_steps`, with a validation. Goes with `KeepLast`, which saves where a run
-    can go on.
+    It also ends a training after `trainer.max_steps`, with a validation. It needs `KeepLast`, which saves where a run
+    can resume.
 
     Args:
-        options: that are other than before, with the values of then and now; all are said.
+        options: the options that changed, with old and new values; all are printed.
     """
 
     def __init__(self, options: Mapping[str, tuple[Any, Any]] | None = None) -> None:
@@ -268,7 +268,7 @@ class GoOn(pl.Callback):
 
 
 def _groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """The groups of parameters of all optimisers."""
+    """The groups of parameters of all optimizers."""
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 

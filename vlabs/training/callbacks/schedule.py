@@ -1,4 +1,4 @@
-"""What is done every few validations."""
+"""Callbacks that act every few validations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 
 class EveryNValidations(pl.Callback):
-    """What is done after every N validations, counted over stops of the run too.
+    """Acts after every N validations, counted across stops of the run.
 
     Args:
         every: N; 0 for never.

@@ -1,4 +1,4 @@
-"""Pictures of what a segmenter finds, after validations."""
+"""Figures of segmentations, after validations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlabs.utils.options import Count
 
 
 class SegmentPictures(EveryNValidations):
-    """Every N validations of task=segment: some pictures with the classes found and true, as a file and in W&B.
+    """Every N validations of task=segment: some images with the classes found and true, as a file and in W&B.
 
     Args:
         every_n_validations: validations from one to the next; 0 for never.

@@ -1,4 +1,4 @@
-"""What training costs, in the log and on the screen."""
+"""The cost of training, in the log and on the screen."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def progress_bar(refresh_rate: int | None = None) -> TQDMProgressBar:
 
 
 class SamplesPerSecond(pl.Callback):
-    """Log `train/samples_per_second`: texts of this process since the value before, loading included.
+    """Logs `train/samples_per_second`: texts of this process since the last value, loading included.
 
-    With every validation it logs what training has cost until then, over stops of the run too: `seen/texts`, of all
-    processes, and `seen/minutes`, without validation.
+    With every validation it logs the cost of training so far, across stops of the run: `seen/texts`, of all processes,
+    and `seen/minutes`, without validation.
     """
 
     def __init__(self) -> None:
