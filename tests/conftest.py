@@ -119,6 +119,8 @@ def in_process(monkeypatch, capfd):
 
     from hydra.core.global_hydra import GlobalHydra
 
+    from vlabs.utils import plugins
+
     def run(module, arguments, cwd):
         monkeypatch.chdir(cwd)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -133,4 +135,5 @@ def in_process(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, code, out, err)
 
-    return run
+    yield run
+    plugins.imported.clear()

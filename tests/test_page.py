@@ -130,7 +130,7 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     last = page.query_selector_all("#answers .card")[-1]
     assert last.query_selector(".text").inner_text() == best(predictor, QUESTIONS[1], prior_of=other)
     assert last.query_selector(".text").inner_text() != best(predictor, QUESTIONS[1])
-    assert "knows nothing of photographs" in page.inner_text("#answers .warning")
+    assert "knows nothing about photographs" in page.inner_text("#answers .warning")
     # Another map of the same answers, without asking anew.
     page.click("#map label:has-text('norm')")
     page.wait_for_function("document.querySelector('#answers .legend').innerText.includes('norm')")
@@ -228,7 +228,7 @@ def test_the_pictures_of_the_docs_are_made_by_a_command_and_small(server, browse
 
 def test_a_card_says_what_a_model_was_trained_on_and_does_not_know(predictor, tmp_path):
     packaged = about(predictor.checkpoint, "scenes")
-    assert "nothing of photographs" in packaged.limits
+    assert "nothing about photographs" in packaged.limits
     assert packaged.limits.split()[0] == "It"
     assert "| val | 93.0 |" in packaged.card
     assert "](scenes_vit.md)" not in packaged.card

@@ -515,7 +515,7 @@ def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions
     [
         (["task=pretrain", "data=scenes", "data.dir=VQA"], ["task=pretrain", "captions", "data.dir"]),
         (["task=vqa", "data=scenes_captions", "data.dir=CAPTIONS"], ["task=vqa", "questions", "data=scenes, vqav2"]),
-        (["task=pretrain", "task.mlm_probability=2"], ["task.mlm_probability=2", "share of the tokens"]),
+        (["task=pretrain", "task.mlm_probability=2"], ["task.mlm_probability=2", "a number in (0, 1)"]),
         (["task=retrieval", "task.num_false=0"], ["task.num_false=0", "at least 1"]),
         (["task=retrieval", "task.ranking_images=0"], ["task.ranking_images=0", "at least 2"]),
         (["task=pretrain", "task.negatives=random"], ["task.negatives=random", "dataset, batch, hard"]),

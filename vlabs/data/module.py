@@ -44,6 +44,8 @@ class Wants:
 class PreparedDataModule(pl.LightningDataModule):
     """Batches of prepared folders (`vlabs.data.prepared`). A kind of data says how rows are read, see `VQADataModule`.
 
+    How images are read is by default as in configs of before there were options for it, which had CLIP's values.
+
     Args:
         dir: prepared folder.
         val_split: split that is validated on.
@@ -103,11 +105,11 @@ class PreparedDataModule(pl.LightningDataModule):
         image_size: Size | None = None,
         max_length: Size = 50,
         tokenizer: str | None = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        interpolation: Literal["bicubic", "bilinear"] | None = None,
-        crop: float | None = None,
-        crop_mode: Literal["center", "squash"] | None = None,
+        image_mean: Sequence[float] | None = IMAGE_MEAN,
+        image_std: Sequence[float] | None = IMAGE_STD,
+        interpolation: Literal["bicubic", "bilinear"] | None = "bicubic",
+        crop: float | None = 1.0,
+        crop_mode: Literal["center", "squash"] | None = "center",
         preprocessing: Preprocessing | None = None,
         **options: Any,
     ) -> None:

@@ -25,8 +25,7 @@ from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
 from vlabs.utils.options import Seed, Severity, Size
 
-Attack = Literal["fgsm", "pgd"]
-ATTACKS: tuple[Attack, ...] = ("fgsm", "pgd")
+ATTACKS: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
 
 
 class RobustnessEvaluation(Evaluation):
@@ -56,7 +55,7 @@ class RobustnessEvaluation(Evaluation):
         severities: Sequence[Severity] = SEVERITIES,
         imagenet_c: str | None = None,
         sets: Mapping[str, str] | None = None,
-        attacks: Sequence[Attack] = ATTACKS,
+        attacks: Sequence[Literal["fgsm", "pgd"]] = ATTACKS,
         num_images: Size | None = None,
         seed: Seed = 0,
     ) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from vlabs.errors import UserError
 from vlabs.utils.options import Count, Positive, ShareBelowOne, checked
 
-Part = Literal["vision", "text"]
-PARTS: tuple[Part, ...] = ("vision", "text")
+PARTS: tuple[Literal["vision", "text"], ...] = ("vision", "text")
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
@@ -39,7 +38,7 @@ class LoRA:
     rank: Count = 0
     alpha: Positive = 16.0
     dropout: ShareBelowOne = 0.0
-    parts: tuple[Part, ...] = PARTS
+    parts: tuple[Literal["vision", "text"], ...] = PARTS
 
     @property
     def scale(self) -> float:

@@ -25,7 +25,8 @@ def import_modules(names: Iterable[str]) -> None:
     """
     for name in names:
         _guarded(f"import={name}", lambda name=name: importlib.import_module(name))  # type: ignore[misc]
-        imported.append(name)
+        if name not in imported:
+            imported.append(name)
 
 
 def plugins() -> list[EntryPoint]:
