@@ -171,9 +171,13 @@ def test_the_first_picture_is_answered_before_anybody_asks_and_what_was_asked_in
     assert page.input_value("#questions textarea").splitlines() == QUESTIONS
     assert len(asked) == before
     # The map is drawn aside, all maps together, and a link saves it.
-    page.fill("#answers .look input >> nth=0", "30")
+    page.locator("#answers .look").first.scroll_into_view_if_needed()
+    map_ = page.locator("#answers .look").first.bounding_box()
+    for share, act in ((0.1, page.mouse.down), (0.5, page.mouse.up)):
+        page.mouse.move(map_["x"] + share * map_["width"], map_["y"] + 0.2 * map_["height"])
+        act()
     at = "n => getComputedStyle(document.querySelectorAll('#answers .look img')[n]).clipPath"
-    assert [page.evaluate(at, n) for n in (0, 1)] == ["inset(0px 0px 0px 30%)"] * 2
+    assert [page.evaluate(at, n) for n in (0, 1)] == ["inset(0px 0px 0px 50%)"] * 2
     page.fill("#answers .legend input", "0.5")
     assert page.evaluate("getComputedStyle(document.querySelector('#answers .look img')).opacity") == "0.5"
     with page.expect_download() as saved:

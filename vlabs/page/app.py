@@ -52,11 +52,9 @@ _REMEMBER = """(...all) => {
   if (innerWidth < 700) document.querySelector("#answers").scrollIntoView({behavior: "smooth"});
   return {__type__: "update", samples: asked.map(({shown, said}) => [shown, said])};
 }""".replace("MOST", str(_PAST))
-_STEERING = """
-- **ξ** is what a question asks the image encoder to look for: one vector, made of the text.
-- **α** is how strongly the patches that are like ξ are fed back, for a second look at the picture.
-- A **map** says where the model looked, in one of several senses:
-"""
+_PRIOR = "- **ξ** is what a question asks the image encoder to look for: one vector, made of the text."
+_ALPHA = "- **α** is how strongly the patches that are like ξ are fed back, for a second look at the picture."
+_MAP = "- A **map** says where the model looked, in one of several senses:"
 _FONTS = ["system-ui", "sans-serif"]
 # Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
 _RAW: dict[str, Any] = {"preprocess": False, "postprocess": False}
@@ -160,7 +158,7 @@ def _how(page: Page) -> list[Any]:
     """What is set beside a question, folded: map, α, ξ of another question, share of the patches."""
     model, alpha = page.predictor.model, page.predictor.alpha
     with gr.Accordion("Where it looks: maps, α and ξ", open=False, elem_id="how"):
-        gr.Markdown(_STEERING if model.prior is not None else _STEERING.splitlines()[-1])
+        gr.Markdown("\n".join([_PRIOR] * (model.prior is not None) + [_ALPHA] * (alpha is not None) + [_MAP]))
         return [
             gr.Radio(
                 [(f"{name}: {MAPS[name]}", name) for name in page.maps], value=default_map(model), label="Map",
