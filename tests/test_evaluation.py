@@ -13,7 +13,10 @@ from test_classify import TINY, objects  # noqa: F401  (a fixture)
 
 import vlabs
 from data_prep.scenes.objects import make_several
+from vlabs.checkpoints.abilities import Ability, check_able
+from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
+from vlabs.errors import UserError
 from vlabs.evaluation.results import Results, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.utils.table import table
@@ -110,6 +113,18 @@ def trained(tmp_path, in_process):
         return in_process("vlabs.evaluate", [*given, *options, f"hydra.run.dir={of}-{task}"], tmp_path)
 
     return train, evaluate
+
+
+def test_what_a_model_lacks_is_said_and_an_image_encoder_alone_reads_no_texts(tiny_run):
+    model = load_checkpoint(tiny_run[0]).model
+    check_able(model, "vqa", ("texts", "answers", "one picture"), Path("x.ckpt"))
+    for task, need, message in (
+        ("vqa", "two pictures", "reads a text with one picture, not two"),
+        ("vqa", Ability(lambda network: False, "sees nothing"), "sees nothing$"),
+        ("naming", "texts", "has a trained image encoder and no more: start from it with init="),
+    ):
+        with pytest.raises(UserError, match=f"^x.ckpt was trained for the task '{task}': the model {message}"):
+            check_able(model, task, (need,), Path("x.ckpt"))
 
 
 def found(folder):
