@@ -77,6 +77,6 @@ class StatementEvaluation(Evaluation):
         results.table(["label (down), taken for (across)", *names], [[name, *row] for name, row in rows.items()])
         matrix = torch.tensor(list(rows.values()), dtype=torch.float64)
         shares = matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
-        figure, axis = plot_confusion_matrix(shares, labels=names, cmap="Blues")
-        axis.set(xlabel="taken for", ylabel="label")
+        figure, axis = plot_confusion_matrix(shares, labels=names, cmap="Blues")  # type: ignore[arg-type]
+        axis.set(xlabel="taken for", ylabel="label")  # type: ignore[union-attr]
         results.figure("confusion", figure)
