@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import statistics
 import tempfile
 import time
@@ -95,8 +96,8 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in task.parameters())
     cuda = trainer.strategy.root_device.type == "cuda"
-    # ru_maxrss is in KiB on Linux.
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "batch_per_device": data.batch_size,
         "devices": devices,
