@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import statistics
+import sys
 import tempfile
 import time
 from typing import Any
