@@ -125,28 +125,34 @@ def page(config_dir: str) -> str:
     """
     lines = [_INTRODUCTION]
     for title, program, group, names in _PARTS:
-        lines += [f"## {title}", ""]
-        chosen = names or choices(group)
-        about: dict[tuple[str, str], dict[str, str]] = {}
-        for choice in chosen:
-            whole = f"[{choice}]" if group == "callbacks" else choice
-            given = [f"{group.replace('evaluation', 'evaluation@task')}={whole}"] if group else []
-            start = (
-                group.replace("model/topdown", "model/vision/topdown").replace("/", ".").replace("evaluation", "task")
-            )
-            for section in sections(_composed(program, given, config_dir)):
-                if _is_of(section.name, start):
-                    for name, (option, value) in section.options.items():
-                        of = f"{section.name}.{name}".lstrip("."), str(option).replace("|", "\\|")
-                        about.setdefault(of, {})[choice] = _short(value)
+        chosen = names or tuple(choices(group))
         several = len(chosen) > 1
+        lines += [f"## {title}", ""]
         lines += [f"| option | value | meaning |{' of |' if several else ''}", "|---" * (3 + several) + "|"]
-        for (name, said), values in about.items():
+        for (name, said), values in _by_option(program, group, chosen, config_dir).items():
             shown = " or ".join(f"`{value}`" for value in dict.fromkeys(values.values()))
             of_choices = f" {'all' if len(values) == len(chosen) else ', '.join(values)} |" if several else ""
             lines.append(f"| `{name}` | {shown} | {said} |{of_choices}")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _by_option(
+    program: str, group: str, chosen: Sequence[str], config_dir: str
+) -> dict[tuple[str, str], dict[str, str]]:
+    """The values of the options of a group, by name and sentence, and then by the choice that has them."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    part = group.replace("evaluation", "task").replace("model/topdown", "model/vision/topdown").replace("/", ".")
+    for choice in chosen:
+        whole = f"[{choice}]" if group == "callbacks" else choice
+        given = [f"{group.replace('evaluation', 'evaluation@task')}={whole}"] if group else []
+        for section in sections(_composed(program, given, config_dir)):
+            if not _is_of(section.name, part):
+                continue
+            for name, (option, value) in section.options.items():
+                said = str(option).replace("|", "\\|")
+                found.setdefault((f"{section.name}.{name}".lstrip("."), said), {})[choice] = _short(value)
+    return found
 
 
 def _is_of(section: str, part: str) -> bool:
@@ -165,7 +171,7 @@ def sections(config: DictConfig) -> Iterator[Section]:
     """The options of a composed config, the program's own first."""
     content: Any = OmegaConf.to_container(config, resolve=False)
     content.pop("hydra", None)
-    yield Section("", "", dict(_known("vlabs.runs.values.ProgramOptions", "", content)))
+    yield Section("", "", dict(_known("vlabs.runs.values.ProgramOptions", content)))
     for name in ("task", "data", "model", *content):
         if isinstance(part := content.pop(name, None), dict):
             yield from _sections(name, part, "vlabs.runs.values.Ranker" if name == "ranker" else "")
@@ -173,7 +179,7 @@ def sections(config: DictConfig) -> Iterator[Section]:
 
 def _sections(name: str, part: dict[str, Any], owner: str = "") -> Iterator[Section]:
     target = str(part.get("_target_") or owner)
-    found = dict(_known(target, "", part))
+    found = dict(_known(target, part))
     if found:
         yield Section(name, target, found)
     for inner, value in part.items():
@@ -181,22 +187,18 @@ def _sections(name: str, part: dict[str, Any], owner: str = "") -> Iterator[Sect
             yield from _sections(f"{name}.{inner}", value)
 
 
-def _known(target: str, prefix: str, part: dict[str, Any]) -> Iterator[tuple[str, tuple[Option, Any]]]:
+def _known(target: str, part: dict[str, Any]) -> Iterator[tuple[str, tuple[Option, Any]]]:
     """The options of a part that are no sections of their own."""
     known = options_of(target) if target else {}
     for name, value in part.items():
         if str(name).startswith("_"):
             continue
-        option = known.get(str(name), Option("", ""))
         if not isinstance(value, dict):
-            yield f"{prefix}{name}", (option, value)
-        elif "_target_" not in value and value and (name in known or not prefix):
-            of = known.get(str(name))
-            if of is None:
-                continue
+            yield str(name), (known.get(str(name), Option("", "")), value)
+        elif "_target_" not in value and name in known:
             kinds = options_of(_kind_of(target, str(name)))
             for inner, one in value.items():
-                yield f"{prefix}{name}.{inner}", (kinds.get(str(inner), of), one)
+                yield f"{name}.{inner}", (kinds.get(str(inner), known[str(name)]), one)
 
 
 @functools.cache
