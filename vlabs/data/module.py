@@ -145,7 +145,7 @@ class PreparedDataModule(pl.LightningDataModule):
             given.pop("preprocessing", None)
         hints = options_of(cls) | {per_image: Size}
         for name, value in given.items():
-            if name not in cls.unused:
+            if name not in cls.unused and value != _DEFAULTS.get(name, ...):
                 check_type(f"data.{name}", value, hints.get(name, Any))
         cls._check_used(given)
         for name, option in PICTURE_OPTIONS.items():
