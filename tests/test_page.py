@@ -54,7 +54,7 @@ def server(tmp_path_factory):
         started.folder = folder
         yield started
         started.terminate()
-        assert started.wait(30) == 128 + signal.SIGTERM
+        assert started.wait(90) == 128 + signal.SIGTERM
         assert "Traceback" not in "".join(started.lines)
     # The first three are of the home folder, the last one is torch's.
     known = ("index", ".cache", ".config", "torchinductor")
@@ -164,6 +164,7 @@ def test_the_first_picture_is_answered_before_anybody_asks_and_what_was_asked_in
         page.wait_for_function("text => document.querySelector('#answers b')?.innerText == text", arg=expected)
     page.click("text=Asked in this tab")
     rows = page.locator("#past tbody tr")
+    rows.nth(1).wait_for()
     assert rows.count() == 2
     before = len(asked)
     rows.nth(1).click()
@@ -420,7 +421,7 @@ def test_a_page_for_others_asks_for_its_token_and_keeps_it_in_a_cookie(tmp_path,
         assert page.url == f"{open_to_all.address}/"
         assert list(tmp_path.glob("vlabs-page-*"))
         open_to_all.send_signal(signal.SIGHUP)  # the terminal is closed
-        assert open_to_all.wait(30) == 128 + signal.SIGHUP
+        assert open_to_all.wait(90) == 128 + signal.SIGHUP
     assert not list(tmp_path.glob("vlabs-page-*"))
 
 
@@ -485,7 +486,7 @@ def test_uploads_are_bounded_and_nothing_of_them_or_of_broken_ones_stays(tmp_pat
         with httpx.Client(base_url=started.address) as client:
             upload(client, CONTENTS[0])
         started.send_signal(signal.SIGINT)
-        assert started.wait(30) == 130
+        assert started.wait(90) == 130
     assert [path.name for path in tmp_path.glob("vlabs-page-*")] == [other.name]
 
 
