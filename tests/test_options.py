@@ -157,3 +157,10 @@ def test_help_explains_the_options_of_what_is_chosen(in_process, tmp_path):
     line = next(line for line in said.splitlines() if "task.recipe.warmup=" in line)
     assert line.split()[:2] == ["task.recipe.warmup=0.3", "Share"]
     assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_choice_that_is_not_there_is_one_line_and_of_a_sweep_is_help(in_process, tmp_path):
+    assert_one_line_error(in_process("vlabs.evaluate", ["--help", "task=nonsense"], tmp_path), "task=nonsense", "vqa")
+    assert_one_line_error(in_process("vlabs.train", ["--help", "data.img_size=1"], tmp_path), "data.image_size")
+    said = in_process("vlabs.train", ["-m", "--help", "seed=0,1", "model=base"], tmp_path)
+    assert (said.returncode, "base*" in said.stdout) == (0, True)

@@ -82,7 +82,10 @@ def run_hydra(
 
     def run() -> None:
         if {"-h", "--help"} & {*sys.argv[1:]}:
-            _print_help(config_name, [_rename(item, renamed) for item in sys.argv[1:]])
+            try:
+                _print_help(config_name, [_rename(item, renamed) for item in sys.argv[1:]])
+            except Exception as error:
+                tell(error)
             return
         given = hydra_arguments([_rename(item, renamed) for item in prepare(_without_dashes(sys.argv[1:]))])
         sys.argv[1:] = check_config(given, config_name, Path(config_dir()))
@@ -98,6 +101,8 @@ def _print_help(config_name: str, given: Sequence[str]) -> None:
     from vlabs.runs.reference import help_text
 
     chosen = [item for item in given if re.match(r"[\w/@.]+=", item) and not item.startswith(("resume=", "import="))]
+    if {"-m", "--multirun"} & {*given}:  # what is swept over has no one value
+        chosen = [item for item in chosen if "," not in item and "(" not in item]
     print(help_text(config_name, chosen, config_dir()))
 
 
