@@ -20,7 +20,7 @@ def test_demo_leaves_run_metrics_and_picture(tiny_options, tiny_data, tmp_path):
     assert f"not yes/no: {metrics['not_yes_no']:.1f}%" in result.stdout
     looked = json.loads((tmp_path / "demo/grounding/metrics.json").read_text())
     assert f"{looked['weights/energy']:.1f}% of the prior's map" in result.stdout
-    assert f"a map that looks everywhere alike: {looked['area']:.1f}%" in result.stdout
+    assert f"a uniform map: {looked['area']:.1f}%" in result.stdout
     assert (tmp_path / "demo/run/checkpoints/best.ckpt").is_file()
     with Image.open(tmp_path / "demo/picture.png") as picture:
         assert picture.width > 2 * picture.height

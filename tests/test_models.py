@@ -289,6 +289,20 @@ def test_fewer_patches_are_those_most_like_the_prior_and_maps_are_of_all():
     assert attention_map(half, model.vision, "weights").shape == (2, 2, 2)
 
 
+@torch.no_grad()
+def test_decoders_see_the_kept_tokens_alone_where_that_is_less():
+    model = make_model(AbSTopDown(), keep=0.25)
+    encoder, images = model.vision, torch.randn(1, 3, 16, 16)
+    whole = AbSTopDown.prepare(encoder.topdown, encoder.encode(images).tokens, encoder.feedback)
+    for count, waits in ((1, True), (4, False)):
+        bottom_up, prior = encoder.encode(images), torch.randn(count, 24)
+        index = torch.zeros(count, dtype=torch.long)
+        few = encoder.attend(bottom_up, prior, index).tokens
+        assert (bottom_up.prepared == []) is waits
+        bottom_up.prepared = whole
+        torch.testing.assert_close(few, encoder.attend(bottom_up, prior, index).tokens)
+
+
 def test_a_training_draws_a_share_for_every_step_and_a_step_that_comes_again_the_same():
     model = make_model(AbSTopDown(), keep=[0.25, 0.5, 1.0])
     task = VQATask(model, Preprocessing(16, ""), {}, Recipe())

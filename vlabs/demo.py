@@ -85,7 +85,7 @@ def _run(out: Path, overrides: Sequence[str]) -> None:
     looked = json.loads((out / "grounding" / "metrics.json").read_text())
     print(
         f"\nthe object in question has {looked['weights/energy']:.1f}% of the prior's map, whose maximum is on it for "
-        f"{looked['weights/pointing']:.1f}% of the questions (a map that looks everywhere alike: {looked['area']:.1f}%)"
+        f"{looked['weights/pointing']:.1f}% of the questions (a uniform map: {looked['area']:.1f}%)"
     )
     print(f"{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
 

@@ -9,5 +9,3 @@ MAPS = {
     "gradient": "what the best answer hangs on: gradient × attention",
 }
 """Maps, and what is bright in each."""
-MOST_ALPHA = 1e6
-"""Of a strength of feedback that is asked for."""

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlabs.attention import MAPS, MOST_ALPHA
+from vlabs.attention import MAPS
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.arguments import Parser, add_out, check_out, number
+from vlabs.utils.options import MOST_ALPHA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -38,7 +38,7 @@ class ControlEvaluation(Evaluation):
 
     ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said. The metrics
     are for each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
-    `LAYOUT/area`, what a map that looks everywhere alike has on the class asked for.
+    `LAYOUT/area`, what a uniform map has on the class asked for.
 
     Args:
         alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
@@ -86,7 +86,7 @@ class ControlEvaluation(Evaluation):
             }
             what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
             area = results.metrics[f"{layout}/area"]
-            results.say(f"{count} {what}; a map that looks everywhere alike: {area:.1f}")
+            results.say(f"{count} {what}; a uniform map: {area:.1f}")
             rows = [[title, *(cells.get(f"{name}/{when}", "–") for when in WHEN)] for name, title in MEASURES.items()]
             results.table(["", "bottom-up", "under the prior"], [row for row in rows if row[1:] != ["–", "–"]])
 

@@ -131,7 +131,7 @@ class GroundingEvaluation(Evaluation):
         area = 100 * found["area"].mean()
         results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
         results.say(
-            f"{len(found)} texts; a map that looks everywhere alike scores {area:.1f} for energy, pointing and ap\n"
+            f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
             f"{left_out} of {len(asked)} texts left out: their target is outside what the model sees"
         )
         cells = [
@@ -180,7 +180,7 @@ class GroundingEvaluation(Evaluation):
             correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
             results.rows.append({"id": item.text_id, "text": item.text, "maps": correlations})
         results.metrics["texts"] = len(results.rows)
-        results.say(f"{len(results.rows)} questions; a map that looks everywhere alike scores 0")
+        results.say(f"{len(results.rows)} questions; a uniform map scores 0")
         found = results.frame
         cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
         results.table(["map", "rank correlation"], cells)

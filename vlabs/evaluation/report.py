@@ -264,7 +264,7 @@ def _control(frame: pd.DataFrame) -> list[Section]:
     for start in (f"control/{layout}" for layout in LAYOUTS if f"control/{layout}/area" in frame):
         frame[f"{start}/chosen/moved"] = frame[f"{start}/chosen/after"] - frame[f"{start}/chosen/before"]
         area = frame[f"{start}/area"][0]
-        text = f"A class asked for, in percent as before; a map that looks everywhere alike has {area:.1f} on it."
+        text = f"A class asked for, in percent as before; a uniform map has {area:.1f} on it."
         cells = _over_seeds(frame, {title: f"{start}/{name}" for title, name in columns.items()}, _half_interval)
         sections.append(Section(f"Control, {start.removeprefix('control/')}", text, cells))
     return sections
@@ -288,7 +288,7 @@ def _grounding(frame: pd.DataFrame) -> Section:
         for measure in ("energy", "pointing", "ap")
     }
     text = (
-        f"Of the objects that a question is about, in percent; a map that looks everywhere alike scores"
+        f"Of the objects that a question is about, in percent; a uniform map scores"
         f" {frame['grounding/area'][0]:.1f}, as do the token weights of a variant without any."
     )
     return Section("Grounding (val)", text, _over_seeds(frame, columns))

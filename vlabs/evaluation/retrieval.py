@@ -41,8 +41,6 @@ from vlabs.utils.files import content_sha256
 from vlabs.utils.options import Count, Size, check_type
 from vlabs.utils.ranks import say
 
-RANKERS = ("exact", "shortlist")
-
 
 class Unit(NamedTuple):
     """Work that is done at once: one image, and the captions from `first` on that are in memory together."""

@@ -483,10 +483,14 @@ class AbSViT(nn.Module):
         tokens = pick(bottom_up.tokens, image_index)
         # Variants without a strength, and those of a user that have none to be changed, need not take it.
         given = {} if alpha is None else {"alpha": alpha}
+
+        def prepare_kept(kept: Kept) -> list[Tensor]:
+            return topdown.prepare(take(bottom_up.tokens, image_index, kept), self.feedback)
+
         prepare: Callable[[Kept], list[Tensor]] | None = None
         if topdown.prepares_tokens and not bottom_up.prepared:
             if kept is not None and len(kept.places) * (kept.places.shape[1] + 1) < bottom_up.tokens[..., 0].numel():
-                prepare = lambda kept: topdown.prepare(take(bottom_up.tokens, image_index, kept), self.feedback)  # noqa: E731
+                prepare = prepare_kept
             else:  # once, for all texts of these images
                 bottom_up.prepared = self._prepared(bottom_up.tokens, later=False)
         signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)

@@ -21,8 +21,6 @@ from vlabs.models.registry import register
 from vlabs.models.text import TextEncoder
 from vlabs.utils.options import Count, Share, Size
 
-PRIORS = ("trained", "text")
-
 
 @register
 class UperNet(nn.Module):

@@ -17,8 +17,6 @@ from vlabs.tasks.base import Losses, Task
 from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative
 
-PASSES = ("both", "second")
-
 
 class ClassifyTask(Task):
     """Cross-entropy with soft targets, and the variational loss that trains the feedback decoders.

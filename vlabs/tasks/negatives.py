@@ -10,8 +10,6 @@ from torch import Tensor
 from vlabs.tasks.base import gather
 from vlabs.utils.ranks import is_distributed
 
-NEGATIVES = ("dataset", "batch", "hard")
-
 
 def gather_captions(
     input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, padding: int

@@ -22,8 +22,6 @@ from vlabs.tasks.base import Losses, Task
 from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative
 
-TRANSFER = ("end_to_end", "linear", "top_down")
-
 
 class SegmentationTask(Task):
     """What both tasks share: pixel cross-entropy of two heads, and which parts are trained.

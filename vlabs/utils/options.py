@@ -30,7 +30,8 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Percent = Annotated[float, Ge(0), Le(100)]
-Strength = Annotated[float, Ge(0), Le(1e6)]
+MOST_ALPHA = 1e6
+Strength = Annotated[float, Ge(0), Le(MOST_ALPHA)]
 """α of the top-down signal; beyond, nothing but signal is left of the tokens."""
 Severity = Annotated[int, Ge(1), Le(5)]
 Pairs = Annotated[int, Ge(2)]
