@@ -273,6 +273,8 @@ def test_pictures_are_compared_with_texts_as_a_whole_and_patch_by_patch():
     torch.testing.assert_close(by_cls, cosine_similarity(cls[:, None], prior[None], dim=2))
     every = cosine_similarity(patches[:, None], prior[None, :, None], dim=3)  # (9, 20, 4)
     torch.testing.assert_close(by_patches, (every * 10).exp().sum(dim=2).log())
+    coarse = (patches * 10).round().to(torch.int8)
+    torch.testing.assert_close(similarities(cls, coarse, prior)[1], similarities(cls, coarse * 0.1, prior)[1])
     both = Similarity(by_cls.numpy(), by_patches.numpy())
     added = by_cls / by_cls.std(correction=0) + by_patches / by_patches.std(correction=0)
     torch.testing.assert_close(torch.cat(list(both.blocks(4))), added)

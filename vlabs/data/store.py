@@ -112,11 +112,12 @@ class TensorStore:
         self.waiting = {}
         self._open(path)
 
-    def read(self, keys: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of some pictures, by name, each (n, …); those of int8 as float32.
+    def read(self, keys: Sequence[str], names: Sequence[str] | None = None, scaled: bool = True) -> dict[str, Tensor]:
+        """The tensors of some images, by name, each (n, …); those of int8 as float32.
 
         Args:
             names: of the tensors; None for all.
+            scaled: if False, those of int8 stay so, without their scales.
 
         Raises:
             UserError: numbers that are not finite.
@@ -125,9 +126,9 @@ class TensorStore:
         found = {}
         for name in self.layout if names is None else names:
             tensor = torch.stack([row[name] for row in rows])
-            if f"{name}.scale" in rows[0]:
+            if scaled and f"{name}.scale" in rows[0]:
                 tensor = tensor.float() * torch.stack([row[f"{name}.scale"] for row in rows])
-            if not tensor.isfinite().all():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"{self.folder} holds numbers that are not finite: remove it")
             found[name] = tensor
         return found

@@ -59,7 +59,7 @@ class BottomUp:
         tokens: (B, N, D), z: the output tokens after the final norm (the mean-token classifier has no such norm).
         hidden: (B, N, D), the output of the last block before the final norm.
         embedded: (B, N, D), the input of the second pass's first block, which is the same in both passes.
-        first_qkv: (B, N, 3D), q, k, v of that block.
+        first_qkv: (B, N, 3D), q, k, v of that block; None if they are computed from the kept tokens.
         prepared: the variant's own part, (B, N, D) for every block of the second pass; empty if it has none, or if it
             is computed from the kept tokens, once they are known.
         pooled: (B, D), what `cls` gives.
@@ -71,7 +71,7 @@ class BottomUp:
     tokens: Tensor
     hidden: Tensor
     embedded: Tensor
-    first_qkv: Tensor
+    first_qkv: Tensor | None
     prepared: list[Tensor]
     pooled: Tensor
     layers: list[Tensor] = field(default_factory=list)
@@ -401,7 +401,9 @@ class AbSViT(nn.Module):
     def _known(self, embedded: Tensor | None, tokens: Tensor, read: Tensor | None) -> BottomUp:
         """The bottom-up pass of a stored result."""
         first = self.start - 1
-        first_qkv = tokens if embedded is None else self.backbone.qkv(first, self.backbone.enter(first, embedded))
+        first_qkv = None
+        if embedded is not None and self.keep == 1:
+            first_qkv = self.backbone.qkv(first, self.backbone.enter(first, embedded))
         prepared = self._prepared(tokens)
         embedded = tokens if embedded is None else embedded
         return BottomUp(tokens, tokens, embedded, first_qkv, prepared, self.backbone.pool(tokens), read=read)
@@ -512,7 +514,9 @@ class AbSViT(nn.Module):
         outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
         for index in range(first, backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
-            qkv = pick(bottom_up.first_qkv, image_index) if index == first and kept is None else None
+            qkv = None
+            if index == first and kept is None and bottom_up.first_qkv is not None:
+                qkv = pick(bottom_up.first_qkv, image_index)
             output = self._run(index, hidden, positions, partial(steer, index - first), qkv, record)
             if reconstruction is not None:
                 decoder = self.decoders[index]

@@ -29,7 +29,8 @@ from vlabs.utils.files import content_sha256
 CACHE = SEARCH_INDEX
 MEANING = "a picture's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
 """What the percentages of found images are."""
-_AT_ONCE = 32  # pictures that are read, compared or scored together
+_SCORED_AT_ONCE = 32
+_COMPARED_AT_ONCE = 4  # few, so that their patches stay in the processor's cache
 
 
 @dataclass
@@ -117,8 +118,8 @@ class Search:
         if k is not None and k < len(chosen) and self.nearest is not None and texts.prior is not None:
             chosen = self._shortlist(texts.prior.float().cpu(), k)
         found = []
-        for start in range(0, len(chosen), _AT_ONCE):
-            found += self._scored(texts, chosen[start : start + _AT_ONCE])
+        for start in range(0, len(chosen), _SCORED_AT_ONCE):
+            found += self._scored(texts, chosen[start : start + _SCORED_AT_ONCE])
         shares = torch.tensor([item.score for item in found], dtype=torch.float64).softmax(dim=0).tolist()
         found = [replace(item, share=share) for item, share in zip(found, shares, strict=True)]
         return sorted(found, key=lambda item: -item.score)
@@ -128,7 +129,7 @@ class Search:
         assert self.nearest is not None
         _, first = self.nearest.find(prior, max(self.first, k))
         parts = []
-        for some in first.split(_AT_ONCE):
+        for some in first.split(_COMPARED_AT_ONCE):
             parts.append(similarities(*self.passes.seen([self.keys[n] for n in some.tolist()]), prior))
         cls, patches = (torch.cat(part)[:, 0].numpy() for part in zip(*parts, strict=True))
         best = Similarity(cls[:, None], patches[:, None])[:][:, 0].topk(min(k, len(first))).indices

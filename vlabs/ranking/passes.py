@@ -114,8 +114,8 @@ class FirstPasses:
             self.store.add(key, {name: getattr(bottom_up, name)[n] for name in self.store.layout})
 
     def seen(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What a shortlist reads from some images: the bottom-up [cls] (n, D), and z of the patches (n, P, D)."""
-        found = self.store.read(keys, ["cls", "tokens"])
+        """What a shortlist reads from some images: [cls] (n, D), and z of the patches (n, P, D), each at some scale."""
+        found = self.store.read(keys, ["cls", "tokens"], scaled=False)  # a cosine does not depend on it
         return found["cls"], found["tokens"][:, self.vision.num_prefix_tokens :]
 
     def read(self, keys: Sequence[str]) -> StoredPass:

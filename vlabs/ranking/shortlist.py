@@ -47,14 +47,16 @@ def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, T
 
     Args:
         cls: (n, D).
-        patches: z of the patches, (n, P, D).
+        patches: z of the patches, (n, P, D), each at any scale.
         prior: ξ, (m, D).
 
     Returns:
         Two of (n, m), float32.
     """
     prior = F.normalize(prior.float(), dim=1).T
-    like = F.normalize(patches.float(), dim=2) @ prior
+    patches = patches.float()
+    lengths = torch.linalg.vector_norm(patches, dim=2, keepdim=True).clamp(min=1e-12)
+    like = patches @ prior / lengths
     return F.normalize(cls.float(), dim=1) @ prior, (like / _TEMPERATURE).logsumexp(dim=1)
 
 
