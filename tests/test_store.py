@@ -199,3 +199,33 @@ def test_what_has_no_one_first_pass_cannot_be_stored(options, part, tiny_options
     result = in_process("vlabs.train", [*tiny_options, *FROZEN, *options, "hydra.run.dir=run"], tmp_path)
     assert_one_line_error(result, "task.store", part)
     assert not (tmp_path / "store").exists()
+
+
+def test_the_blind_see_one_color_and_are_told_so(tiny_data, tiny_options, tmp_path, in_process):
+    rows = load_split(tiny_data, "val")
+    reader = ImageReader(rows, Preprocessing(32, ""), blind=True)
+    read = reader.read_batch(BatchSpec(0, [Group(row, (0,)) for row in (2, 3)]))
+    assert read.images.shape == (2, 3, 32, 32)
+    assert not read.images.any()
+    assert read.image_index == [0, 1]
+
+    options = [*tiny_options, *FROZEN, "data.blind=true", "hydra.run.dir=blind"]
+    result = in_process("vlabs.train", options, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "data.blind=true" in result.stdout
+    assert "first passes of 1 pictures" in result.stdout
+
+    asked = ["ckpt=blind", f"data.dir={tiny_data}", "data.blind=true", "data.num_workers=0"]
+    result = in_process("vlabs.evaluate", [*asked, "hydra.run.dir=out"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "data.blind=true" in result.stdout
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["blind"]
+    text_of = {n: text for row in rows for n, text in zip(row["question_id"], row["question"], strict=True)}
+    answers: dict[str, set[str]] = {}
+    for one in json.loads((tmp_path / "out/results.json").read_text()):
+        answers.setdefault(text_of[one["question_id"]], set()).add(one["answer"])
+    assert len(answers) < len(text_of)
+    assert all(len(given) == 1 for given in answers.values())
+
+    result = in_process("vlabs.evaluate", [*asked, "task=grounding", "hydra.run.dir=where"], tmp_path)
+    assert_one_line_error(result, "data.blind=true", "images")

@@ -67,6 +67,7 @@ class ImageReader:
         region_grid: rows and columns of patches that `coverage` is over; None where nobody asks for it.
         pictures: images of a row, which texts are about together: `image`, `image_2` and so on.
         stored: has, by `key`, what the images are read for: then they are not. What it does not have cannot be decoded.
+        blind: give the mean color instead of every image, which is not read.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class ImageReader:
         region_grid: tuple[int, int] | None = None,
         pictures: int = 1,
         stored: Stored | None = None,
+        blind: bool = False,
     ) -> None:
         self.suffixes = ["", *(f"_{n}" for n in range(2, pictures + 1))]
         self.fingerprint = rows._fingerprint
         self.stored = stored
         self.rows = rows
-        if stored is not None:
+        self.blind = blind
+        if stored is not None or blind:
             self.rows = rows.remove_columns([f"image{suffix}" for suffix in self.suffixes])
         self.preprocessing = preprocessing
         self.region_grid = region_grid
@@ -98,7 +101,7 @@ class ImageReader:
 
     def key(self, index: int, place: int = 0) -> str:
         """Of one of a row's images: the same for the same rows, whatever folder they lie in."""
-        return f"{self.fingerprint}/{index}/{place}"
+        return "blind" if self.blind else f"{self.fingerprint}/{index}/{place}"
 
     def read(self, index: int, epoch: int, place: int = 0) -> tuple[dict[str, Any], Any]:
         """The row and one of its images (1, 3, H, W), normalised, or what is stored of it; None for one left out.
@@ -119,6 +122,9 @@ class ImageReader:
 
     def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None = None) -> Tensor | None:
         """One of a row's images, written to `out` where given, for one copy less; None if it is left out."""
+        if self.blind:
+            size = self.preprocessing.image_size
+            return (torch.empty(3, size, size) if out is None else out).zero_()
         try:
             which = f" ({place + 1} of {len(self.suffixes)})" if len(self.suffixes) > 1 else ""
             content = read_bytes(row, f"image{self.suffixes[place]}")

@@ -56,6 +56,7 @@ class LoaderOptions:
             negatives in a batch then have similar lengths.
         shuffle_block: above 0, read the training rows in shuffled blocks of this many neighbors, for images inside
             shards; 0 shuffles all rows.
+        blind: show a uniform image, of the mean color, instead of every image: what the texts give by themselves.
         seed: seed of shuffling and augmentation.
 
     Raises:
@@ -71,6 +72,7 @@ class LoaderOptions:
     scaled_decoding: bool = True
     bucket_batches: Count = 0
     shuffle_block: Count = 0
+    blind: bool = False
     seed: Seed = 0
 
     def __post_init__(self) -> None:

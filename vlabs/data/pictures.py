@@ -126,7 +126,7 @@ class PictureDataModule(PreparedDataModule):
     """
 
     unused: ClassVar[tuple[str, ...]] = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
-              "shuffle_block")  # fmt: skip
+              "shuffle_block", "blind")  # fmt: skip
     read_names = staticmethod(read_classes)
     repeats = 1
 

@@ -134,4 +134,5 @@ class TextDataModule(PreparedDataModule):
             self.wants.region_grid if training or self.wants.regions_in_validation else None,
             self.pictures,
             self.stored,
+            self.options.blind,
         )

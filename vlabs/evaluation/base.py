@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.module import PreparedDataModule
+from vlabs.errors import UserError
 from vlabs.evaluation.results import Results, Setting
 from vlabs.utils.options import checked
 from vlabs.utils.ranks import is_rank_zero
@@ -26,6 +27,8 @@ class Evaluation:
     for."""
     reads: ClassVar[type[PreparedDataModule]] = PreparedDataModule
     """The kind of data that it is measured on."""
+    may_be_blind: ClassVar[bool] = False
+    """Whether it can be measured with `data.blind`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -44,5 +47,10 @@ class Evaluation:
     def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
         """Measure, print and write what comes out, and return the metrics as plain data."""
         results = Results(self.name, checkpoint, setting)
+        if data.options.blind:
+            if not self.may_be_blind:
+                raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
+            results.say("data.blind=true: every image is one of a single color, so this is what the texts give")
+            results.metrics["blind"] = True
         self.measure(checkpoint, data, results)
         return results.write() if is_rank_zero() else results.metrics

@@ -29,6 +29,7 @@ class StatementEvaluation(Evaluation):
 
     name = "statements"
     reads = StatementDataModule
+    may_be_blind = True
 
     def __init__(self, of: Literal["snli_ve", "nlvr2"]) -> None:
         self.of = of

@@ -23,6 +23,7 @@ class VQAEvaluation(Evaluation):
     name = "vqa"
     needs = ("texts", "one picture", "answers")
     reads = VQADataModule
+    may_be_blind = True
 
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`; in percent."""

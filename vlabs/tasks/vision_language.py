@@ -156,9 +156,12 @@ class VisionLanguageTask(Task):
         rank, world = rank_and_world()
         for split in dict.fromkeys([data.train_split, data.val_split]):
             rows = data.rows(split)
-            reader = ImageReader(rows, self.preprocessing, on_bad=data.options.on_bad, pictures=data.pictures)
-            every = [(row, place) for row in range(len(rows)) for place in range(data.pictures)]
-            mine = [one for one in every if reader.key(*one) not in self.stored][rank::world]
+            options = data.options
+            reader = ImageReader(
+                rows, self.preprocessing, on_bad=options.on_bad, pictures=data.pictures, blind=options.blind
+            )
+            every = {reader.key(row, place): (row, place) for row in range(len(rows)) for place in range(data.pictures)}
+            mine = [place for key, place in every.items() if key not in self.stored][rank::world]
             if mine:
                 self.stored.fill(eval_loader(_Pictures(reader), mine, data.options), len(mine))
         self.trainer.strategy.barrier()

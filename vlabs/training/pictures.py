@@ -143,6 +143,8 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
         said.append(f"{source} had others, which {nulls} takes")
+    if data.options.blind:
+        return "pictures: none; the mean color is shown instead of each (data.blind=true)"
     return f"pictures: {'; '.join(said)}"
 
 
