@@ -2,10 +2,13 @@
 
     python benchmarks/keep.py --out keep                       # one seed; goes on where it was stopped
     python benchmarks/keep.py --out keep --seeds 0 1 2 --orders s random --shares 0.25
+    python benchmarks/keep.py --out pruned --orders s --shares 0.25 --prune 0.5    # and half of these in the fusion
 
 Every way of choosing is trained with, alike, for one epoch of the scenes from `init=scenes`, and used at the share that
 it was trained with: `s` by the cosine with ξ, `cls` by what [cls] reads in the first pass, `norm` by the norm of the
 first pass's tokens, `random`. Prints a table, and draws accuracy against GMAC a question to keep.png.
+
+`--prune` leaves more out inside the fusion, by what the text reads after the first pair of layers (PuMer, ACL 2023).
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.models.absvit import AbSViT, BottomUp
+from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.topdown import pick
 
 ORDERS = ("s", "cls", "norm", "random")
@@ -52,24 +56,47 @@ def choose_by(order: str) -> None:
     AbSViT.order = values  # type: ignore[assignment,method-assign]
 
 
-def run(order: str, module: str, *arguments: str) -> None:
+def prune(share: float) -> None:
+    """Let every fusion of this process go on, after its first pair of layers, with [cls] and the patches read most."""
+    if share == 1:
+        return
+    made = CoAttentionFusion.__init__
+
+    def make(self: CoAttentionFusion, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        text_layer: Any = self.text_layers[0]
+
+        def read_most(layer: nn.Module, given: tuple[Any, ...], image: Tensor) -> Tensor:
+            before, text, _, mask, _ = given
+            read = text_layer.cross_attention.weights(text_layer.self_attention(text, text, mask), before)
+            read = (read * mask.unsqueeze(-1)).sum(dim=1)[:, 1:]
+            best = 1 + read.topk(max(1, round(share * read.shape[1])), dim=1).indices
+            places = torch.cat([torch.zeros_like(best[:, :1]), best], dim=1)
+            return image.gather(1, places.unsqueeze(-1).expand(-1, -1, image.shape[2]))
+
+        self.image_layers[0].register_forward_hook(read_most)
+
+    CoAttentionFusion.__init__ = make  # type: ignore[method-assign]
+
+
+def run(order: str, pruned: float, module: str, *arguments: str) -> None:
     """`python -m module` in a process that chooses so."""
-    command = [sys.executable, __file__, "--as", order, module, *arguments]
+    command = [sys.executable, __file__, "--as", order, str(pruned), module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr}")
 
 
-def measure(out: Path, order: str, share: float, seed: int, more: list[str]) -> float:
+def measure(out: Path, order: str, share: float, pruned: float, seed: int, more: list[str]) -> float:
     """Percent of val's questions, but yes/no, that one training answers right."""
     folder = out / f"{order}-{share:g}-{seed}"
     metrics = folder / "evaluation" / "metrics.json"
     if not metrics.is_file():
         own = [f"model.vision.keep={share}", f"seed={seed}", f"hydra.run.dir={folder}"]
         if not (folder / "summary.json").is_file():
-            run(order, "vlabs.train", *_TRAINING, *own, *more)
+            run(order, pruned, "vlabs.train", *_TRAINING, *own, *more)
         place = [f"hydra.run.dir={metrics.parent}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
-        run(order, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
+        run(order, pruned, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
     return float(json.loads(metrics.read_text())["not_yes_no"])
 
 
@@ -87,8 +114,9 @@ def count(folder: Path, share: float) -> float:
 
 def main() -> None:
     if sys.argv[1:2] == ["--as"]:
-        _, _, order, module, *arguments = sys.argv
+        _, _, order, pruned, module, *arguments = sys.argv
         choose_by(order)
+        prune(float(pruned))
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__")
         return
@@ -97,12 +125,14 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.25, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--prune", type=float, default=1.0, help="share of the patches that the fusion goes on with")
     parser.add_argument("--train", nargs="+", default=[], help="more overrides of the training, e.g. data.size=medium")
     options = parser.parse_args()
+    prune(options.prune)  # for the count
     rows: list[dict[str, Any]] = []
     print(f"{'':10}{'share':>8}{'GMAC':>10}{'accuracy':>10}{'deviation':>11}")
     for order, share in [("s", 1.0), *((order, share) for order in options.orders for share in options.shares)]:
-        found = [measure(options.out, order, share, seed, options.train) for seed in options.seeds]
+        found = [measure(options.out, order, share, options.prune, seed, options.train) for seed in options.seeds]
         gmac = count(options.out / f"{order}-{share:g}-{options.seeds[0]}", share)
         rows.append({"order": order, "share": share, "gmac": gmac, "accuracy": statistics.mean(found), "all": found})
         deviation = f"{statistics.stdev(found):11.2f}" if len(found) > 1 else ""
