@@ -8,12 +8,15 @@ import torch
 from conftest import assert_one_line_error, command
 from PIL import Image
 
-from vlabs.attention.maps import MAPS, look
+from vlabs.attention.gradients import inputs_of
+from vlabs.attention.maps import MAPS, look, look_by
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
+from vlabs.evaluation.faithfulness import SHARES
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
+from vlabs.metrics.vqa import answer_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,74 @@ def test_maps_of_recorded_attention_equal_their_definitions(tiny_run):
         assert not maps[name].requires_grad
 
 
+def _plain_relevance(read, words, tokens):
+    """Chefer's rules, number by number: rows of [cls] in R_ti and R_tt, from Ā of the blocks and the fusion."""
+    blocks, layers = read
+
+    def times(a, b):
+        return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in zip(*b, strict=True)] for row in a]
+
+    def plus(a, b):
+        return [[x + y for x, y in zip(one, other, strict=True)] for one, other in zip(a, b, strict=True)]
+
+    def eye(n):
+        return [[float(i == j) for j in range(n)] for i in range(n)]
+
+    def scaled(r):
+        rows = [[x - (i == j) for j, x in enumerate(row)] for i, row in enumerate(r)]
+        shares = [[x / sum(row) if sum(row) else 0.0 for x in row] for row in rows]
+        return plus(shares, eye(len(r)))
+
+    def turned(a):
+        return [list(column) for column in zip(*a, strict=True)]
+
+    tt, ii = eye(words), eye(tokens)
+    ti, it = [[0.0] * tokens for _ in range(words)], [[0.0] * words for _ in range(tokens)]
+    for a in blocks:
+        ii = plus(ii, times(a, ii))
+    for a_tt, a_ti, a_ii, a_it in layers:
+        old_tt, old_ii, old_ti, old_it = tt, ii, ti, it
+        tt, ti, ii, it = (plus(r, times(a, r)) for a, r in ((a_tt, tt), (a_tt, ti), (a_ii, ii), (a_ii, it)))
+        more_ti = times(times(turned(scaled(tt)), a_ti), scaled(old_ii))
+        more_it = times(times(turned(scaled(ii)), a_it), scaled(old_tt))
+        tt, ii = plus(tt, times(a_ti, old_it)), plus(ii, times(a_it, old_ti))
+        ti, it = plus(ti, more_ti), plus(it, more_it)
+    return ti[0], tt[0]
+
+
+def test_maps_of_gradients_equal_a_plain_computation(tiny_run):
+    model = load_checkpoint(tiny_run[0]).model.double()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    ids, mask = torch.randint(5, 50, (1, 5)), torch.tensor([[1, 1, 1, 1, 0]])
+    attention: list[torch.Tensor] = []
+    norms = [block.norm2 for block in model.vision.vit.blocks]
+    with inputs_of(norms) as states, model.fusion.recording() as fusion:
+        output = model(image.requires_grad_(), ids, mask, record=attention, all_features=True)
+    torch.testing.assert_close(output.logits, model(image, ids, mask).logits)
+    best = output.logits.max()
+    kept = [*attention, *fusion]
+    gradients = torch.autograd.grad(best, [*kept, *states], retain_graph=True, allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, [*kept, *states], strict=True)]
+    read = [(g * a).clamp(min=0).mean(dim=1)[0].tolist() for g, a in zip(zeros, kept, strict=False)]
+    layers = list(zip(*[iter(read[len(attention) :])] * 4, strict=True))
+    patches, words = _plain_relevance((read[: len(attention)], layers), 5, attention[0].shape[-1])
+    found = look_by(model, image, ids, mask, "relevance")
+    np.testing.assert_allclose(found.maps.ravel(), patches[1:], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(found.words[0], words, rtol=1e-5, atol=1e-12)
+    assert found.words[0, 4] == 0  # padding
+
+    product = np.ones(len(patches))
+    for g, x in zip(zeros[len(kept) :], states, strict=True):
+        one = np.array([float(u.norm() * v.norm()) for u, v in zip(g[0], x[0], strict=True)])
+        product *= (one - one.min()) / (one.max() - one.min())
+    _, maps = look(model, image, ids, mask, ["normgrad", "contrast", "fusion"])
+    np.testing.assert_allclose(maps["normgrad"].numpy().ravel(), product[1:], rtol=1e-5)
+    empty = torch.cat([ids[:, :1], ids[:, 3:4]], dim=1)
+    _, nothing = look(model, image, empty, torch.ones_like(empty), ["fusion"])
+    expected = maps["fusion"] / (nothing["fusion"] + nothing["fusion"].mean())
+    torch.testing.assert_close(maps["contrast"], expected)
+
+
 def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
     model = load_checkpoint(tiny_run[0]).model
     image = torch.randn(1, 3, 32, 32)
@@ -109,6 +180,7 @@ def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
         (["task.maps=[norm,heat]"], ["heat", "fusion"]),
         (["task.instances=nowhere.zip"], ["nowhere.zip"]),
         (["task=grounds"], ["grounds", "choose one of classify, control, "]),
+        (["task=faithfulness", "task.maps=[heat]"], ["heat", "relevance"]),
     ],
 )
 def test_wrong_options_are_one_line(options, parts, tiny_run, tiny_data, tmp_path, in_process):
@@ -159,3 +231,35 @@ def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):
     Image.new("L", (14, 14)).save(tmp_path / "hat/1_1.png")
     options = ["task=grounding", f"ckpt={tiny_run[0]}", "split=val", "task.human_maps=hat"]
     assert_one_line_error(command("vlabs.evaluate", *options, cwd=tmp_path), "task.human_maps=hat", "VQA v1")
+
+
+def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run, tiny_data, tmp_path, in_process):
+    place = [f"ckpt={tiny_run[0]}", f"data.dir={tiny_data}", "split=val", "hydra.run.dir=out"]
+    given = ["task=faithfulness", "task.maps=[norm,weights]", "task.num_texts=4", "task.batch_size=7", *place]
+    result = in_process("vlabs.evaluate", given, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all(f"\n| {name} " in result.stdout for name in ("norm", "weights", "random", "words by relevance"))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "out/faithfulness.jsonl").read_text().splitlines()]
+    assert metrics["norm/gap"] == pytest.approx(np.mean([one["norm"]["gap"] for one in records]))
+    checkpoint, side = load_checkpoint(tiny_run[0]), 8
+    for record in records:
+        row = next(row for row in load_split(tiny_data, "val") if record["id"] in row["question_id"])
+        answers = row["answers"][row["question_id"].index(record["id"])]
+        image = checkpoint.preprocessing.image(decode_image(row["image"], "image"))[None]
+        ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([record["text"]]))
+        order = (
+            look(checkpoint.model, image, ids, mask, ["norm"])[1]["norm"].flatten().argsort(descending=True).tolist()
+        )
+        for name, way in (("deletion", order), ("insertion", order[::-1])):
+            curve = []
+            for share in SHARES:
+                left = image.clone()
+                for patch in way[: round(share * len(order))]:
+                    top, start = side * (patch // 4), side * (patch % 4)
+                    left[..., top : top + side, start : start + side] = 0
+                best = checkpoint.model(left, ids, mask).logits[0].argmax()
+                curve.append(100 * answer_accuracy(checkpoint.preprocessing.names[best], answers))
+            steps = zip(SHARES, SHARES[1:], curve, curve[1:], strict=False)
+            area = sum((b - a) * (one + other) / 2 for a, b, one, other in steps) / SHARES[-1]
+            assert record["norm"][name] == pytest.approx(area, abs=1e-6)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlabs.attention.gradients import Recorded
 from vlabs.attention.maps import attention_map
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
@@ -284,7 +285,7 @@ def test_fewer_patches_are_those_most_like_the_prior_and_maps_are_of_all():
     for of_text, kept in zip(cosine, half.seen.kept[:, 1:] - 1, strict=True):
         assert set(kept.tolist()) == set(of_text.topk(2).indices.tolist())
     for name in ("fusion", "norm", "cls", "rollout"):
-        seen = attention_map(half, model.vision, name, record).flatten(1)
+        seen = attention_map(half, model.vision, name, Recorded(record)).flatten(1)
         assert [row.nonzero().flatten().tolist() for row in seen] == (half.seen.kept[:, 1:] - 1).tolist(), name
     assert attention_map(half, model.vision, "weights").shape == (2, 2, 2)
 

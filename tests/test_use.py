@@ -17,6 +17,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.metrics.vqa import vqa_accuracy
+from vlabs.page.answers import _question
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -69,10 +70,11 @@ def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run,
     result = command(
         "vlabs.predict", "--ckpt", tiny_run[0], "--image", "street.png",
         "--question", "What's left of it, the red one?",
-        "--question", "Was ist das für ein Ding = $5?", "--out", "figure.png", cwd=tmp_path,
+        "--question", "Was ist das für ein Ding = $5?", "--out", "figure.png", "--map", "relevance", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
+    assert sum(line.startswith("  (words that counted: ") for line in lines) == 2
     assert lines[0] == "What's left of it, the red one?"
     assert "  (its training never had: 5, das, ding, ein, für, ist, was)" in lines
     assert lines[-3] == "the model's training: vqa on scenes (320 questions, 40 images)"
@@ -95,6 +97,18 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     classes = {"task": "classify", "data": {"name": "birds"}}
     started = Checkpoint(known.network, known.preprocessing, "vqa", data | {"history": [classes]}, known.path)
     assert started.new_words("is it green") == ["green"]
+
+
+def test_the_words_that_counted_are_those_of_the_question(tiny_run):
+    question = "What color is the big star?"
+    answer = vlabs.load(tiny_run[0]).answer(Image.new("RGB", (40, 40), "red"), [question], map_name="relevance")[0]
+    assert "".join(word for word, _ in answer.words).lower() == question.replace(" ", "").lower()
+    assert sum(share for _, share in answer.words) == pytest.approx(1)
+    best = max(answer.words, key=lambda word: word[1])
+    assert answer.counted.startswith(f"words that counted: {best[0]} {best[1]:.0%}, ")
+    shown = _question(answer)
+    assert shown.count("class='word'") == len(answer.words)
+    assert f"style='--share:1.00' title='{best[1]:.0%}'>{best[0]}<" in shown
 
 
 @pytest.mark.parametrize("map_name", ["fusion", "weights", "norm"])

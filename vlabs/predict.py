@@ -66,8 +66,9 @@ def _predict(arguments: argparse.Namespace) -> None:
         show(answer.question)
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
-        for warning in answer.warnings:
-            show(f"  ({warning})")
+        for line in (answer.counted, *answer.warnings):
+            if line:
+                show(f"  ({line})")
     show(f"the model's training: {predictor.checkpoint.training}")
     show(f"a percentage is {predictor.meaning}")
     views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
@@ -80,7 +81,8 @@ def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
 
     rows = []
     for answer in answers:
-        note = "\n".join([", ".join(f"{text} {share:.0%}" for text, share in answer.answers[:3]), *answer.warnings])
+        best = ", ".join(f"{text} {share:.0%}" for text, share in answer.answers[:3])
+        note = "\n".join(line for line in (best, answer.counted, *answer.warnings) if line)
         cells = [
             Cell(view, values, answer.map_name, note=note) for view, values in zip(views, answer.maps, strict=True)
         ]

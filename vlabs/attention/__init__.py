@@ -7,5 +7,8 @@ MAPS = {
     "cls": "what the encoder's [cls] reads in its last block",
     "rollout": "what the encoder's [cls] reads through all blocks",
     "gradient": "what the best answer hangs on: gradient × attention",
+    "relevance": "what the best answer depends on through the fusion and the encoder, and which words count",
+    "normgrad": "tokens whose change would change the best answer most",
+    "contrast": "what the text reads of the picture and an empty text does not",
 }
 """Maps, and what is bright in each."""

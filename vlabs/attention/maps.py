@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from vlabs.attention import MAPS
+from vlabs.attention.gradients import Recorded, best_score, normgrad, recording, relevance
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
 DEAD = "this question does not steer: its ξ is like no patch; the map is {}"
-NEEDS_ATTENTION = ("cls", "rollout", "gradient")
+NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
+NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
 
 def default_map(model: VisionLanguageModel) -> str:
@@ -31,7 +33,7 @@ def attention_map(
     output: VLMOutput,
     vision: AbSViT,
     name: str = "fusion",
-    attention: Sequence[Tensor] = (),
+    recorded: Recorded | None = None,
     image_index: Tensor | None = None,
 ) -> Tensor:
     """One map per text or, if a text has several images, per pair of text and image.
@@ -44,8 +46,10 @@ def attention_map(
             norm (paper, section 6.1). `cls`: the attention of the encoder's [cls] in its last block, mean over heads.
             `rollout`: attention rollout (Abnar and Zuidema, 2020), the product over blocks of (A + I) / 2, in the row
             of [cls]. Without a [cls], both are the mean of all rows. `gradient`: gradient × attention in the last
-            block, of the best answer or the ranking score, positive part, summed over queries and heads.
-        attention: the attention that the model recorded, for the last three; with gradients for `gradient`.
+            block, of the best answer or the ranking score, positive part, summed over queries and heads. `relevance`
+            and `normgrad`: see `vlabs.attention.gradients`. `contrast` is not of one output, see `look`.
+        recorded: what the model recorded, for all but the first three; with gradients for `NEEDS_GRADIENT`. It gets the
+            words' relevance.
         image_index: (n,) as given to the model.
 
     Returns:
@@ -64,10 +68,18 @@ def attention_map(
         )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
+    elif name == "normgrad":
+        if recorded is None or not recorded.states:
+            raise ValueError("the normgrad map needs the recorded states")
+        inner = [x for x in recorded.states if x is not None and x.shape[:2] == output.seen.hidden.shape[:2]]
+        values = normgrad(best_score(output), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
-        if not attention:
+        if recorded is None or not recorded.attention:
             raise ValueError(f"the {name} map needs the recorded attention")
-        values = _of_attention(name, output, vision, attention)
+        if name == "relevance":
+            values, recorded.words = relevance(best_score(output), recorded)
+        else:
+            values = _of_attention(name, output, vision, recorded.attention)
         if len(values) != len(output.text_states):  # one pass for all texts of an image
             values = values if image_index is None else values[image_index]
     else:
@@ -94,8 +106,7 @@ def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Seque
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
         return read(rolled)
-    score = output.logits.flatten(1).max(dim=1).values if output.logits.ndim > 1 else output.logits
-    gradient = torch.autograd.grad(score.sum(), attention[-1], retain_graph=True)[0]
+    gradient = torch.autograd.grad(best_score(output).sum(), attention[-1], retain_graph=True)[0]
     return (gradient * attention[-1]).clamp(min=0).sum(dim=(1, 2))
 
 
@@ -110,6 +121,9 @@ def look(
 ) -> tuple[VLMOutput, dict[str, Tensor]]:
     """Run a model on one image with n texts, or on p images that every text is about, and compute maps.
 
+    The map `contrast` is `m / (m_0 + mean(m_0))` (CARVE): m is the map `fusion` of a text, and m_0 that of an empty
+    text.
+
     Args:
         model: in eval mode.
         image: (p, 3, H, W), normalized; on any device. p is 1, except for models of pairs.
@@ -122,28 +136,58 @@ def look(
         The output, and the maps (n p, rows, columns) by name: non-negative, without gradients, on the CPU. The maps of
         a text's images are adjacent.
     """
+    return _look(model, image, input_ids, attention_mask, names, prior, alpha)[:2]
+
+
+def _look(
+    model: VisionLanguageModel,
+    image: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    names: Sequence[str],
+    prior: Tensor | None,
+    alpha: float | None,
+) -> tuple[VLMOutput, dict[str, Tensor], Recorded]:
     n, pictures = len(input_ids), len(image)
     weight = next(model.parameters())
     image, input_ids, attention_mask = image.to(weight), input_ids.to(weight.device), attention_mask.to(weight.device)
-    read_image = "fusion" in names
-    if not set(names) & set(NEEDS_ATTENTION):
-        index = torch.arange(pictures, device=image.device).expand(n, -1)
-        with torch.no_grad():
-            output = model(
-                image, input_ids, attention_mask, _one_column(index), prior=prior, read_image=read_image, alpha=alpha
-            )
-        return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
-    # An image a text: where the passes are shared, a gradient would mix the texts.
-    images = image.repeat(n, 1, 1, 1)
-    index = torch.arange(n * pictures, device=image.device).view(n, pictures)
-    record: list[Tensor] = []
-    with torch.set_grad_enabled("gradient" in names):
-        given = None if pictures == 1 else index
+    index = torch.arange(pictures, device=image.device).expand(n, -1)
+    shared = not set(names) & {*NEEDS_ATTENTION, *NEEDS_GRADIENT}
+    if not shared:
+        # An image a text: where the passes are shared, a gradient would mix the texts.
+        image = image.repeat(n, 1, 1, 1)
+        index = torch.arange(n * pictures, device=image.device).view(n, pictures)
+    given = index if pictures > 1 else (index[:, 0] if shared else None)
+    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
+    if has_gradient:
+        image.requires_grad_()  # frozen parameters alone would leave no gradient
+    with torch.set_grad_enabled(has_gradient), recording(model, names) as recorded:
         output = model(
-            images, input_ids, attention_mask, given, prior=prior, read_image=read_image, alpha=alpha, record=record
+            image,
+            input_ids,
+            attention_mask,
+            given,
+            prior=prior,
+            read_image="fusion" in names or "contrast" in names,
+            alpha=alpha,
+            record=recorded.attention if set(names) & set(NEEDS_ATTENTION) else None,
         )
-        maps = {name: attention_map(output, model.vision, name, record).detach().cpu() for name in names}
-    return output, maps
+        own = [name for name in names if name != "contrast"]
+        maps = {name: attention_map(output, model.vision, name, recorded).detach() for name in own}
+    if "contrast" in names:
+        with torch.no_grad():
+            empty = _without_words(input_ids, attention_mask)
+            plain = model(image, *empty, given, prior=prior, read_image=True, alpha=alpha)
+            asked, nothing = (attention_map(one, model.vision, "fusion") for one in (output, plain))
+            maps["contrast"] = (asked / (nothing + nothing.mean(dim=(1, 2), keepdim=True)).clamp(min=1e-12)).detach()
+    return output, {name: maps[name].cpu() for name in names}, recorded
+
+
+def _without_words(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts of the same length with no word: what they begin and end with, and then padding."""
+    last = attention_mask.sum(dim=1, keepdim=True) - 1
+    ids = input_ids.scatter(1, torch.ones_like(last), input_ids.gather(1, last))
+    return ids, attention_mask * (torch.arange(ids.shape[1], device=ids.device) < 2)
 
 
 class Look(NamedTuple):
@@ -154,12 +198,14 @@ class Look(NamedTuple):
         maps: (n, p, rows, columns), non-negative, for the p images of each text.
         names: the map that is shown for each text.
         steers: whether ξ of each text is similar to any patch; None if no ξ steers.
+        words: (n, T), how much each token of a text counts, at least 0; None unless the map is `relevance`.
     """
 
     output: VLMOutput
     maps: np.ndarray
     names: list[str]
     steers: list[bool | None]
+    words: np.ndarray | None = None
 
 
 def legend_of(names: Sequence[str], own_range: bool = False) -> str:
@@ -182,8 +228,11 @@ def look_by(
     Args:
         name: name of the map; the other arguments are those of `look`.
     """
-    output, found = look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
-    return _chosen(model, output, found, name, len(image))
+    output, found, recorded = _look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
+    words = None
+    if recorded.words is not None:
+        words = recorded.words.detach().unflatten(0, (-1, len(image))).sum(dim=1).float().cpu().numpy()
+    return _chosen(model, output, found, name, len(image))._replace(words=words)
 
 
 def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
@@ -203,8 +252,3 @@ def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tens
     steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()
     names = [name if name != "weights" or of_text.any() else "fusion" for of_text in maps[name]]
     return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)
-
-
-def _one_column(index: Tensor) -> Tensor:
-    """(n,) if each text has one image, as models of one image take it."""
-    return index[:, 0] if index.shape[1] == 1 else index

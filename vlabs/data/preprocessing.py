@@ -189,6 +189,16 @@ class Preprocessing:
         except TypeError:  # the tokenizer's word for half of a character that has two
             raise UserError("a text has a character that cannot be written (a lone surrogate): type it anew") from None
 
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """The words of a text, as the tokenizer cuts them, each with the positions of its tokens in `token_ids`."""
+        encoding = self._tokenizer.encode(text)
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(encoding.word_ids):
+            if word is not None:
+                places.setdefault(word, []).append(place)
+        ends = [(encoding.offsets[of[0]][0], encoding.offsets[of[-1]][1]) for of in places.values()]
+        return [(text[start:end].strip(), of) for (start, end), of in zip(ends, places.values(), strict=True)]
+
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Pad token ids to one length: `input_ids` and `attention_mask`, both int64 (n, T)."""
         length = self.max_length if self.pad_to_max_length else max((len(row) for row in ids), default=0)

@@ -81,7 +81,7 @@ class SteeringEvaluation(Evaluation):
         trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
-        rated = _Scores(rows, read_answers(data.dir))
+        rated = Scores(rows, read_answers(data.dir))
         progress = results.each(total=len(strengths) * questions)
         for alpha in strengths:
             strength = "as trained" if alpha is None else f"α={alpha:g}"
@@ -111,7 +111,7 @@ class _Pair:
         self.own, self.other, self.masks = own, other, {OWN: own_mask, OTHER: other_mask}
 
 
-class _Scores:
+class Scores:
     """What answers to questions of prepared rows are worth."""
 
     def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
 
 @torch.no_grad()
 def _measure(
-    checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair], alpha: float | None = None
+    checkpoint: Checkpoint, scores: Scores, pairs: list[_Pair], alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
     """A row for every pair of one picture and either ξ, in percent; α as in `AbSViT.attend`."""
     model, preprocessing = checkpoint.model, checkpoint.preprocessing

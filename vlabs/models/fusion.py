@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +17,13 @@ from vlabs.utils.options import Positive, Share, Size
 
 
 class FusionAttention(nn.Module):
-    """Multi-head attention with residual and post-norm: `norm(x + out(attention(x, context)))`."""
+    """Multi-head attention with residual and post-norm: `norm(x + out(attention(x, context)))`.
+
+    Attributes:
+        record: a list to which the attention weights (n, heads, S, T) are appended; None to compute none.
+    """
+
+    record: list[Tensor] | None = None
 
     def __init__(self, width: Size, num_heads: Size, dropout: Share) -> None:
         super().__init__()
@@ -40,7 +48,7 @@ class FusionAttention(nn.Module):
         usual = (queries + keys) * width + queries * keys
         folded = 2 * min(queries, keys) * width + self.num_heads * queries * keys
         # What is exported is for any number of tokens.
-        if torch.compiler.is_exporting() or 2 * folded > usual:
+        if self.record is not None or torch.compiler.is_exporting() or 2 * folded > usual:
             update = self.out(self._mix(x, context, mask))
         elif queries < keys:
             update = self.out(self._mix_few_queries(x, context, mask))
@@ -53,13 +61,14 @@ class FusionAttention(nn.Module):
         q, k, v = (
             self._heads(t).expand(n, -1, -1, -1) for t in (self.query(x), self.key(context), self.value(context))
         )
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        allowed = None if mask is None else mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        if self.record is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        else:
+            scores = q @ k.mT / q.shape[-1] ** 0.5
+            self.record.append((scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).softmax(-1))
+            mixed = F.dropout(self.record[-1], dropout) @ v
         return mixed.transpose(1, 2).flatten(2)
 
     def _mix_few_queries(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -217,18 +226,35 @@ class CoAttentionFusion(nn.Module):
         kind = self.token_type.weight[1] if picture is None else self.token_type(1 + picture)[:, None]
         image = self.image_map(image) + kind
         image_read = None
+        record: list[Tensor] | None = self.text_layers[-1].cross_attention.record  # type: ignore[union-attr,assignment]
         last = len(self.text_layers) - 1
         for index, (text_layer, image_layer) in enumerate(zip(self.text_layers, self.image_layers, strict=True)):
             first_only = pooled_only and index == last
-            if read_image and index == last:
+            if read_image and index == last and record is None:
                 image_read = _read_weights(text_layer, text, mask, image)
             text, image = (
                 self._run(text_layer, text, image, mask, None, first_only),
                 self._run(image_layer, image, text, None, mask, first_only and self.image_pool == "first"),
             )
+        if read_image and record is not None:
+            image_read = record[-3].mean(dim=1)[:, 0]
         read = image[:, 0] if self.image_pool == "first" else image.mean(dim=1)
         pooled = torch.cat([torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(read))], dim=-1)
         return Fused(pooled, text, image, image_read)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Context manager: a list of the attention of all layers, with gradients: for each pair of layers, text to
+        text, text to image, image to image and image to text, (n, heads, queries, keys)."""
+        record: list[Tensor] = []
+        attentions = [module for module in self.modules() if isinstance(module, FusionAttention)]
+        try:
+            for attention in attentions:
+                attention.record = record
+            yield record
+        finally:
+            for attention in attentions:
+                attention.record = None
 
     def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:
         """Run a layer, with or without keeping its inner activations for the backward pass."""

@@ -172,9 +172,20 @@ def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
     cards = []
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
-        said = f"<b>{html.escape(answer.question)}</b>{note}{_bars(answer.answers)}{_warnings(answer.warnings)}"
+        said = f"<b>{_question(answer)}</b>{note}{_bars(answer.answers)}{_warnings(answer.warnings)}"
         cards.append(_card(Cell(view, answer.map, answer.map_name), said, answer.question))
     return f"<div class='cards' {_under(view)}>{''.join(cards)}</div>"
+
+
+def _question(answer: Answer) -> str:
+    """The question, with words as dark as they counted, where that is known; a word's share shows under the pointer."""
+    if answer.words is None:
+        return html.escape(answer.question)
+    most = max((share for _, share in answer.words), default=0) or 1
+    return " ".join(
+        f"<span class='word' style='--share:{share / most:.2f}' title='{share:.0%}'>{html.escape(word)}</span>"
+        for word, share in answer.words
+    )
 
 
 def _bars(shares: Sequence[tuple[str, float]]) -> str:

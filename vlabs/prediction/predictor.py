@@ -49,6 +49,7 @@ class Answer:
         map_name: the name of that map: `fusion` if ξ is similar to no patch, so that all its weights are 0.
         steers: whether ξ is similar to any patch of the images; None if no ξ steers.
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
+        words: the words of the question with their shares of its relevance; None unless the map is `relevance`.
     """
 
     question: str
@@ -57,11 +58,18 @@ class Answer:
     map_name: str
     steers: bool | None = None
     new_words: list[str] = field(default_factory=list)
+    words: list[tuple[str, float]] | None = None
 
     @property
     def map(self) -> np.ndarray:
         """The map of the first image, which is usually the only one."""
         return self.maps[0]
+
+    @property
+    def counted(self) -> str:
+        """The five words that counted most, in words; empty where that is not known."""
+        best = sorted(self.words or [], key=lambda word: -word[1])[:5]
+        return f"words that counted: {', '.join(f'{word} {share:.0%}' for word, share in best)}" if best else ""
 
     @property
     def warnings(self) -> list[str]:
@@ -171,9 +179,16 @@ class Predictor:
                 look.names[n],
                 look.steers[n],
                 self.checkpoint.new_words(question),
+                None if look.words is None else self._shares(question, look.words[n]),
             )
             for n, question in enumerate(questions)
         ]
+
+    def _shares(self, question: str, weights: np.ndarray) -> list[tuple[str, float]]:
+        """The words of a question, each with its share of the weights (T,) of all words' tokens."""
+        words = [(word, float(weights[places].sum())) for word, places in self.preprocessing.words(question)]
+        total = sum(weight for _, weight in words) or 1.0
+        return [(word, weight / total) for word, weight in words]
 
     def _check_alpha(self, alpha: float) -> None:
         if self.alpha is None:
