@@ -404,8 +404,8 @@ def test_wrong_annotation_files_are_named(tmp_path: Path) -> None:
         ("{", "not a whole JSON file"),
         ("{}", "no 'annotations'"),
         (coco([{"id": 1}]), "annotation 0 needs"),
-        (coco([annotation(1, {"counts": [25]})]), "instance 1 has no picture"),
-        (coco([annotation(1, [[0, 0, 1, 0, 1, 1]]) | {"image_id": 4}]), "instance 1 has no picture"),
+        (coco([annotation(1, {"counts": [25]})]), "instance 1 has no image"),
+        (coco([annotation(1, [[0, 0, 1, 0, 1, 1]]) | {"image_id": 4}]), "instance 1 has no image"),
         (coco([annotation(2, [])]), "no instance 1"),
     ]:
         path.write_text(content)

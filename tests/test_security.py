@@ -794,7 +794,7 @@ def test_a_picture_of_a_data_set_starts_no_program(tmp_path, monkeypatch):
                                        "../a.jsonl", "a/../../b.jsonl"])  # fmt: skip
 def test_the_card_of_a_local_data_set_leads_nowhere_else(elsewhere, tmp_path):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {elsewhere}\n---\n")
-    with pytest.raises(UserError, match=r"README\.md says that the data set's files are elsewhere"):
+    with pytest.raises(UserError, match=r"README\.md says that the dataset's files are elsewhere"):
         check_sources(tmp_path)
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files:\n  - path: data/*.parquet\n---\nhttp://a.org\n")
     check_sources(tmp_path)

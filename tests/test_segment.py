@@ -322,7 +322,7 @@ def test_ade20k_leaves_0_out(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (labels([0, 1], 41, 30), "41 x 30 pixels and the picture 40 x 30"),
+        (labels([0, 1], 41, 30), "41 x 30 pixels and the image 40 x 30"),
         (labels([0, 151]), "label value 151"),
         (None, "ADE_train_2.png is missing; ADEChallengeData2016.zip has ADEChallengeData2016/"),
     ],

@@ -81,7 +81,7 @@ def test_the_released_recipes_keep_clips_values_for_their_vit_alone(name):
 def test_what_the_data_leave_open_is_taken_and_what_they_say_stays(tiny_data):
     shown = Shown("its encoder", {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop": 0.9})
     data = VQADataModule(tiny_data, image_size=32, **NULLS)
-    assert choose(data, shown) == "pictures: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear (its encoder)"
+    assert choose(data, shown) == "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear (its encoder)"
     assert data.preprocessing.crop == 1  # whoever is asked about a picture sees the whole shorter side
     data = VQADataModule(tiny_data, image_size=32, **NULLS | {"image_mean": [0.1, 0.2, 0.3]})
     line = choose(data, shown)
@@ -112,7 +112,7 @@ def test_classes_are_cropped_as_the_encoder_was_and_masks_are_resized_by_their_o
     choose(data := ClassDataModule(classes, crop=0.7, **NULLS | {"interpolation": "bicubic"}), shown)
     assert (data.preprocessing.crop, data.preprocessing.interpolation) == (0.7, "bicubic")
     masks = folder_of("masks", tmp_path / "masks")
-    assert choose(data := MaskDataModule(masks, **NULLS), shown) == "pictures: mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (it)"
+    assert choose(data := MaskDataModule(masks, **NULLS), shown) == "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (it)"
     assert data.preprocessing.crop == 1
     choose(data := MaskDataModule(masks, **NULLS | {"image_std": [0.1, 0.2, 0.3]}), shown)
     assert data.preprocessing.std == (0.1, 0.2, 0.3)
@@ -167,9 +167,7 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
     from vlabs.training import build
 
     run, result = tiny_run
-    line = (
-        "pictures: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: the encoder begins new)"
-    )
+    line = "images: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: the encoder begins new)"
     assert line in result.stdout
     said = []
     monkeypatch.setattr(build, "say", said.append)

@@ -50,18 +50,16 @@ def main() -> None:
     parser.add_argument("--search-ckpt", help="of a model trained on captions, for the search tab")
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files of --images that are no "
-                        "whole picture (default %(default)s)")  # fmt: skip
-    parser.add_argument("--pictures", type=Path, help="folder of pictures to begin with")
+                        "whole image (default %(default)s)")  # fmt: skip
+    parser.add_argument("--pictures", type=Path, help="folder of images to begin with")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default %(default)s: this machine)")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
         help="another name that the page may be asked by; may be given several times",
     )  # fmt: skip
     parser.add_argument("--port", type=whole(0, 65535), help="default: the first free one from 7860 on")
-    parser.add_argument(
-        "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of a picture's file (10)"
-    )
-    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of a picture (30)")
+    parser.add_argument("--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of an image's file (10)")
+    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of an image (30)")
     parser.add_argument(
         "--index", type=Path, default=SEARCH_INDEX, help="folder of the search index (default %(default)s)"
     )
@@ -95,7 +93,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
 
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
-        raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} pictures at a time, the page about one")
+        raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} images at a time, the page about one")
     embedded = arguments.ckpt in packaged_starts()
     searches = _searches(arguments, embedded)
     pictures = example_pictures(arguments.pictures) if embedded or arguments.pictures is not None else []

@@ -36,7 +36,7 @@ _OF_THE_MODEL = re.compile(
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
     if given := [item for item in HydraConfig.get().overrides.task if _OF_THE_MODEL.fullmatch(item)]:
-        raise UserError(f"{given[0]}: pictures and texts are read as the model was trained to: leave it out")
+        raise UserError(f"{given[0]}: images and texts are read as the model was trained to: leave it out")
     out_dir = Path(HydraConfig.get().runtime.output_dir)
     if is_rank_zero():
         with _claimed(out_dir, bool(config.overwrite)):

@@ -29,9 +29,7 @@ def main() -> None:
         "--metrics", type=Path, action="append", default=[],
         help="for the card: a metrics.json of vlabs.evaluate, or its folder; may be given several times",
     )  # fmt: skip
-    parser.add_argument(
-        "--format", choices=("onnx", "torch"), help="with --out FOLDER: programs in the place of weights"
-    )
+    parser.add_argument("--format", choices=("onnx", "torch"), help="with --out FOLDER: programs instead of weights")
     _export(parser.read())
 
 

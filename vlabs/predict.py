@@ -1,7 +1,7 @@
 """Answer questions about an image, or label statements, and show where the model looked.
 
 vlabs predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
-vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
+vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both images show a dog."   # nlvr2
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser = Parser("predict", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
     parser.add_argument(
-        "--image", required=True, action="append", help="the picture; twice, left and right, for a model of pairs"
+        "--image", required=True, action="append", help="the image; twice, left and right, for a model of pairs"
     )
     parser.add_argument(
         "--question", required=True, action="append", help="a question or statement; may be given several times"

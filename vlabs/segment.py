@@ -16,7 +16,7 @@ def main() -> None:
     """Entry point of `vlabs segment`."""
     parser = Parser("segment", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
-    parser.add_argument("--image", required=True, help="the picture")
+    parser.add_argument("--image", required=True, help="the image")
     parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
     add_out(parser, "segments.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")

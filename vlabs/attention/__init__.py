@@ -1,7 +1,7 @@
 """Where a model looks: maps, and figures of them."""
 
 MAPS = {
-    "fusion": "what the text reads of the picture",
+    "fusion": "what the text reads of the image",
     "weights": "what is like the prior ξ",
     "norm": "large output tokens, as in the paper",
     "cls": "what the encoder's [cls] reads in its last block",

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from vlabs.checkpoints.checkpoint import Checkpoint
 
 FIGURES = {
-    "questions": "pictures by questions",
+    "questions": "images by questions",
     "pathway": "bottom-up attention, token weights and top-down attention side by side",
     "alpha": "one prior at several strengths of the top-down signal",
-    "side-by-side": "two pictures pasted into one, with a text for each",
-    "checkpoints": "one picture seen by several models",
-    "control": "a classifier that is asked for one class and another of a picture, or of two side by side",
+    "side-by-side": "two images pasted into one, with a text for each",
+    "checkpoints": "one image seen by several models",
+    "control": "a classifier that is asked for one class and another of an image, or of two side by side",
     "reconstruction": "what a linear decoder sees in the bottom-up and top-down signals of the first block",
 }
 
@@ -42,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--ckpt", required=True, action="append", help="run folder, checkpoint or export; several for "
                         "--figure checkpoints, as NAME=PATH to name them")  # fmt: skip
-    parser.add_argument("--image", required=True, action="append", help="a picture; may be given several times")
+    parser.add_argument("--image", required=True, action="append", help="an image; may be given several times")
     parser.add_argument("--question", action="append", default=[], help="a question or caption; several times too")
     parser.add_argument("--class", dest="classes", action="append", help="for --figure control: a class; several times")
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
@@ -130,7 +130,7 @@ def _control(arguments: argparse.Namespace) -> Figure:
     return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
 
 
-def _load(text: str, needs: Sequence[str] = ("texts", "one picture")) -> tuple[str, Checkpoint]:
+def _load(text: str, needs: Sequence[str] = ("texts", "one image")) -> tuple[str, Checkpoint]:
     from vlabs.prediction.predictor import load_any
 
     name, separator, path = text.partition("=")

@@ -22,8 +22,8 @@ from vlabs.errors import printable
 from vlabs.utils.arguments import numbered
 from vlabs.utils.files import replacing
 
-COLORMAP = "cividis"  # readable with any colour vision
-LONGEST, _SHORTEST = 1024, 448  # pixels of a picture's longer side, as it is shown
+COLORMAP = "cividis"  # readable with any color vision
+LONGEST, _SHORTEST = 1024, 448  # pixels of an image's longer side, as it is shown
 _COLUMN = 2.9  # inches
 _DPI = 150
 _MOST_PIXELS = 16e6  # of a figure
@@ -154,7 +154,7 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_
     width = _COLUMN * columns + 0.6 * bool(legend)
     below = textwrap.fill("; ".join(filter(None, (legend, note))), round(14 * width))
     heights = [*(_height(label, row) for label, row in rows), 0.1 + 0.15 * (below.count("\n") + 1)]
-    # A picture has its own pixels, if the figure does not become too large by that.
+    # An image has its own pixels, if the figure does not become too large by that.
     finest = max(max(cell.view.image.size) for cell in cells) / _COLUMN
     dpi = max(_DPI, min(finest, (_MOST_PIXELS / (width * sum(heights))) ** 0.5))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=dpi)

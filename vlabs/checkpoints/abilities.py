@@ -30,7 +30,7 @@ class Ability(NamedTuple):
 
 
 def pictures_per_text(network: nn.Module) -> int:
-    """How many pictures a text is about together: what a head says by `pictures`, and 1 where it says nothing."""
+    """How many images a text is about together: what a head says by `pictures`, and 1 where it says nothing."""
     return int(getattr(getattr(network, "head", None), "pictures", 1))
 
 
@@ -41,7 +41,7 @@ def _head_has(name: str) -> Callable[[nn.Module], bool]:
 ABILITIES = {
     "texts": Ability(
         lambda network: isinstance(network, VisionLanguageModel),
-        "joins no texts with pictures (task=vqa, retrieval and others train that)",
+        "joins no texts with images (task=vqa, retrieval and others train that)",
     ),
     "answers": Ability(
         _head_has("probabilities"),
@@ -49,23 +49,23 @@ ABILITIES = {
     ),
     "ranks": Ability(
         _head_has("score"),
-        "has no head with a `score` of a text and a picture (task=retrieval or pretrain trains one)",
+        "has no head with a `score` of a text and an image (task=retrieval or pretrain trains one)",
     ),
-    "one picture": Ability(lambda network: pictures_per_text(network) == 1, "reads a text with two pictures, not one"),
-    "two pictures": Ability(
+    "one image": Ability(lambda network: pictures_per_text(network) == 1, "reads a text with two images, not one"),
+    "two images": Ability(
         lambda network: pictures_per_text(network) == 2,
-        "reads a text with one picture, not two (task=nlvr2 trains that)",
+        "reads a text with one image, not two (task=nlvr2 trains that)",
     ),
     "classes": Ability(
         lambda network: isinstance(network, AbSViTClassifier),
-        "classifies no pictures (task=classify trains that)",
+        "classifies no images (task=classify trains that)",
     ),
     "segments": Ability(
-        lambda network: isinstance(network, Segmenter), "segments no pictures (task=segment or refer trains that)"
+        lambda network: isinstance(network, Segmenter), "segments no images (task=segment or refer trains that)"
     ),
     "segments classes": Ability(
         lambda network: isinstance(network, Segmenter) and network.text is None,
-        "segments no classes of pictures (task=segment trains that)",
+        "segments no classes of images (task=segment trains that)",
     ),
     "segments texts": Ability(
         lambda network: isinstance(network, Segmenter) and network.decoder.num_classes == 2,

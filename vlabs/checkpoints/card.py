@@ -102,8 +102,8 @@ def model_card(
         "",
         "## Input",
         "",
-        f"Pictures of {checkpoint.preprocessing.image_size} pixels a side; `preprocessing.json` and `tokenizer.json` "
-        "hold how pictures and texts are read. Nothing in these files is executed when they are loaded.",
+        f"Images of {checkpoint.preprocessing.image_size} pixels a side; `preprocessing.json` and `tokenizer.json` "
+        "hold how images and texts are read. Nothing in these files is executed when they are loaded.",
         "",
         f"Licence: {licence or 'nobody has said; ask who trained it'}.",
         "",

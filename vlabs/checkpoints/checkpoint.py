@@ -230,7 +230,7 @@ def _check_fit(
     """Raise a UserError if a model does not fit its task, or does not accept the output of its preprocessing."""
     head = getattr(model, "head", None)
     others = tuple(kind for kind in _HEADS.values() if kind is not _HEADS.get(task, type(head)))
-    # Of a task of one's own nothing is known.
+    # Of a task of your own nothing is known.
     if not isinstance(model, _NETWORKS.get(task, type(model))) or (task in _NETWORKS and isinstance(head, others)):
         kind = type(model).__name__ if head is None else f"{type(model).__name__} with a {type(head).__name__}"
         raise UserError(f"it says that it was trained for the task '{task}', and holds a {kind}")
@@ -239,7 +239,7 @@ def _check_fit(
     if not isinstance(model, Segmenter):
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
         if (side := vision.spec.get("img_size")) != preprocessing.image_size:
-            raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
+            raise UserError(f"it reads images of {side} px, and its preprocessing makes {preprocessing.image_size}")
     # What a text names and all else have no names, also where no text is read: the control.
     known, wanted = len(preprocessing.names), None if task == "refer" else _answers_of(model)
     if wanted is not None and known != wanted:

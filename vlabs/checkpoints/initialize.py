@@ -136,10 +136,10 @@ def initialize(
             and own[name].shape[1:] == value.shape[1:]
             and len(value) > 1
         ):
-            # A second picture begins as the first (METER); what has a second one begins with its first.
+            # A second image begins as the first (METER); what has a second one begins with its first.
             more = len(own[name]) - len(value)
             chosen[name] = torch.cat([value, value[1:2].expand(more, -1)]) if more > 0 else value[: len(own[name])]
-            result.derived.append(f"{name}, the types of text and picture; a second picture's is the first's")
+            result.derived.append(f"{name}, the types of text and image; a second image's is the first's")
         elif name in own and (resampled := _resample(name, value, own[name], model)) is not None:
             chosen[name] = resampled
             result.resampled.append(name)
@@ -204,6 +204,6 @@ def _resample(
         return None
     try:
         resampled = _vision(model).backbone.resample(name.removeprefix(within), value, target)
-    except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of no picture's shape
+    except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of no image's shape
         return None
     return None if resampled is None or resampled.shape != target.shape else resampled

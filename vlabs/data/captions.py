@@ -29,12 +29,12 @@ class CaptionBatch(NamedTuple):
     """n captions with their images, and false partners where the task wants them.
 
     Attributes:
-        images: (B, 3, H, W), normalised; the captions' own, then the false ones. Or what is stored of them.
+        images: (B, 3, H, W), normalized; the captions' own, then the false ones. Or what is stored of them.
         input_ids, attention_mask: (n, T).
         image_index: (n,), the position in `images` of each caption's image.
         image_ids: (n,), the row of each caption's image in the data: the same number for the same image.
         caption_ids: n, the data's own ids.
-        coverage: (n, patches) in [0, 1], how much of every patch a caption is about; zeros where nobody said; None
+        coverage: (n, patches) in [0, 1], how much of every patch a caption is about; zeros where unknown; None
             where nobody asked.
         false_image_index: (n,), the position in `images` of an image that the caption does not belong to; or None.
         false_input_ids, false_attention_mask: (n, m, T), captions of other images; or None.
@@ -194,13 +194,13 @@ class CaptionDataModule(TextDataModule):
 
 
 def _with_text_ids(rows: datasets.Dataset) -> datasets.Dataset:
-    """The same rows, whose pictures are not copied, with ids that are texts."""
+    """The same rows, whose images are not copied, with ids that are texts."""
     ids = rows.data.column("caption_id").cast(pa.list_(pa.string())).combine_chunks()
     return rows.remove_columns("caption_id").add_column("caption_id", ids, feature=_TEXTS)
 
 
 def _fit(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether rows can stand beside each other; those with pictures in shards have columns that others leave out."""
+    """Whether rows can stand beside each other; those with images in shards have columns that others leave out."""
     apart = ("path", "offset", "size", "caption_id")
     return {name: one for name, one in some.items() if name not in apart} == {
         name: one for name, one in others.items() if name not in apart

@@ -1,4 +1,4 @@
-"""Pictures with one class each, in batches: read where they lie, augmented and mixed by timm, the same in every run."""
+"""Images with one class each, in batches: read where they lie, augmented and mixed by timm, the same in every run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vlabs.utils.options import NonNegative, Share, Size
 
 
 class ClassBatch(NamedTuple):
-    """n pictures.
+    """n images.
 
     Attributes:
-        images: (n, 3, H, W), normalised.
-        targets: (n, classes), what each picture is of, summing to 1; two classes where pictures are mixed.
-        labels: (n,), the class of each picture, before mixing.
+        images: (n, 3, H, W), normalized.
+        targets: (n, classes), what each image is of, summing to 1; two classes where images are mixed.
+        labels: (n,), the class of each image, before mixing.
         image_ids: n.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
@@ -39,7 +39,7 @@ class ClassBatch(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """How training pictures are changed; the names and meanings of timm's `create_transform` and `Mixup`.
+    """How training images are changed; the names and meanings of timm's `create_transform` and `Mixup`.
 
     Attributes:
         scale: least share of an image that is cropped and resized; 1 to keep it whole.
@@ -104,7 +104,7 @@ class ClassDataset(PictureDataset):
                 images.append(self.prepare(image, row, spec, place))
                 labels.append(row["label"])
                 ids.append(row["image_id"])
-            if self.mixup is not None and len(images) % 2:  # pictures are mixed in pairs
+            if self.mixup is not None and len(images) % 2:  # images are mixed in pairs
                 images, labels, ids = images[:-1], labels[:-1], ids[:-1]
             size, classes = self.preprocessing.image_size, len(self.preprocessing.names)
             batch = torch.stack(images) if images else torch.empty(0, 3, size, size)
@@ -119,7 +119,7 @@ class ClassDataset(PictureDataset):
         return ClassBatch(batch, targets.float(), of, ids, skipped)
 
     def prepare(self, image: Image.Image, row: dict[str, Any], spec: BatchSpec, place: int) -> Tensor:
-        """A picture as the model sees it, (3, H, W), normalised.
+        """An image as the model sees it, (3, H, W), normalized.
 
         Args:
             image: as it was decoded.
@@ -135,7 +135,7 @@ class ClassDataset(PictureDataset):
 
 
 def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:
-    """timm's training transform, normalising as the preprocessing does."""
+    """timm's training transform, normalizing as the preprocessing does."""
     return create_transform(
         preprocessing.image_size,
         is_training=True,
@@ -165,7 +165,7 @@ class ClassDataModule(PictureDataModule):
     """
 
     kind = "classes"
-    holds = "pictures with a class (data=objects, imagenet, classes)"
+    holds = "images with a class (data=objects, imagenet, classes)"
     by_default: ClassVar[dict[str, Any]] = {  # as usual on ImageNet
         "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop": 0.875,
         "crop_mode": "center",
@@ -185,9 +185,7 @@ class ClassDataModule(PictureDataModule):
         if a.auto_augment is not None:
             check_augment("augmentation.auto_augment", a.auto_augment)
         if (a.mixup > 0 or a.cutmix > 0) and self.options.batch_size % 2:
-            raise UserError(
-                f"data.batch_size={self.options.batch_size}: pictures are mixed in pairs, so it must be even"
-            )
+            raise UserError(f"data.batch_size={self.options.batch_size}: images are mixed in pairs, so it must be even")
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> ClassDataset:
         """See `PictureDataModule`."""

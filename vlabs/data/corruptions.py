@@ -1,4 +1,4 @@
-"""The corruptions of ImageNet-C on pictures of one's own, made by the library `imagecorruptions` as they are read."""
+"""The corruptions of ImageNet-C on images of your own, made by the library `imagecorruptions` as they are read."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def library() -> Any:
 
 
 class CorruptedDataset(ClassDataset):
-    """Pictures of a class data set, resized and cropped as the model sees them, and then corrupted.
+    """Images of a class dataset, resized and cropped as the model sees them, and then corrupted.
 
     Args:
         rows, preprocessing, on_bad: as in `ClassDataset`.
         corruption: of the fifteen of ImageNet-C.
         severity: 1 to 5.
-        seed: what is random in it is a function of seed, corruption, severity and picture.
+        seed: what is random in it is a function of seed, corruption, severity and image.
 
     Raises:
-        UserError: the model sees pictures that are too small, or the library is missing.
+        UserError: the model sees images that are too small, or the library is missing.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CorruptedDataset(ClassDataset):
         super().__init__(rows, preprocessing, None, seed, on_bad)
         if preprocessing.image_size < SMALLEST:
             raise UserError(
-                f"pictures of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least"
+                f"images of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least"
             )
         library()
         self.corruption = corruption

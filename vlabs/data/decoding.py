@@ -1,4 +1,4 @@
-"""Pictures are decoded here and nowhere else: as a viewer shows them, of no more pixels than memory is meant for."""
+"""Images are decoded here and nowhere else: as a viewer shows them, of no more pixels than memory is meant for."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from vlabs.errors import UserError, one_line
 
 LIMIT = "VLABS_MAX_MEGAPIXELS"
-"""The environment variable that says how many million pixels a picture may have."""
-_MEGAPIXELS = 120.0  # up to a gigabyte where a picture is converted; a phone's largest usual picture has 108
-_SCANS = 200  # of a progressive JPEG, which has some ten; each is as much work as the whole picture
+"""The environment variable that says how many million pixels an image may have."""
+_MEGAPIXELS = 120.0  # up to a gigabyte where an image is converted; a phone's largest usual image has 108
+_SCANS = 200  # of a progressive JPEG, which has some ten; each is as much work as the whole image
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is a limit here
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of what stands beside a picture's pixels
-# Pillow's limit of a text beside a picture is a megabyte, which programs that note how it was made go beyond.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of what stands beside an image's pixels
+# Pillow's limit of a text beside an image is a megabyte, which programs that note how it was made go beyond.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # What Pillow decodes itself or by a library. Of the others it starts programs (EPS), asks the network's plug-ins, or
-# keeps another picture inside whose size it does not say.
+# keeps another image inside whose size it does not say.
 _FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
     "TIFF", "WEBP",
@@ -42,18 +42,18 @@ def known_formats() -> tuple[str, ...]:
 
 @functools.cache
 def known_suffixes() -> frozenset[str]:
-    """How the names of pictures that are decoded end, in lower case and with the dot."""
+    """How the names of images that are decoded end, in lower case and with the dot."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
 
 
 def open_picture(content: bytes, at_least: int | None = None) -> Image.Image:
-    """Read the header of a picture; its pixels are decoded when they are first read.
+    """Read the header of an image; its pixels are decoded when they are first read.
 
     Args:
         at_least: see `vlabs.data.preprocessing.decode_image`.
 
     Raises:
-        UnidentifiedImageError: it is no picture of a known format.
+        UnidentifiedImageError: it is no image of a known format.
         ValueError: it has too many pixels, or its header is damaged. Each says so in one line.
     """
     limit = _limit()
@@ -77,7 +77,7 @@ def open_picture(content: bytes, at_least: int | None = None) -> Image.Image:
 
 
 def decode(content: bytes, at_least: int | None = None) -> Image.Image:
-    """Decode a picture to RGB as a viewer shows it, see `as_shown`; of an animation the first frame.
+    """Decode an image to RGB as a viewer shows it, see `as_shown`; of an animation the first frame.
 
     Raises:
         ValueError: why it cannot be decoded, in one line.
@@ -92,7 +92,7 @@ def decode(content: bytes, at_least: int | None = None) -> Image.Image:
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """A picture in RGB: turned as its camera says, on white where it is transparent, 16 bits and floats scaled to 8."""
+    """An image in RGB: turned as its camera says, on white where it is transparent, 16 bits and floats scaled to 8."""
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -102,11 +102,11 @@ def as_shown(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the picture
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the image
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height of a picture as a viewer shows it, all of which is decoded.
+    """Width and height of an image as a viewer shows it, all of which is decoded.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -116,21 +116,21 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def read_labels(content: bytes) -> np.ndarray:
-    """The values of a picture whose pixels are labels, (H, W), as they are stored: of a palette the indices.
+    """The values of an image whose pixels are labels, (H, W), as they are stored: of a palette the indices.
 
     Raises:
-        ValueError: it cannot be decoded, or has colours or a transparency of its own.
+        ValueError: it cannot be decoded, or has colors or a transparency of its own.
     """
     with _opened(content) as image:
         values = np.asarray(_upright(image))
         if values.ndim == 3 and image.mode in ("LA", "RGBA", "RGB", "PA"):
             channels = [values[..., n] for n in range(values.shape[2])]
-            colours, alpha = (channels[:-1], channels[-1]) if image.mode.endswith("A") else (channels, None)
-            same = all(np.array_equal(one, colours[0]) for one in colours)
+            colors, alpha = (channels[:-1], channels[-1]) if image.mode.endswith("A") else (channels, None)
+            same = all(np.array_equal(one, colors[0]) for one in colors)
             if same and (alpha is None or (alpha == 255).all()):
-                values = colours[0]  # gray, saved with more channels than it needs
+                values = colors[0]  # gray, saved with more channels than it needs
     if values.ndim != 2:
-        raise ValueError("its pixels are colours, not labels: save it as a gray picture or with a palette")
+        raise ValueError("its pixels are colors, not labels: save it as a gray image or with a palette")
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
         if not np.array_equal(values, np.round(values)):
             raise ValueError("its pixels are no whole numbers")
@@ -139,7 +139,7 @@ def read_labels(content: bytes) -> np.ndarray:
 
 
 def read_gray(content: bytes) -> np.ndarray:
-    """A picture's brightness, (H, W) float32 in [0, 1]; what is transparent is black.
+    """An image's brightness, (H, W) float32 in [0, 1]; what is transparent is black.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -152,12 +152,12 @@ def read_gray(content: bytes) -> np.ndarray:
             return np.asarray(image.convert("L"), dtype=np.float32) / 255
         gray = np.asarray(image.convert("RGBA").convert("L"), dtype=np.float32) / 255
         alpha = np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
-        # A mask may be drawn in its transparency alone, in whatever one colour.
+        # A mask may be drawn in its transparency alone, in whatever one color.
         return alpha if len(np.unique(gray[alpha > 0])) < 2 and len(np.unique(alpha)) > 1 else gray * alpha
 
 
 def _opened(content: bytes) -> Image.Image:
-    """A picture all of whose pixels are decoded."""
+    """An image all of whose pixels are decoded."""
     try:
         image = open_picture(content)
         image.load()
@@ -169,7 +169,7 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says."""
+    """The image turned as its EXIF says."""
     image.load()
     if _orientation(image) > 1:
         with contextlib.suppress(Exception):  # what writes the rest of a damaged EXIF anew
@@ -178,7 +178,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How a decoded picture is to be turned, 1 to 8; 1 where its EXIF is damaged, as to viewers."""
+    """How a decoded image is to be turned, 1 to 8; 1 where its EXIF is damaged, as to viewers."""
     try:
         found = image.getexif().get(0x0112, 1)
         return found if found in range(1, 9) else 1
@@ -198,14 +198,14 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def reason_of(error: Exception) -> str:
-    """What a decoder says of a damaged picture, in one line and without addresses in memory."""
+    """What a decoder says of a damaged image, in one line and without addresses in memory."""
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     return re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "it", one_line(str(error))) or type(error).__name__
 
 
 def _of_a_tile(image: Image.Image) -> int:
-    """Pixels of a tile of a TIFF, which may be larger than the picture and is decoded whole; 0 without."""
+    """Pixels of a tile of a TIFF, which may be larger than the image and is decoded whole; 0 without."""
     tags = getattr(image, "tag_v2", None) or {}
     sides = [tags.get(number, 0) for number in (322, 323)]
     return math.prod(side if isinstance(side, int) else 0 for side in sides)

@@ -72,12 +72,12 @@ def scenes_captions(
 def scenes_statements(
     size: Corpus, layout: Literal["snli_ve", "nlvr2"], dir: str | Path, **options: Any
 ) -> StatementDataModule:
-    """Statements about the embedded corpus in the layout of another data set, made in `dir` if not there yet.
+    """Statements about the embedded corpus in the layout of another dataset, made in `dir` if not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
         dir: prepared folder.
-        layout: data set whose layout the statements have.
+        layout: dataset whose layout the statements have.
         options: of `StatementDataModule`.
     """
     readers = {"snli_ve": "SNLIVE", "nlvr2": "NLVR2"}
@@ -127,7 +127,7 @@ def objects_data(size: Corpus, dir: str | Path, **options: Any) -> ClassDataModu
 
 
 def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
-    """The folder of the pictures of several objects of a size, made beside the prepared objects in `dir`.
+    """The folder of the images of several objects of a size, made beside the prepared objects in `dir`.
 
     Args:
         count: how many are made.
@@ -135,29 +135,29 @@ def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
     folder = Path(dir).with_name(Path(dir).name + "-several")
     with _alone(folder, "instances.json") as there:
         if not there:
-            say(f"data: making {count} pictures of several objects in {folder}")
+            say(f"data: making {count} images of several objects in {folder}")
             _of("scenes.objects").make_several(size, folder, count)
     return folder
 
 
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
-    """The pictures of raw class folders, or of a tar file of them, as prepared rows that nobody has to prepare.
+    """The images of raw class folders, or of a tar file of them, as prepared rows that nobody has to prepare.
 
     Args:
         classes: the class names by label; the folders' names are among them.
 
     Raises:
-        UserError: there is no picture, or one of another class.
+        UserError: there is no image, or one of another class.
     """
     label_of = {name: n for n, name in enumerate(classes)}
     rows: dict[str, list[Any]] = {name: [] for name in CLASS_FEATURES}
     for number, row in enumerate(_of("readers.classes").entries_of(Path(path))):
         if row["label"] not in label_of:
-            raise UserError(f"{path} has pictures of {row['label']}, which is no class of the model")
+            raise UserError(f"{path} has images of {row['label']}, which is no class of the model")
         for name, value in (row | {"image_id": number, "label": label_of[row["label"]]}).items():
             rows[name].append(value)
     if not rows["label"]:
-        raise UserError(f"{path} holds no pictures in class folders")
+        raise UserError(f"{path} holds no images in class folders")
     return datasets.Dataset.from_dict(rows, CLASS_FEATURES)
 
 

@@ -23,25 +23,25 @@ from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError, show
 
-# RandAugment's that move pixels; all others change colours only.
+# RandAugment's that move pixels; all others change colors only.
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
 class Stored(Protocol):
-    """What is known of pictures by their keys, so that they need not be read (`vlabs.ranking.passes`)."""
+    """What is known of images by their keys, so that they need not be read (`vlabs.ranking.passes`)."""
 
     def __contains__(self, key: str) -> bool:
         """Whether it is there."""
 
     def read(self, keys: Sequence[str]) -> Any:
-        """A named tuple of tensors (n, …), in the place of n images."""
+        """A named tuple of tensors (n, …), instead of n images."""
 
 
 class BatchRows(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
-        images: (B, 3, H, W), normalised; B may be 0. Where a row has p images, they follow each other. Or what is
+        images: (B, 3, H, W), normalized; B may be 0. Where a row has p images, they follow each other. Or what is
             stored of them, where the reader has that.
         image_index: n, the position in `images` of each text's image, the first where it has several.
         texts: n times the number of the row, the row, and the text's position in the row's lists.
@@ -101,7 +101,7 @@ class ImageReader:
         return f"{self.fingerprint}/{index}/{place}"
 
     def read(self, index: int, epoch: int, place: int = 0) -> tuple[dict[str, Any], Any]:
-        """The row and one of its images (1, 3, H, W), normalised, or what is stored of it; None for one left out.
+        """The row and one of its images (1, 3, H, W), normalized, or what is stored of it; None for one left out.
 
         Raises:
             UserError: the image cannot be decoded, and bad ones are not to be skipped.
@@ -167,10 +167,10 @@ class ImageReader:
         return BatchRows(self.stored.read(keys) if self.stored and keys else images[:count], index, texts, skipped)
 
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
-        """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
+        """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where unknown.
 
         Where a row has p images it is (n * p, rows * columns), those of a text's images one after another. A region
-        moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
+        moves with its image: the augmentation is done to it again, from the same seed, without its colors.
 
         Args:
             texts: as in `BatchRows`.
@@ -229,7 +229,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
-    """The file of a picture of a prepared row, in the row itself or where the row says that it lies.
+    """The file of an image of a prepared row, in the row itself or where the row says that it lies.
 
     Raises:
         UserError: the file that it lies in is gone, or shorter than it was.
@@ -255,19 +255,19 @@ def path_of(stored: str) -> str:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """What to call the picture of a prepared row in a message."""
+    """What to call the image of a prepared row in a message."""
     where = f" ({row.get('path') or row.get('name')})" if row.get("path") or row.get("name") else ""
     return f"image {row['image_id']}{where}"
 
 
 def decode_region(png: bytes, name: str) -> np.ndarray:
-    """A prepared region as a map over its whole picture, (H, W) float64 in [0, 1].
+    """A prepared region as a map over its whole image, (H, W) float64 in [0, 1].
 
     Args:
         name: of the image, for messages.
 
     Raises:
-        UserError: it is no picture.
+        UserError: it is no image.
     """
     try:
         return read_gray(png).astype(np.float64)
@@ -278,7 +278,7 @@ def decode_region(png: bytes, name: str) -> np.ndarray:
 
 
 def _moves_only(rand_augment: str) -> RandAugment:
-    """A RandAugment of gray pictures that draws the same random numbers, and leaves out all that is not a move."""
+    """A RandAugment of gray images that draws the same random numbers, and leaves out all that is not a move."""
     transform = rand_augment_transform(rand_augment, {"img_mean": 0})
     for op in transform.ops:
         if op.name not in _MOVES:

@@ -23,7 +23,7 @@ from vlabs.utils.archives import entries, open_zip
 from vlabs.utils.json_file import JsonFile
 
 _NAME = re.compile(r"(^|/)instances[^/]*\.json$")
-# How far out of a picture a polygon may reach, in sides of the picture.
+# How far out of an image a polygon may reach, in sides of the image.
 _FAR = 100
 
 
@@ -33,9 +33,9 @@ class Instance:
 
     Attributes:
         annotation_id: COCO's.
-        image_id: the picture that it is in.
+        image_id: the image that it is in.
         area: of the mask, in pixels, as the file says.
-        height, width: of the picture.
+        height, width: of the image.
         segmentation: as in the file: run lengths, or a list of polygons.
     """
 
@@ -65,7 +65,7 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
 
     Args:
         path: a JSON file, or a zip file with any number of `instances_*.json`; the smallest is searched first, and
-            reading ends when everything is found. Sizes of pictures are read only where there are polygons.
+            reading ends when everything is found. Sizes of images are read only where there are polygons.
         wanted_ids: annotation ids, repeated or not.
 
     Returns:
@@ -143,7 +143,7 @@ def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> 
     if runs.ndim != 1 or not np.issubdtype(runs.dtype, np.integer) or (runs < 0).any():
         raise ValueError("run lengths are whole numbers, 0 or more")
     if runs.sum() != height * width:
-        raise ValueError(f"the runs are {runs.sum()} pixels long, and the picture has {height}x{width}")
+        raise ValueError(f"the runs are {runs.sum()} pixels long, and the image has {height}x{width}")
     values = np.arange(len(runs)) % 2 == 1
     return values.repeat(runs).reshape(width, height).T
 
@@ -186,7 +186,7 @@ def fill_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) 
         (height, width) bool
 
     Raises:
-        ValueError: none of them is a list of at least three pairs of numbers that stays near the picture.
+        ValueError: none of them is a list of at least three pairs of numbers that stays near the image.
     """
     faults = [fault_of_polygon(polygon, height, width) for polygon in polygons]
     good = [polygon for polygon, fault in zip(polygons, faults, strict=True) if fault is None]
@@ -207,7 +207,7 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
     if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
         return "a polygon is a list of three or more pairs of numbers"
     if (reach := np.abs(corners).max()) > _FAR * max(height, width):  # whose outline would be drawn pixel by pixel
-        return f"a polygon reaches to {reach:g}, and the picture has {height}x{width}"
+        return f"a polygon reaches to {reach:g}, and the image has {height}x{width}"
     if np.linalg.matrix_rank(corners.reshape(-1, 2) - corners[:2]) < 2:
         return "a polygon has no area: its corners are in one line"
     return None
@@ -219,10 +219,10 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
 def crop_map(
     values: np.ndarray, image_size: int, grid: tuple[int, int] | None = None, crop_mode: str = "center"
 ) -> np.ndarray:
-    """A map over a whole picture, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
+    """A map over a whole image, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
 
     Args:
-        values: (H, W), over the picture's own pixels, or over a smaller or larger copy of the picture.
+        values: (H, W), over the image's own pixels, or over a smaller or larger copy of the image.
         image_size: side of the model's input in pixels.
         grid: rows and columns of patches of that input; its pixels if not given.
         crop_mode: of the `Preprocessing`.
@@ -243,7 +243,7 @@ def crop_map(
     return np.asarray(down @ values @ across / area)
 
 
-@lru_cache(maxsize=256)  # pictures of one data set have few sizes
+@lru_cache(maxsize=256)  # images of one dataset have few sizes
 def _crop_weights(
     height: int, width: int, image_size: int, rows: int, columns: int, crop_mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -260,10 +260,10 @@ def _crop_weights(
 
 
 def crop_mask(mask: np.ndarray, image_size: int, crop_mode: str = "center") -> np.ndarray:
-    """A mask over a whole picture, over the part of it that the model sees.
+    """A mask over a whole image, over the part of it that the model sees.
 
     Args:
-        mask: (H, W), bool or in [0, 1], over the picture's own pixels, or over a smaller or larger copy of it.
+        mask: (H, W), bool or in [0, 1], over the image's own pixels, or over a smaller or larger copy of it.
         image_size: side of the model's input in pixels.
         crop_mode: of the `Preprocessing`.
 
@@ -341,7 +341,7 @@ def _annotations(file: JsonFile) -> Iterator[dict[str, Any]]:
 
 
 def _image_sizes(file: JsonFile, wanted: set[int]) -> dict[int, tuple[int, int]]:
-    """(height, width) of the wanted pictures in one file."""
+    """(height, width) of the wanted images in one file."""
     sizes: dict[int, tuple[int, int]] = {}
     for entry in file.items("images.item") if wanted else ():
         if isinstance(entry, dict) and entry.get("id") in wanted:
@@ -355,12 +355,12 @@ def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], file: Js
     segmentation = entry["segmentation"]
     size = segmentation.get("size") if isinstance(segmentation, dict) else sizes.get(entry["image_id"])
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise UserError(f"{file}: instance {entry['id']} has no picture with a height and a width")
+        raise UserError(f"{file}: instance {entry['id']} has no image with a height and a width")
     return Instance(entry["id"], entry["image_id"], float(entry.get("area") or 0), size[0], size[1], segmentation)
 
 
 def count_instances(path: str | Path) -> dict[int, int]:
-    """How many instances every picture has, by image id, in COCO's instances files.
+    """How many instances every image has, by image id, in COCO's instances files.
 
     Args:
         path: as in `read_instances`.

@@ -172,13 +172,13 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_worker(error: BaseException, batch: Any) -> None:
-    """The main process would wait for this batch for ever. It goes through files in /dev/shm, which may be full."""
+    """The main process would wait for this batch forever. It goes through files in /dev/shm, which may be full."""
     os.write(2, f"a loader process cannot hand over a batch (is /dev/shm full?): {one_line(str(error))}\n".encode())
     os._exit(1)
 
 
 def _keep_memory_flat() -> None:
-    """Let a loader process give the memory of every picture and batch back to the system at once.
+    """Let a loader process give the memory of every image and batch back to the system at once.
 
     glibc raises the size from which it does so with every large block that is freed, and keeps the holes between
     smaller ones, so that a process grows to several times its size within an epoch (`benchmarks/loader.py --memory`

@@ -1,4 +1,4 @@
-"""Pictures with a class a pixel, in batches: scaled, cropped and changed alike, the same in every run."""
+"""Images with a class a pixel, in batches: scaled, cropped and changed alike, the same in every run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from vlabs.utils.options import Positive, Share, Size
 
 
 class MaskBatch(NamedTuple):
-    """n pictures with their masks.
+    """n images with their masks.
 
     Attributes:
-        images: (n, 3, H, W), normalised.
+        images: (n, 3, H, W), normalized.
         masks: (n, H, W), the class of every pixel; `IGNORED` where it does not count.
         image_ids: n.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
@@ -41,13 +41,13 @@ class MaskBatch(NamedTuple):
 
 
 class WholePicture(NamedTuple):
-    """A picture as it is evaluated.
+    """An image as it is evaluated.
 
     Attributes:
-        image: (1, 3, H, W), normalised, perhaps resized.
-        mask: (rows, columns) of the picture itself; all `IGNORED` where none was published.
-        image_id, name: of the picture.
-        shown: the picture itself.
+        image: (1, 3, H, W), normalized, perhaps resized.
+        mask: (rows, columns) of the image itself; all `IGNORED` where none was published.
+        image_id, name: of the image.
+        shown: the image itself.
     """
 
     image: Tensor
@@ -58,7 +58,7 @@ class WholePicture(NamedTuple):
 
 
 class MaskAugmentation(NamedTuple):
-    """How training pictures are changed.
+    """How training images are changed.
 
     Attributes:
         scale: smallest and largest factor by which an image is resized.
@@ -76,11 +76,11 @@ class MaskAugmentation(NamedTuple):
 
 
 class MaskDataset(PictureDataset):
-    """Reads training batches, indexed by a `BatchSpec`; or whole pictures.
+    """Reads training batches, indexed by a `BatchSpec`; or whole images.
 
     Args:
         rows: prepared rows (`vlabs.data.prepared.MASK_FEATURES`).
-        augmentation: of training; None for whole pictures.
+        augmentation: of training; None for whole images.
         short_side: size that the shorter side of an image is resized to, before scaling in training and in evaluation;
             None to leave it. Masks of evaluation keep their size.
         preprocessing, seed, on_bad: see `PictureDataset`.
@@ -124,7 +124,7 @@ class MaskDataset(PictureDataset):
         return MaskBatch(stacked, of, ids, skipped)
 
     def whole(self, index: int) -> WholePicture | None:
-        """A picture for evaluation; None if it is left out."""
+        """An image for evaluation; None if it is left out."""
         row = self.rows[index]
         read = self._read(row)
         if read is None:
@@ -147,10 +147,10 @@ class MaskDataset(PictureDataset):
         return image, mask
 
     def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A training picture (3, rows, columns), normalised, and its mask (rows, columns).
+        """A training image (3, rows, columns), normalized, and its mask (rows, columns).
 
         Args:
-            rng: what is drawn from, but for colours, which torch's global generator changes.
+            rng: what is drawn from, but for colors, which torch's global generator changes.
         """
         a = self.augmentation
         assert a is not None
@@ -190,13 +190,13 @@ class MaskDataset(PictureDataset):
 
 
 def resize_by(image: Image.Image, factor: float) -> Image.Image:
-    """A picture at another size, by a factor of its sides."""
+    """An image at another size, by a factor of its sides."""
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
 class MaskDataModule(PictureDataModule):
-    """Batches of a prepared folder of masks; evaluation gives lists of whole pictures.
+    """Batches of a prepared folder of masks; evaluation gives lists of whole images.
 
     Args:
         dir: the prepared folder.
@@ -211,7 +211,7 @@ class MaskDataModule(PictureDataModule):
     """
 
     kind = "masks"
-    holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
+    holds = "images with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
     unused = (*PictureDataModule.unused, "interpolation", "crop_mode")
     hands_on = (*PictureDataModule.hands_on, MaskAugmentation)
     by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
@@ -238,12 +238,12 @@ class MaskDataModule(PictureDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `PreparedDataModule`; and the size that pictures are resized to, which evaluation keeps to."""
+        """See `PreparedDataModule`; and the size that images are resized to, which evaluation keeps to."""
         return super().identity | ({} if self.short_side is None else {"short_side": self.short_side})
 
     @property
     def eval_size(self) -> int:
-        """See `PictureDataModule`; one, if nobody says, because pictures are whole."""
+        """See `PictureDataModule`; one, if nobody says, because images are whole."""
         return self.options.eval_batch_size or 1
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> MaskDataset:
@@ -254,7 +254,7 @@ class MaskDataModule(PictureDataModule):
 
 
 def stacked(pictures: Sequence[WholePicture]) -> Iterator[tuple[Tensor, list[WholePicture]]]:
-    """Whole pictures with their images (n, 3, H, W), together where their sizes allow it."""
+    """Whole images with their images (n, 3, H, W), together where their sizes allow it."""
     start = 0
     for end in range(1, len(pictures) + 1):
         if end == len(pictures) or pictures[end].image.shape != pictures[start].image.shape:

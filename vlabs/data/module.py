@@ -87,7 +87,7 @@ class PreparedDataModule(pl.LightningDataModule):
     by_default: ClassVar[dict[str, Any]] = {
         "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "crop_mode": "center",
     }  # fmt: skip
-    """How pictures are read for an encoder from scratch, as far as there is anything to say here."""
+    """How images are read for an encoder from scratch, as far as there is anything to say here."""
     hands_on: ClassVar[tuple[type, ...]] = (LoaderOptions,)
     """What gets the options that no constructor names."""
     pictures: int = 1
@@ -194,7 +194,7 @@ class PreparedDataModule(pl.LightningDataModule):
 
     @property
     def regions_known(self) -> int:
-        """Of how many training texts it is known what part of the picture they are about."""
+        """Of how many training texts it is known what part of the image they are about."""
         return sum(count_regions(folder, "train") for folder in self.folders.values())
 
     def extent(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What pictures with a class, or with a class a pixel, have in common: the order of an epoch, reading, and loaders."""
+"""What images with a class, or with a class a pixel, have in common: the order of an epoch, reading, and loaders."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ImageSampler(EpochSampler):
     """Yields the batches of an epoch, this process's part; a pure function of (seed, epoch).
 
     Args:
-        count: pictures.
-        batch_size: pictures a batch; in training the last batch is left out if it is not full.
+        count: images.
+        batch_size: images a batch; in training the last batch is left out if it is not full.
         training: shuffled; else in stored order.
         repeats: as in `Augmentation`, by timm's sampler.
     """
@@ -52,7 +52,7 @@ class ImageSampler(EpochSampler):
 
     @property
     def _given(self) -> int:
-        """Pictures of the epoch that came before: whatever the options, they are the first ones of its order."""
+        """Images of the epoch that came before: whatever the options, they are the first ones of its order."""
         return sum(part["given"] * part["batch_size"] * part["processes"] for part in self.before)
 
     def _order(self) -> list[int]:
@@ -82,9 +82,9 @@ class PictureDataset(Dataset[Any]):
 
     Args:
         rows: prepared rows.
-        preprocessing: pictures to tensors, and the names of the classes.
+        preprocessing: images to tensors, and the names of the classes.
         seed: of the augmentation, a function of (seed, epoch, batch, place in it).
-        on_bad: `error`, or `skip` to leave out pictures that cannot be decoded.
+        on_bad: `error`, or `skip` to leave out images that cannot be decoded.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PictureDataset(Dataset[Any]):
         self.on_bad = on_bad
 
     def read(self, row: dict[str, Any]) -> Image.Image | None:
-        """The picture of a row; None if it is left out.
+        """The image of a row; None if it is left out.
 
         Raises:
             UserError: it cannot be decoded, and bad ones are not to be skipped.
@@ -115,7 +115,7 @@ class PictureDataset(Dataset[Any]):
 
 
 class PictureDataModule(PreparedDataModule):
-    """Batches of a prepared folder of pictures without texts; a kind says which `dataset` reads them.
+    """Batches of a prepared folder of images without texts; a kind says which `dataset` reads them.
 
     Args:
         dir: the prepared folder.
@@ -151,7 +151,7 @@ class PictureDataModule(PreparedDataModule):
 
     @property
     def eval_size(self) -> int:
-        """Pictures a step in evaluation, on each device."""
+        """Images a step in evaluation, on each device."""
         return self.options.eval_batch_size or self.batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -165,7 +165,7 @@ class PictureDataModule(PreparedDataModule):
         return GroupLoader(self.dataset(rows, True), sampler, self.options.workers)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Every picture of a split, in stored order."""
+        """Every image of a split, in stored order."""
         rows = self.rows(split)
         sampler = ImageSampler(len(rows), self.eval_size, False, self.options.seed)
         return eval_loader(self.dataset(rows, False), sampler, self.options)

@@ -1,4 +1,4 @@
-"""The prepared form of a data set: what `data_prep` writes and everything else reads.
+"""The prepared form of a dataset: what `data_prep` writes and everything else reads.
 
 A folder holds `manifest.json`, `answers.json` (question answering), `tokenizer/tokenizer.json` where a tokenizer was
 trained, and one `datasets` folder a split. A row is an image with the lists of what is asked or said about it.
@@ -21,7 +21,7 @@ FORMAT_VERSION = 2
 
 IGNORED = 65535  # as a class in memory, on disk too where a pixel has 16 bits
 
-# The labels of statements of known data sets, in METER's order, so that its heads fit.
+# The labels of statements of known datasets, in METER's order, so that its heads fit.
 LABELS = {"snli_ve": ("contradiction", "neutral", "entailment"), "nlvr2": ("False", "True")}
 
 # Cityscapes' label ids of the classes that its benchmark counts, in the order of its train ids.
@@ -40,11 +40,11 @@ _KINDS = {
         "of captions",
     ),
     "statements": (
-        "statements about pictures with a label",
+        "statements about images with a label",
         "`vlabs prepare snli_ve`, `nlvr2` or `pairs`",
     ),
-    "masks": ("pictures with a class a pixel", "`vlabs prepare segmentation`"),
-    "classes": ("pictures with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
+    "masks": ("images with a class a pixel", "`vlabs prepare segmentation`"),
+    "classes": ("images with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
 }
 
 
@@ -108,7 +108,7 @@ def _read_names(path: Path, what: str, purpose: str) -> list[str]:
 
 
 def count_regions(directory: str | Path, split: str) -> int:
-    """Of how many texts of a split it is known what part of the picture they are about; 0 without such a split."""
+    """Of how many texts of a split it is known what part of the image they are about; 0 without such a split."""
     counts = read_manifest(directory)["splits"].get(split, {})
     return sum(int(counts.get(f"{texts}_with_region", 0)) for texts in ("questions", "captions", "statements"))
 

@@ -42,9 +42,9 @@ class Preprocessing:
             empty where it ranks.
         mean, std: of the image channels, for values in [0, 1].
         crop: share of the shorter side that is seen, from 0.05 to 1.
-        crop_mode: what becomes the square (timm's names): the `center`, or all of a picture, `squash`ed; `crop` is then
+        crop_mode: what becomes the square (timm's names): the `center`, or all of an image, `squash`ed; `crop` is then
             a share of both sides.
-        interpolation: by which pictures are resized, one of `INTERPOLATIONS`.
+        interpolation: by which images are resized, one of `INTERPOLATIONS`.
 
     Raises:
         UserError: a mean, deviation, crop or interpolation that there is not; the message names its option.
@@ -98,16 +98,16 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size / crop`, then the centre square, as torchvision does; both sides, where squashed.
+        """Shorter side to `image_size / crop`, then the center square, as torchvision does; both sides, where squashed.
 
-        Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
+        Only the square is computed, so an image of 640×480 takes three quarters of the work, and a very long one no
         more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
         """
         size = self.image_size
         return image.resize((size, size), Image.Resampling[self.interpolation.upper()], self.box(image.size))
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what is seen of a picture of a size (width, height), in its pixels."""
+        """Left, top, right and bottom of what is seen of an image of a size (width, height), in its pixels."""
         width, height = size
         shorter_resized = int(self.image_size / self.crop)
         resized = shorter_resized, shorter_resized
@@ -122,7 +122,7 @@ class Preprocessing:
     def resize_for_training(self, image: Image.Image) -> Image.Image:
         """`resize` with torch's kernel, about twice as fast, of a square that begins at a whole pixel.
 
-        The picture is moved by less than a pixel of the one that is given; augmentation moves it by more.
+        The image is moved by less than a pixel of the one that is given; augmentation moves it by more.
         """
         size = self.image_size
         width, height = image.size if self.crop_mode == "squash" else (min(image.size),) * 2
@@ -161,11 +161,11 @@ class Preprocessing:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def image(self, image: Image.Image) -> Tensor:
-        """Resize, crop and normalise one RGB picture to (3, image_size, image_size)."""
+        """Resize, crop and normalize one RGB image to (3, image_size, image_size)."""
         return self.normalize(self.resize(image))
 
     def normalize(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
-        """An RGB picture of the right size to a normalised float tensor (3, H, W), which is `out` where given."""
+        """An RGB image of the right size to a normalized float tensor (3, H, W), which is `out` where given."""
         tensor = torch.empty(3, image.height, image.width) if out is None else out
         # One copy that reorders and converts; the arithmetic is then in place, on values that lie in order.
         tensor.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
@@ -238,7 +238,7 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 PICTURE_OPTIONS = {"mean": "image_mean", "std": "image_std"} | {
     name: name for name in ("interpolation", "crop", "crop_mode")
 }
-"""How pictures are read, and the options of `data` that say so."""
+"""How images are read, and the options of `data` that say so."""
 
 
 def check_picture_option(name: str, value: Any) -> None:
@@ -269,12 +269,12 @@ def check_text(what: str, text: str) -> None:
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:
-    """Decode image bytes to an RGB picture as a viewer shows it, see `vlabs.data.decoding`.
+    """Decode image bytes to an RGB image as a viewer shows it, see `vlabs.data.decoding`.
 
     Args:
         name: of the image, for messages.
         at_least: decode a JPEG at the smallest of its scales (1, 1/2, 1/4, 1/8) at which no side is below so many
-            pixels. Decoding becomes a little faster, and resizing much. None for the whole picture.
+            pixels. Decoding becomes a little faster, and resizing much. None for the whole image.
 
     Raises:
         UserError: not an image, a truncated one, or one of too many pixels; the message says `name`.

@@ -31,11 +31,11 @@ class EpochSampler(Sampler[BatchSpec]):
     left of it: what was given does not come again.
 
     Args:
-        size: of a whole epoch, in what is shared out (groups of texts, pictures).
+        size: of a whole epoch, in what is shared out (groups of texts, images).
 
     Attributes:
         epoch: which epoch is next.
-        how: all that decides which texts or pictures form a batch, by the names of `data.NAME` where it is an option.
+        how: all that decides which texts or images form a batch, by the names of `data.NAME` where it is an option.
         before: how the epoch was shared out by other options until now, in order: their `how`, and as `given` how many
             batches every process got.
         first: the batch to begin with, of what `before` left.
@@ -216,7 +216,7 @@ _OPEN_BLOCKS = 8
 
 
 def _shuffled(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of `count` things: any, or by blocks of neighbours of which a few are mixed at a time."""
+    """An order of `count` things: any, or by blocks of neighbors of which a few are mixed at a time."""
     if not block or block >= count:
         return rng.permutation(count)
     first = rng.permutation(np.arange(0, count, block))

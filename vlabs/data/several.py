@@ -1,4 +1,4 @@
-"""Pictures with several objects of known classes, for classifiers that are asked for one of them."""
+"""Images with several objects of known classes, for classifiers that are asked for one of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlabs.utils.archives import read_regular
 
 @dataclass
 class Several:
-    """A picture as the model sees it.
+    """An image as the model sees it.
 
     Attributes:
         image: the square that is seen.
@@ -34,7 +34,7 @@ class Several:
 
 
 def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
-    """Two whole pictures next to each other in the middle of a grey square, the longer side of each half as long."""
+    """Two whole images next to each other in the middle of a gray square, the longer side of each half as long."""
     both, half = Image.new("RGB", (size, size), (127, 127, 127)), size // 2
     for image, corner in zip(images, (0, size - half), strict=True):
         small = ImageOps.contain(image.convert("RGB"), (half, half), Image.Resampling.BICUBIC)
@@ -43,19 +43,19 @@ def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
 
 
 def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed: int) -> Iterator[Several]:
-    """Pairs of pictures of different classes, side by side; a mask is a half's picture.
+    """Pairs of images of different classes, side by side; a mask is a half's image.
 
     Args:
         rows: prepared rows with a class.
         count: pairs.
-        seed: of which pictures are paired.
+        seed: of which images are paired.
 
     Raises:
-        UserError: all pictures are of one class, or one of them cannot be read.
+        UserError: all images are of one class, or one of them cannot be read.
     """
     labels = np.asarray(rows["label"])
     if len(np.unique(labels)) < 2:
-        raise UserError("pictures of two classes are needed to put them side by side, and all are of one")
+        raise UserError("images of two classes are needed to put them side by side, and all are of one")
     rng = np.random.default_rng(seed)
     size = preprocessing.image_size
     half, top = size // 2, (size - size // 2) // 2
@@ -72,18 +72,18 @@ def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed
 def read_several(
     folder: str | Path, preprocessing: Preprocessing, count: int | None = None
 ) -> list[tuple[Path, dict[int, list[Instance]]]]:
-    """What lies in a folder in COCO's layout: pictures, and `instances.json` with their objects.
+    """What lies in a folder in COCO's layout: images, and `instances.json` with their objects.
 
     Args:
-        folder: pictures where the `file_name`s of `instances.json` say, whose categories are named as the classes.
+        folder: images where the `file_name`s of `instances.json` say, whose categories are named as the classes.
         preprocessing: with the names of the model's classes.
-        count: of the pictures that show at least two of them, evenly spread; None for all.
+        count: of the images that show at least two of them, evenly spread; None for all.
 
     Returns:
-        The path of each picture, and its instances by class. Those of other classes are left out.
+        The path of each image, and its instances by class. Those of other classes are left out.
 
     Raises:
-        UserError: the file is missing or damaged, or no picture shows two classes of the model.
+        UserError: the file is missing or damaged, or no image shows two classes of the model.
     """
     path = Path(folder) / "instances.json"
     try:
@@ -104,21 +104,19 @@ def read_several(
         ]
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): it names the objects of the pictures beside it"
+            f"{path} cannot be read ({error.strerror}): it names the objects of the images beside it"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not an instances file of COCO: {error!r}") from None
     if not shown:
-        raise UserError(
-            f"{path}: no picture shows two classes of the model, whose names are {', '.join(label_of)[:80]}"
-        )
+        raise UserError(f"{path}: no image shows two classes of the model, whose names are {', '.join(label_of)[:80]}")
     if count is not None and count < len(shown):
         shown = [shown[n] for n in np.linspace(0, len(shown) - 1, num=count, dtype=int)]
     return shown
 
 
 def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing: Preprocessing) -> Several | None:
-    """One of the pictures of `read_several` with its masks; None where fewer than two classes are in what is seen.
+    """One of the images of `read_several` with its masks; None where fewer than two classes are in what is seen.
 
     Raises:
         UserError: it cannot be read, or is not of the size that its objects are said to be in.
@@ -126,13 +124,12 @@ def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing:
     try:
         image = decode_image(read_regular(path), str(path))
     except OSError as error:
-        raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
     labels, masks = [], []
     said = next(iter(by_class.values()))[0]
     if image.size != (said.width, said.height):
         raise UserError(
-            f"picture {path} has {image.width}x{image.height} pixels, and instances.json says "
-            f"{said.width}x{said.height}"
+            f"image {path} has {image.width}x{image.height} pixels, and instances.json says {said.width}x{said.height}"
         )
     for label, instances in by_class.items():
         mask = np.logical_or.reduce([instance.mask() for instance in instances])
@@ -144,5 +141,5 @@ def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing:
 
 
 def _seen(mask: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """A mask over a whole picture, over what the model sees of it."""
+    """A mask over a whole image, over what the model sees of it."""
     return np.asarray(preprocessing.resize(Image.fromarray(mask.astype(np.uint8) * 255))) > 127

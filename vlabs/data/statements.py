@@ -1,4 +1,4 @@
-"""Batches of statements with a label (SNLI-VE, NLVR2) from prepared data: about a picture each, or about a pair."""
+"""Batches of statements with a label (SNLI-VE, NLVR2) from prepared data: about an image each, or about a pair."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vlabs.utils.options import Size
 
 
 class StatementBatch(NamedTuple):
-    """n statements about B pictures, p each.
+    """n statements about B images, p each.
 
     Attributes:
-        images: (B, 3, H, W), normalised; or what is stored of them.
+        images: (B, 3, H, W), normalized; or what is stored of them.
         input_ids, attention_mask: (n, T).
-        image_index: (n, p), the positions in `images` of each statement's pictures, left before right.
-        image_ids: (n,), the data's number of each statement's picture or pair.
+        image_index: (n, p), the positions in `images` of each statement's images, left before right.
+        image_ids: (n,), the data's number of each statement's image or pair.
         labels: (n,), position among the names of the labels; -1 where it is kept back.
-        coverage: (n * p, patches) in [0, 1], how much of every patch a statement is about, of its pictures one after
-            another; zeros where nobody said; None where nobody asked.
+        coverage: (n * p, patches) in [0, 1], how much of every patch a statement is about, of its images one after
+            another; zeros where unknown; None where nobody asked.
         statement_ids: n, in one split.
-        keys: n, what the data set calls the statements: pairID of SNLI-VE, identifier of NLVR2.
-        skipped: numbers of pictures or pairs that could not be decoded and were left out (only with `on_bad=skip`).
+        keys: n, what the dataset calls the statements: pairID of SNLI-VE, identifier of NLVR2.
+        skipped: numbers of images or pairs that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
     images: Any

@@ -1,4 +1,4 @@
-"""Tensors of pictures on disk: shards that are never changed once written, read by memory map."""
+"""Tensors of images on disk: shards that are never changed once written, read by memory map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHARD = 128 * 2**20  # bytes of a shard, about: what a process that is killed l
 
 
 class TensorStore:
-    """Some tensors of every picture, by its key, in a folder of safetensors files.
+    """Some tensors of every image, by its key, in a folder of safetensors files.
 
     Several processes may add to it at the same time, each in files of its own. A process that is killed loses what it
     had not written yet.
@@ -28,11 +28,11 @@ class TensorStore:
     Args:
         folder: made when the first shard is written.
         identity: what the tensors are of, in words or plain data; a shard of something else is an error.
-        layout: name, shape and type of the tensors of a picture. Those of int8 have a scale for each of their last
+        layout: name, shape and type of the tensors of an image. Those of int8 have a scale for each of their last
             dimension's vectors beside them.
 
     Attributes:
-        bytes_each: of a picture.
+        bytes_each: of an image.
 
     Raises:
         UserError: a file of the folder is no shard of this store.
@@ -74,24 +74,24 @@ class TensorStore:
             wanted |= _packed(name, torch.empty(len(keys), *shape, device="meta"), dtype)
         found, due = ({name: (t.shape, t.dtype) for name, t in one.items()} for one in (tensors, wanted))
         if said.get("identity") != self.identity or found != due:
-            raise UserError(f"{path} holds no pictures as this model sees them: remove it")
+            raise UserError(f"{path} holds no images as this model sees them: remove it")
         self.shards[path.name] = tensors
         self.places |= {key: (path.name, n) for n, key in enumerate(keys)}
 
     def check_room(self, pictures: int) -> None:
-        """Raise a UserError where the disk has no room for so many more pictures."""
+        """Raise a UserError where the disk has no room for so many more images."""
         place = self.folder
         while not place.exists():
             place = place.parent
         need, free = pictures * self.bytes_each, shutil.disk_usage(place).free
         if need > free:
             raise UserError(
-                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} pictures ({self.bytes_each / 1e3:,.0f} "
+                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} images ({self.bytes_each / 1e3:,.0f} "
                 f"kB each), and the disk has {free / 1e9:.1f} GB: name a folder on another"
             )
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors of a picture, in a file at the latest after `flush`."""
+        """Keep the tensors of an image, in a file at the latest after `flush`."""
         packed: dict[str, Tensor] = {}
         for name, (_, dtype) in self.layout.items():
             packed |= _packed(name, tensors[name].detach().cpu(), dtype)
@@ -113,7 +113,7 @@ class TensorStore:
         self._open(path)
 
     def read(self, keys: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of some pictures, by name, each (n, …); those of int8 as float32.
+        """The tensors of some images, by name, each (n, …); those of int8 as float32.
 
         Args:
             names: of the tensors; None for all.

@@ -1,4 +1,4 @@
-"""What questions, captions and statements have in common: batches of texts with their pictures, which come once."""
+"""What questions, captions and statements have in common: batches of texts with their images, which come once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def column(read: BatchRows, name: str) -> list[Any]:
 
 
 def image_ids(read: BatchRows) -> Tensor:
-    """(n,), the data set's id of each text's picture."""
+    """(n,), the dataset's id of each text's image."""
     return torch.tensor([row["image_id"] for _, row, _ in read.texts], dtype=torch.int64)
 
 
@@ -79,7 +79,7 @@ class TextDataModule(PreparedDataModule):
     in a training step.
 
     Attributes:
-        stored: what is read in the place of pictures, which are then those of evaluation; a task sets it before there
+        stored: what is read instead of images, which are then those of evaluation; a task sets it before there
             are loaders.
     """
 
@@ -98,7 +98,7 @@ class TextDataModule(PreparedDataModule):
         return self.loader(self.rows("train"), training=True)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Every text of a split, in stored order, all texts of a picture together."""
+        """Every text of a split, in stored order, all texts of an image together."""
         return self.loader(self.rows(split), training=False)
 
     def extent(self) -> dict[str, Any]:

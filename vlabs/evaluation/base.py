@@ -13,7 +13,7 @@ from vlabs.utils.ranks import is_rank_zero
 
 
 class Evaluation:
-    """Measures a checkpoint on data. A class of one's own is named in a config of the group `evaluation`.
+    """Measures a checkpoint on data. A class of your own is named in a config of the group `evaluation`.
 
     Its constructor takes the options of that config. Their annotations are checked before anything is loaded
     (`vlabs.utils.options`).

@@ -13,7 +13,7 @@ _WORST = 5
 
 
 class ClassifyEvaluation(Evaluation):
-    """Classifies every picture of a split: accuracies in percent, of the second pass unless they say `bottom_up`, and
+    """Classifies every image of a split: accuracies in percent, of the second pass unless they say `bottom_up`, and
     the classes that are told apart worst."""
 
     name = "classify"

@@ -29,21 +29,21 @@ MEASURES = {
     "weights_energy": "weights: energy on the class asked for",
     "weights_pointing": "weights: maximum on the class asked for",
     "top1": "best class is the one asked for",
-    "chosen": "best of those in the picture is the one asked for",
+    "chosen": "best of those in the image is the one asked for",
 }
 
 
 class ControlEvaluation(Evaluation):
-    """Asks for every class in pictures of several, one after the other.
+    """Asks for every class in images of several, one after the other.
 
     ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said. The metrics
-    are for each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
+    are for each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over images, and
     `LAYOUT/area`, what a uniform map has on the class asked for.
 
     Args:
         alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
         num_images: images of each layout.
-        several: a folder of pictures with several classes (see `vlabs.data.several.read_several`); None for the
+        several: a folder of images with several classes (see `vlabs.data.several.read_several`); None for the
             embedded ones, where the checkpoint was trained on embedded objects, and pairs alone where it was not.
         seed: seed of which images are paired.
 
@@ -68,23 +68,23 @@ class ControlEvaluation(Evaluation):
                         "model.vision.global_pool=avg")  # fmt: skip
         results.metrics["alpha"] = self.alpha
         results.say(
-            f"ξ is a class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over pictures"
+            f"ξ is a class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over images"
         )
         for layout, total, pictures in self._layouts(checkpoint, data, results.split):
             shown = results.each(pictures, "image", total)
             measured = [_measure(model, checkpoint, picture, self.alpha) for picture in shown]
             if (count := len(measured)) < 2:
-                raise UserError("task.several: fewer than two pictures show two classes in the square that is seen")
+                raise UserError("task.several: fewer than two images show two classes in the square that is seen")
             if left_out := total - count:
                 results.say(
-                    f"{left_out} of {total} pictures left out: fewer than two classes are in the square that is seen"
+                    f"{left_out} of {total} images left out: fewer than two classes are in the square that is seen"
                 )
             results.rows += [{"layout": layout, **row} for row in measured]
             cells = {
                 name: results.mean(f"{layout}/{name}", [row[name] for row in measured], digits=1)
                 for name in measured[0]
             }
-            what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
+            what = "pairs of images side by side" if layout == "pairs" else "images of several objects"
             area = results.metrics[f"{layout}/area"]
             results.say(f"{count} {what}; a uniform map: {area:.1f}")
             rows = [[title, *(cells.get(f"{name}/{when}", "–") for when in WHEN)] for name, title in MEASURES.items()]
@@ -106,7 +106,7 @@ class ControlEvaluation(Evaluation):
 
 
 def _measure(model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, alpha: float) -> dict[str, float]:
-    """Every measure of one picture, the mean over the classes in it, in percent."""
+    """Every measure of one image, the mean over the classes in it, in percent."""
     image = checkpoint.preprocessing.normalize(picture.image)[None]
     found = look_for(model, image, picture.labels, alpha)
     size, labels = checkpoint.preprocessing.image_size, picture.labels

@@ -56,7 +56,7 @@ class Targets:
         rows: prepared rows.
         asked: texts of these rows, those of an image together.
         instances: by id, those that the texts name; None where the rows themselves hold the regions.
-        objects: how many instances an image has, by its id; empty where nobody said.
+        objects: how many instances an image has, by its id; empty where unknown.
     """
 
     rows: datasets.Dataset
@@ -65,7 +65,7 @@ class Targets:
     objects: dict[int, int]
 
     def region(self, item: Asked) -> np.ndarray:
-        """The part of the picture that a text is about: (H, W) in [0, 1] or bool, over the picture or a copy of it."""
+        """The part of the image that a text is about: (H, W) in [0, 1] or bool, over the image or a copy of it."""
         if self.instances is not None:
             return np.logical_or.reduce([self.instances[n].mask() for n in item.targets])
         row = self.rows[item.row]
@@ -88,7 +88,7 @@ class GroundingEvaluation(Evaluation):
     """
 
     name = "grounding"
-    needs = ("texts", "one picture")
+    needs = ("texts", "one image")
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class GroundingEvaluation(Evaluation):
         by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
         if list(by_objects.index) == [0]:  # nobody said how many there are
             return
-        results.say("energy by the number of objects in the picture")
+        results.say("energy by the number of objects in the image")
         rows = []
         for name in ["area", *self.maps]:
             means = by_objects[name if name == "area" else f"maps/{name}/energy"]
@@ -154,7 +154,7 @@ class GroundingEvaluation(Evaluation):
     def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
         """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
 
-        A question's human map is the mean over the people who were asked, of the part of the picture that the model
+        A question's human map is the mean over the people who were asked, of the part of the image that the model
         sees.
         """
         rows = data.rows(results.split)
@@ -214,7 +214,7 @@ def find_targets(
         num_texts: how many texts, evenly spread; None for all.
     """
     kinds = [kind for kind in ("question", "caption", "statement") if kind in rows.column_names]
-    if not kinds or "image_2" in rows.column_names:  # a map is of one picture
+    if not kinds or "image_2" in rows.column_names:  # a map is of one image
         return None
     file = find_instances(instances, data_dir)
     kind = kinds[0]

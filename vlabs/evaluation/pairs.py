@@ -14,11 +14,11 @@ from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.statements import told_apart
 
-CHANCE = {1: {"text": 50.0}, 2: {"text": 25.0, "image": 25.0, "group": 100 / 6}}  # by pictures of an example
+CHANCE = {1: {"text": 50.0}, 2: {"text": 25.0, "image": 25.0, "group": 100 / 6}}  # by images of an example
 
 
 class PairsEvaluation(Evaluation):
-    """Scores every picture of an example with every caption: how often each is told apart, in percent."""
+    """Scores every image of an example with every caption: how often each is told apart, in percent."""
 
     name = "pairs"
     needs = ("texts", "ranks")
@@ -40,7 +40,7 @@ class PairsEvaluation(Evaluation):
                 pictures_of[name] = int(count)
                 examples[name][int(picture), int(caption)] = score
         for name, table in examples.items():
-            # The preparation may have left a picture or a caption out (--on-bad skip), and with it what is compared.
+            # The preparation may have left an image or a caption out (--on-bad skip), and with it what is compared.
             if len(table) == 2 * pictures_of[name]:
                 by_place = {f"{picture}/{caption}": score for (picture, caption), score in table.items()}
                 results.rows.append({"example": name, **told_apart(table), "scores": by_place})

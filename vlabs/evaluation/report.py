@@ -302,7 +302,7 @@ def _steering(frame: pd.DataFrame) -> Section:
     }
     text = (
         f"{frame['steering/questions'][0]} questions of val under their own ξ and under that of a question about"
-        " another object of the same picture, in percent: accuracy; how many are given the other question's answer, of"
+        " another object of the same image, in percent: accuracy; how many are given the other question's answer, of"
         " those whose types agree and answers differ; and the fusion map's energy on the own and on the other object."
     )
     return Section("When ξ is another question's", text, _over_seeds(frame, columns))

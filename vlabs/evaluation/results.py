@@ -134,7 +134,7 @@ class Results:
         self.say(table(header, rows))
 
     def figure(self, name: str, figure: Figure) -> None:
-        """A picture, `figures/NAME.png`."""
+        """An image, `figures/NAME.png`."""
         self.file(save_figure(figure, self.setting.out_dir / "figures" / f"{name}.png"))
 
     def text(self, name: str, text: str) -> None:

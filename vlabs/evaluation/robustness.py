@@ -1,4 +1,4 @@
-"""Evaluation of robustness: corruptions, other pictures of the same classes, and attacks (paper, section 6.3)."""
+"""Evaluation of robustness: corruptions, other images of the same classes, and attacks (paper, section 6.3)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RobustnessEvaluation(Evaluation):
     Args:
         corruptions: corruptions that are measured: `all`, or some of the fifteen of ImageNet-C.
         severities: severities of the corruptions.
-        imagenet_c: ImageNet-C's folder; None to corrupt the split's pictures on the fly.
+        imagenet_c: ImageNet-C's folder; None to corrupt the split's images on the fly.
         sets: other images by name, folders or .tar files of class folders; only the classes that a set has can be
             chosen, as for ImageNet-A and -R.
         attacks: attacks on the logits that are evaluated.
@@ -89,7 +89,7 @@ class RobustnessEvaluation(Evaluation):
             return logits
 
         def right(dataset: ClassDataset, attack: str | None = None) -> np.ndarray:
-            """100 for each picture that is told right, else 0; of the classes that occur alone where a set is not of
+            """100 for each image that is told right, else 0; of the classes that occur alone where a set is not of
             all."""
             size = options.eval_batch_size or options.batch_size
             mask = torch.ones(len(preprocessing.names), dtype=torch.bool)

@@ -38,10 +38,10 @@ _RAW_LABELS = {
 
 
 class SegmentEvaluation(Evaluation):
-    """Segments every picture of a split, at its own size: mean IoU, a table of classes, pictures; and a submission.
+    """Segments every image of a split, at its own size: mean IoU, a table of classes, images; and a submission.
 
     Args:
-        window: rows and columns of a sliding window, or one number for both; None for whole pictures.
+        window: rows and columns of a sliding window, or one number for both; None for whole images.
         stride: rows and columns between windows; None for two thirds of the window.
         num_pictures: images that are shown.
         predictions: write the classes found as PNGs, with the raw label values of Cityscapes and ADE20K, as their
@@ -75,7 +75,7 @@ class SegmentEvaluation(Evaluation):
         device = results.device
         if data.short_side is None and (side := checkpoint.data.get("short_side")) is not None:
             data.short_side = int(side)
-            results.say(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
+            results.say(f"images are resized to a shorter side of {side} first, as in training (data.short_side)")
         model = checkpoint.segmenter.to(device)
         classes = checkpoint.preprocessing.names
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
@@ -139,7 +139,7 @@ def _report(results: Results, confusion: Tensor, classes: Sequence[str]) -> None
 def _writer(
     folder: Path | None, data: MaskDataModule, classes: int
 ) -> Iterator[Callable[[WholePicture, np.ndarray], None]]:
-    """What writes classes of pictures as PNGs in a folder, which is there when all are; nothing, without a folder."""
+    """What writes classes of images as PNGs in a folder, which is there when all are; nothing, without a folder."""
     if folder is None:
         yield lambda picture, labels: None
         return
@@ -149,7 +149,7 @@ def _writer(
     with new_folder(folder, "predictions", replaces=_is_predictions) as partial:
 
         def write(picture: WholePicture, labels: np.ndarray) -> None:
-            # What data call a picture is one name of a file, whatever is in it.
+            # What data call an image is one name of a file, whatever is in it.
             name = picture.name.replace("/", "_").replace("\0", "_")
             Image.fromarray(values[labels]).save(partial / f"{name}.png")
 

@@ -1,4 +1,4 @@
-"""Evaluation of labelled statements: accuracy, the confusion matrix, NLVR2's consistency, and a file of predictions."""
+"""Evaluation of labeled statements: accuracy, the confusion matrix, NLVR2's consistency, and a file of predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StatementEvaluation(Evaluation):
     """Labels every statement of a split; scores the labels, where they are known, in percent.
 
     Args:
-        of: what the statements are of: `snli_ve`, of a picture, or `nlvr2`, of a pair.
+        of: what the statements are of: `snli_ve`, of an image, or `nlvr2`, of a pair.
 
     Raises:
         UserError: there is no such kind.
@@ -32,7 +32,7 @@ class StatementEvaluation(Evaluation):
 
     def __init__(self, of: Literal["snli_ve", "nlvr2"]) -> None:
         self.of = of
-        self.needs = ("texts", "answers", "two pictures" if PICTURES[of] == 2 else "one picture")  # type: ignore[misc]
+        self.needs = ("texts", "answers", "two images" if PICTURES[of] == 2 else "one image")  # type: ignore[misc]
 
     @torch.inference_mode()
     def measure(self, checkpoint: Checkpoint, data: StatementDataModule, results: Results) -> None:
@@ -40,7 +40,7 @@ class StatementEvaluation(Evaluation):
         names = list(checkpoint.preprocessing.names)
         if data.labels != names or data.pictures != PICTURES[self.of]:
             raise UserError(
-                f"{data.dir} has the labels {', '.join(data.labels)} of {data.pictures} pictures a statement, and the "
+                f"{data.dir} has the labels {', '.join(data.labels)} of {data.pictures} images a statement, and the "
                 f"model of task={checkpoint.task} tells {', '.join(names)}: pass data.dir=FOLDER of its own kind"
             )
         model = checkpoint.model.to(results.device)

@@ -1,6 +1,6 @@
 """Evaluation of steering: does what the model sees and answers follow ξ, if ξ is another's, weaker or stronger?
 
-The prior of another question about the same picture is wrong in nothing but where it points. If the answer stays right,
+The prior of another question about the same image is wrong in nothing but where it points. If the answer stays right,
 what is fed back is not used, or fusion repairs it; if the map follows ξ to the other object, the encoder is steered.
 """
 
@@ -35,9 +35,9 @@ OWN, OTHER = "own", "other"
 
 
 class SteeringEvaluation(Evaluation):
-    """Answers questions under their own ξ and under that of another question of the picture.
+    """Answers questions under their own ξ and under that of another question of the image.
 
-    Only pairs of questions about different parts of a picture count.
+    Only pairs of questions about different parts of an image count.
 
     Args:
         alphas: strengths of feedback, beside the trained one, where the variant has one.
@@ -49,7 +49,7 @@ class SteeringEvaluation(Evaluation):
     """
 
     name = "steering"
-    needs = ("texts", "one picture", "answers")
+    needs = ("texts", "one image", "answers")
     reads = VQADataModule
 
     def __init__(self, alphas: Sequence[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
@@ -77,7 +77,7 @@ class SteeringEvaluation(Evaluation):
         images = _pairs(targets, checkpoint.preprocessing, self.num_texts)
         questions = sum(len(pairs) for pairs in images)
         if questions < 2:
-            raise UserError(f"{where}: no picture has two questions about different parts of it")
+            raise UserError(f"{where}: no image has two questions about different parts of it")
         trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
@@ -91,7 +91,7 @@ class SteeringEvaluation(Evaluation):
         progress.close()
         results.metrics["questions"] = questions
         results.say(
-            f"{questions} questions, under their own ξ and that of a question about another part of the same picture; "
+            f"{questions} questions, under their own ξ and that of a question about another part of the same image; "
             "of every map, the energy on the own and on the other part"
         )
         columns = ["accuracy", "answers_other", *[f"{name}/{whom}" for name in MAPS for whom in (OWN, OTHER)]]
@@ -105,7 +105,7 @@ class SteeringEvaluation(Evaluation):
 
 
 class _Pair:
-    """A question with its partner about another part of the same picture, and the two parts as the model sees them."""
+    """A question with its partner about another part of the same image, and the two parts as the model sees them."""
 
     def __init__(self, own: Asked, other: Asked, own_mask: np.ndarray, other_mask: np.ndarray) -> None:
         self.own, self.other, self.masks = own, other, {OWN: own_mask, OTHER: other_mask}
@@ -133,7 +133,7 @@ class _Scores:
 
 
 def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) -> list[list[_Pair]]:
-    """For every picture its questions, each with one about another part of it.
+    """For every image its questions, each with one about another part of it.
 
     That is the first after it, in a circle, and if there are any the first of its own type, whose answer could be its.
     """
@@ -158,7 +158,7 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
     total = sum(map(len, images))
     if count is None or count >= total:
         return images
-    share = count / total  # whole pictures, evenly spread
+    share = count / total  # whole images, evenly spread
     return [images[n] for n in np.linspace(0, len(images) - 1, num=max(1, round(share * len(images))), dtype=int)]
 
 
@@ -166,7 +166,7 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
 def _measure(
     checkpoint: Checkpoint, scores: _Scores, pairs: list[_Pair], alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for every pair of one picture and either ξ, in percent; α as in `AbSViT.attend`."""
+    """A row for every pair of one image and either ξ, in percent; α as in `AbSViT.attend`."""
     model, preprocessing = checkpoint.model, checkpoint.preprocessing
     _, image = ImageReader(scores.rows, preprocessing).read(pairs[0].own.row, 0)
     assert image is not None

@@ -21,7 +21,7 @@ class VQAEvaluation(Evaluation):
     """Answers every question of a split, and scores the answers, or writes them as a submission."""
 
     name = "vqa"
-    needs = ("texts", "one picture", "answers")
+    needs = ("texts", "one image", "answers")
     reads = VQADataModule
 
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:

@@ -48,7 +48,7 @@ def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     height, width = (size, size) if isinstance(size, int) else size
     rows, columns = patches.shape[-2:]
     if not rows or not columns or height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"{rows}x{columns} patches do not tile a picture of {height}x{width} pixels")
+        raise ValueError(f"{rows}x{columns} patches do not tile an image of {height}x{width} pixels")
     return patches.repeat(height // rows, axis=-2).repeat(width // columns, axis=-1)
 
 

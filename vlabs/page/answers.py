@@ -1,4 +1,4 @@
-"""What the page says, as HTML: answers with their maps, found pictures, or one line about what is wrong."""
+"""What the page says, as HTML: answers with their maps, found images, or one line about what is wrong."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Page:
 
     Args:
         predictor: the model that answers.
-        searches: by the name of a folder, what finds pictures in it.
-        uploads: the pictures that are asked about, and the limits of a request.
-        decoder: of the pictures.
-        caution: what is said beside answers about a picture that somebody brought.
+        searches: by the name of a folder, what finds images in it.
+        uploads: the images that are asked about, and the limits of a request.
+        decoder: of the images.
+        caution: what is said beside answers about an image that somebody brought.
 
     Attributes:
         maps: that may be asked for.
@@ -56,7 +56,7 @@ class Page:
         self._lock = threading.Lock()
 
     def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any = None) -> str:
-        """Answer questions about a picture, which share its first pass.
+        """Answer questions about an image, which share its first pass.
 
         Args:
             picture: its name among the uploads; None where there is none yet.
@@ -73,7 +73,7 @@ class Page:
 
     def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any) -> str:
         if picture is None:
-            raise UserError("there is no picture yet: choose or drop one")
+            raise UserError("there is no image yet: choose or drop one")
         questions, other = _text(questions, "the questions"), _text(other, "the text of the other ξ")
         if map_name not in self.maps:
             raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
@@ -109,13 +109,13 @@ class Page:
             raise
 
     def find(self, folder: Any, query: Any, count: Any) -> str:
-        """The pictures of a folder that fit a text best; HTML as of `ask`."""
+        """The images of a folder that fit a text best; HTML as of `ask`."""
         return self._or_error(self._find, folder, query, count)
 
     def _find(self, folder: Any, query: Any, count: Any) -> str:
         if not isinstance(folder, str) or folder not in self.searches:
             raise UserError(f"there is no such folder: choose one of {', '.join(self.searches)}")
-        query, count = _text(query, "the text"), int(_number(count, "the number of pictures", 1, self.limits.pictures))
+        query, count = _text(query, "the text"), int(_number(count, "the number of images", 1, self.limits.pictures))
         if not query.strip():
             raise UserError("there is no text to search for yet: type one")
         self._check_length(query)
@@ -128,7 +128,7 @@ class Page:
             bar = _bars([(f"{place}: {printable(item.path.name)}", item.share)])
             cards += _card(cell, bar, item.path.stem, _under(cell.view))
         new = search.checkpoint.new_words(query)
-        said = f"<p>The best {len(found)} of {len(search.pictures):,} pictures for <b>{html.escape(query.strip())}</b>"
+        said = f"<p>The best {len(found)} of {len(search.pictures):,} images for <b>{html.escape(query.strip())}</b>"
         if len(compared) < len(search.pictures):
             said += f", of which the {len(compared)} most like its ξ were compared"
         said += "</p>" + _warnings([f"its training never had: {', '.join(new)}"] if new else [])
@@ -168,7 +168,7 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
 
 
 def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
-    """A card a question, side by side, over one picture."""
+    """A card a question, side by side, over one image."""
     cards = []
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
@@ -191,18 +191,18 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 
 def _card(cell: Cell, said: str, name: str, under: str = "") -> str:
-    """A map that is drawn aside to show the picture under it; see `_under`. The page's script reads the inputs."""
+    """A map that is drawn aside to show the image under it; see `_under`. The page's script reads the inputs."""
     file = re.sub(r"\W+", "-", name).strip("-")[:60] or "map"
     return (
         f"<figure class='card' {under}><div class='look'>"
-        f"<img alt='the picture, and where the model looked' src='{_data(pixels_of(cell))}'>"
-        "<input type='range' name='at' min='0' max='100' value='0' aria-label='from the map to the picture'></div>"
+        f"<img alt='the image, and where the model looked' src='{_data(pixels_of(cell))}'>"
+        "<input type='range' name='at' min='0' max='100' value='0' aria-label='from the map to the image'></div>"
         f"<figcaption>{said}<a class='save' href='#' download='{file}.jpg'>download</a></figcaption></figure>"
     )
 
 
 def _under(view: View) -> str:
-    """The picture that lies under the maps of an element."""
+    """The image that lies under the maps of an element."""
     return f"style='--picture: url({_data(pixels_of(Cell(view)))})'"
 
 
@@ -210,20 +210,20 @@ def _legend(names: Sequence[str], percentage: str) -> str:
     said = f"{html.escape(legend_of(names, own_range=True))}<br>a percentage is {html.escape(percentage)}"
     opacity = "<input type='range' name='opacity' min='0' max='1' step='0.01' value='1'>"
     return (
-        f"<p class='legend'>Drag across a map to see the picture under it. <label>Opacity {opacity}</label><br>"
+        f"<p class='legend'>Drag across a map to see the image under it. <label>Opacity {opacity}</label><br>"
         f"low <span class='scale'></span> high; {said}</p>"
     )
 
 
 def _data(pixels: np.ndarray) -> str:
-    """A picture as an address that holds its bytes, so that nothing is written to a disk."""
+    """An image as an address that holds its bytes, so that nothing is written to a disk."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def example_pictures(folder: Path | None = None) -> list[Path]:
-    """Pictures to begin with: those of a folder, at most 24, or scenes that the model which comes with vlabs has not
+    """Images to begin with: those of a folder, at most 24, or scenes that the model which comes with vlabs has not
     seen."""
     folder = folder or Path(__file__).parent / "pictures"
     suffixes = (".jpg", ".jpeg", ".png", ".webp")

@@ -29,7 +29,7 @@ import uvicorn
 from fastapi import FastAPI
 
 _WAITING = 100  # requests in line; more are told to come back
-_CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
+_CONNECTIONS = 200  # that are worked for at once; each may hold an image that somebody is slow to take
 _PAST = 12  # answers that a tab keeps
 # Of answers: what is dragged is a variable of the style, and a link takes the map of its card.
 _SCRIPT = """
@@ -53,7 +53,7 @@ _REMEMBER = """(...all) => {
   return {__type__: "update", samples: asked.map(({shown, said}) => [shown, said])};
 }""".replace("MOST", str(_PAST))
 _PRIOR = "- **ξ** is what a question asks the image encoder to look for: one vector, made of the text."
-_ALPHA = "- **α** is how strongly the patches that are like ξ are fed back, for a second look at the picture."
+_ALPHA = "- **α** is how strongly the patches that are like ξ are fed back, for a second look at the image."
 _MAP = "- A **map** says where the model looked, in one of several senses:"
 _FONTS = ["system-ui", "sans-serif"]
 # Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
@@ -70,12 +70,12 @@ def build(
         page: what answers.
         model: that is asked.
         searcher: the model that searches, where one does.
-        examples: pictures to begin with, each with questions.
+        examples: images to begin with, each with questions.
         texts: to begin a search with.
     """
     with gr.Blocks(title=f"vlabs: {model.name}", analytics_enabled=False) as blocks:
         gr.Markdown(
-            "# vlabs\nAsk about a picture. The question tells the image encoder what to look for "
+            "# vlabs\nAsk about an image. The question tells the image encoder what to look for "
             "([AbSViT](https://arxiv.org/abs/2303.13043)), and the page shows where it looked."
         )
         with gr.Tab("Ask"):
@@ -101,11 +101,11 @@ def _show_about(model: About, does: str) -> None:
 
 
 def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
-    """The tab where a model is asked; `begins` are pictures with their questions, of which the first is answered."""
+    """The tab where a model is asked; `begins` are images with their questions, of which the first is answered."""
     model, alpha = page.predictor.model, page.predictor.alpha
     examples = gr.Dataset(
         components=["image"], samples=[[None] for _ in begins], type="index", samples_per_page=24,
-        label="Pictures to begin with: a click asks", visible=bool(begins), elem_id="examples",
+        label="Images to begin with: a click asks", visible=bool(begins), elem_id="examples",
     )  # fmt: skip
     examples.samples = [[file] for file, _ in begins]
     with gr.Row():
@@ -181,7 +181,7 @@ def _how(page: Page) -> list[Any]:
 
 
 def _search(page: Page, texts: Sequence[str]) -> None:
-    """The tab where pictures are searched; `texts` are some to begin with."""
+    """The tab where images are searched; `texts` are some to begin with."""
     with gr.Row():
         query = gr.Textbox(label="Text", scale=4, min_width=300, elem_id="query")
         names = list(page.searches)
@@ -201,7 +201,7 @@ def _search(page: Page, texts: Sequence[str]) -> None:
 
 
 def _file(name: str) -> dict[str, Any]:
-    """A picture as Gradio's form has it."""
+    """An image as Gradio's form has it."""
     return {"path": name, "url": f"/gradio_api/file={name}", "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 

@@ -1,4 +1,4 @@
-"""Uploaded pictures are decoded in a process of its own, which is ended where a picture takes too long or too much.
+"""Uploaded images are decoded in a process of its own, which is ended where an image takes too long or too much.
 
 `python -m vlabs.page.decoder` is that process. It imports Pillow alone, may write no file, and ends with the page.
 """
@@ -30,10 +30,10 @@ _MEMORY, _MEMORY_A_PIXEL = 512 * 2**20, 16
 
 
 class Decoder:
-    """Decodes pictures in another process, which it starts when it is needed and again after it had to be ended.
+    """Decodes images in another process, which it starts when it is needed and again after it had to be ended.
 
     Args:
-        megapixels: that a picture may have.
+        megapixels: that an image may have.
         seconds: that it may take.
     """
 
@@ -44,10 +44,10 @@ class Decoder:
         self._lock = threading.Lock()
 
     def decode(self, content: bytes) -> Image.Image:
-        """Decode a picture to RGB, turned as its camera says; of an animation the first frame.
+        """Decode an image to RGB, turned as its camera says; of an animation the first frame.
 
         Raises:
-            UserError: it is no whole picture of a known format, has too many pixels, or takes too long.
+            UserError: it is no whole image of a known format, has too many pixels, or takes too long.
         """
         with self._lock:
             process = self._running()
@@ -69,7 +69,7 @@ class Decoder:
                 return Image.frombytes("RGB", tuple(said["size"]), _receive(process.stdout))
             except (EOFError, OSError):  # it was ended, by the timer or because it took too much
                 much = f"more than {self.seconds:g} s" if late.is_set() else "too much memory"
-                raise UserError(f"the picture takes {much} to decode: {_REMEDY}") from None
+                raise UserError(f"the image takes {much} to decode: {_REMEDY}") from None
             finally:
                 timer.cancel()
                 if late.is_set() or process.poll() is not None:
@@ -94,7 +94,7 @@ class Decoder:
                 start_new_session=True,  # Ctrl-C is for the page, which ends it
             )
             assert self._process.stdout is not None
-            _receive(self._process.stdout)  # imports are no time of a picture
+            _receive(self._process.stdout)  # imports are no time of an image
         return self._process
 
     def _end(self) -> None:
@@ -105,26 +105,26 @@ class Decoder:
 
 
 def decode(content: bytes, megapixels: float) -> Image.Image:
-    """What the process does with a picture; see `Decoder.decode`."""
+    """What the process does with an image; see `Decoder.decode`."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             # Only the header is read until here, so a small file of very many pixels costs nothing.
             if image.width * image.height > megapixels * 1e6:
                 raise UserError(
-                    f"the picture has {image.width} x {image.height} pixels, and {megapixels:g} million are"
+                    f"the image has {image.width} x {image.height} pixels, and {megapixels:g} million are"
                     " allowed: make it smaller"
                 )
             return as_shown(image)
     except Image.DecompressionBombError:
-        raise UserError(f"the picture has more than {megapixels:g} million pixels: make it smaller") from None
+        raise UserError(f"the image has more than {megapixels:g} million pixels: make it smaller") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"the file is no picture that is known here: give one of {_KNOWN}") from None
+        raise UserError(f"the file is no image that is known here: give one of {_KNOWN}") from None
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"the picture takes too much memory to decode: {_REMEDY}") from None
+        raise UserError(f"the image takes too much memory to decode: {_REMEDY}") from None
     except Exception:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise UserError(f"the file is no whole picture: give one of {_KNOWN}") from None
+        raise UserError(f"the file is no whole image: give one of {_KNOWN}") from None
 
 
 def main(megapixels: float, seconds: float) -> None:

@@ -126,7 +126,7 @@ def make_app(
         form: what gives the form and its files.
         functions: by their numbers in the form, what is asked for and how many values it takes.
         line: of the requests.
-        uploads: the pictures.
+        uploads: the images.
         hosts, token: see `Gate`.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures that somebody else gives: in a folder of the page's own, under names that only the page makes."""
+"""Images that somebody else gives: in a folder of the page's own, under names that only the page makes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        megabytes: of a picture's file.
-        megapixels: of a picture, whatever its file takes.
+        megabytes: of an image's file.
+        megapixels: of an image, whatever its file takes.
         questions: at a time.
         characters: of a text.
         pictures: found ones that are shown.
-        seconds: that decoding a picture may take.
+        seconds: that decoding an image may take.
 
     Raises:
         UserError: one of them is not above 0.
@@ -56,16 +56,16 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Of a picture's file."""
+        """Of an image's file."""
         return int(self.megabytes * 2**20)
 
 
 class Uploads:
-    """Pictures by the names that they were given when they came. There is no other way to name one.
+    """Images by the names that they were given when they came. There is no other way to name one.
 
     Args:
         folder: where they lie, of this process alone.
-        limits: of a picture.
+        limits: of an image.
     """
 
     def __init__(self, folder: Path, limits: Limits) -> None:
@@ -75,7 +75,7 @@ class Uploads:
         self._kept: dict[str, bytes] = {}
 
     def keep(self, path: Path) -> str:
-        """Take a picture of one's own that stays as long as the page does; returns its name.
+        """Take an image of your own that stays as long as the page does; returns its name.
 
         Raises:
             UserError: it cannot be read, or is too large.
@@ -91,7 +91,7 @@ class Uploads:
         return name
 
     def take(self, content: bytes) -> str:
-        """Take a picture for some minutes; returns its name.
+        """Take an image for some minutes; returns its name.
 
         Raises:
             UserError: it is too large, or very many lie here already.
@@ -101,25 +101,25 @@ class Uploads:
         self.remove_old()
         there = sum(size for _, size in list(self._came.values()))
         if there + len(content) > _ROOM * self.limits.bytes:
-            raise UserError("very many pictures have come within ten minutes: try again in some")
+            raise UserError("very many images have come within ten minutes: try again in some")
         name = secrets.token_hex(16)
         self._came[name] = time.monotonic(), len(content)
         try:
             (self.folder / name).write_bytes(content)
         except OSError as error:
             self.remove(name)
-            raise UserError(f"there is no room for the picture here ({error.strerror}): try again later") from None
+            raise UserError(f"there is no room for the image here ({error.strerror}): try again later") from None
         return name
 
     def is_kept(self, name: object) -> bool:
-        """Whether it is a picture of the page's own."""
+        """Whether it is an image of the page's own."""
         return isinstance(name, str) and name in self._kept
 
     def read(self, name: object) -> bytes:
-        """The content of a picture.
+        """The content of an image.
 
         Raises:
-            UserError: there is no picture of this name, or no more; one sentence, whatever it is the name of.
+            UserError: there is no image of this name, or no more; one sentence, whatever it is the name of.
         """
         if isinstance(name, str) and _NAME.fullmatch(name):
             if name in self._kept:
@@ -129,10 +129,10 @@ class Uploads:
                     file = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
                     with open(file, "rb") as opened:
                         return opened.read()
-        raise UserError("the picture is no longer here: load it again")
+        raise UserError("the image is no longer here: load it again")
 
     def remove(self, name: str) -> None:
-        """Remove a picture that came."""
+        """Remove an image that came."""
         if self._came.pop(name, None) is not None:
             (self.folder / name).unlink(missing_ok=True)
 

@@ -146,7 +146,7 @@ class Predictor:
             self._check_alpha(alpha)
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if len(given) != self.pictures:
-            raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
+            raise UserError(f"the model is about {self.pictures} images at a time, and {len(given)} are given")
         pictures = [as_shown(one) if isinstance(one, Image.Image) else open_image(one) for one in given]
         images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))

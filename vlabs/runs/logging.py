@@ -165,7 +165,7 @@ def csv_logger(run_dir: str | Path, resumed_step: int | None = None, validates: 
     """Log to RUN_DIR/metrics.csv, which is left as it is until there is something to log.
 
     Args:
-        resumed_step: the optimiser step that a resumed run goes on from: rows before it are kept.
+        resumed_step: the optimizer step that a resumed run goes on from: rows before it are kept.
         validates: the resumed run begins with the validation after the step before, whose row is then not kept.
     """
     return _MetricsFile(run_dir, resumed_step, validates)
@@ -272,7 +272,7 @@ def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | Non
         The thread that says it, beside the run; None where the run is offline.
     """
     if not run.offline:
-        # W&B waits for its server here, for ever if need be, and a run must not.
+        # W&B waits for its server here, forever if need be, and a run must not.
         thread = threading.Thread(target=_use_data, args=(run, list(sets)), daemon=True)
         thread.start()
         return thread

@@ -1,4 +1,4 @@
-"""What every task shares: training step, sum of losses over all ranks, optimisation, frozen parts, checkpoints."""
+"""What every task shares: training step, sum of losses over all ranks, optimization, frozen parts, checkpoints."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Task(pl.LightningModule):
             `compile_parts`.
         preprocessing: goes into the checkpoint, so that it can be used alone.
         data: identity of the training data, for the checkpoint.
-        recipe: of optimisation.
+        recipe: of optimization.
         freeze: what is not trained: parts (`vision`, `text`, `fusion`, `head`, `feedback`, with `vision` the
             pre-trained image encoder and `feedback` its decoders and ξ), or beginnings of parameter names
             (`text.roberta.embeddings`).
@@ -194,7 +194,7 @@ class Task(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The total loss of a batch."""
-        skipped = getattr(batch, "skipped", ())  # one's own data need not leave anything out
+        skipped = getattr(batch, "skipped", ())  # your own data need not leave anything out
         if skipped:
             self.log("train/skipped_images", float(len(skipped)), reduce_fx="sum", on_step=True)
         if not self.sample_ids(batch):
@@ -263,7 +263,7 @@ class Task(pl.LightningModule):
         return count * dist.get_world_size() / everyone
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped once an optimiser step.
+        """AdamW and its schedule, stepped once an optimizer step.
 
         Raises:
             UserError: nothing says how long the training is.
@@ -296,7 +296,7 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As Lightning clips; in bf16-mixed too, where nothing is scaled: it refuses that for a fused optimiser."""
+        """As Lightning clips; in bf16-mixed too, where nothing is scaled: it refuses that for a fused optimizer."""
         plugin = self.trainer.precision_plugin
         if gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -314,7 +314,7 @@ class Task(pl.LightningModule):
 class _AllGather(torch.autograd.Function):
     """The tensors of all ranks, of one shape; backward, every rank's gradient of this rank's tensor is added up.
 
-    Torch's own with gradients, which Lightning uses too, is deprecated in favour of a private one.
+    Torch's own with gradients, which Lightning uses too, is deprecated in favor of a private one.
     """
 
     @staticmethod

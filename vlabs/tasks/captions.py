@@ -70,7 +70,7 @@ class CaptionTask(VisionLanguageTask):
     def caption_pool(self, batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids (P, T), masks and image ids (P,) that false captions can be drawn from: in training, all ranks'.
 
-        In validation ranks may have unequal numbers of batches, and one would wait for another for ever.
+        In validation ranks may have unequal numbers of batches, and one would wait for another forever.
         """
         own = batch.input_ids, batch.attention_mask, batch.image_ids
         return gather_captions(*own, self.preprocessing.pad_token_id) if self.training else own

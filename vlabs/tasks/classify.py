@@ -1,4 +1,4 @@
-"""Classification of pictures with one class, which is also how an image encoder is pre-trained."""
+"""Classification of images with one class, which is also how an image encoder is pre-trained."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ClassifyTask(Task):
         return "head" if name.startswith(head) else "vision"
 
     def sample_ids(self, batch: ClassBatch) -> list[Any]:
-        """The pictures' ids."""
+        """The images' ids."""
         return batch.image_ids
 
     def losses(self, batch: ClassBatch) -> Losses:

@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens a model has to guess (Devlin et al., 2019, section 3.1)."""
+"""Masked language modeling: which tokens a model has to guess (Devlin et al., 2019, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Naming: every patch of a picture names the words of the phrases that are about it. It trains the ViT alone.
+"""Naming: every patch of an image names the words of the phrases that are about it. It trains the ViT alone.
 
 A small encoder from scratch learns words of colors and shapes from questions only slowly, because it is told them
 through a text encoder, a fusion and an answer. This tells it directly, and is the cheapest stage there is: one pass
-over each picture, without text encoder and fusion.
+over each image, without text encoder and fusion.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""METER's recipe of optimisation: AdamW with a learning rate for each part, linear warm-up and decay."""
+"""METER's recipe of optimization: AdamW with a learning rate for each part, linear warm-up and decay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _default_lr() -> dict[str, float]:
 @checked("task.recipe")
 @dataclass
 class Recipe:
-    """How the parts of a model are optimised.
+    """How the parts of a model are optimized.
 
     Attributes:
         lr: peak learning rate of a part: `vision`, `text`, `fusion`, `head`, `feedback` (decoders, ξ and its
@@ -89,7 +89,7 @@ class Recipe:
         )
 
     def scheduler(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
-        """The rate's course over `total_steps` optimiser steps.
+        """The rate's course over `total_steps` optimizer steps.
 
         Raises:
             UserError: there is no such schedule, or it is no function of the steps alone.
@@ -113,7 +113,7 @@ class Recipe:
 
 
 class Course:
-    """How far a training is: the factor of its rates as a function of its optimiser steps.
+    """How far a training is: the factor of its rates as a function of its optimizer steps.
 
     The schedule has `total` steps. From step `since`, which stands at `place` in the schedule, the rest of the training
     takes `steps` steps, whatever the schedule's own were: so a training that goes on with another batch size or another

@@ -1,4 +1,4 @@
-"""Pre-training on captions as METER does: masked language modelling and image-text matching, with the prior loss."""
+"""Pre-training on captions as METER does: masked language modeling and image-text matching, with the prior loss."""
 
 from __future__ import annotations
 

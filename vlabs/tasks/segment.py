@@ -75,7 +75,7 @@ class SegmentationTask(Task):
         Args:
             found: `Segments`.
             masks: (n, H, W).
-            count: of pictures or texts.
+            count: of images or texts.
         """
         others = {}
         if self.auxiliary_weight and found.auxiliary is not None:
@@ -105,7 +105,7 @@ class SegmentTask(SegmentationTask):
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False)
 
     def sample_ids(self, batch: MaskBatch | list[WholePicture]) -> list[Any]:
-        """The pictures' ids."""
+        """The images' ids."""
         return [one.image_id for one in batch] if isinstance(batch, list) else batch.image_ids
 
     def losses(self, batch: MaskBatch) -> Losses:
@@ -116,7 +116,7 @@ class SegmentTask(SegmentationTask):
         return self.pixel_losses(found, batch.masks, len(batch.image_ids))
 
     def validation_step(self, batch: list[WholePicture], batch_idx: int) -> None:
-        """Add pictures to the confusion matrix, each at its own size."""
+        """Add images to the confusion matrix, each at its own size."""
         for images, pictures in stacked(batch):
             logits = self.model(images.to(self.device)).logits
             for one, mask in zip(logits, pictures, strict=True):
@@ -190,13 +190,13 @@ class ReferTask(SegmentationTask):
 def segment_texts(model: Segmenter, batch: CaptionBatch, **options: Any) -> Segments:
     """What the n texts of a batch name; `options` as of `Segmenter.forward`."""
     if model.text is None:
-        # Without ξ of a text, a picture is segmented for each of them alike.
+        # Without ξ of a text, an image is segmented for each of them alike.
         return model(batch.images[batch.image_index], **options)  # type: ignore[no-any-return]
     return model(batch.images, batch.input_ids, batch.attention_mask, batch.image_index, **options)  # type: ignore[no-any-return]
 
 
 def region_masks(batch: CaptionBatch, size: Sequence[int]) -> Tensor:
-    """(n, H, W): 1 where a text is about, 0 elsewhere; all ignored where nobody said what it is about."""
+    """(n, H, W): 1 where a text is about, 0 elsewhere; all ignored where that is unknown."""
     assert batch.coverage is not None
     masks = (batch.coverage > 0.5).long().unflatten(1, tuple(size))
     unknown = ~(batch.coverage > 0).any(dim=1)

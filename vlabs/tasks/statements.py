@@ -1,4 +1,4 @@
-"""Statements with a label: visual entailment (SNLI-VE) and sentences about pairs of pictures (NLVR2), as METER does."""
+"""Statements with a label: visual entailment (SNLI-VE) and sentences about pairs of images (NLVR2), as METER does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlabs.tasks.vision_language import VisionLanguageTask
 
 
 class StatementTask(VisionLanguageTask):
-    """Cross-entropy of the label of a statement about its picture, or its pictures, each under the same ξ.
+    """Cross-entropy of the label of a statement about its image, or its images, each under the same ξ.
 
     Arguments as in `VisionLanguageTask`. In validation the accuracy in percent is logged; statements whose label is
     kept back are left out.
@@ -28,9 +28,9 @@ class StatementTask(VisionLanguageTask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.pictures > 1 and self.token_prior_weight:
-            # Either picture of a pair would be a wrong choice for the other.
+            # Either image of a pair would be a wrong choice for the other.
             raise UserError(
-                f"task.token_prior_weight: task={self.name} has pairs of pictures, which it cannot tell apart"
+                f"task.token_prior_weight: task={self.name} has pairs of images, which it cannot tell apart"
             )
 
     def wants(self, data: StatementDataModule) -> Wants:
@@ -41,7 +41,7 @@ class StatementTask(VisionLanguageTask):
         """
         if data.pictures != self.pictures:
             raise UserError(
-                f"task={self.name} is about {self.pictures} pictures a statement, and {data.dir} has {data.pictures}: "
+                f"task={self.name} is about {self.pictures} images a statement, and {data.dir} has {data.pictures}: "
                 f"choose its own data, such as data=scenes_{self.name}"
             )
         return super().wants(data)
@@ -61,7 +61,7 @@ class StatementTask(VisionLanguageTask):
         loss = F.cross_entropy(output.logits[known], batch.labels[known], reduction="sum") / max(1, int(known.sum()))
         others: dict[str, Any] = {}
         if self.training:
-            # Pictures of one statement have one id: neither is a wrong choice for its ξ.
+            # Images of one statement have one id: neither is a wrong choice for its ξ.
             ids, tokens = (t.repeat_interleave(self.pictures, dim=0) for t in (batch.image_ids, batch.input_ids))
             others = output.losses | self.prior_losses(output, tokens, ids)
             others |= self.pointing_losses(output, batch.coverage)
@@ -84,14 +84,14 @@ class StatementTask(VisionLanguageTask):
 
 
 class SNLIVETask(StatementTask):
-    """Visual entailment: does a picture entail a hypothesis, contradict it, or neither?"""
+    """Visual entailment: does an image entail a hypothesis, contradict it, or neither?"""
 
     name = "snli_ve"
     monitor = "val/snli_ve_accuracy"
 
 
 class NLVR2Task(StatementTask):
-    """Is a sentence true of a pair of pictures? Both are seen under its ξ, the second with a token type of its own."""
+    """Is a sentence true of a pair of images? Both are seen under its ξ, the second with a token type of its own."""
 
     name = "nlvr2"
     monitor = "val/nlvr2_accuracy"

@@ -142,7 +142,7 @@ class VisionLanguageTask(Task):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.options.rand_augment is not None:
             raise UserError(
-                f"task.store keeps one first pass of every picture, and data.rand_augment={data.options.rand_augment} "
+                f"task.store keeps one first pass of every image, and data.rand_augment={data.options.rand_augment} "
                 "draws another every time: pass data.rand_augment=null"
             )
         data.stored = self.stored = FirstPasses(Path(folder), self.model.vision, self.preprocessing, training=True)
@@ -164,7 +164,7 @@ class VisionLanguageTask(Task):
         self.trainer.strategy.barrier()
         store = self.stored.store
         store.refresh()
-        say(f"first passes of {len(store.places):,} pictures, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
+        say(f"first passes of {len(store.places):,} images, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
 
     def prior_losses(
         self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
@@ -239,7 +239,7 @@ class VisionLanguageTask(Task):
         if self.dead.update_called and (percent := float(self.dead.compute())) > 50 and not self.has_warned:
             self.has_warned = True
             say(
-                f"warning: ξ is like no patch of the picture under {percent:.0f}% of this epoch's texts "
+                f"warning: ξ is like no patch of the image under {percent:.0f}% of this epoch's texts "
                 "(train/prior_dead), and steers nothing there: raise task.alive_prior_weight, which is "
                 f"{self.alive_prior_weight:g}, or task.token_prior_weight, or prepare data with regions"
             )
@@ -247,7 +247,7 @@ class VisionLanguageTask(Task):
 
 
 class _Pictures(Dataset[tuple[str, Tensor | None]]):
-    """Keys and pictures (1, 3, H, W) by row and place in the row."""
+    """Keys and images (1, 3, H, W) by row and place in the row."""
 
     def __init__(self, reader: ImageReader) -> None:
         self.reader = reader

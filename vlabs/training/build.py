@@ -334,7 +334,7 @@ def _check_fit(model: Any, data: PreparedDataModule) -> None:
     """
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
     if data.pictures >= (types := getattr(model, "fusion", None) and model.fusion.token_type.num_embeddings or 99):
-        raise UserError(f"model.fusion.pictures={types - 1}: the texts are about {data.pictures} pictures each")
+        raise UserError(f"model.fusion.pictures={types - 1}: the texts are about {data.pictures} images each")
     known = model.text.vocab_size
     if data.preprocessing.vocab_size > known:
         raise UserError(

@@ -143,12 +143,12 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
         said.append(f"{source} had others, which {nulls} takes")
-    return f"pictures: {'; '.join(said)}"
+    return f"images: {'; '.join(said)}"
 
 
 def as_before(data: PreparedDataModule) -> str:
     """The line of a run that goes on."""
-    return f"pictures: {_words(data.preprocessing, list(data.by_default))} (as before)"
+    return f"images: {_words(data.preprocessing, list(data.by_default))} (as before)"
 
 
 def _plain(value: Any) -> Any:

@@ -139,7 +139,7 @@ class Last:
         for one in [*groups, *self.groups]:
             if one not in groups or one not in self.groups:
                 return one[0]
-        # Fused optimisers write to what they are told are moments of a parameter, whatever their sizes.
+        # Fused optimizers write to what they are told are moments of a parameter, whatever their sizes.
         sizes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
         for size, moments in zip(sizes, self.moments, strict=True):
             for name, found in moments.items():

@@ -204,7 +204,7 @@ def _unpacked(packed: bytes, method: int, most: int) -> bytes:
     if method == zipfile.ZIP_BZIP2:
         return bz2.BZ2Decompressor().decompress(packed, most)
     if method == zipfile.ZIP_LZMA:
-        length = int.from_bytes(packed[2:4], "little")  # of the properties that a zip file has in the place of a header
+        length = int.from_bytes(packed[2:4], "little")  # of the properties that a zip file has instead of a header
         props = lzma._decode_filter_properties(lzma.FILTER_LZMA1, packed[4 : 4 + length])  # type: ignore[attr-defined]
         return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[props]).decompress(packed[4 + length :], most)
     raise ValueError(f"zip compression method {method} is not supported: pack it anew")

@@ -74,7 +74,7 @@ class WeightAverage(WeightAveraging):
     ) -> None:
         """Keep both the average, as the weights of the checkpoint, and what is trained."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.validating:  # then each is in the place of the other
+        if self.validating:  # then each is instead of the other
             state = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint["current_model_state"], checkpoint["state_dict"] = state
 

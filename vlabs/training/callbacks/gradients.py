@@ -66,4 +66,4 @@ class FiniteGradients(pl.Callback):
             raise UserError(f"{what}; {go_on}; lower task.recipe.lr, or allow some such steps with max_bad_steps=N")
         say(f"{what}: left out, {self.bad_steps} of at most {self.max_bad_steps}")
         for parameter in pl_module.parameters():
-            parameter.grad = None  # the optimiser leaves alone what has none
+            parameter.grad = None  # the optimizer leaves alone what has none

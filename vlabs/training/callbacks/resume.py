@@ -221,7 +221,7 @@ class GoOn(pl.Callback):
         if over:
             set_epoch_length(trainer, batches)
             return 0
-        if loader is None:  # of one's own, which says itself where it goes on
+        if loader is None:  # of your own, which says itself where it goes on
             set_epoch_length(trainer, max(whole, batches + 1))
             return max(whole - batches, 1)
         share = batches / self.plan["epoch_batches"]

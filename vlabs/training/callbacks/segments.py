@@ -46,5 +46,5 @@ class SegmentPictures(EveryNValidations):
         path = save_figure(figure, Path(trainer.default_root_dir) / "figures" / name)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                with sending("the pictures of segments"):
+                with sending("the images of segments"):
                     logger.log_image("val/segments", [str(path)], step=trainer.global_step)
