@@ -1,4 +1,4 @@
-"""Batches of statements with a label (SNLI-VE, NLVR2) from prepared data: about an image each, or about a pair."""
+"""Batches of labeled statements from prepared data, each about one image (SNLI-VE) or a pair (NLVR2)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class StatementDataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `StatementBatch`.
 
     Args:
-        rows: prepared rows (see `vlabs.data.prepared.statement_features`).
+        rows: prepared rows (see `vlabs.data.features.statement_features`).
         preprocessing, images: see `TextDataset`.
-        pictures: p.
+        pictures: number of images per statement, p.
     """
 
     item = "statement"
@@ -98,7 +98,7 @@ class StatementDataModule(TextDataModule):
         self.labels = read_labels(dir)
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `TextDataModule`; in training without statements whose label is kept back."""
+        """See `TextDataModule`; in training without statements whose label is not public."""
         text_rows, positions = super().texts(rows, training)
         if training:
             known = rows.data.column("label").combine_chunks().flatten().to_numpy() >= 0
