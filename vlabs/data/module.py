@@ -190,7 +190,7 @@ class PreparedDataModule(pl.LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Identity of the data for checkpoints: `identity_of` the first folder, and `sets` of all if there are several."""
+        """Identity of the data for checkpoints: `identity_of` the first folder, and of all as `sets` if several."""
         sets = [identity_of(folder) for folder in self.folders.values()]
         return sets[0] | ({"sets": sets} if len(sets) > 1 else {})
 

@@ -107,7 +107,7 @@ class Preprocessing:
         return image.resize((size, size), Image.Resampling[self.interpolation.upper()], self.box(image.size))
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom, in pixels, of the part that the model sees of an image of size (width, height)."""
+        """Left, top, right and bottom, in pixels, of the part that the model sees of an image (width, height)."""
         width, height = size
         shorter_resized = int(self.image_size / self.crop)
         resized = shorter_resized, shorter_resized

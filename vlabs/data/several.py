@@ -131,7 +131,7 @@ def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing:
     said = next(iter(by_class.values()))[0]
     if image.size != (said.width, said.height):
         raise UserError(
-            f"image {path} has {image.width}x{image.height} pixels, and instances.json says {said.width}x{said.height}"
+            f"image {path} has {image.width}x{image.height} pixels, but instances.json says {said.width}x{said.height}"
         )
     for label, instances in by_class.items():
         mask = np.logical_or.reduce([instance.mask() for instance in instances])

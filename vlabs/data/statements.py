@@ -22,16 +22,16 @@ class StatementBatch(NamedTuple):
     """n statements about B images, p each.
 
     Attributes:
-        images: (B, 3, H, W), normalized; or what is stored of them.
+        images: (B, 3, H, W), normalized; with a store, the stored first passes instead.
         input_ids, attention_mask: (n, T).
         image_index: (n, p), the positions in `images` of each statement's images, left before right.
-        image_ids: (n,), the data's number of each statement's image or pair.
-        labels: (n,), position among the names of the labels; -1 where it is kept back.
-        coverage: (n * p, patches) in [0, 1], how much of every patch a statement is about, of its images one after
-            another; zeros where unknown; None where nobody asked.
-        statement_ids: n, in one split.
-        keys: n, what the dataset calls the statements: pairID of SNLI-VE, identifier of NLVR2.
-        skipped: numbers of images or pairs that could not be decoded and were left out (only with `on_bad=skip`).
+        image_ids: (n,), the id of each statement's image or pair.
+        labels: (n,), index into the names of the labels; -1 if it is not public.
+        coverage: (n * p, patches) in [0, 1], how much of each patch a statement is about, its images one after
+            another; zeros where unknown; None if not requested.
+        statement_ids: n ids, unique within a split.
+        keys: n ids of the dataset itself: pairID of SNLI-VE, identifier of NLVR2.
+        skipped: ids of images or pairs that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
     images: Any

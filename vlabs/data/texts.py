@@ -68,19 +68,19 @@ def column(read: BatchRows, name: str) -> list[Any]:
 
 
 def image_ids(read: BatchRows) -> Tensor:
-    """(n,), the dataset's id of each text's image."""
+    """The dataset's id of each text's image, (n,)."""
     return torch.tensor([row["image_id"] for _, row, _ in read.texts], dtype=torch.int64)
 
 
 class TextDataModule(PreparedDataModule):
-    """Batches of prepared folders of texts; a kind says which `dataset` reads them.
+    """Batches of prepared folders of texts. Subclasses say which `dataset` reads them.
 
-    Its option `questions_per_image`, `captions_per_image`, ... says how many texts of one image share its first pass
+    The option `questions_per_image`, `captions_per_image`, ... sets how many texts of one image share its first pass
     in a training step.
 
     Attributes:
-        stored: what is read instead of images, which are then those of evaluation; a task sets it before there
-            are loaders.
+        stored: first passes that are read instead of images, which are then not augmented; a task sets it before
+            loaders are made.
     """
 
     stored: Stored | None = None
@@ -102,7 +102,7 @@ class TextDataModule(PreparedDataModule):
         return self.loader(self.rows(split), training=False)
 
     def extent(self) -> dict[str, Any]:
-        """See `PreparedDataModule`. `words` is one string of all words, sorted; it is left out if there are too many."""
+        """See `PreparedDataModule`. `words` is one string of all words, sorted, unless they are too many."""
         rows = self.rows(self.train_split)
         words: set[str] = set()
         for chunk in rows.data.column(self.item).chunks:

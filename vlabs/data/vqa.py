@@ -26,15 +26,15 @@ class VQABatch(NamedTuple):
     """n questions about B images.
 
     Attributes:
-        images: (B, 3, H, W), normalized; or what is stored of them.
+        images: (B, 3, H, W), normalized; with a store, the stored first passes instead.
         input_ids, attention_mask: (n, T).
-        image_index: (n,), the position in `images` of each question's image; None where question i is about image i.
+        image_index: (n,), the position in `images` of each question's image; None if question i is about image i.
         image_ids: (n,), the dataset's id of each question's image.
-        targets: (n, answers), the official accuracy of every vocabulary answer, in [0, 1].
-        coverage: (n, patches) in [0, 1], how much of every patch a question is about; zeros where unknown; None
-            where nobody asked.
+        targets: (n, answers), the official accuracy of each answer of the vocabulary, in [0, 1].
+        coverage: (n, patches) in [0, 1], how much of each patch a question is about; zeros where unknown; None if not
+            requested.
         question_ids, questions, answer_types, question_types: n each.
-        answers: n lists of human answers, empty where they are kept back.
+        answers: n lists of human answers; empty if they are not public.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
