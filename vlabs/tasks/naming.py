@@ -70,7 +70,7 @@ class NamingTask(VisionLanguageTask):
         self.head = WordHead(model.vision.width, preprocessing.vocab_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record that only the ViT is trained, unless an earlier run trained other parts: `init=` then takes only it."""
+        """Record that only the ViT is trained, unless earlier runs trained other parts: `init=` then takes only it."""
         super().on_save_checkpoint(checkpoint)
         if not self.data.get("history"):
             checkpoint["vlabs"]["trained"] = ["vision.vit"]

@@ -1,4 +1,4 @@
-"""How a training reads images: as the options say, else as the checkpoint or encoder that it starts from was trained."""
+"""How a training reads images: by its options, else as the checkpoint or encoder that it starts from was trained."""
 
 from __future__ import annotations
 
