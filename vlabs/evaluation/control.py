@@ -64,7 +64,7 @@ class ControlEvaluation(Evaluation):
         """See `Evaluation`."""
         model = checkpoint.classifier.to(results.device)
         if model.encoder.has_cls:
-            results.say("this model classifies [cls], so a class's ξ is similar to [cls], but not necessarily to patches: "
+            results.say("this model classifies [cls], so ξ of a class is similar to [cls], not necessarily to patches: "
                         "see model.vision.global_pool=avg")  # fmt: skip
         results.metrics["alpha"] = self.alpha
         results.say(
