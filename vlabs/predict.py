@@ -1,7 +1,7 @@
 """Answer questions about an image, or label statements, and show where the model looked.
 
 vlabs predict --ckpt RUN --image street.jpg --question "What's left of it, the red one?"
-vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both images show a dog."   # nlvr2
+vlabs predict --ckpt RUN --image left.jpg --image right.jpg --question "Both pictures show a dog."   # nlvr2
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def main() -> None:
     )
     add_out(parser, "prediction.png")
     parser.add_argument(
-        "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
+        "--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else fusion)"
     )
     parser.add_argument(
-        "--keep", type=number(0, 1), help="share of the patches that are looked at twice, those most like ξ (default: "
+        "--keep", type=number(0, 1), help="share of the patches in the second pass, those most similar to ξ (default: "
         "the model's own)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     from vlabs.attention.figures import as_view, save_out
     from vlabs.data.preprocessing import check_text
     from vlabs.prediction.predictor import load, open_image
@@ -75,7 +75,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
-    """A map per question beside its image; a row a statement, where it is about several images."""
+    """A figure with a map per question beside the image; for models of pairs, one row per statement."""
     from vlabs.attention.figures import Cell, grid_figure, question_figure
 
     rows = []

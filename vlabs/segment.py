@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     import numpy as np
     import torch
 
@@ -45,7 +45,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     checkpoint = load_any(arguments.ckpt, needs=("segments",))
     model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
     if (model.text is None) == bool(arguments.text):
-        raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")
+        raise UserError("--text is missing: pass what to segment" if model.text else "--text: this model reads no text")
     if model.text is None:
         side = checkpoint.data.get("short_side")
         seen = image if side is None else resize_by(image, int(side) / min(image.size))

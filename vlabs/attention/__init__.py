@@ -2,10 +2,10 @@
 
 MAPS = {
     "fusion": "what the text reads of the image",
-    "weights": "what is like the prior ξ",
+    "weights": "what is similar to the prior ξ",
     "norm": "large output tokens, as in the paper",
     "cls": "what the encoder's [cls] reads in its last block",
     "rollout": "what the encoder's [cls] reads through all blocks",
-    "gradient": "what the best answer hangs on: gradient × attention",
+    "gradient": "what the best answer depends on: gradient × attention",
 }
-"""Maps, and what is bright in each."""
+"""The maps, and what is bright in each."""

@@ -14,14 +14,14 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-DEAD = "this question does not steer: its ξ is like no patch; the map is {}"
+DEAD = "this question does not steer: its ξ is not similar to any patch; the map is {}"
 NEEDS_ATTENTION = ("cls", "rollout", "gradient")
 
 
 def default_map(model: VisionLanguageModel) -> str:
     """The default map: the token weights if ξ steers the encoder, otherwise the attention of the fusion.
 
-    Token weights are what is fed back. If ξ was taught to point, they lie on what is asked (`docs/topdown_study.md`).
+    Token weights show what is fed back. If ξ was trained to point, they lie on what is asked (`docs/topdown_study.md`).
     """
     topdown = model.vision.topdown
     return "weights" if topdown is not None and topdown.needs_prior else "fusion"
@@ -68,7 +68,7 @@ def attention_map(
         if not attention:
             raise ValueError(f"the {name} map needs the recorded attention")
         values = _of_attention(name, output, vision, attention)
-        if len(values) != len(output.text_states):  # one pass for all texts of an image
+        if len(values) != len(output.text_states):  # the encoder has no ξ, so all texts of an image share one pass
             values = values if image_index is None else values[image_index]
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
@@ -133,7 +133,7 @@ def look(
                 image, input_ids, attention_mask, _one_column(index), prior=prior, read_image=read_image, alpha=alpha
             )
         return output, {name: attention_map(output, model.vision, name).cpu() for name in names}
-    # An image a text: where the passes are shared, a gradient would mix the texts.
+    # Repeat the image for each text: with a shared first pass, a gradient would mix the texts.
     images = image.repeat(n, 1, 1, 1)
     index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     record: list[Tensor] = []

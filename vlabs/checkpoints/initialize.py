@@ -136,7 +136,7 @@ def initialize(
             and own[name].shape[1:] == value.shape[1:]
             and len(value) > 1
         ):
-            # As in METER, the token type of a second image starts as that of the first. Types that are too many are cut.
+            # As in METER, the token type of a second image starts as that of the first. Surplus types are cut.
             more = len(own[name]) - len(value)
             chosen[name] = torch.cat([value, value[1:2].expand(more, -1)]) if more > 0 else value[: len(own[name])]
             result.derived.append(f"{name}, the types of text and image; a second image's is the first's")

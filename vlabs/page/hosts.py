@@ -1,4 +1,4 @@
-"""The host names that the page accepts, as protection against DNS rebinding: others may be made to mean this machine."""
+"""The host names that the page accepts, as protection against DNS rebinding."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Line:
             return any(job.session == session for job in self._jobs.values())
 
     async def listen(self, session: str) -> AsyncIterator[Message]:
-        """Yield messages about the requests of a session until all are done. If it stops listening, they are removed."""
+        """Yield messages about a session's requests until all are done. If it stops listening, they are removed."""
         loop, messages = asyncio.get_running_loop(), asyncio.Queue[Message]()
 
         def tell(message: Message) -> None:

@@ -20,7 +20,7 @@ def has_table(folder: Path) -> bool:
 
 
 def check_table(sweep_dir: Path) -> None:
-    """Raise a UserError if a runs.csv is instead of the table that no sweep wrote."""
+    """Raise a UserError if the folder has a runs.csv that was not written by a sweep."""
     if (sweep_dir / "runs.csv").is_file() and not has_table(sweep_dir):
         raise UserError(f"hydra.sweep.dir={sweep_dir} has a runs.csv that no sweep wrote: name another folder")
 
