@@ -445,7 +445,7 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
 )
 def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
     name = next(iter(option))
-    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of aug.*num_workers"):
+    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose one of aug.*num_workers"):
         ClassDataModule(objects, **option)
 
 

@@ -195,7 +195,7 @@ def test_a_rate_of_the_config_is_the_rate_of_the_run_that_goes_on(tmp_path, caps
     assert "task.recipe.lr.head=0.1, was 1.0" in capsys.readouterr().out
     same, _ = fit(tmp_path / "c", start_from=last)
     assert same.rates[16] == pytest.approx(factor(0.5))
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_other_data_are_refused(tmp_path):

@@ -110,7 +110,7 @@ def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture()
     assert (pixels(drawn([{"segmentation": lengths}])) == boxes((1, 1, 2, 3))).all()
     with pytest.raises(ValueError, match=r"a mask of size \[8, 12\], and the image has \[12, 8\]"):
         draw_regions([{"segmentation": lengths}], HEIGHT, WIDTH)
-    with pytest.raises(ValueError, match="the runs are 5 pixels long"):
+    with pytest.raises(ValueError, match="the run lengths add up to 5 pixels"):
         draw_regions([{"segmentation": {"size": [HEIGHT, WIDTH], "counts": [2, 3]}}], WIDTH, HEIGHT)
 
 
@@ -127,7 +127,7 @@ def test_a_box_for_a_picture_of_another_size_is_refused() -> None:
         ({"box": [12, 0, 3, 3]}, "nothing of the region is in the image"),
         ({"box": [-3, 0, 3, 3]}, "nothing of the region is in the image"),
         ({"box": [1, 1, 0, 3]}, "a box of 0 x 3 pixels"),
-        ({"segmentation": [[1, 1, 4, 1]]}, "a polygon is a list of three or more pairs"),
+        ({"segmentation": [[1, 1, 4, 1]]}, "a polygon must be a list of three or more pairs"),
         ({"segmentation": [[2.65, 2.33, 2.65, 2.33, 3.68, 2.33, 3.68, 2.33]]}, "a polygon has no area"),
         ({"segmentation": []}, "nothing of the region"),
     ],

@@ -512,7 +512,7 @@ def test_the_control_of_refer_which_reads_no_text_is_read_back(tmp_path):
     read = load_any(tmp_path / "control.ckpt", needs=("segments texts",)).segmenter
     assert torch.equal(read.prompt, model.prompt)
     torch.save({"vlabs": header | {"task": "segment"}, "state_dict": state}, tmp_path / "classes.ckpt")
-    with pytest.raises(UserError, match="tells 2 answers apart, and its preprocessing names 0"):
+    with pytest.raises(UserError, match="has 2 answers, but its preprocessing names 0"):
         load_checkpoint(tmp_path / "classes.ckpt")
 
 

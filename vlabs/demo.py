@@ -77,15 +77,15 @@ def _run(out: Path, overrides: Sequence[str]) -> None:
     data_dir = _data_dir(out)
     picture = draw(out / "run", data_dir, out / PICTURE)
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
-    print(f"\naccuracy on all questions but yes/no: {metrics['not_yes_no']:.1f}%", end="")
+    print(f"\naccuracy on questions that are not yes/no: {metrics['not_yes_no']:.1f}%", end="")
     raw = Path(data_dir + "-raw") / "scenes.json"
     if raw.is_file():
         alone = json.loads(raw.read_text())["question_only_accuracy"]
         print(f" (the best answer to the question alone: {alone['not yes/no']:.1f}%)", end="")
     looked = json.loads((out / "grounding" / "metrics.json").read_text())
     print(
-        f"\nthe object in question has {looked['weights/energy']:.1f}% of the energy of the prior's map, and its "
-        f"maximum for {looked['weights/pointing']:.1f}% of the questions (a uniform map: {looked['area']:.1f}%)"
+        f"\nthe object in question has {looked['weights/energy']:.1f}% of the prior's map, whose "
+        f"maximum is on it for {looked['weights/pointing']:.1f}% of the questions (a uniform map: {looked['area']:.1f}%)"
     )
     print(f"{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
 
