@@ -119,7 +119,7 @@ def test_with_another_size_of_steps_every_text_comes_once_and_the_rates_go_on(ch
     done = stop_at / 32
     expected = [factor(done + (1 - done) * (step - stop_at) / (then.global_step - stop_at)) for step in steps]
     assert [then.rates[step] for step in steps] == pytest.approx(expected, abs=1e-9)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("going on")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming")]
     assert said in line
     assert f"after {100 * done:.1f}% of the training" in line
 

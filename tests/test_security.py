@@ -773,7 +773,7 @@ def test_a_row_of_a_data_set_names_no_picture_outside_of_it(kind, tmp_path):
     path = {"absolute": str(tmp_path / "secret.png"), "up": "../secret.png", "device": "/dev/zero",
             "link": "link.png", "pipe": "pipe.png"}[kind]  # fmt: skip
     (folder / "train.jsonl").write_text(json.dumps({"image": path, "question": "What?", "answers": ["a"]}) + "\n")
-    with pytest.raises(UserError, match="not in the folder|no picture's file"):
+    with pytest.raises(UserError, match="not in the folder|no image's file"):
         write_table(Source(str(folder), {}), tmp_path / "out")
     (folder / "inside.png").write_bytes(png())
     (folder / "train.jsonl").write_text(json.dumps({"image": "inside.png", "question": "What?"}) + "\n")

@@ -84,8 +84,8 @@ def _run(out: Path, overrides: Sequence[str]) -> None:
         print(f" (the best answer to the question alone: {alone['not yes/no']:.1f}%)", end="")
     looked = json.loads((out / "grounding" / "metrics.json").read_text())
     print(
-        f"\nthe object in question has {looked['weights/energy']:.1f}% of the prior's map, whose "
-        f"maximum is on it for {looked['weights/pointing']:.1f}% of the questions (a uniform map: {looked['area']:.1f}%)"
+        f"\nthe object in question has {looked['weights/energy']:.1f}% of the prior's map, whose maximum is on it for "
+        f"{looked['weights/pointing']:.1f}% of the questions (a uniform map: {looked['area']:.1f}%)"
     )
     print(f"{picture}\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; everything is in {out}/")
 
