@@ -121,7 +121,7 @@ def foreseen(error: BaseException) -> str | None:
         return f"a loader process died ({text}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
-            f"out of memory ({text}): process less at a time (train: a smaller data.batch_size, with "
+            f"memory ran out ({text}): process less at a time (train: a smaller data.batch_size, with "
             "trainer.accumulate_grad_batches=N for the same step; evaluate: data.eval_batch_size), or use the CPU"
         )
     if isinstance(error, OSError) or "OSError" in kinds:
