@@ -126,7 +126,7 @@ def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(t
     assert other.map.any()
     assert other.warnings == [
         "its training never had: zebra",
-        "this question does not steer: its ξ is like no patch; the map is fusion",
+        "this question does not steer: its ξ is not similar to any patch; the map is fusion",
     ]
     assert not alive.new_words
 

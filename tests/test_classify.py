@@ -426,9 +426,9 @@ def test_wrong_options_are_one_line(override, message, objects, in_process, tmp_
 
 def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp_path):
     result = in_process("vlabs.train", ["task=classify", "data=vqav2", f"data.dir={tiny_data}"], tmp_path)
-    assert_one_line_error(result, "task=classify trains on pictures with a class", "holds questions")
+    assert_one_line_error(result, "task=classify trains on images with a class", "holds questions")
     result = in_process("vlabs.train", ["task=vqa", "data=classes", f"data.dir={objects}"], tmp_path)
-    assert_one_line_error(result, "task=vqa trains on questions", "holds pictures with a class")
+    assert_one_line_error(result, "task=vqa trains on questions", "holds images with a class")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
 )
 def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
     name = next(iter(option))
-    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of aug.*num_workers"):
+    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose one of aug.*num_workers"):
         ClassDataModule(objects, **option)
 
 

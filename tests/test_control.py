@@ -94,7 +94,7 @@ def test_control_is_measured_from_the_command_line(run, tmp_path, in_process):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     table = (tmp_path / "out/control.md").read_text()
-    assert "6 pictures of several objects" in table
+    assert "6 images of several objects" in table
     assert table.strip() in result.stdout
     checkpoint = load_checkpoint(run)
     model, preprocessing = checkpoint.classifier, checkpoint.preprocessing
@@ -168,7 +168,7 @@ def test_wrong_options_are_one_line(options, message, run, tmp_path, in_process)
         ('{"categories": [], "images": [], "annotations": [{"category_id": 1}]}', "is not an instances file"),
         ('{"categories": [{"id": 1, "name": "cat"}], "images": [{"id": 1, "file_name": "a", "width": 4, "height": 4}],'
          ' "annotations": [{"id": 1, "category_id": 1, "image_id": 1, "area": 1, "segmentation": []}]}',
-         "no picture shows two classes"),
+         "no image shows two classes"),
     ],
 )  # fmt: skip
 def test_other_files_of_instances_are_one_line(content, message, run, tmp_path, in_process):

@@ -190,7 +190,9 @@ def test_a_batch_that_cannot_be_handed_over_ends_its_process_and_is_not_waited_f
 )  # fmt: skip
 def test_options_of_other_data_are_refused_and_those_of_these_are_named(option, tiny_data):
     name = next(iter(option))
-    with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose of .*minival_images.*questions_per"):
+    with pytest.raises(
+        UserError, match=rf"data\.{name}=.* do not use it; choose one of .*minival_images.*questions_per"
+    ):
         VQADataModule(tiny_data, image_size=32, **option)
 
 

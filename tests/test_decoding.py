@@ -88,7 +88,7 @@ def test_a_jpeg_that_is_drawn_a_thousand_times_is_refused():
     content = saved(Image.new("L", (500, 500)), "JPEG", progressive=True)
     assert decode_image(content, "picture").size == (500, 500)
     drawn = content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 1000 + content[-2:]
-    with pytest.raises(UserError, match="more than 200 passes"):
+    with pytest.raises(UserError, match="more than 200 scans"):
         decode_image(drawn, "picture")
 
 

@@ -117,11 +117,11 @@ def trained(tmp_path, in_process):
 
 def test_what_a_model_lacks_is_said_and_an_image_encoder_alone_reads_no_texts(tiny_run):
     model = load_checkpoint(tiny_run[0]).model
-    check_able(model, "vqa", ("texts", "answers", "one picture"), Path("x.ckpt"))
+    check_able(model, "vqa", ("texts", "answers", "one image"), Path("x.ckpt"))
     for task, need, message in (
-        ("vqa", "two pictures", "reads a text with one picture, not two"),
+        ("vqa", "two images", "reads a text with one image, not two"),
         ("vqa", Ability(lambda network: False, "sees nothing"), "sees nothing$"),
-        ("naming", "texts", "has a trained image encoder and no more: start from it with init="),
+        ("naming", "texts", "has only a trained image encoder: start from it with init="),
     ):
         with pytest.raises(UserError, match=f"^x.ckpt was trained for the task '{task}': the model {message}"):
             check_able(model, task, (need,), Path("x.ckpt"))
@@ -148,7 +148,7 @@ def test_a_task_of_ones_own_with_answers_is_grounded_steered_scored_and_predicte
     answer = vlabs.load(tmp_path / "margin").answer(tmp_path / "picture.jpg", row["question"][:1], top=1000)[0]
     assert answer.answers[0][0] == given[row["question_id"][0]]
     assert sum(share for _, share in answer.answers) == pytest.approx(1, abs=1e-4)
-    for task, lacking in (("control", "classifies no pictures"), ("retrieval", "no head with a `score`")):
+    for task, lacking in (("control", "does not classify images"), ("retrieval", "no head with a `score`")):
         assert_one_line_error(evaluate(task, "margin"), "was trained for the task 'margin': the model", lacking)
 
 
@@ -161,4 +161,4 @@ def test_a_task_of_ones_own_on_classes_is_asked_for_them(trained, objects, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "breed-control/control.jsonl").read_text().splitlines()]
     chosen = [line["chosen/after"] for line in lines if line["layout"] == "several"]
     assert found(tmp_path / "breed-control")["several/chosen/after"] == pytest.approx(np.mean(chosen))
-    assert_one_line_error(evaluate("grounding", "breed"), "was trained for the task 'breed'", "joins no texts")
+    assert_one_line_error(evaluate("grounding", "breed"), "was trained for the task 'breed'", "does not read texts")

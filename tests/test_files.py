@@ -63,7 +63,7 @@ def test_an_error_about_what_is_read_meanwhile_is_not_about_what_is_written(tmp_
 
 def test_a_file_that_a_user_named_is_overwritten_only_when_asked_to(tmp_path):
     path = write_text(tmp_path / "a", "before")
-    with pytest.raises(UserError, match="--out .*a is there already.*--overwrite"):
+    with pytest.raises(UserError, match="--out .*a already exists.*--overwrite"):
         check_absent(path, "--out")
     check_absent(path, "--out", overwrite=True)
     check_absent(tmp_path / "b", "--out")

@@ -115,7 +115,7 @@ def test_feedback_that_is_frozen_at_nothing_is_said(freeze, silent, capsys):
             nn.init.zeros_(decoder.linear2.weight)
     task.on_fit_start()
     said = "".join(capsys.readouterr())
-    assert ("begins at nothing" in said) == silent
+    assert ("begins at zero" in said) == silent
 
 
 def test_the_recipe_of_photographs_keeps_its_encoders_and_stores_what_they_see():

@@ -119,7 +119,7 @@ def test_with_another_size_of_steps_every_text_comes_once_and_the_rates_go_on(ch
     done = stop_at / 32
     expected = [factor(done + (1 - done) * (step - stop_at) / (then.global_step - stop_at)) for step in steps]
     assert [then.rates[step] for step in steps] == pytest.approx(expected, abs=1e-9)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("going on")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming")]
     assert said in line
     assert f"after {100 * done:.1f}% of the training" in line
 
@@ -195,7 +195,7 @@ def test_a_rate_of_the_config_is_the_rate_of_the_run_that_goes_on(tmp_path, caps
     assert "task.recipe.lr.head=0.1, was 1.0" in capsys.readouterr().out
     same, _ = fit(tmp_path / "c", start_from=last)
     assert same.rates[16] == pytest.approx(factor(0.5))
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_other_data_are_refused(tmp_path):

@@ -215,7 +215,7 @@ def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, 
         "callbacks.grounding.maps=[weights]", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "training texts it is known what they are about, so its weight is 1" in result.stdout + result.stderr
+    assert "training texts have a region, so its weight is 1" in result.stdout + result.stderr
     logged = {key: float(value) for row in metrics_of(tmp_path / "run") for key, value in row.items() if value}
     assert logged["train/region_prior_loss"] > 0
     assert logged["train/token_prior_loss"] > 0

@@ -47,7 +47,7 @@ def test_a_folder_answers_as_the_run_does_and_can_be_evaluated_and_started_from(
     assert [path.name for path in folder.parent.iterdir()] != ["model.partial"]
     started = command("vlabs.train", *tiny_options, "logger=csv", f"init={folder}", "hydra.run.dir=run", cwd=tmp_path)
     assert started.returncode == 0, started.stderr
-    assert "newly made" not in started.stdout
+    assert "  new (" not in started.stdout
     again = command("vlabs.export", "--ckpt", folder, "--out", "one.safetensors", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert answers_of(tmp_path / "one.safetensors") == answers_of(folder)
@@ -102,7 +102,7 @@ except Exception as error:
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.strip().splitlines()
     assert lines == [str(answers_of(tiny_run[0]))] * 3
-    assert last.startswith("UserError user/nobody is no file or folder here")
+    assert last.startswith("UserError user/nobody is not a local file or folder")
     assert "hf download user/nobody --local-dir DIR" in last
     refused = command("vlabs.export", "--ckpt", tiny_run[0], "--to-hub", "user/tiny", cwd=tmp_path,
                       **environment | {"HF_TOKEN": "wrong"})  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
 def test_wrong_options_of_the_export_are_one_line(tiny_run, folder, tmp_path):
     for arguments, parts in (
         (["--out", "model.ckpt"], ["--out model.ckpt", ".safetensors"]),
-        (["--out", folder], ["is there already"]),
+        (["--out", folder], ["already exists"]),
         (["--out", "x", "--metrics", "nowhere"], ["--metrics", "nowhere"]),
         (["--to-hub", "name"], ["--to-hub name", "user/name"]),
         (["--out", "x.safetensors", "--format", "onnx"], ["--out FOLDER"]),

@@ -76,15 +76,15 @@ def test_the_outputs_are_meters(vision, text, task, tmp_path):
 @pytest.mark.parametrize(("vision", "mean"), [("clip", 0.48145466), ("swin", 0.485)])
 def test_pictures_are_seen_at_the_size_and_with_the_mean_that_meter_trained_with(vision, mean, pairs, tmp_path):
     path = write(make(vision, task="nlvr2", vocabulary=pairs[1], size=64), tmp_path / "meter.ckpt")
-    checkpoint = load_any(path, tokenizer=str(pairs[0] / "tokenizer"), needs=("answers", "two pictures"))
+    checkpoint = load_any(path, tokenizer=str(pairs[0] / "tokenizer"), needs=("answers", "two images"))
     assert (checkpoint.preprocessing.image_size, checkpoint.preprocessing.mean[0]) == (64, mean)
     assert checkpoint.preprocessing.names == ("False", "True")
 
 
 def test_a_file_of_another_task_is_named(tmp_path):
     path = write(make("clip", "roberta", "nlvr2"), tmp_path / "meter.ckpt")
-    with pytest.raises(UserError, match=r"meter.ckpt was trained for the task 'nlvr2': .* two pictures, not one"):
-        load_any(path, needs=("answers", "one picture"))
+    with pytest.raises(UserError, match=r"meter.ckpt was trained for the task 'nlvr2': .* two images, not one"):
+        load_any(path, needs=("answers", "one image"))
     with pytest.raises(UserError, match=r"'vqa_classifier.3.weight' is missing"):
         load_released(path, task="vqa")
     state = {

@@ -307,7 +307,7 @@ def test_the_start_answers_points_and_goes_on_with_another_variant_and_other_ans
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "starts/scenes.safetensors" in result.stdout
-    assert "newly made" not in result.stdout
+    assert "  new (" not in result.stdout
     assert "the rows of the 17 answers that both have" in result.stdout
     # One step at a rate that is still warming up changes little: it goes on from what it knew.
     assert json.loads((tmp_path / "c/summary.json").read_text())["metrics"]["val/vqa_accuracy/other"] > 20

@@ -47,7 +47,7 @@ def test_a_file_that_is_there_or_cannot_be_is_refused_before_the_work(module, wh
     arguments, name = COMMANDS[module]
     (tmp_path / "of the user").write_text("years of work")
     out = Path({"a name too long": "x" * 300 + name, "in a file": f"of the user/{name}"}.get(what, name))
-    said = {"a file": "is there already.*--overwrite", "a folder": "is a folder"}.get(what, "cannot be written")
+    said = {"a file": "already exists.*--overwrite", "a folder": "is a folder"}.get(what, "cannot be written")
     if what == "a file":
         out.write_text("years of work")
     if what == "a folder":
@@ -94,7 +94,7 @@ def test_only_an_export_is_overwritten_by_an_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exported("--out", "model", monkeypatch=monkeypatch)
     exported("--out", "one.safetensors", monkeypatch=monkeypatch)
-    with pytest.raises(UserError, match="--out model is there already.*--overwrite"):
+    with pytest.raises(UserError, match="--out model already exists.*--overwrite"):
         exported("--out", "model", monkeypatch=monkeypatch)
     (tmp_path / "model/README.md").write_text("old")
     (tmp_path / "one.safetensors").write_text("old")
@@ -227,7 +227,7 @@ def test_a_demo_removes_what_a_demo_left_and_no_more(tmp_path):
     for name, content in (("run/config.yaml", "a run"), ("run/checkpoints/best.ckpt", "work of weeks")):
         (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / name).write_text(content)
-    with pytest.raises(UserError, match="is no demo folder"), demo._demo_folder(tmp_path / "runs"):
+    with pytest.raises(UserError, match="is not a demo's folder"), demo._demo_folder(tmp_path / "runs"):
         pass
     assert (tmp_path / "runs/run/checkpoints/best.ckpt").read_text() == "work of weeks"
     with demo._demo_folder(tmp_path / "demo") as out:

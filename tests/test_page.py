@@ -107,7 +107,7 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     page.click("#ask")
     page.wait_for_selector("#answers .error")
     said = page.inner_text("#answers .error")
-    assert "no picture that is known here" in said
+    assert "not an image of a known format" in said
     assert "\n" not in said
     # One of the pictures to begin with replaces it, and is answered by that click.
     page.click("#examples button:nth-child(2)")
@@ -298,9 +298,9 @@ def test_only_pictures_that_were_uploaded_are_read_and_others_are_not_told_apart
             body = request_of(number, f"reader{n}", given, "What is it?", "norm", 10, "", 1)
             assert client.post("/gradio_api/queue/join", json=body).status_code == 200
             said.add(list(listen(client, f"reader{n}"))[-1]["output"]["data"][0])
-    assert said == {"<p class='error' role='alert'>the picture is no longer here: load it again</p>"}
+    assert said == {"<p class='error' role='alert'>the image is no longer here: upload it again</p>"}
     answers = {client.get(f"/gradio_api/file={place}").text for place in places if "\0" not in place}
-    assert answers == {'{"detail":"the picture is no longer here: load it again"}'}
+    assert answers == {'{"detail":"the image is no longer here: upload it again"}'}
     assert client.get(f"/gradio_api/file={uploaded}").content == CONTENTS[0]
 
 
@@ -408,7 +408,7 @@ def test_who_comes_from_elsewhere_or_without_the_token_is_refused(token, path, h
 
 def test_a_page_for_others_asks_for_its_token_and_keeps_it_in_a_cookie(tmp_path, browser):
     with serving("--host", "0.0.0.0", "--port", 0, TMPDIR=str(tmp_path), HOME=str(tmp_path)) as open_to_all:
-        assert "whoever knows this address" in "".join(open_to_all.lines)
+        assert "everyone who knows this address" in "".join(open_to_all.lines)
         with httpx.Client(base_url=open_to_all.address) as client:
             assert client.get("/").status_code == 401
             assert client.get("/config").status_code == 401
@@ -522,7 +522,7 @@ def test_a_folder_of_any_name_is_searched_and_an_index_of_another_model_is_not(t
     with safetensors.safe_open(index, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    said = "holds no pictures as this model sees them: remove it"
+    said = "holds no images as this model sees them: remove it"
     of_another = (({}, said), ({"cls": torch.zeros(1, 3)}, said), ({"cls": tensors["cls"] * torch.nan}, "not finite"))
     for other, message in of_another:
         safetensors.torch.save_file(tensors | other if other else {}, index, metadata=metadata)
@@ -533,7 +533,7 @@ def test_a_folder_of_any_name_is_searched_and_an_index_of_another_model_is_not(t
 def test_an_upload_folder_that_somebody_removed_is_one_line(tmp_path):
     uploads = Uploads(tmp_path / "folder", Limits())
     for _ in range(2):
-        with pytest.raises(UserError, match="no room for the picture"):
+        with pytest.raises(UserError, match="no room for the image"):
             uploads.take(b"picture")
 
 
@@ -599,8 +599,8 @@ def of_many_scans(scans, side):
     [
         (png_of(1200, 1000), "1200 x 1000 pixels"),
         (png_of(90_000, 90_000), "million pixels"),
-        (png_of(100, 100), "no whole picture"),
-        (CONTENTS[0][:800], "no whole picture"),
+        (png_of(100, 100), "not a complete image"),
+        (CONTENTS[0][:800], "not a complete image"),
         (b"%PDF-1.4", "JPEG, PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "JPEG, PNG"),
         (b"", "JPEG, PNG"),
@@ -661,7 +661,7 @@ def test_the_process_that_decodes_ends_with_the_one_that_asked_and_takes_no_more
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"picture": None}, "no picture yet"),
+        ({"picture": None}, "no image yet"),
         ({"picture": ["a"]}, "no longer here"),
         ({"picture": "/nowhere.png"}, "no longer here"),
         ({"questions": " \n "}, "no question yet"),
@@ -699,10 +699,7 @@ def test_a_search_that_cannot_be_done_is_one_line(client):
             ("scenes", None, 3, "no text"),
             ("scenes", "\ud800", 3, "cannot be written"),
             ("scenes", "w" * 501, 3, "501 characters"),
-            *(
-                ("scenes", "a cross", count, "number of pictures must be")
-                for count in (0, 25, -1, "3", None, True, [3])
-            ),
+            *(("scenes", "a cross", count, "number of images must be") for count in (0, 25, -1, "3", None, True, [3])),
         )
     ):
         body = json.dumps(request_of(number, f"finder{n}", folder, query, count))
@@ -803,7 +800,7 @@ def test_a_full_line_takes_no_more():
             line.join(session, list)
             listening.append(asyncio.create_task(anext(line.listen(session))))
             await listening[-1]
-        with pytest.raises(UserError, match="2 requests wait already"):
+        with pytest.raises(UserError, match="2 requests are already waiting"):
             line.join("c", list)
 
     asyncio.run(run())

@@ -124,7 +124,7 @@ def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, 
         (["--columns", "imag=picture"], ["--columns imag=picture", "choose of image, question"]),
         (["--columns", "image"], ["--columns image", "NAME=VALUE"]),
         ([*MAPPED, "--splits", "train=training"], ["no split training", "train, validation"]),
-        ([*MAPPED, "--config", "v2"], ["holds no data set that can be read", "v2"]),
+        ([*MAPPED, "--config", "v2"], ["holds no dataset that can be read", "v2"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],
 )

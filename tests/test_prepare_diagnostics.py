@@ -127,7 +127,7 @@ def test_a_box_outside_its_picture_is_named_and_gqa_without_questions_too(gqa_ra
     prepare(GQA(gqa_raw), tmp_path / "out", NO_TOKENIZER)
     found = read_manifest(tmp_path / "out")
     assert found["dropped"] == {"degenerate region": 1}
-    assert "nothing of the region is in the picture" in found["dropped_items"][0]["item"]
+    assert "nothing of the region is in the image" in found["dropped_items"][0]["item"]
     (gqa_raw / "questions1.2.zip").unlink()
     with pytest.raises(UserError, match="holds no balanced questions"):
         GQA(gqa_raw)

@@ -108,26 +108,26 @@ def test_several_regions_are_joined() -> None:
 def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture() -> None:
     lengths = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT + 1, 2, 96 - HEIGHT - 3]}
     assert (pixels(drawn([{"segmentation": lengths}])) == boxes((1, 1, 2, 3))).all()
-    with pytest.raises(ValueError, match=r"a mask of size \[8, 12\], and the picture has \[12, 8\]"):
+    with pytest.raises(ValueError, match=r"a mask of size \[8, 12\], and the image has \[12, 8\]"):
         draw_regions([{"segmentation": lengths}], HEIGHT, WIDTH)
-    with pytest.raises(ValueError, match="the runs are 5 pixels long"):
+    with pytest.raises(ValueError, match="the run lengths add up to 5 pixels"):
         draw_regions([{"segmentation": {"size": [HEIGHT, WIDTH], "counts": [2, 3]}}], WIDTH, HEIGHT)
 
 
 def test_a_box_for_a_picture_of_another_size_is_refused() -> None:
     box = {"box": [0, 0, 2, 2], "size": [HEIGHT, WIDTH]}
     assert (pixels(drawn([box])) == boxes((0, 0, 2, 2))).all()
-    with pytest.raises(ValueError, match=r"a box in \[8, 12\], and the picture has \[16, 24\]"):
+    with pytest.raises(ValueError, match=r"a box in \[8, 12\], and the image has \[16, 24\]"):
         draw_regions([box], 24, 16)
 
 
 @pytest.mark.parametrize(
     ("region", "fault"),
     [
-        ({"box": [12, 0, 3, 3]}, "nothing of the region is in the picture"),
-        ({"box": [-3, 0, 3, 3]}, "nothing of the region is in the picture"),
+        ({"box": [12, 0, 3, 3]}, "nothing of the region is in the image"),
+        ({"box": [-3, 0, 3, 3]}, "nothing of the region is in the image"),
         ({"box": [1, 1, 0, 3]}, "a box of 0 x 3 pixels"),
-        ({"segmentation": [[1, 1, 4, 1]]}, "a polygon is a list of three or more pairs"),
+        ({"segmentation": [[1, 1, 4, 1]]}, "a polygon must be a list of three or more pairs"),
         ({"segmentation": [[2.65, 2.33, 2.65, 2.33, 3.68, 2.33, 3.68, 2.33]]}, "a polygon has no area"),
         ({"segmentation": []}, "nothing of the region"),
     ],
@@ -158,7 +158,7 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     small, large = gray_file(tmp_path / "1.png", np.ones((2, 3))), gray_file(tmp_path / "2.png", np.ones((4, 6)))
     with pytest.raises(ValueError, match=r"1\.png and the other maps of the same text differ in size"):
         draw_regions([{"maps": [[str(small), None], [str(large), None]]}], WIDTH, HEIGHT)
-    with pytest.raises(ValueError, match=r"1\.png has 3 x 2 pixels, and its picture 12 x 12"):
+    with pytest.raises(ValueError, match=r"1\.png has 3 x 2 pixels, and its image 12 x 12"):
         draw_regions([{"maps": [[str(small), None]]}], 12, 12)
     with pytest.raises(ValueError, match="cannot be joined"):
         draw_regions([{"maps": [[str(small), None]]}, {"box": [0, 0, 1, 1]}], WIDTH, HEIGHT)
@@ -169,7 +169,7 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         draw_regions([{"maps": [[str(tmp_path / "4.png"), None]]}], WIDTH, HEIGHT)
     black = gray_file(tmp_path / "5.png", np.zeros((HEIGHT, WIDTH)))
     assert draw_regions([{"maps": [[str(black), None]]}], WIDTH, HEIGHT) == (
-        b"", ["nothing of the region is in the picture"],
+        b"", ["nothing of the region is in the image"],
     )  # fmt: skip
 
 
@@ -682,7 +682,7 @@ def test_masks_that_cannot_be_used_are_bad_items_and_a_mended_one_is_taken(tmp_p
     with pytest.raises(UserError, match=r"unusable region.*photos/1\.jpg, text 1 .*a\.png cannot be read"):
         make_own(path)
     gray_file(tmp_path / "a.png", np.ones((5, 5)))
-    with pytest.raises(UserError, match=r"a\.png has 5 x 5 pixels, and its picture 12 x 8"):
+    with pytest.raises(UserError, match=r"a\.png has 5 x 5 pixels, and its image 12 x 8"):
         make_own(path)
     gray_file(tmp_path / "a.png", boxes((3, 3, 4, 4)))
     assert (pixels(regions_of(make_own(path))[1]) == boxes((3, 3, 4, 4))).all()

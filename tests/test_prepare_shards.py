@@ -149,12 +149,12 @@ def test_bad_samples_are_named_counted_and_left_out_only_if_told_to(tmp_path):
     ]  # fmt: skip
     write_shards(tmp_path / "raw", extra=extra)
     made = ["data_prep.webdataset", "--shards", "raw/*.tar", "--out-dir", "out", "--val-fraction", 0]
-    assert_one_line_error(command(*made, cwd=tmp_path), "4 bad items", "00001.tar: b1 (no picture)", "--on-bad skip")
+    assert_one_line_error(command(*made, cwd=tmp_path), "4 bad items", "00001.tar: b1 (no image)", "--on-bad skip")
     assert not (tmp_path / "out").exists()
     result = command(*made, "--on-bad", "skip", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["dropped"] == {"no picture": 1, "no caption": 2, "unreadable caption": 1}
+    assert manifest["dropped"] == {"no image": 1, "no caption": 2, "unreadable caption": 1}
     rows = load_split(tmp_path / "out", "train")
     assert len(rows) == 31
     assert ["Two", "captions"] in rows["caption"]

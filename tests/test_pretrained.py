@@ -241,7 +241,7 @@ def test_a_norm_after_the_mean_is_the_files_too(timm_file):
         ({"embed_dim": 48}, "cls_token is 1×1×24 there and 1×1×48 here"),
         ({"reg_tokens": 4}, "it has no reg_token"),
         ({"init_values": 1e-5}, "it has no blocks.0.ls1.gamma"),
-        ({"class_token": False, "global_pool": "avg"}, "no place is for its cls_token"),
+        ({"class_token": False, "global_pool": "avg"}, "the encoder has no cls_token"),
     ],
 )
 def test_a_file_of_another_architecture_is_one_line_that_names_both(change, parts, timm_file):
@@ -310,9 +310,9 @@ def test_weights_in_several_files_are_read_as_one(text_folder, tmp_path):
 @pytest.mark.parametrize(
     ("index", "parts"),
     [
-        ({"weight_map": {"a": "../secret.safetensors"}}, "no .safetensors file of its own folder"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "no .safetensors file of its own folder"),
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "no .safetensors file of its own folder"),
+        ({"weight_map": {"a": "../secret.safetensors"}}, "not a .safetensors file in its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "not a .safetensors file in its folder"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "not a .safetensors file in its folder"),
         ({"weight_map": {"a": "none-1.safetensors", "b": "none-2.safetensors"}},
          "has no none-1.safetensors, none-2.safetensors"),
         ({"weight_map": {"a": "link.safetensors"}}, "link out of its folder"),
@@ -408,7 +408,7 @@ def test_a_cache_that_is_not_whole_is_one_line_that_names_what_is_missing(text_f
             "model.text.name_or_path=DIR",
         )
         is_refused(lambda name=name: read_tokenizer(name, tmp_path), f"hf download {name}", "data.tokenizer=DIR")
-    is_refused(lambda: text_from_pretrained("./models/text"), "no file or folder here, and no name on the")
+    is_refused(lambda: text_from_pretrained("./models/text"), "not a local file or folder, and not a name on the")
     is_refused(lambda: vit_from_timm("vit_tiny_patch16_224.augreg_in21k"), "model.vision.weights=DIR")
     is_refused(
         lambda: vit_from_timm("vit_tiny_patch16_224.nonesuch"), "choose one of vit_tiny_patch16_224.augreg_in21k"
@@ -564,5 +564,5 @@ def test_weights_are_known_by_their_content_whatever_their_file_is_called(tmp_pa
         )
         assert torch.equal(found.vit.pos_embed, encoder.vit.pos_embed)
     safetensors.torch.save_file(encoder.vit.state_dict(), tmp_path / "mine.safetensors")
-    with pytest.raises(UserError, match="if mine.safetensors is all of its weights, call it model.safetensors"):
+    with pytest.raises(UserError, match="if mine.safetensors has all of its weights, rename it to model.safetensors"):
         vit_from_timm(str(tmp_path), "vit_tiny_patch16_224", img_size=32)

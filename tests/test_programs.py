@@ -94,7 +94,7 @@ def test_the_command_writes_what_serving_needs_and_onnxruntime_has_the_models_nu
         assert_same_numbers(call, model, 32, pairs, tokens)
         assert_same_numbers(call, model, 32, pairs, tokens, other_prior=True)
     again = command("vlabs.export", "--ckpt", tiny_run[0], "--out", "served", "--format", "torch", cwd=tmp_path)
-    assert_one_line_error(again, "served is there already")
+    assert_one_line_error(again, "served already exists")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_labels_keep_their_values_and_masks_their_own_pixels():
     assert read_labels(saved(palette)).tolist() == [[0, 3], [7, 255]]
     gray = Image.fromarray(np.array([[0, 3], [7, 9]], dtype=np.uint8))
     assert read_labels(saved(gray.convert("RGB"))).tolist() == [[0, 3], [7, 9]]
-    with pytest.raises(ValueError, match="colours, not labels"):
+    with pytest.raises(ValueError, match="colors, not labels"):
         read_labels(picture("red"))
     half = Image.new("RGBA", (2, 1), (255, 255, 255, 255))
     half.putpixel((1, 0), (0, 0, 0, 255))

@@ -100,7 +100,7 @@ def test_more_epochs_need_nothing_outside_the_run_and_are_a_part_of_its_record(r
         tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert "going on" in result.stdout
+    assert "resuming" in result.stdout
     assert "last.ckpt, after 6 steps" in result.stdout
     assert "trainer.gradient_clip_val=0.5, was 1.0" in result.stdout
     after = summary_of(run)
@@ -268,11 +268,11 @@ def test_what_a_killed_start_left_is_no_run(tmp_path):
     left("failed")  # the same command works again
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    with pytest.raises(UserError, match="in it already"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
         pass
     shutil.rmtree(tmp_path / "checkpoints")
     left("done")
-    with pytest.raises(UserError, match="in it already"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
         pass
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, in_process, 
 
     monkeypatch.setattr("vlabs.runs.record.locked", refuse)
     assert_one_line_error(
-        in_process("vlabs.train", [f"resume={run}"], tmp_path), f"resume={run} cannot be written", "no right"
+        in_process("vlabs.train", [f"resume={run}"], tmp_path), f"resume={run} cannot be written", "no permission"
     )
 
 
@@ -406,7 +406,7 @@ def test_a_damaged_config_is_taken_from_the_last_checkpoint(content, run, tmp_pa
         path.write_bytes(content)
     result = in_process("vlabs.train", [f"resume={run}"], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "the last checkpoint has it" in result.stdout
+    assert "restored from the last checkpoint" in result.stdout
     assert yaml.safe_load(path.read_text()) == config
 
 

@@ -333,7 +333,7 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
     # SIGTERM in the hook that saved for SIGUSR1 finds all saved already.
     again = read(last)["global_step"] > first
-    assert output.count("because of a signal; go on with resume=") == 1 + again, output
+    assert output.count("because of a signal; continue with resume=") == 1 + again, output
     assert first <= read(last)["global_step"] < STEPS
     assert command("vlabs.train", "resume=run", cwd=tmp_path).returncode == 0
     assert_same_end(read(last), whole)
@@ -364,7 +364,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(long_options, tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
-    assert output.count("because of a signal; go on with resume=") == 1
+    assert output.count("because of a signal; continue with resume=") == 1
     assert read(last)["global_step"] >= 3
     assert children
     until = time.monotonic() + 60  # the first process does not wait for the others
@@ -384,7 +384,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(long_options, wh
     result = command("vlabs.train", "resume=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "last.ckpt" in result.stdout
-    assert "going on from the one before" in result.stdout
+    assert "resuming from the one before" in result.stdout
     assert_same_end(read(last), whole)
 
 
@@ -519,7 +519,7 @@ def test_loading_leaves_the_global_generators_alone(tiny_data):
     ("options", "parts"),
     [
         (["checkpoints.every_minutes=0"], ["checkpoints.every_minutes=0", "above 0"]),
-        (["checkpoints.every_n_steps=5"], ["every_minutes and every_n_steps exclude each other"]),
+        (["checkpoints.every_n_steps=5"], ["set only one of every_minutes and every_n_steps"]),
     ],
 )
 def test_wrong_intervals_are_one_line(options, parts, tiny_options, tmp_path, in_process):

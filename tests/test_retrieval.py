@@ -198,7 +198,7 @@ def test_tokenizers_of_other_text_encoders_are_masked_and_padded_with_their_own_
         assert torch.equal(hidden[:, 1], hidden[:, 2])
         assert hidden[:, 0].float().mean() == pytest.approx(0.5, abs=0.12)
     nothing = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str()
-    with pytest.raises(UserError, match="has no token for what is hidden"):
+    with pytest.raises(UserError, match="has no mask token"):
         TokenMasker(nothing)
 
 

@@ -171,7 +171,7 @@ def test_weights_that_are_no_numbers_are_refused(value, model):
 
 def test_answers_of_no_numbers_are_refused(model):
     tamper(model, "preprocessing.json", "std", value=[1e-320] * 3)
-    with pytest.raises(UserError, match=r"model\.safetensors answers with no finite numbers"):
+    with pytest.raises(UserError, match=r"model\.safetensors gives numbers that are not finite"):
         vlabs.load(model).answer(Image.new("RGB", (40, 30), "red"), ["What is it?"])
 
 
@@ -353,8 +353,8 @@ def lora(content):
         (lambda c: c["state_dict"].update({"model.more": torch.eye(3).to_sparse()}), "not plain"),
         (lambda c: c["state_dict"].update({"model.more": torch.zeros(3, device="meta")}), "not plain"),
         (lambda c: c["state_dict"].update({k: v.long() for k, v in c["state_dict"].items()}), "of the type"),
-        (lambda c: c.update(vlabs=[1]), "no dictionary"),
-        (lambda c: c.update(state_dict=3), "no dictionary"),
+        (lambda c: c.update(vlabs=[1]), "not a dictionary"),
+        (lambda c: c.update(state_dict=3), "not a dictionary"),
         (lambda c: c["vlabs"].update(data={"history": 7}), "its task, data or preprocessing"),
         (lambda c: c["vlabs"].update(data={"history": [{}]}), "its task, data or preprocessing"),
         (lambda c: c["vlabs"].update(data=[]), "its task, data or preprocessing"),
@@ -367,7 +367,7 @@ def lora(content):
         (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', and holds"),
         (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', and holds"),
         (lambda c: c["vlabs"]["architecture"]["text"].update(pad_token_id=-5), "pad_token_id"),
-        (lambda c: c["vlabs"]["preprocessing"].update(max_length=60_000), "no text has over 8192"),
+        (lambda c: c["vlabs"]["preprocessing"].update(max_length=60_000), "at most 8192 are allowed"),
         (lambda c: c["vlabs"].update(architecture=None), "spec"),
         (lambda c: c["vlabs"].pop("architecture"), "spec"),
     ],
@@ -773,7 +773,7 @@ def test_a_row_of_a_data_set_names_no_picture_outside_of_it(kind, tmp_path):
     path = {"absolute": str(tmp_path / "secret.png"), "up": "../secret.png", "device": "/dev/zero",
             "link": "link.png", "pipe": "pipe.png"}[kind]  # fmt: skip
     (folder / "train.jsonl").write_text(json.dumps({"image": path, "question": "What?", "answers": ["a"]}) + "\n")
-    with pytest.raises(UserError, match="not in the folder|no picture's file"):
+    with pytest.raises(UserError, match="not in the folder|no image's file"):
         write_table(Source(str(folder), {}), tmp_path / "out")
     (folder / "inside.png").write_bytes(png())
     (folder / "train.jsonl").write_text(json.dumps({"image": "inside.png", "question": "What?"}) + "\n")
@@ -794,7 +794,7 @@ def test_a_picture_of_a_data_set_starts_no_program(tmp_path, monkeypatch):
                                        "../a.jsonl", "a/../../b.jsonl"])  # fmt: skip
 def test_the_card_of_a_local_data_set_leads_nowhere_else(elsewhere, tmp_path):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {elsewhere}\n---\n")
-    with pytest.raises(UserError, match=r"README\.md says that the data set's files are elsewhere"):
+    with pytest.raises(UserError, match=r"README\.md says that the dataset's files are elsewhere"):
         check_sources(tmp_path)
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files:\n  - path: data/*.parquet\n---\nhttp://a.org\n")
     check_sources(tmp_path)

@@ -322,7 +322,7 @@ def test_ade20k_leaves_0_out(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (labels([0, 1], 41, 30), "41 x 30 pixels and the picture 40 x 30"),
+        (labels([0, 1], 41, 30), "41 x 30 pixels and the image 40 x 30"),
         (labels([0, 151]), "label value 151"),
         (None, "ADE_train_2.png is missing; ADEChallengeData2016.zip has ADEChallengeData2016/"),
     ],
@@ -512,7 +512,7 @@ def test_the_control_of_refer_which_reads_no_text_is_read_back(tmp_path):
     read = load_any(tmp_path / "control.ckpt", needs=("segments texts",)).segmenter
     assert torch.equal(read.prompt, model.prompt)
     torch.save({"vlabs": header | {"task": "segment"}, "state_dict": state}, tmp_path / "classes.ckpt")
-    with pytest.raises(UserError, match="tells 2 answers apart, and its preprocessing names 0"):
+    with pytest.raises(UserError, match="has 2 answers, but its preprocessing names 0"):
         load_checkpoint(tmp_path / "classes.ckpt")
 
 

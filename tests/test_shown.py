@@ -81,11 +81,13 @@ def test_the_released_recipes_keep_clips_values_for_their_vit_alone(name):
 def test_what_the_data_leave_open_is_taken_and_what_they_say_stays(tiny_data):
     shown = Shown("its encoder", {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop": 0.9})
     data = VQADataModule(tiny_data, image_size=32, **NULLS)
-    assert choose(data, shown) == "pictures: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear (its encoder)"
+    assert choose(data, shown) == "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear (its encoder)"
     assert data.preprocessing.crop == 1  # whoever is asked about a picture sees the whole shorter side
     data = VQADataModule(tiny_data, image_size=32, **NULLS | {"image_mean": [0.1, 0.2, 0.3]})
     line = choose(data, shown)
-    assert line.endswith("mean 0.1 0.2 0.3 (the config); its encoder had others, which data.image_mean=null takes")
+    assert line.endswith(
+        "mean 0.1 0.2 0.3 (the config); its encoder had other values, which data.image_mean=null takes"
+    )
     assert (data.preprocessing.mean, data.preprocessing.std) == ((0.1, 0.2, 0.3), HALF)
     data = VQADataModule(tiny_data, image_size=32, **NULLS)
     assert choose(data, None).endswith("bicubic (the default: the encoder begins new)")
@@ -112,7 +114,7 @@ def test_classes_are_cropped_as_the_encoder_was_and_masks_are_resized_by_their_o
     choose(data := ClassDataModule(classes, crop=0.7, **NULLS | {"interpolation": "bicubic"}), shown)
     assert (data.preprocessing.crop, data.preprocessing.interpolation) == (0.7, "bicubic")
     masks = folder_of("masks", tmp_path / "masks")
-    assert choose(data := MaskDataModule(masks, **NULLS), shown) == "pictures: mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (it)"
+    assert choose(data := MaskDataModule(masks, **NULLS), shown) == "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (it)"
     assert data.preprocessing.crop == 1
     choose(data := MaskDataModule(masks, **NULLS | {"image_std": [0.1, 0.2, 0.3]}), shown)
     assert data.preprocessing.std == (0.1, 0.2, 0.3)
@@ -126,7 +128,7 @@ def test_classes_are_cropped_as_the_encoder_was_and_masks_are_resized_by_their_o
         ({"mean": [0.5, 0.5], "std": [0.5] * 3}, r"x/config.json says data.image_mean=\[0.5, 0.5\] must be three"),
         ({"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}, r"data.image_std=.* must be three numbers above 0"),
         ({"interpolation": "lanczos"}, "data.interpolation=lanczos must be one of bicubic, bilinear"),
-        ({"mean": [0.5] * 3}, "x/config.json says one of mean and deviation, and not the other"),
+        ({"mean": [0.5] * 3}, "x/config.json has only one of mean and deviation"),
     ],
 )
 def test_values_that_no_picture_is_read_by_are_one_line_unless_the_user_says_others(values, message, tiny_data):
@@ -167,9 +169,7 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
     from vlabs.training import build
 
     run, result = tiny_run
-    line = (
-        "pictures: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: the encoder begins new)"
-    )
+    line = "images: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: the encoder begins new)"
     assert line in result.stdout
     said = []
     monkeypatch.setattr(build, "say", said.append)
@@ -187,7 +187,7 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
 )
 def test_an_evaluation_reads_pictures_as_the_model_was_trained_to(option, tiny_run, tmp_path, in_process):
     result = in_process("vlabs.evaluate", [f"ckpt={tiny_run[0]}", option], tmp_path)
-    assert_one_line_error(result, option, "as the model was trained to")
+    assert_one_line_error(result, option, "as in the model's training")
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,7 @@ def test_a_second_picture_starts_as_the_first(layouts, tiny_run, tmp_path):
     found = initialize(fresh.model, tiny_run[0])
     assert torch.equal(fresh.model.fusion.token_type.weight[:2], source.fusion.token_type.weight)
     assert torch.equal(fresh.model.fusion.token_type.weight[2], source.fusion.token_type.weight[1])
-    assert any("a second picture's is the first's" in line for line in found.derived)
+    assert any("a second image's is the first's" in line for line in found.derived)
     # And back: a model of one picture takes the first's.
     state = {f"model.{name}": value for name, value in fresh.model.state_dict().items()}
     header = header_of(fresh.model, fresh.preprocessing, "nlvr2", {})
@@ -497,7 +497,7 @@ def test_pairs_are_trained_measured_and_predicted_from_the_command_line(layouts,
     assert sum(shares) == pytest.approx(100, abs=0.2)
     assert f"{max(shares):.1f}%  {guessed['dev-0-0-0']}" in result.stdout
     wrong = command("vlabs.predict", *asked, "--image", pair[0], cwd=tmp_path)
-    assert_one_line_error(wrong, "about 2 pictures at a time, and 1 are given")
+    assert_one_line_error(wrong, "needs 2 images at a time, but 1 are given")
 
 
 def test_entailment_is_trained_and_measured(layouts, tmp_path, in_process):
@@ -528,7 +528,7 @@ def test_entailment_is_trained_and_measured(layouts, tmp_path, in_process):
 def test_what_does_not_fit_is_one_line(layouts, tmp_path, in_process):
     options = [*TINY, "logger=csv", "trainer.max_epochs=1", "hydra.run.dir=run"]
     wrong = ["task=nlvr2", "data=scenes_snli_ve", f"data.dir={layouts / 'snli_ve'}", *options]
-    assert_one_line_error(in_process("vlabs.train", wrong, tmp_path), "2 pictures a statement", "data=scenes_nlvr2")
+    assert_one_line_error(in_process("vlabs.train", wrong, tmp_path), "2 images per statement", "data=scenes_nlvr2")
     wrong = ["task=nlvr2", f"data.dir={layouts / 'nlvr2'}", "task.token_prior_weight=1", *options]
     assert_one_line_error(in_process("vlabs.train", wrong, tmp_path), "task.token_prior_weight", "pairs")
     wrong = ["task=snli_ve", "data=snli_ve", f"data.dir={tmp_path / 'nowhere'}", "hydra.run.dir=run"]

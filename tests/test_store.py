@@ -54,9 +54,9 @@ def test_a_shard_of_something_else_or_half_a_shard_is_named(tmp_path):
     store = TensorStore(tmp_path, "one", LAYOUT)
     store.add("a", made(0))
     store.flush()
-    with pytest.raises(UserError, match="holds no pictures as this model sees them: remove it"):
+    with pytest.raises(UserError, match="holds no images as this model sees them: remove it"):
         TensorStore(tmp_path, "another", LAYOUT)
-    with pytest.raises(UserError, match="holds no pictures as this model sees them: remove it"):
+    with pytest.raises(UserError, match="holds no images as this model sees them: remove it"):
         TensorStore(tmp_path, "one", {"cls": LAYOUT["cls"]})
     with pytest.raises(UserError, match="the disk has .* GB: name a folder on another"):
         store.check_room(10**15)

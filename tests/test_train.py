@@ -120,7 +120,7 @@ def test_init_takes_another_resolution_and_another_head_and_says_what_it_did(tin
     assert "resampled (1): vision.vit.pos_embed" in said
     assert "left out" in said
     assert "vision.decoders.0.linear.weight" in said
-    assert "newly made (2): head.classifier.3.weight, head.classifier.3.bias" in said
+    assert "new (2): head.classifier.3.weight, head.classifier.3.bias" in said
 
 
 def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):

@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # what is written ends as on a full disk
     try:
         with pytest.raises(
-            UserError, match=r"last\.ckpt cannot be written: the disk is full.*go on with resume=.*/run$"
+            UserError, match=r"last\.ckpt cannot be written: the disk is full.*continue with resume=.*/run$"
         ):
             writer.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
     finally:

@@ -1,4 +1,4 @@
-"""The command `vlabs`: `vlabs train task=vqa` is `python -m vlabs.train task=vqa`, and so with every other command."""
+"""The command `vlabs`: `vlabs train task=vqa` runs `python -m vlabs.train task=vqa`, likewise all other commands."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from vlabs.errors import UserError, run_cli
 
 COMMANDS = {
-    "prepare": "a folder of data from raw files: VQA v2, COCO, your own table, …",
+    "prepare": "make a folder of data from raw files: VQA v2, COCO, your own table, …",
     "train": "train, sweep, resume a run, or plan one",
-    "evaluate": "measure a checkpoint: accuracy, ranking, where it looks, whether it is steered",
+    "evaluate": "measure a checkpoint: accuracy, ranking, grounding, steering",
     "predict": "answer questions about an image",
-    "segment": "the class of every pixel of an image, or what a text names",
+    "segment": "segment an image into classes, or what a text names",
     "search": "rank a folder of images by text",
     "attention": "draw where a model looks",
-    "report": "a page about the runs of a sweep",
-    "export": "one safetensors file from a checkpoint",
-    "demo-page": "a web page to ask questions about images and to search them",
+    "report": "write a report about the runs of a sweep",
+    "export": "export a model as a file, a folder, programs, or to the hub",
+    "demo-page": "serve a web page to ask questions about images and to search them",
     "demo": "fine-tune the small model that comes with vlabs, and show what it does",
-    "dashboard": "a W&B workspace for runs of vlabs",
+    "dashboard": "make a W&B workspace for runs of vlabs",
     "vqa-eval": "score a file of answers with the official VQA accuracy",
 }
 
@@ -43,7 +43,7 @@ def _run() -> None:
         raise UserError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
     elsewhere = {"attention": "vlabs.attention.__main__", "prepare": "data_prep.__main__"}
     module = importlib.import_module(elsewhere.get(name, f"vlabs.{name.replace('-', '_')}"))
-    # As `python -m` has it: what is recorded of a run, and what starts its other processes, reads this.
+    # As with `python -m`: the record of a run, and the start of its other processes, read sys.argv.
     sys.argv = [str(module.__file__), *sys.argv[2:]]
     module.main()
 

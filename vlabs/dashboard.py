@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from wandb_workspaces import workspaces as ws
     from wandb_workspaces.reports import v2 as wr
 
-# What `vlabs train` writes into a W&B run's config: the choice of model/topdown.
+# The key in a W&B run's config under which `vlabs train` writes the choice of model/topdown.
 VARIANT = "variant"
 
 
@@ -39,7 +39,7 @@ def build_workspace(entity: str, project: str) -> ws.Workspace:
         lines("text retrieval R@1 (val), %", "val/tr@1"),
     ]
     grounding = [
-        lines(f"share of the {name} map inside the target, %", f"val/grounding/{name}_energy")
+        lines(f"energy of the {name} map inside the region, %", f"val/grounding/{name}_energy")
         for name in ("norm", "fusion")
     ]
     seen = [
@@ -49,7 +49,7 @@ def build_workspace(entity: str, project: str) -> ws.Workspace:
     cost = [
         bars("training, s", "fit_seconds"),
         bars("parameters", "parameters"),
-        lines("texts a second", "train/samples_per_second"),
+        lines("texts per second", "train/samples_per_second"),
         lines("training loss", "train/loss"),
     ]
     sections = [
@@ -65,14 +65,14 @@ def main() -> None:
     """Entry point of `vlabs dashboard`."""
     parser = Parser("dashboard", __doc__.splitlines()[0])
     parser.add_argument("--project", required=True, help="the W&B project, as in logger.project")
-    parser.add_argument("--entity", help="the user or team that it belongs to (default: your own)")
+    parser.add_argument("--entity", help="the user or team that owns it (default: your own)")
     arguments = parser.read()
     import wandb
 
     from vlabs.runs.logging import logged_in
 
     if not logged_in():
-        raise UserError("W&B: not logged in, so there is no place for a workspace: run `wandb login`")
+        raise UserError("W&B: not logged in, so no workspace can be made: run `wandb login`")
     workspace = build_workspace(arguments.entity or str(wandb.Api().default_entity), arguments.project)
     workspace.save()
     print(workspace.url)

@@ -1,4 +1,4 @@
-"""`make demo`: corpus, training, evaluation and a figure; each step says what it does and how long it took.
+"""`make demo`: corpus, training, evaluation and a figure; each step prints what it does and how long it took.
 
 vlabs demo --out demo
 """
@@ -30,7 +30,7 @@ TRAINING = ("experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1")
 def main() -> None:
     """Entry point of `vlabs demo`."""
     parser = Parser("demo", __doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder that is left")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder of the results")
     parser.add_argument("overrides", nargs="*", help="overrides of the training, e.g. trainer.max_epochs=1")
     arguments = parser.read()
     with _demo_folder(arguments.out) as out:
@@ -39,19 +39,19 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _demo_folder(out: Path) -> Iterator[Path]:
-    """A new folder, or one that a demo made, without what that demo left there.
+    """A new folder, or one of an earlier demo, whose results are removed.
 
     Raises:
-        UserError: there is something else, or another demo is at work there.
+        UserError: the folder has something else, or another demo is running there.
     """
     if not is_free(out) and not is_marked(out, "demo"):
-        raise UserError(f"--out {out} exists and is no demo folder: name another")
+        raise UserError(f"--out {out} exists and is not a demo's folder: name another")
     try:
         out.mkdir(parents=True, exist_ok=True)
         mark(out, "demo")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {reason_of(error)}; name another folder") from None
-    with locked(out, f"--out {out}: another demo is at work there: name another folder"):
+    with locked(out, f"--out {out}: another demo is running there: name another folder"):
         for name in MADE:
             shutil.rmtree(out / name, ignore_errors=True)
         (out / PICTURE).unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def _data_dir(out: Path) -> str:
 
 def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
     """The figure of the demo: the image of `three_questions` and, for each question, where ξ points and the answer."""
-    # Not before a demo gets here: --help takes no seconds.
+    # Imported here, so that --help is fast.
     from vlabs.attention.figures import Cell, as_view, question_figure, save_figure
     from vlabs.data.prepared import load_split
     from vlabs.data.preprocessing import decode_image
@@ -128,10 +128,10 @@ def draw(ckpt: Path, data_dir: str, path: Path) -> Path:
 
 
 def three_questions(rows: datasets.Dataset) -> tuple[dict[str, Any], list[int]]:
-    """A row, and where in it are three questions about different objects: a rule that looks at no answer.
+    """Choose a row and the positions of three questions about different objects, without looking at answers.
 
-    It is the first row that has three questions, neither yes/no nor a number, each about one object and no two about
-    the same; of several such questions about an object, the first. Where no row has three, the row with the most.
+    It is the first row with three questions of the type `other`, each about one object and all about different ones; of
+    several questions about the same object, the first is taken. If no row has three, the row with the most.
     """
     best: tuple[dict[str, Any], list[int]] = (rows[0], [0])
     for row in rows:

@@ -3,8 +3,8 @@
 vlabs demo-page                                              # the model that comes with vlabs, no network
 vlabs demo-page --ckpt RUN --search-ckpt RUN2 --images holidays/
 
-It answers on this machine only, unless --host is given; it then asks for the token in its address. An uploaded image
-is in a temporary folder for ten minutes at most; answers are not written anywhere.
+Only this machine can reach it, unless --host is given; it then needs the token in its address. An uploaded image is
+kept in a temporary folder for at most ten minutes; answers are not written anywhere.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from vlabs.prediction.search import Search
 
 _PORT = 7860
-_SEARCHES = "scenes_search"  # where no other model is named
-# Of the scenes that come with vlabs, in the order of their files.
+_SEARCHES = "scenes_search"  # the default model for search
+# Questions about the example scenes, in the order of their files.
 _QUESTIONS = (
     "What is the color of the cross?\nWhich shape is left of the cross?",
     "What color is the hollow object?\nWhich color is the star?",
@@ -46,22 +46,24 @@ _TEXTS = ("A purple star right of a cross.", "A small hollow green cross.", "A l
 def main() -> None:
     """Entry point of `vlabs demo-page`."""
     parser = Parser("demo-page", __doc__.splitlines()[0])
-    parser.add_argument("--ckpt", default="scenes", help="of a model that answers or labels (default %(default)s)")
-    parser.add_argument("--search-ckpt", help="of a model trained on captions, for the search tab")
+    parser.add_argument("--ckpt", default="scenes", help="a model that answers or labels (default %(default)s)")
+    parser.add_argument("--search-ckpt", help="a model trained on captions, for the search tab")
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
-    parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files of --images that are no "
-                        "whole picture (default %(default)s)")  # fmt: skip
-    parser.add_argument("--pictures", type=Path, help="folder of pictures to begin with")
-    parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default %(default)s: this machine)")
+    parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="for files of --images that are "
+                        "not whole images (default %(default)s)")  # fmt: skip
+    parser.add_argument("--pictures", type=Path, help="folder of example images")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to (default %(default)s: only this machine)"
+    )
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="another name that the page may be asked by; may be given several times",
+        help="another host name that the page accepts; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--port", type=whole(0, 65535), help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=whole(0, 65535), help="port (default: the first free one from 7860 on)")
     parser.add_argument(
-        "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="of a picture's file (10)"
+        "--max-megabytes", type=number(0.001), default=Limits.megabytes, help="largest file of an image (10)"
     )
-    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="of a picture (30)")
+    parser.add_argument("--max-megapixels", type=number(0.001), default=Limits.megapixels, help="largest image (30)")
     parser.add_argument(
         "--index", type=Path, default=SEARCH_INDEX, help="folder of the search index (default %(default)s)"
     )
@@ -74,10 +76,10 @@ def main() -> None:
         raise UserError(f"--pictures {arguments.pictures}: there is no such folder")
     for name in arguments.allow_host:
         if name not in Hosts("127.0.0.1", 0, [name]):
-            raise UserError(f"--allow-host {name} is no name of a host, with or without a port: host.example:7860")
+            raise UserError(f"--allow-host {name} is not a host name, with or without a port: host.example:7860")
     from vlabs.utils.device import find_device
 
-    find_device(arguments.device)  # before anything is loaded
+    find_device(arguments.device)  # so that a wrong device is reported before anything is loaded
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs the package gradio: pip install 'vlabs[web]'")
     with ExitStack() as at_end:
@@ -86,7 +88,7 @@ def main() -> None:
 
 
 def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socket, at_end: ExitStack) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     from vlabs.checkpoints.checkpoint import packaged_starts
     from vlabs.page.about import about
     from vlabs.page.answers import Page, example_pictures
@@ -95,7 +97,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
 
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
-        raise UserError(f"--ckpt {arguments.ckpt} is about {predictor.pictures} pictures at a time, the page about one")
+        raise UserError(f"--ckpt {arguments.ckpt} needs {predictor.pictures} images at a time, but the page has one")
     embedded = arguments.ckpt in packaged_starts()
     searches = _searches(arguments, embedded)
     pictures = example_pictures(arguments.pictures) if embedded or arguments.pictures is not None else []
@@ -103,7 +105,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     examples = [(path, known[n] if n < len(known) else "") for n, path in enumerate(pictures)]
     examples = examples[: len(known)] if known else examples
     for one in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(one) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(one, _end)
     model = about(predictor.checkpoint, arguments.ckpt)
     searcher = next((search.checkpoint for search in searches.values()), None)
@@ -119,7 +121,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     blocks = build(page, model, named, examples, _TEXTS if name == _SEARCHES else ())
 
     def ready(address: str) -> None:
-        shown = "; whoever knows this address can use it" if "?" in address else ""
+        shown = "; everyone who knows this address can use it" if "?" in address else ""
         print(f"the page is at {address}{shown} (Ctrl-C ends it)", flush=True)
 
     at_end.callback(_finish)
@@ -127,12 +129,12 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
 
 
 def _end(number: int, frame: Any) -> None:
-    """End as Ctrl-C does, with what that removes."""
+    """End like Ctrl-C, with all clean-up."""
     raise SystemExit(128 + number)
 
 
 def _finish() -> None:
-    """Nothing disturbs the end."""
+    """Ignore signals during the clean-up."""
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
 
@@ -147,7 +149,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
     for place in range(_PORT, _PORT + 100) if port is None else [port]:
         try:
             return socket.create_server((host, place), family=family)
-        except (OSError, OverflowError, ValueError, TypeError) as error:  # the last ones of names that are none
+        except (OSError, OverflowError, ValueError, TypeError) as error:  # invalid host names raise the last ones
             said = one_line(str(error))
             if port is None and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 continue
@@ -157,7 +159,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
 
 
 def _searches(arguments: argparse.Namespace, embedded: bool) -> dict[str, Search]:
-    """What is searched, by folder: with the model that comes with vlabs, the images that come with it."""
+    """The searches by folder. With vlabs' own model, its example images are searched by default."""
     from vlabs.checkpoints.checkpoint import packaged_starts
     from vlabs.page.answers import example_pictures
     from vlabs.prediction.predictor import load_any

@@ -31,9 +31,10 @@ def printable(text: str) -> str:
 
 
 def show(text: object, **options: Any) -> None:
-    """Print what has names, answers or texts of data and checkpoints in it, line by line `printable`.
+    """Print text that may contain names, answers or texts of data and checkpoints; each line is made `printable`.
 
     Args:
+        text: the text.
         options: of `print`.
     """
     print("\n".join(printable(line) for line in str(text).split("\n")), **options)
@@ -46,7 +47,7 @@ def one_line(message: str) -> str:
 
 def fault(error: BaseException) -> str:
     """The message of an unforeseen error."""
-    return f"{type(error).__name__}: {error} (a fault of vlabs' own: please report it with its traceback)"
+    return f"{type(error).__name__}: {error} (a bug in vlabs: please report it with its traceback)"
 
 
 def exit_with(message: str, status: int = 1) -> NoReturn:
@@ -77,7 +78,7 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
         sys.exit(128 + 13)
     if sentence is None or os.environ.get("VLABS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    else:  # what half-made parts of libraries say when they are taken apart
+    else:  # hide messages of half-made objects of libraries when they are deleted
         sys.unraisablehook = lambda _: None
     exit_with(sentence or fault(error))
 
@@ -112,7 +113,7 @@ def foreseen(error: BaseException) -> str | None:
     """
     name, text = _said(str(error))
     kinds = {kind.__name__ for kind in type(error).__mro__} | _bases(name)
-    # A library's errors are told by its name: none of them is imported for that.
+    # Errors of libraries are recognized by the library's name, so that none has to be imported.
     modules = [kind.__module__ for kind in type(error).__mro__]
     if "UserError" in kinds:
         return text
@@ -120,8 +121,8 @@ def foreseen(error: BaseException) -> str | None:
         return f"a loader process died ({text}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
-            f"memory ran out ({text}): give it less at a time (train: a smaller data.batch_size, with "
-            "trainer.accumulate_grad_batches=N for the same step; evaluate: data.eval_batch_size), or the CPU"
+            f"memory ran out ({text}): process less at a time (train: a smaller data.batch_size, with "
+            "trainer.accumulate_grad_batches=N for the same step; evaluate: data.eval_batch_size), or use the CPU"
         )
     if isinstance(error, OSError) or "OSError" in kinds:
         return _of_the_system(error, text)
@@ -144,7 +145,7 @@ def foreseen(error: BaseException) -> str | None:
 _LOGGERS = ("pytorch_lightning.loggers", "lightning_fabric.loggers")
 _MEMORY = re.compile(r"out of memory|n't allocate memory|not enough memory|annot allocate memory", re.I)
 _CUDA = re.compile(r"CUDA error|NVIDIA driver|CUDA driver|cuDNN error|NCCL|not compiled with CUDA")
-_DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 says which)"
+_DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 shows which)"
 _LIBRARIES = (
     ("torch._dynamo", "torch.compile does not work here ({}): pass task.compile=false"),
     ("torch._inductor", "torch.compile does not work here ({}): pass task.compile=false"),
@@ -189,7 +190,7 @@ def _of_the_system(error: BaseException, text: str) -> str:
 
 
 def _said(message: str) -> tuple[str, str]:
-    """The name of an error and what it says, where a loader process passed it on with its traceback; else no name."""
+    """Name and message of an error; the name is "" unless a loader process passed the error on with its traceback."""
     if passed := re.match(r"Caught (\w+) in .*\nOriginal Traceback", message):
         last = list(re.finditer(rf"^(?:[\w.]+\.)?{passed[1]}(?:: |$)", message, re.M))
         return passed[1], message[last[-1].end() :].strip() if last else message
@@ -220,12 +221,12 @@ def _has_no_reader() -> bool:
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Instead of argparse's own, which prints the usage first."""
-    exit_with(f"{message} (--help says what there is)", 2)
+    """Replace argparse's own method, which prints the usage first."""
+    exit_with(f"{message} (--help lists all options)", 2)
 
 
 def _at_home(argument: str) -> str:
-    """`--ckpt=~/run` with the home folder, as `--ckpt ~/run` has it from the shell."""
+    """Expand `~` in `--ckpt=~/run`, as the shell does in `--ckpt ~/run`."""
     name, equals, value = argument.partition("=")
     if equals and re.fullmatch(r"--[\w-]+", name) and value.startswith("~/"):
         return f"{name}={Path(value).expanduser()}"

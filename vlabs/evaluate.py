@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlabs.data.module import PreparedDataModule
     from vlabs.evaluation.base import Evaluation
 
-# What is written `task=NAME` on the command line is a file of the group `evaluation`.
+# `task=NAME` on the command line chooses a file of the group `evaluation`.
 RENAMED = {"task": "evaluation@task"}
 
 _OF_THE_MODEL = re.compile(
@@ -36,7 +36,7 @@ _OF_THE_MODEL = re.compile(
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
     if given := [item for item in HydraConfig.get().overrides.task if _OF_THE_MODEL.fullmatch(item)]:
-        raise UserError(f"{given[0]}: pictures and texts are read as the model was trained to: leave it out")
+        raise UserError(f"{given[0]}: images and texts are always read as in the model's training: leave it out")
     out_dir = Path(HydraConfig.get().runtime.output_dir)
     if is_rank_zero():
         with _claimed(out_dir, bool(config.overwrite)):
@@ -44,24 +44,24 @@ def run(config: DictConfig) -> None:
         return
     evaluate_checkpoint(config, out_dir)
     with contextlib.suppress(OSError):
-        out_dir.rmdir()  # Hydra makes one in every process; the evaluation's is rank zero's
+        out_dir.rmdir()  # Hydra makes a folder in every process; only that of rank zero is used
 
 
 @contextlib.contextmanager
 def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
-    """Work alone in a folder that is empty or an evaluation's: one that did not end, or one that may be overwritten.
+    """Lock a folder that is empty, or has an evaluation that did not finish or may be overwritten.
 
     Raises:
-        UserError: it holds something else, or another process is at work there.
+        UserError: it has something else, or another process is working there.
     """
     ours = is_marked(out_dir, "evaluation")
     if not ours and any(out_dir.iterdir()):
-        raise UserError(f"hydra.run.dir={out_dir} holds something else than an evaluation: name another folder")
+        raise UserError(f"hydra.run.dir={out_dir} holds something other than an evaluation: name another folder")
     mark(out_dir, "evaluation")
     with locked(out_dir, f"hydra.run.dir={out_dir} is being written by another evaluation: name another folder"):
-        if (out_dir / "config.yaml").is_file() and not overwrite:  # it is written last
+        if (out_dir / "config.yaml").is_file() and not overwrite:  # config.yaml is written last
             raise UserError(
-                f"hydra.run.dir={out_dir} holds an evaluation already: name another folder, or pass overwrite=true"
+                f"hydra.run.dir={out_dir} already holds an evaluation: name another folder, or pass overwrite=true"
             )
         yield
 
@@ -72,7 +72,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     Args:
         config: the config of `vlabs evaluate`.
     """
-    # Not with this module: --help takes no seconds.
+    # Imported here, so that --help is fast.
     import torch
     from pytorch_lightning.loggers import WandbLogger
 
@@ -93,11 +93,11 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
     _check_kind(data, evaluation.reads)
     if is_rank_zero():
-        for name in ("config.yaml", "metrics.json"):  # of an evaluation that is overwritten, now that nothing is wrong
+        for name in ("config.yaml", "metrics.json"):  # overwrite an old evaluation only now that all checks have passed
             (out_dir / name).unlink(missing_ok=True)
     metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer))
     if not is_rank_zero():
-        return metrics  # what is written is written once
+        return metrics  # only rank zero writes
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
         logger = instantiate(config.logger, save_dir=str(out_dir))
@@ -130,7 +130,7 @@ def _dir_of(checkpoint: Checkpoint) -> str:
 
 def _check_kind(data: PreparedDataModule, wanted: type[PreparedDataModule]) -> None:
     if not isinstance(data, wanted):
-        raise UserError(f"{data.dir} holds {data.holds}, and this task is measured on {wanted.holds}")
+        raise UserError(f"{data.dir} holds {data.holds}, but this task is measured on {wanted.holds}")
 
 
 def main() -> None:

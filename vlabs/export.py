@@ -21,22 +21,20 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", help="the .safetensors file or the folder to write")
-    where.add_argument("--to-hub", metavar="USER/NAME", help="put it on the Hugging Face hub")
-    parser.add_argument("--overwrite", action="store_true", help="with --out: an earlier export may be there")
-    parser.add_argument("--private", action="store_true", help="with --to-hub: a repository that others do not see")
+    where.add_argument("--to-hub", metavar="USER/NAME", help="upload it to the Hugging Face hub")
+    parser.add_argument("--overwrite", action="store_true", help="with --out: overwrite an earlier export")
+    parser.add_argument("--private", action="store_true", help="with --to-hub: make a private repository")
     parser.add_argument("--license", "--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
     parser.add_argument(
         "--metrics", type=Path, action="append", default=[],
         help="for the card: a metrics.json of vlabs.evaluate, or its folder; may be given several times",
     )  # fmt: skip
-    parser.add_argument(
-        "--format", choices=("onnx", "torch"), help="with --out FOLDER: programs in the place of weights"
-    )
+    parser.add_argument("--format", choices=("onnx", "torch"), help="with --out FOLDER: programs instead of weights")
     _export(parser.read())
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     from vlabs.checkpoints.checkpoint import export_safetensors
     from vlabs.checkpoints.share import export_folder, push_to_hub
 

@@ -26,17 +26,17 @@ def main() -> None:
     parser = Parser("predict", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, or released METER file")
     parser.add_argument(
-        "--image", required=True, action="append", help="the picture; twice, left and right, for a model of pairs"
+        "--image", required=True, action="append", help="the image; twice, left and right, for a model of pairs"
     )
     parser.add_argument(
         "--question", required=True, action="append", help="a question or statement; may be given several times"
     )
     add_out(parser, "prediction.png")
     parser.add_argument(
-        "--map", choices=MAPS, help="what says where it looked (default: weights with a prior, else fusion)"
+        "--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else fusion)"
     )
     parser.add_argument(
-        "--keep", type=number(0, 1), help="share of the patches that are looked at twice, those most like ξ (default: "
+        "--keep", type=number(0, 1), help="share of the patches in the second pass, those most similar to ξ (default: "
         "the model's own)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     from vlabs.attention.figures import as_view, save_out
     from vlabs.data.preprocessing import check_text
     from vlabs.prediction.predictor import load, open_image
@@ -76,7 +76,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
-    """A map per question beside its image; a row a statement, where it is about several images."""
+    """A figure with a map per question beside the image; for models of pairs, one row per statement."""
     from vlabs.attention.figures import Cell, grid_figure, question_figure
 
     rows = []

@@ -16,7 +16,7 @@ def main() -> None:
     """Entry point of `vlabs segment`."""
     parser = Parser("segment", __doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
-    parser.add_argument("--image", required=True, help="the picture")
+    parser.add_argument("--image", required=True, help="the image")
     parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
     add_out(parser, "segments.png")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     import numpy as np
     import torch
 
@@ -45,7 +45,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     checkpoint = load_any(arguments.ckpt, needs=("segments",))
     model, preprocessing = checkpoint.segmenter.to(device), checkpoint.preprocessing
     if (model.text is None) == bool(arguments.text):
-        raise UserError("--text is what to segment: give it" if model.text else "--text: this model reads no text")
+        raise UserError("--text is missing: pass what to segment" if model.text else "--text: this model reads no text")
     if model.text is None:
         side = checkpoint.data.get("short_side")
         seen = image if side is None else resize_by(image, int(side) / min(image.size))

@@ -20,13 +20,13 @@ from vlabs.runs.groups import config_dir
 from vlabs.runs.record import read_config
 from vlabs.utils.ranks import say
 
-_failures = 0  # runs of a sweep
-_began = time.time()  # of the process
+_failures = 0  # failed runs of a sweep
+_began = time.time()  # start of the process
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it."""
-    from vlabs.training.run import run as train  # what trains is not imported for --help
+    from vlabs.training.run import run as train  # imported here, so that --help is fast
 
     global _failures
     found = train(config, _began)
@@ -52,12 +52,12 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
             item.startswith("hydra.run.dir=") and Path(path_of(item.partition("=")[2])).resolve() == run_dir.resolve()
         )
         if not is_same and re.match(r"\+*hydra\.run\.dir=|--config-|-c[dnp]\b", item):
-            raise UserError(f"{item}: resume={run_dir} goes on in its own folder, with its own config: leave it out")
+            raise UserError(f"{item}: resume={run_dir} uses the run's own folder and config: leave it out")
     _mend_config(run_dir)
     return [
         f"--config-dir={run_dir.resolve()}",
         "--config-name=config",
-        f"++resume={run_dir}",  # quoted as all paths are
+        f"++resume={run_dir}",  # will be quoted like all paths
         f"hydra.run.dir={run_dir}",
         *_QUIET,
         *others,
@@ -75,13 +75,13 @@ def _run_named(path: str) -> Path:
         raise UserError("resume= names no folder: pass resume=RUN_DIR")
     within = run_dir.parent if run_dir.is_file() else run_dir
     if within.name == "checkpoints" and not (within / "config.yaml").exists():
-        raise UserError(f"resume={run_dir} lies in a run, which goes on as a whole: pass resume={within.parent}")
+        raise UserError(f"resume={run_dir} is inside a run folder: pass resume={within.parent}")
     if not run_dir.is_dir():
         raise UserError(f"resume={run_dir}: there is no such folder")
     return run_dir
 
 
-# What conf/train.yaml sets for runs whose config is a file of their own.
+# Settings of conf/train.yaml that runs with a config file of their own need too.
 _QUIET = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.job_logging.root.level=WARNING")
 
 
@@ -92,22 +92,22 @@ def _mend_config(run_dir: Path) -> None:
         UserError: the checkpoint has none either.
     """
     config, path = read_config(run_dir), run_dir / "config.yaml"
-    if config is not None and "resume" in config:  # the last of its lines
+    if config is not None and "resume" in config:  # `resume` is its last line, so the file is complete
         return
     from vlabs.training.callbacks.recording import Recorder
     from vlabs.training.start import last_whole
 
-    reason = "is damaged" if path.exists() else "is not there"
+    reason = "is damaged" if path.exists() else "is missing"
     try:
         kept = last_whole(run_dir, str(run_dir)).callbacks[Recorder.__qualname__]["config"]
     except (UserError, KeyError):
-        raise UserError(f"resume={run_dir}: config.yaml {reason}, so it is not a run folder to go on with") from None
+        raise UserError(f"resume={run_dir}: config.yaml {reason}, so this run cannot be resumed") from None
     save_config(as_config(kept), path)
-    say(f"{path} {reason}: the last checkpoint has it")
+    say(f"{path} {reason}: restored from the last checkpoint")
 
 
 def _same_arguments(arguments: list[str]) -> list[str]:
-    """Add what conf/train.yaml says of run folders to the arguments of `--config-dir=RUN --config-name=config`."""
+    """Add conf/train.yaml's settings of run folders to the arguments of `--config-dir=RUN --config-name=config`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--config-name", "-cn")
@@ -121,7 +121,7 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     task = content.get("task")
     name = str(task.get("name", "train")) if isinstance(task, dict) else "train"
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
-    # Among the other overrides: Hydra takes them all in one place.
+    # Put them before the first override, because Hydra wants all overrides together.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
     return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
 

@@ -17,8 +17,8 @@ def main() -> None:
     parser = Parser("vqa-eval", "Official VQA accuracy, in percent.")
     parser.add_argument("--annotations", type=Path, required=True, help="v2_mscoco_*_annotations.json")
     parser.add_argument("--results", type=Path, required=True, help='a list of {"question_id": ..., "answer": ...}')
-    parser.add_argument("--out", type=Path, help="write all accuracies, per question too, to this JSON file")
-    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
+    parser.add_argument("--out", type=Path, help="write all accuracies, also per question, to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite the file of --out")
     arguments = parser.read()
     from vlabs.metrics.vqa import types_table, vqa_accuracy
     from vlabs.utils.table import table

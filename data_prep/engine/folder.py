@@ -129,7 +129,7 @@ def report_bad(bad: Sequence[BadItem], on_bad: str, listed: Path) -> dict[str, A
     if dropped:
         print(f"dropped {len(dropped):,} items ({_counted(dropped)})")
     if len(bad) > len(dropped):
-        print(f"{len(bad) - len(dropped):,} regions cannot be drawn and are left out; their texts and pictures are not")
+        print(f"{len(bad) - len(dropped):,} regions cannot be drawn and are left out; their texts and images are not")
     return {"dropped": dict(sorted(reasons.items())), "dropped_items": [item._asdict() for item in bad]}
 
 

@@ -18,7 +18,7 @@ from data_prep.engine.tables import split_name
 from vlabs.errors import UserError, one_line
 from vlabs.utils.plain import is_inside
 
-_LARGEST = 256 * 2**20  # bytes of a picture's file
+_LARGEST = 256 * 2**20  # bytes of an image's file
 
 
 def open_streams(name: str, config: str | None = None, splits: dict[str, str] | None = None) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def open_streams(name: str, config: str | None = None, splits: dict[str, str] | 
             streams = {split: rows.to_iterable_dataset() for split, rows in found.items()}
         else:
             streams = dict(datasets.load_dataset(name, config, streaming=True))
-    except Exception as error:  # whatever the hub, the network and the data set's own files can do
+    except Exception as error:  # whatever the hub, the network and the dataset's own files can do
         said = one_line(str(error)) or type(error).__name__
         if Path(name).is_dir():
-            raise UserError(f"--dataset {name} holds no data set that can be read: {said}") from None
+            raise UserError(f"--dataset {name} holds no dataset that can be read: {said}") from None
         raise UserError(
             f"--dataset {name} cannot be had ({said}): download it where there is a network, with `hf download {name}"
             " --repo-type dataset --local-dir DIR`, and pass --dataset DIR"
@@ -68,7 +68,7 @@ def rows_of(name: str, split: str, stream: Any, start: int = 0) -> Iterator[tupl
         yield from enumerate(progress, start=start)
     except UserError:
         raise
-    except Exception as error:  # whatever the network and the data set's own files can do
+    except Exception as error:  # whatever the network and the dataset's own files can do
         raise UserError(
             f"--dataset {name}, {split}: reading stopped ({one_line(str(error)) or type(error).__name__}): run it"
             " again, it goes on from there"
@@ -101,11 +101,11 @@ def picture_of(where: str, value: Any, folder: Path) -> bytes | None:
     file = folder / value
     try:
         if not folder.is_dir() or not is_inside(file, folder):
-            raise UserError(f"{where} names the image {value}, which is not in the folder of the data set")
+            raise UserError(f"{where} names the image {value}, which is not in the folder of the dataset")
         if not file.exists():
             raise FileNotFoundError(value)
         if not file.is_file() or file.stat().st_size > _LARGEST:
-            raise UserError(f"{where}: the image {value} is no picture's file")
+            raise UserError(f"{where}: the image {value} is no image's file")
         return file.read_bytes()
     except FileNotFoundError:
         raise
@@ -130,6 +130,4 @@ def check_sources(folder: Path) -> None:
     for file, content in said:
         configs = content.get("configs") if isinstance(content, dict) else None
         if found := re.search(r'"([^"]*://[^"]*|/[^"]*|([^"]*/)?\.\.(/[^"]*)?)"', json.dumps(configs, default=str)):
-            raise UserError(
-                f"{file} says that the data set's files are elsewhere ({found[1]}): copy them into {folder}"
-            )
+            raise UserError(f"{file} says that the dataset's files are elsewhere ({found[1]}): copy them into {folder}")

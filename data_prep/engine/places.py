@@ -27,9 +27,9 @@ CREATE TABLE images (
 CREATE TABLE like (source TEXT, image_id INTEGER, name TEXT, PRIMARY KEY (source, image_id)) WITHOUT ROWID;
 """
 
-_TAR = -1  # in the place of a zip file's compression method: the bytes of a member of a tar file, as they are
-_LARGEST = 256 * 2**20  # bytes of a picture's file
-_NAMED = 20  # pictures that are missing, for which a name that is there is looked for
+_TAR = -1  # instead of a zip file's compression method: the bytes of a member of a tar file, as they are
+_LARGEST = 256 * 2**20  # bytes of an image's file
+_NAMED = 20  # images that are missing, for which a name that is there is looked for
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def count_others(names: Iterable[str]) -> str:
     return ", ".join(f"{count:,} of {suffix}" for suffix, count in counts.most_common())
 
 
-# --- one picture's place ---------------------------------------------------------------------------------------------
+# --- one image's place ---------------------------------------------------------------------------------------------
 
 
 class ImageFile(NamedTuple):
@@ -287,7 +287,7 @@ def read_file(image: ImageFile) -> bytes:
         OSError, ValueError: it cannot be read, or is larger than any image, or than it says.
     """
     if (size := max(image.size, image.stored)) > _LARGEST:
-        raise ValueError(f"it has {size >> 20} MiB, more than any picture")
+        raise ValueError(f"it has {size >> 20} MiB, more than any image")
     if image.offset is None:
         return Path(image.file).read_bytes()
     with open(image.file, "rb") as archive:

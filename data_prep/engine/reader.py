@@ -27,7 +27,7 @@ def new_parser(name: str, doc: str | None, bad: str) -> argparse.ArgumentParser:
     parser.add_argument("--out-dir", type=Path, required=True, help="new folder of the prepared data")
     what = f"{bad}: stop, or leave them out (default: %(default)s)"
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help=what)
-    parser.add_argument("--name", default="", help="what the data set is called (default: what its files say)")
+    parser.add_argument("--name", default="", help="what the dataset is called (default: what its files say)")
     return parser
 
 

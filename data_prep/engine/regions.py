@@ -83,11 +83,11 @@ def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) 
             continue
         if drawn.shape != union.shape:
             if len(regions) > 1:
-                raise ValueError("maps of another size than their picture cannot be joined with other regions")
+                raise ValueError("maps of another size than their image cannot be joined with other regions")
             union = np.zeros_like(drawn)
         union = np.maximum(union, drawn)
     if not union.any():
-        return b"", faults or ["nothing of the region is in the picture"]
+        return b"", faults or ["nothing of the region is in the image"]
     picture = Image.fromarray(union)
     if set(np.unique(union)) <= {0, 255}:
         picture = picture.convert("1", dither=Image.Dither.NONE)
@@ -102,16 +102,16 @@ def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str])
         return _mean_map(region["maps"], width, height)
     if "box" in region:
         if list(region.get("size") or (height, width)) != [height, width]:
-            raise ValueError(f"a box in {region['size']}, and the picture has {[height, width]} (height, width)")
+            raise ValueError(f"a box in {region['size']}, and the image has {[height, width]} (height, width)")
         drawn = _fill_box(region["box"], width, height)
     else:
         segmentation = region["segmentation"]
         size = segmentation.get("size") if isinstance(segmentation, Mapping) else [height, width]
         if list(size or ()) != [height, width]:
-            raise ValueError(f"a mask of size {size}, and the picture has {[height, width]} (height, width)")
+            raise ValueError(f"a mask of size {size}, and the image has {[height, width]} (height, width)")
         return np.asarray(draw_shape(segmentation, width, height, faults), dtype=np.uint8) * 255
     if not drawn.any():
-        raise Degenerate("nothing of the region is in the picture")
+        raise Degenerate("nothing of the region is in the image")
     return drawn
 
 
@@ -131,7 +131,7 @@ def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) ->
         kind = Degenerate if isinstance(segmentation, list) else ValueError
         raise kind(str(error).partition(": ")[2]) from None
     if not drawn.any():
-        raise Degenerate("nothing of the region is in the picture")
+        raise Degenerate("nothing of the region is in the image")
     if isinstance(segmentation, list):
         each = (fault_of_polygon(one, height, width) for one in segmentation)
         faults += [one for one in each if one is not None]
@@ -139,7 +139,7 @@ def draw_shape(segmentation: Any, width: int, height: int, faults: list[str]) ->
 
 
 def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
-    """Pixels whose centres are in the box; at least one, of a box that is in the image."""
+    """Pixels whose centers are in the box; at least one, of a box that is in the image."""
     try:
         x, y, box_width, box_height = map(float, box)
     except (TypeError, ValueError, OverflowError):
@@ -154,9 +154,9 @@ def _fill_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
 
 
 def _pixels(start: float, length: float, side: int) -> slice:
-    # Pixel n has its centre at n + 0.5; one that is on the border belongs to the box that begins there.
+    # Pixel n has its center at n + 0.5; one that is on the border belongs to the box that begins there.
     first, end = math.ceil(start - 0.5), math.ceil(start + length - 0.5)
-    if first >= end:  # between two centres
+    if first >= end:  # between two centers
         first = math.floor(start)
     first = min(max(first, 0), side - 1)
     return slice(first, max(first + 1, min(end, side)))
@@ -170,7 +170,7 @@ def _mean_map(files: Sequence[Sequence[str | None]], width: int, height: int) ->
     mean = np.mean(maps, axis=0)
     if not math.isclose(mean.shape[1] / mean.shape[0], width / height, rel_tol=_SAME_ASPECT):
         raise ValueError(
-            f"{files[0][0]} has {mean.shape[1]} x {mean.shape[0]} pixels, and its picture {width} x {height}"
+            f"{files[0][0]} has {mean.shape[1]} x {mean.shape[0]} pixels, and its image {width} x {height}"
         )
     return np.asarray(np.round(255 * mean / max(float(mean.max()), 1e-6)), dtype=np.uint8)
 

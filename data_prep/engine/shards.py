@@ -83,7 +83,7 @@ class ShardBuilder:
         """Write the shard and its record, each under its name only once it is whole; return the number of images."""
         images = task.read_images(self.images, self.kind)
         seen = 0
-        # A picture without texts counts nothing, but every name is there.
+        # An image without texts counts nothing, but every name is there.
         counts: Counter[str] = Counter({"images": 0, **self.rows.count(self.rows.row(0, ()))})
         bad: list[BadItem] = []
         part = task.data_file.with_suffix(".part")

@@ -27,7 +27,7 @@ def check_not_packed(path: Path) -> None:
         with path.open("rb") as file:
             packed = file.read(8).startswith(_MAGIC)
     if packed:
-        raise UserError(f"{path} is compressed, so pictures cannot be read inside it: unpack it, or gunzip it")
+        raise UserError(f"{path} is compressed, so images cannot be read inside it: unpack it, or gunzip it")
 
 
 class _Member(tarfile.TarInfo):

@@ -165,7 +165,7 @@ class Index:
             "annotated": bool(text.answers),
             "dropped": not text.text.strip(),
         }
-        # A caption's id is once in all splits together, and what a data set calls a statement once in its split.
+        # A caption's id is once in all splits together, and what a dataset calls a statement once in its split.
         key = {"caption": str(text.id), "statement": f"{text.split}/{text.key}"}.get(item)
         is_new = key is None or self._store(where, "INSERT OR IGNORE INTO keys VALUES (?)", {"key": key})
         insert = f"INSERT OR IGNORE INTO items ({', '.join(values)}) VALUES ({', '.join('?' * 9)})"

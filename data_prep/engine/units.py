@@ -106,7 +106,7 @@ def prepare_units(folder: Folder, out_dir: str | Path, on_bad: str = "error") ->
         counts = _write_splits(folder, folder.place(lambda: _read_parts(parts)), partial)
         more = folder.finish(partial, counts)
         if not any(count["images"] for split, count in counts.items() if split == "train" or "train" not in counts):
-            raise UserError(f"{folder.name} has no picture to train on that can be used")
+            raise UserError(f"{folder.name} has no image to train on that can be used")
         about = {"options": options, "raw_files": folder.raw_files}
         write_manifest(partial, folder.kind, folder.name, splits=counts, **more, **dropped, **about)
     say_ready(out_dir, counts)

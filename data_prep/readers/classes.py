@@ -120,7 +120,7 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"name": str(path.absolute()), "size": size, "changed": int(status.st_mtime)}
 
 
-# --- where pictures come from ----------------------------------------------------------------------------------------
+# --- where images come from ----------------------------------------------------------------------------------------
 
 
 def folder_units(raw_dir: Path) -> tuple[list[Unit], list[Path]]:
@@ -193,7 +193,7 @@ def _utf8(name: str) -> str:
 
 def _say_others(place: Path, names: Sequence[str]) -> None:
     if names:
-        show(f"{place}: {len(names):,} files are no pictures in a class folder ({count_others(names)}), and left out")
+        show(f"{place}: {len(names):,} files are no images in a class folder ({count_others(names)}), and left out")
 
 
 def entries_of(path: Path) -> Iterator[Row]:
@@ -305,11 +305,11 @@ def _of_dataset(
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("classes", __doc__, "rows without a picture or a class")
+    parser = new_parser("classes", __doc__, "rows without an image or a class")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--raw-dir", type=Path, help="folder with train, val, … of class folders, or .tar files")
     source.add_argument("--table", type=Path, help=".csv, .tsv, .jsonl or .json with columns image, class and split")
-    source.add_argument("--dataset", help="a data set of Hugging Face: hub name, or the folder of a local copy")
+    source.add_argument("--dataset", help="a dataset of Hugging Face: hub name, or the folder of a local copy")
     parser.add_argument("--image-column", default="image", help="of --dataset (default: %(default)s)")
     parser.add_argument("--label-column", default="label", help="of --dataset (default: %(default)s)")
     arguments = parser.parse_args()

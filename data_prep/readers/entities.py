@@ -204,4 +204,4 @@ def _number(where: str, element: ET.Element | None) -> int:
         return int(element.text or "") if element is not None else int("")
     except ValueError:
         text = "missing" if element is None else repr(element.text)
-        raise UserError(f"{where}: a side of a box or a picture must be a whole number, and is {text:.80}") from None
+        raise UserError(f"{where}: a side of a box or an image must be a whole number, and is {text:.80}") from None

@@ -96,7 +96,7 @@ class GQA(Reader):
         for file in self.graphs:
             print(f"reading {file}")
             for picture, graph in file.named():
-                where = f"{file}, picture {picture}"
+                where = f"{file}, image {picture}"
                 size = [get_value(graph, side, where) for side in ("height", "width")]
                 rows = []
                 for name, item in get_value(graph, "objects", where, dict).items():

@@ -61,7 +61,7 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
         ids = [int(line) for line in content[f"{data}/ILSVRC2012_validation_ground_truth.txt"].split()]
         synsets = scipy.io.loadmat(io.BytesIO(content[f"{data}/meta.mat"]), squeeze_me=True)["synsets"]
         wnid = {int(row[0]): str(row[1]) for row in synsets}
-        # Ids above 1000 are of classes that have others under them, and no picture.
+        # Ids above 1000 are of classes that have others under them, and no image.
         return [wnid[number] for number in ids], sorted({name for number, name in wnid.items() if number <= 1000})
     except UserError:
         raise
@@ -83,7 +83,7 @@ def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:
         for member in members(archive, path):
             match = _VAL_NAME.fullmatch(Path(member.name).name)
             if match is None:
-                yield BadItem("picture of another name", "val", member.name)
+                yield BadItem("image of another name", "val", member.name)
             elif not 1 <= int(match[1]) <= len(wnid_of_val):
                 raise UserError(f"{path}: {member.name} is not among the {len(wnid_of_val)} of the development kit")
             else:
@@ -92,7 +92,7 @@ def _of_val_tar(path: Path, wnid_of_val: list[str]) -> Iterator[Row | BadItem]:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("imagenet", __doc__, "pictures whose class is not known")
+    parser = new_parser("imagenet", __doc__, "images whose class is not known")
     parser.add_argument("--raw-dir", type=Path, required=True, help=f"folder with {TRAIN}, {VAL} and {DEVKIT}")
     arguments = parser.parse_args()
     units, files, wnids = imagenet_units(arguments.raw_dir)

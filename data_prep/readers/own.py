@@ -62,7 +62,7 @@ from vlabs.utils.json_file import check_value
 FIELDS = (
     "image", "question", "caption", "answers", "question_id", "caption_id", "question_type", "answer_type", "boxes"
 )  # fmt: skip
-_ROW = "--dataset"  # a column of the table that a data set becomes: the row that it comes from, for messages
+_ROW = "--dataset"  # a column of the table that a dataset becomes: the row that it comes from, for messages
 _IMAGES_OF_TABLE = """
 CREATE TABLE table_images (
     image_id INTEGER PRIMARY KEY, name TEXT UNIQUE, draw TEXT, undecided INTEGER DEFAULT 0, in_val INTEGER DEFAULT 0
@@ -269,7 +269,7 @@ def _with_answers(text: Text, row: Row) -> Text:
     return text._replace(answers=[normal_form(answer) for answer in given], **types)
 
 
-# --- data sets of `datasets` ------------------------------------------------------------------------------------------
+# --- datasets of `datasets` ------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -363,7 +363,7 @@ def _whole_rows(table: Path) -> dict[str, int]:
 
 def _columns(source: Source, names: Sequence[str], split: str) -> dict[str, str]:
     """The columns of the fields that are there; those that were named must be."""
-    # Ids of a data set need not occur once: only where somebody says so.
+    # Ids of a dataset need not occur once: only where somebody says so.
     columns = {one: one for one in FIELDS if one in names and not one.endswith("_id")} | source.columns
     if "answers" not in columns and "answer" in names:
         columns["answers"] = "answer"
@@ -404,7 +404,7 @@ def _entries(
         content = hub.picture_of(where, values.pop("image"), folder)
         entry: dict[str, Any] = {"image": None if content is None else _keep(content, images)}
     except FileNotFoundError as error:
-        entry = {"image": f"missing/{error}"}  # where no picture is, so that it is named and counted
+        entry = {"image": f"missing/{error}"}  # where no image is, so that it is named and counted
     entry |= {_ROW: where} | ({} if split is None else {"split": split})
     both = [one for one in ("question", "caption") if one in values]
     asked = next((one for one in both if values[one] is not None), both[0])
@@ -440,7 +440,7 @@ def main() -> None:
     parser = text_parser("own", __doc__, min_answer_count=1)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", type=Path, help="table with image, and question, answers, ... or caption")
-    what.add_argument("--dataset", help="in the place of a table, a data set of the hub, or a local copy's folder")
+    what.add_argument("--dataset", help="instead of a table, a dataset of the hub, or a local copy's folder")
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="FIELD=COLUMN",
         help=f"which columns of --dataset hold what, where they are called otherwise: {', '.join(FIELDS)}",
@@ -469,7 +469,7 @@ def main() -> None:
     if is_made(out_dir, options.recorded(CAPTIONS, of_source)):  # without what is of questions alone
         return
     with new_folder(out_dir, "--out-dir", resumable=True) as partial:
-        folder = partial / WORK / "source"  # pictures and texts as they came
+        folder = partial / WORK / "source"  # images and texts as they came
         table = Table(write_table(source, folder), folder, fraction, PurePosixPath(arguments.dataset).name)
         table.options |= of_source
         made = prepare_in(partial, table, options, out_dir.name, raw_files_of(table))

@@ -83,7 +83,7 @@ class Pairs(Reader):
             for place, image in enumerate(images):
                 for which, caption in enumerate(captions):
                     number += 1
-                    # With the number of pictures: one that is left out must not make a simpler example.
+                    # With the number of images: one that is left out must not make a simpler example.
                     key = f"{name}/{len(images)}/{place}/{which}"
                     file, label = f"{values[image]}{suffix}", str(place == which)
                     yield Text(where, split, (file,), number, str(values[caption]), key=key, label=label)

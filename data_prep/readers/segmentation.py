@@ -115,7 +115,7 @@ def _pair(name: str, pictures: Listing, picture: str, mask: str | None, masks: L
     return Pair(name, partial(_read, pictures, picture), labels)
 
 
-# --- the data sets ----------------------------------------------------------------------------------------------------
+# --- the datasets ----------------------------------------------------------------------------------------------------
 
 
 def voc(raw_dir: Path) -> Layout:
@@ -292,7 +292,7 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
     units = []
     for split, parts in found.splits.items():
         if not any(parts):
-            raise UserError(f"{raw_dir} has no pictures of {split}: is it the archive of {layout}?")
+            raise UserError(f"{raw_dir} has no images of {split}: is it the archive of {layout}?")
         units += [Unit(split, f"{split} {n}", partial(_rows, split, part, found)) for n, part in enumerate(parts)]
 
     def place(read: Callable[[], Batches]) -> Batches:
@@ -333,7 +333,7 @@ def _checked(pair: Pair, layout: Layout) -> tuple[bytes, bytes]:
         image = pair.image()
         size = size_of(image)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the picture cannot be read: {one_line(str(error))}") from None
+        raise ValueError(f"the image cannot be read: {one_line(str(error))}") from None
     if pair.mask is None:
         return image, b""
     try:
@@ -341,10 +341,10 @@ def _checked(pair: Pair, layout: Layout) -> tuple[bytes, bytes]:
     except (OSError, ValueError) as error:
         raise ValueError(f"the mask cannot be read: {one_line(str(error))}") from None
     if raw.shape != size[::-1]:
-        raise ValueError(f"the mask has {raw.shape[1]} x {raw.shape[0]} pixels and the picture {size[0]} x {size[1]}")
+        raise ValueError(f"the mask has {raw.shape[1]} x {raw.shape[0]} pixels and the image {size[0]} x {size[1]}")
     values, places = np.unique(raw, return_inverse=True)
     if unknown := [value for value in values.tolist() if value not in layout.labels]:
-        raise ValueError(f"the mask has the label value {unknown[0]}, which the data set does not have")
+        raise ValueError(f"the mask has the label value {unknown[0]}, which the dataset does not have")
     classes = np.array([layout.labels[value] for value in values.tolist()])
     wide = len(layout.classes) > 254
     kept = np.where(classes == IGNORED, IGNORED if wide else 255, classes).astype(np.uint16 if wide else np.uint8)

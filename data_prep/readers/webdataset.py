@@ -37,7 +37,7 @@ from vlabs.utils.json_file import encoding_of, parse_line
 FEATURES = datasets.Features(
     {
         **CAPTION_FEATURES,
-        # Where the picture's bytes are, which are not in the row.
+        # Where the image's bytes are, which are not in the row.
         "path": datasets.Value("string"),
         "offset": datasets.Value("int64"),
         "size": datasets.Value("int64"),
@@ -81,7 +81,7 @@ def read_shard(path: Path, field: str = "caption") -> Iterator[Sample]:
                 if found:
                     yield _sample(key, found, field)
                 key, found = this, {}
-            # Of `x.input.jpg` and `x.target.jpg` the first is the picture, as of `x.jpg` and `x.png`.
+            # Of `x.input.jpg` and `x.target.jpg` the first is the image, as of `x.jpg` and `x.png`.
             last = suffix.lower().rpartition(".")[2]
             if is_picture(name):
                 found.setdefault("picture", (member.offset_data, member.size))
@@ -106,7 +106,7 @@ def _sample(key: str, found: dict[str, Any], field: str) -> Sample:
     except (ValueError, AttributeError, RecursionError) as error:
         return Sample(key, offset, size, [], f"unreadable caption ({one_line(str(error))})")
     captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
-    wrong = "" if size and captions else "no picture" if not size else "no caption"
+    wrong = "" if size and captions else "no image" if not size else "no caption"
     return Sample(key, offset, size, captions, wrong)
 
 
@@ -207,7 +207,7 @@ def expand(option: str, patterns: Sequence[str]) -> list[Path]:
 
 def main() -> None:
     """Run the command line."""
-    parser = new_parser("webdataset", __doc__, "samples without a picture or a caption")
+    parser = new_parser("webdataset", __doc__, "samples without an image or a caption")
     parser.add_argument("--shards", nargs="+", required=True, help="tar files, or patterns of them in quotes")
     parser.add_argument("--val-shards", nargs="+", default=[], help="those of val")
     parser.add_argument(

@@ -11,7 +11,7 @@ The first writes the raw formats that the real datasets are downloaded in, so th
     annotations.zip                                                       COCO instances with visible masks
     scenes.json                                                           what the corpus holds
 
-Beside train, val and test there are three splits that measure generalisation: `distractors` has more objects than
+Beside train, val and test there are three splits that measure generalization: `distractors` has more objects than
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
 asks longer questions. All answers are public. Every question and caption has one key more than the originals,
 `target_instances`: the COCO annotation ids of the objects it is about. The other two write scenes of their own in the

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.scenes.render import Mask, SceneObject, SceneSize, render
 
 ID_STEP = 1_000_000  # image ids of a split start one above a multiple of this
-INFO = {"description": "rendered scenes of coloured shapes (vlabs data_prep.scenes)"}
+INFO = {"description": "rendered scenes of colored shapes (vlabs data_prep.scenes)"}
 
 AnyTask = TypeVar("AnyTask")
 Made = TypeVar("Made")

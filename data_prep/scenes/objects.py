@@ -189,9 +189,7 @@ def main() -> None:
         "--seed", type=whole(0, MOST_SEED), default=0, help="of everything that is drawn (default: %(default)s)"
     )
     parser.add_argument("--num-workers", type=whole(1), help="processes that render (default: every core)")
-    parser.add_argument(
-        "--several", type=whole(1), help="in the place of the corpus, so many pictures of several objects"
-    )
+    parser.add_argument("--several", type=whole(1), help="instead of the corpus, so many images of several objects")
     arguments = parser.parse_args()
     if arguments.several is not None:
         make_several(arguments.size, arguments.out_dir, arguments.several, arguments.seed)

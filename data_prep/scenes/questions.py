@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_prep.scenes.render import FILLS, SceneObject, SceneSize
 
-MARGIN = 0.15  # of the image side: how far apart two centres are before one is "left of" the other
+MARGIN = 0.15  # of the image side: how far apart two centers are before one is "left of" the other
 MAX_TRAIN_WORDS = 10  # longer questions are the productive split's
 QUOTA = {"yes/no": 2, "number": 1, "color": 2, "shape": 1, "relation": 2}  # questions of each type an image
 RELATIONS: dict[str, Callable[[SceneObject, SceneObject], float]] = {  # how far the first is in that direction
@@ -234,7 +234,7 @@ def _names(index: int, objects: Sequence[SceneObject]) -> list[Description]:
 def only_object(relation: str, anchor: SceneObject, objects: Sequence[SceneObject]) -> int | None:
     """The index of the object that is clearly in that direction from the anchor, if no other is so at all.
 
-    Clearly is a distance of at least `MARGIN` between the centres along the relation's axis.
+    Clearly is a distance of at least `MARGIN` between the centers along the relation's axis.
     """
     offsets = [RELATIONS[relation](item, anchor) for item in objects]
     towards = [index for index, offset in enumerate(offsets) if offset > 0]

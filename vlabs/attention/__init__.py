@@ -1,14 +1,14 @@
 """Where a model looks: maps, and figures of them."""
 
 MAPS = {
-    "fusion": "what the text reads of the picture",
-    "weights": "what is like the prior ξ",
+    "fusion": "what the text reads of the image",
+    "weights": "what is similar to the prior ξ",
     "norm": "large output tokens, as in the paper",
     "cls": "what the encoder's [cls] reads in its last block",
     "rollout": "what the encoder's [cls] reads through all blocks",
-    "gradient": "what the best answer hangs on: gradient × attention",
+    "gradient": "what the best answer depends on: gradient × attention",
     "relevance": "what the best answer depends on through the fusion and the encoder, and which words count",
     "normgrad": "tokens whose change would change the best answer most",
-    "contrast": "what the text reads of the picture and an empty text does not",
+    "contrast": "what the text reads of the image and an empty text does not",
 }
-"""Maps, and what is bright in each."""
+"""The maps, and what is bright in each."""

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from vlabs.checkpoints.checkpoint import Checkpoint
 
 FIGURES = {
-    "questions": "pictures by questions",
+    "questions": "images by questions",
     "pathway": "bottom-up attention, token weights and top-down attention side by side",
     "alpha": "one prior at several strengths of the top-down signal",
-    "side-by-side": "two pictures pasted into one, with a text for each",
-    "checkpoints": "one picture seen by several models",
-    "control": "a classifier that is asked for one class and another of a picture, or of two side by side",
+    "side-by-side": "two images pasted into one, with a text for each",
+    "checkpoints": "one image seen by several models",
+    "control": "a classifier that is asked for several classes of an image, or of two images side by side",
     "reconstruction": "what a linear decoder sees in the bottom-up and top-down signals of the first block",
 }
 
@@ -42,15 +42,19 @@ def main() -> None:
     )
     parser.add_argument("--ckpt", required=True, action="append", help="run folder, checkpoint or export; several for "
                         "--figure checkpoints, as NAME=PATH to name them")  # fmt: skip
-    parser.add_argument("--image", required=True, action="append", help="a picture; may be given several times")
-    parser.add_argument("--question", action="append", default=[], help="a question or caption; several times too")
-    parser.add_argument("--class", dest="classes", action="append", help="for --figure control: a class; several times")
-    parser.add_argument("--figure", choices=FIGURES, default="questions", help="which (default %(default)s)")
-    parser.add_argument("--map", choices=MAPS, help="what says where it looks (default: weights where a prior steers "
-                        "the encoder, else fusion; fusion for --figure alpha)")  # fmt: skip
+    parser.add_argument("--image", required=True, action="append", help="an image; may be given several times")
+    parser.add_argument(
+        "--question", action="append", default=[], help="a question or caption; may be given several times"
+    )
+    parser.add_argument(
+        "--class", dest="classes", action="append", help="for --figure control: a class; may be given several times"
+    )
+    parser.add_argument("--figure", choices=FIGURES, default="questions", help="the figure (default %(default)s)")
+    parser.add_argument("--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else "
+                        "fusion; fusion for --figure alpha)")  # fmt: skip
     parser.add_argument("--alpha", type=number(0, MOST_ALPHA), action="append", help="for --figure alpha (default 1, 3 "
                         "and 10) and control (default 10)")  # fmt: skip
-    parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: what it was trained on)")
+    parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: its training data)")
     add_out(parser, "attention.png")
     arguments = parser.read()
     check_out(arguments)
@@ -58,7 +62,7 @@ def main() -> None:
 
 
 def _draw(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
+    # Imported after the options are read, so that --help is fast.
     from vlabs.attention.figures import save_out
     from vlabs.data.preprocessing import check_text
     from vlabs.prediction.predictor import open_image
@@ -71,7 +75,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     for question in arguments.question:
         check_text("a --question", question)
     if len(arguments.ckpt) > 1 and arguments.figure != "checkpoints":
-        raise UserError(f"--figure {arguments.figure} is of one model: give --ckpt once, or --figure checkpoints")
+        raise UserError(f"--figure {arguments.figure} shows one model: give --ckpt once, or --figure checkpoints")
     wanted = {"questions": None, "side-by-side": 2}.get(arguments.figure, 1)
     if wanted is not None and len(arguments.image) != wanted:
         raise UserError(f"--figure {arguments.figure} takes --image {wanted} times, not {len(arguments.image)}")
@@ -119,7 +123,7 @@ def _control(arguments: argparse.Namespace) -> Figure:
     from vlabs.prediction.predictor import open_image
 
     if not arguments.classes or len(arguments.image) > 2 or arguments.question:
-        raise UserError("--figure control takes --image once or twice, --class for what is asked, and no --question")
+        raise UserError("--figure control takes --image once or twice, --class once or more, and no --question")
     if (arguments.map or "norm") not in ("norm", "weights"):
         raise UserError(f"--map {arguments.map}: --figure control shows norm or weights")
     alpha = arguments.alpha or [10.0]
@@ -130,7 +134,7 @@ def _control(arguments: argparse.Namespace) -> Figure:
     return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
 
 
-def _load(text: str, needs: Sequence[str] = ("texts", "one picture")) -> tuple[str, Checkpoint]:
+def _load(text: str, needs: Sequence[str] = ("texts", "one image")) -> tuple[str, Checkpoint]:
     from vlabs.prediction.predictor import load_any
 
     name, separator, path = text.partition("=")

@@ -22,11 +22,11 @@ from vlabs.errors import printable
 from vlabs.utils.arguments import numbered
 from vlabs.utils.files import replacing
 
-COLORMAP = "cividis"  # readable with any colour vision
-LONGEST, _SHORTEST = 1024, 448  # pixels of a picture's longer side, as it is shown
+COLORMAP = "cividis"  # readable with any color vision
+LONGEST, _SHORTEST = 1024, 448  # largest and smallest number of pixels of the longer side of a shown image
 _COLUMN = 2.9  # inches
 _DPI = 150
-_MOST_PIXELS = 16e6  # of a figure
+_MOST_PIXELS = 16e6  # largest number of pixels of a figure
 
 Box = tuple[float, float, float, float]
 
@@ -84,7 +84,8 @@ def overlay(view: View, values: np.ndarray, scale: tuple[float, float] | None = 
 
     Args:
         values: (rows, columns), non-negative, over the box of the view.
-        scale: the values that are shown darkest and brightest; the map's own range if not given.
+        view: the image.
+        scale: the values that are shown darkest and brightest; None for the map's own range.
     """
     low, high = scale or (float(values.min()), float(values.max()))
     scaled = ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
@@ -145,8 +146,8 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_
     Args:
         rows: the title of each row, and its cells.
         note: more text below.
-        own_range: show each map within its own range, as always beside maps of another name. Otherwise the maps of a
-            row share one range, so that they can be compared.
+        own_range: show each map within its own range. Otherwise the maps of a row share one range, so that they can be
+            compared, unless their names differ.
     """
     cells = [cell for _, row in rows for cell in row]
     columns = max(len(row) for _, row in rows)
@@ -154,7 +155,7 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Cell]]], note: str = "", own_
     width = _COLUMN * columns + 0.6 * bool(legend)
     below = textwrap.fill("; ".join(filter(None, (legend, note))), round(14 * width))
     heights = [*(_height(label, row) for label, row in rows), 0.1 + 0.15 * (below.count("\n") + 1)]
-    # A picture has its own pixels, if the figure does not become too large by that.
+    # Choose the resolution so that images keep all their pixels, unless the figure becomes too large.
     finest = max(max(cell.view.image.size) for cell in cells) / _COLUMN
     dpi = max(_DPI, min(finest, (_MOST_PIXELS / (width * sum(heights))) ** 0.5))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=dpi)
@@ -188,7 +189,7 @@ def _draw_row(axes: Sequence[Axes], cells: Sequence[Cell], own_range: bool) -> N
 
 def question_figure(view: View, cells: Sequence[Cell]) -> Figure:
     """A figure of an image and, beside it, the map of each question within its own range."""
-    return grid_figure([("", [Cell(view, title="picture"), *cells])], own_range=True)
+    return grid_figure([("", [Cell(view, title="image"), *cells])], own_range=True)
 
 
 def _height(label: str, cells: Sequence[Cell]) -> float:
@@ -207,11 +208,11 @@ def save_out(figure: Figure, arguments: argparse.Namespace) -> Path:
     for number in itertools.count(1):
         path = Path(numbered(arguments.default_out, number))
         try:
-            path.touch(exist_ok=False)  # so that of two commands at once none takes the other's
+            path.touch(exist_ok=False)  # reserve the name, so that two commands at once do not take the same
         except FileExistsError:
             continue
         except OSError:
-            pass  # which `save_figure` says
+            pass  # `save_figure` reports it
         break
     try:
         return save_figure(figure, path)
@@ -225,7 +226,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure, completely or not at all. The suffix chooses the format."""
     path = Path(path)
     for text in figure.findobj(Text):
-        # What is in no font steers the terminal from matplotlib's warning, and breaks an SVG.
+        # Control characters would reach the terminal in matplotlib's warning about missing glyphs, and break an SVG.
         text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))  # type: ignore[attr-defined]
     with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix.lstrip(".") or "png", bbox_inches="tight", pad_inches=0.08)

@@ -15,7 +15,7 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
-DEAD = "this question does not steer: its ξ is like no patch; the map is {}"
+DEAD = "this question does not steer: its ξ is not similar to any patch; the map is {}"
 NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
 NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
@@ -23,7 +23,7 @@ NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 def default_map(model: VisionLanguageModel) -> str:
     """The default map: the token weights if ξ steers the encoder, otherwise the attention of the fusion.
 
-    Token weights are what is fed back. If ξ was taught to point, they lie on what is asked (`docs/topdown_study.md`).
+    Token weights show what is fed back. If ξ was trained to point, they lie on what is asked (`docs/topdown_study.md`).
     """
     topdown = model.vision.topdown
     return "weights" if topdown is not None and topdown.needs_prior else "fusion"
@@ -80,7 +80,7 @@ def attention_map(
             values, recorded.words = relevance(best_score(output), recorded)
         else:
             values = _of_attention(name, output, vision, recorded.attention)
-        if len(values) != len(output.text_states):  # one pass for all texts of an image
+        if len(values) != len(output.text_states):  # the encoder has no ξ, so all texts of an image share one pass
             values = values if image_index is None else values[image_index]
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
@@ -154,7 +154,7 @@ def _look(
     index = torch.arange(pictures, device=image.device).expand(n, -1)
     shared = not set(names) & {*NEEDS_ATTENTION, *NEEDS_GRADIENT}
     if not shared:
-        # An image a text: where the passes are shared, a gradient would mix the texts.
+        # Repeat the image for each text: with a shared first pass, a gradient would mix the texts.
         image = image.repeat(n, 1, 1, 1)
         index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     given = index if pictures > 1 else (index[:, 0] if shared else None)

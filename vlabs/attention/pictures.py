@@ -37,7 +37,7 @@ def questions_figure(
         view, tensor = seen_of(checkpoint, image)
         cells = _cells(checkpoint, view, tensor, texts, map_name)
         cells = [cell._replace(title=text) for cell, text in zip(cells, texts, strict=True)]
-        rows.append(("", [Cell(view, title="picture"), *cells]))
+        rows.append(("", [Cell(view, title="image"), *cells]))
     return grid_figure(rows)
 
 
@@ -49,7 +49,7 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
     """
     model = checkpoint.model
     if model.prior is None or not model.vision.needs_prior:
-        raise UserError("--figure pathway shows what a prior does, and this model has none")
+        raise UserError("--figure pathway shows what a prior does, but this model has none")
     view, tensor = seen_of(checkpoint, image)
     _, maps = look(model, tensor, *_tokens(checkpoint, texts), ["weights", "norm"])
     with torch.no_grad():
@@ -59,7 +59,7 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
     rows = []
     for n, text in enumerate(texts):
         cells = [
-            Cell(view, title="picture"),
+            Cell(view, title="image"),
             Cell(view, before, "norm", "bottom-up"),
             Cell(view, maps["weights"][n].numpy(), "weights", "token weights"),
             Cell(view, maps["norm"][n].numpy(), "norm", "top-down"),
@@ -78,13 +78,13 @@ def alpha_figure(
     """
     topdown = checkpoint.model.vision.topdown
     if topdown is None or not hasattr(topdown, "alpha"):
-        raise UserError("--figure alpha changes the strength of the top-down signal, and this model has none")
+        raise UserError("--figure alpha changes the strength of the top-down signal, but this model has none")
     view, tensor = seen_of(checkpoint, image)
     by_alpha = [_cells(checkpoint, view, tensor, texts, map_name, alpha) for alpha in alphas]
     rows = []
     for n, text in enumerate(texts):
         cells = [cells[n]._replace(title=f"α = {alpha:g}") for alpha, cells in zip(alphas, by_alpha, strict=True)]
-        rows.append((text, [Cell(view, title="picture"), *cells]))
+        rows.append((text, [Cell(view, title="image"), *cells]))
     return grid_figure(rows)
 
 
@@ -100,7 +100,7 @@ def checkpoints_figure(
 ) -> Figure:
     """One image seen by several models, a row per text (paper, Fig. 5); each map within its own range."""
     view, _ = seen_of(checkpoints[0][1], image)
-    rows: list[tuple[str, list[Cell]]] = [(text, [Cell(view, title="picture")]) for text in texts]
+    rows: list[tuple[str, list[Cell]]] = [(text, [Cell(view, title="image")]) for text in texts]
     for name, checkpoint in checkpoints:
         cells = _cells(checkpoint, *seen_of(checkpoint, image), texts, map_name)
         for (_, row), cell in zip(rows, cells, strict=True):
@@ -130,13 +130,13 @@ def control_figure(
     for name, checkpoint in checkpoints:
         known = list(checkpoint.preprocessing.names)
         if unknown := [one for one in classes if one not in known]:
-            raise UserError(f"--class {unknown[0]} is none of {checkpoint.path}: choose of {', '.join(known[:20])}")
+            raise UserError(f"--class {unknown[0]} is not in {checkpoint.path}: choose from {', '.join(known[:20])}")
         image = images[0] if len(images) == 1 else side_by_side(images, LONGEST)
         view, tensor = seen_of(checkpoint, image)
         labels = [known.index(one) for one in classes]
         found = look_for(checkpoint.classifier, tensor, labels, alpha)
         maps = found.weights if map_name == "weights" else found.norm
-        cells = [Cell(view, title="picture")]
+        cells = [Cell(view, title="image")]
         titles = ["bottom-up", *[one.replace("_", " ") for one in classes]]
         for n, title in enumerate(titles):
             shares = found.before if n == 0 else found.after[n - 1]
@@ -162,7 +162,7 @@ def reconstruction_figure(
     """
     model = checkpoint.model
     if model.prior is None or not model.vision.reconstructs:
-        raise UserError("--figure reconstruction shows what is fed back, and this model has no feedback with a prior")
+        raise UserError("--figure reconstruction shows what is fed back, but this model has no feedback with a prior")
     if not model.vision.backbone.is_even:
         raise UserError("--figure reconstruction needs an encoder whose blocks all have the same tokens")
     tokens, pixels = [], []
@@ -184,7 +184,7 @@ def reconstruction_figure(
     own = bottom_up.embedded[:, prefix:]
     shown = []
     for n, text in enumerate(texts):
-        cells = [Cell(view, title="picture")]
+        cells = [Cell(view, title="image")]
         for title, signal in (
             ("bottom-up", own[0]),
             ("top-down", top_down[n]),

@@ -53,7 +53,7 @@ def segment_figure(rows: Sequence[Segmented], classes: Sequence[str]) -> Figure:
     shown_rows, present = [], set()
     for view, found, truth, title in rows:
         given = {"found": found} | ({} if truth is None else {"true": truth})
-        cells = [Cell(view, title=title or "picture")]
+        cells = [Cell(view, title=title or "image")]
         for name, labels in given.items():
             of_classes = Image.fromarray(colored(view, labels, colors))
             cells.append(Cell(View(of_classes, (0, 0, *of_classes.size)), title=name))

@@ -1,4 +1,4 @@
-"""What a model can do, whatever task it was trained for: what commands and evaluations ask of a checkpoint."""
+"""Abilities of models, by which commands and evaluations choose checkpoints, whatever task they were trained for."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 
 _VISION_ALONE = ("naming",)
-"""Tasks that leave everything but the image encoder untrained."""
+"""Tasks that train only the image encoder."""
 
 
 class Ability(NamedTuple):
     """Something that some models can do.
 
     Attributes:
-        has: whether a model can.
-        lacking: what is said of one that cannot: "the model …".
+        has: whether a model has the ability.
+        lacking: the end of the message for a model that has not: "the model …".
     """
 
     has: Callable[[nn.Module], bool]
@@ -30,7 +30,7 @@ class Ability(NamedTuple):
 
 
 def pictures_per_text(network: nn.Module) -> int:
-    """How many pictures a text is about together: what a head says by `pictures`, and 1 where it says nothing."""
+    """Number of images per text: the head's attribute `pictures`, or 1."""
     return int(getattr(getattr(network, "head", None), "pictures", 1))
 
 
@@ -41,7 +41,7 @@ def _head_has(name: str) -> Callable[[nn.Module], bool]:
 ABILITIES = {
     "texts": Ability(
         lambda network: isinstance(network, VisionLanguageModel),
-        "joins no texts with pictures (task=vqa, retrieval and others train that)",
+        "does not read texts with images (task=vqa, retrieval and others train that)",
     ),
     "answers": Ability(
         _head_has("probabilities"),
@@ -49,44 +49,45 @@ ABILITIES = {
     ),
     "ranks": Ability(
         _head_has("score"),
-        "has no head with a `score` of a text and a picture (task=retrieval or pretrain trains one)",
+        "has no head with a `score` of a text and an image (task=retrieval or pretrain trains one)",
     ),
-    "one picture": Ability(lambda network: pictures_per_text(network) == 1, "reads a text with two pictures, not one"),
-    "two pictures": Ability(
+    "one image": Ability(lambda network: pictures_per_text(network) == 1, "reads a text with two images, not one"),
+    "two images": Ability(
         lambda network: pictures_per_text(network) == 2,
-        "reads a text with one picture, not two (task=nlvr2 trains that)",
+        "reads a text with one image, not two (task=nlvr2 trains that)",
     ),
     "classes": Ability(
         lambda network: isinstance(network, AbSViTClassifier),
-        "classifies no pictures (task=classify trains that)",
+        "does not classify images (task=classify trains that)",
     ),
     "segments": Ability(
-        lambda network: isinstance(network, Segmenter), "segments no pictures (task=segment or refer trains that)"
+        lambda network: isinstance(network, Segmenter), "does not segment images (task=segment or refer trains that)"
     ),
     "segments classes": Ability(
         lambda network: isinstance(network, Segmenter) and network.text is None,
-        "segments no classes of pictures (task=segment trains that)",
+        "does not segment classes (task=segment trains that)",
     ),
     "segments texts": Ability(
         lambda network: isinstance(network, Segmenter) and network.decoder.num_classes == 2,
-        "segments nothing that a text names (task=refer trains that)",
+        "does not segment what a text names (task=refer trains that)",
     ),
 }
-"""By the names that evaluations ask for them."""
+"""All abilities, by the names in `Evaluation.needs`."""
 
 
 def check_able(network: nn.Module, task: str, needs: Iterable[str | Ability], path: Path) -> None:
     """Raise a UserError if a model lacks an ability.
 
     Args:
-        task: what it was trained for.
-        needs: of `ABILITIES`, or others.
-        path: of its checkpoint.
+        network: the model.
+        task: the task that it was trained for.
+        needs: names in `ABILITIES`, or other abilities.
+        path: path of its checkpoint.
     """
     for need in needs:
         has, lacking = ABILITIES[need] if isinstance(need, str) else need
         if task in _VISION_ALONE and need == "texts":
-            lacking = "has a trained image encoder and no more: start from it with init="
+            lacking = "has only a trained image encoder: start from it with init="
         elif has(network):
             continue
         raise UserError(f"{path} was trained for the task '{task}': the model {lacking}")

@@ -102,10 +102,10 @@ def model_card(
         "",
         "## Input",
         "",
-        f"Pictures of {checkpoint.preprocessing.image_size} pixels a side; `preprocessing.json` and `tokenizer.json` "
-        "hold how pictures and texts are read. Nothing in these files is executed when they are loaded.",
+        f"Images of {checkpoint.preprocessing.image_size} pixels per side; `preprocessing.json` and `tokenizer.json` "
+        "define how images and texts are read. Nothing in these files is executed when they are loaded.",
         "",
-        f"Licence: {licence or 'nobody has said; ask who trained it'}.",
+        f"License: {licence or 'unknown; ask who trained it'}.",
         "",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))

@@ -1,4 +1,4 @@
-"""Checkpoint files: read without executing anything, and rebuilt from the plain data they contain.
+"""Checkpoint files: read without executing code, and rebuilt from the plain data that they contain.
 
 A vlabs checkpoint is Lightning's, with one more entry, `"vlabs"`: format, task, architecture (a spec of
 `vlabs.models.registry`), preprocessing, and where it comes from. An export (`.safetensors`) carries it as metadata.
@@ -129,7 +129,7 @@ def find_checkpoint(path: str | Path) -> Path:
             return path / WEIGHTS
         raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
     on_hub = _HUB_NAME.fullmatch(str(path))
-    # A folder of the first name says that a path was meant, which is then not there.
+    # If there is a local folder of the first name, a path was meant, and it does not exist.
     if on_hub and not path.exists() and not path.parent.exists():
         return download(on_hub[1], FILES, revision=on_hub[2]) / WEIGHTS
     if not path.is_file():
@@ -165,7 +165,7 @@ def rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> Che
     except UserError as error:
         raise UserError(f"{path} does not fit the architecture that it names: {error}") from None
     checkpoint = Checkpoint(model.eval(), preprocessing, header["task"], header["data"], path)
-    # Saved again, it may be for others, who have no use for where the data lay here.
+    # The model may be saved again and shared, so local paths of data are reduced to names.
     shared = _with_relative_folders(header["data"], outside=False)
     model.about = {name: header[name] for name in ("format", "task", "preprocessing")} | {"data": shared}
     return checkpoint
@@ -175,12 +175,11 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
     """Check the header of a checkpoint, and return its preprocessing.
 
     Raises:
-        UserError: the header is not as `header_of` writes it.
+        UserError: the header does not have the form that `header_of` writes.
     """
     if missing := [name for name in ("task", "preprocessing", "data", "format") if name not in header]:
         raise UserError(
-            f"{path} holds a network alone: it does not say its {missing[0]}; "
-            "vlabs.VisionLanguageModel.from_pretrained loads it"
+            f"{path} holds only a network, without its {missing[0]}; vlabs.VisionLanguageModel.from_pretrained loads it"
         )
     data, history, trained = header.get("data"), [], header.get("trained", [])
     if isinstance(data, dict):
@@ -198,13 +197,13 @@ def check_header(header: dict[str, Any], path: Path) -> Preprocessing:
             check_tokenizer(tokenizer, "its tokenizer")
         made = Preprocessing.from_plain(header["preprocessing"])
         if made.tokenizer and (length := len(made.token_ids(["a"])[0])) > made.max_length:
-            raise UserError(f"its tokenizer makes {length} tokens of a text, and {made.max_length} are taken")
+            raise UserError(f"its tokenizer makes {length} tokens of a text, but max_length is {made.max_length}")
         return made
     except UserError as error:
         raise UserError(f"{path} is damaged or not vlabs': {error}") from None
 
 
-_LONGEST = 8192  # tokens; attention takes the square of it
+_LONGEST = 8192  # tokens; attention needs the square of it
 _OF_TEXTS = ("vqa", "snli_ve", "nlvr2", "retrieval", "pretrain", "naming")
 _NETWORKS: dict[str, type[nn.Module]] = {
     **dict.fromkeys(_OF_TEXTS, VisionLanguageModel),
@@ -230,20 +229,20 @@ def _check_fit(
     """Raise a UserError if a model does not fit its task, or does not accept the output of its preprocessing."""
     head = getattr(model, "head", None)
     others = tuple(kind for kind in _HEADS.values() if kind is not _HEADS.get(task, type(head)))
-    # Of a task of one's own nothing is known.
+    # A user's own task may have any model and head.
     if not isinstance(model, _NETWORKS.get(task, type(model))) or (task in _NETWORKS and isinstance(head, others)):
         kind = type(model).__name__ if head is None else f"{type(model).__name__} with a {type(head).__name__}"
-        raise UserError(f"it says that it was trained for the task '{task}', and holds a {kind}")
+        raise UserError(f"it says that it was trained for the task '{task}', but holds a {kind}")
     if task == "segment" and getattr(model, "text", None) is not None:
-        raise UserError("it says that it was trained for the task 'segment', and reads texts")
+        raise UserError("it says that it was trained for the task 'segment', but reads texts")
     if not isinstance(model, Segmenter):
         vision = model.encoder if isinstance(model, AbSViTClassifier) else model.vision
         if (side := vision.spec.get("img_size")) != preprocessing.image_size:
-            raise UserError(f"it reads pictures of {side} px, and its preprocessing makes {preprocessing.image_size}")
-    # What a text names and all else have no names, also where no text is read: the control.
+            raise UserError(f"it reads images of {side} px, but its preprocessing makes {preprocessing.image_size}")
+    # task=refer has two classes without names, also if no text is read (the control).
     known, wanted = len(preprocessing.names), None if task == "refer" else _answers_of(model)
     if wanted is not None and known != wanted:
-        raise UserError(f"it tells {wanted} answers apart, and its preprocessing names {known}")
+        raise UserError(f"it has {wanted} answers, but its preprocessing names {known}")
     short = data.get("short_side")
     if short is not None and not (type(short) is int and 1 <= short <= 8192):
         raise UserError(f"its data's short_side={short!r} must be a whole number of pixels")
@@ -251,15 +250,17 @@ def _check_fit(
     if text is None:
         return
     if not preprocessing.tokenizer:
-        raise UserError("it reads texts, and has no tokenizer")
+        raise UserError("it reads texts, but has no tokenizer")
     largest = max(preprocessing.largest_token_id, preprocessing.pad_token_id)
     if largest >= text.vocab_size:
-        raise UserError(f"its tokenizer makes the token {largest}, and its text encoder knows {text.vocab_size}")
+        raise UserError(f"its tokenizer makes the token {largest}, but its text encoder knows {text.vocab_size}")
     if preprocessing.max_length > _LONGEST:
-        raise UserError(f"its preprocessing makes {preprocessing.max_length} tokens, and no text has over {_LONGEST}")
+        raise UserError(
+            f"its preprocessing makes {preprocessing.max_length} tokens, but at most {_LONGEST} are allowed"
+        )
     if preprocessing.max_length > text.max_length:
         raise UserError(
-            f"its preprocessing makes {preprocessing.max_length} tokens, and its text encoder takes {text.max_length}"
+            f"its preprocessing makes {preprocessing.max_length} tokens, but its text encoder takes {text.max_length}"
         )
 
 
@@ -276,35 +277,35 @@ def _answers_of(model: VisionLanguageModel | AbSViTClassifier | Segmenter) -> in
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors; nothing in it is executed.
+    """Read a `.ckpt`, `.pth` or `.safetensors` file as plain data and tensors, without executing code.
 
     Safetensors are returned in the form of a checkpoint: `state_dict`, and `vlabs` if it is an export of vlabs. The
     tensors of a `.ckpt` may stay in the file until they are used.
 
     Raises:
-        UserError: the file is damaged, not a checkpoint, holds pickled objects other than inert ones, or asks for more
-            memory than it has bytes.
+        UserError: the file is damaged, not a checkpoint, holds pickled objects that are not inert, or needs more memory
+            than it has bytes.
     """
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickled(path)
     if "vlabs" in content:
         header, state = content["vlabs"], content.get("state_dict")
         if not isinstance(header, dict) or not isinstance(state, dict):
-            raise UserError(f"{path} is not a vlabs checkpoint: its header or its weights are no dictionary")
+            raise UserError(f"{path} is not a vlabs checkpoint: its header or its weights are not a dictionary")
         if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-            raise UserError(f"{path} is damaged: its weights are no tensors by name")
+            raise UserError(f"{path} is damaged: its weights are not tensors by name")
         check_plain(header, f"{path}: its header")
         if "lora" in header:
-            # Training alone knows of adapters: whoever reads the file gets the weights that they make.
+            # Only training knows adapters. All other readers get weights with the adapters merged.
             try:
                 content["state_dict"] = merge_adapters(state, float(header["lora"]["scale"]))
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise UserError(f"{path} has adapters that fit nothing: {one_line(str(error))}") from None
+                raise UserError(f"{path} has adapters that do not fit its weights: {one_line(str(error))}") from None
             content["vlabs"] = {key: value for key, value in header.items() if key != "lora"}
     return content
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, by its name or its beginning: eight bytes with a header's length, then JSON."""
+    """Whether a file is safetensors, by its name or its start: eight bytes with the header's length, then JSON."""
     if path.suffix.lower() == ".safetensors":
         return True
     with suppress(OSError), open(path, "rb") as file:
@@ -316,7 +317,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-    except Exception as error:  # a damaged file makes the reader fail in every way there is
+    except Exception as error:  # a damaged file makes the reader fail with any kind of error
         raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
     content: dict[str, Any] = {"state_dict": read_weights(path)}
     if "vlabs" in metadata:
@@ -338,7 +339,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     _check_pickle(content)
         with _inert_globals(path):
-            # Out of the mapped file no tensor reaches beyond its record, whatever the pickle says of it.
+            # With a mapped file torch checks that each tensor stays within its record, whatever the pickle says.
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         if not isinstance(loaded, dict):
             raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
@@ -350,11 +351,11 @@ def _read_pickled(path: Path) -> dict[str, Any]:
         if "GLOBAL" in str(error):
             reason = next((line for line in str(error).split("\n") if "GLOBAL" in line), reason)
             raise UserError(
-                f"{path} holds pickled code, which vlabs never runs: where you trust it, save its weights alone, with "
+                f"{path} holds pickled code, which vlabs never runs: if you trust it, save only its weights, with "
                 f"safetensors.torch.save_file(model.state_dict(), FILE) ({reason.strip()[:200]})"
             ) from None
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
-    except Exception as error:  # a damaged file makes the unpickler fail in every way there is
+    except Exception as error:  # a damaged file makes the unpickler fail with any kind of error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
     return loaded
@@ -368,16 +369,16 @@ def _check_archive(path: Path) -> None:
         if compressed or sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records are larger than the file")
         if bad := archive.testzip():
-            raise ValueError(f"the bytes of {bad} are not those that were written (CRC)")
+            raise ValueError(f"the bytes of {bad} have changed since they were written (CRC)")
         for record in records:
             if record.filename.endswith("data.pkl"):
                 _check_pickle(archive.read(record))
 
 
 def _check_pickle(content: bytes | mmap.mmap) -> None:
-    """Raise an error if a pickle builds a `bytearray`, which torch allows, and which may have any size."""
+    """Raise an error if a pickle builds a `bytearray`: torch allows it, with any size."""
     if content.find(b"\nbytearray\n") >= 0:
-        raise ValueError("it makes a bytearray, which no checkpoint of vlabs has")
+        raise ValueError("it makes a bytearray, which checkpoints of vlabs do not have")
 
 
 def _check_sizes(content: dict[str, Any], size: int) -> None:
@@ -392,6 +393,7 @@ def _check_sizes(content: dict[str, Any], size: int) -> None:
         elif isinstance(one, Tensor):
             if one.layout is not torch.strided or one.is_quantized or one.device.type != "cpu":
                 raise ValueError(f"a tensor in it is {one.layout} on {one.device.type}, not plain")
+            # A few bytes can be shown as a huge tensor (strides of 0), which a copy would make real.
             if one.nbytes > one.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of the shape {list(one.shape)} repeats the few bytes that it has")
             total += one.nbytes
@@ -400,7 +402,7 @@ def _check_sizes(content: dict[str, Any], size: int) -> None:
 
 
 class _Inert:
-    """Stands in for a class that a foreign checkpoint names (a callback, say), and ignores its arguments."""
+    """Replaces a class that another library's checkpoint names, such as a callback, and ignores its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -414,10 +416,10 @@ _INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
 
 @contextmanager
 def _inert_globals(path: Path) -> Iterator[None]:
-    """Allow `argparse.Namespace`, and stand-ins for whatever Lightning class the file names; nothing else."""
+    """Allow only `argparse.Namespace`, and inert replacements for the Lightning classes that the file names."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip: torch.load itself then says what is wrong with the file
+    except Exception:  # not a zip file: torch.load will report what is wrong
         named = []
     stand_ins: list[Any] = [(_Inert, name) for name in named if name.startswith(_INERT_MODULES)]
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
@@ -464,12 +466,14 @@ def trainings_in_words(history: list[dict[str, Any]]) -> str:
 
 
 def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool = False) -> Path:
-    """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` take.
+    """Write the model of a checkpoint as one safetensors file that `evaluate`, `predict` and `init=` read.
 
-    Data folders in the current folder are named relative to it, because an export is for others too.
+    Data folders inside the current folder are named relative to it, because an export may be shared.
 
     Args:
-        overwrite: `out` may exist.
+        checkpoint: a checkpoint or run folder.
+        out: the new file.
+        overwrite: whether `out` may exist.
 
     Raises:
         UserError: the checkpoint does not exist, or `out` exists.
@@ -491,7 +495,7 @@ def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool 
 
 
 def _with_relative_folders(data: Any, outside: bool = True) -> Any:
-    """A checkpoint's `data` with every `dir` in the current folder made relative to it.
+    """A checkpoint's `data`, with each `dir` inside the current folder made relative to it.
 
     Args:
         outside: keep the paths of other folders; otherwise only their names.

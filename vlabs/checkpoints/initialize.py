@@ -19,7 +19,7 @@ from vlabs.models.registry import is_finite
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.vlm import VisionLanguageModel
 
-_LISTED = 20  # names that a report lists of one kind
+_LISTED = 20  # largest number of names of one kind in a report
 
 
 @dataclass
@@ -52,15 +52,15 @@ class Initialized:
         for what, names in (
             ("resampled", self.resampled),
             ("left out", self.left_out),
-            ("newly made", self.new),
-            ("made from others", self.derived),
+            ("new", self.new),
+            ("derived from others", self.derived),
         ):
             if names:
                 more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 lines.append(f"  {what} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
         if self.bias_again is not None:
             kept = str(self.bias_again).lower()
-            lines.append(f"  its feedback comes with its arithmetic, model.vision.topdown.bias_again={kept}")
+            lines.append(f"  its feedback keeps its own arithmetic, model.vision.topdown.bias_again={kept}")
         return "\n".join(lines)
 
 
@@ -136,10 +136,10 @@ def initialize(
             and own[name].shape[1:] == value.shape[1:]
             and len(value) > 1
         ):
-            # A second picture begins as the first (METER); what has a second one begins with its first.
+            # As in METER, the token type of a second image starts as that of the first. Surplus types are cut.
             more = len(own[name]) - len(value)
             chosen[name] = torch.cat([value, value[1:2].expand(more, -1)]) if more > 0 else value[: len(own[name])]
-            result.derived.append(f"{name}, the types of text and picture; a second picture's is the first's")
+            result.derived.append(f"{name}, the types of text and image; a second image's is the first's")
         elif name in own and (resampled := _resample(name, value, own[name], model)) is not None:
             chosen[name] = resampled
             result.resampled.append(name)
@@ -158,7 +158,7 @@ def initialize(
 
 
 def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:
-    """Set `bias_again` of `model` as the decoders of another architecture need it; returns whether it changed."""
+    """Set `bias_again` of `model` as the decoders of another architecture need it; return whether it changed."""
 
     def part(plain: Any, name: str) -> Any:
         return plain.get(name) if isinstance(plain, dict) else None
@@ -204,6 +204,6 @@ def _resample(
         return None
     try:
         resampled = _vision(model).backbone.resample(name.removeprefix(within), value, target)
-    except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of no picture's shape
+    except (ArithmeticError, IndexError, RuntimeError, ValueError):  # the tensor has no shape that can be resampled
         return None
     return None if resampled is None or resampled.shape != target.shape else resampled

@@ -35,7 +35,7 @@ _ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - 
 _INDEX, _SHARDS, _PICKLED = "model.safetensors.index.json", "model-*-of-*.safetensors", "pytorch_model.bin"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_LISTED = 3  # names that a message lists of one kind
+_LISTED = 3  # largest number of names of one kind in a message
 
 
 @dataclass
@@ -66,17 +66,17 @@ def vit_from_timm(
     encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
-    """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the sizes given.
+    """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the given sizes.
 
     Args:
         weights: timm tag, local folder, or local file of the pre-trained weights; None for random weights. A folder has
             timm's config.json and weights, as `hf download timm/TAG --local-dir` makes it; a `.safetensors` or `.pth`
             file has timm's parameter names or those of the released RVT or FAN.
-        architecture: as in `AbSViT`, for a file or random weights. A tag and a folder say their own.
+        architecture: as in `AbSViT`, for a file or random weights. Tags and folders have their own.
         img_size, topdown, start, keep, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
             blocks are left out, as METER leaves CLIP's last one out.
         patch_size: side of a patch in pixels; None for the architecture's own.
-        encoder_class: what is built around the ViT.
+        encoder_class: class that is built around the ViT.
 
     Returns:
         The encoder; its `origin` says how many of the weights it uses.
@@ -87,7 +87,7 @@ def vit_from_timm(
     source = None if weights is None else _find_weights(weights)
     name = (source and source.architecture) or architecture
     if name is None:
-        of = f"model.vision.weights={weights} does not say what it holds: " if weights else ""
+        of = f"model.vision.weights={weights} does not name its architecture: " if weights else ""
         raise UserError(f"{of}model.vision.architecture must be given, e.g. vit_base_patch16_224")
     if source is not None:
         given = {option: value for option, value in vit_options.items() if value is not None}
@@ -111,7 +111,7 @@ def film_vit(weights: str | None = None, architecture: str | None = None, **opti
 
 
 def check_there(vision: str | None, text: str | None, tokenizer: str | None = None) -> None:
-    """Check that the weights of a run are available, before minutes of work on its data.
+    """Check that the weights of a run are available, before minutes are spent on its data.
 
     Args:
         vision, text: arguments of `vit_from_timm` and `text_from_pretrained`.
@@ -131,7 +131,7 @@ def check_there(vision: str | None, text: str | None, tokenizer: str | None = No
                 _read_folder(folder, name)
         except UserError as error:
             missing.append(str(error))
-    if tokenizer and not (missing and tokenizer == text):  # whose message is of the whole folder
+    if tokenizer and not (missing and tokenizer == text):  # then the message about its folder is enough
         try:
             read_tokenizer(tokenizer, Path())
         except UserError as error:
@@ -149,7 +149,7 @@ def _located(weights: str) -> Path:
         raise UserError(f"model.vision.weights={weights} does not exist")
     architecture = weights.split(".")[0]
     if architecture not in timm.list_models():
-        raise UserError(f"model.vision.weights={weights} is no tag of timm, and no file or folder here")
+        raise UserError(f"model.vision.weights={weights} is not a tag of timm, and there is no such file or folder")
     if weights != architecture and weights not in (known := timm.list_pretrained(f"{architecture}*")):
         raise UserError(f"timm has no weights '{weights}': choose one of {', '.join(known) or 'another model'}")
     config = timm.get_pretrained_cfg(weights)
@@ -175,12 +175,12 @@ def _of_folder(folder: Path) -> _Source:
         config = _read_config(folder, str(folder))
         architecture, options = config.get("architecture"), config.get("model_args") or {}
         if isinstance(architecture, dict):
-            raise UserError(f"model.vision.weights={folder} holds a model of vlabs: start from it with init={folder}")
+            raise UserError(f"model.vision.weights={folder} is a model of vlabs: start from it with init={folder}")
         if not isinstance(architecture, str) or not isinstance(options, dict):
             kind = f" (it is a {config['model_type']} of transformers)" if "model_type" in config else ""
             raise UserError(
                 f"model.vision.weights={folder}: its {CONFIG} names no architecture of timm{kind}: name a folder of "
-                "`hf download timm/TAG --local-dir DIR`, or a file of weights by timm's names"
+                "`hf download timm/TAG --local-dir DIR`, or a file of weights with timm's names"
             )
     ours = {name: value for name, value in options.items() if name not in ("img_size", "num_classes")}
     return _Source(str(folder), _read_folder(folder, str(folder)), architecture, ours)
@@ -206,7 +206,7 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     failed = ""
     try:
         converted = encoder.backbone.convert(dict(source.state))
-    except Exception as error:  # tensors of other shapes make timm fail in every way there is
+    except Exception as error:  # tensors of other shapes make timm fail with any kind of error
         converted, failed = dict(source.state), one_line(str(error)) or type(error).__name__
     converted = _without_head(converted, own)
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
@@ -214,9 +214,9 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     missing = [key for key in own if key not in kept and not _is_of_head(key)]
     unknown = [key for key in kept if key not in own]
     if failed or others or missing or unknown:
-        said = [f"{len(others)} of its tensors are of another shape ({_both(others[0], kept, own)})"] if others else []
+        said = [f"{len(others)} of its tensors have another shape ({_both(others[0], kept, own)})"] if others else []
         said += [f"it has no {_listed(missing)}"] if missing else []
-        said += [f"no place is for its {_listed(unknown)}"] if unknown else []
+        said += [f"the encoder has no {_listed(unknown)}"] if unknown else []
         raise UserError(f"{source.label} does not fit {name}: {'; '.join(said) or failed}")
     encoder.vit.load_state_dict(kept, strict=False)
     notes = []
@@ -229,7 +229,7 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
 
 
 def _without_head(state: State, own: State) -> State:
-    """Weights without the head; the last norm has its name in the model: `fc_norm` if the mean token is classified."""
+    """Remove the head's weights, and name the last norm as in the model: `fc_norm` if the mean token is classified."""
     for there, here in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
         if f"{there}weight" in state.keys() - own.keys() and f"{here}weight" in own.keys() - state.keys():
             state = {re.sub(rf"^{there}", here, key): value for key, value in state.items()}
@@ -294,7 +294,7 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
     part = "roberta" if kind == "roberta" else "encoder"
     prefix = "model." if kind == "modernbert" else f"{kind.partition('-')[0]}."
     try:
-        # transformers' own defaults for what its config leaves out, and not ours.
+        # For values that its config leaves out, use transformers' defaults, not ours.
         known = AutoConfig.for_model(kind, **{name: config[name] for name in config.keys() & OPTIONS}).to_dict()
         if kind == "roberta":
             spec |= {name: known[name] for name in _ROBERTA_SIZES}
@@ -302,22 +302,22 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
             spec |= {"model_type": kind} | {name: known[name] for name in known.keys() & OPTIONS}
         named = {f"{part}.{_today(name.removeprefix(prefix))}": value for name, value in state.items()}
         encoder = restore(spec, named, left_over=True)
-    except Exception as error:  # whatever a config that was tampered with makes of transformers
+    except Exception as error:  # a manipulated config makes transformers fail with any kind of error
         raise UserError(f"{name_or_path} holds no text encoder that can be loaded: {one_line(str(error))}") from None
     assert isinstance(encoder, TextEncoder)
     own = encoder.state_dict()
-    rooms = tuple({f"{key.split('.')[0]}.{key.split('.')[1]}." for key in own})  # all else is of heads
+    rooms = tuple({f"{key.split('.')[0]}.{key.split('.')[1]}." for key in own})  # other tensors belong to heads
     left = [key for key in named.keys() - own.keys() if key.startswith(rooms) and not key.endswith("_ids")]
     said = [f"left out: {_listed(sorted(left))}"] if left else []
     encoder.origin = f"{len(own)} of {len(own) + len(left)} tensors from {name_or_path}{_in_brackets(said)}"
     return encoder
 
 
-roberta_from_pretrained = text_from_pretrained  # what the configs of earlier runs call it
+roberta_from_pretrained = text_from_pretrained  # its name in configs of earlier runs
 
 
 def _today(name: str) -> str:
-    """The current name of a parameter; BERT's files have old ones."""
+    """The current name of a parameter; BERT's files use old names."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
@@ -358,7 +358,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise _not_whole(folder, name, [CONFIG, *([] if _weights_of(folder) else [WEIGHTS])])
     config = parse_json(read_text(folder / CONFIG), f"{name}: {CONFIG}")
     if not isinstance(config, dict):
-        raise UserError(f"{name}: {CONFIG} is no config of a model")
+        raise UserError(f"{name}: {CONFIG} is not the config of a model")
     return config
 
 
@@ -390,7 +390,7 @@ def _read_shards(folder: Path, name: str) -> State:
         raise UserError(f"{folder / _INDEX} is damaged: it does not say which tensor is in which file (weight_map)")
     files = sorted(set(places.values()))
     if outside := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
-        raise UserError(f"{folder / _INDEX} names {outside[0]!r}, which is no .safetensors file of its own folder")
+        raise UserError(f"{folder / _INDEX} names {outside[0]!r}, which is not a .safetensors file in its folder")
     if missing := sorted(set(files) - {path.name for path in folder.iterdir() if path.is_file()}):
         raise _not_whole(folder, name, missing)
     check_files(folder, files)
@@ -399,7 +399,7 @@ def _read_shards(folder: Path, name: str) -> State:
         found = read_weights(folder / file)
         wanted = [key for key, place in places.items() if place == file]
         if absent := [key for key in wanted if key not in found]:
-            raise UserError(f"{folder / file} has no {_listed(absent)}, which {_INDEX} says is there")
+            raise UserError(f"{folder / file} has no {_listed(absent)}, but {_INDEX} says so")
         state |= {key: found[key] for key in wanted}
     return state
 
@@ -415,28 +415,28 @@ def _in_full(state: State, name: str) -> State:
             raise UserError(f"{name}: {key} is {value.dtype}: save it as float32, float16 or bfloat16")
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if wrong := [key for key, value in state.items() if value.is_floating_point() and not is_finite(value)]:
-        raise UserError(f"{name}: {_listed(wrong)} is not finite: it is of a training that failed, or damaged")
+        raise UserError(f"{name}: {_listed(wrong)} is not finite: the training failed, or the file is damaged")
     return state
 
 
 def _not_whole(folder: Path, name: str, missing: Iterable[str]) -> UserError:
-    """Say what a model's folder lacks, and what it has instead."""
+    """The error for an incomplete folder of a model: what is missing, and what there is instead."""
     there = sorted(path.name for path in folder.iterdir() if path.is_file())
     lacks = [f"{file} (a broken link)" if os.path.islink(folder / file) else file for file in missing]
     of = f"{name} has no {_listed(lacks)}"
     if folder != Path(name):
         return UserError(
-            f"{of} in the local cache, {folder}, which is not whole: download it where there is a network, with "
+            f"{of} in the local cache, {folder}, which is incomplete: download it where there is a network, with "
             f"`hf download {name}` or `--local-dir DIR`, and pass DIR"
         )
     if missing == [WEIGHTS] and len(others := [file for file in there if file.endswith(".safetensors")]) == 1:
-        return UserError(f"{of}: if {others[0]} is all of its weights, call it {WEIGHTS}")
+        return UserError(f"{of}: if {others[0]} has all of its weights, rename it to {WEIGHTS}")
     if lacks[0].startswith(WEIGHTS) and there and (others := [file for file in there if _OTHER_WEIGHTS.search(file)]):
         return UserError(
             f"{of}, and {_listed(others)} cannot be read: load it with the library that wrote it and save it as "
             "safetensors, with transformers' model.save_pretrained(DIR) or timm.models.save_for_hf(model, DIR)"
         )
-    return UserError(f"{of}: it has {_listed(there) or 'no files'}; name the folder of a whole model")
+    return UserError(f"{of}: it has {_listed(there) or 'no files'}; name the folder of a complete model")
 
 
 _OTHER_WEIGHTS = re.compile(r"\.(bin|bin\.index\.json|h5|msgpack|onnx|gguf|pth|pt|ckpt|npz|safetensors|ot)$")

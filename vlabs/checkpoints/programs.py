@@ -31,7 +31,7 @@ from vlabs.utils.files import new_folder
 
 FORMATS = ("onnx", "torch")
 _SUFFIX = {"onnx": "onnx", "torch": "pt2"}
-_LARGE = 1.5e9  # bytes: an ONNX file holds 2 GB, larger weights lie beside it
+_LARGE = 1.5e9  # bytes; an ONNX file holds at most 2 GB, so larger weights go into a file beside it
 _IMAGES = ("tokens", "hidden", "embedded", "first_qkv", "pooled")
 
 
@@ -169,7 +169,9 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     if isinstance(checkpoint.network, AbSViTClassifier):
         return _parts_of_classifier(checkpoint)
     if not isinstance(checkpoint.network, VisionLanguageModel):
-        raise UserError(f"{checkpoint.path} is of task={checkpoint.task}, which has no programs: export it as weights")
+        raise UserError(
+            f"{checkpoint.path} was trained for task={checkpoint.task}, which has no programs: export it as weights"
+        )
     model = checkpoint.model
     pictures = pictures_per_text(model)
     images, ids, mask = example_inputs(checkpoint)
@@ -242,8 +244,8 @@ def _write_part(name: str, part: Part, folder: Path, form: str) -> str:
                     program, (), file, input_names=part.given, output_names=part.gives, dynamo=True, verbose=False,
                     external_data=size > _LARGE,
                 )  # fmt: skip
-    except Exception as error:  # whatever an operation that has no form there leads to
-        raise UserError(f"the part {name} has no form as {form}: {one_line(str(error))[:300]}") from None
+    except Exception as error:  # operations that the format lacks raise many kinds of errors
+        raise UserError(f"the part {name} cannot be exported as {form}: {one_line(str(error))[:300]}") from None
     return file.name
 
 

@@ -28,8 +28,8 @@ from vlabs.models.vlm import VisionLanguageModel
 
 State = dict[str, Tensor]
 
-# The tasks of METER's checkpoints, and the last layer of the head by which each is told. Pre-training comes last,
-# because its heads stay in what is fine-tuned.
+# The tasks of METER's checkpoints, and the last layer of the head that identifies each. Pre-training comes last,
+# because fine-tuned checkpoints keep its heads.
 TASKS = {
     "vqa": "vqa_classifier.3.weight",
     "nlvr2": "nlvr2_classifier.3.weight",
@@ -38,7 +38,7 @@ TASKS = {
     "pretrain": "mlm_score.decoder.weight",
 }
 
-# Part of the files, never read by the released forward pass (itm_score is, in retrieval, where the file has it).
+# In the files, but not used by the released forward pass (except itm_score in retrieval, if the file has it).
 _UNUSED = re.compile(
     r"^vit_model\.head\.|^text_transformer\.pooler\.|(^|\.)(position|token_type)_ids$|^mlm_score\.|^itm_score\."
 )
@@ -172,12 +172,12 @@ def load_released(
 
     try:
         with torch.device("meta"):
-            # Shapes alone: sizes of tensors that do not fit each other make no network.
+            # First with shapes only: a damaged file must not make a huge network before it is refused.
             load({key: value.to("meta") for key, value in state.items()})
         return load(state)
     except UserError:
         raise
-    except Exception as error:  # tensors of other shapes make the parts fail in every way there is
+    except Exception as error:  # tensors of other shapes make the parts fail with any kind of error
         raise UserError(f"{name} is not a checkpoint of this kind: {one_line(str(error))}") from None
 
 
@@ -203,7 +203,7 @@ def find_state(content: dict[str, Any], name: str) -> State:
             break
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{name} holds no tensors by name, so it is no checkpoint of the released code")
+        raise UserError(f"{name} has no tensors by name, so it is not a checkpoint of the released code")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
@@ -211,7 +211,7 @@ def find_state(content: dict[str, Any], name: str) -> State:
 
 def _load_classifier(state: State, name: str, heads: int | None, alpha: float) -> ReleasedClassifier:
     if "prompt" not in state:
-        raise UserError(f"{name} is no AbSViT classifier: 'prompt' is missing (for a METER file say task='vqa')")
+        raise UserError(f"{name} is not an AbSViT classifier: 'prompt' is missing (for a METER file, pass task='vqa')")
     pool = "avg" if "fc_norm.weight" in state else "token"
     topdown = AbSTopDown(alpha, bias_again=True)
     encoder = _vision(state, "", name, heads, topdown, pool, num_classes=_need(state, "head.weight", name)[0])
@@ -274,7 +274,7 @@ def _refuse_other_encoders(state: State, name: str) -> None:
 
 
 def task_of(state: State) -> str | None:
-    """The task of a METER checkpoint by its head; None if it is none. What was fine-tuned has other heads as well."""
+    """The task of a METER checkpoint by its head; None for other files. Fine-tuned ones keep heads of pre-training."""
     if "cross_modal_text_transform.weight" not in state:
         return None
     return next((task for task, key in TASKS.items() if key in state), None)
@@ -299,7 +299,7 @@ def _clip(state: State, name: str, heads: int | None) -> tuple[AbSViT, State]:
 
 
 def _swin(state: State, name: str) -> tuple[AbSViT, State]:
-    """METER's Swin, and the checkpoint with its weights under timm's names; a window is the whole of the last stage."""
+    """METER's Swin, and the checkpoint with its weights under timm's names. In the last stage a window is the image."""
     prefix = "vit_model."
     width, _, patch, _ = _need(state, f"{prefix}patch_embed.proj.weight", name)
     stages = range(_depth(state, f"{prefix}layers."))
@@ -365,7 +365,7 @@ def _text(state: State, name: str, heads: int | None) -> TextEncoder:
         "max_position_embeddings": _need(state, f"{prefix}embeddings.position_embeddings.weight", name)[0],
     }
     types = _need(state, f"{prefix}embeddings.token_type_embeddings.weight", name)[0]
-    if types == 1:  # which BERT has two of
+    if types == 1:  # RoBERTa has one token type, BERT two
         return RobertaEncoder(**sizes)
     return OtherEncoder("bert", **sizes, type_vocab_size=types)
 
@@ -377,7 +377,7 @@ def _need(state: State, key: str, name: str) -> tuple[int, ...]:
 
 
 def _depth(state: State, prefix: str) -> int:
-    """Blocks, which are numbered from 0; never more than there are tensors."""
+    """Number of blocks, which are numbered from 0. It cannot exceed the number of tensors, as a damaged name could."""
     blocks = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
     if blocks != {str(number) for number in range(len(blocks))}:
         raise UserError(f"it is not a checkpoint of this kind: its blocks '{prefix}' are not numbered from 0")
@@ -396,7 +396,7 @@ def _released_name(name: str, classifier: str) -> str:
 
 
 def _fill(model: nn.Module, state: State, name: str, task: str = "") -> None:
-    """Copy the released tensors into `model`; every parameter must be there, and nothing else but what is unused."""
+    """Copy the released tensors into `model`. All parameters must be there, and nothing else that is used."""
     classifier = TASKS.get(task, "").partition(".")[0]
     released = {_released_name(key, classifier): key for key in model.state_dict()}
     needed = ("itm_score.", "mlm_score.") if task == "pretrain" else ()
@@ -408,7 +408,7 @@ def _fill(model: nn.Module, state: State, name: str, task: str = "") -> None:
     if missing or unexpected:
         parts = [f"missing {', '.join(missing)}"] if missing else []
         parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-        raise UserError(f"{name} does not hold the network it should: {'; '.join(parts)}")
+        raise UserError(f"{name} does not hold the expected network: {'; '.join(parts)}")
     found = {ours: state[key] for key, ours in released.items() if key in state}
     try:
         model.load_state_dict(found, strict=False)

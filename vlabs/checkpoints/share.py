@@ -33,9 +33,9 @@ def export_folder(
     Args:
         ckpt: run folder or checkpoint.
         out: the new folder.
-        name: the name by which the card loads it; the folder's name if not given.
+        name: the name by which the card loads it; None for the folder's name.
         licence, metrics: see `model_card`.
-        overwrite: `out` may be an earlier export.
+        overwrite: whether `out` may be an earlier export.
 
     Raises:
         UserError: the checkpoint does not exist, or `out` exists.
@@ -73,7 +73,7 @@ def push_to_hub(
     Args:
         name: `user/name`.
         private: whether a new repository is private.
-        token: of the hub; that of `hf auth login` if not given.
+        token: access token of the hub; None for that of `hf auth login`.
         ckpt, licence, metrics: see `export_folder`.
 
     Returns:
@@ -92,10 +92,10 @@ def push_to_hub(
             commit = api.upload_folder(
                 repo_id=name, folder_path=made, commit_message="A model of vlabs", delete_patterns=["*.safetensors"]
             )
-        except Exception as error:  # whatever the hub and the network can do
+        except Exception as error:  # the hub and the network raise many kinds of errors
             reason = one_line(str(error)) or type(error).__name__
             raise UserError(
-                f"--to-hub {name}: the hub does not take it ({reason}): log in with `hf auth login`, or write a folder "
+                f"--to-hub {name}: the hub refuses it ({reason}): log in with `hf auth login`, or write a folder "
                 "with --out FOLDER and upload it with `hf upload`"
             ) from None
     return str(commit.commit_url)

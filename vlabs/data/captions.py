@@ -20,7 +20,7 @@ from vlabs.data.texts import TextDataModule, TextDataset
 from vlabs.errors import UserError
 from vlabs.utils.options import Size
 
-# How often another image is drawn where a false one cannot be decoded, with on_bad=skip.
+# How many false images are tried with on_bad=skip before one that cannot be decoded is an error.
 _REDRAWS = 20
 _TEXTS = datasets.List(datasets.Value("string"))
 
@@ -29,16 +29,17 @@ class CaptionBatch(NamedTuple):
     """n captions with their images, and false partners where the task wants them.
 
     Attributes:
-        images: (B, 3, H, W), normalised; the captions' own, then the false ones. Or what is stored of them.
+        images: (B, 3, H, W), normalized: the captions' own images, then the false ones. With a store, the stored first
+            passes instead.
         input_ids, attention_mask: (n, T).
         image_index: (n,), the position in `images` of each caption's image.
         image_ids: (n,), the row of each caption's image in the data: the same number for the same image.
         caption_ids: n, the data's own ids.
-        coverage: (n, patches) in [0, 1], how much of every patch a caption is about; zeros where nobody said; None
-            where nobody asked.
+        coverage: (n, patches) in [0, 1], how much of each patch a caption is about; zeros where unknown; None if not
+            requested.
         false_image_index: (n,), the position in `images` of an image that the caption does not belong to; or None.
         false_input_ids, false_attention_mask: (n, m, T), captions of other images; or None.
-        epoch, number: which epoch and which batch of it this is, for randomness that is a function of them.
+        epoch, number: the epoch and the batch's number in it, from which random draws are seeded.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
@@ -61,11 +62,11 @@ class CaptionDataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `CaptionBatch`.
 
     Args:
-        rows: prepared rows (see `vlabs.data.prepared.CAPTION_FEATURES`).
+        rows: prepared rows (see `vlabs.data.features.CAPTION_FEATURES`).
         preprocessing, images: see `TextDataset`.
-        seed: of false partners, which are functions of (seed, epoch, caption).
-        false_images: draw an image that does not belong to it for every caption.
-        false_captions: captions of other images to draw for every caption.
+        seed: seed of the false partners, which are a function of (seed, epoch, caption).
+        false_images: also draw, for each caption, an image that it does not belong to.
+        false_captions: number of captions of other images to draw for each caption.
     """
 
     item = "caption"
@@ -107,13 +108,14 @@ class CaptionDataset(TextDataset):
         )
 
     def _others(self, row: int, position: int, epoch: int, count: int) -> np.ndarray:
-        """Rows of other images, at random."""
+        """Draw rows of other images."""
         generator = random_generator(self.seed, epoch, row, position)
+        # Drawing from one row less and skipping over `row` gives every other row the same probability.
         drawn: np.ndarray = generator.integers(len(self.rows) - 1, size=count)
         return drawn + (drawn >= row)
 
     def _false_images(self, chosen: list[tuple[int, dict[str, Any], int]], epoch: int, skipped: list[int]) -> list[Any]:
-        """An image of another row for every caption."""
+        """Read an image of another row for each caption."""
         images = []
         for number, _, position in chosen:
             for other in self._others(number, position, epoch, _REDRAWS).tolist():
@@ -140,14 +142,13 @@ class CaptionDataset(TextDataset):
 
 
 class CaptionDataModule(TextDataModule):
-    """Batches of one or more prepared caption folders, trained on together.
+    """Batches of one or more prepared caption folders, which are trained on together.
 
     Args:
         dir: the prepared folder.
-        sets: more of them by a name of your choice, e.g. `{coco: data/coco_captions}`.
+        sets: further prepared folders, each under a name of your choice, e.g. `{coco: data/coco_captions}`.
         captions_per_image: captions of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
-
 
     Raises:
         UserError: see `PreparedDataModule`.
@@ -170,37 +171,37 @@ class CaptionDataModule(TextDataModule):
             check_kind(folder, self.kind)
 
     def rows(self, split: str) -> datasets.Dataset:
-        """The rows of a split of all sets that have it.
+        """The rows of a split, from all folders that have it.
 
         Raises:
-            UserError: no set has it.
+            UserError: no folder has this split.
         """
         having = [directory for directory in self.folders.values() if split in read_manifest(directory)["splits"]]
-        # With one set, or none that has it, load_split says which splits there are.
+        # If no folder has the split, load_split raises an error that lists the splits of the first folder.
         parts = [load_split(directory, split) for directory in having or list(self.folders.values())[:1]]
         if any(not _fit(part.features, parts[0].features) for part in parts):
             raise UserError(
                 f"data.sets: {', '.join(map(str, having))} were prepared by different versions: prepare again"
             )
-        if len({str(part.features["caption_id"]) for part in parts}) > 1:  # numbers in one set, texts in another
+        if len({str(part.features["caption_id"]) for part in parts}) > 1:  # numbers in one folder, strings in another
             parts = [_with_text_ids(part) for part in parts]
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> CaptionDataset:
-        """See `TextDataModule`; false partners in validation are the same in every epoch."""
+        """See `TextDataModule`. False partners in validation are the same in every epoch."""
         return CaptionDataset(
             rows, self.preprocessing, images, self.options.seed, self.wants.false_images, self.wants.false_captions
         )
 
 
 def _with_text_ids(rows: datasets.Dataset) -> datasets.Dataset:
-    """The same rows, whose pictures are not copied, with ids that are texts."""
+    """The same rows with caption ids as strings; images are not copied."""
     ids = rows.data.column("caption_id").cast(pa.list_(pa.string())).combine_chunks()
     return rows.remove_columns("caption_id").add_column("caption_id", ids, feature=_TEXTS)
 
 
 def _fit(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether rows can stand beside each other; those with pictures in shards have columns that others leave out."""
+    """Whether rows can be concatenated. Rows whose images lie in shards have columns that others lack."""
     apart = ("path", "offset", "size", "caption_id")
     return {name: one for name, one in some.items() if name not in apart} == {
         name: one for name, one in others.items() if name not in apart

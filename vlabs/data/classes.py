@@ -1,4 +1,7 @@
-"""Pictures with one class each, in batches: read where they lie, augmented and mixed by timm, the same in every run."""
+"""Batches of images with one class each, augmented and mixed by timm, reproducibly.
+
+Images may stay in their raw files; prepared rows then say where.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from vlabs.utils.options import NonNegative, Share, Size
 
 
 class ClassBatch(NamedTuple):
-    """n pictures.
+    """n images.
 
     Attributes:
-        images: (n, 3, H, W), normalised.
-        targets: (n, classes), what each picture is of, summing to 1; two classes where pictures are mixed.
-        labels: (n,), the class of each picture, before mixing.
-        image_ids: n.
+        images: (n, 3, H, W), normalized.
+        targets: (n, classes), class probabilities that sum to 1; more than one class if mixed or smoothed.
+        labels: (n,), the class of each image before mixing.
+        image_ids: n ids.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
@@ -39,20 +42,20 @@ class ClassBatch(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """How training pictures are changed; the names and meanings of timm's `create_transform` and `Mixup`.
+    """Augmentation of training images; names and meanings are those of timm's `create_transform` and `Mixup`.
 
     Attributes:
-        scale: least share of an image that is cropped and resized; 1 to keep it whole.
+        scale: smallest share of an image that is cropped and resized; 1 to keep it whole.
         hflip: probability of mirroring an image.
-        color_jitter: strength of changes of brightness, contrast and saturation; timm uses it where there is no
+        color_jitter: strength of changes of brightness, contrast and saturation; timm ignores it if there is an
             `auto_augment`.
         auto_augment: timm's augmentation, such as `rand-m9-mstd0.5-inc1`; None for none.
-        random_erasing: probability of replacing a part by noise.
+        random_erasing: probability of replacing a part of an image by noise.
         mixup: α of mixup; 0 for none.
         cutmix: α of CutMix; 0 for none.
         label_smoothing: share of a target that is spread over all classes.
-        repeats: how often every image comes in an epoch, of which every third is then seen (repeated augmentation); 1
-            for once.
+        repeats: how often each image is repeated, each time with another augmentation. An epoch keeps its length, so it
+            then has fewer different images (repeated augmentation); 1 for none.
     """
 
     scale: Share = 1.0
@@ -70,8 +73,8 @@ class ClassDataset(PictureDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `ClassBatch`.
 
     Args:
-        rows: prepared rows (`vlabs.data.prepared.CLASS_FEATURES`).
-        augmentation: of training; None for none.
+        rows: prepared rows (`vlabs.data.features.CLASS_FEATURES`).
+        augmentation: augmentation in training; None for none.
         preprocessing, seed, on_bad: see `PictureDataset`.
     """
 
@@ -104,7 +107,7 @@ class ClassDataset(PictureDataset):
                 images.append(self.prepare(image, row, spec, place))
                 labels.append(row["label"])
                 ids.append(row["image_id"])
-            if self.mixup is not None and len(images) % 2:  # pictures are mixed in pairs
+            if self.mixup is not None and len(images) % 2:  # timm mixes images in pairs
                 images, labels, ids = images[:-1], labels[:-1], ids[:-1]
             size, classes = self.preprocessing.image_size, len(self.preprocessing.names)
             batch = torch.stack(images) if images else torch.empty(0, 3, size, size)
@@ -119,23 +122,24 @@ class ClassDataset(PictureDataset):
         return ClassBatch(batch, targets.float(), of, ids, skipped)
 
     def prepare(self, image: Image.Image, row: dict[str, Any], spec: BatchSpec, place: int) -> Tensor:
-        """A picture as the model sees it, (3, H, W), normalised.
+        """Turn a decoded image into the model's input, (3, H, W), normalized.
 
         Args:
-            image: as it was decoded.
-            row: what the data say of it.
-            spec, place: its batch, and its place in it.
+            image: the decoded image.
+            row: its prepared row.
+            spec, place: its batch, and its place in that batch.
         """
         if self.transform is None:
             return self.preprocessing.image(image)
-        # What timm draws, from all three generators, is a function of where in the training it is.
+        # timm draws from the generators of random, numpy and torch. Seeding them by the position in the training makes
+        # an image the same in every worker and after a resume.
         seed_generators(*self.key(spec, place))
         tensor: Tensor = self.transform(image)
         return tensor
 
 
 def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:
-    """timm's training transform, normalising as the preprocessing does."""
+    """timm's training transform with the preprocessing's size, interpolation and normalization."""
     return create_transform(
         preprocessing.image_size,
         is_training=True,
@@ -157,7 +161,7 @@ class ClassDataModule(PictureDataModule):
 
     Args:
         dir: the prepared folder.
-        augmentation: how training images are changed; a dictionary names options of `Augmentation`.
+        augmentation: augmentation of training images, as an `Augmentation` or a dictionary of its options.
         options: of `PictureDataModule`.
 
     Raises:
@@ -165,8 +169,8 @@ class ClassDataModule(PictureDataModule):
     """
 
     kind = "classes"
-    holds = "pictures with a class (data=objects, imagenet, classes)"
-    by_default: ClassVar[dict[str, Any]] = {  # as usual on ImageNet
+    holds = "images with a class (data=objects, imagenet, classes)"
+    by_default: ClassVar[dict[str, Any]] = {  # the usual values for ImageNet
         "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop": 0.875,
         "crop_mode": "center",
     }  # fmt: skip
@@ -186,7 +190,7 @@ class ClassDataModule(PictureDataModule):
             check_augment("augmentation.auto_augment", a.auto_augment)
         if (a.mixup > 0 or a.cutmix > 0) and self.options.batch_size % 2:
             raise UserError(
-                f"data.batch_size={self.options.batch_size}: pictures are mixed in pairs, so it must be even"
+                f"data.batch_size={self.options.batch_size} must be even, because mixup and CutMix mix images in pairs"
             )
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> ClassDataset:

@@ -1,4 +1,4 @@
-"""The corruptions of ImageNet-C on pictures of one's own, made by the library `imagecorruptions` as they are read."""
+"""The corruptions of ImageNet-C for any images, applied on the fly by the library `imagecorruptions`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError
 
-SMALLEST = 32  # pixels, below which the library refuses
+SMALLEST = 32  # pixels; the library refuses smaller images
 
 
 def library() -> Any:
-    """The module that corrupts.
+    """Import the library `imagecorruptions`.
 
     Raises:
         UserError: it is not installed.
@@ -30,22 +30,22 @@ def library() -> Any:
         import imagecorruptions
     except ImportError as error:
         raise UserError(
-            f"corruptions are made by a library that is not here ({error}): pip install 'vlabs[robustness]'"
+            f"corruptions need a library that is not installed ({error}): pip install 'vlabs[robustness]'"
         ) from None
     return imagecorruptions
 
 
 class CorruptedDataset(ClassDataset):
-    """Pictures of a class data set, resized and cropped as the model sees them, and then corrupted.
+    """Images of a classification dataset, resized and cropped for the model and then corrupted.
 
     Args:
         rows, preprocessing, on_bad: as in `ClassDataset`.
-        corruption: of the fifteen of ImageNet-C.
+        corruption: name of one of ImageNet-C's fifteen corruptions.
         severity: 1 to 5.
-        seed: what is random in it is a function of seed, corruption, severity and picture.
+        seed: random parts are a function of (seed, corruption, severity, image).
 
     Raises:
-        UserError: the model sees pictures that are too small, or the library is missing.
+        UserError: the model's input is too small, or the library is missing.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CorruptedDataset(ClassDataset):
         super().__init__(rows, preprocessing, None, seed, on_bad)
         if preprocessing.image_size < SMALLEST:
             raise UserError(
-                f"pictures of {preprocessing.image_size} px are too small for corruptions: {SMALLEST} at least"
+                f"images of {preprocessing.image_size} px are too small for corruptions, which need {SMALLEST} px"
             )
         library()
         self.corruption = corruption
@@ -71,7 +71,7 @@ class CorruptedDataset(ClassDataset):
         pixels = np.asarray(self.preprocessing.resize(image))
         name = zlib.crc32(self.corruption.encode())
         seed = seed_generators(self.seed, name, self.severity, row["image_id"])
-        # Some draw from generators of their own.
+        # Some corruptions have a generator of their own, and take its seed.
         takes = inspect.signature(library().corruption_dict[self.corruption]).parameters
         own = {"seed": seed} if "seed" in takes else {}
         found = library().corrupt(pixels, severity=self.severity, corruption_name=self.corruption, **own)

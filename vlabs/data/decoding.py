@@ -1,4 +1,4 @@
-"""Pictures are decoded here and nowhere else: as a viewer shows them, of no more pixels than memory is meant for."""
+"""The only place where images are decoded: they look as in a viewer, and their size in pixels is limited."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from vlabs.errors import UserError, one_line
 
 LIMIT = "VLABS_MAX_MEGAPIXELS"
-"""The environment variable that says how many million pixels a picture may have."""
-_MEGAPIXELS = 120.0  # up to a gigabyte where a picture is converted; a phone's largest usual picture has 108
-_SCANS = 200  # of a progressive JPEG, which has some ten; each is as much work as the whole picture
+"""The environment variable that sets how many million pixels an image may have."""
+_MEGAPIXELS = 120.0  # phones take images of up to 108 megapixels; converting one of 120 takes up to a gigabyte
+_SCANS = 200  # limit for progressive JPEGs; usual ones have about ten scans, and each costs as much as a whole image
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is a limit here
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of what stands beside a picture's pixels
-# Pillow's limit of a text beside a picture is a megabyte, which programs that note how it was made go beyond.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # this module has its own limit
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata, not about pixels
+# Pillow's limit for a PNG's text is one megabyte. Programs that store how an image was made exceed it.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-# What Pillow decodes itself or by a library. Of the others it starts programs (EPS), asks the network's plug-ins, or
-# keeps another picture inside whose size it does not say.
+# Formats that Pillow decodes itself or with a library. Other formats are unsafe for unknown files: they start programs
+# (EPS), use plug-ins that read from the network, or contain another image whose size Pillow does not report.
 _FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
     "TIFF", "WEBP",
@@ -35,78 +35,78 @@ _FORMATS = (
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """The formats that are decoded, of those that this Pillow knows."""
+    """The accepted formats that this installation of Pillow can decode."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def known_suffixes() -> frozenset[str]:
-    """How the names of pictures that are decoded end, in lower case and with the dot."""
+    """File name suffixes of the accepted formats, in lower case and with the dot."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
 
 
 def open_picture(content: bytes, at_least: int | None = None) -> Image.Image:
-    """Read the header of a picture; its pixels are decoded when they are first read.
+    """Read the header of an image; pixels are decoded at the first access.
 
     Args:
         at_least: see `vlabs.data.preprocessing.decode_image`.
 
     Raises:
-        UnidentifiedImageError: it is no picture of a known format.
-        ValueError: it has too many pixels, or its header is damaged. Each says so in one line.
+        UnidentifiedImageError: it is not an image of an accepted format.
+        ValueError: it has too many pixels, or its header is damaged. The message is one line.
     """
     limit = _limit()
     try:
         image = Image.open(io.BytesIO(content), formats=known_formats())
         if at_least is not None:
-            image.draft("RGB", (at_least, at_least))  # what is no JPEG ignores it
+            image.draft("RGB", (at_least, at_least))  # only JPEGs can be decoded at a smaller scale
         pixels = max(image.width * image.height, _of_a_tile(image))
-    except UnidentifiedImageError:  # whose message holds an address in memory
-        raise UnidentifiedImageError("not an image, or of no known format") from None
+    except UnidentifiedImageError:  # Pillow's message contains a memory address
+        raise UnidentifiedImageError("not an image, or of an unknown format") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise ValueError(f"it has more than {most:.0f} million pixels: {_remedy(limit)}") from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
         raise ValueError(reason_of(error)) from None
     if pixels > limit * 1e6:
         raise ValueError(f"it has {image.width} x {image.height} pixels: {_remedy(limit)}")
     if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > _SCANS:
-        raise ValueError(f"it is drawn in more than {_SCANS} passes, which takes too long: save it anew")
+        raise ValueError(f"it has more than {_SCANS} scans, which take too long to decode: save it again")
     return image
 
 
 def decode(content: bytes, at_least: int | None = None) -> Image.Image:
-    """Decode a picture to RGB as a viewer shows it, see `as_shown`; of an animation the first frame.
+    """Decode an image to RGB as a viewer shows it (`as_shown`). An animation gives its first frame.
 
     Raises:
-        ValueError: why it cannot be decoded, in one line.
+        ValueError: it cannot be decoded; the message gives the reason in one line.
     """
     try:
         with open_picture(content, at_least) as image:
             return as_shown(image)
-    except UserError:  # of the limit's variable
+    except UserError:  # the environment variable of the limit is wrong
         raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
         raise ValueError(reason_of(error)) from None
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """A picture in RGB: turned as its camera says, on white where it is transparent, 16 bits and floats scaled to 8."""
+    """Convert an image to 8-bit RGB: rotated by its EXIF, transparent parts on white, 16 bits and floats scaled."""
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         gray = np.round(255 * _unit(values)).astype(np.uint8)
-        gray[values == image.info.get("transparency")] = 255  # the one value that a PNG says is transparent
+        gray[values == image.info.get("transparency")] = 255  # a PNG may declare one gray value transparent
         image = Image.fromarray(gray)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the picture
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` always copies
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height of a picture as a viewer shows it, all of which is decoded.
+    """Width and height of an image as a viewer shows it. The whole image is decoded, so damage is found.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -116,30 +116,30 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def read_labels(content: bytes) -> np.ndarray:
-    """The values of a picture whose pixels are labels, (H, W), as they are stored: of a palette the indices.
+    """Read a label map: the stored values (H, W); for an image with a palette, the indices.
 
     Raises:
-        ValueError: it cannot be decoded, or has colours or a transparency of its own.
+        ValueError: it cannot be decoded, or its pixels are colors or partly transparent.
     """
     with _opened(content) as image:
         values = np.asarray(_upright(image))
         if values.ndim == 3 and image.mode in ("LA", "RGBA", "RGB", "PA"):
             channels = [values[..., n] for n in range(values.shape[2])]
-            colours, alpha = (channels[:-1], channels[-1]) if image.mode.endswith("A") else (channels, None)
-            same = all(np.array_equal(one, colours[0]) for one in colours)
+            colors, alpha = (channels[:-1], channels[-1]) if image.mode.endswith("A") else (channels, None)
+            same = all(np.array_equal(one, colors[0]) for one in colors)
             if same and (alpha is None or (alpha == 255).all()):
-                values = colours[0]  # gray, saved with more channels than it needs
+                values = colors[0]  # a gray image that was saved with several channels
     if values.ndim != 2:
-        raise ValueError("its pixels are colours, not labels: save it as a gray picture or with a palette")
+        raise ValueError("its pixels are colors, not labels: save it as a gray image or with a palette")
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
         if not np.array_equal(values, np.round(values)):
-            raise ValueError("its pixels are no whole numbers")
+            raise ValueError("its pixels are not whole numbers")
         values = values.astype(np.int64)
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def read_gray(content: bytes) -> np.ndarray:
-    """A picture's brightness, (H, W) float32 in [0, 1]; what is transparent is black.
+    """Brightness of an image, (H, W) float32 in [0, 1]; transparent pixels are black.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -152,12 +152,12 @@ def read_gray(content: bytes) -> np.ndarray:
             return np.asarray(image.convert("L"), dtype=np.float32) / 255
         gray = np.asarray(image.convert("RGBA").convert("L"), dtype=np.float32) / 255
         alpha = np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
-        # A mask may be drawn in its transparency alone, in whatever one colour.
+        # A mask may be drawn by transparency alone: all visible pixels then have one color, whichever it is.
         return alpha if len(np.unique(gray[alpha > 0])) < 2 and len(np.unique(alpha)) > 1 else gray * alpha
 
 
 def _opened(content: bytes) -> Image.Image:
-    """A picture all of whose pixels are decoded."""
+    """Open an image and decode all its pixels."""
     try:
         image = open_picture(content)
         image.load()
@@ -169,16 +169,16 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says."""
+    """The image, rotated as its EXIF says."""
     image.load()
     if _orientation(image) > 1:
-        with contextlib.suppress(Exception):  # what writes the rest of a damaged EXIF anew
+        with contextlib.suppress(Exception):  # Pillow rewrites the EXIF, which fails if it is damaged elsewhere
             return ImageOps.exif_transpose(image)
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """How a decoded picture is to be turned, 1 to 8; 1 where its EXIF is damaged, as to viewers."""
+    """EXIF orientation of a decoded image, 1 to 8. A damaged EXIF counts as 1, as in viewers."""
     try:
         found = image.getexif().get(0x0112, 1)
         return found if found in range(1, 9) else 1
@@ -187,7 +187,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
-    """Brightness in [0, 1] of 16 or 32 bit pixels or floats: by the range of their kind, or by their own beyond it."""
+    """Scale 16-bit, 32-bit or float pixels to [0, 1]: by the usual range of their type, else by their own range."""
     finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
     if low < 0 or high > 65535:
@@ -198,25 +198,25 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def reason_of(error: Exception) -> str:
-    """What a decoder says of a damaged picture, in one line and without addresses in memory."""
+    """A decoder's error message as one line, without memory addresses."""
     if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
+        return "there is not enough memory to decode it"
     return re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "it", one_line(str(error))) or type(error).__name__
 
 
 def _of_a_tile(image: Image.Image) -> int:
-    """Pixels of a tile of a TIFF, which may be larger than the picture and is decoded whole; 0 without."""
+    """Pixels of one tile of a TIFF, 0 without tiles. A tile is decoded whole, and may be larger than the image."""
     tags = getattr(image, "tag_v2", None) or {}
     sides = [tags.get(number, 0) for number in (322, 323)]
     return math.prod(side if isinstance(side, int) else 0 for side in sides)
 
 
 def _remedy(limit: float) -> str:
-    return f"make it smaller than {limit:g} million, or say in the variable {LIMIT} how many are allowed"
+    return f"make it smaller than {limit:g} million, or set the environment variable {LIMIT}"
 
 
 def _limit() -> float:
-    """Million pixels; where a user wants more than Pillow allows, it is told so."""
+    """The limit in million pixels. If it is above Pillow's own limit, that one is raised too."""
     given = os.environ.get(LIMIT)
     if given is None:
         return _MEGAPIXELS
@@ -225,7 +225,7 @@ def _limit() -> float:
     except ValueError:
         limit = math.nan
     if not 0 < limit < math.inf:
-        raise UserError(f"{LIMIT}={given} must be a number above 0, of million pixels")
+        raise UserError(f"{LIMIT}={given} must be a number above 0 (million pixels)")
     if Image.MAX_IMAGE_PIXELS is not None and limit * 1e6 > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = int(limit * 1e6)
     return limit

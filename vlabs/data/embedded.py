@@ -1,4 +1,7 @@
-"""The embedded corpus as data modules: rendered and prepared on first use. The one door from vlabs to `data_prep`."""
+"""The embedded corpus as data modules, rendered and prepared on first use.
+
+This is the only module of vlabs that uses `data_prep`.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,16 @@ _Module = TypeVar("_Module", bound=PreparedDataModule)
 
 
 def _of(name: str) -> Any:
-    """A module of `data_prep`, which is imported only when something is to be made."""
+    """Import a module of `data_prep`, which is needed only when data are made."""
     return importlib.import_module(f"data_prep.{name}")
 
 
 def scenes_data(size: Corpus, dir: str | Path, **options: Any) -> VQADataModule:
-    """The `scenes` corpus of a size, made in `dir` if it is not there yet.
+    """Questions about the `scenes` corpus. The data are made in `dir` if they are not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
-        dir: prepared folder; the raw files go to `dir` with `-raw` added.
+        dir: prepared folder; the raw files go to a folder with `-raw` added to its name.
         options: of `VQADataModule`.
     """
 
@@ -52,13 +55,13 @@ def scenes_data(size: Corpus, dir: str | Path, **options: Any) -> VQADataModule:
 def scenes_captions(
     size: Corpus, dir: str | Path, raw_dir: str | Path, phrases: bool = False, **options: Any
 ) -> CaptionDataModule:
-    """The captions of the `scenes` corpus of a size, made in `dir` if they are not there yet.
+    """Captions of the `scenes` corpus. The data are made in `dir` if they are not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
         dir: prepared folder.
-        raw_dir: folder that the corpus is rendered to, or is in already.
-        phrases: take what each object is instead of captions.
+        raw_dir: folder of the rendered corpus; it is rendered there if necessary.
+        phrases: use a phrase for each object instead of captions.
         options: of `CaptionDataModule`.
     """
 
@@ -72,12 +75,12 @@ def scenes_captions(
 def scenes_statements(
     size: Corpus, layout: Literal["snli_ve", "nlvr2"], dir: str | Path, **options: Any
 ) -> StatementDataModule:
-    """Statements about the embedded corpus in the layout of another data set, made in `dir` if not there yet.
+    """Statements about the `scenes` corpus, in the layout of another dataset. Made in `dir` if not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
         dir: prepared folder.
-        layout: data set whose layout the statements have.
+        layout: dataset whose layout the statements have.
         options: of `StatementDataModule`.
     """
     readers = {"snli_ve": "SNLIVE", "nlvr2": "NLVR2"}
@@ -91,12 +94,12 @@ def scenes_statements(
 
 
 def scenes_masks(size: Corpus, dir: str | Path, raw_dir: str | Path, **options: Any) -> MaskDataModule:
-    """The `scenes` corpus of a size with the shape of every pixel, made in `dir` if it is not there yet.
+    """The `scenes` corpus with masks: the shape that each pixel belongs to. Made in `dir` if not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
         dir: prepared folder.
-        raw_dir: folder that the corpus is rendered to, or is in already.
+        raw_dir: folder of the rendered corpus; it is rendered there if necessary.
         options: of `MaskDataModule`.
     """
 
@@ -108,7 +111,7 @@ def scenes_masks(size: Corpus, dir: str | Path, raw_dir: str | Path, **options: 
 
 
 def objects_data(size: Corpus, dir: str | Path, **options: Any) -> ClassDataModule:
-    """The single objects of a size (`data_prep.objects`), made in `dir` if they are not there yet.
+    """Images of single objects (`vlabs prepare objects`). The data are made in `dir` if they are not there yet.
 
     Args:
         size: `tiny`, `small`, `medium` or `large`.
@@ -127,37 +130,40 @@ def objects_data(size: Corpus, dir: str | Path, **options: Any) -> ClassDataModu
 
 
 def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
-    """The folder of the pictures of several objects of a size, made beside the prepared objects in `dir`.
+    """The folder of images with several objects, made beside the prepared single objects in `dir` if necessary.
 
     Args:
-        count: how many are made.
+        size: as in `objects_data`.
+        dir: prepared folder of `objects_data`.
+        count: number of images to make.
     """
     folder = Path(dir).with_name(Path(dir).name + "-several")
     with _alone(folder, "instances.json") as there:
         if not there:
-            say(f"data: making {count} pictures of several objects in {folder}")
+            say(f"data: making {count} images of several objects in {folder}")
             _of("scenes.objects").make_several(size, folder, count)
     return folder
 
 
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
-    """The pictures of raw class folders, or of a tar file of them, as prepared rows that nobody has to prepare.
+    """Rows of the images in raw class folders, or in a tar file of them, without preparing them first.
 
     Args:
-        classes: the class names by label; the folders' names are among them.
+        path: the folder or tar file.
+        classes: the class names, by label; folders are named by them.
 
     Raises:
-        UserError: there is no picture, or one of another class.
+        UserError: there is no image, or an image of an unknown class.
     """
     label_of = {name: n for n, name in enumerate(classes)}
     rows: dict[str, list[Any]] = {name: [] for name in CLASS_FEATURES}
     for number, row in enumerate(_of("readers.classes").entries_of(Path(path))):
         if row["label"] not in label_of:
-            raise UserError(f"{path} has pictures of {row['label']}, which is no class of the model")
+            raise UserError(f"{path} has images of {row['label']}, which is not a class of the model")
         for name, value in (row | {"image_id": number, "label": label_of[row["label"]]}).items():
             rows[name].append(value)
     if not rows["label"]:
-        raise UserError(f"{path} holds no pictures in class folders")
+        raise UserError(f"{path} has no images in class folders")
     return datasets.Dataset.from_dict(rows, CLASS_FEATURES)
 
 
@@ -166,7 +172,7 @@ def _beside(directory: Path) -> Path:
 
 
 def _scenes(size: Corpus, raw: str | Path, **options: Any) -> Path:
-    """A rendered corpus, made if it is not there."""
+    """The folder of a rendered corpus, which is rendered if it is not there."""
     Path(raw).parent.mkdir(parents=True, exist_ok=True)
     _of("scenes.corpus").make_scenes(size, raw, **options)
     return Path(raw)
@@ -186,9 +192,9 @@ def _made(
     real: str,
     make: Callable[[Path], None],
 ) -> _Module:
-    """A data module of a prepared folder, which one process makes if it is not there; says what it is, or what else."""
+    """A data module of a prepared folder, which one process makes if it is not there. Prints what the data are."""
     check_type("data.size", size, Corpus)
-    module.loader_options(**options)  # before minutes of work
+    module.loader_options(**options)  # so that a wrong option is reported before minutes of work
     if options.get("tokenizer") and not (Path(dir) / "manifest.json").is_file():
         read_tokenizer(options["tokenizer"], Path(dir))
     with _alone(Path(dir), "manifest.json") as there:
@@ -200,7 +206,10 @@ def _made(
 
 @contextmanager
 def _alone(directory: Path, last: str) -> Iterator[bool]:
-    """Whether a folder holds its last file. Where it does not, others that make one beside it are waited for."""
+    """Give whether a folder is complete, i.e. has the file that is written last.
+
+    If not, hold a lock on its parent: one process makes the folder, the others wait and then find it complete.
+    """
     if (directory / last).is_file():
         yield True
         return

@@ -1,4 +1,4 @@
-"""Prepared rows to image tensors: decoded, augmented reproducibly, and never replaced silently."""
+"""From prepared rows to image tensors: decoded, augmented reproducibly, and never replaced silently."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
 from vlabs.errors import UserError, show
 
-# RandAugment's that move pixels; all others change colours only.
+# Operations of RandAugment that move pixels; all others change colors only.
 _MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
 class Stored(Protocol):
-    """What is known of pictures by their keys, so that they need not be read (`vlabs.ranking.passes`)."""
+    """Tensors stored for images under keys, so that images need not be read (`vlabs.ranking.passes`)."""
 
     def __contains__(self, key: str) -> bool:
-        """Whether it is there."""
+        """Whether there are tensors for this key."""
 
     def read(self, keys: Sequence[str]) -> Any:
-        """A named tuple of tensors (n, …), in the place of n images."""
+        """A named tuple of tensors (n, …), used instead of n images."""
 
 
 class BatchRows(NamedTuple):
     """The texts of a batch with their images.
 
     Attributes:
-        images: (B, 3, H, W), normalised; B may be 0. Where a row has p images, they follow each other. Or what is
-            stored of them, where the reader has that.
-        image_index: n, the position in `images` of each text's image, the first where it has several.
-        texts: n times the number of the row, the row, and the text's position in the row's lists.
-        skipped: ids of images that were left out, with their texts.
+        images: (B, 3, H, W), normalized; B may be 0. The p images of a row follow each other. With a store, the stored
+            tensors instead.
+        image_index: n positions in `images`: each text's image, or the first of its images.
+        texts: n tuples: index of the row, the row, and the text's position in the row's lists.
+        skipped: ids of images that were left out together with their texts.
     """
 
     images: Any
@@ -55,18 +55,18 @@ class BatchRows(NamedTuple):
 
 
 class ImageReader:
-    """Reads prepared rows with their images as tensors.
+    """Reads prepared rows, with their images as tensors.
 
     Args:
         rows: prepared rows.
-        preprocessing: images to tensors.
+        preprocessing: turns images into tensors.
         rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
-        seed: of the augmentation, which is a function of (seed, epoch, image id).
+        seed: seed of the augmentation, which is a function of (seed, epoch, image id).
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
-        scaled_decoding: decode JPEGs no larger than is needed, see `decode_image`, and resize as for training.
-        region_grid: rows and columns of patches that `coverage` is over; None where nobody asks for it.
-        pictures: images of a row, which texts are about together: `image`, `image_2` and so on.
-        stored: has, by `key`, what the images are read for: then they are not. What it does not have cannot be decoded.
+        scaled_decoding: decode JPEGs at a smaller scale if possible (`decode_image`), and resize as for training.
+        region_grid: rows and columns of the grid of patches for `coverage`; None to leave it out.
+        pictures: number of images per row that texts are about together: `image`, `image_2` and so on.
+        stored: tensors by `key` that are read instead of images. An image without tensors could not be decoded.
         blind: give the mean color instead of every image, which is not read.
     """
 
@@ -100,14 +100,14 @@ class ImageReader:
         self.at_least = preprocessing.image_size if scaled_decoding else None
 
     def key(self, index: int, place: int = 0) -> str:
-        """Of one of a row's images: the same for the same rows, whatever folder they lie in."""
+        """Key of one of a row's images. It depends on the rows, not on the folder that they are in."""
         return "blind" if self.blind else f"{self.fingerprint}/{index}/{place}"
 
     def read(self, index: int, epoch: int, place: int = 0) -> tuple[dict[str, Any], Any]:
-        """The row and one of its images (1, 3, H, W), normalised, or what is stored of it; None for one left out.
+        """Read a row and one of its images (1, 3, H, W), normalized, or its stored tensors; None if it is left out.
 
         Raises:
-            UserError: the image cannot be decoded, and bad ones are not to be skipped.
+            UserError: the image cannot be decoded, and `on_bad` is not `skip`.
         """
         row = self.rows[index]
         if self.stored is not None:
@@ -121,7 +121,7 @@ class ImageReader:
         return row, None if image is None else image[None]
 
     def _read_image(self, row: dict[str, Any], place: int, epoch: int, out: Tensor | None = None) -> Tensor | None:
-        """One of a row's images, written to `out` where given, for one copy less; None if it is left out."""
+        """Read one of a row's images, into `out` if given, which saves a copy; None if it is left out."""
         if self.blind:
             size = self.preprocessing.image_size
             return (torch.empty(3, size, size) if out is None else out).zero_()
@@ -142,11 +142,11 @@ class ImageReader:
         return self.preprocessing.normalize(image, out)
 
     def _key(self, row: dict[str, Any], place: int, epoch: int) -> tuple[int, ...]:
-        """What the augmentation of one of a row's images is a function of."""
+        """Seed of the augmentation of one of a row's images."""
         return (self.seed, epoch, row["image_id"]) + ((place,) if place else ())
 
     def read_batch(self, spec: BatchSpec) -> BatchRows:
-        """The images of a batch and which texts go with them."""
+        """Read the images of a batch, and list the texts that belong to them."""
         index: list[int] = []
         texts: list[tuple[int, dict[str, Any], int]] = []
         skipped: list[int] = []
@@ -173,10 +173,10 @@ class ImageReader:
         return BatchRows(self.stored.read(keys) if self.stored and keys else images[:count], index, texts, skipped)
 
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
-        """How much of every patch each text is about, (n, rows * columns) in [0, 1]; zeros where nobody said.
+        """The share of each patch that each text is about, (n, rows * columns) in [0, 1]; zeros where unknown.
 
-        Where a row has p images it is (n * p, rows * columns), those of a text's images one after another. A region
-        moves with its picture: the augmentation is done to it again, from the same seed, without its colours.
+        If a row has p images, (n * p, rows * columns), with the images of a text one after another. Regions are
+        augmented like their images: with the same seed, and without changes of color.
 
         Args:
             texts: as in `BatchRows`.
@@ -190,7 +190,7 @@ class ImageReader:
         pictures = len(self.suffixes)
         shares = torch.zeros(len(texts) * pictures, rows * columns)
         if texts and "region" not in self.rows.column_names:
-            raise UserError("the data were prepared before texts had regions: prepare them again")
+            raise UserError("the data were prepared by a version without regions: prepare them again")
         with self._generators_kept():
             for n, (_, row, position) in enumerate(texts):
                 for place, suffix in enumerate(self.suffixes):
@@ -211,12 +211,12 @@ class ImageReader:
         return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
 
     def _generators_kept(self) -> AbstractContextManager[None]:
-        """`generators_kept`, once for a batch, where timm draws from them."""
+        """`generators_kept` around a batch, if there is an augmentation that draws from the generators."""
         return nullcontext() if self.augment is None else generators_kept()
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """The images of several batches, or what is stored of them, one after another."""
+    """Concatenate the images of several batches, or the tensors stored for them."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     return type(parts[0])(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))
@@ -224,7 +224,7 @@ def joined(parts: Sequence[Any]) -> Any:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leave the global generators of random, numpy and torch as they are, whatever is drawn or seeded inside."""
+    """Restore the global generators of random, numpy and torch at the end, whatever is drawn or seeded inside."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -235,10 +235,10 @@ def generators_kept() -> Iterator[None]:
 
 
 def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
-    """The file of a picture of a prepared row, in the row itself or where the row says that it lies.
+    """The bytes of an image: from the row itself, or from the file that the row names.
 
     Raises:
-        UserError: the file that it lies in is gone, or shorter than it was.
+        UserError: that file is gone, or shorter than before.
     """
     if row[column] or not row.get("path"):
         return bytes(row[column])
@@ -256,24 +256,25 @@ def read_bytes(row: dict[str, Any], column: str = "image") -> bytes:
 
 
 def path_of(stored: str) -> str:
-    """A path as prepared rows have it: a URI where it is no UTF-8."""
+    """The path that a prepared row stores; a path that is not UTF-8 is stored as a URI."""
     return os.fsdecode(unquote_to_bytes(stored.removeprefix("file://"))) if stored.startswith("file://") else stored
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """What to call the picture of a prepared row in a message."""
+    """The name of a row's image in messages."""
     where = f" ({row.get('path') or row.get('name')})" if row.get("path") or row.get("name") else ""
     return f"image {row['image_id']}{where}"
 
 
 def decode_region(png: bytes, name: str) -> np.ndarray:
-    """A prepared region as a map over its whole picture, (H, W) float64 in [0, 1].
+    """Decode a prepared region to a map over its whole image, (H, W) float64 in [0, 1].
 
     Args:
-        name: of the image, for messages.
+        png: the file's bytes.
+        name: name of the image, for messages.
 
     Raises:
-        UserError: it is no picture.
+        UserError: it cannot be decoded.
     """
     try:
         return read_gray(png).astype(np.float64)
@@ -284,7 +285,10 @@ def decode_region(png: bytes, name: str) -> np.ndarray:
 
 
 def _moves_only(rand_augment: str) -> RandAugment:
-    """A RandAugment of gray pictures that draws the same random numbers, and leaves out all that is not a move."""
+    """The part of a RandAugment that moves pixels, for gray images.
+
+    It draws the same random numbers as the whole, so that a region moves exactly like its image.
+    """
     transform = rand_augment_transform(rand_augment, {"img_mean": 0})
     for op in transform.ops:
         if op.name not in _MOVES:
@@ -297,18 +301,19 @@ def _unchanged(image: Image.Image, *arguments: Any, **options: Any) -> Image.Ima
 
 
 def random_generator(*key: int) -> np.random.Generator:
-    """Random numbers that are a function of some whole numbers, such as (seed, epoch, sample id)."""
+    """A generator seeded by several whole numbers, such as (seed, epoch, sample id)."""
     return np.random.default_rng([value % 2**32 for value in key])
 
 
 def seed_generators(*key: int) -> int:
-    """Seed the global generators of random, numpy and torch, of the CPU alone, with what some whole numbers become.
+    """Seed the global generators of random, numpy and torch (CPU only) by several whole numbers.
 
     Returns:
-        The seed.
+        The seed that follows from them.
     """
     seed = int(np.random.SeedSequence([value % 2**32 for value in key]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # a GPU draws for the model
+    # Not `torch.manual_seed`: it seeds the GPU too, from which the model draws its dropout.
+    torch.default_generator.manual_seed(seed)
     return seed

@@ -1,7 +1,7 @@
-"""Target masks of prepared data: COCO instances by their annotation ids, in the geometry that the model sees.
+"""Target masks of prepared data: COCO instances by annotation id, cropped and resized like the model's input.
 
 Prepared rows name the instances that a question or caption is about (`target_instances`). Their masks stay in the raw
-corpus, in COCO's instances files: `annotations.zip` of the scenes, `annotations_trainval2014.zip` of COCO.
+data, in COCO's instances files: `annotations.zip` of the scenes, `annotations_trainval2014.zip` of COCO.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vlabs.utils.archives import entries, open_zip
 from vlabs.utils.json_file import JsonFile
 
 _NAME = re.compile(r"(^|/)instances[^/]*\.json$")
-# How far out of a picture a polygon may reach, in sides of the picture.
+# How far a polygon may reach outside its image, in multiples of the image's longer side.
 _FAR = 100
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One annotated object; its mask is decoded when it is asked for.
+    """One annotated object; its mask is decoded on demand.
 
     Attributes:
-        annotation_id: COCO's.
-        image_id: the picture that it is in.
-        area: of the mask, in pixels, as the file says.
-        height, width: of the picture.
+        annotation_id: COCO's id of the annotation.
+        image_id: COCO's id of the image.
+        area: area of the mask in pixels, as given in the file.
+        height, width: size of the image.
         segmentation: as in the file: run lengths, or a list of polygons.
     """
 
@@ -50,7 +50,7 @@ class Instance:
         """The object's pixels, (height, width) bool.
 
         Raises:
-            UserError: the segmentation is in none of COCO's formats.
+            UserError: the segmentation is not in one of COCO's formats.
         """
         try:
             if isinstance(self.segmentation, Mapping):
@@ -61,18 +61,18 @@ class Instance:
 
 
 def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Instance]:
-    """Find instances by their annotation ids in COCO's instances files, read as a stream.
+    """Find instances by annotation id in COCO's instances files, which are read as a stream.
 
     Args:
-        path: a JSON file, or a zip file with any number of `instances_*.json`; the smallest is searched first, and
-            reading ends when everything is found. Sizes of pictures are read only where there are polygons.
-        wanted_ids: annotation ids, repeated or not.
+        path: a JSON file, or a zip file with any number of `instances_*.json`. The smallest file is searched first, and
+            reading ends when all ids are found. Image sizes are read only for polygons.
+        wanted_ids: annotation ids; they may repeat.
 
     Returns:
-        the instances by annotation id.
+        The instances by annotation id.
 
     Raises:
-        UserError: the file is missing, damaged or of another kind, or lacks a wanted id.
+        UserError: the file is missing, damaged or of another kind, or an id is not found.
     """
     missing = set(wanted_ids)
     found: dict[int, Instance] = {}
@@ -90,15 +90,15 @@ def read_instances(path: str | Path, wanted_ids: Iterable[int]) -> dict[int, Ins
     if missing:
         listed = ", ".join(str(annotation_id) for annotation_id in sorted(missing)[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(f"{path} has no instance {listed}{more}: is it of the corpus that was prepared?")
+        raise UserError(f"{path} has no instance {listed}{more}: do these annotations belong to the prepared data?")
     return found
 
 
 def list_annotations(path: str | Path | JsonFile) -> Iterator[dict[str, Any]]:
-    """Yield all annotations of COCO's instances files as they stand there, read as a stream.
+    """Yield all annotations of COCO's instances files, unchanged, read as a stream.
 
     Args:
-        path: as in `read_instances`; or one file of a zip file.
+        path: as in `read_instances`, or one file inside a zip file.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
@@ -108,7 +108,7 @@ def list_annotations(path: str | Path | JsonFile) -> Iterator[dict[str, Any]]:
 
 
 def list_categories(path: str | Path | JsonFile) -> dict[int, str]:
-    """The names of the categories in COCO's instances files, by id.
+    """Category names in COCO's instances files, by id.
 
     Args:
         path: as in `list_annotations`.
@@ -126,11 +126,11 @@ def list_categories(path: str | Path | JsonFile) -> dict[int, str]:
 
 
 def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> np.ndarray:
-    """COCO's run lengths as a mask: runs of 0 and 1 in turn, first 0, down the columns.
+    """Decode COCO's run lengths to a mask: alternating runs of 0 and 1, starting with 0, column by column.
 
     Args:
         counts: the run lengths, or COCO's compressed string of them.
-        height, width: of the mask.
+        height, width: size of the mask.
 
     Returns:
         (height, width) bool
@@ -138,28 +138,28 @@ def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> 
     Raises:
         ValueError: the runs are not whole numbers of 0 or more that fill the mask exactly.
     """
-    # Not by pycocotools: where the runs are too short, it leaves the rest of the mask to what was in memory.
+    # Not pycocotools: if the runs are too short, it leaves the rest of the mask uninitialized.
     runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else list(counts))
     if runs.ndim != 1 or not np.issubdtype(runs.dtype, np.integer) or (runs < 0).any():
-        raise ValueError("run lengths are whole numbers, 0 or more")
+        raise ValueError("run lengths must be whole numbers, 0 or more")
     if runs.sum() != height * width:
-        raise ValueError(f"the runs are {runs.sum()} pixels long, and the picture has {height}x{width}")
+        raise ValueError(f"the run lengths add up to {runs.sum()} pixels, but the image has {height}x{width}")
     values = np.arange(len(runs)) % 2 == 1
     return values.repeat(runs).reshape(width, height).T
 
 
 def _uncompressed(text: str) -> list[int]:
-    """The run lengths in COCO's compressed string.
+    """Decode COCO's compressed string to run lengths.
 
-    A character less 48 is six bits: five of a number, the lowest first, and 32 if the number goes on. The top bit of
-    the last five is the sign. From the fourth on, a number is the run's difference to the run two before it.
+    Each character code minus 48 is six bits: five bits of a number, lowest first, and a flag (32) if more follow. The
+    top bit of the last five is the sign. From the fourth run on, a number is the difference to the run two before.
     """
     runs: list[int] = []
     number = shift = 0
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64:
-            raise ValueError(f"{character!r} is no character of compressed run lengths")
+            raise ValueError(f"{character!r} cannot occur in compressed run lengths")
         number |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -174,19 +174,19 @@ def _uncompressed(text: str) -> list[int]:
 
 
 def fill_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
-    """The pixels in any of the polygons, as COCO's own tools draw them; of several those that can be drawn.
+    """The pixels inside any of the polygons, as drawn by COCO's own tools. Polygons that cannot be drawn are ignored.
 
     Pixel (row, column) covers [column, column + 1) x [row, row + 1).
 
     Args:
         polygons: flat lists x1, y1, x2, y2, ..., in pixels; three corners or more.
-        height, width: of the mask.
+        height, width: size of the mask.
 
     Returns:
         (height, width) bool
 
     Raises:
-        ValueError: none of them is a list of at least three pairs of numbers that stays near the picture.
+        ValueError: none of the polygons can be drawn.
     """
     faults = [fault_of_polygon(polygon, height, width) for polygon in polygons]
     good = [polygon for polygon, fault in zip(polygons, faults, strict=True) if fault is None]
@@ -205,11 +205,12 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
     except (TypeError, ValueError, OverflowError):
         corners = np.zeros(0)
     if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
-        return "a polygon is a list of three or more pairs of numbers"
-    if (reach := np.abs(corners).max()) > _FAR * max(height, width):  # whose outline would be drawn pixel by pixel
-        return f"a polygon reaches to {reach:g}, and the picture has {height}x{width}"
+        return "a polygon must be a list of three or more pairs of numbers"
+    # pycocotools draws the outline pixel by pixel, also outside the image: a far corner would take hours.
+    if (reach := np.abs(corners).max()) > _FAR * max(height, width):
+        return f"a polygon reaches to {reach:g}, but the image has {height}x{width}"
     if np.linalg.matrix_rank(corners.reshape(-1, 2) - corners[:2]) < 2:
-        return "a polygon has no area: its corners are in one line"
+        return "a polygon has no area: its corners are on one line"
     return None
 
 
@@ -219,19 +220,19 @@ def fault_of_polygon(polygon: Sequence[float], height: int, width: int) -> str |
 def crop_map(
     values: np.ndarray, image_size: int, grid: tuple[int, int] | None = None, crop_mode: str = "center"
 ) -> np.ndarray:
-    """A map over a whole picture, over the part of it that the model sees: the geometry of `Preprocessing.resize`.
+    """Crop and resize a map over a whole image to the part that the model sees, as `Preprocessing.resize` does.
 
     Args:
-        values: (H, W), over the picture's own pixels, or over a smaller or larger copy of the picture.
+        values: (H, W), over the image's own pixels, or over a smaller or larger copy of the image.
         image_size: side of the model's input in pixels.
-        grid: rows and columns of patches of that input; its pixels if not given.
-        crop_mode: of the `Preprocessing`.
+        grid: rows and columns of patches of the model's input; None for its pixels.
+        crop_mode: as in `Preprocessing`.
 
     Returns:
-        (rows, columns), float64: every pixel or patch is the mean over the area that it covers.
+        (rows, columns), float64: the mean over the area that each patch or pixel covers.
 
     Raises:
-        ValueError: the input is not a whole number of patches high and wide.
+        ValueError: the model's input is not a whole number of patches high and wide.
     """
     height, width = values.shape
     rows, columns = grid or (image_size, image_size)
@@ -243,15 +244,15 @@ def crop_map(
     return np.asarray(down @ values @ across / area)
 
 
-@lru_cache(maxsize=256)  # pictures of one data set have few sizes
+@lru_cache(maxsize=256)  # images of one dataset have few sizes
 def _crop_weights(
     height: int, width: int, image_size: int, rows: int, columns: int, crop_mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `crop_map` multiplies a map with from the left, (rows, H), and the right, (W, columns): whole numbers."""
+    """Whole-number matrices that `crop_map` multiplies a map by: (rows, H) on the left, (W, columns) on the right."""
     new_height = new_width = image_size
     if crop_mode == "center":
         short = min(height, width)
-        # torchvision's roundings: down for the longer side, Python's `round` for the border that is cut off.
+        # Rounded as in torchvision: down for the longer side, Python's `round` for the border that is cut off.
         new_height, new_width = image_size * height // short, image_size * width // short
     top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
     down = _overlaps(height, new_height, top, image_size // rows, rows)
@@ -260,27 +261,28 @@ def _crop_weights(
 
 
 def crop_mask(mask: np.ndarray, image_size: int, crop_mode: str = "center") -> np.ndarray:
-    """A mask over a whole picture, over the part of it that the model sees.
+    """Crop and resize a mask over a whole image to the part that the model sees.
 
     Args:
-        mask: (H, W), bool or in [0, 1], over the picture's own pixels, or over a smaller or larger copy of it.
+        mask: (H, W), bool or in [0, 1], over the image's own pixels, or over a smaller or larger copy of it.
         image_size: side of the model's input in pixels.
-        crop_mode: of the `Preprocessing`.
+        crop_mode: as in `Preprocessing`.
 
     Returns:
-        (image_size, image_size) bool: the pixels of which the mask covers more than half. It can be empty, where the
-        target lies outside what the model sees or is thinner than a pixel.
+        (image_size, image_size) bool: the pixels of which the mask covers more than half. It is empty if the target
+        lies outside the crop or is thinner than a pixel.
     """
     return crop_map(mask, image_size, crop_mode=crop_mode) > 0.5
 
 
 def resize_area(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize maps to any size, larger or smaller: every new pixel is the mean over the area that it covers.
+    """Resize maps to any size, larger or smaller: each new pixel is the mean over the area that it covers.
 
-    Of whole numbers the sums are exact, and the result is rounded once.
+    Sums of whole numbers are exact, so that the result is rounded only once.
 
     Args:
         values: (..., H, W).
+        height, width: the new size.
 
     Returns:
         (..., height, width), float64
@@ -296,10 +298,10 @@ def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | No
     """How much of each old pixel lies in each new cell, (count, old), in whole units of 1 / new of an old pixel.
 
     Args:
-        old, new: pixels of one length before and after.
-        first: the new pixel where the first cell begins.
-        step: new pixels a cell.
-        count: cells; as many as there are new pixels if not given.
+        old, new: number of pixels of the same length before and after resizing.
+        first: the new pixel at which the first cell begins.
+        step: new pixels per cell.
+        count: number of cells; None for one per new pixel.
     """
     new_edges = (first + step * np.arange((new if count is None else count) + 1)) * old
     old_edges = np.arange(old + 1) * new
@@ -312,12 +314,12 @@ def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | No
 
 
 def _files(path: str | Path | JsonFile) -> list[JsonFile]:
-    """The JSON files to read: of a zip file its instances files, the smallest first; or the one that it is."""
+    """The JSON files to read: the instances files of a zip file, smallest first, or the file itself."""
     if isinstance(path, JsonFile):
         return [path]
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}: name COCO's annotations, such as annotations.zip of a corpus")
+        raise UserError(f"there is no file {path}: name COCO's annotations, such as a corpus's annotations.zip")
     if path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
         return [JsonFile(path)]
     with open_zip(path) as archive:
@@ -328,20 +330,20 @@ def _files(path: str | Path | JsonFile) -> list[JsonFile]:
 
 
 def _annotations(file: JsonFile) -> Iterator[dict[str, Any]]:
-    """The annotations of one file, one after the other."""
+    """Yield the annotations of one file."""
     number = -1
     for number, entry in enumerate(file.items("annotations.item", floats=True)):
         if not (isinstance(entry, dict) and all(isinstance(entry.get(name), int) for name in ("id", "image_id"))):
             raise UserError(f"{file}: annotation {number} needs 'id' and 'image_id'")
-        if not isinstance(entry.get("segmentation"), dict | list):  # as where there is a box alone
+        if not isinstance(entry.get("segmentation"), dict | list):  # e.g. an annotation with only a box
             entry["segmentation"] = []
         yield entry
     if number < 0:
-        raise UserError(f"{file} has no 'annotations': it is no file of COCO instances")
+        raise UserError(f"{file} has no 'annotations': it is not a file of COCO instances")
 
 
 def _image_sizes(file: JsonFile, wanted: set[int]) -> dict[int, tuple[int, int]]:
-    """(height, width) of the wanted pictures in one file."""
+    """(height, width) of the wanted images in one file."""
     sizes: dict[int, tuple[int, int]] = {}
     for entry in file.items("images.item") if wanted else ():
         if isinstance(entry, dict) and entry.get("id") in wanted:
@@ -355,12 +357,12 @@ def _instance(entry: dict[str, Any], sizes: dict[int, tuple[int, int]], file: Js
     segmentation = entry["segmentation"]
     size = segmentation.get("size") if isinstance(segmentation, dict) else sizes.get(entry["image_id"])
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise UserError(f"{file}: instance {entry['id']} has no picture with a height and a width")
+        raise UserError(f"{file}: instance {entry['id']} has no image with a height and a width")
     return Instance(entry["id"], entry["image_id"], float(entry.get("area") or 0), size[0], size[1], segmentation)
 
 
 def count_instances(path: str | Path) -> dict[int, int]:
-    """How many instances every picture has, by image id, in COCO's instances files.
+    """Count the instances per image, by image id, in COCO's instances files.
 
     Args:
         path: as in `read_instances`.

@@ -1,4 +1,4 @@
-"""What the data modules share: option checks, and a loader over batches that are planned by image."""
+"""Shared by the data modules: options of the loaders, and loaders of whole batches that can resume mid-epoch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vlabs.utils.files import content_sha256
 from vlabs.utils.options import Count, Seed, Size, Workers, checked
 from vlabs.utils.ranks import rank_and_world
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def check_augment(name: str, value: Any) -> None:
-    """Raise a UserError unless timm can make an augmentation of the option `data.NAME`."""
+    """Raise a UserError unless the option `data.NAME` is a valid augmentation string of timm's."""
     try:
         create_transform(32, is_training=True, auto_augment=value)
-    except Exception:  # timm asserts, or fails wherever it happens to be
-        raise UserError(f"data.{name}={value} is no augmentation of timm's: write it as rand-m9-n2") from None
+    except Exception:  # timm has no error of its own for this
+        raise UserError(f"data.{name}={value} is not an augmentation of timm's: write it like rand-m9-n2") from None
 
 
 @checked("data")
@@ -86,14 +86,14 @@ class LoaderOptions:
 
 
 def list_texts(rows: datasets.Dataset, id_column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row and position in its row of every text, both (M,), in stored order; `id_column` is the list of their ids."""
+    """Row and position in that row of every text, both (M,), in stored order; `id_column` holds the lists of ids."""
     counts = pc.list_value_length(rows.data.column(id_column)).to_numpy()
     text_rows = np.repeat(np.arange(len(counts)), counts)
     return text_rows, np.arange(len(text_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def text_lengths(rows: datasets.Dataset, column: str, text_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Characters of the texts at these rows and positions in their rows: how many tokens they will be, cheaply."""
+    """Characters of the texts at these rows and positions: a cheap estimate of their number of tokens."""
     texts = rows.data.column(column)
     counts = pc.list_value_length(texts).to_numpy()
     characters: np.ndarray = pc.utf8_length(pc.list_flatten(texts)).to_numpy()
@@ -101,13 +101,14 @@ def text_lengths(rows: datasets.Dataset, column: str, text_rows: np.ndarray, pos
 
 
 class GroupLoader(DataLoader[Any]):
-    """A loader for training that knows how far it is, so that a run goes on in mid-epoch with the next batch.
+    """A training loader that knows its position in the epoch, so that a run can resume with the next batch.
 
-    Randomness of its own leaves the global generator alone.
+    It does not draw from the global generator.
 
     Attributes:
-        groups: the batches of an epoch.
-        begun: batches that the length of the loader counts for what `groups.before` gave; 0 for a whole epoch.
+        groups: sampler of the batches of an epoch.
+        begun: batches that `__len__` adds for the part of the epoch that was given under other options
+            (`groups.before`); 0 for a whole epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, num_workers: int) -> None:
@@ -129,8 +130,8 @@ class GroupLoader(DataLoader[Any]):
         return self.begun + len(self.groups)
 
     def __iter__(self) -> Any:
-        # A generator, so that workers start on an epoch only when its first batch is asked for: Lightning makes the
-        # iterator before it says which epoch it is.
+        # A generator function, so that workers start an epoch only when its first batch is requested: Lightning makes
+        # the iterator before it calls `set_epoch`.
         self.given = self.groups.first
         for batch in super().__iter__():
             self.given += 1
@@ -143,11 +144,11 @@ class GroupLoader(DataLoader[Any]):
         self.begun = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of which epoch were given."""
+        """The epoch, and how many of its batches were given."""
         return self.groups.state_dict(self.given)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that were given; with the next epoch, if that was all."""
+        """Continue after the batches that were given; with the next epoch if none are left."""
         self.groups.load_state_dict(state)
         self.given = self.groups.first
         if self.given >= len(self.groups):
@@ -155,7 +156,7 @@ class GroupLoader(DataLoader[Any]):
 
 
 def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
-    """What loaders of whole batches have in common."""
+    """Arguments of torch's loader that all loaders of whole batches share."""
     return {
         "batch_size": None,
         "num_workers": num_workers,
@@ -166,27 +167,31 @@ def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to loader processes too, to the main process; end where a batch cannot be
-    handed over; and keep memory flat."""
+    """Set up a loader process.
+
+    A terminal sends Ctrl-C to loader processes too; only the main process should handle it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     _keep_memory_flat()
 
 
 def _end_worker(error: BaseException, batch: Any) -> None:
-    """The main process would wait for this batch for ever. It goes through files in /dev/shm, which may be full."""
+    """End a loader process that cannot hand over a batch, for which the main process would wait forever.
+
+    Batches go through files in /dev/shm, which may be full.
+    """
     os.write(2, f"a loader process cannot hand over a batch (is /dev/shm full?): {one_line(str(error))}\n".encode())
     os._exit(1)
 
 
 def _keep_memory_flat() -> None:
-    """Let a loader process give the memory of every picture and batch back to the system at once.
+    """Make a loader process return the memory of images and batches to the system at once.
 
-    glibc raises the size from which it does so with every large block that is freed, and keeps the holes between
-    smaller ones, so that a process grows to several times its size within an epoch (`benchmarks/loader.py --memory`
-    shows it).
+    By default glibc raises this threshold whenever a large block is freed, and keeps the memory of smaller ones. A
+    process then grows to several times its size within an epoch (see `benchmarks/loader.py --memory`).
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
@@ -199,13 +204,16 @@ def make_loader(
     options: LoaderOptions,
     training: bool,
 ) -> DataLoader[Any]:
-    """A loader of whole batches, this process's part of them.
+    """A loader of this process's share of whole batches.
 
     Args:
         dataset: gives the batch of a `BatchSpec`.
-        rows: of prepared data, `column` their lists of texts.
-        text_rows, positions: (M,) where the texts are, see `list_texts`.
-        training: shuffled, few texts of an image together; else in stored order, all texts of an image together.
+        rows: prepared rows.
+        column: name of the column with the lists of texts.
+        text_rows, positions: (M,) rows and positions of the texts, see `list_texts`.
+        options: options of the loaders.
+        training: shuffle, with few texts per image in a batch; else keep the stored order, with all texts of an image
+            together.
     """
     rank, world_size = rank_and_world()
     buckets = training and options.bucket_batches
@@ -228,12 +236,12 @@ def make_loader(
 
 
 def eval_loader(dataset: Dataset[Any], sampler: Iterable[Any], options: LoaderOptions) -> DataLoader[Any]:
-    """A loader of whole batches, or of whatever else a sampler names, in its order."""
+    """A loader of whole batches, or of whatever a sampler yields, in the sampler's order."""
     return DataLoader(dataset, sampler=sampler, **_loader_options(options.workers, options.seed))
 
 
 def identity_of(directory: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of a prepared folder: its name, where it was, and the hash of its manifest."""
+    """Identity of a prepared folder for checkpoints: its name, its path, and the hash of its manifest."""
     return {
         "name": read_manifest(directory).get("name", ""),
         "dir": str(Path(directory).resolve()),

@@ -1,4 +1,4 @@
-"""Pictures with a class a pixel, in batches: scaled, cropped and changed alike, the same in every run."""
+"""Batches of images with a class per pixel; image and mask are scaled, cropped and flipped together, reproducibly."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vlabs.utils.options import Positive, Share, Size
 
 
 class MaskBatch(NamedTuple):
-    """n pictures with their masks.
+    """n images with their masks.
 
     Attributes:
-        images: (n, 3, H, W), normalised.
-        masks: (n, H, W), the class of every pixel; `IGNORED` where it does not count.
-        image_ids: n.
+        images: (n, 3, H, W), normalized.
+        masks: (n, H, W), the class of each pixel; `IGNORED` for pixels that do not count.
+        image_ids: n ids.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
@@ -41,13 +41,13 @@ class MaskBatch(NamedTuple):
 
 
 class WholePicture(NamedTuple):
-    """A picture as it is evaluated.
+    """An image for evaluation.
 
     Attributes:
-        image: (1, 3, H, W), normalised, perhaps resized.
-        mask: (rows, columns) of the picture itself; all `IGNORED` where none was published.
-        image_id, name: of the picture.
-        shown: the picture itself.
+        image: (1, 3, H, W), normalized; resized if there is a `short_side`.
+        mask: (rows, columns), at the original size; all `IGNORED` if it is not public.
+        image_id, name: the dataset's id and name of the image.
+        shown: the original image.
     """
 
     image: Tensor
@@ -58,12 +58,12 @@ class WholePicture(NamedTuple):
 
 
 class MaskAugmentation(NamedTuple):
-    """How training pictures are changed.
+    """Augmentation of training images.
 
     Attributes:
         scale: smallest and largest factor by which an image is resized.
-        crop: rows and columns that are cut out; what is smaller is padded, which does not count.
-        most: largest share of a crop that one class may have; else another place is tried, ten times at most.
+        crop: rows and columns of a crop; smaller images are padded with pixels that do not count.
+        most: largest share of a crop that one class may have; otherwise another crop is tried, ten times at most.
         hflip: probability of mirroring an image.
         photometric: probability of changing brightness, contrast, saturation and hue.
     """
@@ -76,13 +76,13 @@ class MaskAugmentation(NamedTuple):
 
 
 class MaskDataset(PictureDataset):
-    """Reads training batches, indexed by a `BatchSpec`; or whole pictures.
+    """Reads training batches, or lists of whole images for evaluation; indexed by a `BatchSpec`.
 
     Args:
-        rows: prepared rows (`vlabs.data.prepared.MASK_FEATURES`).
-        augmentation: of training; None for whole pictures.
-        short_side: size that the shorter side of an image is resized to, before scaling in training and in evaluation;
-            None to leave it. Masks of evaluation keep their size.
+        rows: prepared rows (`vlabs.data.features.MASK_FEATURES`).
+        augmentation: augmentation in training; None for whole images.
+        short_side: size that the shorter side of an image is resized to (in training before `scale`); None to keep
+            it. In evaluation masks keep their size.
         preprocessing, seed, on_bad: see `PictureDataset`.
     """
 
@@ -124,7 +124,7 @@ class MaskDataset(PictureDataset):
         return MaskBatch(stacked, of, ids, skipped)
 
     def whole(self, index: int) -> WholePicture | None:
-        """A picture for evaluation; None if it is left out."""
+        """Read an image for evaluation; None if it is left out."""
         row = self.rows[index]
         read = self._read(row)
         if read is None:
@@ -147,10 +147,12 @@ class MaskDataset(PictureDataset):
         return image, mask
 
     def change(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A training picture (3, rows, columns), normalised, and its mask (rows, columns).
+        """Augment an image and its mask: (3, rows, columns), normalized, and (rows, columns).
 
         Args:
-            rng: what is drawn from, but for colours, which torch's global generator changes.
+            image: the decoded image.
+            mask: (H, W), its classes.
+            rng: generator of all draws but those of colors, which torchvision takes from torch's global generator.
         """
         a = self.augmentation
         assert a is not None
@@ -174,7 +176,7 @@ class MaskDataset(PictureDataset):
         return F.pad(tensor, padding), F.pad(labels, padding, value=IGNORED)
 
     def _place(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-        """Where a crop begins in which no class has more than its share."""
+        """Top left corner of a crop in which no class has more than its share."""
         a = self.augmentation
         assert a is not None
         rows, columns = a.crop
@@ -190,20 +192,20 @@ class MaskDataset(PictureDataset):
 
 
 def resize_by(image: Image.Image, factor: float) -> Image.Image:
-    """A picture at another size, by a factor of its sides."""
+    """Resize an image by a factor."""
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
 class MaskDataModule(PictureDataModule):
-    """Batches of a prepared folder of masks; evaluation gives lists of whole pictures.
+    """Batches of a prepared folder of masks; evaluation gives lists of whole images.
 
     Args:
         dir: the prepared folder.
         crop: rows and columns of a training crop; None for the square of `image_size`.
-        scale, most, hflip, photometric: of `MaskAugmentation`.
-        short_side: size that the shorter side of an image is resized to, in training before scaling, and in evaluation,
-            whose masks keep their size; None to leave it.
+        scale, most, hflip, photometric: as in `MaskAugmentation`.
+        short_side: size that the shorter side of an image is resized to (in training before `scale`); None to keep
+            it. In evaluation masks keep their size.
         options: of `PictureDataModule`.
 
     Raises:
@@ -211,7 +213,7 @@ class MaskDataModule(PictureDataModule):
     """
 
     kind = "masks"
-    holds = "pictures with a class a pixel (data=scenes_masks, voc, cityscapes, ade20k)"
+    holds = "images with a class per pixel (data=scenes_masks, voc, cityscapes, ade20k)"
     unused = (*PictureDataModule.unused, "interpolation", "crop_mode")
     hands_on = (*PictureDataModule.hands_on, MaskAugmentation)
     by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
@@ -238,12 +240,12 @@ class MaskDataModule(PictureDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `PreparedDataModule`; and the size that pictures are resized to, which evaluation keeps to."""
+        """See `PreparedDataModule`; also `short_side`, which evaluation uses too."""
         return super().identity | ({} if self.short_side is None else {"short_side": self.short_side})
 
     @property
     def eval_size(self) -> int:
-        """See `PictureDataModule`; one, if nobody says, because pictures are whole."""
+        """See `PictureDataModule`; 1 by default, because whole images differ in size."""
         return self.options.eval_batch_size or 1
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> MaskDataset:
@@ -254,7 +256,7 @@ class MaskDataModule(PictureDataModule):
 
 
 def stacked(pictures: Sequence[WholePicture]) -> Iterator[tuple[Tensor, list[WholePicture]]]:
-    """Whole pictures with their images (n, 3, H, W), together where their sizes allow it."""
+    """Yield batches (n, 3, H, W) of consecutive whole images of the same size, each with its `WholePicture`s."""
     start = 0
     for end in range(1, len(pictures) + 1):
         if end == len(pictures) or pictures[end].image.shape != pictures[start].image.shape:

@@ -1,4 +1,4 @@
-"""What every data module of prepared folders is: options, preprocessing, and loaders of whole batches."""
+"""The base of all data modules of prepared folders: options, preprocessing, and loaders of whole batches."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vlabs.errors import UserError
 from vlabs.utils.options import Size, check_type, checked, options_of
 
 IMAGE_SIZE = 224
-"""Where nobody says another."""
+"""The default."""
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What a task wants of its data beside texts and images; see `vlabs.tasks.base.Task.wants`.
+    """What a task needs from its data besides texts and images; see `vlabs.tasks.base.Task.wants`.
 
     Attributes:
-        region_grid: rows and columns of the grid on which batches say what a text is about; None for nothing.
-        regions_in_validation: batches of validation say it too.
-        false_images: every caption comes with an image that it does not belong to.
-        false_captions: captions of other images that every caption comes with.
+        region_grid: rows and columns of the grid on which batches give the regions of texts; None for no regions.
+        regions_in_validation: validation batches have regions too.
+        false_images: each caption comes with an image that it does not belong to.
+        false_captions: number of captions of other images that each caption comes with.
     """
 
     region_grid: tuple[int, int] | None = None
@@ -42,54 +42,54 @@ class Wants:
 
 @checked("data")
 class PreparedDataModule(pl.LightningDataModule):
-    """Batches of prepared folders (`vlabs.data.prepared`). A kind of data says how rows are read, see `VQADataModule`.
+    """Batches of prepared folders (`vlabs.data.prepared`). Subclasses read one kind of data, e.g. `VQADataModule`.
 
-    How images are read is by default as in configs of before there were options for it, which had CLIP's values.
+    The default mean, deviation, interpolation and crop are those of configs from before these options existed (CLIP's).
 
     Args:
         dir: prepared folder.
-        val_split: split that is validated on.
+        val_split: split for validation.
         image_size: side of the square input in pixels; None for the size of the checkpoint in `init=`, else 224.
         max_length: tokens per text at most.
         tokenizer: RoBERTa name or folder; None for the tokenizer that was trained with the data.
-        image_mean: mean of the channels in [0, 1]; None for that of what the run starts from (`init=` or the
-            pre-trained encoder), else CLIP's. See `left_open`.
-        image_std: standard deviation of the channels; None likewise.
-        interpolation: how images are resized: `bicubic` or `bilinear`; None for what the run starts from, else
+        image_mean: mean of the channels in [0, 1]; None for that of the checkpoint in `init=` or of the pre-trained
+            image encoder, else CLIP's.
+        image_std: standard deviation of the channels; None as for `image_mean`.
+        interpolation: how images are resized: `bicubic` or `bilinear`; None for that of the checkpoint or encoder, else
             `bicubic`.
         crop: share of the shorter side of an image that evaluation sees; 1 for all of it.
-        crop_mode: what becomes the square input: the `center` of an image, or all of it with `squash`; None for what
-            the run starts from, else `center`.
-        preprocessing: of a checkpoint, in place of all options of images, text and vocabulary.
-        options: of `LoaderOptions`, of which `texts_per_image` is called by what the texts are: `questions_per_image`.
+        crop_mode: what becomes the square input: the `center` of an image, or all of it with `squash`; None for that
+            of the checkpoint or encoder, else `center`.
+        preprocessing: preprocessing of a checkpoint, which replaces all options of images, text and vocabulary.
+        options: of `LoaderOptions`; `texts_per_image` is named after the kind of text, e.g. `questions_per_image`.
 
     Attributes:
-        folders: the prepared folders, by name where there are several; the first is the one whose tokenizer is used.
-        pictures: images that a text is about: 1 unless a kind of data says otherwise.
-        preprocessing: images and texts to tensors.
-        left_open: what of it nobody said, and is as `by_default`, until a training takes it from the checkpoint or the
-            encoder that it starts from (`vlabs.training.pictures`).
-        options: of the loaders.
-        wants: what a task wants of it, who says so before there are loaders.
+        folders: the prepared folders by name; the tokenizer is that of the first.
+        pictures: number of images that a text is about; 1 for most kinds of data.
+        preprocessing: turns images and texts into tensors.
+        left_open: values of the preprocessing that no option sets. They are those of `by_default`, until a training
+            takes them from the checkpoint or encoder that it starts from (`vlabs.training.pictures`).
+        options: options of the loaders.
+        wants: what the task needs; the task sets it before loaders are made.
 
     Raises:
-        UserError: no prepared data of this kind there, no tokenizer, an option out of range.
+        UserError: the folder has no prepared data of this kind, there is no tokenizer, or an option is out of range.
     """
 
     kind: ClassVar[str]
-    """What a manifest calls it."""
+    """The kind of data in a manifest."""
     holds: ClassVar[str]
-    """What it holds and which choices of the group `data` do, for messages."""
+    """The kind of data in words, and its choices in the group `data`; for messages."""
     unused: ClassVar[tuple[str, ...]] = ("crop",)
-    """Options of others that change nothing here, but may stand in a config at their defaults."""
+    """Options that have no effect here. A config may still have them at their defaults."""
     item: ClassVar[str] = "text"
-    """What a text is called: the column of the rows that they are in."""
+    """What a text is called: the name of its column."""
     by_default: ClassVar[dict[str, Any]] = {
         "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "crop_mode": "center",
     }  # fmt: skip
-    """How pictures are read for an encoder from scratch, as far as there is anything to say here."""
+    """Default values of the preprocessing, for an encoder from scratch."""
     hands_on: ClassVar[tuple[type, ...]] = (LoaderOptions,)
-    """What gets the options that no constructor names."""
+    """Classes that take the options that no constructor names."""
     pictures: int = 1
     train_split = "train"
 
@@ -135,10 +135,10 @@ class PreparedDataModule(pl.LightningDataModule):
 
     @classmethod
     def loader_options(cls, **given: Any) -> LoaderOptions:
-        """The options of the loaders among those of a module, all checked; before there is any data, if need be.
+        """Check all options of a data module, and return those of the loaders. No data are needed.
 
         Raises:
-            UserError: an option is out of range, or is not used here.
+            UserError: an option is out of range, or has no effect here.
         """
         per_image = f"{cls.item}s_per_image"
         if isinstance(given.get("preprocessing"), Preprocessing | None):
@@ -156,22 +156,24 @@ class PreparedDataModule(pl.LightningDataModule):
 
     @classmethod
     def _check_used(cls, options: dict[str, Any]) -> None:
-        """Refuse options that change nothing here; at their defaults they may stand there, as in runs of old."""
+        """Refuse options that have no effect here, except at their defaults: configs of older runs have them."""
         makers = [one.__init__ for one in cls.__mro__ if issubclass(one, PreparedDataModule)]
         used = {name for make in makers for name in inspect.signature(make).parameters}
         used |= {*LoaderOptions.__dataclass_fields__, f"{cls.item}s_per_image"}
         used -= {"self", "options", "preprocessing", "texts_per_image", *cls.unused}
         for name, value in options.items():
             if name not in used and not (name in cls.unused and value in (None, _DEFAULTS[name])):
-                raise UserError(f"data.{name}={value}: {cls.holds} do not use it; choose of {', '.join(sorted(used))}")
+                raise UserError(
+                    f"data.{name}={value}: {cls.holds} do not use it; choose one of {', '.join(sorted(used))}"
+                )
 
     @staticmethod
     def read_names(directory: str | Path) -> Sequence[str]:
-        """The names of what a head tells apart in a prepared folder, see `Preprocessing.names`."""
+        """The names of a prepared folder's answers, labels or classes, see `Preprocessing.names`."""
         return ()
 
     def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
-        """What a `Preprocessing` says of texts."""
+        """The arguments of `Preprocessing` for texts."""
         text = read_tokenizer(tokenizer, self.dir)
         padding = special_token(text, "pad")
         return {"tokenizer": text, "max_length": max_length} | ({} if padding is None else {"pad_token_id": padding})
@@ -183,22 +185,22 @@ class PreparedDataModule(pl.LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Texts a step on each device."""
+        """Texts per step on each device."""
         return self.options.batch_size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of its data: the first folder as of `identity_of`, and all, where several are."""
+        """Identity of the data for checkpoints: `identity_of` the first folder, and of all as `sets` if several."""
         sets = [identity_of(folder) for folder in self.folders.values()]
         return sets[0] | ({"sets": sets} if len(sets) > 1 else {})
 
     @property
     def regions_known(self) -> int:
-        """Of how many training texts it is known what part of the picture they are about."""
+        """Number of training texts with a region."""
         return sum(count_regions(folder, "train") for folder in self.folders.values())
 
     def extent(self) -> dict[str, Any]:
-        """How much is trained on, for the checkpoint: `images`; of texts also how many, and their `words`."""
+        """How much is trained on, for checkpoints: the number of `images`; for texts also their number and `words`."""
         return {"images": len(self.rows(self.train_split))}
 
     def rows(self, split: str) -> datasets.Dataset:
@@ -210,11 +212,11 @@ class PreparedDataModule(pl.LightningDataModule):
         return load_split(self.dir, split)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every sample of the validation split."""
+        """All samples of the validation split."""
         return self.eval_dataloader(self.val_split)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Every sample of a split, in stored order."""
+        """All samples of a split, in stored order."""
         raise NotImplementedError
 
 

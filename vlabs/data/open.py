@@ -1,4 +1,4 @@
-"""Prepared folders of whatever kind."""
+"""Open a prepared folder of any kind."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ MODULES: dict[str, type[PreparedDataModule]] = {
 
 
 def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options: Any) -> PreparedDataModule:
-    """The data module of a prepared folder, by what its manifest says it holds.
+    """The data module of a prepared folder, chosen by the kind of data in its manifest.
 
     Args:
         dir: the prepared folder.
-        minival_images: images of val that make `minival`, for questions.
+        minival_images: number of images of val in the split `minival`, for questions.
         options: of `PreparedDataModule`.
 
     Raises:
-        UserError: no folder is named, or it is of a kind that vlabs does not know.
+        UserError: no folder is named, or vlabs does not know its kind.
     """
     if dir is None:
         raise UserError("data.dir must be given: pass data.dir=FOLDER, a prepared folder")
     kind = read_manifest(dir).get("kind")
     if kind not in MODULES:
-        raise UserError(f"{dir} holds data of kind {kind!r}: choose the group data that reads it, data=NAME")
+        raise UserError(f"{dir} holds data of kind {kind!r}: pass data=NAME with the choice that reads it")
     if kind == "vqa":
         options["minival_images"] = minival_images
     return MODULES[kind](dir, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What pictures with a class, or with a class a pixel, have in common: the order of an epoch, reading, and loaders."""
+"""Shared by data of images without texts (a class per image or per pixel): order of an epoch, reading, loaders."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from vlabs.utils.ranks import rank_and_world
 
 
 class ImageSampler(EpochSampler):
-    """Yields the batches of an epoch, this process's part; a pure function of (seed, epoch).
+    """Yields this process's batches of an epoch, as a pure function of (seed, epoch).
 
     Args:
-        count: pictures.
-        batch_size: pictures a batch; in training the last batch is left out if it is not full.
-        training: shuffled; else in stored order.
-        repeats: as in `Augmentation`, by timm's sampler.
+        count: number of images.
+        batch_size: images per batch; in training the last batch is left out if it is not full.
+        training: shuffle; else keep the stored order.
+        seed: seed of the order.
+        repeats: as in `Augmentation`; uses timm's sampler.
     """
 
     def __init__(self, count: int, batch_size: int, training: bool, seed: int, repeats: int = 1) -> None:
@@ -52,7 +53,10 @@ class ImageSampler(EpochSampler):
 
     @property
     def _given(self) -> int:
-        """Pictures of the epoch that came before: whatever the options, they are the first ones of its order."""
+        """Number of images that were already given in this epoch.
+
+        The order does not depend on batch size or number of processes, so these are always its first images.
+        """
         return sum(part["given"] * part["batch_size"] * part["processes"] for part in self.before)
 
     def _order(self) -> list[int]:
@@ -63,7 +67,7 @@ class ImageSampler(EpochSampler):
             sampler = RepeatAugSampler(
                 range(self.size), self.world_size, self.rank, num_repeats=self.repeats, selected_round=0
             )
-            sampler.set_epoch(self.epoch + 1_000_003 * seed)
+            sampler.set_epoch(self.epoch + 1_000_003 * seed)  # timm's sampler has no seed of its own
             return list(sampler)[self._given // self.world_size :]
         order = np.random.default_rng((seed, self.epoch)).permutation(self.size)[self._given :]
         whole = len(order) - len(order) % self.world_size
@@ -82,9 +86,9 @@ class PictureDataset(Dataset[Any]):
 
     Args:
         rows: prepared rows.
-        preprocessing: pictures to tensors, and the names of the classes.
-        seed: of the augmentation, a function of (seed, epoch, batch, place in it).
-        on_bad: `error`, or `skip` to leave out pictures that cannot be decoded.
+        preprocessing: turns images into tensors; has the names of the classes.
+        seed: seed of the augmentation, which is a function of (seed, epoch, batch, place in the batch).
+        on_bad: `error`, or `skip` to leave out images that cannot be decoded.
     """
 
     def __init__(
@@ -96,33 +100,34 @@ class PictureDataset(Dataset[Any]):
         self.on_bad = on_bad
 
     def read(self, row: dict[str, Any]) -> Image.Image | None:
-        """The picture of a row; None if it is left out.
+        """Decode the image of a row; None if it is left out.
 
         Raises:
-            UserError: it cannot be decoded, and bad ones are not to be skipped.
+            UserError: it cannot be decoded, and `on_bad` is not `skip`.
         """
         try:
             return decode_image(read_bytes(row), name_of(row))
         except UserError as error:
             if self.on_bad != "skip":
-                raise UserError(f"{error}; mend it, or pass data.on_bad=skip") from None
+                raise UserError(f"{error}; replace it, or pass data.on_bad=skip") from None
             show(f"left out: {error}", file=sys.stderr)
             return None
 
     def key(self, spec: BatchSpec, place: int) -> tuple[int, ...]:
-        """What is drawn for a place of a batch follows from this."""
+        """The seed of what is drawn at a place of a batch."""
         return self.seed, spec.epoch, spec.number, place
 
 
 class PictureDataModule(PreparedDataModule):
-    """Batches of a prepared folder of pictures without texts; a kind says which `dataset` reads them.
+    """Batches of a prepared folder of images without texts. Subclasses say which `dataset` reads them.
 
     Args:
         dir: the prepared folder.
-        options: of `PreparedDataModule`, but for those of texts.
+        image_size: as in `PreparedDataModule`.
+        options: of `PreparedDataModule`, without those of texts.
 
     Raises:
-        UserError: see `PreparedDataModule`; or other classes than those of the checkpoint.
+        UserError: see `PreparedDataModule`; or the classes are not those of the checkpoint.
     """
 
     unused: ClassVar[tuple[str, ...]] = ("max_length", "tokenizer", "rand_augment", "scaled_decoding", "bucket_batches",
@@ -139,23 +144,23 @@ class PictureDataModule(PreparedDataModule):
         super().__init__(dir, image_size=image_size, **options)
         names = tuple(read_classes(dir))
         if names != self.preprocessing.names:
-            raise UserError(f"{dir} has {len(names)} classes, which are not those that the checkpoint was trained on")
+            raise UserError(f"{dir} has {len(names)} classes, which are not those of the checkpoint")
 
     def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
         """See `PreparedDataModule`."""
         return {"tokenizer": ""}
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> PictureDataset:
-        """What reads batches of some rows."""
+        """The dataset that reads batches of these rows."""
         raise NotImplementedError
 
     @property
     def eval_size(self) -> int:
-        """Pictures a step in evaluation, on each device."""
+        """Images per step in evaluation, on each device."""
         return self.options.eval_batch_size or self.batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, full ones only."""
+        """Full training batches."""
         rows = self.rows("train")
         sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed, self.repeats)
         if not len(sampler):
@@ -165,7 +170,7 @@ class PictureDataModule(PreparedDataModule):
         return GroupLoader(self.dataset(rows, True), sampler, self.options.workers)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Every picture of a split, in stored order."""
+        """All images of a split, in stored order."""
         rows = self.rows(split)
         sampler = ImageSampler(len(rows), self.eval_size, False, self.options.seed)
         return eval_loader(self.dataset(rows, False), sampler, self.options)

@@ -1,7 +1,7 @@
-"""The prepared form of a data set: what `data_prep` writes and everything else reads.
+"""The format of prepared data, which `data_prep` writes and vlabs reads.
 
-A folder holds `manifest.json`, `answers.json` (question answering), `tokenizer/tokenizer.json` where a tokenizer was
-trained, and one `datasets` folder a split. A row is an image with the lists of what is asked or said about it.
+A prepared folder holds `manifest.json`; `answers.json`, `labels.json` or `classes.json`; `tokenizer/tokenizer.json` if
+a tokenizer was trained; and one `datasets` folder per split. A row is an image with its texts, class or mask.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from vlabs.errors import UserError, one_line
 if TYPE_CHECKING:
     import datasets
 
-# Goes up when a reader of older folders would misread a newer one.
+# Increased when older versions of vlabs would misread newer folders.
 FORMAT_VERSION = 2
 
 
-IGNORED = 65535  # as a class in memory, on disk too where a pixel has 16 bits
+IGNORED = 65535  # class of pixels that do not count; 255 on disk if pixels have 8 bits
 
-# The labels of statements of known data sets, in METER's order, so that its heads fit.
+# The labels of known datasets of statements, in METER's order, so that its heads fit.
 LABELS = {"snli_ve": ("contradiction", "neutral", "entailment"), "nlvr2": ("False", "True")}
 
-# Cityscapes' label ids of the classes that its benchmark counts, in the order of its train ids.
+# Label ids of the classes in Cityscapes' benchmark, in the order of its train ids.
 CITYSCAPES = {
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
     "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
     "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
 }  # fmt: skip
 
-# What a manifest's `kind` means, and which commands make such a folder.
+# Each kind of data in words, and the commands that prepare it.
 _KINDS = {
     "vqa": ("questions", "`vlabs prepare vqav2`, or `own` for a table of questions"),
     "captions": (
@@ -40,19 +40,19 @@ _KINDS = {
         "of captions",
     ),
     "statements": (
-        "statements about pictures with a label",
+        "statements about images with a label",
         "`vlabs prepare snli_ve`, `nlvr2` or `pairs`",
     ),
-    "masks": ("pictures with a class a pixel", "`vlabs prepare segmentation`"),
-    "classes": ("pictures with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
+    "masks": ("images with a class per pixel", "`vlabs prepare segmentation`"),
+    "classes": ("images with a class", "`vlabs prepare classes`, `imagenet` or `objects`"),
 }
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Return `manifest.json` of a prepared folder.
+    """Read `manifest.json` of a prepared folder.
 
     Raises:
-        UserError: there is no such folder, or it is not a prepared one.
+        UserError: there is no such folder, or it is not prepared.
     """
     path = Path(directory) / "manifest.json"
     if not path.is_file():
@@ -63,15 +63,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         )
     manifest = _read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
-        raise UserError(f"{path} is no manifest (it names no splits): prepare the data again")
+        raise UserError(f"{path} is not a manifest (it has no splits): prepare the data again")
     return manifest
 
 
 def check_kind(directory: str | Path, kind: str) -> None:
-    """Check that a prepared folder holds questions (`vqa`) or captions (`captions`), as wanted.
+    """Check that a prepared folder holds a kind of data, such as questions (`vqa`) or captions (`captions`).
 
     Raises:
-        UserError: it holds the other kind, or is no prepared folder.
+        UserError: it holds another kind, or is not a prepared folder.
     """
     found = read_manifest(directory).get("kind")
     if found != kind:
@@ -84,17 +84,17 @@ def check_kind(directory: str | Path, kind: str) -> None:
 
 
 def read_answers(directory: str | Path) -> list[str]:
-    """Return the answer vocabulary of a prepared folder; an answer's index is its id."""
+    """Read the answer vocabulary of a prepared folder; an answer's index is its id."""
     return _read_names(Path(directory) / "answers.json", "answers", "question answering")
 
 
 def read_classes(directory: str | Path) -> list[str]:
-    """Return the class names of a prepared folder; a class's index is its label."""
+    """Read the class names of a prepared folder; a class's index is its label."""
     return _read_names(Path(directory) / "classes.json", "classes", "classification")
 
 
 def read_labels(directory: str | Path) -> list[str]:
-    """Return the names of a prepared folder's labels of statements; a label is the position of its name."""
+    """Read the names of the labels of a prepared folder of statements; a name's index is its label."""
     return _read_names(Path(directory) / "labels.json", "labels", "statements")
 
 
@@ -103,12 +103,12 @@ def _read_names(path: Path, what: str, purpose: str) -> list[str]:
         raise UserError(f"{path} is missing: {path.parent} was not prepared for {purpose}")
     names = _read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is no list of {what}: prepare the data again")
+        raise UserError(f"{path} is not a list of {what}: prepare the data again")
     return names
 
 
 def count_regions(directory: str | Path, split: str) -> int:
-    """Of how many texts of a split it is known what part of the picture they are about; 0 without such a split."""
+    """Number of texts of a split with a region; 0 if there is no such split."""
     counts = read_manifest(directory)["splits"].get(split, {})
     return sum(int(counts.get(f"{texts}_with_region", 0)) for texts in ("questions", "captions", "statements"))
 
@@ -126,7 +126,7 @@ def load_split(directory: str | Path, split: str) -> datasets.Dataset:
     Raises:
         UserError: the folder has no such split; the message names those it has.
     """
-    import datasets  # with pandas, which is not needed to read a manifest
+    import datasets  # here, because it imports pandas, which reading a manifest does not need
 
     splits = sorted(read_manifest(directory)["splits"])
     if split not in splits:

@@ -1,4 +1,4 @@
-"""From image bytes and text to tensors: what a checkpoint carries to be used without its training config."""
+"""From image bytes and text to tensors. Checkpoints carry this, so that they can be used without their config."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from vlabs.data.decoding import decode
 from vlabs.errors import UserError, one_line
 
-# CLIP's, which METER uses for CLIP's encoders, and the released AbSViT for its ViT.
+# CLIP's mean and deviation: METER uses them for CLIP's encoders, and the released AbSViT for its ViT.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# ImageNet's, which METER uses for its Swins.
+# ImageNet's mean and deviation: METER uses them for Swin.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,23 +31,23 @@ CROP_MODES = ("center", "squash")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Everything between raw input and tensors, as plain data.
+    """Everything between raw inputs and tensors, as plain data.
 
     Attributes:
         image_size: side of the square input in pixels.
-        tokenizer: the `tokenizers` JSON of the text encoder's tokenizer.
-        max_length: tokens at most, special tokens included; longer text is cut.
-        pad_to_max_length: pad every text to `max_length` and not to the longest of its batch.
-        names: of what the head tells apart, in the order of its logits: answers, labels of statements, or classes;
-            empty where it ranks.
-        mean, std: of the image channels, for values in [0, 1].
-        crop: share of the shorter side that is seen, from 0.05 to 1.
-        crop_mode: what becomes the square (timm's names): the `center`, or all of a picture, `squash`ed; `crop` is then
+        tokenizer: JSON of the text encoder's tokenizer, of the library `tokenizers`.
+        max_length: largest number of tokens, including special tokens; longer text is cut.
+        pad_to_max_length: pad all texts to `max_length`, not to the longest text of the batch.
+        names: names of the head's logits, in their order: answers, labels of statements, or classes; empty if it ranks.
+        mean, std: mean and deviation of the image channels, for values in [0, 1].
+        pad_token_id: id of the padding token.
+        crop: share of the shorter side that the model sees, from 0.05 to 1.
+        crop_mode: what becomes the square (timm's names): the `center`, or the whole image, `squash`ed; `crop` is then
             a share of both sides.
-        interpolation: by which pictures are resized, one of `INTERPOLATIONS`.
+        interpolation: how images are resized, one of `INTERPOLATIONS`.
 
     Raises:
-        UserError: a mean, deviation, crop or interpolation that there is not; the message names its option.
+        UserError: an invalid mean, deviation, crop or interpolation; the message names its option.
     """
 
     image_size: int
@@ -68,23 +68,23 @@ class Preprocessing:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Preprocessing:
-        """Rebuild from `to_plain`'s dictionary, which may be somebody else's.
+        """Rebuild from the dictionary of `to_plain`, which may come from an unknown checkpoint.
 
         Raises:
             UserError: a value is missing, unknown, of another type or out of range; the message names it.
         """
         if not isinstance(plain, dict):
-            raise UserError("the preprocessing is no dictionary")
-        if "answers" in plain and "names" not in plain:  # as checkpoints said until 2026, of classes and labels too
+            raise UserError("the preprocessing is not a dictionary")
+        if "answers" in plain and "names" not in plain:  # older checkpoints call all names answers
             plain = {"names" if name == "answers" else name: value for name, value in plain.items()}
         if unknown := sorted(str(name) for name in plain.keys() - _VALID.keys()):
-            raise UserError(f"the preprocessing has '{unknown[0]}', which is none of {', '.join(_VALID)}")
+            raise UserError(f"the preprocessing has '{unknown[0]}', which is not one of {', '.join(_VALID)}")
         if missing := [name for name in ("image_size", "tokenizer") if name not in plain]:
             raise UserError(f"the preprocessing has no '{missing[0]}'")
         for name, value in plain.items():
             is_valid, what = _VALID[name]
             if not is_valid(value):
-                raise UserError(f"the preprocessing's {name} must be {what}, and is {str(value)[:40]!r}")
+                raise UserError(f"the preprocessing's {name} must be {what}, but is {str(value)[:40]!r}")
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
         made = cls(**values)
         if made.tokenizer:
@@ -92,22 +92,22 @@ class Preprocessing:
         return made
 
     def to_plain(self) -> dict[str, Any]:
-        """As a JSON-able dictionary."""
+        """The values as a dictionary that JSON can hold."""
         names = self.__dataclass_fields__
         plain = {name: getattr(self, name) for name in names}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Shorter side to `image_size / crop`, then the centre square, as torchvision does; both sides, where squashed.
+        """Resize the shorter side (with `squash`, both) to `image_size / crop` and crop the center, like torchvision.
 
-        Only the square is computed, so a picture of 640×480 takes three quarters of the work, and a very long one no
-        more memory than any other. Rounding makes a few values differ from theirs by a level or two of 255.
+        Only the square is computed: an image of 640×480 takes three quarters of the work, and a very long image no
+        more memory than others. By rounding, a few values differ from torchvision's by one or two levels of 255.
         """
         size = self.image_size
         return image.resize((size, size), Image.Resampling[self.interpolation.upper()], self.box(image.size))
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what is seen of a picture of a size (width, height), in its pixels."""
+        """Left, top, right and bottom, in pixels, of the part that the model sees of an image (width, height)."""
         width, height = size
         shorter_resized = int(self.image_size / self.crop)
         resized = shorter_resized, shorter_resized
@@ -120,14 +120,14 @@ class Preprocessing:
         return left * x, top * y, min(right, width), min(bottom, height)
 
     def resize_for_training(self, image: Image.Image) -> Image.Image:
-        """`resize` with torch's kernel, about twice as fast, of a square that begins at a whole pixel.
+        """A faster `resize` for training: torch's kernel, and a crop at whole pixels.
 
-        The picture is moved by less than a pixel of the one that is given; augmentation moves it by more.
+        The result is shifted by less than a pixel of the original, which is less than augmentation does.
         """
         size = self.image_size
         width, height = image.size if self.crop_mode == "squash" else (min(image.size),) * 2
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        # The batch of one comes first, so that torch sees channels that lie side by side, for which it has its kernel.
+        # [None] before permute: the tensor is then channels-last, for which torch has a fast kernel.
         pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
         square = pixels[..., top : top + height, left : left + width]
         resized = F.interpolate(square, (size, size), mode=self.interpolation, antialias=True)
@@ -141,33 +141,33 @@ class Preprocessing:
         return tokenizer
 
     def check_tokenizer(self) -> None:
-        """Raise a UserError if the tokenizer is none, or texts cannot be read with it."""
+        """Raise a UserError if the tokenizer is invalid or cannot encode texts."""
         try:
             self.token_ids(["a", ""])
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of tokenizers is no Exception
+        except BaseException as error:  # a panic in the Rust code of tokenizers is not an Exception
             raise UserError(f"the tokenizer is damaged: {one_line(str(error))[:200]}") from None
 
     @property
     def largest_token_id(self) -> int:
-        """Of all ids that texts can become, the largest."""
+        """The largest token id that a text can have."""
         known = self._tokenizer.get_vocab(with_added_tokens=True).values()
         return max((*known, *self.token_ids([""])[0]), default=0)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the text encoder needs an embedding for."""
+        """Number of tokens that the text encoder needs an embedding for."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def image(self, image: Image.Image) -> Tensor:
-        """Resize, crop and normalise one RGB picture to (3, image_size, image_size)."""
+        """Resize, crop and normalize one RGB image to (3, image_size, image_size)."""
         return self.normalize(self.resize(image))
 
     def normalize(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
-        """An RGB picture of the right size to a normalised float tensor (3, H, W), which is `out` where given."""
+        """Normalize an RGB image of the right size to a float tensor (3, H, W), written to `out` if given."""
         tensor = torch.empty(3, image.height, image.width) if out is None else out
-        # One copy that reorders and converts; the arithmetic is then in place, on values that lie in order.
+        # A single copy reorders and converts; the arithmetic is in place and on contiguous memory, so it is fast.
         tensor.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         scale, shift = self._scale_and_shift
         return tensor.mul_(scale).add_(shift)
@@ -186,8 +186,8 @@ class Preprocessing:
         """
         try:
             return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        except TypeError:  # the tokenizer's word for half of a character that has two
-            raise UserError("a text has a character that cannot be written (a lone surrogate): type it anew") from None
+        except TypeError:  # raised for a lone surrogate
+            raise UserError("a text has a character that is not valid Unicode (a lone surrogate): retype it") from None
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of a text, as the tokenizer cuts them, each with the positions of its tokens in `token_ids`."""
@@ -228,7 +228,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) and len(one) <= 1000 for one in value)
 
 
-# What a checkpoint may say of each value, and how that is called.
+# For each value of a checkpoint's preprocessing: whether it is valid, and what is valid in words.
 _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_size": _whole(1, 4096),
     "tokenizer": (lambda value: isinstance(value, str), "the text of a tokenizer.json"),
@@ -248,11 +248,11 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 PICTURE_OPTIONS = {"mean": "image_mean", "std": "image_std"} | {
     name: name for name in ("interpolation", "crop", "crop_mode")
 }
-"""How pictures are read, and the options of `data` that say so."""
+"""Values of the preprocessing of images, and the options of `data` that set them."""
 
 
 def check_picture_option(name: str, value: Any) -> None:
-    """Raise a UserError unless one of `PICTURE_OPTIONS` has a value that it can have."""
+    """Raise a UserError unless the value of one of `PICTURE_OPTIONS` is valid."""
     is_valid, what = _VALID[name]
     if not is_valid(value):
         shown = list(value) if isinstance(value, tuple) else value
@@ -263,15 +263,16 @@ _LONGEST_TEXT = 10_000
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise a UserError if there is nothing in a text that a user asks, or more than anybody asks, or no characters.
+    """Raise a UserError if a user's text is empty, too long, or not Unicode.
 
     Args:
-        what: it is, for the message.
+        what: what the text is, for the message.
+        text: the text.
     """
     if not text.strip():
         raise UserError(f"{what} is empty: give it some text")
     if len(text) > _LONGEST_TEXT:
-        raise UserError(f"{what} has {len(text):,} characters: give it {_LONGEST_TEXT:,} at most")
+        raise UserError(f"{what} has {len(text):,} characters: at most {_LONGEST_TEXT:,} are allowed")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -279,15 +280,16 @@ def check_text(what: str, text: str) -> None:
 
 
 def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:
-    """Decode image bytes to an RGB picture as a viewer shows it, see `vlabs.data.decoding`.
+    """Decode image bytes to an RGB image as a viewer shows it, see `vlabs.data.decoding`.
 
     Args:
-        name: of the image, for messages.
-        at_least: decode a JPEG at the smallest of its scales (1, 1/2, 1/4, 1/8) at which no side is below so many
-            pixels. Decoding becomes a little faster, and resizing much. None for the whole picture.
+        data: the file's bytes.
+        name: name of the image, for messages.
+        at_least: decode a JPEG at the smallest scale (1, 1/2, 1/4, 1/8) at which both sides have at least so many
+            pixels. Decoding is then a little faster, and resizing much faster. None for full size.
 
     Raises:
-        UserError: not an image, a truncated one, or one of too many pixels; the message says `name`.
+        UserError: it is not an image, truncated, or has too many pixels; the message has `name`.
     """
     try:
         return decode(data, at_least)

@@ -1,4 +1,4 @@
-"""Which questions form a batch: grouped by image, a pure function of (seed, epoch), and shared out over ranks."""
+"""Samplers: texts are grouped by image into batches, as a pure function of (seed, epoch), and split over ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.data import Sampler
 
 
 class Group(NamedTuple):
-    """One image and some of its questions: row of the split, and positions in the row's lists."""
+    """One image and some of its texts: row of the split, and positions in the row's lists."""
 
     row: int
     questions: tuple[int, ...]
 
 
 class BatchSpec(NamedTuple):
-    """One batch before it is read: the epoch (augmentation depends on it), its groups, and its number in the epoch."""
+    """The plan of a batch: the epoch (augmentation depends on it), its groups, and its number in the epoch."""
 
     epoch: int
     groups: list[Group]
@@ -25,20 +25,20 @@ class BatchSpec(NamedTuple):
 
 
 class EpochSampler(Sampler[BatchSpec]):
-    """Yields the batches of an epoch, this process's part of them, from any of them on.
+    """Yields this process's batches of an epoch, beginning with any of them.
 
-    An epoch that was begun under other options (another batch size, another number of processes) goes on with what is
-    left of it: what was given does not come again.
+    An epoch that began under other options (batch size, number of processes) continues with its remaining samples:
+    none comes twice.
 
     Args:
-        size: of a whole epoch, in what is shared out (groups of texts, pictures).
+        size: units in a whole epoch (groups of texts, or images).
 
     Attributes:
-        epoch: which epoch is next.
-        how: all that decides which texts or pictures form a batch, by the names of `data.NAME` where it is an option.
-        before: how the epoch was shared out by other options until now, in order: their `how`, and as `given` how many
-            batches every process got.
-        first: the batch to begin with, of what `before` left.
+        epoch: the next epoch.
+        how: everything that decides which samples form a batch; options are named as in `data.NAME`.
+        before: the parts of this epoch that were given under other options, in order: their `how`, and as `given` the
+            number of batches per process.
+        first: the batch to begin with, counted after the parts in `before`.
     """
 
     how: dict[str, int]
@@ -51,11 +51,11 @@ class EpochSampler(Sampler[BatchSpec]):
 
     @property
     def left(self) -> int:
-        """Of `size`, what `before` left."""
+        """Units of the epoch that `before` has left."""
         raise NotImplementedError
 
     def batches_of(self, size: int) -> int:
-        """In how many batches of this process so much is shared out."""
+        """Number of this process's batches for `size` units."""
         raise NotImplementedError
 
     @property
@@ -71,19 +71,23 @@ class EpochSampler(Sampler[BatchSpec]):
         self.epoch = epoch
 
     def begin(self) -> None:
-        """Make the next epoch a whole one."""
+        """Make the next epoch a whole one, from its first batch."""
         self.before, self.first = [], 0
 
     def state_dict(self, given: int) -> dict[str, Any]:
-        """Where the epoch is, as plain data.
+        """The position in the epoch, as plain data.
 
         Args:
-            given: batches of this process that were given, of those after `before`.
+            given: batches that this process was given, without those of `before`.
         """
         return {"epoch": self.epoch, "parts": [*self.before, self.how | {"given": given}]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there."""
+        """Continue from a position.
+
+        Under the options of the last part, its batches are skipped. Under other options the last part is added to
+        `before`, and what it has left is divided into new batches.
+        """
         *before, last = state["parts"]
         same = last == self.how | {"given": last["given"]}
         self.epoch = state["epoch"]
@@ -92,21 +96,21 @@ class EpochSampler(Sampler[BatchSpec]):
 
 
 class GroupSampler(EpochSampler):
-    """Yields the batches of an epoch as plans. Each question comes exactly once an epoch.
+    """Yields the plans of the batches of an epoch. Each text comes exactly once per epoch.
 
     Args:
-        rows, positions: (Q,) for every question its row, ascending, and its position in the row.
-        questions_per_image: questions of one image that go into a batch together; 0 for all of them.
-        batch_size: questions a batch, at most (an image with more questions than that is a batch of its own).
-        shuffle: draw the questions of a group and the order of groups anew each epoch; else keep the stored order.
-        seed: of the shuffling.
-        rank, world_size: this process and how many there are. Training gives every rank the same number of batches, of
-            which the last may have a group more than others.
-        lengths: (Q,) of the texts, in any unit; None to leave lengths alone.
-        bucket_batches: with `lengths`, the groups of so many steps are sorted by length before they are cut into
-            batches, so that a batch is padded less; the order of those batches stays random.
-        shuffle_block: shuffle whole blocks of so many groups that are stored one after another, and then the groups of
-            a few blocks, so that reading stays in a few places at a time; 0 to shuffle all groups.
+        rows, positions: (Q,), the row of each text, ascending, and its position in that row.
+        questions_per_image: texts of one image that go into a batch together; 0 for all of them.
+        batch_size: largest number of texts per batch (an image with more texts is a batch of its own).
+        shuffle: draw the texts of each group and the order of groups anew in each epoch; else keep the stored order.
+        seed: seed of the shuffling.
+        rank, world_size: index of this process and number of processes. In training all ranks have the same number of
+            batches; the last batch may have one group more on some ranks.
+        lengths: (Q,), lengths of the texts in any unit; None to ignore lengths.
+        bucket_batches: with `lengths`, sort the groups of this many steps by length before they are divided into
+            batches, so that less is padded. The order of these batches stays random.
+        shuffle_block: shuffle blocks of this many stored groups, then the groups of a few blocks at a time, so that
+            reading stays in a few places of the file; 0 to shuffle all groups.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class GroupSampler(EpochSampler):
             "shuffle_block": shuffle_block,
             "seed": seed,
         }
-        self._left_groups: tuple[int, int, int] = (0, 0, 0)  # of which epoch and how many options before, and how many
+        self._left_groups: tuple[int, int, int] = (0, 0, 0)  # cache of `left`: epoch, parts in `before`, groups
 
     @property
     def left(self) -> int:
@@ -149,7 +153,8 @@ class GroupSampler(EpochSampler):
         """See `EpochSampler`."""
         full, rest = divmod(size, _per_step(self.how))
         if self.shuffle:
-            # Too few groups for a step of their own go into the last one.
+            # If there is less than one group per process left over, the groups join the last step: all ranks must have
+            # the same number of batches, or DDP would wait forever.
             return full + (rest >= self.how["processes"] or bool(rest and not full))
         return full + (rest > self.rank)
 
@@ -157,7 +162,8 @@ class GroupSampler(EpochSampler):
         group_order, starts, ends, order = self._left()
         steps, world, per_step = len(self), self.how["processes"], _per_step(self.how)
         if self.shuffle and 0 < len(group_order) < world:
-            group_order = np.resize(group_order, world)  # every process has a batch, or the others would wait for it
+            # Fewer groups than processes: repeat some, because a rank without a batch would block the others.
+            group_order = np.resize(group_order, world)
         for step in range(self.first, steps):
             end = len(group_order) if self.shuffle and step == steps - 1 else (step + 1) * per_step
             groups = []
@@ -169,7 +175,10 @@ class GroupSampler(EpochSampler):
             yield BatchSpec(self.epoch, groups, step * world + self.rank)
 
     def _left(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What is left of the epoch, as of `_plan`."""
+        """The plan of what is left of the epoch, as returned by `_plan`.
+
+        The parts in `before` are planned again under their own options, to find which texts they have given.
+        """
         texts = np.arange(len(self.rows))
         for number, part in enumerate(self.before):
             group_order, starts, ends, order = self._plan(texts, part, number)
@@ -181,16 +190,20 @@ class GroupSampler(EpochSampler):
     def _plan(
         self, texts: np.ndarray, how: dict[str, int], number: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The order in which groups come; and where each starts and ends in the texts as they come, the last array.
+        """Divide texts into groups, and order them.
 
         Args:
-            texts: which ones are to be shared out, ascending.
-            how, number: by which options; the how manieth of the epoch these are.
+            texts: the texts to divide, ascending.
+            how: the options.
+            number: index of this part in the epoch; the first is shuffled as if the epoch had no parts.
+
+        Returns:
+            The order of the groups; where each group starts and ends in the last array; and the texts, group by group.
         """
         rng = np.random.default_rng((how["seed"], self.epoch, number) if number else (how["seed"], self.epoch))
         rows = self.rows[texts]
         order = np.lexsort((rng.random(len(rows)), rows)) if self.shuffle else np.arange(len(rows))
-        # `order` keeps rows together, so a group is a run of questions of one row.
+        # `order` keeps rows together, so a group is a run of texts of one row.
         starts = np.flatnonzero(_starts_a_group(rows, how["texts_per_image"]))
         ends = np.append(starts[1:], len(order))
         order = texts[order]
@@ -203,20 +216,20 @@ class GroupSampler(EpochSampler):
 
 
 def _per_step(how: dict[str, int]) -> int:
-    """Groups of a step, of all processes."""
+    """Groups per step, over all processes."""
     return max(1, how["batch_size"] // how["texts_per_image"]) * how["processes"]
 
 
 def _starts_a_group(rows: np.ndarray, per_image: int) -> np.ndarray:
-    """Of every question whether a group starts with it, where `per_image` of a row follow one another."""
+    """Whether a group starts at each text, if each row is divided into groups of `per_image` texts."""
     return np.asarray((np.arange(len(rows)) - np.searchsorted(rows, rows)) % per_image == 0)
 
 
-_OPEN_BLOCKS = 8
+_OPEN_BLOCKS = 8  # blocks whose groups are mixed
 
 
 def _shuffled(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of `count` things: any, or by blocks of neighbours of which a few are mixed at a time."""
+    """A random order of `count` things; with `block`, blocks of neighbors in random order, a few mixed at a time."""
     if not block or block >= count:
         return rng.permutation(count)
     first = rng.permutation(np.arange(0, count, block))
@@ -229,7 +242,7 @@ def _shuffled(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
 def _sort_within(
     order: np.ndarray, lengths: np.ndarray, per_step: int, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Sort every `steps` steps of an order by length, and shuffle them; a last one that is not full stays last."""
+    """Sort each `steps` steps of an order by length, then shuffle these steps; an incomplete last step stays last."""
     parts = []
     for start in range(0, len(order), steps * per_step):
         part = order[start : start + steps * per_step]

@@ -1,4 +1,4 @@
-"""Pictures with several objects of known classes, for classifiers that are asked for one of them."""
+"""Images with objects of several classes, to ask a classifier for one of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlabs.utils.archives import read_regular
 
 @dataclass
 class Several:
-    """A picture as the model sees it.
+    """An image with several classes, cropped and resized for the model.
 
     Attributes:
-        image: the square that is seen.
-        labels: of the classes in it, each once.
+        image: the square that the model sees.
+        labels: the classes in it, each once.
         masks: (size, size) bool, the pixels of each class.
     """
 
@@ -34,7 +34,7 @@ class Several:
 
 
 def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
-    """Two whole pictures next to each other in the middle of a grey square, the longer side of each half as long."""
+    """Put two whole images next to each other on a gray square; the longer side of each is half the square's."""
     both, half = Image.new("RGB", (size, size), (127, 127, 127)), size // 2
     for image, corner in zip(images, (0, size - half), strict=True):
         small = ImageOps.contain(image.convert("RGB"), (half, half), Image.Resampling.BICUBIC)
@@ -43,19 +43,20 @@ def side_by_side(images: Sequence[Image.Image], size: int) -> Image.Image:
 
 
 def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed: int) -> Iterator[Several]:
-    """Pairs of pictures of different classes, side by side; a mask is a half's picture.
+    """Yield pairs of images of different classes, side by side. The mask of a class is the area of its image.
 
     Args:
         rows: prepared rows with a class.
-        count: pairs.
-        seed: of which pictures are paired.
+        preprocessing: of the model.
+        count: number of pairs.
+        seed: seed of the choice of images.
 
     Raises:
-        UserError: all pictures are of one class, or one of them cannot be read.
+        UserError: all images are of one class, or one of them cannot be read.
     """
     labels = np.asarray(rows["label"])
     if len(np.unique(labels)) < 2:
-        raise UserError("pictures of two classes are needed to put them side by side, and all are of one")
+        raise UserError("pairs need images of two classes, but all images are of one class")
     rng = np.random.default_rng(seed)
     size = preprocessing.image_size
     half, top = size // 2, (size - size // 2) // 2
@@ -72,18 +73,19 @@ def pairs(rows: datasets.Dataset, preprocessing: Preprocessing, count: int, seed
 def read_several(
     folder: str | Path, preprocessing: Preprocessing, count: int | None = None
 ) -> list[tuple[Path, dict[int, list[Instance]]]]:
-    """What lies in a folder in COCO's layout: pictures, and `instances.json` with their objects.
+    """Find the images with several classes in a folder of COCO's layout: images, and `instances.json`.
 
     Args:
-        folder: pictures where the `file_name`s of `instances.json` say, whose categories are named as the classes.
-        preprocessing: with the names of the model's classes.
-        count: of the pictures that show at least two of them, evenly spread; None for all.
+        folder: the folder; `file_name`s in `instances.json` are relative to it, and its categories are named like the
+            model's classes.
+        preprocessing: has the names of the model's classes.
+        count: number of images with at least two classes, evenly spread; None for all.
 
     Returns:
-        The path of each picture, and its instances by class. Those of other classes are left out.
+        The path of each image, and its instances by class. Instances of other classes are left out.
 
     Raises:
-        UserError: the file is missing or damaged, or no picture shows two classes of the model.
+        UserError: the file is missing or damaged, or no image shows two classes of the model.
     """
     path = Path(folder) / "instances.json"
     try:
@@ -104,35 +106,32 @@ def read_several(
         ]
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): it names the objects of the pictures beside it"
+            f"{path} cannot be read ({error.strerror}): it must list the objects of the images in this folder"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not an instances file of COCO: {error!r}") from None
     if not shown:
-        raise UserError(
-            f"{path}: no picture shows two classes of the model, whose names are {', '.join(label_of)[:80]}"
-        )
+        raise UserError(f"{path}: no image shows two classes of the model, whose names are {', '.join(label_of)[:80]}")
     if count is not None and count < len(shown):
         shown = [shown[n] for n in np.linspace(0, len(shown) - 1, num=count, dtype=int)]
     return shown
 
 
 def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing: Preprocessing) -> Several | None:
-    """One of the pictures of `read_several` with its masks; None where fewer than two classes are in what is seen.
+    """Open an image of `read_several` with its masks; None if the crop shows fewer than two of its classes.
 
     Raises:
-        UserError: it cannot be read, or is not of the size that its objects are said to be in.
+        UserError: it cannot be read, or does not have the size that `instances.json` says.
     """
     try:
         image = decode_image(read_regular(path), str(path))
     except OSError as error:
-        raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
     labels, masks = [], []
     said = next(iter(by_class.values()))[0]
     if image.size != (said.width, said.height):
         raise UserError(
-            f"picture {path} has {image.width}x{image.height} pixels, and instances.json says "
-            f"{said.width}x{said.height}"
+            f"image {path} has {image.width}x{image.height} pixels, but instances.json says {said.width}x{said.height}"
         )
     for label, instances in by_class.items():
         mask = np.logical_or.reduce([instance.mask() for instance in instances])
@@ -144,5 +143,5 @@ def open_several(path: Path, by_class: dict[int, list[Instance]], preprocessing:
 
 
 def _seen(mask: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """A mask over a whole picture, over what the model sees of it."""
+    """Crop and resize a mask over a whole image to what the model sees."""
     return np.asarray(preprocessing.resize(Image.fromarray(mask.astype(np.uint8) * 255))) > 127

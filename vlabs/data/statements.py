@@ -1,4 +1,4 @@
-"""Batches of statements with a label (SNLI-VE, NLVR2) from prepared data: about a picture each, or about a pair."""
+"""Batches of labeled statements from prepared data, each about one image (SNLI-VE) or a pair (NLVR2)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vlabs.utils.options import Size
 
 
 class StatementBatch(NamedTuple):
-    """n statements about B pictures, p each.
+    """n statements about B images, p each.
 
     Attributes:
-        images: (B, 3, H, W), normalised; or what is stored of them.
+        images: (B, 3, H, W), normalized; with a store, the stored first passes instead.
         input_ids, attention_mask: (n, T).
-        image_index: (n, p), the positions in `images` of each statement's pictures, left before right.
-        image_ids: (n,), the data's number of each statement's picture or pair.
-        labels: (n,), position among the names of the labels; -1 where it is kept back.
-        coverage: (n * p, patches) in [0, 1], how much of every patch a statement is about, of its pictures one after
-            another; zeros where nobody said; None where nobody asked.
-        statement_ids: n, in one split.
-        keys: n, what the data set calls the statements: pairID of SNLI-VE, identifier of NLVR2.
-        skipped: numbers of pictures or pairs that could not be decoded and were left out (only with `on_bad=skip`).
+        image_index: (n, p), the positions in `images` of each statement's images, left before right.
+        image_ids: (n,), the id of each statement's image or pair.
+        labels: (n,), index into the names of the labels; -1 if it is not public.
+        coverage: (n * p, patches) in [0, 1], how much of each patch a statement is about, its images one after
+            another; zeros where unknown; None if not requested.
+        statement_ids: n ids, unique within a split.
+        keys: n ids of the dataset itself: pairID of SNLI-VE, identifier of NLVR2.
+        skipped: ids of images or pairs that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
     images: Any
@@ -50,9 +50,9 @@ class StatementDataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `StatementBatch`.
 
     Args:
-        rows: prepared rows (see `vlabs.data.prepared.statement_features`).
+        rows: prepared rows (see `vlabs.data.features.statement_features`).
         preprocessing, images: see `TextDataset`.
-        pictures: p.
+        pictures: number of images per statement, p.
     """
 
     item = "statement"
@@ -98,7 +98,7 @@ class StatementDataModule(TextDataModule):
         self.labels = read_labels(dir)
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `TextDataModule`; in training without statements whose label is kept back."""
+        """See `TextDataModule`; in training without statements whose label is not public."""
         text_rows, positions = super().texts(rows, training)
         if training:
             known = rows.data.column("label").combine_chunks().flatten().to_numpy() >= 0

@@ -1,4 +1,4 @@
-"""Tensors of pictures on disk: shards that are never changed once written, read by memory map."""
+"""Tensors of images on disk, in shards that are never changed once written and are read by memory map."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import Tensor
 from vlabs.errors import UserError
 from vlabs.utils.files import replacing
 
-_SHARD = 128 * 2**20  # bytes of a shard, about: what a process that is killed loses at most
+_SHARD = 128 * 2**20  # approximate bytes per shard; a killed process loses at most this much
 
 
 class TensorStore:
-    """Some tensors of every picture, by its key, in a folder of safetensors files.
+    """Tensors per image, by key, in a folder of safetensors files.
 
-    Several processes may add to it at the same time, each in files of its own. A process that is killed loses what it
-    had not written yet.
+    Several processes may add to it at the same time, because each writes its own files. A process that is killed loses
+    only what it has not written yet.
 
     Args:
-        folder: made when the first shard is written.
-        identity: what the tensors are of, in words or plain data; a shard of something else is an error.
-        layout: name, shape and type of the tensors of a picture. Those of int8 have a scale for each of their last
-            dimension's vectors beside them.
+        folder: the folder; it is made with the first shard.
+        identity: a string that says what the tensors are; a shard with another identity is an error.
+        layout: name, shape and type of each tensor of an image. An int8 tensor is stored with a scale for each vector
+            of its last dimension.
 
     Attributes:
-        bytes_each: of a picture.
+        bytes_each: bytes per image.
 
     Raises:
-        UserError: a file of the folder is no shard of this store.
+        UserError: a file in the folder is not a shard of this store.
     """
 
     def __init__(self, folder: Path, identity: str, layout: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
@@ -56,7 +56,7 @@ class TensorStore:
         return key in self.places or key in self.waiting
 
     def refresh(self) -> None:
-        """See what other processes have written meanwhile."""
+        """Open the shards that other processes have written in the meantime."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self.shards:
                 self._open(path)
@@ -74,24 +74,24 @@ class TensorStore:
             wanted |= _packed(name, torch.empty(len(keys), *shape, device="meta"), dtype)
         found, due = ({name: (t.shape, t.dtype) for name, t in one.items()} for one in (tensors, wanted))
         if said.get("identity") != self.identity or found != due:
-            raise UserError(f"{path} holds no pictures as this model sees them: remove it")
+            raise UserError(f"{path} holds no images as this model sees them: remove it")
         self.shards[path.name] = tensors
         self.places |= {key: (path.name, n) for n, key in enumerate(keys)}
 
     def check_room(self, pictures: int) -> None:
-        """Raise a UserError where the disk has no room for so many more pictures."""
+        """Raise a UserError if the disk has no room for this number of additional images."""
         place = self.folder
         while not place.exists():
             place = place.parent
         need, free = pictures * self.bytes_each, shutil.disk_usage(place).free
         if need > free:
             raise UserError(
-                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} pictures ({self.bytes_each / 1e3:,.0f} "
-                f"kB each), and the disk has {free / 1e9:.1f} GB: name a folder on another"
+                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} images ({self.bytes_each / 1e3:,.0f} "
+                f"kB each), but the disk has {free / 1e9:.1f} GB: name a folder on another disk"
             )
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors of a picture, in a file at the latest after `flush`."""
+        """Add the tensors of an image. They are in a file after `flush` at the latest."""
         packed: dict[str, Tensor] = {}
         for name, (_, dtype) in self.layout.items():
             packed |= _packed(name, tensors[name].detach().cpu(), dtype)
@@ -100,7 +100,7 @@ class TensorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the tensors that are not in a file yet."""
         if not self.waiting:
             return
         path = self.folder / f"{secrets.token_hex(8)}.safetensors"
@@ -113,14 +113,15 @@ class TensorStore:
         self._open(path)
 
     def read(self, keys: Sequence[str], names: Sequence[str] | None = None, scaled: bool = True) -> dict[str, Tensor]:
-        """The tensors of some images, by name, each (n, …); those of int8 as float32.
+        """Read the tensors of n images by name, each (n, …); int8 tensors become float32.
 
         Args:
-            names: of the tensors; None for all.
-            scaled: if False, those of int8 stay so, without their scales.
+            keys: keys of the images.
+            names: names of the tensors; None for all.
+            scaled: if False, int8 tensors stay so, without their scales.
 
         Raises:
-            UserError: numbers that are not finite.
+            UserError: a number is not finite.
         """
         rows = [self.waiting.get(key) or self._row(key) for key in keys]
         found = {}
@@ -139,7 +140,7 @@ class TensorStore:
 
 
 def _packed(name: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A tensor as it is stored."""
+    """A tensor in its stored form. int8: rounded to 127 steps of the largest absolute value of each vector."""
     if dtype != torch.int8:
         return {name: tensor.to(dtype)}
     largest = tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12)

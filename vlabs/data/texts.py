@@ -1,4 +1,4 @@
-"""What questions, captions and statements have in common: batches of texts with their pictures, which come once."""
+"""The base of questions, captions and statements: batches of texts whose images are read once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vlabs.errors import UserError
 
 
 class TextDataset(Dataset[Any]):
-    """Reads whole batches: indexed by a `BatchSpec`. A kind of texts says what `batch` they become.
+    """Reads whole batches, indexed by a `BatchSpec`. Subclasses define the `batch` of a kind of text.
 
     Args:
-        rows: prepared rows, whose texts are in the column `item`, and their ids in `item` with `_id`.
-        preprocessing: images and texts to tensors, and the names of answers or labels.
-        images: reads the images of these rows; None to read them as in evaluation, all of them.
+        rows: prepared rows with texts in the column `item`, and their ids in the column `item` + `_id`.
+        preprocessing: turns images and texts into tensors; has the names of answers or labels.
+        images: reads the images of these rows; None to read them as in evaluation.
     """
 
     item: ClassVar[str]
@@ -54,55 +54,55 @@ class TextDataset(Dataset[Any]):
         )
 
     def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> Any:
-        """The batch of what was read; `common` are the fields that all kinds have."""
+        """Make a batch from what was read; `common` has the fields of all kinds of text."""
         raise NotImplementedError
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `attention_mask` of texts, both (n, T)."""
+        """`input_ids` and `attention_mask` of n texts, both (n, T)."""
         return self.preprocessing.pad(self.preprocessing.token_ids(texts))
 
 
 def column(read: BatchRows, name: str) -> list[Any]:
-    """What a list column of the rows has for each text of a batch."""
+    """The values of a list column for the texts of a batch."""
     return [row[name][position] for _, row, position in read.texts]
 
 
 def image_ids(read: BatchRows) -> Tensor:
-    """(n,), the data set's id of each text's picture."""
+    """The dataset's id of each text's image, (n,)."""
     return torch.tensor([row["image_id"] for _, row, _ in read.texts], dtype=torch.int64)
 
 
 class TextDataModule(PreparedDataModule):
-    """Batches of prepared folders of texts; a kind says which `dataset` reads them.
+    """Batches of prepared folders of texts. Subclasses say which `dataset` reads them.
 
-    Its option `questions_per_image`, `captions_per_image`, ... says how many texts of one image share its first pass
+    The option `questions_per_image`, `captions_per_image`, ... sets how many texts of one image share its first pass
     in a training step.
 
     Attributes:
-        stored: what is read in the place of pictures, which are then those of evaluation; a task sets it before there
-            are loaders.
+        stored: first passes that are read instead of images, which are then not augmented; a task sets it before
+            loaders are made.
     """
 
     stored: Stored | None = None
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:
-        """What reads batches of some rows."""
+        """The dataset that reads batches of these rows."""
         raise NotImplementedError
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Row and position in its row of every text that is read, both (M,)."""
+        """Row and position in that row of each text to read, both (M,)."""
         return list_texts(rows, f"{self.item}_id")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches: every text once an epoch."""
+        """Training batches: each text once per epoch."""
         return self.loader(self.rows("train"), training=True)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
-        """Every text of a split, in stored order, all texts of a picture together."""
+        """All texts of a split, in stored order, the texts of an image together."""
         return self.loader(self.rows(split), training=False)
 
     def extent(self) -> dict[str, Any]:
-        """See `PreparedDataModule`. `words` is a text of them all in order; there is none where they are very many."""
+        """See `PreparedDataModule`. `words` is one string of all words, sorted, unless they are too many."""
         rows = self.rows(self.train_split)
         words: set[str] = set()
         for chunk in rows.data.column(self.item).chunks:
@@ -114,7 +114,7 @@ class TextDataModule(PreparedDataModule):
         """A loader of whole batches; see `make_loader`.
 
         Raises:
-            UserError: there is no text.
+            UserError: there are no texts.
         """
         text_rows, positions = self.texts(rows, training)
         if not len(text_rows):
@@ -123,7 +123,7 @@ class TextDataModule(PreparedDataModule):
         return make_loader(dataset, rows, self.item, text_rows, positions, self.options, training)
 
     def image_reader(self, rows: datasets.Dataset, training: bool) -> ImageReader:
-        """Reads the images of some rows; augmented and decoded at a fitting scale in training only."""
+        """The reader of these rows' images. Only in training they are augmented and decoded at a smaller scale."""
         return ImageReader(
             rows,
             self.preprocessing,

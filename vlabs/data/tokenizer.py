@@ -1,4 +1,4 @@
-"""Where a text encoder's tokenizer comes from."""
+"""Read a text encoder's tokenizer from the hub, a folder, or prepared data."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ _INSTEAD = "data.tokenizer=DIR (model.text.name_or_path=DIR where it is the text
 
 
 def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INSTEAD) -> str:
-    """The `tokenizers` JSON of a text encoder by hub name or local folder, or of the one trained with the data.
+    """Read the `tokenizers` JSON of a text encoder.
 
     Args:
-        instead: what to pass where it is not to be had, to a folder DIR.
+        name_or_path: hub name or local folder; None for the tokenizer that was trained with the data.
+        data_dir: the prepared folder.
+        instead: the option to pass with a local folder DIR, for messages.
 
     Raises:
-        UserError: it is not there; the message says which local path to pass.
+        UserError: it cannot be found or read; the message says which local path to pass.
     """
     if name_or_path is None:
         path = data_dir / "tokenizer" / "tokenizer.json"
@@ -48,10 +50,10 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INS
     check_files(folder, [path.name for path in folder.iterdir()])
     if (folder / "tokenizer.json").exists():
         return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
-    if not any((folder / file).is_file() for file in _VOCABULARIES):  # of which transformers makes an empty one
+    if not any((folder / file).is_file() for file in _VOCABULARIES):  # transformers would make an empty tokenizer
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing"
         raise UserError(
-            f"{name_or_path} has no tokenizer.json: in {folder} is {there}. Download the whole of it where there is a "
+            f"{name_or_path} has no tokenizer.json: {folder} holds {there}. Download all of it where there is a "
             f"network, with `hf download NAME --local-dir DIR`, and pass {instead}"
         )
     from transformers import AutoTokenizer
@@ -60,19 +62,20 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INS
     try:
         config = get_tokenizer_config(folder)
         if named := [name for name in config if name.endswith("_file")]:
-            raise UserError(f"the tokenizer {name_or_path} names a file of its own choice ({named[0]})")
+            # transformers would read any path that the config names, also outside the folder.
+            raise UserError(f"the tokenizer {name_or_path} names a file path ({named[0]}), which is not allowed")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"the tokenizer {name_or_path} needs a package: {one_line(str(error))}") from None
     except UserError:
         raise
-    except Exception as error:  # whatever damaged files can do
+    except Exception as error:  # damaged files raise many kinds of errors
         raise UserError(f"{folder} holds no tokenizer that can be read: {one_line(str(error))}") from None
     return _whole(str(tokenizer.backend_tokenizer.to_str()), str(name_or_path))
 
 
 def _whole(text: str, name: str) -> str:
-    """The text, if it is a tokenizer's.
+    """Return `text` if it is a valid tokenizer.
 
     Raises:
         UserError: it is not.
@@ -86,7 +89,7 @@ def _whole(text: str, name: str) -> str:
 
 
 def special_token(tokenizer: str, name: str) -> int | None:
-    """The id of a special token, `pad` or `mask`, of a `tokenizers` JSON: `<pad>`, `[PAD]`; None without one."""
+    """The id of the special token `pad` or `mask` (`<pad>`, `[PAD]`) of a `tokenizers` JSON; None if it has none."""
     for token in json.loads(tokenizer)["added_tokens"]:
         if token["content"].strip("<>[]").lower() == name:
             return int(token["id"])

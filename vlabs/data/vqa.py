@@ -1,4 +1,4 @@
-"""VQA batches from prepared data: images once, their questions beside them."""
+"""VQA batches from prepared data: each image once, with its questions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class VQABatch(NamedTuple):
     """n questions about B images.
 
     Attributes:
-        images: (B, 3, H, W), normalised; or what is stored of them.
+        images: (B, 3, H, W), normalized; with a store, the stored first passes instead.
         input_ids, attention_mask: (n, T).
-        image_index: (n,), the position in `images` of each question's image; None where question i is about image i.
-        image_ids: (n,), the data set's id of each question's image.
-        targets: (n, answers), the official accuracy of every vocabulary answer, in [0, 1].
-        coverage: (n, patches) in [0, 1], how much of every patch a question is about; zeros where nobody said; None
-            where nobody asked.
+        image_index: (n,), the position in `images` of each question's image; None if question i is about image i.
+        image_ids: (n,), the dataset's id of each question's image.
+        targets: (n, answers), the official accuracy of each answer of the vocabulary, in [0, 1].
+        coverage: (n, patches) in [0, 1], how much of each patch a question is about; zeros where unknown; None if not
+            requested.
         question_ids, questions, answer_types, question_types: n each.
-        answers: n lists of human answers, empty where they are kept back.
+        answers: n lists of human answers; empty if they are not public.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
     """
 
@@ -57,9 +57,9 @@ class VQADataset(TextDataset):
     """Reads whole batches: indexed by a `BatchSpec`, gives a `VQABatch`.
 
     Args:
-        rows: prepared rows (see `vlabs.data.prepared.VQA_FEATURES`).
+        rows: prepared rows (see `vlabs.data.features.VQA_FEATURES`).
         preprocessing, images: see `TextDataset`.
-        with_targets: read the soft scores; False where the model's vocabulary is not the data's, or nobody asks.
+        with_targets: read the soft scores; False if the model's vocabulary is not the data's, or they are not needed.
     """
 
     item = "question"
@@ -98,9 +98,9 @@ class VQADataModule(TextDataModule):
 
     Args:
         dir: the prepared folder.
-        train_split: split that is trained on: `train`, or `train+val` without the images of `minival`.
-        val_split: split that is validated on; `minival` is the last `minival_images` images of val.
-        minival_images: images of val that make `minival`, which `train+val` leaves out.
+        train_split: split for training: `train`, or `train+val`, which leaves out the images of `minival`.
+        val_split: split for validation; `minival` is the last `minival_images` images of val.
+        minival_images: number of images of val in `minival`.
         questions_per_image: questions of one image that share its first pass in a training step.
         options: of `PreparedDataModule`.
 
@@ -130,7 +130,7 @@ class VQADataModule(TextDataModule):
         """The rows of a split, `minival` and `train+val` included.
 
         Raises:
-            UserError: no such split, or too few images in val for a minival.
+            UserError: there is no such split, or val has too few images for a minival.
         """
         if split not in ("minival", "train+val"):
             return load_split(self.dir, split)
@@ -146,16 +146,16 @@ class VQADataModule(TextDataModule):
         return datasets.concatenate_datasets([load_split(self.dir, "train"), val.select(range(rest))])
 
     def answer_types(self, split: str) -> list[str]:
-        """The answer types that occur in a split, sorted."""
+        """The answer types of a split, sorted."""
         column = self.rows(split).data.column("answer_type")
         return sorted(value for value in pc.unique(pc.list_flatten(column)).to_pylist() if value)
 
     def train_dataloader(self) -> DataLoader[VQABatch]:
-        """Training batches: questions whose answers are all outside the vocabulary are left out."""
+        """Training batches, without questions that have no answer in the vocabulary."""
         return self.loader(self.rows(self.train_split), training=True)
 
     def eval_dataloader(self, split: str, with_targets: bool = True) -> DataLoader[VQABatch]:
-        """Every question of a split, in stored order, all questions of an image together."""
+        """All questions of a split, in stored order, the questions of an image together."""
         self._with_targets = with_targets
         try:
             return super().eval_dataloader(split)
@@ -163,7 +163,7 @@ class VQADataModule(TextDataModule):
             self._with_targets = True
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `TextDataModule`; in training those with an answer in the vocabulary."""
+        """See `TextDataModule`; in training only questions with an answer in the vocabulary."""
         question_rows, positions = super().texts(rows, training)
         if training:
             answers = pc.list_flatten(rows.data.column("answer_ids"))

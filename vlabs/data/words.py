@@ -1,4 +1,4 @@
-"""The words of texts, by which a model can say what its training never had."""
+"""The words of texts. Checkpoints keep those of their training, to warn about words that the model does not know."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 
 MOST = 50_000
-"""Words that a checkpoint carries at most, some 400 kB."""
-# A sign of Chinese or Japanese, which put no spaces between words, or letters and digits.
+"""The largest number of words in a checkpoint, about 400 kB."""
+# One character of Chinese or Japanese, which have no spaces between words; or a run of letters and digits.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['’][^\W_]+)*")
 
 
 def words_in(texts: Iterable[str]) -> set[str]:
-    """The words of texts, in lower case."""
+    """The set of words of texts, in lower case."""
     return {word for text in texts for word in _WORD.findall(text.lower())}

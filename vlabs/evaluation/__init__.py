@@ -1,1 +1,1 @@
-"""What `vlabs evaluate` measures, a module a task."""
+"""The evaluations of `vlabs evaluate`, one module each."""

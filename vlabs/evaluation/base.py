@@ -1,4 +1,4 @@
-"""What an evaluation is: options, what it asks of a model and of data, and a measurement."""
+"""The base of all evaluations: options, requirements on model and data, and a measurement."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from vlabs.utils.ranks import is_rank_zero
 
 
 class Evaluation:
-    """Measures a checkpoint on data. A class of one's own is named in a config of the group `evaluation`.
+    """Measures a checkpoint on data. To use a class of your own, name it in a config of the group `evaluation`.
 
-    Its constructor takes the options of that config. Their annotations are checked before anything is loaded
+    Its constructor takes the options of that config. They are checked by their annotations before anything is loaded
     (`vlabs.utils.options`).
     """
 
     name: ClassVar[str]
-    """Of the files that it writes, see `Results`."""
+    """Name of the files that it writes, see `Results`."""
     needs: ClassVar[tuple[str | Ability, ...]] = ()
-    """What a model has to be able to do, of `vlabs.checkpoints.abilities.ABILITIES` or others, whatever it was trained
-    for."""
+    """The required abilities of a model: names in `vlabs.checkpoints.abilities.ABILITIES`, or other abilities."""
     reads: ClassVar[type[PreparedDataModule]] = PreparedDataModule
-    """The kind of data that it is measured on."""
+    """The kind of data that it reads."""
     may_be_blind: ClassVar[bool] = False
     """Whether it can be measured with `data.blind`."""
 
@@ -36,16 +35,17 @@ class Evaluation:
             checked("task")(cls)
 
     def measure(self, checkpoint: Checkpoint, data: Any, results: Results) -> None:
-        """Measure, and give the results what is found: rows, means, tables, figures. They print and write it.
+        """Measure, and add rows, means, tables and figures to `results`, which prints and writes them.
 
         Args:
-            checkpoint: of a model that does what it `needs`, on the CPU.
-            data: of the kind `reads`, with the checkpoint's preprocessing.
+            checkpoint: a model with all abilities in `needs`, on the CPU.
+            data: data of the kind `reads`, with the checkpoint's preprocessing.
+            results: collects what is measured.
         """
         raise NotImplementedError
 
     def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
-        """Measure, print and write what comes out, and return the metrics as plain data."""
+        """Measure, print and write the results, and return the metrics as plain data."""
         results = Results(self.name, checkpoint, setting)
         if data.options.blind:
             if not self.may_be_blind:

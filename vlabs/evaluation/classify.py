@@ -1,4 +1,4 @@
-"""Evaluation of classifiers: top-1 and top-5 accuracy of both passes, and every class."""
+"""Evaluation of classifiers: top-1 and top-5 accuracy, of both passes and per class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _WORST = 5
 
 
 class ClassifyEvaluation(Evaluation):
-    """Classifies every picture of a split: accuracies in percent, of the second pass unless they say `bottom_up`, and
-    the classes that are told apart worst."""
+    """Classifies all images of a split: accuracies in percent, and the classes with the lowest accuracy.
+
+    Accuracies are those of the second pass, unless their name has `bottom_up`.
+    """
 
     name = "classify"
     needs = ("classes",)
@@ -43,6 +45,6 @@ class ClassifyEvaluation(Evaluation):
         results.metrics["per_class"] = {names[n]: value for n, value in per_class.items()}
         wrong = found[~found["top1"]].groupby("label")["guess"].agg(lambda guesses: names[guesses.mode()[0]])
         results.table(
-            ["told apart worst", "top1", "taken for"],
+            ["worst classes", "top1", "most predicted instead"],
             [[names[n], f"{value:.2f}", wrong.get(n, "–")] for n, value in per_class.nsmallest(_WORST).items()],
         )

@@ -1,4 +1,4 @@
-"""Evaluation of control: does a classifier look at the object of the class that it is asked for (section 6.1)?"""
+"""Evaluation of control: does a classifier look at the object that it is asked for (paper, section 6.1)?"""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ MEASURES = {
     "weights_energy": "weights: energy on the class asked for",
     "weights_pointing": "weights: maximum on the class asked for",
     "top1": "best class is the one asked for",
-    "chosen": "best of those in the picture is the one asked for",
+    "chosen": "best of those in the image is the one asked for",
 }
 
 
 class ControlEvaluation(Evaluation):
-    """Asks for every class in pictures of several, one after the other.
+    """Asks a classifier for each class in images with several classes.
 
-    ξ is the class's row of the last linear layer. Before is the bottom-up pass, to which nothing was said. The metrics
-    are for each layout `LAYOUT/MEASURE/before` and `…/after` in percent, with `…_interval` over pictures, and
-    `LAYOUT/area`, what a uniform map has on the class asked for.
+    ξ is the class's row of the last linear layer. `before` is the bottom-up pass, which has no ξ; `after` is the pass
+    under ξ. Metrics of each layout are `LAYOUT/MEASURE/before` and `…/after` in percent, `…_interval` over images, and
+    `LAYOUT/area`, the score of a uniform map.
 
     Args:
-        alpha: strength of the top-down signal, where the variant has one; 10 in the paper.
-        num_images: images of each layout.
-        several: a folder of pictures with several classes (see `vlabs.data.several.read_several`); None for the
-            embedded ones, where the checkpoint was trained on embedded objects, and pairs alone where it was not.
-        seed: seed of which images are paired.
+        alpha: strength of the top-down signal, if the variant has one; 10 in the paper.
+        num_images: number of images per layout.
+        several: folder of images with several classes (see `vlabs.data.several.read_several`); None for the embedded
+            ones if the checkpoint was trained on the embedded objects, else only pairs.
+        seed: seed of the choice of pairs.
 
     Raises:
         UserError: an option is out of range.
@@ -64,27 +64,27 @@ class ControlEvaluation(Evaluation):
         """See `Evaluation`."""
         model = checkpoint.classifier.to(results.device)
         if model.encoder.has_cls:
-            results.say("this model classifies [cls], so its classes are like [cls] and need not be like patches: see "
-                        "model.vision.global_pool=avg")  # fmt: skip
+            results.say("this model classifies [cls], so ξ of a class is similar to [cls], not necessarily to patches: "
+                        "see model.vision.global_pool=avg")  # fmt: skip
         results.metrics["alpha"] = self.alpha
         results.say(
-            f"ξ is a class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over pictures"
+            f"ξ is the class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over images"
         )
         for layout, total, pictures in self._layouts(checkpoint, data, results.split):
             shown = results.each(pictures, "image", total)
             measured = [_measure(model, checkpoint, picture, self.alpha) for picture in shown]
             if (count := len(measured)) < 2:
-                raise UserError("task.several: fewer than two pictures show two classes in the square that is seen")
+                raise UserError("task.several: fewer than two images show two classes in the part that the model sees")
             if left_out := total - count:
                 results.say(
-                    f"{left_out} of {total} pictures left out: fewer than two classes are in the square that is seen"
+                    f"{left_out} of {total} images left out: fewer than two classes in the part that the model sees"
                 )
             results.rows += [{"layout": layout, **row} for row in measured]
             cells = {
                 name: results.mean(f"{layout}/{name}", [row[name] for row in measured], digits=1)
                 for name in measured[0]
             }
-            what = "pairs of pictures side by side" if layout == "pairs" else "pictures of several objects"
+            what = "pairs of images side by side" if layout == "pairs" else "images of several objects"
             area = results.metrics[f"{layout}/area"]
             results.say(f"{count} {what}; a uniform map: {area:.1f}")
             rows = [[title, *(cells.get(f"{name}/{when}", "–") for when in WHEN)] for name, title in MEASURES.items()]
@@ -106,7 +106,7 @@ class ControlEvaluation(Evaluation):
 
 
 def _measure(model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, alpha: float) -> dict[str, float]:
-    """Every measure of one picture, the mean over the classes in it, in percent."""
+    """All measures of one image in percent, each the mean over its classes."""
     image = checkpoint.preprocessing.normalize(picture.image)[None]
     found = look_for(model, image, picture.labels, alpha)
     size, labels = checkpoint.preprocessing.image_size, picture.labels

@@ -1,4 +1,4 @@
-"""Evaluation of grounding: does the model look where the question or caption is about?"""
+"""Evaluation of grounding: does the model look at what the question or caption is about?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precisi
 
 
 class Asked(NamedTuple):
-    """A question or caption whose target is known: row, position in the row, id, text, and instances, if named."""
+    """A text with a known region: row, position in the row, id, text, and the ids of its instances, if any."""
 
     row: int
     position: int
@@ -50,13 +50,13 @@ class Asked(NamedTuple):
 
 @dataclass
 class Targets:
-    """Texts of some rows with what each is about.
+    """Texts of prepared rows with their regions.
 
     Attributes:
         rows: prepared rows.
-        asked: texts of these rows, those of an image together.
-        instances: by id, those that the texts name; None where the rows themselves hold the regions.
-        objects: how many instances an image has, by its id; empty where nobody said.
+        asked: texts of these rows; texts of the same image are together.
+        instances: the instances of the texts, by id; None if the rows hold the regions.
+        objects: number of instances per image, by image id; empty if unknown.
     """
 
     rows: datasets.Dataset
@@ -65,7 +65,7 @@ class Targets:
     objects: dict[int, int]
 
     def region(self, item: Asked) -> np.ndarray:
-        """The part of the picture that a text is about: (H, W) in [0, 1] or bool, over the picture or a copy of it."""
+        """The region of a text: (H, W) in [0, 1] or bool, over the image or a resized copy of it."""
         if self.instances is not None:
             return np.logical_or.reduce([self.instances[n].mask() for n in item.targets])
         row = self.rows[item.row]
@@ -73,22 +73,22 @@ class Targets:
 
 
 class GroundingEvaluation(Evaluation):
-    """Measures every map against the targets: means over the texts, by map and measure, and a line a text.
+    """Compares maps with the regions of texts: means over texts, by map and measure, and one row per text.
 
-    Texts whose target is not known, or not inside what the model sees, are counted and left out.
+    Texts without a region, or with a region outside what the model sees, are counted and left out.
 
     Args:
-        maps: maps that are measured, of `vlabs.attention.maps.MAPS`.
-        instances: COCO's instances of the same corpus; without them, the regions that the data were prepared with.
-        num_texts: texts that are measured, evenly spread; None for all.
-        human_maps: folder of VQA-HAT's maps: measure the rank correlation with them instead of all else.
+        maps: maps to measure, of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances of the same images; None for the regions in the prepared data.
+        num_texts: number of texts to measure, evenly spread; None for all.
+        human_maps: folder of VQA-HAT's maps: measure only the rank correlation with them.
 
     Raises:
-        UserError: a map that there is not.
+        UserError: there is no such map.
     """
 
     name = "grounding"
-    needs = ("texts", "one picture")
+    needs = ("texts", "one image")
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class GroundingEvaluation(Evaluation):
         self.human_maps = human_maps
 
     def measure(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results) -> None:
-        """See `Evaluation`; in percent, but rank correlations."""
+        """See `Evaluation`; in percent, except rank correlations."""
         if self.human_maps is not None:
             self._against_people(checkpoint, data, results, self.human_maps)
             return
@@ -114,25 +114,25 @@ class GroundingEvaluation(Evaluation):
         targets = find_targets(data.rows(results.split), data.dir, self.instances, self.num_texts)
         if targets is None:
             raise UserError(
-                "task=grounding needs to know what a text is about: prepare the data with regions, or pass "
-                "task.instances=FILE, COCO's annotations zip or JSON"
+                "task=grounding needs the regions of texts: prepare the data with regions, or pass "
+                "task.instances=FILE, COCO's annotations as zip or JSON"
             )
         asked = targets.asked
         if not asked:
-            raise UserError(f"{where}: no text says what it is about")
+            raise UserError(f"{where}: no text has a region")
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
             results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
             self.maps.remove("rollout")
         measured = measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps)
         results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]
         if len(results.rows) < 2:
-            raise UserError(f"{where}: fewer than two texts have a target that the model can see")
+            raise UserError(f"{where}: fewer than two texts have a region that the model can see")
         left_out, found = len(asked) - len(results.rows), results.frame
         area = 100 * found["area"].mean()
         results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
         results.say(
             f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
-            f"{left_out} of {len(asked)} texts left out: their target is outside what the model sees"
+            f"{left_out} of {len(asked)} texts left out: their region is outside what the model sees"
         )
         cells = [
             [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
@@ -140,9 +140,9 @@ class GroundingEvaluation(Evaluation):
         ]
         results.table(["map", *MEASURES], cells)
         by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
-        if list(by_objects.index) == [0]:  # nobody said how many there are
+        if list(by_objects.index) == [0]:  # the number of objects is unknown
             return
-        results.say("energy by the number of objects in the picture")
+        results.say("energy by the number of objects in the image")
         rows = []
         for name in ["area", *self.maps]:
             means = by_objects[name if name == "area" else f"maps/{name}/energy"]
@@ -152,14 +152,13 @@ class GroundingEvaluation(Evaluation):
         results.table(["map", *by_objects.index], rows)
 
     def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
-        """Rank correlation of every map with where people looked, as VQA-HAT reports it: the mean over questions.
+        """Rank correlation of each map with human attention, as in VQA-HAT: the mean over questions.
 
-        A question's human map is the mean over the people who were asked, of the part of the picture that the model
-        sees.
+        A question's human map is the mean over people, cropped to the part of the image that the model sees.
         """
         rows = data.rows(results.split)
         if "question" not in rows.column_names:
-            raise UserError(f"task.human_maps={folder} is about questions, and {data.dir} holds none")
+            raise UserError(f"task.human_maps={folder} is about questions, but {data.dir} has none")
         asked = [
             Asked(number, position, question_id, row["question"][position], [])
             for number, row in enumerate(rows.select_columns(["question", "question_id"]))
@@ -170,7 +169,7 @@ class GroundingEvaluation(Evaluation):
         if len(asked) < 2:
             raise UserError(
                 f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {results.split}: "
-                "VQA-HAT numbers questions as VQA v1 does, so prepare v1's files (`vlabs prepare vqav2` takes them too)"
+                "VQA-HAT uses the question ids of VQA v1, so prepare its files (`vlabs prepare vqav2` reads them too)"
             )
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         alone = ([item] for item in results.each(asked))
@@ -193,7 +192,7 @@ def _look_at(
     groups: Iterable[list[Asked]],
     maps: Sequence[str],
 ) -> Iterator[tuple[list[Asked], dict[str, Tensor]]]:
-    """The maps of groups of texts, each about one image."""
+    """Yield groups of texts about one image with their maps by name."""
     reader = ImageReader(rows, preprocessing)
     for group in groups:
         _, image = reader.read(group[0].row, 0)
@@ -206,15 +205,16 @@ def _look_at(
 def find_targets(
     rows: datasets.Dataset, data_dir: str | Path, instances: str | None, num_texts: int | None
 ) -> Targets | None:
-    """What the texts of prepared rows are about; None where it is not known.
+    """The regions of the texts of prepared rows; None if they are unknown.
 
     Args:
-        data_dir: the prepared folder, beside which the raw corpus may lie.
-        instances: COCO's instances file; None for the regions in the rows, or the instances of the raw corpus.
-        num_texts: how many texts, evenly spread; None for all.
+        rows: prepared rows.
+        data_dir: the prepared folder; the raw data may lie beside it.
+        instances: COCO's instances file; None for the regions in the rows, else the instances of the raw data.
+        num_texts: number of texts, evenly spread; None for all.
     """
     kinds = [kind for kind in ("question", "caption", "statement") if kind in rows.column_names]
-    if not kinds or "image_2" in rows.column_names:  # a map is of one picture
+    if not kinds or "image_2" in rows.column_names:  # a map is over one image, so pairs have none
         return None
     file = find_instances(instances, data_dir)
     kind = kinds[0]
@@ -230,7 +230,7 @@ def find_targets(
 
 
 def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
-    """The texts for which a column says something, in stored order; `kind` is what they are called."""
+    """The texts of a kind for which a column is not empty, in stored order."""
     asked = []
     for number, row in enumerate(rows.select_columns(list({kind, f"{kind}_id", "target_instances", column}))):
         for position, known in enumerate(row[column]):
@@ -241,7 +241,7 @@ def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
 
 
 def spread(asked: list[Asked], count: int | None) -> list[Asked]:
-    """So many of the texts, evenly spread; all of them for None."""
+    """`count` of the texts, evenly spread; None for all."""
     if count is None or count >= len(asked):
         return asked
     return [asked[n] for n in np.linspace(0, len(asked) - 1, num=count, dtype=int)]
@@ -250,10 +250,12 @@ def spread(asked: list[Asked], count: int | None) -> list[Asked]:
 def measure(
     model: VisionLanguageModel, preprocessing: Preprocessing, targets: Targets, maps: Sequence[str]
 ) -> Iterator[dict[str, Any] | None]:
-    """One record a text: its measures by map; None for a target that cannot be seen.
+    """Yield a record per text with its measures by map; None for a region outside what the model sees.
 
     Args:
-        maps: of `vlabs.attention.maps.MAPS`.
+        model, preprocessing: of a checkpoint.
+        targets: the texts and their regions.
+        maps: names in `vlabs.attention.maps.MAPS`.
     """
     size = preprocessing.image_size
     image_ids = targets.rows.select_columns(["image_id"])
@@ -282,7 +284,7 @@ def measure(
 
 
 def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:
-    """The instances file that was named, or `annotations.zip` of the raw corpus beside a prepared folder, if any."""
+    """The given instances file, else `annotations.zip` of the raw data beside a prepared folder, if it exists."""
     if instances is not None:
         return Path(instances)
     beside = Path(f"{data_dir}-raw") / "annotations.zip"

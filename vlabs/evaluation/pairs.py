@@ -1,4 +1,4 @@
-"""Evaluation on pairs to be told apart (Winoground, VALSE): is what belongs together ranked above what does not?"""
+"""Evaluation on pairs (Winoground, VALSE): does the right image or caption score higher than the wrong one?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.statements import told_apart
 
-CHANCE = {1: {"text": 50.0}, 2: {"text": 25.0, "image": 25.0, "group": 100 / 6}}  # by pictures of an example
+CHANCE = {1: {"text": 50.0}, 2: {"text": 25.0, "image": 25.0, "group": 100 / 6}}  # by number of images per example
 
 
 class PairsEvaluation(Evaluation):
-    """Scores every picture of an example with every caption: how often each is told apart, in percent."""
+    """Scores each image of an example with each caption: how often the right one scores higher, in percent."""
 
     name = "pairs"
     needs = ("texts", "ranks")
@@ -28,7 +28,7 @@ class PairsEvaluation(Evaluation):
     def measure(self, checkpoint: Checkpoint, data: StatementDataModule, results: Results) -> None:
         """See `Evaluation`."""
         if tuple(data.labels) != LABELS["nlvr2"] or data.pictures != 1:
-            raise UserError(f"{data.dir} holds no pairs to be told apart: make them with `vlabs prepare pairs`")
+            raise UserError(f"{data.dir} does not hold pairs: make them with `vlabs prepare pairs`")
         model = checkpoint.model.to(results.device)
         examples: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
         pictures_of: dict[str, int] = {}
@@ -40,14 +40,14 @@ class PairsEvaluation(Evaluation):
                 pictures_of[name] = int(count)
                 examples[name][int(picture), int(caption)] = score
         for name, table in examples.items():
-            # The preparation may have left a picture or a caption out (--on-bad skip), and with it what is compared.
+            # Leave out incomplete examples: the preparation may have skipped an image or a caption (--on-bad skip).
             if len(table) == 2 * pictures_of[name]:
                 by_place = {f"{picture}/{caption}": score for (picture, caption), score in table.items()}
                 results.rows.append({"example": name, **told_apart(table), "scores": by_place})
         left_out = sorted(set(examples) - {row["example"] for row in results.rows})
         results.metrics |= {"examples": len(results.rows), "left_out": len(left_out)}
         if left_out:
-            results.say(f"left out, because something of them is missing: {', '.join(left_out[:20])}")
+            results.say(f"left out, because an image or a caption is missing: {', '.join(left_out[:20])}")
         results.say(f"{len(results.rows):,} examples, {results.split}")
         cells = []
         for pictures, chances in CHANCE.items():

@@ -1,9 +1,9 @@
-"""One page about a sweep: what every variant is worth, how sure that is, and what it costs.
+"""A report about a sweep: accuracy of each variant, its uncertainty, grounding and cost.
 
-Every run is evaluated on the splits that its data has, and for grounding; what is there already is not done again, so
-a report that was stopped goes on. Runs that differ in their seed alone are one row, mean ± standard deviation; each
-variant is compared with the baseline by a paired bootstrap over questions. Of classifiers it says how they bear
-corruptions and attacks, and whether a class that is asked for steers them.
+Each run is evaluated on the splits of its data, and for grounding. Finished evaluations are not repeated, so a report
+that was stopped continues. Runs that differ only in their seed are one row, mean ± standard deviation; each variant is
+compared with the baseline by a paired bootstrap over questions. For classifiers the report has robustness and control
+instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vlabs.utils.table import table
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
-ALPHAS = (0, 1, 3, 10, 30)  # strengths of feedback, where a variant has one
+ALPHAS = (0, 1, 3, 10, 30)  # strengths of the top-down signal, for variants that have one
 # The evaluations of a classifier, and ImageNet-C's kinds of corruptions.
 OF_CLASSIFIERS = {
     "robustness": ["evaluation@task=robustness", "task.num_images=300", "task.severities=[1,3,5]"],
@@ -68,9 +68,9 @@ class Run:
 
     Attributes:
         path: its folder.
-        variant: the overrides in which it differs from other runs, without the seed, or `default`.
-        summary: of summary.json.
-        data_dir: the prepared folder that it was trained on.
+        variant: the overrides that differ from other runs, without the seed; or `default`.
+        summary: content of summary.json.
+        data_dir: the prepared folder of its training data.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class Run:
 
 
 def read_runs(sweep: Path) -> list[Run]:
-    """The finished runs of a sweep, at any depth within its folder, by name.
+    """The finished runs of a sweep, at any depth in its folder, sorted by name.
 
     Raises:
         UserError: there is no such folder, or no finished run in it.
@@ -114,7 +114,7 @@ def read_runs(sweep: Path) -> list[Run]:
 
 
 def _wanted(splits: Sequence[str], instances: Path | None, num_texts: int) -> dict[str, list[str]]:
-    """The evaluations of a run on questions: the name of each and its options."""
+    """The evaluations of a run on questions: their options by name."""
     wanted = {split: [f"split={split}"] for split in splits}
     if instances is not None:
         masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
@@ -124,15 +124,16 @@ def _wanted(splits: Sequence[str], instances: Path | None, num_texts: int) -> di
 
 
 def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
-    """Evaluate a run where that was not done yet, as `vlabs evaluate` would.
+    """Do the evaluations of a run that are not done yet, as `vlabs evaluate` would.
 
     Args:
-        wanted: by name, the options of each evaluation.
+        run: the run.
+        wanted: the options of each evaluation, by name.
     """
     for name, options in wanted.items():
         out = run.evaluation(name)
         done = read_json(out / "metrics.json")
-        # A report of before may have measured fewer maps.
+        # A report of an older version may have measured fewer maps.
         if done and (name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS)):
             continue
         fixed = [f"ckpt={hydra_quoted(run.path)}", f"data.dir={hydra_quoted(run.data_dir)}", "data.num_workers=0"]
@@ -149,14 +150,14 @@ def build_report(
 
     Args:
         sweep: the sweep's folder.
-        out: where the report goes.
-        baseline: what the variants are compared with: a part of its overrides.
-        num_texts: questions that grounding is measured on.
-        instances: COCO's instances of the corpus; `annotations.zip` of the raw corpus beside the data if not given.
-            Without either there is nothing about grounding.
+        out: folder of the report.
+        baseline: the variant to compare with, named by a part of its overrides.
+        num_texts: number of questions for grounding.
+        instances: COCO's instances; None for `annotations.zip` of the raw data beside the prepared data. Without
+            either, the report has no grounding.
 
     Returns:
-        The files.
+        Paths of the written files.
     """
     runs = read_runs(sweep)
     manifest = read_manifest(runs[0].data_dir)
@@ -166,7 +167,7 @@ def build_report(
     splits = [name for name in SPLITS if name in manifest["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
     base = next((run.variant for run in runs if baseline in run.variant), None)
-    runs.sort(key=lambda run: run.variant != base)  # what is compared with comes first
+    runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
     frame = _evaluated(runs, _wanted(splits, instances, num_texts))
     sections = [_accuracy(frame, splits), _by_type(frame, "val")]
     if instances is not None:
@@ -181,9 +182,9 @@ def build_report(
 
 
 def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFrame:
-    """A row a run: its variant, its cost, and the numbers of its evaluations by their paths (`grounding/norm/energy`).
+    """A table with a row per run: its variant, cost, and metrics of its evaluations, such as `grounding/norm/energy`.
 
-    What steering has for the strength that a run was trained with, the first, is under `trained/` too.
+    The metrics of steering at the trained strength, which is the first, are also under `trained/`.
     """
     rows = []
     for run in tqdm(runs, desc="evaluating", unit="run"):
@@ -210,7 +211,7 @@ def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 @dataclass
 class Section:
-    """A table of texts, a line a variant, with its title and what it says."""
+    """A table of strings with one row per variant, its title and an explanation."""
 
     title: str
     text: str
@@ -218,17 +219,19 @@ class Section:
 
 
 def _half_interval(values: pd.Series) -> float:
-    """Half of the 95% interval of a mean by Student's t, which few seeds make wide."""
+    """Half the 95% interval of a mean by Student's t distribution, which is wide for few seeds."""
     return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
 
 
 def _over_seeds(
     frame: pd.DataFrame, columns: Mapping[str, str], spread: Callable[[pd.Series], float] = pd.Series.std
 ) -> pd.DataFrame:
-    """A line a variant: how many seeds it has, and the means of columns of the frame, ± their spread.
+    """A row per variant: its number of seeds, and the means of columns ± their spread.
 
     Args:
-        columns: of the frame, by header; "–" where a variant has none.
+        frame: a table of runs.
+        columns: columns of the table, by header; "–" if a variant has no value.
+        spread: computes the spread of a column's values.
     """
 
     def cell(values: pd.Series) -> str:
@@ -264,7 +267,7 @@ def _control(frame: pd.DataFrame) -> list[Section]:
     for start in (f"control/{layout}" for layout in LAYOUTS if f"control/{layout}/area" in frame):
         frame[f"{start}/chosen/moved"] = frame[f"{start}/chosen/after"] - frame[f"{start}/chosen/before"]
         area = frame[f"{start}/area"][0]
-        text = f"A class asked for, in percent as before; a uniform map has {area:.1f} on it."
+        text = f"For the class that is asked for, in percent; a uniform map scores {area:.1f}."
         cells = _over_seeds(frame, {title: f"{start}/{name}" for title, name in columns.items()}, _half_interval)
         sections.append(Section(f"Control, {start.removeprefix('control/')}", text, cells))
     return sections
@@ -288,8 +291,8 @@ def _grounding(frame: pd.DataFrame) -> Section:
         for measure in ("energy", "pointing", "ap")
     }
     text = (
-        f"Of the objects that a question is about, in percent; a uniform map scores"
-        f" {frame['grounding/area'][0]:.1f}, as do the token weights of a variant without any."
+        f"Energy, pointing and average precision for the objects of a question, in percent; a uniform map scores"
+        f" {frame['grounding/area'][0]:.1f}, and so do the token weights of variants that have none."
     )
     return Section("Grounding (val)", text, _over_seeds(frame, columns))
 
@@ -302,18 +305,18 @@ def _steering(frame: pd.DataFrame) -> Section:
     }
     text = (
         f"{frame['steering/questions'][0]} questions of val under their own ξ and under that of a question about"
-        " another object of the same picture, in percent: accuracy; how many are given the other question's answer, of"
-        " those whose types agree and answers differ; and the fusion map's energy on the own and on the other object."
+        " another object of the same image, in percent: accuracy; how often the answer is the other question's, over"
+        " pairs of the same type with different answers; and the fusion map's energy on the own and the other object."
     )
     return Section("When ξ is another question's", text, _over_seeds(frame, columns))
 
 
 def _strengths(frame: pd.DataFrame) -> list[Section]:
-    """Accuracy by the strength of feedback, of the variants that have one; none where none has."""
+    """Accuracy by strength of the top-down signal, for variants that have one; empty if none has."""
     columns = {f"α = {alpha}": f"steering/α={alpha}/own/accuracy" for alpha in ALPHAS}
     cells = _over_seeds(frame, columns)
     cells = cells[(cells != "–").all(axis=1)]
-    text = "Accuracy on the same questions where α, with which nothing was trained again, is another."
+    text = "Accuracy on the same questions with other strengths α, without training again."
     return [] if cells.empty else [Section("Strength of feedback", text, cells)]
 
 
@@ -321,12 +324,12 @@ def _cost(frame: pd.DataFrame) -> Section:
     cells = _over_seeds(frame, {"minutes": "minutes"})
     parameters = frame.groupby("variant", sort=False)["parameters"].first()
     cells.insert(2, "million parameters", [f"{millions:.2f}" for millions in parameters])
-    text = "Minutes of training on the machine of the sweep: to be compared only if nothing else ran beside it."
+    text = "Minutes of training. They can be compared only if nothing else ran on the machine at the same time."
     return Section("Cost", text, cells)
 
 
 def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bool) -> list[Section]:
-    """How every variant differs from the baseline, question by question."""
+    """Compare each variant with the baseline, question by question."""
     groups = _by_variant(runs)
 
     def compare(read: Callable[[Sequence[Run]], Mapping[str, pd.Series]]) -> pd.DataFrame:
@@ -337,17 +340,17 @@ def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bo
 
     text = (
         "Difference of accuracy in points, with its 95% interval by a paired bootstrap over questions (seeds averaged"
-        " first); * marks intervals without 0. It says nothing of the spread between seeds, which is above."
+        " first); * marks intervals without 0. The spread between seeds is not included; see the first table."
     )
     sections = [Section(f"Against {base}", text, compare(lambda runs: _per_question(runs, splits)))]
     if grounded:
-        text = "The same for grounding, over the questions that it was measured on."
+        text = "The same for grounding, over the measured questions."
         sections.append(Section(f"Grounding against {base}", text, compare(_per_text)))
     return sections
 
 
 def _difference(ours: pd.Series, theirs: pd.Series) -> str:
-    """Mean difference over what both were asked, with its interval; * where that is without 0."""
+    """Mean difference over common questions, with its interval, and * if the interval does not contain 0."""
     both = pd.concat([ours, theirs], axis=1, join="inner").sort_index()
     interval = paired_bootstrap(both.iloc[:, 0], both.iloc[:, 1])
     sure = "" if interval.low <= 0 <= interval.high else " *"
@@ -355,7 +358,7 @@ def _difference(ours: pd.Series, theirs: pd.Series) -> str:
 
 
 def _per_question(runs: Sequence[Run], splits: Sequence[str]) -> dict[str, pd.Series]:
-    """Of each split the accuracy by question, mean over runs."""
+    """Accuracy by question, mean over runs, for each split."""
     return {
         split: _mean([pd.Series(json.loads((run.evaluation(split) / "per_question.json").read_text())) for run in runs])
         for split in splits
@@ -363,7 +366,7 @@ def _per_question(runs: Sequence[Run], splits: Sequence[str]) -> dict[str, pd.Se
 
 
 def _per_text(runs: Sequence[Run]) -> dict[str, pd.Series]:
-    """Of maps and measures the values by text, in percent, mean over runs."""
+    """Values by text in percent, mean over runs, for each map and measure."""
     frames = []
     for run in runs:
         lines = (run.evaluation("grounding") / "grounding.jsonl").read_text().splitlines()
@@ -375,12 +378,12 @@ def _per_text(runs: Sequence[Run]) -> dict[str, pd.Series]:
 
 
 def _mean(of_runs: Sequence[Any]) -> Any:
-    """The mean over tables with one index."""
+    """The mean over tables with the same index."""
     return pd.concat(of_runs).groupby(level=0).mean()
 
 
 def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
-    """The first validation image that has two questions, as the first run of every variant sees it."""
+    """Figure of the first validation image with two questions, as seen by the first run of each variant."""
     named = [(name, load_checkpoint(runs[0].path)) for name, runs in groups.items()]
     row = next(row for row in load_split(next(iter(groups.values()))[0].data_dir, "val") if len(row["question"]) > 1)
     image = decode_image(row["image"], f"image {row['image_id']}")
@@ -388,7 +391,7 @@ def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
 
 
 def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
-    """Accuracy on val against questions and minutes, the mean over seeds with their range; None without any."""
+    """Figure of accuracy on val against questions and minutes, mean and range over seeds; None without data."""
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots(1, 2, sharey=True)
     drawn = False
@@ -415,7 +418,7 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
 
 
 def _course(run: Run) -> np.ndarray:
-    """(validations, 3): thousand texts seen, minutes and accuracy, from metrics.csv; (0, 3) where it has none."""
+    """(validations, 3): thousand texts seen, minutes and accuracy, from metrics.csv; (0, 3) if it has none."""
     columns = ("seen/texts", "seen/minutes", "val/vqa_accuracy")
     path = run.path / "metrics.csv"
     rows = [[row.get(column) for column in columns] for row in (read_metrics(path).rows if path.is_file() else [])]

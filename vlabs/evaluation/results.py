@@ -1,4 +1,4 @@
-"""What evaluations find, printed and written in one place: rows, means with intervals, tables and figures."""
+"""Results of evaluations, printed and written in one place: rows, means with intervals, tables and figures."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Setting:
     """How a checkpoint is measured.
 
     Attributes:
-        split: of the data.
-        out_dir: where what comes out goes.
+        split: split of the data.
+        out_dir: folder of the results.
         trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
     """
 
@@ -51,21 +51,21 @@ class Setting:
 
     @property
     def callbacks(self) -> list[Callback] | None:
-        """Lightning's progress bar, with the time left, unless it is switched off."""
+        """Lightning's progress bar with the remaining time; None if it is switched off."""
         return [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)] if self.shows_progress else None
 
 
 class Results:
-    """Collects what an evaluation measures, and prints and writes it.
+    """Collects, prints and writes the results of an evaluation.
 
     Args:
-        name: of the evaluation: rows go to `NAME.jsonl`, what is printed to `NAME.md`.
+        name: name of the evaluation: rows go to `NAME.jsonl`, printed text to `NAME.md`.
         checkpoint, setting: what is measured, and how.
 
     Attributes:
-        split: of the data.
-        rows: a record a sample, plain data, its id first.
-        metrics: plain data, for `metrics.json`.
+        split: split of the data.
+        rows: one record per sample, plain data, its id first.
+        metrics: content of `metrics.json`, plain data.
     """
 
     def __init__(self, name: str, checkpoint: Checkpoint, setting: Setting) -> None:
@@ -79,35 +79,37 @@ class Results:
 
     @cached_property
     def device(self) -> str:
-        """Where to compute, by `trainer.accelerator`."""
+        """The device to compute on, by `trainer.accelerator`."""
         return device_of(self.setting.trainer)
 
     def each(self, items: Iterable[Any] | None = None, unit: str = "text", total: int | None = None) -> tqdm:
-        """The items, with a progress bar; without items, a bar that is moved by hand."""
+        """Iterate over items with a progress bar; without items, return a bar to update by hand."""
         return tqdm(items, total=total, unit=unit, desc=self.name, disable=not self.setting.shows_progress)
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader, their tensors on the device, with a progress bar."""
+        """Iterate over a loader's batches with a progress bar; their tensors are moved to the device."""
         for batch in self.each(loader, "batch"):
             yield move_data_to_device(batch, self.device)  # type: ignore[arg-type]
 
     def add(self, **columns: Tensor | Sequence[Any]) -> None:
-        """Add the rows of a batch's samples, of which every column has a value each."""
+        """Add a row for each sample of a batch; each column has one value per sample."""
         values = [column.tolist() if isinstance(column, Tensor) else column for column in columns.values()]
         self.rows += [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
     @property
     def frame(self) -> pandas.DataFrame:
-        """The rows as a table; what lies deeper in a row is in columns such as `maps/norm/energy`."""
+        """The rows as a table; nested values have columns such as `maps/norm/energy`."""
         import pandas
 
         return pandas.json_normalize(self.rows, sep="/")
 
     def mean(self, name: str, values: ArrayLike, digits: int = 2) -> str:
-        """Put a mean into the metrics, and its 95% bootstrap interval as `NAME_interval`; returns both as a cell.
+        """Add a mean to the metrics, and its 95% bootstrap interval as `NAME_interval`; return both as a table cell.
 
         Args:
-            values: one a sample; of fewer than two there is no interval, and of none nothing.
+            name: name of the metric.
+            values: one value per sample; a single value has no interval, and without values nothing is added.
+            digits: digits after the point in the cell.
         """
         import numpy as np
 
@@ -122,35 +124,35 @@ class Results:
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
     def means(self, values: Mapping[str, ArrayLike], title: str = "percent") -> None:
-        """A table of means, a line each, by the names that they have in the metrics."""
+        """Add means to the metrics, and print them as a table with one row each."""
         self.table(["", title], [[name.replace("_", " "), self.mean(name, of)] for name, of in values.items()])
 
     def say(self, text: str) -> None:
-        """A paragraph of what is printed."""
+        """Add a paragraph to the printed text."""
         self._page.append(text)
 
     def table(self, header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
-        """A table of what is printed."""
+        """Add a table to the printed text."""
         self.say(table(header, rows))
 
     def figure(self, name: str, figure: Figure) -> None:
-        """A picture, `figures/NAME.png`."""
+        """Save a figure as `figures/NAME.png`."""
         self.file(save_figure(figure, self.setting.out_dir / "figures" / f"{name}.png"))
 
     def text(self, name: str, text: str) -> None:
-        """A file of its own."""
+        """Write a text file."""
         self.file(write_text(self.setting.out_dir / name, text))
 
     def json(self, name: str, content: Any) -> None:
-        """A JSON file of its own."""
+        """Write a JSON file."""
         self.file(write_json(self.setting.out_dir / name, content))
 
     def file(self, path: Path) -> None:
-        """Name a file or folder that was written."""
+        """Add a file or folder that was written to the list that is printed."""
         self._files.append(path)
 
     def write(self) -> dict[str, Any]:
-        """Print and write it all, the metrics last; returns them."""
+        """Print and write everything, the metrics last; return the metrics."""
         page = "\n\n".join(self._page)
         if page:
             show(f"\n{page}\n")

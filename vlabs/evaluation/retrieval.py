@@ -343,9 +343,9 @@ def _report(results: Results, checkpoint: Checkpoint, data: CaptionedImages, sco
         f"{data.name} {data.split}, {images:,} images, {captions:,} captions, {ranker}\ntrained on: {trainings}"
     )
     results.say(
-        "not zero-shot: the model was trained on this data set"
+        "not zero-shot: the model was trained on this dataset"
         if seen
-        else "zero-shot: nothing of this data set was trained on"
+        else "zero-shot: nothing of this dataset was trained on"
         if known
         else "the checkpoint does not say what it was trained on, so nobody knows whether this is zero-shot"
     )
@@ -383,7 +383,7 @@ def _figure(checkpoint: Checkpoint, data: CaptionedImages, scores: Rows, queries
         best = np.argsort(-column, kind="stable")[:5].tolist()
         cells = list(_ranked(model, checkpoint, data, caption, best))
         rows.append((data.captions[caption], cells))
-    return grid_figure(rows, "framed: the right picture")
+    return grid_figure(rows, "framed: the right image")
 
 
 def _ranked(

@@ -1,4 +1,4 @@
-"""Evaluation of robustness: corruptions, other pictures of the same classes, and attacks (paper, section 6.3)."""
+"""Evaluation of robustness: corruptions, other images of the same classes, and attacks (paper, section 6.3)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ATTACKS: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
 
 
 class RobustnessEvaluation(Evaluation):
-    """Top-1 accuracy of the second pass, clean and otherwise, and a figure of severities.
+    """Top-1 accuracy of the second pass: clean, corrupted, on other images, and attacked.
 
     Args:
-        corruptions: corruptions that are measured: `all`, or some of the fifteen of ImageNet-C.
+        corruptions: corruptions to measure: `all`, or some of the fifteen of ImageNet-C.
         severities: severities of the corruptions.
-        imagenet_c: ImageNet-C's folder; None to corrupt the split's pictures on the fly.
-        sets: other images by name, folders or .tar files of class folders; only the classes that a set has can be
-            chosen, as for ImageNet-A and -R.
-        attacks: attacks on the logits that are evaluated.
-        num_images: images of the split that are measured, evenly spread; None for all.
-        seed: seed of corruptions and random starts.
+        imagenet_c: ImageNet-C's folder; None to corrupt the split's images on the fly.
+        sets: other images by name: folders or .tar files of class folders; predictions are limited to the classes of
+            a set, as for ImageNet-A and -R.
+        attacks: attacks to measure.
+        num_images: number of images of the split, evenly spread; None for all.
+        seed: seed of corruptions and of random starts of attacks.
 
     Raises:
         UserError: an option is out of range.
@@ -65,7 +65,7 @@ class RobustnessEvaluation(Evaluation):
         self.severities = list(severities)
         self.imagenet_c = None if imagenet_c is None else Path(imagenet_c)
         if self.corruptions and imagenet_c is None:
-            library()  # before anything is loaded
+            library()  # so that a missing library is reported before anything is loaded
         self.sets = dict(sets or {})
         self.attacks = list(attacks)
         self.num_images = num_images
@@ -89,8 +89,7 @@ class RobustnessEvaluation(Evaluation):
             return logits
 
         def right(dataset: ClassDataset, attack: str | None = None) -> np.ndarray:
-            """100 for each picture that is told right, else 0; of the classes that occur alone where a set is not of
-            all."""
+            """100 for each image that is classified right, else 0; for another set, among its classes only."""
             size = options.eval_batch_size or options.batch_size
             mask = torch.ones(len(preprocessing.names), dtype=torch.bool)
             if dataset.rows is not rows:
@@ -157,7 +156,7 @@ class RobustnessEvaluation(Evaluation):
 
 
 def _figure(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]]) -> Figure:
-    """Accuracy against severity, a line a corruption, and their mean."""
+    """Figure of accuracy against severity: one line per corruption, and their mean."""
     figure = Figure(figsize=(7, 4.5), dpi=120)
     axes = figure.subplots()
     for name, found in corrupted.items():

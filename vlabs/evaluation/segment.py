@@ -1,4 +1,4 @@
-"""Evaluation of segmentation: IoU of classes over a whole set, or of what every text names."""
+"""Evaluation of segmentation: IoU of classes over a whole split, or of what each text names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vlabs.tasks.segment import at_size, region_masks, segment_texts
 from vlabs.utils.files import new_folder
 from vlabs.utils.options import Count, Percent, Size
 
-# The raw label value of every class, of what has a server that scores it.
+# The raw label value of each class, for datasets with an evaluation server.
 _RAW_LABELS = {
     "cityscapes": list(CITYSCAPES.values()),
     "ade20k": list(range(1, 151)),
@@ -38,14 +38,14 @@ _RAW_LABELS = {
 
 
 class SegmentEvaluation(Evaluation):
-    """Segments every picture of a split, at its own size: mean IoU, a table of classes, pictures; and a submission.
+    """Segments all images of a split at their own size: mean IoU, a table of classes, a figure, and a submission.
 
     Args:
-        window: rows and columns of a sliding window, or one number for both; None for whole pictures.
+        window: rows and columns of a sliding window, or one number for both; None for whole images.
         stride: rows and columns between windows; None for two thirds of the window.
-        num_pictures: images that are shown.
-        predictions: write the classes found as PNGs, with the raw label values of Cityscapes and ADE20K, as their
-            servers want them; done anyway where a split's masks are kept back.
+        num_pictures: number of images in the figure.
+        predictions: write the predicted classes as PNGs, with the raw label values of Cityscapes and ADE20K for their
+            servers; always done if a split's masks are not public.
     """
 
     name = "segment"
@@ -65,7 +65,7 @@ class SegmentEvaluation(Evaluation):
         )
         self.stride = None if chosen is None else _pair(chosen)
         if self.window is None and self.stride is not None:
-            raise UserError("task.stride is of a sliding window: pass task.window too")
+            raise UserError("task.stride is for a sliding window: pass task.window too")
         self.num_pictures = num_pictures
         self.predictions = predictions
 
@@ -75,7 +75,7 @@ class SegmentEvaluation(Evaluation):
         device = results.device
         if data.short_side is None and (side := checkpoint.data.get("short_side")) is not None:
             data.short_side = int(side)
-            results.say(f"pictures are resized to a shorter side of {side} first, as in training (data.short_side)")
+            results.say(f"images are resized to a shorter side of {side} first, as in training (data.short_side)")
         model = checkpoint.segmenter.to(device)
         classes = checkpoint.preprocessing.names
         confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
@@ -139,7 +139,10 @@ def _report(results: Results, confusion: Tensor, classes: Sequence[str]) -> None
 def _writer(
     folder: Path | None, data: MaskDataModule, classes: int
 ) -> Iterator[Callable[[WholePicture, np.ndarray], None]]:
-    """What writes classes of pictures as PNGs in a folder, which is there when all are; nothing, without a folder."""
+    """Give a function that writes the classes of an image as PNG; the folder appears when all are written.
+
+    Without a folder the function does nothing.
+    """
     if folder is None:
         yield lambda picture, labels: None
         return
@@ -149,7 +152,7 @@ def _writer(
     with new_folder(folder, "predictions", replaces=_is_predictions) as partial:
 
         def write(picture: WholePicture, labels: np.ndarray) -> None:
-            # What data call a picture is one name of a file, whatever is in it.
+            # A dataset's names may contain a path; make each a single file name.
             name = picture.name.replace("/", "_").replace("\0", "_")
             Image.fromarray(values[labels]).save(partial / f"{name}.png")
 
@@ -161,11 +164,11 @@ def _is_predictions(folder: Path) -> bool:
 
 
 class ReferEvaluation(Evaluation):
-    """Segments what every text of a split names: mean and overall IoU, and the share of texts above some IoUs.
+    """Segments what each text of a split names: mean and overall IoU, and the share of texts above some IoUs.
 
     Args:
-        num_pictures: images that are shown.
-        above: IoUs in percent, of which the share of texts with more is given.
+        num_pictures: number of images in the figure.
+        above: IoUs in percent; for each, the share of texts with a higher IoU is given.
     """
 
     name = "refer"
@@ -180,9 +183,9 @@ class ReferEvaluation(Evaluation):
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`; in percent, with 95% intervals over texts."""
         if not data.regions_known:
-            raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
+            raise UserError(f"{data.dir} has no regions of texts: prepare data with regions")
         if not checkpoint.preprocessing.tokenizer:
-            raise UserError(f"{checkpoint.path} reads no texts, not even to leave them unused: train task=refer")
+            raise UserError(f"{checkpoint.path} has no tokenizer: train task=refer")
         model = checkpoint.segmenter.to(results.device)
         size = checkpoint.preprocessing.image_size
         data.wants, data.val_split = Wants((size, size), regions_in_validation=True), results.split

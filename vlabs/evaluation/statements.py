@@ -1,4 +1,4 @@
-"""Evaluation of labelled statements: accuracy, the confusion matrix, NLVR2's consistency, and a file of predictions."""
+"""Evaluation of labeled statements: accuracy, the confusion matrix, NLVR2's consistency, and a file of predictions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PICTURES = {"snli_ve": 1, "nlvr2": 2}
 
 
 class StatementEvaluation(Evaluation):
-    """Labels every statement of a split; scores the labels, where they are known, in percent.
+    """Predicts the labels of all statements of a split, and scores them in percent if the labels are public.
 
     Args:
-        of: what the statements are of: `snli_ve`, of a picture, or `nlvr2`, of a pair.
+        of: kind of statements: `snli_ve` about one image, or `nlvr2` about a pair.
 
     Raises:
         UserError: there is no such kind.
@@ -33,7 +33,7 @@ class StatementEvaluation(Evaluation):
 
     def __init__(self, of: Literal["snli_ve", "nlvr2"]) -> None:
         self.of = of
-        self.needs = ("texts", "answers", "two pictures" if PICTURES[of] == 2 else "one picture")  # type: ignore[misc]
+        self.needs = ("texts", "answers", "two images" if PICTURES[of] == 2 else "one image")  # type: ignore[misc]
 
     @torch.inference_mode()
     def measure(self, checkpoint: Checkpoint, data: StatementDataModule, results: Results) -> None:
@@ -41,8 +41,8 @@ class StatementEvaluation(Evaluation):
         names = list(checkpoint.preprocessing.names)
         if data.labels != names or data.pictures != PICTURES[self.of]:
             raise UserError(
-                f"{data.dir} has the labels {', '.join(data.labels)} of {data.pictures} pictures a statement, and the "
-                f"model of task={checkpoint.task} tells {', '.join(names)}: pass data.dir=FOLDER of its own kind"
+                f"{data.dir} has the labels {', '.join(data.labels)} and {data.pictures} images per statement, but the "
+                f"model of task={checkpoint.task} predicts {', '.join(names)}: pass data.dir=FOLDER of its own kind"
             )
         model = checkpoint.model.to(results.device)
         for batch in results.batches(data.eval_dataloader(results.split)):
@@ -60,7 +60,7 @@ class StatementEvaluation(Evaluation):
         results.text("predictions.csv", "".join(f"{row['id']},{row['guess']}\n" for row in results.rows))
         known = found[found["label"].notna()]
         if known.empty:
-            results.say("their labels are kept back: nothing is scored")
+            results.say("the labels of this split are not public: nothing is scored")
             return
         right = known["label"] == known["guess"]
         accuracies = {"accuracy": results.mean("accuracy", 100 * right)}

@@ -1,7 +1,7 @@
-"""Evaluation of steering: does what the model sees and answers follow ξ, if ξ is another's, weaker or stronger?
+"""Evaluation of steering: do maps and answers follow ξ if it is another question's, weaker or stronger?
 
-The prior of another question about the same picture is wrong in nothing but where it points. If the answer stays right,
-what is fed back is not used, or fusion repairs it; if the map follows ξ to the other object, the encoder is steered.
+The prior of another question about the same image differs mainly in where it points. If the map follows ξ to the other
+object, the encoder is steered. If the answer stays right, the feedback is not used, or the fusion corrects it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from vlabs.metrics.grounding import energy_inside, to_pixels
 from vlabs.utils.options import Size, Strength
 
 MAPS = ("weights", "norm", "fusion")
-"""More leaves no finite number in a map."""
+"""The maps that are measured."""
 OWN, OTHER = "own", "other"
 
 
 class SteeringEvaluation(Evaluation):
-    """Answers questions under their own ξ and under that of another question of the picture.
+    """Answers questions under their own ξ and under that of another question about the same image.
 
-    Only pairs of questions about different parts of a picture count.
+    Only pairs of questions about different parts of an image count.
 
     Args:
-        alphas: strengths of feedback, beside the trained one, where the variant has one.
-        num_texts: questions that are measured, evenly spread; None for all.
-        instances: COCO's instances; without them, the regions that the data were prepared with.
+        alphas: strengths of the top-down signal, besides the trained one, if the variant has one.
+        num_texts: number of questions to measure, evenly spread; None for all.
+        instances: COCO's instances; None for the regions in the prepared data.
 
     Raises:
         UserError: an option is out of range.
     """
 
     name = "steering"
-    needs = ("texts", "one picture", "answers")
+    needs = ("texts", "one image", "answers")
     reads = VQADataModule
 
     def __init__(self, alphas: Sequence[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
@@ -60,24 +60,24 @@ class SteeringEvaluation(Evaluation):
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`.
 
-        The metrics are for `α=A/own` and `α=A/other` each, in percent: `accuracy`, the official one; `answers_other`,
-        of the questions whose partner is of the same type and has another answer, how many are given that one; and
-        for every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
+        Metrics, in percent, for `α=A/own` and `α=A/other`: `accuracy`, the official one; `answers_other`, how often the
+        answer is that of the partner, over pairs of the same type with different answers; and for each map its energy
+        on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
 
         Raises:
-            UserError: the questions say nothing of what they are about, or have no answers or no partners.
+            UserError: the questions have no regions, no public answers, or no partners.
         """
         rows = data.rows(results.split)
         where = f"{data.dir}, split {results.split}"
         targets = find_targets(rows, data.dir, self.instances, None)
         if targets is None:
-            raise UserError(f"task=steering needs questions of which it is known what they are about: {where} has none")
+            raise UserError(f"task=steering needs questions with regions: {where} has none")
         if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
-            raise UserError(f"{where}: the answers are kept back, so nothing can be said of them")
+            raise UserError(f"{where}: the answers are not public, so they cannot be scored")
         images = _pairs(targets, checkpoint.preprocessing, self.num_texts)
         questions = sum(len(pairs) for pairs in images)
         if questions < 2:
-            raise UserError(f"{where}: no picture has two questions about different parts of it")
+            raise UserError(f"{where}: no image has two questions about different parts of it")
         trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
@@ -91,8 +91,8 @@ class SteeringEvaluation(Evaluation):
         progress.close()
         results.metrics["questions"] = questions
         results.say(
-            f"{questions} questions, under their own ξ and that of a question about another part of the same picture; "
-            "of every map, the energy on the own and on the other part"
+            f"{questions} questions, under their own ξ and that of a question about another part of the same image; "
+            "for each map, the energy on the own and on the other part"
         )
         columns = ["accuracy", "answers_other", *[f"{name}/{whom}" for name in MAPS for whom in (OWN, OTHER)]]
         results.table(
@@ -105,14 +105,14 @@ class SteeringEvaluation(Evaluation):
 
 
 class _Pair:
-    """A question with its partner about another part of the same picture, and the two parts as the model sees them."""
+    """A question, its partner about another part of the same image, and masks of both parts in the model's input."""
 
     def __init__(self, own: Asked, other: Asked, own_mask: np.ndarray, other_mask: np.ndarray) -> None:
         self.own, self.other, self.masks = own, other, {OWN: own_mask, OTHER: other_mask}
 
 
 class Scores:
-    """What answers to questions of prepared rows are worth."""
+    """Scores answers to questions of prepared rows."""
 
     def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
         self.rows, self.answers = rows, answers
@@ -125,7 +125,7 @@ class Scores:
         return 100 * float(by_answer.get(answer, 0.0))
 
     def answers_differ(self, pair: _Pair) -> bool:
-        """Whether both questions are of one type, so that one's answer could be the other's, and it is not."""
+        """Whether both questions have the same type, so that an answer would fit both, but different answers."""
         row = self.rows[pair.own.row]
         own, other = pair.own.position, pair.other.position
         common = [max(answers, key=answers.count) if answers else "" for answers in row["answers"]]
@@ -133,9 +133,9 @@ class Scores:
 
 
 def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) -> list[list[_Pair]]:
-    """For every picture its questions, each with one about another part of it.
+    """The questions of each image, each with a partner about another part of the image.
 
-    That is the first after it, in a circle, and if there are any the first of its own type, whose answer could be its.
+    The partner is the next question of the same type, counted in a circle, else the next question of any type.
     """
     images = []
     all_kinds = targets.rows.select_columns(["question_type"])
@@ -158,7 +158,7 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
     total = sum(map(len, images))
     if count is None or count >= total:
         return images
-    share = count / total  # whole pictures, evenly spread
+    share = count / total  # keep all pairs of an image, and spread the images evenly
     return [images[n] for n in np.linspace(0, len(images) - 1, num=max(1, round(share * len(images))), dtype=int)]
 
 
@@ -166,11 +166,11 @@ def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) ->
 def _measure(
     checkpoint: Checkpoint, scores: Scores, pairs: list[_Pair], alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for every pair of one picture and either ξ, in percent; α as in `AbSViT.attend`."""
+    """Yield a row for each pair of one image and each of the two ξ, in percent; α as in `AbSViT.attend`."""
     model, preprocessing = checkpoint.model, checkpoint.preprocessing
     _, image = ImageReader(scores.rows, preprocessing).read(pairs[0].own.row, 0)
     assert image is not None
-    # Both texts of every pair: the first half are the questions, the second their partners.
+    # Both texts of each pair: the first half are the questions, the second half their partners.
     texts = [pair.own.text for pair in pairs] + [pair.other.text for pair in pairs]
     input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids(texts))
     n = len(pairs)

@@ -1,4 +1,4 @@
-"""Evaluation of question answering: the official accuracy, or the EvalAI submission where answers are kept back."""
+"""Evaluation of question answering: the official accuracy, or a submission to EvalAI if answers are not public."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vlabs.tasks.vqa import VQATask
 
 
 class VQAEvaluation(Evaluation):
-    """Answers every question of a split, and scores the answers, or writes them as a submission."""
+    """Answers all questions of a split, and scores the answers or writes them as a submission."""
 
     name = "vqa"
-    needs = ("texts", "one picture", "answers")
+    needs = ("texts", "one image", "answers")
     reads = VQADataModule
     may_be_blind = True
 
@@ -37,7 +37,7 @@ class VQAEvaluation(Evaluation):
         questions = data.rows(split).select_columns(["question_id", "answers", "answer_type", "question_type"])
         asked = [question_id for row in questions for question_id in row["question_id"]]
         if sorted(asked) != sorted(p.question_id for p in predictions):
-            raise UserError(f"split {split}: {len(asked)} questions, {len(predictions)} answers, not one for each")
+            raise UserError(f"split {split}: {len(asked)} questions have {len(predictions)} answers, not one each")
         answers = [{"question_id": p.question_id, "answer": p.answer} for p in predictions]
         annotations = _annotations(questions)
         if annotations is None:
@@ -53,7 +53,7 @@ class VQAEvaluation(Evaluation):
         others = [row["accuracy"] for row in results.rows if row["answer_type"] != "yes/no"]
         means = [
             ["overall", results.mean("overall", list(of.values()))],
-            ["all that are not yes/no", results.mean("not_yes_no", others)],
+            ["all but yes/no", results.mean("not_yes_no", others)],
         ]
         results.table([f"{len(of):,} questions, {split}", "percent"], [*means, *types_table(accuracy)])
         results.metrics |= {
@@ -67,7 +67,7 @@ class VQAEvaluation(Evaluation):
 
 
 def _annotations(rows: datasets.Dataset) -> list[dict[str, Any]] | None:
-    """The official annotations of prepared rows; None where the answers are kept back."""
+    """The official annotations of prepared rows; None if the answers are not public."""
     annotations = []
     for row in rows:
         for n, question_id in enumerate(row["question_id"]):

@@ -1,1 +1,1 @@
-"""Metrics that know no model: accuracy, recall, grounding, intervals."""
+"""Metrics, independent of models: accuracy, recall, grounding, intervals."""

@@ -23,8 +23,8 @@ class Interval(NamedTuple):
 def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
     """The mean of one value per question, with its percentile bootstrap interval.
 
-    Questions are resampled as if they were independent. Those about one image are not quite, which makes the interval
-    somewhat narrow; pass one mean per image to be strict.
+    Questions are resampled as if they were independent. Questions about one image are not, so the interval is a little
+    too narrow; pass one mean per image to be strict.
 
     Args:
         values: (n,), at least two.
@@ -37,14 +37,14 @@ def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: f
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2:
-        raise ValueError(f"a bootstrap needs a list of at least two values, and not shape {array.shape}")
+        raise ValueError(f"a bootstrap needs a list of at least two values, not shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError("values that are not finite have no mean: leave those questions out, or count them as 0")
+        raise ValueError("values must be finite: leave out the other questions, or count them as 0")
     if num_samples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"num_samples={num_samples} has to be 1 or more, and confidence={confidence} between 0 and 1")
+        raise ValueError(f"num_samples={num_samples} must be 1 or more, and confidence={confidence} between 0 and 1")
     mean = float(array.mean())
     if (array == array[0]).all():
-        return Interval(mean, mean, mean)  # scipy warns, and gives NaN
+        return Interval(mean, mean, mean)  # scipy would warn, and return NaN
     found = bootstrap(
         (array,),
         np.mean,
@@ -60,10 +60,10 @@ def bootstrap_interval(values: ArrayLike, num_samples: int = 2000, confidence: f
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The mean of a − b, with its interval, for two models that were asked the same questions.
+    """The mean of a − b with its interval, for two models that were asked the same questions.
 
-    Every sample draws the same questions for both, so what makes a question hard for either cancels out. An interval
-    without 0 says that the models differ.
+    Each sample draws the same questions for both, so that the difficulty of questions cancels out. If the interval does
+    not contain 0, the models differ.
 
     Args:
         a, b: (n,), the values of the same questions in the same order.

@@ -44,11 +44,11 @@ def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
         ValueError: the image is not a whole number of patches high and wide.
     """
     if patches.ndim < 2:
-        raise ValueError(f"a map over patches has rows and columns, and not shape {patches.shape}")
+        raise ValueError(f"a map over patches needs rows and columns, not shape {patches.shape}")
     height, width = (size, size) if isinstance(size, int) else size
     rows, columns = patches.shape[-2:]
     if not rows or not columns or height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"{rows}x{columns} patches do not tile a picture of {height}x{width} pixels")
+        raise ValueError(f"{rows}x{columns} patches do not tile an image of {height}x{width} pixels")
     return patches.repeat(height // rows, axis=-2).repeat(width // columns, axis=-1)
 
 
@@ -137,8 +137,8 @@ def rank_correlation(attention: np.ndarray, human: np.ndarray) -> np.ndarray:
     _check_map(attention)
     _check_map(human)
     if attention.shape[:-2] != human.shape[:-2]:
-        raise ValueError(f"maps of shape {attention.shape} and human maps of shape {human.shape} are no pairs")
-    a, b = _centred_ranks(attention), _centred_ranks(human)
+        raise ValueError(f"maps of shape {attention.shape} and human maps of shape {human.shape} do not match")
+    a, b = _centered_ranks(attention), _centered_ranks(human)
     norm = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
     return np.asarray((a * b).sum(axis=-1) / np.where(norm > 0, norm, 1))
 
@@ -212,7 +212,7 @@ def _read_gray(path: Path) -> np.ndarray:
 
 def _check_map(attention: np.ndarray) -> None:
     if attention.ndim < 2 or not attention.size:
-        raise ValueError(f"a map has rows and columns, and not shape {attention.shape}")
+        raise ValueError(f"a map needs rows and columns, not shape {attention.shape}")
     if not np.isfinite(attention).all():
         raise ValueError("the map has values that are not finite")
     if (attention < 0).any():
@@ -222,10 +222,10 @@ def _check_map(attention: np.ndarray) -> None:
 def _flat_mask(mask: np.ndarray) -> np.ndarray:
     """(..., H * W)"""
     if mask.dtype != np.bool_ or mask.ndim < 2:
-        raise ValueError(f"a mask is boolean with rows and columns, and not {mask.dtype} of shape {mask.shape}")
+        raise ValueError(f"a mask must be boolean with rows and columns, not {mask.dtype} of shape {mask.shape}")
     flat = mask.reshape(*mask.shape[:-2], mask.shape[-2] * mask.shape[-1])
     if not flat.any(axis=-1).all():
-        raise ValueError("the mask is empty: there is nothing to look at")
+        raise ValueError("the mask is empty")
     return flat
 
 
@@ -258,11 +258,12 @@ def _thresholds(values: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.
     return hits, np.arange(1, values.shape[-1] + 1), is_threshold
 
 
-def _centred_ranks(attention: np.ndarray) -> np.ndarray:
+def _centered_ranks(attention: np.ndarray) -> np.ndarray:
     """Average ranks of the 14x14 pixels, less their mean: (..., 196)."""
     values = resize_area(attention, *HAT_GRID)
     values = values.reshape(*values.shape[:-2], HAT_GRID[0] * HAT_GRID[1])
     peak = values.max(axis=-1, keepdims=True)
-    # Means over equal values can differ in the last digit of a double, and would no longer be equal.
+    # Means over equal values can differ in the last digit of a double; float32 makes them equal again, so that they
+    # share a rank.
     flat = (values / np.where(peak > 0, peak, 1)).astype(np.float32)
     return np.asarray(rankdata(flat, axis=-1)) - (flat.shape[-1] + 1) / 2

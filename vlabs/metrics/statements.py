@@ -32,8 +32,8 @@ def told_apart(scores: Mapping[tuple[int, int], float]) -> dict[str, bool]:
         scores: of (image, caption); image n belongs to caption n. One image and two captions, or two of each.
 
     Returns:
-        `text`: every image's own caption scores higher than the other. With two images also `image`: every
-        caption's own image scores higher, and `group`: both. Equal scores tell nothing apart.
+        `text`: each image's own caption scores higher than the other. With two images also `image`: each caption's
+        own image scores higher, and `group`: both. Equal scores count as wrong.
     """
     pictures = {picture for picture, _ in scores}
     text = all(scores[n, n] > scores[n, 1 - n] for n in pictures)

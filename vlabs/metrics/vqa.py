@@ -38,7 +38,7 @@ _NUMBER_WORDS = {
     "nine": "9",
     "ten": "10",
 }
-# The official table. Words are looked up in lower case, so its capitalised keys never match.
+# The official table. Words are looked up in lower case, so its capitalized keys never match.
 _CONTRACTIONS = {
     "aint": "ain't",
     "arent": "aren't",

@@ -1,1 +1,1 @@
-"""The web page of `vlabs demo-page`: ask a model about a picture, see where it looks, and search pictures by text."""
+"""The web page of `vlabs demo-page`: ask a model about an image, see where it looks, and search images by text."""

@@ -1,4 +1,4 @@
-"""What the models of the page know, in words: from the card that comes with one, or from what its run says."""
+"""Information about the page's models: from the card that comes with a model, or from its run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LIMITS = re.compile(r"^## Limits\n+(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 
 @dataclass(frozen=True)
 class About:
-    """What is to be known of a model before its answers are believed.
+    """What people should know about a model before they trust its answers.
 
     Attributes:
-        name: what it was asked for by.
-        training: what it was trained on, as of `Checkpoint.training`.
-        limits: what its card says that it does not know; empty where there is none.
-        card: of the model, Markdown.
+        name: the name that was given for it.
+        training: what it was trained on, see `Checkpoint.training`.
+        limits: the limits in its card; empty if the card has none.
+        card: the model card, as Markdown.
     """
 
     name: str
@@ -31,11 +31,11 @@ class About:
 
 
 def about(checkpoint: Checkpoint, name: str | Path) -> About:
-    """What is to be known of a model.
+    """Collect the information about a model.
 
     Args:
         checkpoint: the model.
-        name: that was given for it: a run folder, a file, or a name of `packaged_starts`.
+        name: the name that was given for it: a run folder, a file, or a name in `packaged_starts`.
     """
     if checkpoint.path in packaged_starts().values():
         card = checkpoint.path.with_suffix(".md").read_text(encoding="utf-8")

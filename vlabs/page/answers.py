@@ -1,4 +1,4 @@
-"""What the page says, as HTML: answers with their maps, found pictures, or one line about what is wrong."""
+"""The page's answers as HTML: answers with their maps, found images, or an error in one line."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ LEAST_KEPT = 0.05
 
 
 class Page:
-    """Answers requests of the page with a model, one at a time. What it is asked may be anything that JSON has.
+    """Answers requests with a model, one at a time. Requests are not trusted: their values may be any JSON.
 
     Args:
         predictor: the model that answers.
-        searches: by the name of a folder, what finds pictures in it.
-        uploads: the pictures that are asked about, and the limits of a request.
-        decoder: of the pictures.
-        caution: what is said beside answers about a picture that somebody brought.
+        searches: searches by the name of their folder.
+        uploads: the uploaded images, and the limits of a request.
+        decoder: decodes the images.
+        caution: warning that is shown with answers about uploaded images.
 
     Attributes:
-        maps: that may be asked for.
-        most_alpha: the largest α that may be asked for.
+        maps: the available maps.
+        most_alpha: the largest allowed α.
     """
 
     def __init__(
@@ -56,24 +56,24 @@ class Page:
         self._lock = threading.Lock()
 
     def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any = None) -> str:
-        """Answer questions about a picture, which share its first pass.
+        """Answer questions about an image, which share its first pass.
 
         Args:
-            picture: its name among the uploads; None where there is none yet.
-            questions: one a line.
-            map_name: of `maps`.
+            picture: name of the image among the uploads; None if there is none yet.
+            questions: one per line.
+            map_name: a name in `maps`.
             alpha: strength of the top-down signal, up to `most_alpha`; None for the model's own.
-            other: a text whose ξ is shown beside the questions' own; empty or None for none.
-            keep: share of the patches that are looked at twice; None for the model's own.
+            other: a text whose ξ is used too, for comparison; empty or None for none.
+            keep: share of the patches in the second pass; None for the model's own.
 
         Returns:
-            HTML, which says in one sentence what is wrong where something is.
+            HTML of the answers, or of an error in one sentence.
         """
         return self._or_error(self._ask, picture, questions, map_name, alpha, other, keep)
 
     def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any) -> str:
         if picture is None:
-            raise UserError("there is no picture yet: choose or drop one")
+            raise UserError("there is no image yet: choose or drop one")
         questions, other = _text(questions, "the questions"), _text(other, "the text of the other ξ")
         if map_name not in self.maps:
             raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
@@ -83,9 +83,9 @@ class Page:
             keep = _number(keep, "the share of the patches", LEAST_KEPT, 1)
         asked = [line.strip() for line in questions.splitlines() if line.strip()]
         if not asked:
-            raise UserError("there is no question yet: type one a line")
+            raise UserError("there is no question yet: type one per line")
         if len(asked) > self.limits.questions:
-            raise UserError(f"there are {len(asked)} questions, and {self.limits.questions} at a time are allowed")
+            raise UserError(f"there are {len(asked)} questions, but only {self.limits.questions} at a time are allowed")
         for text in (*asked, other):
             self._check_length(text)
         image = self._decoded(picture)
@@ -105,17 +105,17 @@ class Page:
         try:
             return self.decoder.decode(content)
         except UserError:
-            self.uploads.remove(picture)  # it would take as long the next time
+            self.uploads.remove(picture)  # decoding it again would take as long
             raise
 
     def find(self, folder: Any, query: Any, count: Any) -> str:
-        """The pictures of a folder that fit a text best; HTML as of `ask`."""
+        """Find the images of a folder that fit a text best; HTML as in `ask`."""
         return self._or_error(self._find, folder, query, count)
 
     def _find(self, folder: Any, query: Any, count: Any) -> str:
         if not isinstance(folder, str) or folder not in self.searches:
             raise UserError(f"there is no such folder: choose one of {', '.join(self.searches)}")
-        query, count = _text(query, "the text"), int(_number(count, "the number of pictures", 1, self.limits.pictures))
+        query, count = _text(query, "the text"), int(_number(count, "the number of images", 1, self.limits.pictures))
         if not query.strip():
             raise UserError("there is no text to search for yet: type one")
         self._check_length(query)
@@ -128,15 +128,17 @@ class Page:
             bar = _bars([(f"{place}: {printable(item.path.name)}", item.share)])
             cards += _card(cell, bar, item.path.stem, _under(cell.view))
         new = search.checkpoint.new_words(query)
-        said = f"<p>The best {len(found)} of {len(search.pictures):,} pictures for <b>{html.escape(query.strip())}</b>"
+        said = f"<p>The best {len(found)} of {len(search.pictures):,} images for <b>{html.escape(query.strip())}</b>"
         if len(compared) < len(search.pictures):
-            said += f", of which the {len(compared)} most like its ξ were compared"
+            said += f"; the {len(compared)} most similar to its ξ were compared"
         said += "</p>" + _warnings([f"its training never had: {', '.join(new)}"] if new else [])
         return f"{said}<div class='cards'>{cards}</div>" + _legend([one.name for one in cells], MEANING)
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.limits.characters:
-            raise UserError(f"a text has {len(text)} characters, and {self.limits.characters} are allowed: shorten it")
+            raise UserError(
+                f"a text has {len(text)} characters, but only {self.limits.characters} are allowed: shorten it"
+            )
 
     def _or_error(self, function: Callable[..., str], *arguments: Any) -> str:
         try:
@@ -144,20 +146,20 @@ class Page:
                 return function(*arguments)
         except UserError as error:
             said = one_line(str(error))
-        except Exception:  # a fault of vlabs' own, by which the page does not end
+        except Exception:  # a bug in vlabs must not end the page
             traceback.print_exc()
-            said = "this could not be answered, by a fault of the page: its terminal says which"
+            said = "this could not be answered because of an error in the page; its terminal shows the error"
         return f"<p class='error' role='alert'>{html.escape(said)}</p>"
 
 
 def _text(given: Any, what: str) -> str:
-    """A text that can be written; None is an empty one."""
+    """Check that a value is a valid text; None becomes an empty one."""
     if given is None:
         return ""
     if not isinstance(given, str):
         raise UserError(f"{what} must be a text")
     if any("\ud800" <= character <= "\udfff" for character in given):
-        raise UserError(f"{what} has a character that cannot be written: type it anew")
+        raise UserError(f"{what} has a character that is not valid Unicode: retype it")
     return given
 
 
@@ -168,7 +170,7 @@ def _number(given: Any, what: str, least: float, most: float) -> float:
 
 
 def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
-    """A card a question, side by side, over one picture."""
+    """One card per question, side by side, all over the same image."""
     cards = []
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
@@ -202,18 +204,18 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 
 def _card(cell: Cell, said: str, name: str, under: str = "") -> str:
-    """A map that is drawn aside to show the picture under it; see `_under`. The page's script reads the inputs."""
+    """A map over its image (`_under`), with a slider to show the image. The page's script reads the inputs."""
     file = re.sub(r"\W+", "-", name).strip("-")[:60] or "map"
     return (
         f"<figure class='card' {under}><div class='look'>"
-        f"<img alt='the picture, and where the model looked' src='{_data(pixels_of(cell))}'>"
-        "<input type='range' name='at' min='0' max='100' value='0' aria-label='from the map to the picture'></div>"
+        f"<img alt='the image, and where the model looked' src='{_data(pixels_of(cell))}'>"
+        "<input type='range' name='at' min='0' max='100' value='0' aria-label='from the map to the image'></div>"
         f"<figcaption>{said}<a class='save' href='#' download='{file}.jpg'>download</a></figcaption></figure>"
     )
 
 
 def _under(view: View) -> str:
-    """The picture that lies under the maps of an element."""
+    """The style that puts an image under the maps of an element."""
     return f"style='--picture: url({_data(pixels_of(Cell(view)))})'"
 
 
@@ -221,21 +223,20 @@ def _legend(names: Sequence[str], percentage: str) -> str:
     said = f"{html.escape(legend_of(names, own_range=True))}<br>a percentage is {html.escape(percentage)}"
     opacity = "<input type='range' name='opacity' min='0' max='1' step='0.01' value='1'>"
     return (
-        f"<p class='legend'>Drag across a map to see the picture under it. <label>Opacity {opacity}</label><br>"
+        f"<p class='legend'>Drag across a map to see the image under it. <label>Opacity {opacity}</label><br>"
         f"low <span class='scale'></span> high; {said}</p>"
     )
 
 
 def _data(pixels: np.ndarray) -> str:
-    """A picture as an address that holds its bytes, so that nothing is written to a disk."""
+    """An image as a data URL, so that nothing is written to disk."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def example_pictures(folder: Path | None = None) -> list[Path]:
-    """Pictures to begin with: those of a folder, at most 24, or scenes that the model which comes with vlabs has not
-    seen."""
+    """Example images: at most 24 of a folder; None for scenes that vlabs' own model was not trained on."""
     folder = folder or Path(__file__).parent / "pictures"
     suffixes = (".jpg", ".jpeg", ".png", ".webp")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())[:24]

@@ -1,4 +1,4 @@
-"""The page itself: a form by Gradio, and what `vlabs.page.answers` says. Importing this imports Gradio."""
+"""The page: a Gradio form for `vlabs.page.answers`. Importing this module imports Gradio."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from vlabs.page.hosts import Hosts, in_address, is_loopback
 from vlabs.page.line import Line
 from vlabs.page.server import make_app
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-_WAITING = 100  # requests in line; more are told to come back
-_CONNECTIONS = 200  # that are worked for at once; each may hold a picture that somebody is slow to take
-_PAST = 12  # answers that a tab keeps
-# Of answers: what is dragged is a variable of the style, and a link takes the map of its card.
+_WAITING = 100  # largest number of requests in the queue; more are refused
+_CONNECTIONS = 200  # largest number of open connections; each may hold an image for a slow client
+_PAST = 12  # answers that a tab remembers
+# For answers: the values of sliders become CSS variables, and a download link takes the map of its card.
 _SCRIPT = """
 element.addEventListener("input", ({target}) => {
   element.style.setProperty("--" + target.name, target.value);
@@ -41,7 +41,7 @@ element.addEventListener("click", ({target}) => {
   if (target.className === "save") target.href = target.closest("figure").querySelector("img").src;
 });
 """
-# The history is of a tab and stays in it: all values of the form with what was said, newest first.
+# The history stays in its browser tab: all values of the form with the answers, newest first.
 _REMEMBER = """(...all) => {
   const cards = new DOMParser().parseFromString(all.at(-1), "text/html").querySelectorAll(".card");
   if (!cards.length) return;
@@ -52,11 +52,11 @@ _REMEMBER = """(...all) => {
   if (innerWidth < 700) document.querySelector("#answers").scrollIntoView({behavior: "smooth"});
   return {__type__: "update", samples: asked.map(({shown, said}) => [shown, said])};
 }""".replace("MOST", str(_PAST))
-_PRIOR = "- **ξ** is what a question asks the image encoder to look for: one vector, made of the text."
-_ALPHA = "- **α** is how strongly the patches that are like ξ are fed back, for a second look at the picture."
-_MAP = "- A **map** says where the model looked, in one of several senses:"
+_PRIOR = "- **ξ** is what a question asks the image encoder to look for: one vector, computed from the text."
+_ALPHA = "- **α** is how strongly the patches that are similar to ξ are fed back, for a second look at the image."
+_MAP = "- A **map** shows where the model looked, in one of several senses:"
 _FONTS = ["system-ui", "sans-serif"]
-# Values come and go as they are: what a client sends is looked at by the page and by nothing of Gradio's.
+# Gradio passes values through unchanged: only the page checks and reads what a client sends.
 _RAW: dict[str, Any] = {"preprocess": False, "postprocess": False}
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -64,18 +64,18 @@ _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 def build(
     page: Page, model: About, searcher: About | None, examples: Sequence[tuple[Path, str]], texts: Sequence[str]
 ) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        page: what answers.
-        model: that is asked.
-        searcher: the model that searches, where one does.
-        examples: pictures to begin with, each with questions.
-        texts: to begin a search with.
+        page: answers the requests.
+        model: the model that answers questions.
+        searcher: the model that searches, if any.
+        examples: example images, each with questions.
+        texts: example texts for the search.
     """
     with gr.Blocks(title=f"vlabs: {model.name}", analytics_enabled=False) as blocks:
         gr.Markdown(
-            "# vlabs\nAsk about a picture. The question tells the image encoder what to look for "
+            "# vlabs\nAsk about an image. The question tells the image encoder what to look for "
             "([AbSViT](https://arxiv.org/abs/2303.13043)), and the page shows where it looked."
         )
         with gr.Tab("Ask"):
@@ -101,24 +101,24 @@ def _show_about(model: About, does: str) -> None:
 
 
 def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
-    """The tab where a model is asked; `begins` are pictures with their questions, of which the first is answered."""
+    """The tab for questions; `begins` are example images with questions, and the first is answered at load."""
     model, alpha = page.predictor.model, page.predictor.alpha
     examples = gr.Dataset(
         components=["image"], samples=[[None] for _ in begins], type="index", samples_per_page=24,
-        label="Pictures to begin with: a click asks", visible=bool(begins), elem_id="examples",
+        label="Examples: click one to ask", visible=bool(begins), elem_id="examples",
     )  # fmt: skip
     examples.samples = [[file] for file, _ in begins]
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             picture = gr.Image(
-                type="filepath", sources=["upload", "clipboard"], label="Picture", height=220, elem_id="picture"
+                type="filepath", sources=["upload", "clipboard"], label="Image", height=220, elem_id="picture"
             )
-            questions = gr.Textbox(label="Questions, one a line", lines=2, elem_id="questions")
+            questions = gr.Textbox(label="Questions, one per line", lines=2, elem_id="questions")
             button = gr.Button("Ask", variant="primary", elem_id="ask")
             how = _how(page)
         with gr.Column(scale=5, min_width=300):
             answers = gr.HTML(elem_id="answers", js_on_load=_SCRIPT)
-            with gr.Accordion(f"Asked in this tab: the last {_PAST}, a click shows one again", open=False):
+            with gr.Accordion(f"History of this tab: the last {_PAST}; click one to show it again", open=False):
                 past = gr.Dataset(
                     components=["image", "textbox"], headers=["map", "questions and answers"], samples=[],
                     type="index", show_label=False, elem_id="past",
@@ -139,7 +139,7 @@ def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
         file, text = begins[number][0], begins[number][1] or typed
         return file, text, again(file, text, *how)
 
-    if begins:  # the first one is answered once, for all
+    if begins:  # the first example is answered once, for all visitors
         picture.value, questions.value, answers.value = begin(0, "", *(control.value for control in how))
     for event in (
         examples.click(begin, [examples, questions, *how], [picture, questions, answers], **_QUIET, **_RAW),
@@ -155,7 +155,7 @@ def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
 
 
 def _how(page: Page) -> list[Any]:
-    """What is set beside a question, folded: map, α, ξ of another question, share of the patches."""
+    """Advanced controls, folded: map, α, ξ of another question, share of the patches."""
     model, alpha = page.predictor.model, page.predictor.alpha
     with gr.Accordion("Where it looks: maps, α and ξ", open=False, elem_id="how"):
         gr.Markdown("\n".join([_PRIOR] * (model.prior is not None) + [_ALPHA] * (alpha is not None) + [_MAP]))
@@ -170,25 +170,25 @@ def _how(page: Page) -> list[Any]:
             ),
             gr.Textbox(
                 label="ξ of another question", visible=model.prior is not None, elem_id="other",
-                placeholder="empty: every question steers by its own ξ",
-                info="What the model says when it is told to look for something else.",
+                placeholder="empty: each question steers with its own ξ",
+                info="The answer of the model if it is told to look for something else.",
             ),
             gr.Slider(
-                LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches that are looked at twice",
-                visible=not model.vision.needs_all, elem_id="keep", info="Those most like ξ; fewer are faster.",
+                LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches in the second pass",
+                visible=not model.vision.needs_all, elem_id="keep", info="Those most similar to ξ; fewer are faster.",
             ),
         ]  # fmt: skip
 
 
 def _search(page: Page, texts: Sequence[str]) -> None:
-    """The tab where pictures are searched; `texts` are some to begin with."""
+    """The tab for searching images; `texts` are examples."""
     with gr.Row():
         query = gr.Textbox(label="Text", scale=4, min_width=300, elem_id="query")
         names = list(page.searches)
         folder = gr.Dropdown(names, value=names[0], label="Folder", scale=2)
-        count = gr.Slider(1, page.limits.pictures, value=6, step=1, label="Pictures", scale=2)
+        count = gr.Slider(1, page.limits.pictures, value=6, step=1, label="Images", scale=2)
     examples = gr.Dataset(
-        components=["textbox"], samples=[[text] for text in texts], label="Texts to begin with: a click searches",
+        components=["textbox"], samples=[[text] for text in texts], label="Examples: click one to search",
         visible=bool(texts), elem_id="texts",
     )  # fmt: skip
     button = gr.Button("Search", variant="primary", elem_id="search")
@@ -201,7 +201,7 @@ def _search(page: Page, texts: Sequence[str]) -> None:
 
 
 def _file(name: str) -> dict[str, Any]:
-    """A picture as Gradio's form has it."""
+    """An image in the form that Gradio's page uses."""
     return {"path": name, "url": f"/gradio_api/file={name}", "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 
@@ -209,15 +209,15 @@ def serve(page: Page, blocks: gr.Blocks, listener: socket.socket, host: str, oth
     """Serve the page until Ctrl-C.
 
     Args:
-        page, blocks: what answers, and the form.
-        listener: where, bound already.
-        host: that it is bound to; where others reach it, they need a token.
-        others: more names that the page may be asked by.
-        ready: is called with the address once it answers.
+        page, blocks: the page, and its form.
+        listener: a bound socket.
+        host: the host that it is bound to; if other machines can reach it, they need a token.
+        others: further names of the page, see `Hosts`.
+        ready: called with the address when the page is ready.
     """
     port = listener.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    # All in the background of the process: Gradio's own server, queue and files are not used.
+    # Gradio is used only for the form: its own server, queue and file routes are not.
     theme = gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=["monospace"])
     form = gr.mount_gradio_app(
         FastAPI(), blocks, "/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,

@@ -1,4 +1,4 @@
-"""Connections to the page. Whoever opens very many and asks nothing takes none from the others."""
+"""Connections to the page, limited so that a client that opens very many does not block others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _IDLE = 100
 
 
 class Connection(H11Protocol):
-    """A connection to uvicorn, whose own form waits without end for a request; of very many the oldest is closed.
+    """A connection of uvicorn. uvicorn would wait forever for a request; here the oldest idle connection is closed.
 
-    By h11, which bounds the size of a request's head.
+    It uses h11, which limits the size of a request's headers.
     """
 
-    _idle: ClassVar[dict[Connection, None]] = {}  # whose next request has not come whole, oldest first
+    _idle: ClassVar[dict[Connection, None]] = {}  # connections that wait for a complete request, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""

@@ -1,6 +1,7 @@
-"""Uploaded pictures are decoded in a process of its own, which is ended where a picture takes too long or too much.
+"""Uploaded images are decoded in a separate process, which is killed if an image takes too much time or memory.
 
-`python -m vlabs.page.decoder` is that process. It imports Pillow alone, may write no file, and ends with the page.
+`python -m vlabs.page.decoder` is that process. It imports little besides Pillow, cannot write files, and ends with the
+page.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from vlabs.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _KNOWN = ", ".join(FORMATS)
-_REMEDY = "save it anew, as a plain JPEG or PNG"
-# A megapixel takes 4 bytes a pixel of the decoder and as much for each of two copies.
+_REMEDY = "save it again, as a plain JPEG or PNG"
+# Bytes: a base, and per pixel 4 in the decoder and 4 for each copy.
 _MEMORY, _MEMORY_A_PIXEL = 512 * 2**20, 16
 
 
 class Decoder:
-    """Decodes pictures in another process, which it starts when it is needed and again after it had to be ended.
+    """Decodes images in another process, which is started on demand, and again after it was killed.
 
     Args:
-        megapixels: that a picture may have.
-        seconds: that it may take.
+        megapixels: largest size of an image.
+        seconds: longest time to decode an image.
     """
 
     def __init__(self, megapixels: float, seconds: float) -> None:
@@ -44,10 +45,10 @@ class Decoder:
         self._lock = threading.Lock()
 
     def decode(self, content: bytes) -> Image.Image:
-        """Decode a picture to RGB, turned as its camera says; of an animation the first frame.
+        """Decode an image to RGB, rotated by its EXIF; an animation gives its first frame.
 
         Raises:
-            UserError: it is no whole picture of a known format, has too many pixels, or takes too long.
+            UserError: it is not a complete image of a known format, has too many pixels, or takes too long.
         """
         with self._lock:
             process = self._running()
@@ -67,9 +68,9 @@ class Decoder:
                 if "error" in said:
                     raise UserError(said["error"])
                 return Image.frombytes("RGB", tuple(said["size"]), _receive(process.stdout))
-            except (EOFError, OSError):  # it was ended, by the timer or because it took too much
+            except (EOFError, OSError):  # the process was killed by the timer, or ran out of memory
                 much = f"more than {self.seconds:g} s" if late.is_set() else "too much memory"
-                raise UserError(f"the picture takes {much} to decode: {_REMEDY}") from None
+                raise UserError(f"the image takes {much} to decode: {_REMEDY}") from None
             finally:
                 timer.cancel()
                 if late.is_set() or process.poll() is not None:
@@ -83,7 +84,7 @@ class Decoder:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._end()
-            # It finds modules where this process does, and not in the folder that this happens to be in.
+            # It must find modules where this process does, and never in the current folder (-P).
             found = os.pathsep.join(os.path.abspath(path) for path in sys.path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vlabs.page.decoder", str(self.megapixels), str(self.seconds)],
@@ -91,10 +92,10 @@ class Decoder:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the page, which ends it
+                start_new_session=True,  # so that Ctrl-C reaches only the page, which then ends this process
             )
             assert self._process.stdout is not None
-            _receive(self._process.stdout)  # imports are no time of a picture
+            _receive(self._process.stdout)  # wait for its imports, which must not count as decoding time
         return self._process
 
     def _end(self) -> None:
@@ -105,30 +106,30 @@ class Decoder:
 
 
 def decode(content: bytes, megapixels: float) -> Image.Image:
-    """What the process does with a picture; see `Decoder.decode`."""
+    """Decode an image inside the process; see `Decoder.decode`."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            # Only the header is read until here, so a small file of very many pixels costs nothing.
+            # Only the header has been read, so a small file with a huge image costs nothing.
             if image.width * image.height > megapixels * 1e6:
                 raise UserError(
-                    f"the picture has {image.width} x {image.height} pixels, and {megapixels:g} million are"
+                    f"the image has {image.width} x {image.height} pixels, but only {megapixels:g} million are"
                     " allowed: make it smaller"
                 )
             return as_shown(image)
     except Image.DecompressionBombError:
-        raise UserError(f"the picture has more than {megapixels:g} million pixels: make it smaller") from None
+        raise UserError(f"the image has more than {megapixels:g} million pixels: make it smaller") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"the file is no picture that is known here: give one of {_KNOWN}") from None
+        raise UserError(f"the file is not an image of a known format: use one of {_KNOWN}") from None
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"the picture takes too much memory to decode: {_REMEDY}") from None
-    except Exception:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise UserError(f"the file is no whole picture: give one of {_KNOWN}") from None
+        raise UserError(f"the image takes too much memory to decode: {_REMEDY}") from None
+    except Exception:  # Pillow's decoders raise many kinds of errors for damaged files
+        raise UserError(f"the file is not a complete image: use one of {_KNOWN}") from None
 
 
 def main(megapixels: float, seconds: float) -> None:
-    """Decode what comes in until there is no more."""
+    """Decode images from standard input until it ends."""
     given, answers = sys.stdin.buffer, sys.stdout.buffer
     Image.preinit()
     _bound(resource.RLIMIT_AS, int(_MEMORY + _MEMORY_A_PIXEL * megapixels * 1e6))
@@ -138,7 +139,7 @@ def main(megapixels: float, seconds: float) -> None:
     with suppress(EOFError, BrokenPipeError):
         while True:
             content = _receive(given)
-            # Where nobody is left to end it, the system does.
+            # A limit by the system, in case the page has died and cannot kill this process.
             spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
             _bound(resource.RLIMIT_CPU, math.ceil(spent + seconds) + 1)
             try:
@@ -151,7 +152,7 @@ def main(megapixels: float, seconds: float) -> None:
 
 
 def _bound(what: int, most: int) -> None:
-    with suppress(ValueError, OSError):  # where the system does not know it, or is stricter itself
+    with suppress(ValueError, OSError):  # the system has no such limit, or a stricter one
         resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 
 
@@ -162,10 +163,10 @@ def _send(stream: IO[Any], content: bytes) -> None:
 
 
 def _receive(stream: IO[Any]) -> bytes:
-    """What `_send` has sent.
+    """Receive what `_send` has sent.
 
     Raises:
-        EOFError: the other side has ended before.
+        EOFError: the other side has ended.
     """
     (length,) = struct.unpack(">Q", _whole(stream, 8))
     return _whole(stream, length)

@@ -1,4 +1,4 @@
-"""The names by which the page may be asked: any other may be made to mean this machine by whoever owns it."""
+"""The host names that the page accepts, as protection against DNS rebinding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::(\d{1,5}))?")
 
 
 class Hosts:
-    """The names under which the page may be asked for.
+    """The host names that the page accepts.
 
     Args:
-        host, port: that it answers at.
-        others: more names, each with or without a port.
+        host, port: the address that it is bound to.
+        others: further names, each with or without a port.
     """
 
     def __init__(self, host: str, port: int, others: Sequence[str] = ()) -> None:
@@ -31,15 +31,15 @@ class Hosts:
         name, port = found[1], found[2] or "80"
         if given.lower() in self.others or name in self.others:
             return True
-        # A name may be made to mean this machine by its owner. An address cannot, and a container's port has another
-        # number outside.
+        # The owner of a name can point it at this machine, but an address is safe. The port is not checked, because a
+        # container's port has another number outside.
         if self.everywhere and (name == "localhost" or _is_address(name)):
             return True
         return name in self.own and port == str(self.port)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server at this host answers this machine alone."""
+    """Whether only this machine can reach a server at this host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def in_address(host: str) -> str:
-    """A host as an address has it."""
+    """A host as it is written in a URL."""
     return f"[{host}]" if ":" in host else host.lower()
 
 

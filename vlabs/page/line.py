@@ -1,6 +1,6 @@
-"""Requests in a line: one is worked on at a time, and only while somebody waits for what it gives.
+"""A queue of requests: they are processed one at a time, and only while their client is listening.
 
-The messages are those of Gradio's queue (its protocol `sse_v3`), by which its page and its clients hear of a request.
+The messages are those of Gradio's queue (its protocol `sse_v3`), which its page and its clients understand.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vlabs.errors import UserError
 Message = dict[str, Any]
 
 _CLOSE: Message = {"msg": "close_stream", "event_id": None}
-_BEAT = 10.0  # seconds between signs of life
-_UNHEARD = 20.0  # seconds after which a request is dropped that nobody has come to listen for
+_BEAT = 10.0  # seconds between heartbeats
+_UNHEARD = 20.0  # seconds after which a request without a listener is dropped
 
 
 @dataclass
@@ -28,11 +28,11 @@ class Job:
     """A request.
 
     Attributes:
-        session: who has asked.
-        work: what gives the values of the outputs.
-        id: of the request.
-        came: when.
-        done: there is nothing to be done any more, and its session will hear so.
+        session: the client's session.
+        work: computes the values of the outputs.
+        id: id of the request.
+        came: time of its arrival.
+        done: nothing is left to do, and its session is told.
     """
 
     session: str
@@ -43,47 +43,47 @@ class Job:
 
 
 class Line:
-    """The requests that wait and the one that is worked on. Requests come from an event loop, another thread works.
+    """The waiting requests and the current one. An event loop adds requests, and another thread processes them.
 
     Args:
-        most: requests in line.
+        most: largest number of requests.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._jobs: dict[str, Job] = {}  # in the order in which they came
+        self._jobs: dict[str, Job] = {}  # in the order of arrival
         self._listeners: dict[str, Callable[[Message], None]] = {}
         self._begun: str | None = None
         self._changed = threading.Condition()
 
     def join(self, session: str, work: Callable[[], list[Any]]) -> str:
-        """Put a request in line; returns its id.
+        """Add a request, and return its id.
 
         Raises:
-            UserError: the line is full.
+            UserError: the queue is full.
         """
         job = Job(session, work)
         with self._changed:
             unheard = self._drop_unheard()
             if len(self._jobs) - unheard >= self.most:
-                raise UserError(f"{self.most} requests wait already: try again in a minute")
+                raise UserError(f"{self.most} requests are already waiting: try again in a minute")
             self._jobs[job.id] = job
             self._changed.notify()
         return job.id
 
     def leave(self, session: str, job: str) -> None:
-        """Take a request out of the line; what it gives if it is worked on already is told to nobody."""
+        """Remove a request. If it is being processed, its result is dropped."""
         with self._changed:
             if job in self._jobs and self._jobs[job].session == session:
                 self._finish(self._jobs[job], [])
 
     def knows(self, session: str) -> bool:
-        """Whether a session has a request in line."""
+        """Whether a session has a request in the queue."""
         with self._changed:
             return any(job.session == session for job in self._jobs.values())
 
     async def listen(self, session: str) -> AsyncIterator[Message]:
-        """What happens to the requests of a session, until all are done. Those of one that stops to listen leave."""
+        """Yield messages about a session's requests until all are done. If it stops listening, they are removed."""
         loop, messages = asyncio.get_running_loop(), asyncio.Queue[Message]()
 
         def tell(message: Message) -> None:
@@ -91,7 +91,7 @@ class Line:
                 loop.call_soon_threadsafe(messages.put_nowait, message)
 
         with self._changed:
-            self._tell(session, _CLOSE)  # who listened for it before
+            self._tell(session, _CLOSE)  # end an earlier listener of the session
             self._listeners[session] = tell
             self._changed.notify()
         self._tell_ranks()
@@ -109,13 +109,13 @@ class Line:
                     return
         finally:
             with self._changed:
-                if self._listeners.get(session) is tell:  # it has gone before the end
+                if self._listeners.get(session) is tell:  # the client has left before the end
                     del self._listeners[session]
                     for job in [job for job in self._jobs.values() if job.session == session]:
                         del self._jobs[job.id]
 
     def _is_last(self, heard: str, session: str, tell: Callable[[Message], None]) -> bool:
-        """Whether a session has nothing more to listen for; it is then no listener any more."""
+        """Whether a session has no request left; its listener is then removed."""
         with self._changed:
             self._jobs.pop(heard, None)
             if self.knows(session):
@@ -125,7 +125,7 @@ class Line:
             return True
 
     def work(self) -> None:
-        """Work on the requests, one after another, without end."""
+        """Process the requests one after another, forever."""
         while True:
             job = self._next()
             self._tell(job.session, {"msg": "process_starts", "event_id": job.id, "eta": None})
@@ -136,7 +136,7 @@ class Line:
             self._tell_ranks()
 
     def _finish(self, job: Job, values: list[Any], seconds: float = 0.0) -> None:
-        """Tell what a request gave, once. It stays known until its session has heard it."""
+        """Send the result of a request, once. The request stays in the queue until its session has received it."""
         if not job.done:
             job.done = True
             if job.session in self._listeners:
@@ -154,7 +154,7 @@ class Line:
                 self._changed.wait()
 
     def _drop_unheard(self) -> int:
-        """Drop requests that nobody has come to listen for, in time or before many others; returns how many stay."""
+        """Drop requests without a listener that are old or too many; return how many such requests stay."""
         now = time.monotonic()
         unheard = [job for job in self._jobs.values() if job.session not in self._listeners]
         fresh = [job for job in unheard if now - job.came < _UNHEARD][-self.most + 1 :]

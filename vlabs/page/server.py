@@ -1,7 +1,7 @@
-"""What the page answers to, and to whom: a few addresses, by the names that it has, with a limit on all that comes in.
+"""The page's server: a few routes, accepted host names, and limits on all input.
 
-Gradio gives the form and its files; its own addresses for files, requests and uploads are not reachable. Its page and
-its clients find here what they need of them, in the form that they know.
+Gradio provides the form and its static files; its own routes for files, requests and uploads are not reachable. The
+routes here have the same form, so that Gradio's page and clients can use them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from vlabs.page.line import Line
 from vlabs.page.uploads import LOOK, Uploads
 
 _API = "/gradio_api"
-_JSON = 2**16  # bytes of a request that is no upload; as values they take very many times that
-_AROUND = 2**16  # bytes of a form around its file
-_PAUSE, _SLOWEST = 30.0, 300.0  # seconds between parts of a body, and of all of it
-_DRAINED = 2**26  # bytes that are read and thrown away, so that a client can read why
+_JSON = 2**16  # largest bytes of a request that is not an upload; parsed, they take many times the memory
+_AROUND = 2**16  # largest bytes of a form besides its file
+_PAUSE, _SLOWEST = 30.0, 300.0  # longest seconds between parts of a body, and for a whole body
+_DRAINED = 2**26  # largest bytes of a refused body that are read, so that the client reads the error
 _SESSION = re.compile(r"[\w-]{1,64}")
 _ASSET = re.compile(r"/(assets|static)(/[\w@-][\w@.-]*)+")
 _PICTURES = ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"))
@@ -60,12 +60,12 @@ Function = Callable[..., Any]
 
 
 class Gate:
-    """Lets through what comes to a host of the page, from its own page, and with the token where there is one.
+    """Checks each request: its host name, that it comes from the page itself, and the token if there is one.
 
     Args:
-        app: what answers.
-        hosts: names of the page.
-        token: what the first address has as `?token=`, and a cookie from then on; None where none is needed.
+        app: answers the accepted requests.
+        hosts: the accepted host names.
+        token: required in the first address as `?token=`, and then in a cookie; None if no token is needed.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, token: str | None) -> None:
@@ -91,18 +91,18 @@ class Gate:
     def _check(self, request: Request) -> None:
         given = request.headers.get("host", "")
         if given not in self.hosts:
-            raise HTTPException(421, "the page is not known by this name: start it with --allow-host NAME to allow one")
+            raise HTTPException(421, "the page does not accept this host name: start it with --allow-host NAME")
         origins = request.headers.getlist("origin")
         if any(origin.partition("://")[2] not in self.hosts for origin in origins):
-            raise HTTPException(403, "the page is asked from its own address only, and this is another")
+            raise HTTPException(403, "the page only accepts requests from its own address")
         elsewhere = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere and not (request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"):
-            raise HTTPException(403, "the page is asked from its own address only, and this is another")
+            raise HTTPException(403, "the page only accepts requests from its own address")
         if self.token is None:
             return
         named = request.query_params.get("token", "")
         if not _same(named, self.token) and not _same(request.cookies.get(self.cookie, ""), self.token):
-            raise HTTPException(401, "the page needs its token: open the whole address that it printed at its start")
+            raise HTTPException(401, "the page needs its token: open the complete address that it printed at its start")
         request.scope["vlabs.named"] = bool(named)
 
     async def _send(self, send: Send, message: Message) -> None:
@@ -120,13 +120,13 @@ def make_app(
     form: ASGIApp, functions: dict[int, tuple[Function, int]], line: Line, uploads: Uploads, hosts: Hosts,
     token: str | None,
 ) -> ASGIApp:  # fmt: skip
-    """All that the page answers to.
+    """Build the page's server.
 
     Args:
-        form: what gives the form and its files.
-        functions: by their numbers in the form, what is asked for and how many values it takes.
-        line: of the requests.
-        uploads: the pictures.
+        form: serves the form and its files.
+        functions: by their numbers in the form, the functions and their numbers of inputs.
+        line: the queue of requests.
+        uploads: the images.
         hosts, token: see `Gate`.
     """
 
@@ -148,7 +148,8 @@ def make_app(
     async def first(request: Request) -> Response:
         if not request.scope.get("vlabs.named"):
             return await show(request)
-        # The token leaves the address bar, by a step of the page itself: a cookie of this kind is not sent otherwise.
+        # Remove the token from the address bar. A redirect by the page itself, because a browser does not send a strict
+        # cookie with a redirect that follows a link from elsewhere.
         answer = HTMLResponse("<!doctype html><meta http-equiv='refresh' content='0;url=./'><title>vlabs</title>")
         secure = request.url.scheme == "https"
         answer.set_cookie(gate.cookie, token or "", httponly=True, samesite="strict", secure=secure)
@@ -160,12 +161,12 @@ def make_app(
             form = await bounded.form(max_files=4, max_fields=4, max_part_size=2**12)
         except (HTTPException, ClientDisconnect):
             raise
-        except Exception:  # the parser raises whatever it is led to
-            raise HTTPException(400, "an upload is a form with a file") from None
+        except Exception:  # the parser raises many kinds of errors
+            raise HTTPException(400, "an upload must be a form with a file") from None
         try:
             files = [file for file in form.getlist("files") if isinstance(file, UploadFile)]
             if not files:
-                raise HTTPException(400, "an upload is a form with a file, named files")
+                raise HTTPException(400, "an upload must be a form with a file in the field 'files'")
             if any((file.size or 0) > uploads.limits.bytes for file in files):
                 raise HTTPException(413, _too_large(uploads.limits.bytes))
             return JSONResponse([uploads.take(await file.read()) for file in files])
@@ -191,9 +192,9 @@ def make_app(
         number, values, session = (asked.get(name) for name in ("fn_index", "data", "session_hash"))
         function, count = functions.get(number, (None, 0)) if type(number) is int else (None, 0)
         if function is None:
-            raise HTTPException(422, "there is no function of this fn_index")
+            raise HTTPException(422, "there is no function with this fn_index")
         if not isinstance(values, list) or len(values) != count:
-            raise HTTPException(422, f"data is a list of {count} values")
+            raise HTTPException(422, f"data must be a list of {count} values")
         try:
             return JSONResponse({"event_id": line.join(_session(session), partial(_work, function, values))})
         except UserError as error:
@@ -202,7 +203,7 @@ def make_app(
     def data(request: Request) -> Response:
         session = _session(request.query_params.get("session_hash"))
         if not line.knows(session):
-            raise HTTPException(404, "there is no request of this session in line")
+            raise HTTPException(404, "this session has no request in the queue")
         return StreamingResponse(_events(line, session), media_type="text/event-stream")
 
     async def cancel(request: Request) -> Response:
@@ -239,7 +240,7 @@ def _same(given: str, token: str) -> bool:
 
 def _session(given: object) -> str:
     if not isinstance(given, str) or not _SESSION.fullmatch(given):
-        raise HTTPException(422, "session_hash is up to 64 letters and digits")
+        raise HTTPException(422, "session_hash must be 1 to 64 letters and digits")
     return given
 
 
@@ -248,14 +249,14 @@ def _sentence(refused: HTTPException) -> Response:
 
 
 async def _refuse(request: Request, refused: HTTPException) -> Response:
-    """An error as one sentence; what is not answered to, by whatever method, is not here."""
+    """An error as one sentence. Unknown paths and methods have the same answer."""
     if refused.status_code in (404, 405) and refused.detail in ("Not Found", "Method Not Allowed"):
-        refused = HTTPException(404, "the page has nothing of this name")
+        refused = HTTPException(404, "the page has nothing with this name")
     return _sentence(refused)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # to nobody
+    return Response(status_code=400)  # nobody will read it
 
 
 def _work(function: Function, values: list[Any]) -> list[Any]:
@@ -278,18 +279,18 @@ async def _look(uploads: Uploads) -> None:
 
 
 async def _json(request: Request) -> dict[str, Any]:
-    """The body of a request, an object of JSON."""
+    """The body of a request, which must be a JSON object."""
     try:
         asked = json.loads(await Request(request.scope, _bounded(request, _JSON)).body())
     except (ValueError, RecursionError):
         asked = None
     if not isinstance(asked, dict):
-        raise HTTPException(400, "the request is no object of JSON")
+        raise HTTPException(400, "the request must be a JSON object")
     return asked
 
 
 def _bounded(request: Request, most: int, around: int = 0) -> Receive:
-    """What gives the body of a request, until it is too large or too slow; `around` is what a form adds to a file."""
+    """Receive the body of a request unless it is too large or too slow; `around` bytes are allowed besides a file."""
     received, ends = 0, time.monotonic() + _SLOWEST
 
     async def receive() -> Message:
@@ -297,7 +298,7 @@ def _bounded(request: Request, most: int, around: int = 0) -> Receive:
         try:
             message = await asyncio.wait_for(request.receive(), min(_PAUSE, ends - time.monotonic()))
         except TimeoutError:
-            raise HTTPException(408, "the request took too long to come", {"Connection": "close"}) from None
+            raise HTTPException(408, "the request took too long to arrive", {"Connection": "close"}) from None
         received += len(message.get("body", b""))
         if max(received, _announced(request.headers)) > most + around:
             if message.get("more_body", False):
@@ -309,7 +310,7 @@ def _bounded(request: Request, most: int, around: int = 0) -> Receive:
 
 
 async def _drain(request: Request) -> None:
-    """Read on for a while: a client that still sends does not read why it is refused."""
+    """Read on for a while, because a client that is still sending does not read the error."""
     drained, ends = 0, time.monotonic() + _PAUSE
     while drained < _DRAINED and time.monotonic() < ends:
         try:
@@ -327,11 +328,11 @@ def _announced(headers: Headers) -> int:
 
 
 def _too_large(most: int) -> str:
-    return f"the request is too large: {most / 2**20:.3g} MB are allowed"
+    return f"the request is too large: at most {most / 2**20:.3g} MB are allowed"
 
 
 def _inline_scripts(html: str) -> str:
-    """What allows the scripts that are in a page itself, and no others."""
+    """Hashes for the content security policy, which allow only the inline scripts of a page."""
     found = re.findall(r"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", html, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
     return "".join(f" 'sha256-{one}'" for one in hashes)

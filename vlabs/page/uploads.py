@@ -1,4 +1,4 @@
-"""Pictures that somebody else gives: in a folder of the page's own, under names that only the page makes."""
+"""Uploaded images, kept in the page's own folder under random names."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _PREFIX = "vlabs-page-"
 _KIND = "page"
 _NAME = re.compile(r"[0-9a-f]{32}")
 LOOK = 5
-"""Seconds between looks for old uploads."""
+"""Seconds between searches for old uploads."""
 KEPT = 600 - 2 * LOOK
-"""Seconds that an upload is kept: with the time until it is looked at, ten minutes at most."""
-_ROOM = 100  # times the largest upload that lies here at once
+"""Seconds that an upload is kept: at most ten minutes, including the time until the next search."""
+_ROOM = 100  # space for all uploads together, in multiples of the largest upload
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
     Attributes:
-        megabytes: of a picture's file.
-        megapixels: of a picture, whatever its file takes.
-        questions: at a time.
-        characters: of a text.
-        pictures: found ones that are shown.
-        seconds: that decoding a picture may take.
+        megabytes: largest file of an image.
+        megapixels: largest image.
+        questions: largest number of questions.
+        characters: largest number of characters of a text.
+        pictures: largest number of images that a search shows.
+        seconds: longest time to decode an image.
 
     Raises:
         UserError: one of them is not above 0.
@@ -56,26 +56,26 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Of a picture's file."""
+        """Largest file of an image in bytes."""
         return int(self.megabytes * 2**20)
 
 
 class Uploads:
-    """Pictures by the names that they were given when they came. There is no other way to name one.
+    """Images under the random names that they got when they arrived. There is no other way to refer to one.
 
     Args:
-        folder: where they lie, of this process alone.
-        limits: of a picture.
+        folder: their folder, which only this process uses.
+        limits: limits of an image.
     """
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.folder = folder
         self.limits = limits
-        self._came: dict[str, tuple[float, int]] = {}  # when, and how many bytes
+        self._came: dict[str, tuple[float, int]] = {}  # time of arrival, and bytes
         self._kept: dict[str, bytes] = {}
 
     def keep(self, path: Path) -> str:
-        """Take a picture of one's own that stays as long as the page does; returns its name.
+        """Add an image of the page's own, which stays as long as the page; return its name.
 
         Raises:
             UserError: it cannot be read, or is too large.
@@ -91,35 +91,35 @@ class Uploads:
         return name
 
     def take(self, content: bytes) -> str:
-        """Take a picture for some minutes; returns its name.
+        """Add an uploaded image for some minutes; return its name.
 
         Raises:
-            UserError: it is too large, or very many lie here already.
+            UserError: it is too large, or there are too many uploads.
         """
         if len(content) > self.limits.bytes:
-            raise UserError(f"the file has more than {self.limits.megabytes:g} MB, which are allowed: make it smaller")
+            raise UserError(f"the file has more than the allowed {self.limits.megabytes:g} MB: make it smaller")
         self.remove_old()
         there = sum(size for _, size in list(self._came.values()))
         if there + len(content) > _ROOM * self.limits.bytes:
-            raise UserError("very many pictures have come within ten minutes: try again in some")
+            raise UserError("too many images were uploaded in the last ten minutes: try again later")
         name = secrets.token_hex(16)
         self._came[name] = time.monotonic(), len(content)
         try:
             (self.folder / name).write_bytes(content)
         except OSError as error:
             self.remove(name)
-            raise UserError(f"there is no room for the picture here ({error.strerror}): try again later") from None
+            raise UserError(f"there is no room for the image ({error.strerror}): try again later") from None
         return name
 
     def is_kept(self, name: object) -> bool:
-        """Whether it is a picture of the page's own."""
+        """Whether an image is one of the page's own."""
         return isinstance(name, str) and name in self._kept
 
     def read(self, name: object) -> bytes:
-        """The content of a picture.
+        """The content of an image.
 
         Raises:
-            UserError: there is no picture of this name, or no more; one sentence, whatever it is the name of.
+            UserError: there is no such image, or no longer; the message is the same for all other names.
         """
         if isinstance(name, str) and _NAME.fullmatch(name):
             if name in self._kept:
@@ -129,15 +129,15 @@ class Uploads:
                     file = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
                     with open(file, "rb") as opened:
                         return opened.read()
-        raise UserError("the picture is no longer here: load it again")
+        raise UserError("the image is no longer here: upload it again")
 
     def remove(self, name: str) -> None:
-        """Remove a picture that came."""
+        """Remove an uploaded image."""
         if self._came.pop(name, None) is not None:
             (self.folder / name).unlink(missing_ok=True)
 
     def remove_old(self) -> None:
-        """Remove what came long ago; to be called every `LOOK` seconds."""
+        """Remove old uploads; to be called every `LOOK` seconds."""
         now = time.monotonic()
         for name, (came, _) in list(self._came.items()):
             if now - came >= KEPT:
@@ -146,10 +146,10 @@ class Uploads:
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A temporary folder that goes when the context ends, or when the next page starts if this one was killed.
+    """A temporary folder that is removed at the end or, if this process is killed, when the next page starts.
 
     Raises:
-        UserError: none can be made.
+        UserError: it cannot be made.
     """
     _remove_leftovers()
     try:
@@ -165,7 +165,7 @@ def own_folder() -> Iterator[Path]:
 
 
 def _remove_leftovers() -> None:
-    """Remove the folders of pages that were killed: those of this user that a page marked and no process holds."""
+    """Remove folders of killed pages: those of this user that are marked by a page and not locked."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError, UserError):
             if folder.lstat().st_uid == os.getuid() and not folder.is_symlink() and is_marked(folder, _KIND):

@@ -27,9 +27,9 @@ from vlabs.utils.device import find_device
 
 AnyImage = str | Path | Image.Image
 ANSWERS = ("texts", "answers")
-"""What a model has to be able to do to be asked."""
+"""The abilities that a predictor needs."""
 
-# Of the text encoders that METER was trained with.
+# Tokenizers of the text encoders that METER was trained with.
 _TOKENIZERS: dict[type, str] = {
     RobertaEncoder: "FacebookAI/roberta-base",
     OtherEncoder: "google-bert/bert-base-uncased",
@@ -91,7 +91,7 @@ class Predictor:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         if not checkpoint.preprocessing.names:
-            raise UserError(f"{checkpoint.path} does not name what its model tells apart, so it has nothing to answer")
+            raise UserError(f"{checkpoint.path} has no names of answers or labels, so it cannot answer")
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
         self.device = device
@@ -105,7 +105,7 @@ class Predictor:
     @property
     def meaning(self) -> str:
         """The meaning of the percentages, from the head's `meaning`."""
-        return str(getattr(self.model.head, "meaning", "what its head makes of its logits"))
+        return str(getattr(self.model.head, "meaning", "what the head computes from its logits"))
 
     @torch.inference_mode()
     def prior(self, text: str) -> Tensor:
@@ -115,7 +115,7 @@ class Predictor:
             UserError: the model has no ξ, or the text is empty.
         """
         if self.model.prior is None:
-            raise UserError("there is no ξ to be replaced: this model has none")
+            raise UserError("this model has no ξ that could be replaced")
         check_text("the text of the other ξ", text)
         input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([text])))
         return self.model.prior(self.model.text(input_ids, mask), input_ids)  # type: ignore[no-any-return]
@@ -154,7 +154,7 @@ class Predictor:
             self._check_alpha(alpha)
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
         if len(given) != self.pictures:
-            raise UserError(f"the model is about {self.pictures} pictures at a time, and {len(given)} are given")
+            raise UserError(f"the model needs {self.pictures} images at a time, but {len(given)} are given")
         pictures = [as_shown(one) if isinstance(one, Image.Image) else open_image(one) for one in given]
         images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
@@ -165,9 +165,9 @@ class Predictor:
         logits = look.output.logits.detach().float()
         if not logits.isfinite().all():
             if alpha is not None:
-                raise UserError(f"alpha {alpha:g} is more than this model's numbers can hold: choose a smaller one")
+                raise UserError(f"alpha {alpha:g} makes this model's numbers overflow: choose a smaller one")
             raise UserError(
-                f"{self.checkpoint.path} answers with no finite numbers: it, or its preprocessing, is damaged"
+                f"{self.checkpoint.path} gives numbers that are not finite: it, or its preprocessing, is damaged"
             )
         probabilities = self.model.head.probabilities(logits)  # type: ignore[operator]
         best, ids = probabilities.topk(min(top, len(answers)), dim=1)
@@ -192,7 +192,7 @@ class Predictor:
 
     def _check_alpha(self, alpha: float) -> None:
         if self.alpha is None:
-            raise UserError("alpha is the strength of the top-down signal, and this model has none")
+            raise UserError("alpha is the strength of the top-down signal, which this model does not have")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
             raise UserError(f"alpha must be a number, not {alpha!r}")
 
@@ -238,7 +238,7 @@ def load_any(
     state = find_state(content, str(file))
     task = task_of(state)
     if task is None:
-        raise UserError(f"{file} has none of METER's heads: it is no whole checkpoint of the released code")
+        raise UserError(f"{file} has none of METER's heads: it is not a complete checkpoint of the released code")
     module = load_released(state, task=task)
     assert isinstance(module, ReleasedVLM)
     check_able(module.model, task, needs, file)
@@ -246,14 +246,14 @@ def load_any(
         return _released_checkpoint(module, file, tokenizer, LABELS.get(task, ()), answers, task)
     if answers is None:
         raise UserError(
-            f"{file} is a released checkpoint, which holds no answers: pass --answers FOLDER of the prepared data "
+            f"{file} is a released checkpoint, which has no answers: pass --answers FOLDER of the prepared data "
             "(evaluate: data.dir=FOLDER)"
         )
     vocabulary = read_answers(answers)
     assert isinstance(module.model.head, VQAHead)
     head_size = module.model.head.num_answers
     if len(vocabulary) != head_size:
-        raise UserError(f"{file} has {head_size} answers and {answers} has {len(vocabulary)}: it is not its data")
+        raise UserError(f"{file} has {head_size} answers, but {answers} has {len(vocabulary)}: name its own data")
     return _released_checkpoint(module, file, tokenizer, tuple(vocabulary), answers, task)
 
 

@@ -1,1 +1,1 @@
-"""What every command that leaves a run folder needs: its config, loggers, environment and table of a sweep."""
+"""Configs, run folders, loggers, the record of a run and the table of a sweep."""

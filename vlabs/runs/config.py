@@ -1,4 +1,4 @@
-"""Hydra programs that take paths as they are and answer whatever is wrong with one sentence."""
+"""Run Hydra programs: paths need no quotes, and every error is one sentence."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def run_hydra(
     renamed: Mapping[str, str] | None = None,
     prepare: Callable[[list[str]], list[str]] = list,
 ) -> None:
-    """Run `main(config)` as a Hydra program. Whatever is wrong becomes one line and status 1.
+    """Run `main(config)` as a Hydra program. Every error becomes one line and exit status 1.
 
     Args:
-        main: what to run.
-        config_name: the file it is configured by.
-        renamed: groups that have a shorter name on the command line: `{"task": "evaluation@task"}`.
-        prepare: makes Hydra's arguments of those of the command line.
+        main: the function to run.
+        config_name: name of its config file.
+        renamed: groups with a shorter name on the command line: `{"task": "evaluation@task"}`.
+        prepare: turns the arguments of the command line into Hydra's.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence is ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them, so that we can
     renamed = renamed or {}
 
     def tell(error: Exception) -> NoReturn:
@@ -67,16 +67,16 @@ def run_hydra(
     @functools.wraps(main)
     def guarded(config: DictConfig) -> Any:
         try:
-            with open_dict(config):  # of this command line, and of no run
+            with open_dict(config):  # `import` belongs to this command line, not to the run's config
                 modules = config.pop("import", None) or []
             import_modules([modules] if isinstance(modules, str) else modules)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
-                check(config)  # before anything is written; in a sweep, a run's own affair
+                check(config)  # before anything is written; in a sweep each run checks its own config
             return main(config)
         except Exception as error:
             with contextlib.suppress(OSError):
-                Path(HydraConfig.get().runtime.output_dir).rmdir()  # Hydra made it; what is not empty stays
-            tell(error)  # here, because Hydra adds lines of its own to an exception that reaches it
+                Path(HydraConfig.get().runtime.output_dir).rmdir()  # Hydra made it; a folder that is not empty stays
+            tell(error)  # here, because Hydra adds its own lines to exceptions that reach it
 
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
 
@@ -101,13 +101,13 @@ def _print_help(config_name: str, given: Sequence[str]) -> None:
     from vlabs.runs.reference import help_text
 
     chosen = [item for item in given if re.match(r"[\w/@.]+=", item) and not item.startswith(("resume=", "import="))]
-    if {"-m", "--multirun"} & {*given}:  # what is swept over has no one value
+    if {"-m", "--multirun"} & {*given}:  # options that are swept over have no single value
         chosen = [item for item in chosen if "," not in item and "(" not in item]
     print(help_text(config_name, chosen, config_dir()))
 
 
 def _without_dashes(arguments: Sequence[str]) -> list[str]:
-    """`--ckpt RUN` and `--ckpt=RUN` as `ckpt=RUN`, and so any other option that is no flag of Hydra's."""
+    """Turn `--ckpt RUN` and `--ckpt=RUN` into `ckpt=RUN`, likewise any other option that is not a flag of Hydra's."""
     flags = get_args_parser()._option_string_actions
     result: list[str] = []
     rest = iter(arguments)
@@ -131,7 +131,7 @@ _PATHS = re.compile(
     r"\+{0,2}(?:.*\.)?(?:ckpt|init|resume|dir|raw_dir|subdir|tokenizer|instances|several|imagenet_c|human_maps"
     r"|name_or_path|weights|sets\.[^.]+)"
 )
-"""Options whose value is a path, or may be one."""
+"""Options whose value is or may be a path."""
 
 
 _WITH_VALUE = (
@@ -142,16 +142,16 @@ _WITH_VALUE = (
 
 
 def hydra_quoted(value: str | Path) -> str:
-    """A text, such as a path, as Hydra reads it back in an override, whatever is in it."""
+    """Quote a string, such as a path, so that Hydra reads it back unchanged in an override."""
     return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line whose paths Hydra reads as they are: `ckpt=runs/lr=0.1` is `ckpt='runs/lr=0.1'`.
+    """Quote the paths of a command line for Hydra: `ckpt=runs/lr=0.1` becomes `ckpt='runs/lr=0.1'`.
 
-    What is there on disk is always a path. Else what Hydra reads as a text stays, quotes, escapes and `${...}` too, and
-    with `-m` a comma separates the values of a sweep. `~` is the home folder. Flags may stand among the options, which
-    Hydra wants in one place.
+    A value that exists on disk is always a path. Otherwise a value that Hydra can read stays, with quotes, escapes and
+    `${...}`, and with `-m` a comma separates the values of a sweep. `~` is the home folder. Flags may stand between
+    options; Hydra wants them together, so they are moved to the front.
     """
     sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
     flags: list[str] = []
@@ -162,7 +162,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         name, equals, value = argument.partition("=")
         if equals and _PATHS.fullmatch(name) and value:
-            may = sweeping and not name.startswith("hydra.")  # whose options are the whole sweep's
+            may = sweeping and not name.startswith("hydra.")  # options of hydra have one value for the whole sweep
             several = may and "," in value and not _is_there(value) and not value.startswith(("choice(", "["))
             values = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value) if several else [value]
             argument = f"{name}={','.join(_as_path(name, one, may) for one in values)}"
@@ -171,7 +171,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def as_given(argument: str) -> str:
-    """An override without the quotes that `hydra_arguments` put around its path."""
+    """Remove the quotes that `hydra_arguments` has put around the path of an override."""
     name, equals, value = argument.partition("=")
     plain_value = path_of(value) if value.startswith("'") else value
     return f"{name}{equals}{plain_value}" if hydra_quoted(plain_value) == value else argument
@@ -199,8 +199,7 @@ def _is_there(value: str) -> bool:
 
 
 def path_of(value: str) -> str:
-    """The path that the value of an option says on the command line, without quotes of Hydra's and with the home
-    folder."""
+    """The path in the value of an option, without Hydra's quotes and with `~` expanded."""
     if not value or _is_there(value):
         return value
     read = OverridesParser.create().parse_override(f"path={_as_path('path', value, sweeping=False)}").value()
@@ -208,49 +207,49 @@ def path_of(value: str) -> str:
 
 
 def check(config: DictConfig) -> None:
-    """Check what can be checked of options before anything is made.
+    """Check the values of options before anything is made.
 
     Raises:
-        UserError: a value that an option cannot have.
+        UserError: an option has an invalid value.
     """
     content = OmegaConf.to_container(config)
     if HydraConfig.initialized():
         _check_new(content, HydraConfig.get().overrides.task)
     check_values(content)
-    from vlabs.runs.trainer import check_options  # with Lightning, which --help does not need
+    from vlabs.runs.trainer import check_options  # here, because it imports Lightning, which --help does not need
 
     check_options(plain(config.trainer))
 
 
 def _check_new(content: Any, overrides: Sequence[str]) -> None:
-    """Raise a UserError for an option of no group that nothing asks for, such as +max_epochs=3."""
+    """Raise a UserError for a new top-level option that nothing uses, such as +max_epochs=3."""
     for name in (found[1] for item in overrides if (found := re.match(r"\+{1,2}(\w+)(?:\.[\w.]+)?=", item))):
         is_known = name in _own_names() or (Path(config_dir()) / name).is_dir() or f"${{{name}" in json.dumps(content)
         if not is_known:
             groups = [group for group, part in content.items() if isinstance(part, dict) and name in part]
-            of = f": pass {groups[0]}.{name}=..." if groups else ", and nothing asks for it: leave it out"
+            of = f": pass {groups[0]}.{name}=..." if groups else ", and nothing uses it: leave it out"
             raise UserError(f"there is no option '{name}'{of}")
 
 
 @functools.cache
 def _own_names() -> set[str]:
-    """The options and sections of all programs."""
+    """The top-level options and sections of all programs."""
     files = [OmegaConf.load(Path(config_dir()) / f"{program}.yaml") for program in ("train", "evaluate")]
     return {"import"} | {str(name) for file in files for name in file}
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for any error."""
+    """Describe any error in one sentence."""
     return _sentence(error) or fault(error)
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an error is a fault of vlabs' own, which is shown with its traceback."""
+    """Whether an error is a bug in vlabs, which is shown with its traceback."""
     return _sentence(error) is None
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What is wrong with an option or outside of vlabs, with the valid choices where it is a wrong name."""
+    """The sentence for an error in an option or outside vlabs, with the valid choices for a wrong name; else None."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -285,7 +284,7 @@ def _sentence(error: BaseException) -> str | None:
     if missing:
         group, choice, names = missing.groups()
         return f"there is no {group}={choice}: choose one of {', '.join(names.split())}"
-    # Of a group that several files may be chosen of, Hydra does not say which there are.
+    # For a group with several choices at once, Hydra does not list the available ones.
     if unloaded := re.search(r"Could not load '(.+)/(.+?)'", str(error)):
         group, choice = unloaded.groups()
         return f"there is no {group}={choice}: choose one of {', '.join(choices(group))}"
@@ -293,7 +292,7 @@ def _sentence(error: BaseException) -> str | None:
         name = unmatched[1]
         return (
             f"{name}=...: the config of a run has no groups to choose from: pass its options ({name}.NAME=VALUE), or "
-            f"add those of a group by +{name}=CHOICE"
+            f"add a group's options with +{name}=CHOICE"
         )
     if isinstance(error, InstantiationException):
         place = re.search(r"^full_key: (\S+)", str(error), re.M)
@@ -303,7 +302,7 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _nearest(key: str, within: Any) -> str:
-    """The options of a config that are called most like one that is not there."""
+    """The options of a config whose names are most similar to one that does not exist."""
 
     def names(part: Any, start: str = "") -> Iterator[str]:
         for name, value in part.items() if isinstance(part, dict) else ():
@@ -327,7 +326,7 @@ def _of_the_trainer(sentence: str) -> str:
 
 
 def _option_of(error: OSError) -> str:
-    """The option on the command line whose path an error of the system is about, if any."""
+    """The option of the command line whose path a system error is about, if any."""
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if equals and _PATHS.fullmatch(name) and isinstance(error.filename, str):
@@ -338,7 +337,7 @@ def _option_of(error: OSError) -> str:
 
 
 def _wrong_group(message: str) -> str:
-    """What Hydra says of a group whose choice is no name, with the group."""
+    """A message for a group whose choice is not a name; Hydra's own message does not name the group."""
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         folder = Path(config_dir()) / name.lstrip("+").split("@")[0]
@@ -351,13 +350,13 @@ def _wrong_group(message: str) -> str:
 
 
 def _unread(override: str) -> str:
-    """What to do about an override that Hydra cannot read."""
+    """A message for an override that Hydra cannot read."""
     name, equals, value = override.partition("=")
     if not equals:
-        return f"'{override}' is no option: write NAME=VALUE"
+        return f"'{override}' is not an option: write NAME=VALUE"
     quoted = f"{name}={hydra_quoted(value)}"
     quoted = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
-    return f"{override}: this value cannot be read as it is; if it is a text, put it in quotes: {quoted}"
+    return f"{override}: this value cannot be read; if it is a string, put it in quotes: {quoted}"
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -367,14 +366,14 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-# Options that name a folder or a file; others do where they name one that is there.
+# Options that always name a folder; and options that name a file or folder if it exists.
 _FOLDERS = re.compile(r"data\.(raw_)?dir|data\.sets\..*")
 _MAY_BE_PATHS = re.compile(r"init|.*\.(tokenizer|name_or_path|weights|instances)")
 
 
 def recorded(config: DictConfig) -> DictConfig:
-    """The config as a run keeps it, which is of use from any working folder: resolved, with whole paths, and without
-    what is of one start alone. Sizes that only the data know are still to be found.
+    """The config that a run keeps: resolved, with absolute paths so that it works from any folder, and without options
+    that belong to one start only. Sizes that depend on the data are not filled in yet.
     """
 
     def whole(value: Any, name: str = "") -> Any:
@@ -392,7 +391,7 @@ def recorded(config: DictConfig) -> DictConfig:
 
 
 def as_config(content: Any) -> DictConfig:
-    """Plain data as a config in which every text is as it is: `${...}` of a folder's name is looked up by nobody."""
+    """Plain data as a config in which all strings are literal: `${...}` in a folder's name is not an interpolation."""
 
     def escaped(value: Any) -> Any:
         if isinstance(value, dict):
@@ -405,11 +404,11 @@ def as_config(content: Any) -> DictConfig:
 
 
 def save_config(config: DictConfig, path: Path) -> None:
-    """Write a resolved config, whole or not at all."""
+    """Write a resolved config, completely or not at all."""
     with replacing(path) as partial:
         OmegaConf.save(as_config(plain(config)), partial)
 
 
 def command_line() -> str:
-    """The command that started this process, as a shell would take it."""
+    """The command that started this process, quoted for a shell."""
     return shlex.join(["vlabs", Path(sys.argv[0]).stem, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""What a run ran with: code, packages, device and data, written into its folder before it starts."""
+"""The environment of a run: code, packages, device and data, written into its folder before it starts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vlabs.utils.files import write_json
 
 
 def describe_environment(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As plain data.
+    """Describe the environment as plain data.
 
     Args:
-        sets: what `vlabs.data.loading.identity_of` says of each prepared folder.
+        sets: `vlabs.data.loading.identity_of` each prepared folder.
     """
     try:
         installed = version("vlabs")
@@ -37,7 +37,7 @@ def describe_environment(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def code_version() -> str | None:
-    """The git commit of this code, with `+changes` where files differ from it; None where it is no git checkout."""
+    """The git commit of this code, with `+changes` if files differ from it; None if it is not a git checkout."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -45,7 +45,7 @@ def code_version() -> str | None:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     try:
-        # An installed package inside somebody's repository is not that repository's code.
+        # vlabs may be installed inside another repository, whose commit would be wrong.
         commit = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else ""
         return commit + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
     except (OSError, subprocess.TimeoutExpired):
@@ -53,13 +53,12 @@ def code_version() -> str | None:
 
 
 def write_environment(path: str | Path, found: dict[str, Any], going_on: bool) -> list[str]:
-    """Write `environment.json` of a new run; of a run that goes on keep it, and say what has changed since.
+    """Write `environment.json` of a new run; for a resumed run keep it, and return what has changed since.
 
     Args:
-        path: of the file.
-        found: what `describe_environment` gave.
-        going_on: the run was begun before; the file of a new run replaces one that lies in its folder, and so does
-            that of a run whose own is damaged.
+        path: path of the file.
+        found: the result of `describe_environment`.
+        going_on: the run is resumed. For a new run, or if the file is damaged, an existing file is replaced.
 
     Returns:
         A line for each difference: `torch 2.9.0, was 2.8.0`.

@@ -1,4 +1,4 @@
-"""What configs look up: the default folders of runs and evaluations, each new and named by what it is of; rates."""
+"""Resolvers for configs: new default folders of runs and evaluations, named after their content; learning rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlabs.utils.ranks import is_rank_zero
 
-_LONGEST = 80  # characters of a part of a name
+_LONGEST = 80  # largest number of characters in a part of a name
 
 
 def new_run(base: str, root: DictConfig) -> str:
@@ -25,7 +25,7 @@ def new_run(base: str, root: DictConfig) -> str:
 
 
 def new_sweep(base: str, root: DictConfig) -> str:
-    """`BASE/TASK-DATA_TIME` without what the sweep is over, as `${new_sweep:BASE}`."""
+    """`BASE/TASK-DATA_TIME`, without the groups that are swept over, as `${new_sweep:BASE}`."""
     swept = {item.partition("=")[0] for item in _option(root, "hydra.overrides.task") or () if "," in item}
     task = "" if "task" in swept else _choice(root, "task")
     return _new_folder(Path(base), task, "" if "data" in swept else _data_name(root))
@@ -38,32 +38,32 @@ def new_evaluation(base: str, root: DictConfig) -> str:
 
 
 def plain_name(text: str) -> str:
-    """A text in letters, digits, `.`, `_` and `-`, which need no quotes on any command line."""
+    """Reduce a string to letters, digits, `.`, `_` and `-`, which need no quotes in any shell."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_only).strip(".-")[:_LONGEST]
 
 
 def _new_folder(base: Path, *parts: str) -> str:
-    """Make a folder that was not there; processes that begin in the same second get one each."""
+    """Make a new folder; processes that start in the same second get different ones."""
     name = "-".join(part for part in map(plain_name, parts) if part)
     name = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}".lstrip("_")
     folder = base / name
     if not is_rank_zero():
-        return str(folder)  # of no use: a run's folder is the first process's
+        return str(folder)  # not used: the folder of the run is that of the first process
     for number in itertools.count(2):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             folder = base / f"{name}_{number}"
         except OSError:
-            break  # Hydra makes it as well, and what it says is made a sentence
+            break  # Hydra will try again, and its error becomes the message
         else:
             break
     return str(folder)
 
 
 def _option(root: DictConfig, key: str) -> Any:
-    """An option's value; None where it has none yet, or a wrong one, which others say."""
+    """An option's value; None if it has none yet, or a wrong one, which is reported elsewhere."""
     with contextlib.suppress(OmegaConfBaseException):
         return OmegaConf.select(root, key, throw_on_missing=False)
     return None
@@ -74,13 +74,13 @@ def _choice(root: DictConfig, group: str) -> str:
 
 
 def _data_name(root: DictConfig) -> str:
-    """The choice of the group `data`, and the folder where it is not called so."""
+    """The choice of the group `data`, and the folder's name if it does not start with it."""
     chosen, folder = _choice(root, "data"), Path(str(_option(root, "data.dir") or "")).name
     return folder if folder.startswith(chosen) else f"{chosen}-{folder}".strip("-")
 
 
 def _checkpoint_name(ckpt: str) -> str:
-    """The run that a checkpoint is of, or what its file or folder is called."""
+    """The name of the run that a checkpoint belongs to, or of its file or folder."""
     if not ckpt:
         return ""
     path = Path(ckpt)
@@ -90,7 +90,7 @@ def _checkpoint_name(ckpt: str) -> str:
 
 
 def _register(find: Callable[[str, DictConfig], str]) -> None:
-    """Make a function a resolver of a config, which keeps its value; Hydra hands that on to the runs of a sweep."""
+    """Register a function as a resolver of configs that keeps its value; Hydra passes it on to the runs of a sweep."""
 
     def resolver(base: str, *, _root_: DictConfig) -> str:
         known: dict[Any, str] = OmegaConf.get_cache(_root_)[find.__name__]
@@ -102,8 +102,8 @@ def _register(find: Callable[[str, DictConfig], str]) -> None:
 
 
 def rate_of(part: str, new: float, trained: float, *, _root_: DictConfig) -> float:
-    """A learning rate for a part of the model, as `${rate_of:PART,NEW,TRAINED}`: is it pre-trained, which its config
-    says by naming weights?"""
+    """The learning rate of a part of the model, as `${rate_of:PART,NEW,TRAINED}`: `trained` if its config names
+    pre-trained weights, else `new`."""
     chosen = _option(_root_, f"model.{part}") or {}
     return trained if chosen.get("weights") or chosen.get("name_or_path") else new
 

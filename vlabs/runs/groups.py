@@ -13,11 +13,11 @@ from vlabs.errors import UserError
 
 VARIANTS = "variants.yaml"
 _PACKAGES = {"experiment": "_global_", "model/topdown": "model"}
-"""Where the options of a group belong, if not under its name."""
+"""The place of a group's options in the config, if it is not the group's name."""
 
 
 def config_dir() -> str:
-    """Where the configs lie: `vlabs/conf` when installed, `conf` beside `vlabs` in a checkout."""
+    """The folder of the configs: `vlabs/conf` if installed, `conf` beside `vlabs` in a checkout."""
     here = Path(__file__).resolve().parent.parent
     for path in (here / "conf", here.parent / "conf"):
         if (path / "train.yaml").is_file():
@@ -26,7 +26,7 @@ def config_dir() -> str:
 
 
 def choices(group: str) -> list[str]:
-    """The names that may be chosen of a group, such as `model/vision`; none of what is no group."""
+    """The choices of a group, such as `model/vision`; empty if there is no such group."""
     files = (path.stem for path in Path(config_dir(), group).glob("*.yaml"))
     return sorted({*files, *_variants().get(group, {})})
 
@@ -38,7 +38,7 @@ def _variants() -> dict[str, dict[str, Any]]:
 
 
 def _register() -> None:
-    """Let Hydra choose the rows of `conf/variants.yaml` as if they were files."""
+    """Register the rows of `conf/variants.yaml` with Hydra, so that they can be chosen like files."""
     for group, rows in _variants().items():
         for name, row in rows.items():
             options = dict(row)

@@ -29,30 +29,30 @@ from vlabs.utils.ranks import is_rank_zero, say
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's hints out of a run's output, and warnings about what vlabs does knowingly."""
+    """Hide Lightning's hints, and warnings about things that vlabs does on purpose."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
-        ".*worker processes in total.*",  # data.num_workers is refused where it is too many
+        ".*worker processes in total.*",  # vlabs itself refuses too many data.num_workers
         ".*infer the `batch_size`.*",
         ".*`isinstance.treespec.*",
         ".*predict returned None.*",
         ".*is smaller than the logging interval.*",
-        ".*in eval mode at the start of training.*",  # what task.freeze names
-        ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on
-        r".*on epoch level in distributed setting.*",  # a metric's value is of all ranks already
+        ".*in eval mode at the start of training.*",  # frozen parts (task.freeze)
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        r".*on epoch level in distributed setting.*",  # metrics are already computed over all ranks
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 class Metrics(NamedTuple):
-    """What can be read of a metrics.csv.
+    """The readable content of a metrics.csv.
 
     Attributes:
         header: the columns.
-        rows: each with all columns, as text.
-        lost: how many lines could not be read.
+        rows: the rows, each with all columns as strings.
+        lost: number of lines that could not be read.
     """
 
     header: list[str]
@@ -61,9 +61,9 @@ class Metrics(NamedTuple):
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read a metrics.csv, also one that a full disk or a machine that went down has cut or filled with zeros."""
+    """Read a metrics.csv, also if it was cut or filled with zeros by a full disk or a crash."""
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    lost = bool(lines.pop())  # what does not end with its line was being written
+    lost = bool(lines.pop())  # a last line without a line end was not written completely
     fields = [None if {"\0", "\ufffd"} & set(line) else next(csv.reader([line.rstrip("\r")]), []) for line in lines]
     header = fields[0] if fields and fields[0] and "step" in fields[0] else []
     rows = [dict(zip(header, row, strict=True)) for row in fields[1:] if header and row and len(row) == len(header)]
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """The last value of every metric in a metrics.csv; none where there is no such file."""
+    """The last value of each metric in a metrics.csv; empty if there is no such file."""
     found: dict[str, float] = {}
     for row in read_metrics(path).rows if path.is_file() else []:
         found |= {name: float(value) for name, value in row.items() if value and name not in ("step", "epoch")}
@@ -80,10 +80,11 @@ def last_metrics(path: Path) -> dict[str, float]:
 
 
 class _Rows(ExperimentWriter):
-    """Lightning's writer of metrics.csv, which loses nothing that is in the file where it cannot be written.
+    """Lightning's writer of metrics.csv, but nothing in the file is lost if writing fails.
 
     Args:
-        resumed_step, validates: of `csv_logger`.
+        log_dir: folder of the file.
+        resumed_step, validates: as in `csv_logger`.
     """
 
     def __init__(self, log_dir: str, resumed_step: int | None, validates: bool) -> None:
@@ -93,13 +94,13 @@ class _Rows(ExperimentWriter):
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """What is there belongs to this run; Lightning would remove it."""
+        """Do nothing: Lightning would remove an existing file, but it belongs to this run."""
 
     def save(self) -> None:
-        """Append what was logged since.
+        """Append what was logged since the last call.
 
         Raises:
-            UserError: the system does not let it be written; no row is there in part.
+            UserError: the file cannot be written; it then has no partial row.
         """
         if not self.metrics:
             return
@@ -116,14 +117,14 @@ class _Rows(ExperimentWriter):
                 raise UserError(f"{self.path} cannot be written: {reason_of(error)}") from error
 
     def _open(self) -> None:
-        """Keep the rows before the step that a run goes on from; of a new run none."""
+        """Keep the rows before the step that a run resumes from; a new run starts with an empty file."""
         self.opened = True
         if self.resumed_step is None or not self.path.is_file():
             self.path.unlink(missing_ok=True)
             return
         header, rows, lost = read_metrics(self.path)
         if lost:
-            say(f"{self.path}: {lost} lines are damaged and left out")
+            say(f"{self.path}: {lost} damaged lines are left out")
         rows = [row for row in rows if int(row["step"]) < self.resumed_step]
         if self.validates:
             rows = [row for row in rows if int(row["step"]) < self.resumed_step - 1 or not _is_of_validation(row)]
@@ -145,7 +146,7 @@ class _MetricsFile(CSVLogger):
     """RUN_DIR/metrics.csv, written after every step.
 
     Args:
-        run_dir, rows: as of `csv_logger`.
+        run_dir, rows: as in `csv_logger`.
     """
 
     def __init__(self, run_dir: str | Path, *rows: Any) -> None:
@@ -162,11 +163,12 @@ class _MetricsFile(CSVLogger):
 
 
 def csv_logger(run_dir: str | Path, resumed_step: int | None = None, validates: bool = False) -> CSVLogger:
-    """Log to RUN_DIR/metrics.csv, which is left as it is until there is something to log.
+    """Log to RUN_DIR/metrics.csv, which is not changed until there is something to log.
 
     Args:
-        resumed_step: the optimiser step that a resumed run goes on from: rows before it are kept.
-        validates: the resumed run begins with the validation after the step before, whose row is then not kept.
+        run_dir: the run folder.
+        resumed_step: the optimizer step that a resumed run continues from; rows before it are kept.
+        validates: the resumed run begins with the validation after the step before, whose row is then removed.
     """
     return _MetricsFile(run_dir, resumed_step, validates)
 
@@ -182,25 +184,25 @@ def wandb_logger(
     group: str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> WandbLogger:
-    """Log to Weights & Biases: online when the user is logged in and W&B answers, else offline. Never asks.
+    """Log to Weights & Biases: online if the user is logged in and W&B answers, else offline. It never prompts.
 
-    A connection that is lost later is W&B's to mend: it goes on trying, what it could not send stays in the run folder,
-    and a run waits five minutes for it at its end (WANDB_FINISH_TIMEOUT, in seconds).
+    If the connection is lost later, W&B keeps trying. What it could not send stays in the run folder, and a run waits
+    five minutes for it at its end (WANDB_FINISH_TIMEOUT, in seconds).
 
     Args:
         project: W&B project of the run.
         save_dir: run folder.
         name: display name of the run.
         group: group of runs, such as those of a sweep.
-        mode: whether W&B is `online`, `offline` or `disabled`; None for online where you are logged in. WANDB_MODE, if
-            it is set, decides.
+        mode: whether W&B is `online`, `offline` or `disabled`; None for online if you are logged in. The environment
+            variable WANDB_MODE overrides it.
     """
     save_dir = Path(save_dir)
     wanted = os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")
     if wanted not in ("online", "offline", "disabled", "shared", "dryrun", "run"):
         raise UserError(f"WANDB_MODE={wanted}: choose one of online, offline, disabled")
     run_id = _run_id(save_dir / "wandb")
-    # A lost connection must not hold a run at its end: what was not sent by then is on disk.
+    # A lost connection must not block the end of a run: what was not sent is on disk.
     waits = {
         "init_timeout": _seconds("WANDB_INIT_TIMEOUT", 60),
         "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", 300),
@@ -212,7 +214,7 @@ def wandb_logger(
             project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow",
             settings=settings,
         )  # fmt: skip
-        logger._wandb_init.pop("anonymous", None)  # of which W&B warns
+        logger._wandb_init.pop("anonymous", None)  # W&B warns about this argument
         return logger
 
     logger = make(wanted)
@@ -238,41 +240,41 @@ def _seconds(variable: str, otherwise: float) -> float:
 
 
 def remember_run_id(logger: WandbLogger) -> None:
-    """Keep the W&B run's id in the run folder, so that a resumed run goes on in the same W&B run."""
+    """Keep the W&B run's id in the run folder, so that a resumed run continues the same W&B run."""
     write_text(Path(logger.save_dir or ".") / "wandb" / "run_id", str(logger.experiment.id))
 
 
 def _run_id(folder: Path) -> str | None:
-    """The W&B run that a run folder's logs are of; None where there is none yet."""
+    """The id of the W&B run in a run folder's logs; None if there is none yet."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if re.fullmatch(r"[\w-]+", found := (folder / "run_id").read_text(encoding="utf-8").strip()):
             return found
-    # Damaged: W&B names the folder of each part by it.
+    # The file is damaged. W&B's folder of each part has the id in its name.
     parts = sorted(path.name for path in folder.glob("*run-*-*"))
     return parts[-1].rpartition("-")[2] if parts else None
 
 
 @contextmanager
 def sending(what: str) -> Iterator[None]:
-    """Say in a line that W&B does not take something, and go on: a run does not end because its log cannot be sent."""
+    """Print an error of W&B as one line and continue: a run must not fail because its log cannot be sent."""
     try:
         yield
     except (wandb.errors.Error, WandbApiFailedError, OSError, ValueError) as error:
-        say(f"W&B does not take {what}: {one_line(str(error))}")
+        say(f"W&B refuses {what}: {one_line(str(error))}")
 
 
 def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | None:
-    """Say in W&B which prepared data a run uses, as artifacts that hold the manifest and the folder's path.
+    """Log the prepared data of a run to W&B, as artifacts with the manifest and the folder's path.
 
     Args:
-        run: of W&B; nothing is said where it is offline, which has no artifacts to use.
-        sets: of `vlabs.data.loading.identity_of`.
+        run: the W&B run; an offline run cannot use artifacts, so nothing is logged.
+        sets: `vlabs.data.loading.identity_of` each prepared folder.
 
     Returns:
-        The thread that says it, beside the run; None where the run is offline.
+        The thread that logs it in the background; None if the run is offline.
     """
     if not run.offline:
-        # W&B waits for its server here, for ever if need be, and a run must not.
+        # W&B may wait for its server forever here, so this is done in a daemon thread.
         thread = threading.Thread(target=_use_data, args=(run, list(sets)), daemon=True)
         thread.start()
         return thread
@@ -289,7 +291,7 @@ def _use_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
 
 
 def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> None:
-    """Write what a finished run cost into its W&B summary and, online, its best checkpoint as an artifact."""
+    """Write the cost of a finished run into its W&B summary and, if online, log its best checkpoint as an artifact."""
     run.summary.update({key: summary[key] for key in ("parameters", "fit_seconds", "epochs", "steps")})
     if checkpoint is not None and not run.offline:
         with sending("the best checkpoint as an artifact"):
@@ -299,7 +301,7 @@ def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> No
 
 
 def logged_in() -> bool:
-    """Whether W&B would find credentials: its environment variables, or the netrc entry that `wandb login` writes."""
+    """Whether W&B would find credentials: in environment variables, or in netrc, where `wandb login` writes them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

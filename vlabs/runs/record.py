@@ -1,4 +1,7 @@
-"""What a run says of itself: the folder that it alone writes to, and summary.json, over all parts of the run."""
+"""The record of a run: exclusive use of its folder, and summary.json over all parts of the run.
+
+A part is the time from a start or resume of the run to its next stop.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ from vlabs.utils.files import is_marked, locked, mark, reason_of, unmark, write_
 from vlabs.utils.plain import parse_config, parse_json, read_text
 from vlabs.utils.ranks import is_rank_zero
 
-# What a run writes into its folder.
+# Files and folders that a run writes.
 _WRITTEN = (
     "config.yaml", "environment.json", "metrics.csv", "summary.json", "fit-profile.txt", "checkpoints", "figures",
     "tensorboard", "wandb",
 )  # fmt: skip
-# What a part of a run leaves as it is in summary.json, unless it finds it anew.
+# Entries of summary.json that a part of a run keeps, unless it has new values.
 _RESULTS = ("parameters", "epochs", "steps", "metrics", "checkpoint")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A small file of a run; None where it is not there or, which is said in a line, cannot be read."""
+    """Read a JSON file of a run; None if it is missing or damaged (which is printed)."""
     if not path.is_file():
         return None
     with contextlib.suppress(UserError):
@@ -44,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run folder; None where it is not there or, which is said in a line, cannot be read."""
+    """Read summary.json of a run folder; None if it is missing or damaged (which is printed)."""
     summary = read_json(run / "summary.json")
     if summary is None or is_summary(summary):
         return summary
@@ -53,7 +56,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def is_summary(found: Mapping[str, Any]) -> bool:
-    """Whether what a file or a checkpoint holds may be what `Record` has written."""
+    """Whether data from a file or a checkpoint have the form that `Record` writes."""
     parts, overrides = found.get("parts", []), found.get("overrides")
     return (
         isinstance(found.get("status"), str)
@@ -67,26 +70,26 @@ def is_summary(found: Mapping[str, Any]) -> bool:
 
 
 def read_config(run: Path) -> DictConfig | None:
-    """config.yaml of a run folder; None where it is not there or cannot be read."""
+    """Read config.yaml of a run folder; None if it is missing or damaged."""
     if not (path := run / "config.yaml").is_file():
         return None
     try:
         config = OmegaConf.create(parse_config(read_text(path), str(path)))
     except (UserError, OmegaConfBaseException):
         return None
-    content = OmegaConf.to_container(config, resolve=False)  # it may be somebody else's: nothing is looked up
+    content = OmegaConf.to_container(config, resolve=False)  # not trusted: interpolations are not resolved
     is_whole = isinstance(content, dict) and isinstance(content.get("data"), dict)
     return config if isinstance(config, DictConfig) and is_whole else None
 
 
 def say_left_out(path: Path) -> None:
-    """Say that a damaged file is left out."""
+    """Print that a damaged file is left out."""
     if is_rank_zero():
         print(f"left out: {path} is damaged", file=sys.stderr, flush=True)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders within a folder, at any depth, ordered by name and number; within a run nobody looks."""
+    """The run folders in a folder, at any depth, in natural order of names; run folders are not searched."""
     found: list[Path] = []
 
     def look(here: Path) -> None:
@@ -102,23 +105,23 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def way_on(run: Path) -> str:
-    """What there is to do about a run that was stopped."""
+    """How to continue a run that was stopped."""
     last = run / "checkpoints" / "last.ckpt"
     kept = any(path.is_file() for path in (last, last.with_name("last.ckpt.previous")))
-    return f"go on with resume={run}" if kept else "start it again, as it has no checkpoint yet"
+    return f"continue with resume={run}" if kept else "start it again, because it has no checkpoint yet"
 
 
 @contextmanager
 def run_folder(folder: Path, resumes: bool, since: float) -> Iterator[None]:
-    """Be the only run in a folder. A start that fails before its first step leaves the folder as it was.
+    """Hold the lock on a run folder. A start that fails before its first step leaves the folder as it was.
 
     Args:
-        folder: is there; what a start left that was killed before its first checkpoint may lie in it.
-        resumes: go on with the run that lies in it.
-        since: seconds of the epoch; a folder that was made after that was made for this run.
+        folder: an existing folder; it may have files of a start that was killed before its first checkpoint.
+        resumes: resume the run in this folder.
+        since: Unix time; a folder that was made later was made for this run.
 
     Raises:
-        UserError: another run lies in the folder or is at work there, or it cannot be written.
+        UserError: the folder has another run, another process is training there, or it cannot be written.
     """
     if not is_rank_zero():
         yield
@@ -143,7 +146,7 @@ def run_folder(folder: Path, resumes: bool, since: float) -> Iterator[None]:
             held.close()
             if made:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # what is not empty stays
+                    folder.rmdir()  # a folder that is not empty stays
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def _explained(folder: Path, named: str) -> Iterator[None]:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove what a start left that has no checkpoint; refuse all else that a run would write over."""
+    """Remove files of a start without a checkpoint; refuse a folder with other files that a run would overwrite."""
     found = [name for name in _WRITTEN if (folder / name).exists() or (folder / name).is_symlink()]
     if not found:
         return
@@ -163,8 +166,8 @@ def _make_room(folder: Path) -> None:
     summary = read_summary(folder)
     if checkpoints or not is_marked(folder, "run") or (summary is not None and summary["status"] == "done"):
         raise UserError(
-            f"hydra.run.dir={folder} has {', '.join(found)} in it already: go on with that run by resume={folder}, or "
-            "name a new folder"
+            f"hydra.run.dir={folder} already has {', '.join(found)}: continue that run with resume={folder}, or name a "
+            "new folder"
         )
     _remove(folder)
 
@@ -178,15 +181,15 @@ def _remove(folder: Path) -> None:
 
 
 class Record:
-    """summary.json of a run: what began it, what came out, and each part that it was trained in.
+    """summary.json of a run: its command, its results, and all its parts.
 
     Args:
-        folder: of the run.
-        command: of this part.
-        given: overrides of this part.
-        before: the summary that the parts before left; None for a new run.
-        same_as: the summary of the run whose config this one begins with.
-        variant: the choice of `model/topdown`; None where nothing was chosen.
+        folder: the run folder.
+        command: the command of this part.
+        given: the overrides of this part.
+        before: the summary of the earlier parts; None for a new run.
+        same_as: the summary of the run whose config this new run uses.
+        variant: the choice of `model/topdown`; None if there is none.
     """
 
     def __init__(
@@ -214,30 +217,30 @@ class Record:
 
     @property
     def is_done(self) -> bool:
-        """Whether the parts before came to the end of the training."""
+        """Whether the earlier parts finished the training."""
         return self.before.get("status") == "done"
 
     def begin(self) -> None:
-        """Say that the run is there; a new one takes its folder with this.
+        """Write that the run is running. From now on the folder belongs to it.
 
         Raises:
-            UserError: the system does not let it be written.
+            UserError: the file cannot be written.
         """
         self._write(self.summary("running"))
         self.begun = True
 
     def end(self, status: str, **found: Any) -> dict[str, Any]:
-        """Say how this part ended, and what came out.
+        """Write how this part ended, and its results.
 
         Raises:
-            UserError: the system does not let it be written.
+            UserError: the file cannot be written.
         """
         summary = self.summary(status, **found)
         self._write(summary)
         return summary
 
     def summary(self, status: str, **found: Any) -> dict[str, Any]:
-        """What would be written now."""
+        """The content of summary.json at this moment."""
         now = time.perf_counter()
         part = self.part | {
             "steps": [self.first_step, self.step()],
@@ -252,9 +255,9 @@ class Record:
         return begun | kept | found | totals | {"parts": parts}
 
     def take_over(self, last: Mapping[str, Any]) -> None:
-        """Go on from what the last checkpoint holds of this (`summary` of then).
+        """Take over the summary that the last checkpoint holds.
 
-        It says what a part that was killed had cost until then, and all of it where summary.json is damaged.
+        It has the cost of a part that was killed, and replaces a damaged summary.json.
         """
         known = _of_parts(last)
         if not self.before:
@@ -275,15 +278,15 @@ class Record:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Say with an error that something cannot be written how a run goes on."""
+    """Add to an error in writing how to continue the run."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}; when that is mended, {way_on(folder)}") from error
+        raise UserError(f"{error}; when that is fixed, {way_on(folder)}") from error
 
 
 def _of_parts(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary with its parts; one of before there were any is of one part."""
+    """A summary with its parts; one from an older version, without parts, gets a single part."""
     found = copy.deepcopy(dict(summary))
     if found and not isinstance(found.get("parts"), list):
         found["overrides"] = [item for item in found.get("overrides", []) if _key(item) != "resume"]
@@ -293,7 +296,7 @@ def _of_parts(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(overrides: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Overrides of a run and those that it goes on with: of each option the last, in the first one's place."""
+    """Merge a run's overrides with those of its resume: the last value of each option, at its first position."""
     result = list(overrides)
     for item in given:
         place = next((n for n, old in enumerate(result) if _key(old) == _key(item)), None)
@@ -310,7 +313,7 @@ def _key(override: str) -> str:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options of two configs that differ, with both values; None where one of them does not have it."""
+    """The options that differ between two configs, with both values; None if a config does not have the option."""
     before, after = _leaves(old), _leaves(new)
     names = dict.fromkeys([*before, *after])
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
@@ -324,5 +327,5 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changing(given: Sequence[str], changed: Mapping[str, Any]) -> list[str]:
-    """Those of some overrides that change an option."""
+    """The overrides that change an option."""
     return [item for item in given if any(f"{name}.".startswith(f"{_key(item)}.") for name in changed)]

@@ -1,8 +1,8 @@
-"""The options that there are, for `--help` and the page docs/options.md: read from the source of what has them.
+"""All options, for `--help` and the page docs/options.md, read from the source.
 
-An option's sentence is in the docstring (`Args` or `Attributes`) of the class or function that a config's `_target_`
-names, its type in the signature (`vlabs.utils.options`), its value in the config. The source is parsed and not
-imported, which would take seconds.
+The sentence of an option is in the docstring (`Args` or `Attributes`) of the class or function that a config's
+`_target_` names, its type is in the signature (`vlabs.utils.options`), and its value in the config. The source is
+parsed, because importing it would take seconds.
 
     python -m vlabs.runs.reference > docs/options.md
 """
@@ -29,7 +29,7 @@ from vlabs.runs.groups import choices
 from vlabs.utils import options
 from vlabs.utils.options import as_given, in_words
 
-_COLUMN = 44  # where sentences begin
+_COLUMN = 44  # the column where sentences begin
 _PARTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("Training: options of no group", "train", "", ("",)),
     ("Tasks", "train", "task", ()),
@@ -47,14 +47,14 @@ _PARTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("Evaluations", "evaluate", "evaluation", ()),
     ("Rankers", "evaluate", "ranker", ()),
 )
-"""Of the reference page: titles, programs, groups, and the choices that have all options; none for all choices."""
+"""Parts of the reference page: title, program, group, and the choices that together have all options (empty: all)."""
 _INTRODUCTION = """# Options
 
-Every option of every group. `vlabs train --help` and `vlabs evaluate --help` print those of what is chosen on the
-command line, with their values there. An option that the config of a choice does not list takes a plus:
-`+OPTION=VALUE`. This page is generated: `python -m vlabs.runs.reference > docs/options.md`.
+Every option of every group. `vlabs train --help` and `vlabs evaluate --help` print the options of your choices, with
+their values. An option that the config of a choice does not list takes a plus: `+OPTION=VALUE`. This page is generated:
+`python -m vlabs.runs.reference > docs/options.md`.
 """
-logging.getLogger("griffe").setLevel(logging.CRITICAL)  # of docstrings that name two arguments on a line
+logging.getLogger("griffe").setLevel(logging.CRITICAL)  # it warns about docstrings with two arguments on a line
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Option:
     """An option.
 
     Attributes:
-        sentence: what it is.
-        values: what it may be, in words; "" where any is taken.
+        sentence: its meaning.
+        values: the allowed values in words; "" if any value is allowed.
     """
 
     sentence: str
@@ -75,12 +75,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Section:
-    """Options that one class or function gets.
+    """The options of one class or function.
 
     Attributes:
-        name: of the part of the config, such as `task.recipe`.
+        name: the part of the config, such as `task.recipe`.
         target: import path of the class or function; "" for options of the program.
-        options: by name within the section, with their defaults.
+        options: options and their values, by name within the section.
     """
 
     name: str
@@ -89,12 +89,12 @@ class Section:
 
 
 def help_text(config_name: str, overrides: Sequence[str], config_dir: str) -> str:
-    """What `--help` says of a program: groups to choose from, then every option of what is chosen.
+    """The text of `--help`: the groups and their choices, then all options of the current choices.
 
     Args:
         config_name: the program's config.
-        overrides: of the command line, which choose.
-        config_dir: where the configs lie.
+        overrides: the overrides of the command line.
+        config_dir: folder of the configs.
     """
     config = _composed(config_name, overrides, config_dir)
     width = min(shutil.get_terminal_size((100, 0)).columns, 120)
@@ -103,7 +103,7 @@ def help_text(config_name: str, overrides: Sequence[str], config_dir: str) -> st
     for group, names in _groups(list(config.hydra.runtime.choices)):
         marked = ", ".join(f"{name}*" if name == chosen.get(group) else name for name in names)
         lines += textwrap.wrap(marked, width, initial_indent=f"  {group + '=':16}", subsequent_indent=" " * 18)
-    lines += ["", "Options of these choices, with their values now (an option that is not listed takes a +):"]
+    lines += ["", "Options of these choices, with their current values (an option that is not listed takes a +):"]
     for section in sections(config):
         lines += ["", section.name or "(no group)"]
         for name, (option, value) in section.options.items():
@@ -118,10 +118,10 @@ def help_text(config_name: str, overrides: Sequence[str], config_dir: str) -> st
 
 
 def page(config_dir: str) -> str:
-    """The reference page in Markdown: every option of every choice of every group, once.
+    """The reference page in Markdown: all options of all choices of all groups, each once.
 
     Args:
-        config_dir: where the configs lie.
+        config_dir: folder of the configs.
     """
     lines = [_INTRODUCTION]
     for title, program, group, names in _PARTS:
@@ -140,7 +140,7 @@ def page(config_dir: str) -> str:
 def _by_option(
     program: str, group: str, chosen: Sequence[str], config_dir: str
 ) -> dict[tuple[str, str], dict[str, str]]:
-    """The values of the options of a group, by name and sentence, and then by the choice that has them."""
+    """The values of a group's options, by name and sentence, then by choice."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     part = group.replace("evaluation", "task").replace("model/topdown", "model/vision/topdown").replace("/", ".")
     for choice in chosen:
@@ -156,7 +156,7 @@ def _by_option(
 
 
 def _is_of(section: str, part: str) -> bool:
-    """Whether a section is of a part of the reference page, and has no part of its own."""
+    """Whether a section belongs to a part of the reference page, and has no part of its own."""
     elsewhere = ("task.recipe", "model.vision", "model.text", "model.fusion")
     return section == part or (part != "" and section.startswith(f"{part}.") and not section.startswith(elsewhere))
 
@@ -188,7 +188,7 @@ def _sections(name: str, part: dict[str, Any], owner: str = "") -> Iterator[Sect
 
 
 def _known(target: str, part: dict[str, Any]) -> Iterator[tuple[str, tuple[Option, Any]]]:
-    """The options of a part that are no sections of their own."""
+    """The options of a part, without those of its inner sections."""
     known = options_of(target) if target else {}
     for name, value in part.items():
         if str(name).startswith("_"):
@@ -203,10 +203,10 @@ def _known(target: str, part: dict[str, Any]) -> Iterator[tuple[str, tuple[Optio
 
 @functools.cache
 def options_of(target: str) -> dict[str, Option]:
-    """The options of a class, or of a function and the class that it makes, by name; none if its source is not found.
+    """The options of a class, or of a function and its returned class, by name; empty if the source is not found.
 
     Args:
-        target: import path, as of `_target_`.
+        target: import path, as in `_target_`.
     """
     found = _find(target)
     if found is None:
@@ -227,7 +227,7 @@ def options_of(target: str) -> dict[str, Option]:
 
 
 def _merged(known: dict[str, Option], more: dict[str, Option]) -> dict[str, Option]:
-    """Options of a base and of what is built on it; "as in Base" says nothing new."""
+    """Merge the options of a base with those of a subclass. A sentence such as "as in Base" does not replace any."""
     kept = {
         name: Option(known[name].sentence, option.values)
         for name, option in more.items()
@@ -237,7 +237,7 @@ def _merged(known: dict[str, Option], more: dict[str, Option]) -> dict[str, Opti
 
 
 def _declared(arguments: Any, *of: griffe.Object) -> dict[str, Option]:
-    """The arguments or fields of something, with what its docstring says of them."""
+    """Arguments or fields as options, with their sentences from docstrings."""
     said: dict[str, str] = {}
     for one in of:
         for section in one.docstring.parse("google") if one.docstring else ():
@@ -261,7 +261,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _values(annotation: str) -> str:
-    """What an annotation allows in words, where there is a limit to it."""
+    """The values that an annotation allows, in words; "" if there is no limit."""
     annotation = re.sub(r"^dict\[str, (.+?)\]", r"\1", annotation)
     try:
         said = in_words(eval(annotation, vars(options) | {"Path": str}))
@@ -271,7 +271,7 @@ def _values(annotation: str) -> str:
 
 
 def _kind_of(target: str, name: str) -> str:
-    """The class that the argument `name` of a class or function is annotated with."""
+    """The annotated class of the argument `name` of a class or function."""
     found = _find(target)
     maker = found.members.get("__init__", found) if isinstance(found, griffe.Class) else found
     for one in getattr(maker, "parameters", None) or getattr(maker, "attributes", {}).values():
@@ -299,7 +299,7 @@ def _resolve(within: griffe.Object, name: str) -> str:
 @functools.cache
 def _module(name: str) -> griffe.Module | None:
     top, *rest = name.split(".")
-    spec = importlib.util.find_spec(top)  # of a top-level name: nothing is imported
+    spec = importlib.util.find_spec(top)  # for a top-level name this imports nothing
     places = list(spec.submodule_search_locations or ()) if spec else []
     stem = Path(places[0], *rest) if places else Path(spec.origin if spec and spec.origin else top).with_suffix("")
     for file in (stem / "__init__.py", stem.with_suffix(".py")):
@@ -309,7 +309,7 @@ def _module(name: str) -> griffe.Module | None:
 
 
 def _groups(chosen: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The groups that a program has something chosen of, with all choices."""
+    """The groups of a program, with all their choices."""
     for name in sorted(name for name in chosen if not name.startswith("hydra/")):
         group = name.partition("@")[0]
         names = choices(group)

@@ -20,16 +20,16 @@ def has_table(folder: Path) -> bool:
 
 
 def check_table(sweep_dir: Path) -> None:
-    """Raise a UserError if a runs.csv is in the place of the table that no sweep wrote."""
+    """Raise a UserError if the folder has a runs.csv that was not written by a sweep."""
     if (sweep_dir / "runs.csv").is_file() and not has_table(sweep_dir):
         raise UserError(f"hydra.sweep.dir={sweep_dir} has a runs.csv that no sweep wrote: name another folder")
 
 
 def write_table(sweep_dir: Path) -> str:
-    """Write SWEEP_DIR/runs.csv, a row a run with what it overrides and what came out, and return it as text.
+    """Write SWEEP_DIR/runs.csv, one row per run with its overrides and results, and return it as text.
 
-    Runs lie at any depth within it. A run that failed is a row that says why; one whose summary.json is damaged is left
-    out, which is said.
+    Runs may be at any depth in the folder. The row of a failed run has the error. A run with a damaged summary.json is
+    left out, which is printed.
     """
     rows = []
     for run in find_runs(sweep_dir):

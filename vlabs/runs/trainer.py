@@ -85,15 +85,15 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "enable_progress_bar": _FLAG,
     "enable_model_summary": _FLAG,
 }
-"""What an option may be, and how that is said."""
+"""Whether the value of an option is valid, and the valid values in words."""
 _ELSEWHERE = {
     "callbacks": "pass +callbacks.NAME._target_=...",
     "logger": "pass logger=csv, tensorboard or wandb",
     "default_root_dir": "pass hydra.run.dir=DIR",
-    "use_distributed_sampler": "vlabs shares batches out over devices itself",
+    "use_distributed_sampler": "vlabs distributes batches over devices itself",
     "enable_checkpointing": "best.ckpt and last.ckpt are always kept; see checkpoints.every_n_steps",
-    "plugins": "vlabs' own plugin keeps checkpoints whole",
-    "barebones": "it leaves out what keeps a run; plan=true measures steps alone",
+    "plugins": "vlabs has its own plugin, which keeps checkpoints complete",
+    "barebones": "it leaves out checkpoints and logs; plan=true measures only steps",
     "enable_autolog_hparams": "the run folder has config.yaml",
     "model_registry": "the checkpoints are in the run folder",
 }
@@ -101,13 +101,14 @@ _ELSEWHERE = {
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
-    """Lightning's trainer; vlabs shares batches out over devices itself.
+    """Make Lightning's trainer. vlabs distributes batches over devices itself.
 
     Args:
-        parts: of the trainer that are no options: callbacks, logger and so on.
+        config: options of the group `trainer`.
+        parts: arguments of the trainer that are not options: callbacks, logger and so on.
 
     Raises:
-        UserError: an option has a value that it cannot have, or is not one of the trainer's.
+        UserError: an option has an invalid value, or Lightning's trainer does not have it.
     """
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
@@ -123,7 +124,7 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
         trainer: pl.Trainer = instantiate(OmegaConf.create(options), _partial_=True, _convert_="all")(**parts)
     except Exception as error:
         said = one_line(str(error))
-        # The option that it is about, by its name or its value.
+        # Find the option that the message is about, by its name or its value.
         words = re.findall(r"\w+", said.lower())
         about = (n for n, given in options.items() if n in words or (isinstance(given, str) and given in said.lower()))
         option = next(about, None)
@@ -133,7 +134,7 @@ def make_trainer(config: DictConfig, **parts: Any) -> pl.Trainer:
 
 
 def named(text: str) -> str:
-    """What Lightning says, with its options by the names that they have here."""
+    """Replace the names of Lightning's options in a message by those of vlabs (`trainer.NAME`)."""
     options = "|".join(inspect.signature(pl.Trainer).parameters)
     return re.sub(rf"`(?:Trainer\()?({options})\b(=[^`)]*)?\)?`", r"`trainer.\1\2`", text)
 
@@ -142,7 +143,7 @@ def check_options(options: dict[str, Any]) -> None:
     """Check the options of the group `trainer`.
 
     Raises:
-        UserError: one has a value that it cannot have, or is not one of the trainer's.
+        UserError: one has an invalid value, or Lightning's trainer does not have it.
     """
     known = ["_target_", *(name for name in inspect.signature(pl.Trainer).parameters if name not in _ELSEWHERE)]
     for name, value in options.items():
@@ -158,7 +159,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def _check_length(options: dict[str, Any]) -> None:
-    """Check what says how long a training is."""
+    """Check the options that define the length of a training."""
     if (limit := options.get("max_time")) is not None:
         try:
             Timer(limit)
@@ -177,7 +178,7 @@ def _check_length(options: dict[str, Any]) -> None:
 
 
 def _check_accelerator(options: dict[str, Any]) -> None:
-    """Check what a training runs on against what this machine has."""
+    """Check that this machine has the devices that a training needs."""
     accelerator, devices = options.get("accelerator", "auto"), options.get("devices", "auto")
     names = AcceleratorRegistry.available_accelerators()
     if accelerator not in ("auto", "gpu", *names):
@@ -206,7 +207,7 @@ def _are_devices(text: str) -> bool:
 
 
 def device_of(config: DictConfig) -> str:
-    """The device for what is computed without Lightning's loops, by the option `trainer.accelerator`.
+    """The device for computations outside Lightning's loops, by the option `trainer.accelerator`.
 
     Raises:
         UserError: there is no such accelerator here.
@@ -217,17 +218,17 @@ def device_of(config: DictConfig) -> str:
 
 
 class SameBatches(pl.Callback):
-    """`trainer.overfit_batches`: every epoch has the batches of the first one, in their order and as augmented."""
+    """`trainer.overfit_batches`: every epoch has the batches of the first, in the same order and augmented the same."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """A share of the validation batches is at least one."""
+        """Make a share of the validation batches at least one batch."""
         share = trainer.limit_val_batches
         if stage == "fit" and isinstance(share, float):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             trainer.limit_val_batches = max(1, int(len(data.val_dataloader()) * share))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the epoch's first batch is planned."""
+        """Reset the epoch of the sampler, before the first batch is planned."""
         loader = trainer.train_dataloader
         if isinstance(loader, GroupLoader):
             loader.groups.epoch = 0

@@ -1,8 +1,8 @@
-"""What the config of a run folder may name: it may be somebody else's, and Hydra makes whatever `_target_` says.
+"""Check the config of a run folder: it may come from someone else, and Hydra calls whatever `_target_` names.
 
-A run that goes on (`resume=RUN`) or begins again (`--config-dir=RUN --config-name=config`) reads its whole config from
-its folder. In that file `_target_` may name what the configs of vlabs name, registered parts of models, and Lightning's
-own trainer, callbacks and the like; for others the command line says so, by `import=MODULE` or with the option itself.
+A run that is resumed (`resume=RUN`) or repeated (`--config-dir=RUN --config-name=config`) reads its whole config from
+its folder. There `_target_` may name what vlabs' own configs name, registered parts of models, and Lightning's trainer,
+callbacks and similar classes. Other names must be allowed on the command line, by `import=MODULE` or by the option.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from vlabs.errors import UserError
 from vlabs.utils.plain import is_inside, parse_config, read_text
 from vlabs.utils.plugins import plugins
 
-_EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # of the configs of earlier runs
+_EARLIER = {"vlabs.checkpoints.pretrained.roberta_from_pretrained"}  # in configs of earlier runs
 _OVERRIDE = re.compile(r"[+~]*[\w./@]+=.*", re.S)
 
 
 def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]:
-    """Check the file that a Hydra program is to read its whole config from, where it is not one of vlabs' own.
+    """Check the config file of a Hydra program, if it is not one of vlabs' own.
 
     Args:
-        arguments: of the command line.
-        program: the config that the program reads by itself.
+        arguments: arguments of the command line.
+        program: the program's default config.
         own: folder of vlabs' configs.
 
     Returns:
-        The arguments, `import=` as an option that Hydra takes.
+        The arguments, with `import=` in a form that Hydra reads.
 
     Raises:
-        UserError: it names what it may not, or is no plain data; the message says how to allow it.
+        UserError: it names something that is not allowed, or is not plain data; the message says how to allow it.
     """
     arguments = [_as_option(item) for item in arguments]
     given = get_args_parser().parse_known_args(arguments)[0]
     if given.experimental_rerun is not None:
         raise UserError(
-            "--experimental-rerun reads a pickle, which may run anything: name the config, --config-dir=RUN"
+            "--experimental-rerun reads a pickle, which may run any code: name the config, --config-dir=RUN"
         )
     if given.config_name is None and given.config_path is None:
         return arguments
@@ -51,13 +51,13 @@ def check_config(arguments: Sequence[str], program: str, own: Path) -> list[str]
     for folder in (given.config_path or own, given.config_dir):
         if folder is not None and (file := Path(folder) / f"{name}.yaml").exists():
             if is_inside(file, own):
-                return arguments  # which comes first for Hydra too
+                return arguments  # Hydra searches in the same order
             _check_file(file, own, trusted)
     return arguments
 
 
 def _as_option(argument: str) -> str:
-    """`import=MODULE`, or as it was called `trust=MODULE`, as an option of any config."""
+    """Turn `import=MODULE` (formerly `trust=MODULE`) into an option that any config accepts."""
     if not (found := re.match(r"\+*(?:import|trust)=", argument)):
         return argument
     return f"++import=[{','.join(re.findall(_NAME, argument[found.end() :]))}]"
@@ -67,7 +67,7 @@ _NAME = r"[\w.]+"
 
 
 def _trusted(arguments: Sequence[str]) -> set[str]:
-    """Names that the command line gives, modules or what options with `_target_` make, and those of plugins."""
+    """Names that the command line allows (modules, and classes in options with `_target_`), and those of plugins."""
     names = {plugin.module for plugin in plugins()}
     for item in arguments:
         if item.startswith("++import="):
@@ -80,28 +80,28 @@ def _trusted(arguments: Sequence[str]) -> set[str]:
 def _check_file(path: Path, own: Path, trusted: set[str]) -> None:
     text = read_text(path)
     if re.search(r"^\s*#\s*@", text, re.M):
-        raise UserError(f"{path} says where in the config it belongs (# @package): a run's config is a whole one")
+        raise UserError(f"{path} has a package directive (# @package), which a run's config must not have")
     content = parse_config(text, str(path))
     for key in ("hydra", "defaults", "import"):
         if key in content:
-            raise UserError(f"{path} has '{key}', which decides what is read and run: a run's config has none")
+            raise UserError(f"{path} has '{key}', which decides what is read and run: a run's config must not have it")
     for key in _GROUPS:
         if not isinstance(content.get(key, {}), dict):
-            raise UserError(f"{path} is damaged: its {key} is {content[key]!r:.40} and no group of options")
+            raise UserError(f"{path} is damaged: its {key} is {content[key]!r:.40}, not a group of options")
     for where, value in _texts(content):
         if where.rpartition(".")[2] == "_target_":
             if value is not None and not _is_allowed(str(value), own, trusted):
                 module = str(value).rpartition(".")[0]
                 raise UserError(
-                    f"{path} names {value} ({where}), which is neither vlabs' nor a part of Lightning: if it is "
-                    f"yours, pass import={module or value}"
+                    f"{path} names {value} ({where}), which is not part of vlabs or Lightning: if it is yours, pass "
+                    f"import={module or value}"
                 )
         elif isinstance(value, str) and _LOOKED_UP.search(value):
-            raise UserError(f"{path} has {where}={value}, which Hydra would look up: a run's config is plain data")
+            raise UserError(f"{path} has {where}={value}, an interpolation: a run's config must be plain data")
     for item in content.get("init_by") or []:
-        # The command line of another training, which is run.
+        # These are arguments of another training that will be run.
         if not isinstance(item, str) or not _OVERRIDE.fullmatch(item) or re.search(_UNSAFE, item):
-            raise UserError(f"{path} has init_by={item}, which is no plain option: pass init_by=null, or your own")
+            raise UserError(f"{path} has init_by={item}, which is not a plain option: pass init_by=null, or your own")
 
 
 _GROUPS = ("task", "model", "data", "trainer", "callbacks", "logger", "checkpoints")
@@ -110,7 +110,7 @@ _UNSAFE = r"^[+~]*(hydra|import|trust|resume)\b|_target_"
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no dictionary or list, and every `_target_`, with its place."""
+    """Yield all values that are not dictionaries or lists, and all `_target_`s, with their places."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
@@ -137,13 +137,13 @@ def _is_registered(name: str) -> bool:
 
 @functools.cache
 def _own_targets(own: Path) -> set[str]:
-    """What vlabs' configs make."""
+    """The names that vlabs' own configs have as `_target_`."""
     files = own.rglob("*.yaml")
     return {name for file in files for name in re.findall(r"_target_: *([\w.]+)", file.read_text(encoding="utf-8"))}
 
 
 def _is_lightning(name: str) -> bool:
-    """Whether a name is that of one of Lightning's parts; nothing but its own modules is imported to see that."""
+    """Whether a name is one of Lightning's parts. Only Lightning's own modules are imported for this."""
     from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
     from pytorch_lightning import Callback, Trainer
     from pytorch_lightning.loggers import Logger

@@ -1,4 +1,4 @@
-"""Options of a config against what the class or function that gets them says of itself."""
+"""Check the options of a config against the annotations of the class or function that gets them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vlabs.errors import UserError
 from vlabs.utils.options import Count, Part, Positive, Seed, Size, annotations_of, as_given, check_type, options_of
 
 _FILLED_IN = ("vocab_size", "num_answers", "num_labels", "num_classes")
-"""Sizes that are null until the data are known."""
+"""Sizes that may be null, because they are filled in from the data."""
 
 
 class Checkpoints(TypedDict):
-    """How often `last.ckpt` is saved beside before and after every validation.
+    """How often `last.ckpt` is saved, besides before and after each validation.
 
     Attributes:
-        every_minutes: minutes from one to the next; null for none in between.
-        every_n_steps: optimizer steps from one to the next, instead of minutes.
+        every_minutes: minutes between two saves; null for no saves between validations.
+        every_n_steps: optimizer steps between two saves, instead of minutes.
     """
 
     every_minutes: Positive | None
@@ -29,11 +29,11 @@ class Ranker(TypedDict, total=False):
     """How `task=retrieval` ranks.
 
     Attributes:
-        name: `exact` scores every pair, `shortlist` the k best by ξ of every image and every caption.
-        batch_size: pairs that are scored at a time; on a CPU about 8 is faster.
-        captions_in_memory: encoded captions held at a time; every image is encoded again for each such part.
-        scores: folder of the scores, where a stopped run is resumed; null for outputs/scores/KEY, with a KEY of
-            checkpoint, data, split and precision.
+        name: `exact` scores all pairs, `shortlist` the k best pairs by ξ of each image and of each caption.
+        batch_size: number of pairs scored at a time; on a CPU about 8 is fastest.
+        captions_in_memory: number of encoded captions held at a time; images are encoded again for each such part.
+        scores: folder of the scores, from which a stopped ranking resumes; null for outputs/scores/KEY, where KEY
+            depends on checkpoint, data, split and precision.
         k: length of a shortlist.
     """
 
@@ -48,21 +48,21 @@ _OWNERS = {"ranker": Ranker}
 
 
 class ProgramOptions(TypedDict):
-    """The options of `vlabs train` and `vlabs evaluate` that are of no group.
+    """The options of `vlabs train` and `vlabs evaluate` that belong to no group.
 
     Attributes:
-        seed: seed of the weights, the shuffling and all else that is drawn.
-        init: the checkpoint or run folder whose weights a training starts from.
-        init_by: overrides of the training that makes the run folder of `init`, where it is not there yet.
-        plan: only say what the run will cost, from a few measured steps.
-        resume: the run folder to go on with, in its own config.
-        max_bad_steps: steps whose gradient is not finite that may be left out before a run stops.
+        seed: seed of the weights, the shuffling and all other random numbers.
+        init: checkpoint or run folder whose weights a training starts from.
+        init_by: overrides of the training that makes the run folder in `init`, if it is not there yet.
+        plan: only print what the run will cost, from a few measured steps.
+        resume: run folder of the run to resume, with its own config.
+        max_bad_steps: largest number of steps to skip because their gradient is not finite; then the run stops.
         checkpoints: how often `last.ckpt` is saved.
-        ckpt: the run folder, checkpoint, export or released METER file that is evaluated.
+        ckpt: run folder, checkpoint, export or released METER file to evaluate.
         split: `val`, `minival`, `test`, `test-dev`, or any other split of the data.
-        keep: share of the patches that are looked at twice, those most like ξ; null for the checkpoint's own.
-        overwrite: whether an evaluation that is in `hydra.run.dir` already is made again.
-        tokenizer: RoBERTa of a released file, a hub name or a local folder.
+        keep: share of the patches in the second pass, those most similar to ξ; null for the checkpoint's own.
+        overwrite: repeat an evaluation that is already in `hydra.run.dir`.
+        tokenizer: hub name or local folder of the RoBERTa of a released file.
     """
 
     seed: Seed
@@ -80,7 +80,7 @@ class ProgramOptions(TypedDict):
 
 
 _SECTIONS = ("checkpoints", "data", "logger", "model", "task", "trainer")
-"""What is no value, but has options."""
+"""Names in a config that are not options, but have options."""
 _KNOWN = ("vlabs.", "pytorch_lightning.")
 
 
@@ -88,8 +88,8 @@ def check_values(config: Any, path: str = "") -> None:
     """Check a config, as plain data with interpolations unresolved.
 
     Raises:
-        UserError: a number is not finite, or an option is not as the annotations of the class or function that gets it
-            say (`vlabs.utils.options`).
+        UserError: a number is not finite, or an option does not fit the annotation of its argument
+            (`vlabs.utils.options`).
     """
     if isinstance(config, float) and not math.isfinite(config):
         raise UserError(f"{path}={config} must be a finite number")
@@ -111,15 +111,15 @@ def check_values(config: Any, path: str = "") -> None:
 
 
 def hints_of(target: Any) -> dict[str, Any]:
-    """The annotations of a class's or a function's arguments, by name, and those of what it hands them on to.
+    """The annotations of the arguments of a class or function, by name, with those that it passes on.
 
     Args:
-        target: `_target_` of a config; what is not vlabs' or Lightning's says nothing here.
+        target: `_target_` of a config; empty for classes that are not vlabs' or Lightning's.
     """
     if not isinstance(target, str) or not target.startswith(_KNOWN) or target == "pytorch_lightning.Trainer":
         return {}
     try:
         found = pkgutil.resolve_name(target)
-    except Exception:  # said where it is made
+    except Exception:  # reported when it is made
         return {}
     return options_of(found)

@@ -1,1 +1,1 @@
-"""Lightning modules: what is trained, and how it is judged."""
+"""Tasks: Lightning modules that define losses and validation metrics."""

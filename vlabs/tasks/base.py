@@ -1,4 +1,4 @@
-"""What every task shares: training step, sum of losses over all ranks, optimisation, frozen parts, checkpoints."""
+"""The base of all tasks: training step, total loss over all ranks, optimization, frozen parts, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from vlabs.utils.ranks import is_distributed, say
 
 @dataclass
 class Losses:
-    """What a batch gives, not weighted yet.
+    """The losses of a batch, without weights.
 
     Attributes:
-        task: the task's own losses by name, each a mean over the batch; their sum is trained.
-        count: of how many texts (or images) they are means.
-        others: losses that have a weight, by the names of `task.NAME_weight`.
-        right: what was guessed right, by name: vectors of truth values, for accuracies.
+        task: the task's own losses by name, each a mean over the batch; the training minimizes their sum.
+        count: number of texts (or images) that they are means of.
+        others: losses with a weight, named as in `task.NAME_weight`.
+        right: which predictions are right, by name: bool vectors, from which accuracies are computed.
     """
 
     task: dict[str, Tensor]
@@ -45,35 +45,35 @@ class Losses:
     right: dict[str, Tensor] = field(default_factory=dict)
 
 
-_STEPS_OF_A_TIMED_SCHEDULE = 1_000_000  # whatever they are, `trainer.max_time` is shared out among them
+_STEPS_OF_A_TIMED_SCHEDULE = 1_000_000  # any number will do: a timed schedule only uses the share that has passed
 
 
 @checked("task")
 class Task(pl.LightningModule):
-    """A task says what the losses of a batch are (`losses`), which samples a batch has (`sample_ids`), the data that it
-    reads and the metric that it is judged by; see `docs/add_a_task.md`.
+    """A subclass defines the losses and the samples of a batch (`losses`, `sample_ids`), the data that it reads and the
+    metric that it is monitored by; see `docs/add_a_task.md`.
 
     Args:
         model: the model to train, registered (`vlabs.models.registry`) and with `recompute_activations` and
             `compile_parts`.
         preprocessing: goes into the checkpoint, so that it can be used alone.
         data: identity of the training data, for the checkpoint.
-        recipe: of optimisation.
+        recipe: how the parts are optimized.
         freeze: what is not trained: parts (`vision`, `text`, `fusion`, `head`, `feedback`, with `vision` the
             pre-trained image encoder and `feedback` its decoders and ξ), or beginnings of parameter names
             (`text.roberta.embeddings`).
         recompute_activations: recompute activations in the backward pass: less memory, a third more time.
-        compile: compile the encoders and the fusion with `torch.compile`: minutes at the start, faster steps after.
-        lora: low-rank adapters in the encoders, of which then nothing else is trained.
+        compile: compile the encoders and the fusion with `torch.compile`: minutes at the start, then faster steps.
+        lora: low-rank adapters in the encoders, whose own weights are then frozen.
     """
 
     name: str
     monitor: str
-    """The metric by which the best checkpoint is chosen; more is better."""
+    """The metric by which the best checkpoint is chosen; higher is better."""
     reads: type[PreparedDataModule]
     """The kind of data that it trains on."""
     of_all_ranks: tuple[str, ...] = ()
-    """Other losses that are over the samples of all ranks already, on every rank."""
+    """Names of other losses that every rank computes over the samples of all ranks."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,10 +108,10 @@ class Task(pl.LightningModule):
             model.recompute_activations()
         if compile:
             model.compile_parts()
-        self.train()  # Lightning takes the modes of modules as they are
+        self.train()  # Lightning does not change the modes of modules, so frozen parts must be in eval mode here
 
     def _freeze(self, chosen: Sequence[str]) -> list[nn.Module]:
-        """Stop training what `freeze` names; returns the modules that are frozen whole."""
+        """Freeze the parameters that `freeze` names; return the modules all of whose parameters are frozen."""
         names = [name for name, _ in self.model.named_parameters()]
         parts = {*PARTS, *(self.lr_group(f"model.{name}") for name in names)}
 
@@ -126,7 +126,7 @@ class Task(pl.LightningModule):
                 raise UserError(f"task.freeze names '{one}', which the model does not have: start with one of {known}")
         for name in filter(is_frozen, names):
             self.model.get_parameter(name).requires_grad_(False)
-        # What has no parameters, such as dropout, is of the part that its name says.
+        # Modules without parameters, such as dropout, belong to the part that their name says.
         return [
             module
             for name, module in self.model.named_modules()
@@ -134,44 +134,44 @@ class Task(pl.LightningModule):
         ]
 
     def train(self, mode: bool = True) -> Task:
-        """Frozen parts stay in eval mode: no dropout in what does not learn."""
+        """Set the training mode; frozen parts stay in eval mode, without dropout."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
         return self
 
     def wants(self, data: Any) -> Wants:
-        """What the task wants of its data beside texts and images.
+        """What the task needs from its data besides texts and images.
 
         Args:
-            data: of the kind `reads`.
+            data: a data module of the kind `reads`.
 
         Raises:
-            UserError: the data do not have it.
+            UserError: the data do not have what the task needs.
         """
         return Wants()
 
     def setup(self, stage: str) -> None:
-        """Tell the data what is wanted of them."""
+        """Tell the data module what the task needs."""
         if stage in ("fit", "validate") and (data := self.trainer.datamodule) is not None:  # type: ignore[attr-defined]
             data.wants = self.wants(data)
 
     def losses(self, batch: Any) -> Losses:
-        """What a batch gives; it has at least one sample."""
+        """The losses of a batch, which has at least one sample."""
         raise NotImplementedError
 
     def sample_ids(self, batch: Any) -> list[Any]:
-        """The data's own ids of a batch's samples: as many as it has, and named where something is wrong with them."""
+        """The ids of a batch's samples, one each; error messages name them."""
         raise NotImplementedError
 
     def lr_group(self, name: str) -> str:
-        """Which of the rates in `task.recipe.lr` a parameter of this task has.
+        """The group of a parameter, which chooses its learning rate in `task.recipe.lr`.
 
-        What a task adds to the model is as new as a head, adapters too. Another group than METER's needs a rate of its
-        own, `+task.recipe.lr.GROUP=...`.
+        Parameters that a task adds to the model, and adapters, are new like a head, so they belong to `head`. A group
+        that is not one of `vlabs.tasks.optim.PARTS` needs its own learning rate, `+task.recipe.lr.GROUP=...`.
 
         Args:
-            name: of the parameter, as in `named_parameters()`.
+            name: name of the parameter, as in `named_parameters()`.
         """
         part, _, rest = name.removeprefix("model.").partition(".")
         if ".lora_" in rest:
@@ -181,20 +181,20 @@ class Task(pl.LightningModule):
         return part if name.startswith("model.") and part in PARTS else "head"
 
     def on_fit_start(self) -> None:
-        """Say so if nothing will ever be fed back."""
+        """Print a note if the feedback can never learn."""
         encoders = [one for one in self.model.modules() if isinstance(one, AbSViT)]
         if any(one.is_silent and one.decoders in self.frozen for one in encoders):
             say(
-                "task.freeze names the feedback, which is new and begins at nothing, so the second pass is the first: "
+                "task.freeze names the feedback, which is new and begins at zero, so the second pass equals the first: "
                 "leave it out, start from a run that has feedback (init=RUN), or pass model/topdown=none"
             )
 
     def shorten_validation(self) -> None:
-        """Leave out what is done once a validation, before some steps that only measure what a training will cost."""
+        """Leave out what is done once per validation; called before a few steps that measure a training's cost."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The total loss of a batch."""
-        skipped = getattr(batch, "skipped", ())  # one's own data need not leave anything out
+        skipped = getattr(batch, "skipped", ())  # batches of a user's own data need not have it
         if skipped:
             self.log("train/skipped_images", float(len(skipped)), reduce_fx="sum", on_step=True)
         if not self.sample_ids(batch):
@@ -210,7 +210,7 @@ class Task(pl.LightningModule):
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
-        """Let the image encoder keep one of its shares of the patches; which, is a function of the step."""
+        """Let the image encoder keep one of its shares of the patches, drawn as a function of the step."""
         with ExitStack() as stack:
             for encoder in (one for one in self.model.modules() if isinstance(one, AbSViT)):
                 drawn = random_generator(self.global_step).integers(len(encoder.shares))
@@ -218,22 +218,22 @@ class Task(pl.LightningModule):
             yield
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the task's losses, and the accuracy of what it guesses."""
+        """Log the task's losses and the accuracies of its predictions."""
         if not self.sample_ids(batch):
             return
         losses = self.losses(batch)
         for name, loss in losses.task.items():
             self.log(f"val/{name}_loss", loss, batch_size=losses.count, sync_dist=True)
         for name, right in losses.right.items():
-            # Nothing guessed is a weight of 0, and not a NaN.
+            # A batch without predictions has weight 0, and must not be NaN.
             percent = 100 * right.float().sum() / max(len(right), 1)
             self.log(f"val/{name}_accuracy", percent, prog_bar=True, batch_size=len(right), sync_dist=True)
 
     def total(self, losses: Losses) -> Tensor:
-        """The task's losses and, times `NAME_weight`, the others (paper, Eq. 14).
+        """The sum of the task's losses and of the other losses times `NAME_weight` (paper, Eq. 14).
 
-        Over several ranks, DDP takes the mean of their gradients. Means over a rank's own n samples are therefore
-        weighted by n, so that every sample counts the same where ranks have unequal numbers of them.
+        DDP takes the mean of the gradients of all ranks. The mean over a rank's own n samples is therefore weighted by
+        n, so that every sample counts the same if ranks have different numbers of samples.
         """
         share = self._share(losses.count)
         total = share * torch.stack(list(losses.task.values())).sum()
@@ -243,19 +243,19 @@ class Task(pl.LightningModule):
         return total
 
     def leave_out(self, what: str) -> None:
-        """Note that a whole batch was left out.
+        """Called when a whole batch is left out.
 
         Raises:
-            UserError: there are several ranks: the others would wait for this one's gradients.
+            UserError: there are several ranks, and the others would wait for this rank's gradients.
         """
         if is_distributed() and self.training:
             raise UserError(
-                f"no image of a batch can be decoded ({what}), which one of several processes cannot leave out: "
+                f"no image of a batch can be decoded ({what}), and one of several processes cannot leave out a batch: "
                 "prepare the data again with --on-bad skip"
             )
 
     def _share(self, count: int) -> float | Tensor:
-        """A rank's number of texts over the mean number of all ranks."""
+        """This rank's number of texts divided by the mean number over all ranks."""
         if not is_distributed():
             return 1.0
         everyone = torch.tensor(float(count), device=self.device)
@@ -263,12 +263,12 @@ class Task(pl.LightningModule):
         return count * dist.get_world_size() / everyone
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped once an optimiser step.
+        """AdamW and its learning rate schedule, which steps with every optimizer step.
 
         Raises:
-            UserError: nothing says how long the training is.
+            UserError: no option says how long the training is.
         """
-        # Where losses are scaled (16-mixed), gradients must be seen before the step, which a fused one does not allow.
+        # With a gradient scaler (16-mixed), fused AdamW unscales gradients inside its step: too late for clipping.
         scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         recipe = replace(self.recipe, fused=False) if scales else self.recipe
         optimizer = recipe.optimizer(self, self.lr_group)
@@ -296,7 +296,10 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As Lightning clips; in bf16-mixed too, where nothing is scaled: it refuses that for a fused optimiser."""
+        """Clip gradients as Lightning does, and also for a fused optimizer in bf16-mixed.
+
+        Lightning refuses that because a fused optimizer may unscale gradients itself; in bf16 there is no scaler.
+        """
         plugin = self.trainer.precision_plugin
         if gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -305,16 +308,16 @@ class Task(pl.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the `"vlabs"` entry: architecture and preprocessing as plain data."""
+        """Add the entry `"vlabs"`: architecture and preprocessing as plain data."""
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
         if self.lora is not None:
             checkpoint["vlabs"]["lora"] = asdict(self.lora) | {"scale": self.lora.scale, "parts": list(self.lora.parts)}
 
 
 class _AllGather(torch.autograd.Function):
-    """The tensors of all ranks, of one shape; backward, every rank's gradient of this rank's tensor is added up.
+    """Gather tensors of equal shape from all ranks; backward sums all ranks' gradients of this rank's tensor.
 
-    Torch's own with gradients, which Lightning uses too, is deprecated in favour of a private one.
+    Torch's own function with gradients, which Lightning uses, is deprecated in favor of a private one.
     """
 
     @staticmethod
@@ -331,11 +334,12 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """Concatenate a tensor of every rank along the first dimension, with gradients; ranks may differ in length."""
+    """Concatenate the tensors of all ranks along the first dimension, with gradients; their lengths may differ."""
     world = dist.get_world_size()
     sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor(len(local), device=local.device))
     lengths = [int(size) for size in sizes]
+    # all_gather needs equal shapes, so each rank pads its tensor to the longest.
     padded = F.pad(local, [0, 0] * (local.ndim - 1) + [0, max(lengths) - len(local)])
     parts = _AllGather.apply(padded)  # type: ignore[no-untyped-call]
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

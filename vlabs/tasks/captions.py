@@ -1,4 +1,4 @@
-"""What the tasks on image-caption pairs share: where false partners come from, logging, and a small ranking."""
+"""The base of tasks on image-caption pairs: false partners, logging, and a small ranking in validation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CaptionTask(VisionLanguageTask):
     Args:
         args, kwargs: of `VisionLanguageTask`.
         negatives: where false partners come from. `dataset` draws any image or caption of the data, as METER does;
-            `batch` draws captions of the other images of the batch, over all ranks; `hard` does so by the similarity of
-            ξ and the first pass's [cls].
+            `batch` draws captions of other images in the batches of all ranks; `hard` draws them by the similarity of ξ
+            and the first pass's [cls].
         hard_temperature: temperature of the softmax that hard negatives are drawn by.
         ranking_images: images of the validation split that are ranked against all their captions after each validation;
             0 for none.
@@ -60,17 +60,17 @@ class CaptionTask(VisionLanguageTask):
         return batch.caption_ids
 
     def shorten_validation(self) -> None:
-        """Rank nothing."""
+        """Leave out the ranking."""
         self.ranking_images = 0
 
     def generator(self, batch: CaptionBatch) -> torch.Generator:
-        """Randomness that is a function of the seed, the epoch and the batch's number in it."""
+        """A generator seeded by the seed, the epoch and the batch's number in it."""
         return torch.Generator().manual_seed(hash((self.seed, batch.epoch, batch.number)) % 2**63)
 
     def caption_pool(self, batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids (P, T), masks and image ids (P,) that false captions can be drawn from: in training, all ranks'.
 
-        In validation ranks may have unequal numbers of batches, and one would wait for another for ever.
+        In validation ranks may have different numbers of batches, so gathering could wait forever.
         """
         own = batch.input_ids, batch.attention_mask, batch.image_ids
         return gather_captions(*own, self.preprocessing.pad_token_id) if self.training else own
@@ -79,7 +79,7 @@ class CaptionTask(VisionLanguageTask):
     def pool_similarity(
         self, pool_ids: Tensor, pool_mask: Tensor, bottom_up: BottomUp, image_index: Tensor
     ) -> Tensor | None:
-        """What hard negatives are drawn by, (n, P): the cosine of bottom-up [cls] and ξ of P texts, over T."""
+        """Logits for drawing hard negatives, (n, P): cosines of bottom-up [cls] and ξ of P texts, over temperature."""
         if self.negatives != "hard" or self.model.prior is None:
             return None
         cls = bottom_up.cls[image_index]
@@ -97,7 +97,7 @@ class CaptionTask(VisionLanguageTask):
                 self.log(f"val/{name}", value, prog_bar=name == "ir@1", sync_dist=False)
 
     def rank_some(self) -> dict[str, float]:
-        """Recalls over the first images of the validation split that can be decoded; their work is shared by ranks."""
+        """Recalls over the first images of the validation split; ranks share the work."""
         data: CaptionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         rows = data.rows(data.val_split)
         rows = rows.select(range(min(self.ranking_images, len(rows))))

@@ -1,4 +1,4 @@
-"""Classification of pictures with one class, which is also how an image encoder is pre-trained."""
+"""Image classification, which also pre-trains image encoders."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vlabs.utils.options import NonNegative
 class ClassifyTask(Task):
     """Cross-entropy with soft targets, and the variational loss that trains the feedback decoders.
 
-    The released code takes the mean of the losses of both passes (`passes=both`), the paper's text the loss of the
-    second (`passes=second`); both add 0.1 times the variational loss, which is the reconstruction loss here, as there
-    is no prior on the output. Logs `val/accuracy`, of the second pass, and `val/accuracy_bottom_up`, in percent.
+    The released code takes the mean of both passes' losses (`passes=both`), the paper's text the loss of the second
+    pass (`passes=second`). Both add 0.1 times the variational loss; without a prior on the output it is the
+    reconstruction loss. Logs `val/accuracy` of the second pass, and `val/accuracy_bottom_up`, in percent.
 
     Args:
         model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
         passes: which passes are trained: `both` (mean of their losses, as in the released code) or `second` (as in the
-            paper). Where nothing is fed back, there is one pass.
+            paper). Without feedback there is only one pass.
         reconstruction_weight: weight of the variational loss of the feedback decoders.
     """
 
@@ -56,7 +56,7 @@ class ClassifyTask(Task):
         self.criterion = SoftTargetCrossEntropy()
         self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})
         if not model.encoder.needs_prior:
-            model.prompt.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+            model.prompt.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
     def lr_group(self, name: str) -> str:
         """The encoder's blocks are `vision`, its linear classifier `head`, ξ and the decoders `feedback`."""
@@ -66,11 +66,11 @@ class ClassifyTask(Task):
         return "head" if name.startswith(head) else "vision"
 
     def sample_ids(self, batch: ClassBatch) -> list[Any]:
-        """The pictures' ids."""
+        """The images' ids."""
         return batch.image_ids
 
     def losses(self, batch: ClassBatch) -> Losses:
-        """Of one pass or both."""
+        """The loss of one pass or both."""
         logits, bottom_up, seen = self.model(batch.images, reconstruct=self.reconstruction_weight > 0)
         loss = self.criterion(logits.float(), batch.targets)
         if self.passes == "both" and bottom_up is not logits:

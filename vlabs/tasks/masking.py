@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens a model has to guess (Devlin et al., 2019, section 3.1)."""
+"""Masked language modeling: which tokens a model has to guess (Devlin et al., 2019, section 3.1)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ IGNORED = -100  # cross_entropy's ignore_index
 
 
 class TokenMasker:
-    """Chooses tokens and hides them: 80% become `<mask>`, 10% a random token, 10% stay.
+    """Chooses tokens and masks them: 80% become `<mask>`, 10% a random token, 10% stay.
 
     Args:
         tokenizer: a `tokenizers` JSON.
-        share: of the tokens that are chosen, in (0, 1).
-        whole_words: choose whole words; a word starts at a token that begins with a space, or with no `##`.
+        share: share of the tokens that are chosen, in (0, 1).
+        whole_words: choose whole words; a word starts at a token that begins with a space, or not with `##`.
 
     Raises:
-        UserError: the tokenizer has no token that stands for a hidden one.
+        UserError: the tokenizer has no mask token.
     """
 
     def __init__(self, tokenizer: str, share: float = 0.15, whole_words: bool = False) -> None:
@@ -32,12 +32,12 @@ class TokenMasker:
         vocabulary = Tokenizer.from_str(tokenizer).get_vocab()
         mask_id = special_token(tokenizer, "mask")
         if mask_id is None:
-            raise UserError("the tokenizer has no token for what is hidden, <mask> or [MASK]: choose another")
+            raise UserError("the tokenizer has no mask token (<mask> or [MASK]): choose another")
         self.mask_id = mask_id
         self.size = max(*vocabulary.values(), *special) + 1
         self.special = torch.zeros(self.size, dtype=torch.bool)
         self.special[special] = True
-        # Byte-level tokenizers and SentencePiece mark what begins a word, WordPiece what does not.
+        # Byte-level tokenizers and SentencePiece mark tokens that begin a word, WordPiece those that do not.
         marks_rest = content["model"].get("type") == "WordPiece"
         begins = [n for token, n in vocabulary.items() if token.startswith("##" if marks_rest else ("Ġ", "▁"))]
         self.starts_word = torch.full((self.size,), marks_rest)
@@ -47,7 +47,7 @@ class TokenMasker:
         self.whole_words = whole_words
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mask token ids (n, T) on the CPU: what the model reads, and what it has to guess (IGNORED elsewhere)."""
+        """Mask token ids (n, T) on the CPU. Returns the model's input, and the targets (`IGNORED` elsewhere)."""
         maskable = ~self.special[input_ids]
         draw = torch.rand(input_ids.shape, generator=generator)
         if self.whole_words:

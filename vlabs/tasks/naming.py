@@ -1,8 +1,8 @@
-"""Naming: every patch of a picture names the words of the phrases that are about it. It trains the ViT alone.
+"""Naming: each patch of an image predicts the words of the phrases about it. Only the ViT is trained.
 
-A small encoder from scratch learns words of colors and shapes from questions only slowly, because it is told them
-through a text encoder, a fusion and an answer. This tells it directly, and is the cheapest stage there is: one pass
-over each picture, without text encoder and fusion.
+A small encoder from scratch learns the words of colors and shapes slowly from questions, because its gradients come
+through an answer, the fusion and the text encoder. This task teaches them directly and cheaply: one pass per image,
+without text encoder and fusion.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vlabs.tasks.vision_language import VisionLanguageTask
 
 
 class NamingTask(VisionLanguageTask):
-    """Pre-training of the ViT, bottom-up, on captions that say what they are about; logs `val/word_precision`.
+    """Bottom-up pre-training of the ViT on captions with regions; logs `val/word_precision`.
 
-    All other parts of the model keep the weights that they had. What starts from the checkpoint takes what is trained
-    in it, so that it is a start for every task and every variant of feedback.
+    All other parts of the model keep their weights. A run that starts from the checkpoint takes only trained parts, so
+    the checkpoint is a start for every task and every top-down variant.
 
     Args:
         model, preprocessing, data, recipe, recompute_activations, compile: as in `VisionLanguageTask`.
-        freeze: further parameters that are not trained.
+        freeze: further parameters to freeze.
     """
 
     name = "naming"
@@ -70,20 +70,20 @@ class NamingTask(VisionLanguageTask):
         self.head = WordHead(model.vision.width, preprocessing.vocab_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say that what stands beside the ViT is not trained, unless it was before: others start from the ViT alone."""
+        """Record that only the ViT is trained, unless earlier runs trained other parts: `init=` then takes only it."""
         super().on_save_checkpoint(checkpoint)
         if not self.data.get("history"):
             checkpoint["vlabs"]["trained"] = ["vision.vit"]
 
     def wants(self, data: CaptionDataModule) -> Wants:
-        """What every text is about, on the patches.
+        """The regions of texts, on the grid of patches.
 
         Raises:
-            UserError: the data do not know it.
+            UserError: the data have no regions.
         """
         if not data.regions_known:
             raise UserError(
-                "task=naming learns from what texts are about, and these data do not say it: prepare them with regions "
+                "task=naming learns from the regions of texts, but these data have none: prepare data with regions "
                 "(`vlabs prepare scenes_captions --phrases`, `refcoco`, `flickr30k --phrases`, ...)"
             )
         return Wants(self.model.vision.grid_size, regions_in_validation=True)
@@ -93,7 +93,7 @@ class NamingTask(VisionLanguageTask):
         return batch.caption_ids
 
     def losses(self, batch: CaptionBatch) -> Losses:
-        """The loss of the words on the patches."""
+        """The loss of the words predicted by patches."""
         return Losses({"naming": self.head.loss(*self._named(batch))}, len(batch.images))
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> None:
@@ -107,7 +107,7 @@ class NamingTask(VisionLanguageTask):
         self.log("val/word_precision", percent, prog_bar=True, batch_size=len(precision), sync_dist=True)
 
     def _named(self, batch: CaptionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Patch tokens, and the texts with where in which image they belong."""
+        """Patch tokens; token ids, images and regions of the texts."""
         assert batch.coverage is not None
         vision = self.model.vision
         patches = vision.encode(batch.images).tokens[:, vision.num_prefix_tokens :]

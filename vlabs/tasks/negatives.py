@@ -1,4 +1,4 @@
-"""False partners from the batch: captions of other images, gathered over all ranks (captions, not pixels)."""
+"""False partners from the batch: captions of other images, gathered from all ranks (only captions, no pixels)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def gather_captions(
 def draw_false(
     image_ids: Tensor, pool_image_ids: Tensor, count: int, generator: torch.Generator, similarity: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw captions of other images for every one of n captions, without replacement.
+    """Draw captions of other images for each of n captions, without replacement.
 
     Args:
         image_ids: (n,), the image of each caption.
         pool_image_ids: (P,), the image of each caption that can be drawn.
         count: captions to draw for each, m.
         generator: on the CPU, so that the draw is the same on every device.
-        similarity: (n, P), ξ · z / temperature, by whose softmax to draw; None to draw uniformly.
+        similarity: (n, P), ξ · z / temperature; draws follow its softmax. None to draw uniformly.
 
     Returns:
-        Positions in the pool (n, m), and which of them are real (n, m): fewer than m where the pool has no more.
+        Positions in the pool (n, m), and which of them are real (n, m): fewer than m if the pool is too small.
     """
     allowed = (image_ids[:, None] != pool_image_ids[None, :]).cpu()
     weights = (

@@ -1,4 +1,4 @@
-"""METER's recipe of optimisation: AdamW with a learning rate for each part, linear warm-up and decay."""
+"""METER's training recipe: AdamW with a learning rate per part, linear warm-up and decay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _default_lr() -> dict[str, float]:
 @checked("task.recipe")
 @dataclass
 class Recipe:
-    """How the parts of a model are optimised.
+    """How the parts of a model are optimized.
 
     Attributes:
         lr: peak learning rate of a part: `vision`, `text`, `fusion`, `head`, `feedback` (decoders, ξ and its
@@ -56,18 +56,18 @@ class Recipe:
             lr_group: the part that a parameter belongs to, by its name.
 
         Raises:
-            UserError: nothing is to be trained, a part has no rate, or a rate no part.
+            UserError: no parameter is trainable, a group has no learning rate, or a learning rate has no group.
         """
         groups: dict[str, list[nn.Parameter]] = {}
         parts = {name: lr_group(name) for name, _ in module.named_parameters()}
         if unknown := [part for part in self.lr if part not in (*PARTS, *parts.values())]:
-            raise UserError(f"task.recipe.lr.{unknown[0]}: no parameter is in this group; there are {', '.join(PARTS)}")
+            raise UserError(f"task.recipe.lr.{unknown[0]}: no parameter is in this group; groups: {', '.join(PARTS)}")
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 part = parts[name]
                 if part not in self.lr:
-                    raise UserError(f"task.recipe.lr has no rate for {name}: pass +task.recipe.lr.{part}=RATE")
-                # As in METER, what has one dimension is a bias or a norm.
+                    raise UserError(f"task.recipe.lr has no learning rate for {name}: pass +task.recipe.lr.{part}=RATE")
+                # As in METER, parameters with one dimension are biases or belong to norms.
                 plain = parameter.ndim > 1 and not name.endswith(tuple(self.no_decay))
                 key = part if plain else f"{part}/no_decay"
                 groups.setdefault(key, []).append(parameter)
@@ -89,10 +89,10 @@ class Recipe:
         )
 
     def scheduler(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
-        """The rate's course over `total_steps` optimiser steps.
+        """The learning rate schedule over `total_steps` optimizer steps.
 
         Raises:
-            UserError: there is no such schedule, or it is no function of the steps alone.
+            UserError: there is no such schedule, or it is not a function of the step alone.
         """
         try:
             made = get_scheduler(
@@ -105,29 +105,34 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise UserError(f"task.recipe.schedule={self.schedule}: {error}") from None
         if not isinstance(made, LambdaLR):
-            raise UserError(f"task.recipe.schedule={self.schedule} is no function of the step: choose linear or cosine")
-        for group in optimizer.param_groups:  # as before the schedule was made
+            raise UserError(
+                f"task.recipe.schedule={self.schedule} is not a function of the step: choose linear or cosine"
+            )
+        # Take only the function of transformers' schedule: undo its first step, and wrap it so that a resumed run can
+        # continue at another position (`Course`).
+        for group in optimizer.param_groups:
             group["lr"] = group.pop("initial_lr")
-        rate: Callable[[Any], float] = made.lr_lambdas[0]  # of fractions of steps too
+        rate: Callable[[Any], float] = made.lr_lambdas[0]  # also defined for fractions of steps
         return LambdaLR(optimizer, Course(rate, total_steps))
 
 
 class Course:
-    """How far a training is: the factor of its rates as a function of its optimiser steps.
+    """Position in a learning rate schedule: the factor of learning rates as a function of optimizer steps.
 
-    The schedule has `total` steps. From step `since`, which stands at `place` in the schedule, the rest of the training
-    takes `steps` steps, whatever the schedule's own were: so a training that goes on with another batch size or another
-    length has the rate of the share of it that is done. A whole training has `place` = `since` = 0, `steps` = `total`.
+    The schedule has `total` steps. Optimizer step `since` is at `place` in the schedule, and the remaining part of the
+    schedule is stretched over `steps` further steps. So a run that is resumed with another batch size or length has the
+    learning rate of the share of the training that is done. Without that, `place` = `since` = 0 and `steps` = `total`.
 
     Args:
-        rate: of schedule steps, fractions of them too, to the factor.
-        total: of the schedule.
+        rate: the schedule: from schedule steps, also fractions, to the factor.
+        total: number of steps of the schedule.
 
     Attributes:
-        elapsed: the share of the training that is done, in [0, 1], where it is not steps that end it; else None.
+        elapsed: gives the share of the training that is done, in [0, 1], if time ends it instead of steps; else None.
     """
 
-    __slots__ = ("__dict__", "elapsed", "planned", "rate")  # a scheduler's state is `__dict__` alone
+    # LambdaLR saves the `__dict__` of its functions. What is in slots is left out of checkpoints.
+    __slots__ = ("__dict__", "elapsed", "planned", "rate")
 
     def __init__(self, rate: Callable[[float], float], total: int) -> None:
         self.rate, self.planned = rate, total
@@ -135,15 +140,15 @@ class Course:
         self.go_on(0, 0.0, total, total)
 
     def go_on(self, since: int, place: float, steps: int, total: int) -> None:
-        """See the class."""
+        """Set the position; see the class."""
         self.since, self.place, self.steps, self.total = since, place, steps, total
 
     def at(self, step: int) -> float:
-        """The place in the schedule after so many steps, in [0, total]."""
+        """The position in the schedule after `step` optimizer steps, in [0, total]."""
         if self.elapsed is not None:
             return self.total * min(1.0, self.elapsed())
         return self.place + (step - self.since) * ((self.total - self.place) / max(1, self.steps))
 
     def __call__(self, step: int) -> float:
-        """The factor after so many steps."""
+        """The factor of learning rates after `step` optimizer steps."""
         return self.rate(self.at(step))

@@ -1,4 +1,4 @@
-"""Pre-training on captions as METER does: masked language modelling and image-text matching, with the prior loss."""
+"""Pre-training on captions as METER does: masked language modeling and image-text matching, with the prior loss."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vlabs.utils.options import OpenShare
 
 
 class PretrainTask(CaptionTask):
-    """MLM + ITM. The loss is their sum, and the other losses of `VisionLanguageTask`.
+    """Masked language modeling (MLM) and image-text matching (ITM), with the other losses of `VisionLanguageTask`.
 
-    For MLM every caption is masked and read with its own image. For ITM every second pair, by the toss of a coin, is a
-    false one, of which `negatives` says where it comes from. The prior loss is over the pairs that match.
+    For MLM each caption is masked and read with its own image. For ITM each pair is false with probability 1/2;
+    `negatives` chooses the false partner. The prior loss is over the pairs that match.
 
     Args:
         args, kwargs: of `CaptionTask`.
@@ -41,11 +41,11 @@ class PretrainTask(CaptionTask):
         self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
 
     def wants(self, data: CaptionDataModule) -> Wants:
-        """False images, as METER draws them; and see `VisionLanguageTask`."""
+        """See `VisionLanguageTask`; also false images, if they are drawn from the dataset as in METER."""
         return replace(super().wants(data), false_images=self.negatives == "dataset")
 
     def losses(self, batch: CaptionBatch) -> Losses:
-        """MLM and ITM; both read the images with one first pass."""
+        """The losses of MLM and ITM, which share the first pass over the images."""
         head = self.model.head
         assert isinstance(head, PretrainHead)
         generator = self.generator(batch)
@@ -58,7 +58,7 @@ class PretrainTask(CaptionTask):
         )
         hidden = labels != IGNORED
         token_logits = head.token_logits(guessed.text_features[hidden]).float()
-        # A sum over nothing keeps the head in the graph when no token was chosen.
+        # If no token was chosen, an empty sum keeps the head in the graph, as DDP needs.
         mlm = F.cross_entropy(token_logits, labels[hidden]) if hidden.any() else token_logits.sum()
 
         input_ids, attention_mask, image_index, matches = self._pairs(batch, bottom_up, generator)
@@ -67,7 +67,7 @@ class PretrainTask(CaptionTask):
         itm = F.cross_entropy(match_logits, matches.long())
 
         others = self.prior_losses(joined, input_ids, batch.image_ids, matches)
-        # Every caption is read with its own image here, while of the pairs some are false.
+        # From MLM, where each caption is read with its own image; some pairs of ITM are false.
         others |= self.pointing_losses(guessed, batch.coverage)
         if "reconstruction" in joined.losses:
             others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2

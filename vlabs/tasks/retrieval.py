@@ -1,4 +1,4 @@
-"""Fine-tuning for retrieval as METER's `irtr`: the true caption of an image against false ones."""
+"""Fine-tuning for retrieval, as METER's `irtr`: the true caption of an image against false ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from vlabs.utils.options import Size
 
 
 class RetrievalTask(CaptionTask):
-    """Cross-entropy over the ranking scores of one true and m false captions of every image.
+    """Cross-entropy over the ranking scores of one true and m false captions per image.
 
     Args:
         args, kwargs: of `CaptionTask`.
-        num_false: false captions per image, at most; a batch of few images has fewer.
+        num_false: largest number of false captions per image; a small batch may have fewer.
     """
 
     name = "retrieval"
@@ -36,24 +36,24 @@ class RetrievalTask(CaptionTask):
         assert isinstance(self.model.head, RankingHead)
         if self.ranking_images < 2:
             raise UserError(
-                f"task.ranking_images={self.ranking_images}: the best checkpoint is chosen by the ranking of these "
-                "images, so there must be at least 2"
+                f"task.ranking_images={self.ranking_images} must be at least 2: the best checkpoint is chosen by the "
+                "ranking of these images"
             )
         self.num_false = num_false
-        self.model.head.match.requires_grad_(False)  # kept from pre-training; nothing here trains it
+        self.model.head.match.requires_grad_(False)  # kept from pre-training; this task does not use it
 
     def wants(self, data: CaptionDataModule) -> Wants:
-        """False captions, as METER draws them; and see `VisionLanguageTask`.
+        """See `VisionLanguageTask`; also false captions, if they are drawn from the dataset as in METER.
 
         Raises:
-            UserError: nothing can be ranked in validation.
+            UserError: the validation split is too small for a ranking.
         """
         if len(data.rows(data.val_split)) < 2:
-            raise UserError(f"data.val_split={data.val_split} has one image, and ranking needs at least 2")
+            raise UserError(f"data.val_split={data.val_split} has one image, but ranking needs at least 2")
         return replace(super().wants(data), false_captions=self.num_false if self.negatives == "dataset" else 0)
 
     def losses(self, batch: CaptionBatch) -> Losses:
-        """Every image with its candidates; the first of them is the true one."""
+        """The loss of ranking the candidates of each image; the first candidate is the true one."""
         bottom_up = self.model.vision.encode(batch.images)
         input_ids, attention_mask, which, real = self._candidates(batch, bottom_up)
         n, candidates = which.shape
@@ -75,7 +75,7 @@ class RetrievalTask(CaptionTask):
         return Losses({"ranking": loss}, n, others, {"ranking": scores.argmax(dim=1) == 0})
 
     def _candidates(self, batch: CaptionBatch, bottom_up: BottomUp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Texts and masks (P, T); for every caption itself and m others: positions (n, 1 + m), and which are real."""
+        """Texts and masks (P, T); positions (n, 1 + m) of each caption and m false ones; which of these are real."""
         n = len(batch.caption_ids)
         own = torch.arange(n, device=batch.input_ids.device)[:, None]
         if batch.false_input_ids is not None and batch.false_attention_mask is not None:
@@ -88,7 +88,7 @@ class RetrievalTask(CaptionTask):
         similarity = self.pool_similarity(pool_ids, pool_mask, bottom_up, batch.image_index)
         others, real = draw_false(batch.image_ids, pool_images, self.num_false, self.generator(batch), similarity)
         ids, masks = self._stack(batch.input_ids, batch.attention_mask, pool_ids, pool_mask)
-        keep = real.any(dim=0)  # a column of which no row is real costs nothing
+        keep = real.any(dim=0)  # leave out columns without a real candidate
         return ids, masks, torch.cat([own, n + others[:, keep]], 1), torch.cat([own >= 0, real[:, keep]], 1)
 
     def _stack(self, ids: Tensor, mask: Tensor, other_ids: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,12 @@ from vlabs.utils.options import NonNegative
 
 
 class SegmentationTask(Task):
-    """What both tasks share: pixel cross-entropy of two heads, and which parts are trained.
+    """The base of both tasks: pixel cross-entropy of two heads, and the choice of trained parts.
 
     Args:
         model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
-        transfer: what is trained: `end_to_end` all, `linear` all but the encoder, `top_down` of the encoder only the
-            feedback decoders and ξ.
+        transfer: what is trained: `end_to_end` everything; `linear` everything but the encoder; `top_down` the head,
+            and in the encoder only the feedback decoders and ξ.
         auxiliary_weight: weight of the auxiliary head's loss.
         reconstruction_weight: weight of the reconstruction loss of the feedback decoders.
     """
@@ -59,10 +59,10 @@ class SegmentationTask(Task):
                 model.decoder.auxiliary.requires_grad_(False)
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         if model.prompt is not None and not model.vision.needs_prior:
-            model.prompt.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+            model.prompt.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
     def lr_group(self, name: str) -> str:
-        """The head is `head`, ξ and the feedback decoders are `feedback`."""
+        """The head's parameters are in the group `head`; ξ and the feedback decoders in `feedback`."""
         if name.startswith("model.decoder."):
             return "head"
         if name == "model.prompt":
@@ -70,12 +70,12 @@ class SegmentationTask(Task):
         return super().lr_group(name)
 
     def pixel_losses(self, found: Segments, masks: Tensor, count: int) -> Losses:
-        """Cross-entropy over the pixels that count, of both heads.
+        """Cross-entropy of both heads over the pixels that count.
 
         Args:
-            found: `Segments`.
-            masks: (n, H, W).
-            count: of pictures or texts.
+            found: the model's output.
+            masks: (n, H, W), the true classes.
+            count: number of images or texts.
         """
         others = {}
         if self.auxiliary_weight and found.auxiliary is not None:
@@ -91,7 +91,7 @@ def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 class SegmentTask(SegmentationTask):
-    """Semantic segmentation; logs `val/miou` over all pixels of the validation split, in percent, and the accuracy."""
+    """Semantic segmentation; logs `val/miou` and `val/pixel_accuracy` over the validation split, in percent."""
 
     name = "segment"
     monitor = "val/miou"
@@ -100,23 +100,23 @@ class SegmentTask(SegmentationTask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model.text is not None:
-            raise UserError("task=segment has no texts to steer by: pass model.prior=trained, or task=refer")
+            raise UserError("task=segment has no texts: pass model.prior=trained, or task=refer")
         classes = len(self.preprocessing.names)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False)
 
     def sample_ids(self, batch: MaskBatch | list[WholePicture]) -> list[Any]:
-        """The pictures' ids."""
+        """The images' ids."""
         return [one.image_id for one in batch] if isinstance(batch, list) else batch.image_ids
 
     def losses(self, batch: MaskBatch) -> Losses:
-        """Of both heads."""
+        """The losses of both heads."""
         found = self.model(
             batch.images, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0
         )
         return self.pixel_losses(found, batch.masks, len(batch.image_ids))
 
     def validation_step(self, batch: list[WholePicture], batch_idx: int) -> None:
-        """Add pictures to the confusion matrix, each at its own size."""
+        """Add images to the confusion matrix, each at its own size."""
         for images, pictures in stacked(batch):
             logits = self.model(images.to(self.device)).logits
             for one, mask in zip(logits, pictures, strict=True):
@@ -131,17 +131,16 @@ class SegmentTask(SegmentationTask):
 
 
 def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits (K, H, W) at another size (K, rows, columns)."""
+    """Resize logits (K, H, W) to (K, rows, columns)."""
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 class ReferTask(SegmentationTask):
-    """What a text names against all else; a pixel is of two classes. Logs `val/iou`, the mean over texts, in percent.
+    """Segment what a text names: two classes per pixel. Logs `val/iou`, the mean over texts, in percent.
 
-    It reads captions whose regions are known. With `model.prior=trained`, nothing tells the model what is asked for:
-    the control.
+    It reads captions with regions. With `model.prior=trained` the model does not read the text: this is the control.
     """
 
     name = "refer"
@@ -155,13 +154,13 @@ class ReferTask(SegmentationTask):
         self.iou = MeanMetric()
 
     def wants(self, data: CaptionDataModule) -> Wants:
-        """What every text is about, in pixels.
+        """The regions of texts, per pixel.
 
         Raises:
-            UserError: the data do not know it.
+            UserError: the data have no regions.
         """
         if not data.regions_known:
-            raise UserError(f"{data.dir} does not say what its texts are about: prepare data with regions")
+            raise UserError(f"{data.dir} has no regions of texts: prepare data with regions")
         return Wants((self.preprocessing.image_size,) * 2, regions_in_validation=True)
 
     def sample_ids(self, batch: CaptionBatch) -> list[Any]:
@@ -169,7 +168,7 @@ class ReferTask(SegmentationTask):
         return batch.caption_ids
 
     def losses(self, batch: CaptionBatch) -> Losses:
-        """Of both heads."""
+        """The losses of both heads."""
         found = segment_texts(
             self.model, batch, auxiliary=self.auxiliary_weight > 0, reconstruct=self.reconstruction_weight > 0
         )
@@ -188,15 +187,15 @@ class ReferTask(SegmentationTask):
 
 
 def segment_texts(model: Segmenter, batch: CaptionBatch, **options: Any) -> Segments:
-    """What the n texts of a batch name; `options` as of `Segmenter.forward`."""
+    """Segment what the n texts of a batch name; `options` are those of `Segmenter.forward`."""
     if model.text is None:
-        # Without ξ of a text, a picture is segmented for each of them alike.
+        # The control reads no texts: an image is segmented the same way for each.
         return model(batch.images[batch.image_index], **options)  # type: ignore[no-any-return]
     return model(batch.images, batch.input_ids, batch.attention_mask, batch.image_index, **options)  # type: ignore[no-any-return]
 
 
 def region_masks(batch: CaptionBatch, size: Sequence[int]) -> Tensor:
-    """(n, H, W): 1 where a text is about, 0 elsewhere; all ignored where nobody said what it is about."""
+    """Masks (n, H, W): 1 inside the region of a text, 0 elsewhere; all `IGNORED` if it has no region."""
     assert batch.coverage is not None
     masks = (batch.coverage > 0.5).long().unflatten(1, tuple(size))
     unknown = ~(batch.coverage > 0).any(dim=1)

@@ -1,4 +1,4 @@
-"""Statements with a label: visual entailment (SNLI-VE) and sentences about pairs of pictures (NLVR2), as METER does."""
+"""Statements with a label: visual entailment (SNLI-VE) and sentences about pairs of images (NLVR2), as METER does."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from vlabs.tasks.vision_language import VisionLanguageTask
 
 
 class StatementTask(VisionLanguageTask):
-    """Cross-entropy of the label of a statement about its picture, or its pictures, each under the same ξ.
+    """Cross-entropy of the label of a statement about one image or a pair; both images are seen under the same ξ.
 
-    Arguments as in `VisionLanguageTask`. In validation the accuracy in percent is logged; statements whose label is
-    kept back are left out.
+    Arguments as in `VisionLanguageTask`. Validation logs the accuracy in percent, without statements whose label is not
+    public.
     """
 
     reads = StatementDataModule
     pictures: ClassVar[int] = 1
-    """Of a statement."""
+    """Number of images per statement."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.pictures > 1 and self.token_prior_weight:
-            # Either picture of a pair would be a wrong choice for the other.
+            # The token loss would treat the two images of a pair as negatives of each other.
             raise UserError(
-                f"task.token_prior_weight: task={self.name} has pairs of pictures, which it cannot tell apart"
+                f"task.token_prior_weight: the token loss cannot be used with the pairs of images of task={self.name}"
             )
 
     def wants(self, data: StatementDataModule) -> Wants:
         """See `VisionLanguageTask`.
 
         Raises:
-            UserError: statements are not about as many images as the task's.
+            UserError: the data have another number of images per statement.
         """
         if data.pictures != self.pictures:
             raise UserError(
-                f"task={self.name} is about {self.pictures} pictures a statement, and {data.dir} has {data.pictures}: "
+                f"task={self.name} has {self.pictures} images per statement, but {data.dir} has {data.pictures}: "
                 f"choose its own data, such as data=scenes_{self.name}"
             )
         return super().wants(data)
@@ -55,13 +55,13 @@ class StatementTask(VisionLanguageTask):
         return batch.statement_ids
 
     def losses(self, batch: StatementBatch) -> Losses:
-        """Cross-entropy of the labels, and the losses of ξ and of the decoders."""
+        """Cross-entropy of the labels, and in training the losses of ξ and of the decoders."""
         output = self._output(batch, self.training and self.reconstruction_weight > 0)
         known = batch.labels >= 0
         loss = F.cross_entropy(output.logits[known], batch.labels[known], reduction="sum") / max(1, int(known.sum()))
         others: dict[str, Any] = {}
         if self.training:
-            # Pictures of one statement have one id: neither is a wrong choice for its ξ.
+            # Both images of a statement have the same id, so that neither is a negative for its ξ.
             ids, tokens = (t.repeat_interleave(self.pictures, dim=0) for t in (batch.image_ids, batch.input_ids))
             others = output.losses | self.prior_losses(output, tokens, ids)
             others |= self.pointing_losses(output, batch.coverage)
@@ -84,14 +84,14 @@ class StatementTask(VisionLanguageTask):
 
 
 class SNLIVETask(StatementTask):
-    """Visual entailment: does a picture entail a hypothesis, contradict it, or neither?"""
+    """Visual entailment: does an image entail a hypothesis, contradict it, or neither?"""
 
     name = "snli_ve"
     monitor = "val/snli_ve_accuracy"
 
 
 class NLVR2Task(StatementTask):
-    """Is a sentence true of a pair of pictures? Both are seen under its ξ, the second with a token type of its own."""
+    """Is a sentence true of a pair of images? Both are seen under its ξ; the second has its own token type."""
 
     name = "nlvr2"
     monitor = "val/nlvr2_accuracy"

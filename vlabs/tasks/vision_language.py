@@ -1,4 +1,4 @@
-"""What every vision-language task shares: the losses of ξ, over all ranks where they compare pairs."""
+"""The base of vision-language tasks: the losses of ξ, which compare pairs over all ranks."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class VisionLanguageTask(Task):
         model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora: as in `Task`.
         reconstruction_weight: weight of the reconstruction loss of the feedback decoders (w_rec of Eq. 14).
         prior_weight: weight of the prior loss between ξ and the second pass's [cls] (w_prior of Eq. 14).
-        prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls], which `ranker=shortlist`
-            needs.
+        prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls]; `ranker=shortlist` needs
+            it.
         prior_loss: form of the prior loss.
-        region_prior_weight: weight of the region loss, which puts ξ on the patches that a text is about; it has no
-            effect where the data have no regions.
+        region_prior_weight: weight of the region loss, which pulls ξ to the patches that a text is about; it has no
+            effect if the data have no regions.
         region_prior_temperature: temperature τ of the region loss.
-        alive_prior_weight: weight of the loss that keeps ξ similar to some patch of its image, for texts without
-            regions; None for 1 where no text has regions, else 0.
-        alive_prior_margin: cosine that this loss asks for.
-        token_prior_weight: weight of the token loss, by which the patches most like ξ tell a text's image from the
-            other images of the batch.
+        alive_prior_weight: weight of the alive loss, which keeps ξ similar to at least one patch of its image, for
+            texts without regions; None for 1 if no text has a region, else 0.
+        alive_prior_margin: cosine up to which the alive loss pulls.
+        token_prior_weight: weight of the token loss, which tells a text's image from the other images of the batch by
+            the patches most similar to ξ.
         token_prior_temperature: temperature τ of the token loss.
-        store: folder that keeps the first passes of a frozen image encoder, so that no image is read again after its
-            first time (`task.freeze=[vision]`).
+        store: folder for the first passes of a frozen image encoder (`task.freeze=[vision]`), so that each image is
+            read and encoded only once.
     """
 
     of_all_ranks = ("prior", "prior_bottom_up")
@@ -76,7 +76,7 @@ class VisionLanguageTask(Task):
         super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora)
         has_prior = model.prior is not None
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
-        # Where ξ steers nothing, there is no second pass for it to be compared with.
+        # If ξ steers nothing, there is no second pass to compare it with.
         self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
         self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
@@ -86,7 +86,7 @@ class VisionLanguageTask(Task):
         self.region_prior_weight = region_prior_weight if has_prior else 0.0
         self.alive_by_data = alive_prior_weight is None
         alive_prior_weight = 1.0 if alive_prior_weight is None else alive_prior_weight
-        # FiLM's ξ is compared with nothing.
+        # ξ of FiLM is not compared with patches.
         compares = model.vision.topdown is not None and model.vision.topdown.needs_prior
         self.alive_prior_weight = alive_prior_weight if compares else 0.0
         self.token_prior_weight = token_prior_weight if has_prior else 0.0
@@ -100,17 +100,17 @@ class VisionLanguageTask(Task):
         self._freeze_idle_prior()
 
     def _freeze_idle_prior(self) -> None:
-        """Do not train a ξ that neither steers nor is taught: DDP would wait for its gradients."""
+        """Freeze ξ if it neither steers nor has a loss: DDP would wait for its gradients."""
         taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
         if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
             self.model.prior.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
-        """What every text is about on the patches, where that is learned and known."""
+        """The regions of texts on the grid of patches, if there is a region loss and the data have regions."""
         return Wants(self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None)
 
     def setup(self, stage: str) -> None:
-        """See `Task`; and choose between the losses that keep ξ alive, by what the data know."""
+        """See `Task`; also choose between the region and the alive loss, by whether the data have regions."""
         super().setup(stage)
         if stage != "fit" or not self.region_prior_weight:
             return
@@ -121,15 +121,13 @@ class VisionLanguageTask(Task):
             self.region_prior_weight = 0.0
             self._freeze_idle_prior()
         if self.trainer.is_global_zero:
-            what = (
-                f"of {known:,} training texts it is known what they are about" if known else "the data have no regions"
-            )
+            what = f"{known:,} training texts have a region" if known else "the data have no regions"
             say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
 
     def configure_optimizers(self) -> Any:
-        """See `Task`; before that makes loaders, they are given the stored first passes.
+        """See `Task`; before that, the loaders are given the stored first passes.
 
-        Not sooner: only now the model has the weights of a run that goes on, by which its passes are known.
+        This cannot be done earlier: stored passes are identified by the weights, which a resumed run has only now.
 
         Raises:
             UserError: there is no first pass that could be stored.
@@ -142,13 +140,13 @@ class VisionLanguageTask(Task):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.options.rand_augment is not None:
             raise UserError(
-                f"task.store keeps one first pass of every picture, and data.rand_augment={data.options.rand_augment} "
-                "draws another every time: pass data.rand_augment=null"
+                f"task.store keeps one first pass per image, but data.rand_augment={data.options.rand_augment} changes "
+                "images each time: pass data.rand_augment=null"
             )
         data.stored = self.stored = FirstPasses(Path(folder), self.model.vision, self.preprocessing, training=True)
 
     def on_fit_start(self) -> None:
-        """Store the first passes that are not there yet; see `Task` too."""
+        """See `Task`; also store the first passes that are not there yet."""
         super().on_fit_start()
         if self.stored is None:
             return
@@ -167,20 +165,20 @@ class VisionLanguageTask(Task):
         self.trainer.strategy.barrier()
         store = self.stored.store
         store.refresh()
-        say(f"first passes of {len(store.places):,} pictures, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
+        say(f"first passes of {len(store.places):,} images, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
 
     def prior_losses(
         self, output: VLMOutput, input_ids: Tensor, image_ids: Tensor, pairs: Tensor | slice = slice(None)
     ) -> dict[str, Tensor]:
-        """The prior loss on both passes, as far as they have a weight; over the pairs of all ranks in training.
+        """The prior losses of both passes that have a weight; in training over the pairs of all ranks.
 
-        It trains the map from text to ξ, and not the text encoder.
+        They train the map from text to ξ, but not the text encoder.
 
         Args:
-            output: of the model for n pairs of image and text.
-            input_ids: (n, T), the pairs' texts.
-            image_ids: (n,), the pairs' images.
-            pairs: which of them belong together; all if not said.
+            output: the model's output for n pairs of image and text.
+            input_ids: (n, T), the texts of the pairs.
+            image_ids: (n,), the images of the pairs.
+            pairs: the pairs that belong together; all by default.
         """
         if self.prior_loss is None or self.model.prior is None:
             return {}
@@ -200,16 +198,15 @@ class VisionLanguageTask(Task):
     def pointing_losses(
         self, output: VLMOutput, coverage: Tensor | None, pairs: Tensor | slice = slice(None)
     ) -> dict[str, Tensor]:
-        """The losses of ξ on patches, as far as they have a weight. They train both encoders and the map.
+        """The losses of ξ on patches that have a weight. They train both encoders and the map from text to ξ.
 
-        The patches are those of the bottom-up pass, whose similarity to ξ is what steers the second one. Texts are
-        compared with the images of their own device.
+        The patches are those of the first pass, because their similarity to ξ steers the second. Texts are compared
+        with the images of their own device only.
 
         Args:
-            output: of the model for n pairs of image and text.
-            coverage: (n, patches), how much of each patch a text is about; None where no loss asked for it. Of the
-                pairs in `pairs` only, where those are said.
-            pairs: which of them belong together; all if not said.
+            output: the model's output for n pairs of image and text.
+            coverage: (n, patches), how much of each patch a text is about, only for `pairs`; None without regions.
+            pairs: the pairs that belong together; all by default.
         """
         self.log_dead(output, pairs)
         if output.prior is None:
@@ -227,7 +224,7 @@ class VisionLanguageTask(Task):
         return losses
 
     def log_dead(self, output: VLMOutput, pairs: Tensor | slice = slice(None)) -> None:
-        """Log `prior_dead`: under how many texts, in percent, no patch is like ξ, so that nothing is steered."""
+        """Log `prior_dead`: the percentage of texts whose ξ is not similar to any patch, so nothing is fed back."""
         steers = self.model.vision.steers(output.seen)
         if steers is None or not len(dead := ~steers[pairs]):
             return
@@ -238,19 +235,19 @@ class VisionLanguageTask(Task):
         self.log(name, percent.mean(), batch_size=len(dead), sync_dist=not self.training)
 
     def on_train_epoch_end(self) -> None:
-        """Warn once if most texts of an epoch steered nothing."""
+        """Warn once if ξ was dead for most texts of an epoch."""
         if self.dead.update_called and (percent := float(self.dead.compute())) > 50 and not self.has_warned:
             self.has_warned = True
             say(
-                f"warning: ξ is like no patch of the picture under {percent:.0f}% of this epoch's texts "
-                "(train/prior_dead), and steers nothing there: raise task.alive_prior_weight, which is "
-                f"{self.alive_prior_weight:g}, or task.token_prior_weight, or prepare data with regions"
+                f"warning: for {percent:.0f}% of this epoch's texts ξ is not similar to any patch and steers nothing "
+                f"(train/prior_dead): raise task.alive_prior_weight, which is {self.alive_prior_weight:g}, or "
+                "task.token_prior_weight, or prepare data with regions"
             )
         self.dead.reset()
 
 
 class _Pictures(Dataset[tuple[str, Tensor | None]]):
-    """Keys and pictures (1, 3, H, W) by row and place in the row."""
+    """Keys and images (1, 3, H, W), indexed by row and place in the row."""
 
     def __init__(self, reader: ImageReader) -> None:
         self.reader = reader

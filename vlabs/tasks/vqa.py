@@ -18,7 +18,7 @@ from vlabs.utils.options import ShareBelowOne
 
 
 class Prediction(NamedTuple):
-    """One answered question: its id, the answer in words, and its probability (sigmoid of the logit)."""
+    """One answered question: its id, the answer in words, and its probability."""
 
     question_id: int | str
     answer: str
@@ -26,13 +26,13 @@ class Prediction(NamedTuple):
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy on soft scores, mean over questions and answers, times the number of answers (METER).
+    """METER's loss: binary cross-entropy on soft scores, mean over questions, sum over answers.
 
     Args:
         logits, targets: (n, answers); targets in [0, 1].
 
     Raises:
-        UserError: the model has another number of answers than the data.
+        UserError: model and data have different numbers of answers.
     """
     _check_answers(logits, targets)
     return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
@@ -42,8 +42,9 @@ def single_answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float =
     """Cross-entropy of the one right answer, mean over the questions that have one in the vocabulary.
 
     Args:
-        logits, targets: (n, answers); targets in [0, 1]: where several are above 0, each counts by its share.
-    X
+        logits, targets: (n, answers); targets in [0, 1]; if several are above 0, each counts by its share.
+        label_smoothing: share of the target that is spread over all answers.
+
     Raises:
         UserError: as `vqa_loss`.
     """
@@ -62,14 +63,14 @@ def _check_answers(logits: Tensor, targets: Tensor) -> None:
 
 
 class VQATask(VisionLanguageTask):
-    """VQA fine-tuning. It logs `val/vqa_accuracy` and one for each answer type.
+    """VQA fine-tuning. Logs `val/vqa_accuracy`, also per answer type.
 
-    The accuracy is in percent and the official one: a vocabulary answer's target is its official accuracy.
+    This is the official accuracy in percent, because an answer's target is its official accuracy.
 
     Args:
+        args, kwargs: of `VisionLanguageTask`.
         label_smoothing: share of the target that is spread over all answers, for a head with one right answer
             (`model.head.softmax=true`).
-        args, kwargs: of `VisionLanguageTask`.
     """
 
     name = "vqa"
@@ -80,16 +81,16 @@ class VQATask(VisionLanguageTask):
         super().__init__(*args, **kwargs)
         if label_smoothing and not self.model.head.softmax:
             raise UserError(
-                "task.label_smoothing is of one right answer: pass model.head.softmax=true, or leave it out"
+                "task.label_smoothing needs a head with one right answer: pass model.head.softmax=true, or leave it out"
             )
         self.label_smoothing = label_smoothing
         self.accuracy = MeanMetric()
-        # A list, because a module cannot have any name that data may have.
+        # A list, because answer types may have names that a ModuleDict does not allow.
         self.answer_types: list[str] = []
         self.accuracies = torch.nn.ModuleList()
 
     def setup(self, stage: str) -> None:
-        """One accuracy for every answer type of the validation split; and see `VisionLanguageTask`."""
+        """See `VisionLanguageTask`; also make an accuracy for each answer type of the validation split."""
         super().setup(stage)
         if stage in ("fit", "validate"):
             data: VQADataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -110,7 +111,7 @@ class VQATask(VisionLanguageTask):
         return batch.question_ids
 
     def losses(self, batch: VQABatch) -> Losses:
-        """The soft-score loss, and those of ξ and of the decoders."""
+        """The loss of the answers, and the losses of ξ and of the decoders."""
         output = self.model(
             batch.images,
             batch.input_ids,
@@ -123,7 +124,7 @@ class VQATask(VisionLanguageTask):
         return Losses({"vqa": self.answer_loss(output.logits, batch.targets)}, len(batch.question_ids), others)
 
     def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of answer logits (n, answers) for soft scores (n, answers); `vqa_loss` is METER's."""
+        """The loss of answer logits (n, answers) for soft scores (n, answers)."""
         if self.model.head.softmax:
             return single_answer_loss(logits, targets, self.label_smoothing if self.training else 0.0)
         return vqa_loss(logits, targets)

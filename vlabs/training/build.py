@@ -67,7 +67,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
     """Build everything that a config names. Nothing is written before the run begins.
 
     Args:
-        config: the config of `vlabs train`; sizes that only the data know are filled in.
+        config: the config of `vlabs train`; sizes that depend on the data are filled in.
         record: the record of the run, whose folder gets config.yaml and environment.json.
         resumed: the checkpoint to resume from.
 
@@ -75,9 +75,8 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
         UserError: parts do not fit each other or the resumed run, or cannot be built.
     """
     run_dir = record.folder
-    callbacks = chosen_callbacks(
-        config.get("callbacks") or OmegaConf.create(), config.trainer
-    )  # before the data, which may have to be made
+    # First the callbacks, so that a wrong option is reported before data are made, which may take minutes.
+    callbacks = chosen_callbacks(config.get("callbacks") or OmegaConf.create(), config.trainer)
     if resumed is None:
         settle(config)
     given = copy.deepcopy(config)
@@ -97,7 +96,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
                     if isinstance(logger, WandbLogger):
                         remember_run_id(logger)
             if changed:
-                say(f"not as when this run began: {'; '.join(changed)}")
+                say(f"changed since this run began: {'; '.join(changed)}")
 
     line = EpochLine()
     trainer = make_trainer(
@@ -109,7 +108,7 @@ def build(config: DictConfig, record: Record, resumed: Last | None = None) -> Tr
             GoOn(resumed.changed if resumed else None),
             FiniteGradients(config.max_bad_steps, last.path),
             *callbacks,
-            Recorder(record, begin, plain(kept)),  # after all that may refuse
+            Recorder(record, begin, plain(kept)),  # last, after all callbacks that may refuse the run
         ],
         logger=loggers,
         plugins=[WholeCheckpointIO()],
@@ -139,7 +138,7 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
         size = header["preprocessing"].get("image_size")
         if size and config.data.get("image_size", size) != size:
             say(
-                f"images: {config.data.image_size} px, and init={config.init} was trained on {size} px, which "
+                f"images: {config.data.image_size} px, but init={config.init} was trained on {size} px, which "
                 "data.image_size=null takes"
             )
         if config.data.get("tokenizer") is None:
@@ -166,12 +165,12 @@ def settle(config: DictConfig) -> None:
 
 
 def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataModule]:
-    """`build_task` for a resumed run. Only its data are outside its own checkpoint."""
+    """`build_task` for a resumed run. Everything but the data comes from its checkpoint."""
     for name, (old, new) in last.changed.items():
         if _FIXED.fullmatch(name) and "drop" not in name:
             raise UserError(
-                f"{name}={as_given(new)} cannot change within a run, which was begun with {as_given(old)}: leave it "
-                "out, or start a new run (init=RUN takes its weights)"
+                f"{name}={as_given(new)} cannot change within a run, which began with {as_given(old)}: leave it out, "
+                "or start a new run (init=RUN takes its weights)"
             )
     for name, folder in [("dir", config.data.get("dir")), *(config.data.get("sets") or {}).items()]:
         if folder is not None and not Path(folder).is_dir():
@@ -183,8 +182,8 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
     known = read_answers(data.dir) if isinstance(data, VQADataModule) else getattr(data, "labels", None)
     if known is not None and tuple(known) != data.preprocessing.names:
         raise UserError(
-            f"data.dir={data.dir} has other answers than the data that this run was begun with: name those, or start a "
-            "new run (init=RUN takes its weights)"
+            f"data.dir={data.dir} has other answers than the data that this run began with: name those, or start a new "
+            "run (init=RUN takes its weights)"
         )
     say(as_before(data))
     changed = [name for name in last.changed if name.startswith(("model.", "task.", "data."))]
@@ -196,13 +195,13 @@ def _build_resumed(config: DictConfig, last: Last) -> tuple[Task, PreparedDataMo
     if (part := last.differs_from(task)) is not None:
         what = ", ".join(f"{name}={last.changed[name][1]} (was {last.changed[name][0]})" for name in changed)
         raise UserError(
-            f"{what or 'config.yaml'}: what is trained is not what {last.path} holds ({part}), which cannot change "
-            "within a run: start a new run (init=RUN takes its weights)"
+            f"{what or 'config.yaml'}: the model or its trained parts do not fit {last.path} ({part}), which cannot "
+            "change within a run: start a new run (init=RUN takes its weights)"
         )
     return task, data
 
 
-# What makes a model, and what is trained of it on which texts: options that stay as they are within a run.
+# Options that cannot change within a run: they define the model, its trained parts, and the training texts.
 _FIXED = re.compile(
     r"model\..*|task\.(_target_|name|freeze|lora\..*)|seed|init|init_by"
     r"|data\.(_target_|size|layout|phrases|image_size|max_length|tokenizer|image_mean|image_std"
@@ -213,7 +212,7 @@ _FIXED = re.compile(
 def _new_model(config: DictConfig, data: PreparedDataModule) -> Any:
     """Build the model that a config describes, with sizes that fit the data."""
     _fill_in_sizes(config, data)
-    model = instantiate(config.model, _convert_="all")  # what a checkpoint says of it is plain data
+    model = instantiate(config.model, _convert_="all")  # checkpoints record its arguments, which must be plain data
     if isinstance(model, VisionLanguageModel) or getattr(model, "text", None) is not None:
         _check_fit(model, data)
     return model
@@ -247,31 +246,31 @@ def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
             raise UserError(f"callbacks.{name} names no class: pass +callbacks.{name}._target_=..., or null for none")
         callback = instantiate(options, _convert_="all")
         if not isinstance(callback, Callback):
-            raise UserError(f"callbacks.{name}: {options._target_} makes no callback of Lightning's")
+            raise UserError(f"callbacks.{name}: {options._target_} is not a callback of Lightning's")
         callbacks.append(callback)
     wants_bar = bool(trainer.get("enable_progress_bar"))
     return [callback for callback in callbacks if wants_bar or not isinstance(callback, ProgressBar)]
 
 
 def build_checkpoints(run_dir: Path, monitor: str, often: DictConfig) -> tuple[ModelCheckpoint, KeepLast]:
-    """best.ckpt, the weights with the best value of a metric; last.ckpt, all that a resumed run needs."""
+    """Callbacks for best.ckpt (the weights with the best metric) and last.ckpt (all that a resumed run needs)."""
     minutes, steps = often.every_minutes, often.every_n_steps
     if minutes is not None and steps is not None:
-        raise UserError("checkpoints: every_minutes and every_n_steps exclude each other; set one of them to null")
+        raise UserError("checkpoints: set only one of every_minutes and every_n_steps, and the other to null")
     best = ModelCheckpoint(
         run_dir / "checkpoints",
         filename="best",
         monitor=monitor,
         mode="max",
         save_weights_only=True,
-        save_on_train_epoch_end=False,  # but right after the validation, of the weights that it was of
+        save_on_train_epoch_end=False,  # save right after a validation, while the weights are those that it measured
         enable_version_counter=False,
     )
     return best, KeepLast(run_dir / "checkpoints" / "last.ckpt", minutes, steps)
 
 
 def build_loggers(config: DictConfig, record: Record, resumed: Last | None) -> list[Logger]:
-    """metrics.csv, and the logger that was chosen."""
+    """The logger of metrics.csv, and the chosen logger."""
     step, validates = (resumed.step, resumed.validates) if resumed is not None else (None, False)
     loggers: list[Logger] = [csv_logger(record.folder, step, validates)]
     if config.logger.get("_target_") is None:
@@ -290,10 +289,10 @@ def _check_kind(config: DictConfig, data: PreparedDataModule) -> None:
     task: type[Task] = get_class(config.task._target_)
     if not isinstance(data, task.reads):
         raise UserError(
-            f"task={task.name} trains on {task.reads.holds}, and data.dir={config.data.get('dir')} holds {data.holds}"
+            f"task={task.name} trains on {task.reads.holds}, but data.dir={config.data.get('dir')} holds {data.holds}"
         )
     if config.model.get("text") and not data.preprocessing.tokenizer:
-        raise UserError(f"the model reads texts, and {data.dir} holds none: pass model=classifier, or model=segmenter")
+        raise UserError(f"the model reads texts, but {data.dir} has none: pass model=classifier or model=segmenter")
 
 
 def _take_tokenizer(data: PreparedDataModule, header: dict[str, Any]) -> None:
@@ -301,12 +300,12 @@ def _take_tokenizer(data: PreparedDataModule, header: dict[str, Any]) -> None:
     if "trained" not in header or "text" in header["trained"]:
         tokenizer = header["preprocessing"].get("tokenizer", "")
         if not tokenizer:
-            return  # of a classifier
+            return  # the checkpoint of a classifier
         data.preprocessing = dataclasses.replace(data.preprocessing, tokenizer=tokenizer)
 
 
 def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
-    """Fill in sizes in the model's config that only the data know."""
+    """Fill in sizes in the model's config that depend on the data."""
     answers = len(data.preprocessing.names)
     with open_dict(config.model):
         parts: list[Any] = [config.model.get(part) or {} for part in ("text", "head", "vision", "decoder")]
@@ -317,14 +316,14 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
             if head.get(name, 0) is None:
                 head[name] = answers
             elif answers and name == "num_labels" and head.get(name, answers) != answers:
-                raise UserError(f"model.head.{name}={head[name]}: {data.dir} has {answers}: pass null to take that")
+                raise UserError(f"model.head.{name}={head[name]}: {data.dir} has {answers}; pass null to take that")
         if head.get("vocab_size", 0) is None:
             head.vocab_size = text.get("vocab_size") or data.preprocessing.vocab_size
         for where, part in (("vision", vision), ("decoder", decoder)):
             if (given := part.get("num_classes", 0)) is None:
                 part.num_classes = answers
             elif answers and given not in (0, answers):
-                raise UserError(f"model.{where}.num_classes={given}: {data.dir} has {answers}: pass null to take that")
+                raise UserError(f"model.{where}.num_classes={given}: {data.dir} has {answers}; pass null to take that")
 
 
 def _check_fit(model: Any, data: PreparedDataModule) -> None:
@@ -333,13 +332,14 @@ def _check_fit(model: Any, data: PreparedDataModule) -> None:
     If the model's ξ depends on the padding, its texts are padded to one length.
     """
     data.preprocessing = dataclasses.replace(data.preprocessing, pad_to_max_length=model.pads_to_fixed_length)
+    # Token type 0 is the text, each image has one more.
     if data.pictures >= (types := getattr(model, "fusion", None) and model.fusion.token_type.num_embeddings or 99):
-        raise UserError(f"model.fusion.pictures={types - 1}: the texts are about {data.pictures} pictures each")
+        raise UserError(f"model.fusion.pictures={types - 1}: the texts are about {data.pictures} images each")
     known = model.text.vocab_size
     if data.preprocessing.vocab_size > known:
         raise UserError(
-            f"the tokenizer has {data.preprocessing.vocab_size} tokens and the text encoder {known}: "
-            "pass data.tokenizer=DIR of the text encoder's own"
+            f"the tokenizer has {data.preprocessing.vocab_size} tokens, but the text encoder has {known}: "
+            "pass data.tokenizer=DIR with the text encoder's own tokenizer"
         )
     if data.preprocessing.max_length > model.text.max_length:
         raise UserError(

@@ -1,7 +1,7 @@
-"""All that vlabs knows of Lightning's private state, as read from the source of Lightning 2.6.6.
+"""The only place that uses Lightning's private state, as of Lightning 2.6.6.
 
-A new minor version may move any of it, so `pyproject.toml` pins the one that this was read from, and
-`tests/test_resume.py` fails where it no longer holds.
+A new minor version may change it, so `pyproject.toml` pins this one, and `tests/test_resume.py` fails if it no longer
+holds.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import pytorch_lightning as pl
 
 
 def between_steps(trainer: pl.Trainer) -> bool:
-    """Whether no gradients wait for those of the next batch."""
+    """Whether no gradients are accumulated at the moment."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def can_go_on(trainer: pl.Trainer) -> bool:
-    """Whether a run could go on from a checkpoint of now as it goes on itself: not in half a step, and not where a stop
-    was asked for, after which Lightning still validates: a run that goes on would not.
+    """Whether a run resumed from a checkpoint of this moment would do the same as this run.
+
+    It would not in the middle of an accumulated step, or after a stop was requested: Lightning still validates then,
+    but a resumed run would not.
     """
     return between_steps(trainer) and not trainer.should_stop
 
 
 def epoch_is_over(trainer: pl.Trainer) -> bool:
-    """Whether the epoch has ended with its last batch, and not before."""
+    """Whether the epoch has ended by its last batch."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def take_over_max_steps(trainer: pl.Trainer) -> int:
-    """Lightning's limit of steps, or -1; it has none from here on.
+    """Return Lightning's limit of steps, or -1, and remove the limit.
 
-    With one, Lightning counts an epoch that the limit cuts short as done and does not validate at the end, and begins
-    an epoch anew that it goes on with.
+    With a limit, Lightning counts an epoch that it cuts short as done, does not validate at the end, and restarts that
+    epoch after a resume.
     """
     limit = trainer.max_steps
     trainer.fit_loop.epoch_loop.max_steps = -1
@@ -40,15 +42,16 @@ def take_over_max_steps(trainer: pl.Trainer) -> int:
 
 
 def limited(batches: int, limit: float | int | None) -> int:
-    """Batches of an epoch under Lightning's `limit_train_batches`: a number of them, or a share."""
+    """Batches per epoch under Lightning's `limit_train_batches`, which is a number of batches or a share."""
     if limit is None:
         return batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
-    """Let the epoch that begins, or goes on, have so many batches, those included that are over; validation within it
-    is where the share of them says. The loader is asked for batches from its own place on.
+    """Set the length of the current epoch in batches, including those that are done.
+
+    Validations within the epoch move to the same shares of it. The loader continues from its own position.
     """
     fit: Any = trainer.fit_loop
     fit._combined_loader.limits = [batches]
@@ -60,19 +63,19 @@ def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
 
 
 def is_in_epoch(trainer: pl.Trainer) -> bool:
-    """Of a run that goes on, before its first batch: whether an epoch has begun that is not counted as done."""
+    """For a resumed run, before its first batch: whether it is in the middle of an epoch."""
     epochs: Any = trainer.fit_loop.epoch_progress.total
     return epochs.started > epochs.processed
 
 
 def batches_done(trainer: pl.Trainer) -> tuple[int, bool]:
-    """Of a run that goes on, before its first batch: batches of the begun epoch, and whether these were all."""
+    """For a resumed run, before its first batch: batches done in the current epoch, and whether these were all."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress
     return batches.current.processed, batches.is_last_batch
 
 
 def count_batches_as(trainer: pl.Trainer, batches: int) -> None:
-    """Of a run that goes on, before its first batch: let the begun epoch have had another number of batches."""
+    """For a resumed run, before its first batch: change the number of batches done in the current epoch."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     more = batches - progress.current.processed
     for part in (progress.current, progress.total):
@@ -81,7 +84,7 @@ def count_batches_as(trainer: pl.Trainer, batches: int) -> None:
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after the batch that has just ended. It tells nobody, so its own loop is asked."""
+    """Whether Lightning will validate after the batch that has just ended; only its own loop knows."""
     fit = trainer.fit_loop
     return (
         trainer.enable_validation
@@ -91,10 +94,10 @@ def validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def go_on_with_validation(loops: dict[str, Any]) -> None:
-    """Write into the state of Lightning's loops that a batch is over and that the validation after it has begun.
+    """Change the saved state of Lightning's loops to: the batch is done, and the validation after it has begun.
 
-    Lightning's own state between the two stands for a batch that is not over: it leaves the validation out when it goes
-    on, and where the epoch was over too, loses count of the epochs when that run is stopped in its turn.
+    Between the two, Lightning's own state says that the batch is not done. A resumed run would then skip the validation
+    and, at the end of an epoch, lose count of epochs when it is stopped again.
     """
     fit = loops["fit_loop"]
     for part in ("total", "current"):
@@ -107,25 +110,25 @@ def go_on_with_validation(loops: dict[str, Any]) -> None:
 
 
 def validation_is_next(loops: dict[str, Any]) -> bool:
-    """Whether a run that goes on from this state of Lightning's loops begins with a validation."""
+    """Whether a run that resumes from this state of Lightning's loops begins with a validation."""
     batches = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
     return bool(batches["processed"] < batches["started"])
 
 
 def validation_waits(trainer: pl.Trainer) -> bool:
-    """Of a run that goes on, before its first batch: whether it begins with a validation."""
+    """For a resumed run, before its first batch: whether it begins with a validation."""
     batches: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     return bool(trainer.fit_loop.restarting and batches.processed < batches.started)
 
 
 def place_in_epoch(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Batches of the epoch that are over for callbacks, and for the loop itself, in a checkpoint that is being made."""
+    """In a checkpoint that is being made: batches of the epoch that are done for callbacks, and for the loop itself."""
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     return batches["completed"], batches["processed"]
 
 
 def count_validation_batch_again(trainer: pl.Trainer) -> None:
-    """Of a run that goes on with a validation: the batch with which it is said to have begun is counted once more."""
+    """For a run that resumes with a validation: uncount the batch that `go_on_with_validation` marked as begun."""
     batches: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     batches.ready = batches.started = batches.completed
 

@@ -1,4 +1,4 @@
-"""How images are read in a training: as the data say, and else as they were shown to what it starts from."""
+"""How a training reads images: by its options, else as the checkpoint or encoder that it starts from was trained."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from vlabs.models.hub import CONFIG
 from vlabs.utils.plain import check_files, parse_json, read_text
 
 _PROCESSOR = "preprocessor_config.json"
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as transformers' files have them
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which are used in transformers' files
 _TIMM = {name: name for name in ("mean", "std", "interpolation", "crop_mode")} | {"crop": "crop_pct"}
 
 
 class Shown(NamedTuple):
-    """How images were shown to what a training starts from.
+    """How the checkpoint or encoder that a training starts from read images.
 
     Attributes:
-        source: what says so.
-        values: by their names in `Preprocessing`, unchecked; only those that are said.
+        source: where this is written.
+        values: values by their names in `Preprocessing`, unchecked; only those that the source has.
     """
 
     source: str
@@ -34,26 +34,27 @@ class Shown(NamedTuple):
 
 
 def shown_to_checkpoint(source: str, header: Mapping[str, Any]) -> Shown:
-    """What a checkpoint says.
+    """Read it from a checkpoint.
 
     Args:
-        source: what it is called.
+        source: name of the checkpoint.
         header: its `"vlabs"` entry.
     """
-    before = {"interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}  # as long as checkpoints did not say
+    before = {"interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}  # for checkpoints without these values
     plain = before | header["preprocessing"]
     return Shown(source, {name: plain[name] for name in PICTURE_OPTIONS if name in plain})
 
 
 def shown_to_encoder(vision: Mapping[str, Any]) -> Shown | None:
-    """What the configuration of a pre-trained image encoder says. No weights are read, and no network is asked.
+    """Read it from the configuration of a pre-trained image encoder, without weights or network.
 
     Args:
-        vision: `model.vision` of a config. Its `weights` are a tag of timm; or a file or folder, where timm's
-            `config.json` or transformers' `preprocessor_config.json` may say it, else timm does of the architecture.
+        vision: `model.vision` of a config. Its `weights` are a tag of timm, or a file or folder. Beside the latter may
+            lie timm's `config.json` or transformers' `preprocessor_config.json`; otherwise timm's values for the
+            architecture are used.
 
     Returns:
-        None if the encoder begins new, or nobody says.
+        None if the encoder is not pre-trained, or nothing is known.
 
     Raises:
         UserError: such a file cannot be read.
@@ -66,7 +67,7 @@ def shown_to_encoder(vision: Mapping[str, Any]) -> Shown | None:
         folder = path if path.is_dir() else path.parent
         own = _read(folder / CONFIG)
         tag = str(own.get("architecture") if path.is_dir() and own.get("architecture") else architecture)
-        of_this = own if own.get("architecture") in (tag, None) else {}  # and of no other file that lies there
+        of_this = own if own.get("architecture") in (tag, None) else {}  # config.json may belong to another file
         said = of_this.get("pretrained_cfg", of_this)
         if values := _values(said if isinstance(said, dict) else {}, _TIMM):
             return Shown(str(folder / CONFIG), values)
@@ -76,7 +77,7 @@ def shown_to_encoder(vision: Mapping[str, Any]) -> Shown | None:
         return Shown(tag, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
     try:
         known = timm.get_pretrained_cfg(tag)
-    except RuntimeError:  # said where the weights are read
+    except RuntimeError:  # an unknown tag; reading the weights reports it
         return None
     return None if known is None else Shown(f"timm's {tag}", _values(known.to_dict(), _TIMM))
 
@@ -100,30 +101,29 @@ def _of_processor(said: Mapping[str, Any]) -> dict[str, Any]:
     try:
         seen, resized = said["crop_size"]["height"], said["size"]["shortest_edge"]
         return values | {"crop": seen / resized}
-    except (KeyError, TypeError, ZeroDivisionError):  # it does not crop
+    except (KeyError, TypeError, ZeroDivisionError):  # this processor does not crop
         size = said.get("size")
         return values | ({"crop_mode": "squash"} if isinstance(size, dict) and {"height", "width"} <= {*size} else {})
 
 
 def choose(data: PreparedDataModule, shown: Shown | None) -> str:
-    """Read images as they were shown to what a training starts from, as far as the data leave that open.
+    """Fill in the values of the preprocessing that no option sets (`left_open`).
 
     Args:
-        data: gets a new `preprocessing`.
-        shown: to the checkpoint or encoder; None where it begins new.
+        data: its `preprocessing` is replaced.
+        shown: values of the checkpoint or encoder; None if the encoder is not pre-trained.
 
     Returns:
-        A line that says how they are read, and who says so.
+        A line that says how images are read, and where each value is from.
 
     Raises:
-        UserError: what they are to be read by is no such value, or half of it.
+        UserError: a value is invalid, or only one of mean and deviation is known.
     """
     source, values = shown or Shown("", {})
     taken = {name: _plain(values[name]) for name in data.left_open if name in values}
     if {"mean", "std"} <= {*data.left_open} and len({"mean", "std"} & {*taken}) == 1:
         raise UserError(
-            f"{source} says one of mean and deviation, and not the other: pass data.image_mean=[R,G,B] and "
-            "data.image_std=[R,G,B]"
+            f"{source} has only one of mean and deviation: pass data.image_mean=[R,G,B] and data.image_std=[R,G,B]"
         )
     try:
         data.preprocessing = dataclasses.replace(data.preprocessing, **taken)
@@ -142,15 +142,15 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     others = [name for name in given if name in values and _plain(values[name]) != getattr(data.preprocessing, name)]
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
-        said.append(f"{source} had others, which {nulls} takes")
+        said.append(f"{source} had other values, which {nulls} takes")
     if data.options.blind:
-        return "pictures: none; the mean color is shown instead of each (data.blind=true)"
-    return f"pictures: {'; '.join(said)}"
+        return "images: none; the mean color is shown instead of each (data.blind=true)"
+    return f"images: {'; '.join(said)}"
 
 
 def as_before(data: PreparedDataModule) -> str:
-    """The line of a run that goes on."""
-    return f"pictures: {_words(data.preprocessing, list(data.by_default))} (as before)"
+    """The line of a resumed run."""
+    return f"images: {_words(data.preprocessing, list(data.by_default))} (as before)"
 
 
 def _plain(value: Any) -> Any:
@@ -164,4 +164,4 @@ def _words(preprocessing: Preprocessing, names: list[str]) -> str:
             return value
         return f"{name} {' '.join(f'{one:.3g}' for one in value) if isinstance(value, tuple) else f'{value:.3g}'}"
 
-    return ", ".join(word(name) for name in names if getattr(preprocessing, name) != "center")  # as usual
+    return ", ".join(word(name) for name in names if getattr(preprocessing, name) != "center")  # the usual value

@@ -1,4 +1,4 @@
-"""What a training will cost, from a few measured steps: `vlabs train plan=true ...`."""
+"""Estimate the cost of a training from a few measured steps: `vlabs train plan=true ...`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlabs.tasks.base import Task
 from vlabs.training.words import checkpoint_bytes, duration, size
 from vlabs.utils.ranks import say
 
-# Batches that are measured, after those that warm up.
+# Numbers of batches: warm-up, measured, and validation.
 _WARM_UP, _MEASURED, _VALIDATION = 3, 8, 3
 
 
@@ -52,11 +52,11 @@ class _Clock(pl.Callback):
 
 
 def plan_run(config: DictConfig, task: Task, data: pl.LightningDataModule) -> dict[str, Any]:
-    """Train for a few steps that leave nothing behind, print what the whole run will be, and return it.
+    """Train for a few steps without writing anything, and print and return the cost of the whole run.
 
     Args:
-        config: of `vlabs train`.
-        task, data: as they would be trained; the task's weights change.
+        config: the config of `vlabs train`.
+        task, data: the task and data of the run; the task's weights change.
     """
     short = config.trainer.copy()
     with open_dict(short):
@@ -96,7 +96,7 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in task.parameters())
     cuda = trainer.strategy.root_device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "batch_per_device": data.batch_size,
@@ -107,7 +107,7 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
         "epochs": round(steps / steps_an_epoch, 2),
         "steps": steps,
         "trained_parameters": trained,
-        # Four bytes a weight, and of what is trained as many for its gradient and each of AdamW's two moments.
+        # Four bytes per weight; for trained weights also four for the gradient and for each of AdamW's two moments.
         "gib_weights_and_optimizer": round((4 * everything + 12 * trained) / 2**30, 2),
         "gib_peak_per_device": round(peak / 2**30, 2),
         "seconds_per_step": round(second * accumulate, 4),
@@ -119,7 +119,7 @@ def _numbers(config: DictConfig, task: Task, data: Any, trainer: pl.Trainer, clo
 
 
 def _limited(batches: int, limit: float | int | None) -> int:
-    """Batches of an epoch under Lightning's limit: a number of them, or a share."""
+    """Batches per epoch under one of Lightning's limits, which is a number of batches or a share."""
     if limit is None:
         return batches
     return min(batches, int(limit)) if isinstance(limit, int) else int(batches * limit)
@@ -130,14 +130,14 @@ def _print(numbers: dict[str, Any]) -> None:
     batch = f"{n['batch_per_device']} x {n['devices']} devices x {n['accumulate_grad_batches']} accumulated"
     say("plan (nothing is kept):")
     say(f"  global batch  {n['global_batch']:,} = {batch}")
-    say(f"  steps         {n['steps']:,} = {n['steps_per_epoch']:,} an epoch x {n['epochs']:g} epochs")
+    say(f"  steps         {n['steps']:,} = {n['steps_per_epoch']:,} per epoch x {n['epochs']:g} epochs")
     say(
-        f"  memory        {n['gib_peak_per_device']:.2f} GiB at the peak on each device, of which "
+        f"  memory        {n['gib_peak_per_device']:.2f} GiB at the peak per device, of which "
         f"{n['gib_weights_and_optimizer']:.2f} GiB weights, gradients and AdamW"
     )
     say(
-        f"  speed         {n['seconds_per_step']:.3f} s a step, {n['texts_per_second']:,.1f} texts/s, loading "
-        f"included; {n['seconds_per_validation']:.0f} s a validation"
+        f"  speed         {n['seconds_per_step']:.3f} s per step, {n['texts_per_second']:,.1f} texts/s, loading "
+        f"included; {n['seconds_per_validation']:.0f} s per validation"
     )
     say(f"  disk          {size(1e9 * n['gb_checkpoints'])} of checkpoints")
     say(f"  time          {duration(3600 * n['hours'])}")

@@ -37,11 +37,11 @@ from vlabs.utils.ranks import is_rank_zero, say
 
 
 def run(config: DictConfig, began: float) -> dict[str, Any]:
-    """One run, in Hydra's program. In a sweep a failure is returned, not raised, so that the sweep goes on.
+    """One run, started by Hydra. In a sweep a failure is returned instead of raised, so that the sweep continues.
 
     Args:
-        config: of `vlabs train`.
-        began: when the process did, in seconds of the epoch; a folder that is older was there before.
+        config: the config of `vlabs train`.
+        began: start of the process in Unix time; an older run folder was there before.
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
@@ -54,10 +54,10 @@ def run(config: DictConfig, began: float) -> dict[str, Any]:
             config.logger.name = config.logger.name or hydra.job.override_dirname.replace(",", " ") or run_dir.name
     if config.plan:
         if sweep is not None:
-            raise UserError("plan=true is of one training, not of a sweep: leave out -m")
+            raise UserError("plan=true works for one training, not for a sweep: leave out -m")
         found = plan_run(config, *build_task(config, _last(config, run_dir)))
         with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra made it; what is not empty stays
+            run_dir.rmdir()  # Hydra made it; a folder that is not empty stays
         return found
     with run_folder(run_dir, config.resume is not None, began):
         return _run(config, hydra, run_dir, sweep)
@@ -69,7 +69,7 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
     try:
         summary = train(config, record)
     except (SIGTERMException, KeyboardInterrupt) as stop:
-        # Not a failure of this run, and no next run of a sweep is to begin.
+        # A stop is not a failure. It also ends a sweep, so that no further run begins.
         by = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else getattr(stop, "signal", signal.SIGTERM)
         said = f"{signal.Signals(by).name}; {way_on(run_dir)}"
         _end(record, "stopped", said)
@@ -89,32 +89,32 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
         if is_fault(error):
             traceback.print_exception(error)
     finally:
-        # The next run of a sweep, in this same process, is a W&B run of its own.
+        # The next run of a sweep is in this process, and needs its own W&B run.
         if wandb.run is not None:
             wandb.finish(exit_code=int(summary["status"] != "done"))
     if not is_rank_zero():
         with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra makes one in every process; the run's is rank zero's
+            run_dir.rmdir()  # Hydra makes a folder in every process; only that of rank zero is used
     if is_rank_zero():
         if sweep is not None:
             print(write_table(sweep), flush=True)
         elif config.resume is not None and (of := _sweep_of(run_dir)) is not None:
-            with contextlib.suppress(UserError):  # of a folder that is not ours to write
+            with contextlib.suppress(UserError):  # the sweep's folder may not be writable
                 write_table(of)
     return summary
 
 
 def _sweep_of(run_dir: Path) -> Path | None:
-    """The sweep that a run was one of."""
+    """The folder of the sweep that a run belongs to, if any."""
     return next((folder for folder in run_dir.absolute().parents[:3] if has_table(folder)), None)
 
 
 def train(config: DictConfig, record: Record) -> dict[str, Any]:
-    """Build everything that the config names, fit, and return what summary.json says then.
+    """Build everything that the config names, train, and return the content of summary.json.
 
     Args:
-        config: of this module's program.
-        record: of the run.
+        config: the config of `vlabs train`.
+        record: the record of the run.
     """
     check(config)
     resumed = _last(config, record.folder)
@@ -126,26 +126,26 @@ def train(config: DictConfig, record: Record) -> dict[str, Any]:
 
 
 def fit(training: Training, record: Record) -> dict[str, Any]:
-    """Run a training to its end, and return what summary.json says then."""
+    """Run a training to its end, and return the content of summary.json."""
     task, trainer, best, last = training.task, training.trainer, training.best, training.last
     parameters = sum(p.numel() for p in task.model.parameters())
     say(beginning(task, training.data, record.folder))
     runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger) and is_rank_zero()]
     for wandb_run in runs:
         log_data(wandb_run, data_sets(training.data))
-    if trainer.num_nodes > 1 and trainer.local_rank == 0:  # of every node: one may wait for half an hour
+    if trainer.num_nodes > 1 and trainer.local_rank == 0:  # on each node, because it may wait for half an hour
         show(f"node {trainer.node_rank} waits for all {trainer.num_nodes} of MASTER_ADDR", file=sys.stderr, flush=True)
     record.fit_started = time.perf_counter()
     try:
         trainer.fit(task, datamodule=training.data, ckpt_path=training.resumed, weights_only=True)
-    except Exception as error:  # a checkpoint that was tampered with makes Lightning fail in every way there is
+    except Exception as error:  # a manipulated checkpoint makes Lightning fail with any kind of error
         odd = isinstance(error, KeyError | IndexError | TypeError | ValueError | AttributeError)
         if training.resumed is None or record.begun or not (odd or is_fault(error)):
             raise
         said = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{training.resumed} is damaged, or no run goes on from it here ({said}): start the run again "
-            "(VLABS_DEBUG=1 says where it fails)"
+            f"{training.resumed} is damaged, or this run cannot resume from it ({said}): start the run again "
+            "(VLABS_DEBUG=1 shows where it fails)"
         ) from error
     finally:
         last.listen_no_more()
@@ -156,7 +156,8 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
         record.first_step = trainer.global_step
         training.begin()
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    metrics = metrics or last_metrics(record.folder / "metrics.csv")  # all was trained before summary.json was written
+    # No metrics in memory if an earlier process trained everything, but did not get to write summary.json.
+    metrics = metrics or last_metrics(record.folder / "metrics.csv")
     kept = [path for path in (Path(best.best_model_path), last.path) if path.is_file()]
     found = {
         "parameters": parameters,
@@ -164,7 +165,7 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
         "steps": trainer.global_step,
         f"best/{task.monitor}": None if best.best_model_score is None else float(best.best_model_score),
         "metrics": metrics,
-        # Within the folder, which may be moved.
+        # Relative to the folder, which may be moved.
         "checkpoint": os.path.relpath(kept[0], os.path.realpath(record.folder)) if kept else None,
     }
     for wandb_run in runs:
@@ -177,12 +178,12 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
 
 
 def _nothing_to_train(record: Record) -> dict[str, Any]:
-    say(f"run: {record.folder} is done, and nothing is left to train: pass trainer.max_epochs=N to go on further")
+    say(f"run: {record.folder} is done, and nothing is left to train: pass trainer.max_epochs=N to train further")
     return record.before
 
 
 def _last(config: DictConfig, run_dir: Path) -> Last | None:
-    """What a run goes on from, with what is to be other than before; None for a new run. Seeds all generators."""
+    """The checkpoint to resume from, with the options that changed; None for a new run. Seeds all generators."""
     torch.set_float32_matmul_precision("high")
     quiet_lightning()
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -190,7 +191,7 @@ def _last(config: DictConfig, run_dir: Path) -> Last | None:
         return None
     last = last_whole(run_dir, config.resume)
     say(f"resume: {last.path}, after {last.step:,} steps")
-    # What it was trained with; config.yaml may have been edited since.
+    # The config in the checkpoint is what the run was trained with; config.yaml may have been edited since.
     last.changed = _changed(config, last.config or _own_config(run_dir))
     return last
 
@@ -201,12 +202,12 @@ def _own_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _changed(config: DictConfig, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options that are other than in a run's own config."""
+    """The options that differ from a run's own config."""
     return changes(own, plain(recorded(config))) if own else {}
 
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
-    """The record of a run that begins, goes on, or begins with another run's config (`--config-dir=RUN`)."""
+    """The record of a run that is new, resumed, or new with another run's config (`--config-dir=RUN`)."""
     given = [as_given(item) for item in hydra.overrides.task if not re.match(r"hydra[./]|\+*(resume|plan)=", item)]
     before = same_as = None
     command = command_line()
@@ -221,14 +222,14 @@ def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
 
 
 def _end(record: Record, status: str, error: str) -> None:
-    """Say how a run ended that has begun; where that cannot be written, the first error is the one to be told."""
+    """Record how a run has ended, if it had begun. An error in writing this must not hide the first error."""
     if record.begun:
         with contextlib.suppress(UserError):
             record.end(status, error=error)
 
 
 def _failed(record: Record, config: DictConfig, error: str) -> dict[str, Any]:
-    """Say of a run of a sweep that it failed, also where it could not begin."""
+    """Record that a run of a sweep failed, also if it could not begin."""
     print(f"run {record.folder.name} failed: {error}", file=sys.stderr)
     if not record.begun and is_rank_zero():
         with contextlib.suppress(UserError, OmegaConfBaseException):
@@ -239,19 +240,19 @@ def _failed(record: Record, config: DictConfig, error: str) -> dict[str, Any]:
 
 
 def _check_sweep(config: DictConfig, hydra: Any) -> None:
-    """Runs of a sweep that Hydra starts in this process use one device: another process would start the sweep again.
+    """Check that the runs of a sweep in this process use one device: a second process would start the sweep again.
 
     Raises:
-        UserError: they would use more, or it is a sweep over runs that go on.
+        UserError: they would use more, or `resume=` is given.
     """
     if config.resume is not None:
-        raise UserError(f"resume={config.resume} is of one run, not of a sweep: leave out -m")
+        raise UserError(f"resume={config.resume} works for one run, not for a sweep: leave out -m")
     devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
     several = {"auto": torch.cuda.device_count(), -1: torch.cuda.device_count(), "-1": torch.cuda.device_count()}
     count = len(devices) if isinstance(devices, ListConfig) else several.get(devices, devices)
     launcher = str(hydra.launcher._target_)
     if (int(count) > 1 or int(nodes) > 1) and "submitit" not in launcher:
         raise UserError(
-            f"trainer.devices={devices} in a sweep: its runs use one device, or are jobs of their own "
+            f"trainer.devices={devices} in a sweep: its runs use one device, or are separate jobs "
             "(hydra/launcher=slurm, hydra/launcher=submitit_local): pass trainer.devices=1"
         )

@@ -1,4 +1,4 @@
-"""What a run starts from: another run's weights, which are trained first if need be, or its own last checkpoint."""
+"""Where a run starts: from another run's weights, which are trained first if necessary, or its own last checkpoint."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 def make_start(folder: Path, overrides: list[str]) -> None:
-    """Train the run that another starts from, unless it is there; processes of one machine wait for each other.
+    """Train the run that another run starts from, unless it is there. Processes of one machine wait for each other.
 
     Args:
         folder: the run folder, as in `init=`.
-        overrides: of its training, as in `init_by=`.
+        overrides: the options of its training, as in `init_by=`.
 
     Raises:
         UserError: its training failed.
@@ -49,12 +49,12 @@ def make_start(folder: Path, overrides: list[str]) -> None:
             return
         if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
             raise UserError(
-                f"init={folder} is not there yet, and only a run of one process trains it by itself: first run "
+                f"init={folder} is not there yet, and a run of several processes cannot train it: first run "
                 f"vlabs train {' '.join(overrides)} hydra.run.dir={folder}"
             )
         arguments = [*overrides, f"hydra.run.dir={folder}"]
         if any(path.is_file() for path in _checkpoints(folder)):
-            say(f"init: the training of {folder} was stopped, so it goes on first")
+            say(f"init: the training of {folder} was stopped, so it is resumed first")
             arguments = [f"resume={folder}"]
         else:
             say(f"init: {folder} is not there yet, so it is trained first: {' '.join(overrides)}")
@@ -65,19 +65,19 @@ def make_start(folder: Path, overrides: list[str]) -> None:
 
 @dataclass
 class Last:
-    """What a run goes on from, but for the tensors, which Lightning reads.
+    """The checkpoint that a run resumes from, without its tensors, which Lightning reads.
 
     Attributes:
-        path: of the checkpoint.
+        path: path of the checkpoint.
         header: its `"vlabs"` entry.
         step: optimizer steps that are done.
-        validates: the run goes on with a validation.
+        validates: whether the run resumes with a validation.
         callbacks: the states of the callbacks.
-        shapes: of the weights, by name; adapters are merged.
-        weights: of the model, without their values.
-        moments: of the optimizer, in the order of its parameters: shapes by name.
-        groups: of the optimizer: name, and how many parameters it has.
-        changed: the options that are not as they were, with the values of then and now.
+        shapes: shapes of the weights by name, with adapters merged.
+        weights: the model's weights by name, without values (meta tensors).
+        groups: name and number of parameters of each group of the optimizer.
+        moments: shapes by name of the optimizer's state, for each of its parameters in order.
+        changed: the options that changed, with old and new values.
     """
 
     path: Path
@@ -93,26 +93,26 @@ class Last:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the run was trained with until then; empty where the checkpoint does not say."""
+        """The config that the run was trained with until then; empty if the checkpoint does not have it."""
         state = self.callbacks.get(Recorder.__qualname__)
         config = state.get("config") if isinstance(state, dict) else None
         return config if isinstance(config, dict) else {}
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The trainings that its weights had been through before this run."""
+        """The earlier trainings of its weights, before this run."""
         return list(self.header.get("data", {}).get("history", []))
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Of images and texts, with tokenizer and vocabulary."""
+        """The preprocessing of images and texts, with tokenizer and vocabulary."""
         return self._made(lambda: check_header(self.header, self.path))
 
     def model(self) -> nn.Module:
-        """The model, with fresh weights: nothing outside the run is asked for its parts.
+        """Build the model with new weights. Nothing outside the run is read, e.g. no pre-trained encoder.
 
         Raises:
-            UserError: the checkpoint does not say of which parts it is made, or its weights are not of these.
+            UserError: the checkpoint has no valid architecture, or its weights do not fit it.
         """
         spec: Any = self.header.get("architecture")
         self._made(lambda: check_spec(spec, self.weights))
@@ -121,12 +121,12 @@ class Last:
     def _made(self, make: Callable[[], T]) -> T:
         try:
             return make()
-        except Exception as error:  # a header that was tampered with makes the parts fail in every way there is
+        except Exception as error:  # a manipulated header makes the parts fail with any kind of error
             reason = str(error) or type(error).__name__
-            raise UserError(f"{self.path} does not fit the architecture that it names: {reason}") from None
+            raise UserError(f"{self.path} does not fit its own architecture entry: {reason}") from None
 
     def differs_from(self, task: Task) -> str | None:
-        """The first weight, or group of the optimizer, that a task has otherwise; None if a run may go on with it."""
+        """The first weight or optimizer group that differs in a task; None if the run can resume with the task."""
         state = task.state_dict()
         if task.lora is not None:
             state = merge_adapters(state, task.lora.scale)
@@ -139,7 +139,7 @@ class Last:
         for one in [*groups, *self.groups]:
             if one not in groups or one not in self.groups:
                 return one[0]
-        # Fused optimisers write to what they are told are moments of a parameter, whatever their sizes.
+        # Fused optimizers do not check the sizes of moments: wrong ones would be written out of bounds.
         sizes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
         for size, moments in zip(sizes, self.moments, strict=True):
             for name, found in moments.items():
@@ -152,7 +152,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 def last_whole(run_dir: Path, resume: str) -> Last:
-    """The last checkpoint of a run, or the one before it where the last is damaged or gone.
+    """The last checkpoint of a run, or the one before if the last is damaged or gone.
 
     Raises:
         UserError: there is none, or neither can be read.
@@ -160,7 +160,7 @@ def last_whole(run_dir: Path, resume: str) -> Last:
     last, older = _checkpoints(run_dir)
     if not last.is_file() and not older.is_file():
         raise UserError(
-            f"resume={resume}: {last} does not exist, so there is nothing to go on from: start the run again"
+            f"resume={resume}: {last} does not exist, so there is nothing to resume from: start the run again"
         )
     try:
         if last.is_file():
@@ -170,7 +170,7 @@ def last_whole(run_dir: Path, resume: str) -> Last:
         error = damaged
     if not older.is_file():
         raise error
-    say(f"{error}; going on from the one before, {older}")
+    say(f"{error}; resuming from the one before, {older}")
     return _read(older, resume)
 
 
@@ -196,13 +196,13 @@ def _read(path: Path, resume: str) -> Last:
             [_shapes(optimizer["state"].get(n, {})) for group in optimizer["param_groups"] for n in group["params"]],
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise UserError(f"resume={resume}: {path} is not a checkpoint that a run of vlabs goes on from") from None
+        raise UserError(f"resume={resume}: {path} is not a checkpoint that a run of vlabs can resume from") from None
 
 
 def _check_record(callbacks: Mapping[str, Any], path: Path) -> None:
-    """Raise an error if what a checkpoint holds of the run's own record is not as it was written."""
+    """Raise an error if a checkpoint's record of its run is not valid."""
     kept = callbacks.get(Recorder.__qualname__)
-    if kept is None:  # of an earlier version
+    if kept is None:  # a checkpoint of an earlier version
         return
     check_plain(kept, f"{path}: the record of its run", finite=False)
     summary = kept.get("summary") or {}

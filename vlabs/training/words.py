@@ -1,4 +1,4 @@
-"""What a run says of itself: what it begins with, a line per epoch, and what came out."""
+"""What a run prints about itself: its first lines, a line per epoch, and the result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlabs.runs.groups import choices
 from vlabs.tasks.base import Task
 from vlabs.utils.ranks import say
 
-_SMALL = 5_000_000  # parameters; no model of photographs that is trained from scratch has so few
+_SMALL = 5_000_000  # parameters; too few to learn photographs from scratch
 
 
 def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
-    """What is trained on what and from what, what is frozen, and what will be written."""
+    """What is trained, on which data, from which weights; what is frozen, and what will be written."""
     everything = sum(p.numel() for p in task.parameters())
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     own = {name: value for name, value in task.data.items() if name != "history"}
@@ -34,7 +34,7 @@ def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
     ]
     if source == "scratch" and everything < _SMALL and not type(data).__module__.endswith(".embedded"):
         lines.append(
-            "  note: so small a model learns drawn shapes, but little of photographs: for these pass "
+            "  note: a model this small learns drawn shapes, but little about photographs: for these pass "
             "experiment=photo_vqa, pre-trained encoders (model=photo), or init=RUN"
         )
     return "\n".join(lines)
@@ -45,7 +45,7 @@ def _trained(trained: int, everything: int) -> str:
 
 
 def checkpoint_bytes(task: Task) -> int:
-    """What the checkpoints of a run take on disk: weights, and for what is trained AdamW's two moments, twice."""
+    """Bytes of a run's checkpoints: best.ckpt has the weights; last.ckpt, kept twice, also AdamW's two moments."""
     everything = sum(p.numel() for p in task.parameters())
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     return 4 * everything + 2 * (4 * everything + 8 * trained)
@@ -57,18 +57,18 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is read best."""
+    """A duration in seconds, minutes or hours, whichever reads best."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 class EpochLine(pl.Callback):
-    """Says every epoch in a line where there is no progress bar, and knows the epoch of the best validation.
+    """Prints a line per epoch if there is no progress bar, and remembers the best validation.
 
     Attributes:
-        best: the value of the task's monitor; None before the first validation.
-        epoch, step: of that validation, counted from 1.
+        best: best value of the task's monitor; None before the first validation.
+        epoch, step: epoch and step of that validation, counted from 1.
     """
 
     def __init__(self) -> None:
@@ -81,13 +81,13 @@ class EpochLine(pl.Callback):
         self.since = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the best."""
+        """Remember the best validation."""
         value = trainer.callback_metrics.get(cast(Task, pl_module).monitor)
         if value is not None and not trainer.sanity_checking and (self.best is None or float(value) > self.best):
             self.best, self.epoch, self.step = float(value), trainer.current_epoch + 1, trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it."""
+        """Print the line."""
         if trainer.progress_bar_callback is not None:
             return
         names = ("train/loss", cast(Task, pl_module).monitor)
@@ -98,11 +98,11 @@ class EpochLine(pl.Callback):
         say(f"epoch {trainer.current_epoch + 1}{of}: {', '.join(said)}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best until now."""
+        """The best validation so far."""
         return {"best": self.best, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the parts of a run before."""
+        """Take over the best validation of the run before it was resumed."""
         self.best, self.epoch, self.step = state_dict["best"], state_dict["epoch"], state_dict["step"]
 
 

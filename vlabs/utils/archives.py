@@ -22,13 +22,13 @@ from typing import IO
 from vlabs.errors import UserError, one_line, show
 
 LARGEST = 4 * 2**30
-"""Bytes of a member that is read whole, at most."""
+"""Largest number of bytes of a member that is read at once."""
 ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, NotImplementedError, RuntimeError,
     ValueError, OverflowError, MemoryError,
 )  # fmt: skip
 """What `zipfile` raises on a damaged, encrypted or odd file."""
-_LARGEST_PACKED = 2**30  # bytes of a member that is unpacked in one piece
+_LARGEST_PACKED = 2**30  # largest number of bytes of a member that is unpacked in one piece
 _CLUTTER = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"})
 
 
@@ -48,8 +48,9 @@ def walk(folder: Path, odd: list[Path] | None = None) -> Iterator[Path]:
     """The regular files below a folder, sorted, without clutter; links to folders are followed, each folder once.
 
     Args:
-        odd: called with what is neither a file nor a folder (a broken link, a pipe, a device), which is never opened;
-            if not given, their number is printed.
+        folder: the folder.
+        odd: list to which paths are added that are neither files nor folders (broken links, pipes, devices) and are
+            never opened; None to print their number instead.
 
     Raises:
         OSError: a folder cannot be read.
@@ -83,9 +84,9 @@ def read_regular(path: Path, most: int = 256 * 2**20) -> bytes:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "a folder, a pipe or a device, and no file", str(path))
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", str(path))
     if status.st_size > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB, which no file of its kind is", str(path))
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB, which is too large for its kind", str(path))
     return path.read_bytes()
 
 
@@ -99,8 +100,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     Raises:
         UserError: it is missing or damaged, as after an interrupted download.
     """
-    if not path.is_file():  # opening a pipe need not end
-        raise UserError(f"{path} is not there, or no regular file")
+    if not path.is_file():  # opening a pipe might never return
+        raise UserError(f"{path} does not exist or is not a regular file")
     try:
         return zipfile.ZipFile(path)
     except ERRORS as error:
@@ -111,7 +112,7 @@ def entries(archive: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
     """The files of a zip file, without clutter, each with its name in one spelling."""
     for info in archive.infolist():
         name = info.filename
-        if not info.flag_bits & 0x800:  # a Mac writes UTF-8 and does not say so
+        if not info.flag_bits & 0x800:  # macOS writes UTF-8 names without setting the flag for it
             with contextlib.suppress(UnicodeError):
                 name = name.encode("cp437").decode("utf-8")
         name = same_name(name).lstrip("/")
@@ -132,7 +133,8 @@ def read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | 
     with open_member(path, archive, member, most) as stream:
         try:
             info = archive.getinfo(member) if isinstance(member, str) else member
-            return stream.read(info.file_size + 1)  # zipfile unpacks as much as is asked for, and then cuts it off
+            # One byte more than declared, because zipfile unpacks only as much as is read, and cuts off the rest.
+            return stream.read(info.file_size + 1)
         except ERRORS as error:
             raise UserError(f"{path} ({_name(member)}) is damaged ({_reason(error)}): download it again") from None
 
@@ -150,14 +152,16 @@ def open_member(
         if info.flag_bits & 1:
             raise UserError(f"{path} ({info.filename}) is encrypted: unpack it with its password")
         if most is not None and info.file_size > most:
-            raise UserError(f"{path} ({info.filename}) is larger than {most >> 20} MiB, which no file of its kind is")
+            raise UserError(
+                f"{path} ({info.filename}) is larger than {most >> 20} MiB, which is too large for its kind"
+            )
         if info.compress_type not in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
             return archive.open(info)
-        # zipfile unpacks these without a bound
+        # zipfile unpacks bzip2 and LZMA without a limit, so they are unpacked here.
         place = info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
         return io.BytesIO(unpack(archive.fp, *place))  # type: ignore[arg-type]
     except NotImplementedError as error:
-        raise UserError(f"{path} ({_name(member)}) cannot be unpacked here ({_reason(error)}): pack it anew") from None
+        raise UserError(f"{path} ({_name(member)}) cannot be unpacked ({_reason(error)}): pack it again") from None
     except KeyError:
         raise UserError(f"{path} has no {_name(member)}") from None
     except ERRORS as error:
@@ -178,7 +182,7 @@ def unpack(file: IO[bytes], offset: int, stored: int, size: int, method: int, cr
     file.seek(offset)
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":
-        raise ValueError("the zip file is damaged here")
+        raise ValueError("the zip file is damaged at this file")
     if header[6] & 1:
         raise ValueError("it is encrypted: unpack the zip file with its password")
     if max(stored, size) > _LARGEST_PACKED:
@@ -190,9 +194,9 @@ def unpack(file: IO[bytes], offset: int, stored: int, size: int, method: int, cr
     try:
         content = _unpacked(packed, method, size + 1)
     except (zlib.error, lzma.LZMAError, EOFError, OSError, MemoryError) as error:
-        raise ValueError(f"the zip file is damaged here ({_reason(error)})") from None
+        raise ValueError(f"the zip file is damaged at this file ({_reason(error)})") from None
     if len(content) != size or zlib.crc32(content) != crc:
-        raise ValueError("the zip file is damaged here (checksum)")
+        raise ValueError("the zip file is damaged at this file (checksum)")
     return content
 
 
@@ -204,10 +208,10 @@ def _unpacked(packed: bytes, method: int, most: int) -> bytes:
     if method == zipfile.ZIP_BZIP2:
         return bz2.BZ2Decompressor().decompress(packed, most)
     if method == zipfile.ZIP_LZMA:
-        length = int.from_bytes(packed[2:4], "little")  # of the properties that a zip file has in the place of a header
+        length = int.from_bytes(packed[2:4], "little")  # length of the LZMA properties, which replace a header
         props = lzma._decode_filter_properties(lzma.FILTER_LZMA1, packed[4 : 4 + length])  # type: ignore[attr-defined]
         return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[props]).decompress(packed[4 + length :], most)
-    raise ValueError(f"zip compression method {method} is not supported: pack it anew")
+    raise ValueError(f"zip compression method {method} is not supported: pack it again")
 
 
 def _name(member: zipfile.ZipInfo | str) -> str:

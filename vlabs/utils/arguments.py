@@ -14,9 +14,9 @@ from vlabs.utils.files import check_absent
 from vlabs.utils.plugins import import_modules
 
 MOST_SEED = 2**32 - 1
-"""What numpy takes as a seed, and Lightning."""
+"""The largest seed of numpy and Lightning."""
 SEARCH_INDEX = Path("~/.cache/vlabs/search")
-"""Where what was computed of searched images is kept."""
+"""The default folder of the search index."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,17 +24,17 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         name: name of the command, after `vlabs`.
-        doc: what it does.
+        doc: its description.
         options: options of argparse.
     """
 
     def __init__(self, name: str, doc: str, **options: Any) -> None:
         super().__init__(prog=f"vlabs {name}", description=doc, **options)
-        own = "a module of your own, with classes that a checkpoint names; may be given several times"
+        own = "a module of your own, with classes that a checkpoint uses; may be given several times"
         self.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help=own)
 
     def read(self) -> argparse.Namespace:
-        """Parse the command line of this process; modules that it names are imported."""
+        """Parse the command line of this process, and import the modules that it names."""
         arguments = self.parse_args(self._with_dashes(sys.argv[1:]))
         import_modules(arguments.modules)
         return arguments
@@ -51,14 +51,14 @@ class Parser(argparse.ArgumentParser):
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     """Add `--out` and `--overwrite` of a figure; `check_out` and `vlabs.attention.figures.save_out` read them."""
-    told = f"where the figure goes, .png or .svg (default: {default}, or {numbered(default, 2)} where that is there)"
+    told = f"file of the figure, .png or .svg (default: {default}, or {numbered(default, 2)} if that exists)"
     parser.add_argument("--out", help=told)
-    parser.add_argument("--overwrite", action="store_true", help="the file of --out may be there already")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite the file of --out")
     parser.set_defaults(default_out=default)
 
 
 def check_out(arguments: argparse.Namespace) -> None:
-    """Raise a UserError before the work if the figure of a command cannot be written to its path."""
+    """Raise a UserError, before the work, if the figure of a command cannot be written to its path."""
     if arguments.out is None:
         return
     if Path(arguments.out).suffix not in (".png", ".svg"):
@@ -73,7 +73,7 @@ def numbered(name: str, number: int) -> str:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Reads whole numbers from `least` to `most`."""
+    """An argparse type: whole numbers from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
@@ -89,7 +89,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """Reads finite numbers from `least` to `most`."""
+    """An argparse type: finite numbers from `least` to `most`."""
 
     def read(text: str) -> float:
         try:

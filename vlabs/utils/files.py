@@ -23,9 +23,9 @@ from typing import Any
 from vlabs.errors import UserError
 
 MARK = ".vlabs"
-"""The file that says that a folder was made by vlabs, and as what."""
+"""The file that marks a folder as made by vlabs, and says as what."""
 WORK = ".vlabs-work"
-"""Within the folder of `new_folder`: what is needed on the way and is not to stay."""
+"""The sub-folder of `new_folder` for temporary files, which is removed at the end."""
 _LOCK = ".vlabs-lock"
 _PARTIAL = ".vlabs-partial"
 
@@ -48,7 +48,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Short, whatever the length of the name itself.
+        # A hash, because the name itself may already have the greatest allowed length.
         key = hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:12]
         _remove_leftovers(path.parent, f".vlabs-{key}-*")
         partial = path.with_name(f".vlabs-{key}-{secrets.token_hex(4)}")
@@ -65,18 +65,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_absent(path: str | Path, option: str, overwrite: bool = False) -> None:
-    """Raise a UserError before the work if the file for its result exists.
+    """Raise a UserError, before the work, if the file for its result exists.
 
     Args:
-        option: the option that names the file; Hydra style if it ends with `=`, which the hint on overwriting follows.
-        overwrite: it may exist.
+        path: the file.
+        option: the option that names the file; if it ends with `=`, the hint on overwriting is in Hydra's style too.
+        overwrite: whether it may exist.
     """
     path = Path(path)
     with _explained(Path(os.path.realpath(path)), _named(option, path)):
         if path.is_dir():
             raise UserError(f"{_named(option, path)} is a folder: name a file")
         if path.is_file() and not overwrite:
-            raise UserError(f"{_named(option, path)} is there already: name another file, or pass {_how(option)}")
+            raise UserError(f"{_named(option, path)} already exists: name another file, or pass {_how(option)}")
 
 
 @contextmanager
@@ -91,10 +92,11 @@ def new_folder(
     """Context manager: a folder beside `path` to work in, which is renamed to `path` at the end, without `WORK` in it.
 
     Args:
+        path: the folder.
         option: the option that names the folder, for messages.
         resumable: keep what a stopped or failed process wrote, for the next one to continue; otherwise it is removed.
-        replaces: whether vlabs made what is at `path`, which may then be overwritten; None if it never may.
-        overwrite: do what `replaces` allows; without it, the message says how to ask for it.
+        replaces: says whether an existing folder at `path` was made by vlabs and may be overwritten; None for never.
+        overwrite: overwrite what `replaces` allows; otherwise the message says how to ask for it.
 
     Raises:
         UserError: something else is at `path` or at the work folder, another process is working there, or it cannot be
@@ -112,7 +114,7 @@ def new_folder(
             yield partial
             if (partial / WORK).exists():
                 shutil.rmtree(partial / WORK)
-            _check_replaceable(path, named, replaces)  # work takes its time, and others may write meanwhile
+            _check_replaceable(path, named, replaces)  # again, because others may have written in the meantime
             if path.exists():
                 _remove_folder(path)
             partial.rename(path)
@@ -125,7 +127,7 @@ def new_folder(
 
 
 def is_free(path: Path) -> bool:
-    """Whether a folder can be made at a path: there is nothing, or an empty folder."""
+    """Whether a folder can be made at a path: nothing exists there, or an empty folder."""
     return not os.path.exists(path) or (path.is_dir() and os.access(path, os.R_OK) and not any(path.iterdir()))
 
 
@@ -168,10 +170,11 @@ def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
     while True:
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            # Of this process alone, where flock would be of its loader processes too, which may outlive it.
+            # lockf belongs to this process alone. flock would pass to its loader processes, which may outlive it.
             if not _try_lock(file, fcntl.lockf, wait):
                 raise UserError(message)
-            # The process that had it may have renamed the folder or removed the file meanwhile.
+            # The lock may be on a file that is no longer here: the process that held it may have removed the file or
+            # renamed the folder in the meantime. Then try again.
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
                 try:
                     yield
@@ -226,7 +229,7 @@ def reason_of(error: BaseException) -> str | None:
             return "the disk is full"
         if cause.errno in _NO_FOLDER:
             return "a file stands where a folder has to be"
-        return "there is no right to write there" if cause.errno in _FORBIDDEN else cause.strerror
+        return "there is no permission to write there" if cause.errno in _FORBIDDEN else cause.strerror
     return "the disk is full" if any(f"(os error {number})" in str(error) for number in _FULL) else None
 
 
@@ -241,12 +244,14 @@ def _explained(path: Path, named: str) -> Iterator[None]:
         reason = reason_of(error)
         if reason is None or not _is_about(error, path):
             raise
-        raise UserError(f"{named} cannot be written: {reason}; what was there before is untouched") from error
+        raise UserError(f"{named} cannot be written: {reason}; what was there before is unchanged") from error
 
 
 def _is_about(error: Exception, path: Path) -> bool:
-    """Whether an error is about writing `path`: about a folder above it, or what is written beside it. What names no
-    file is, if only writing can fail so."""
+    """Whether an error is about writing `path`: it names a folder above it, or a partial file beside it.
+
+    An error without a file name counts if the disk is full, which only writing can find.
+    """
     names = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
     if not names:
         return reason_of(error) == "the disk is full"
@@ -272,11 +277,11 @@ def _check_replaceable(path: Path, named: str, replaces: Callable[[Path], bool] 
     if is_free(path):
         return
     if replaces is None:
-        raise UserError(f"{named} is there already: name another folder")
+        raise UserError(f"{named} already exists: name another folder")
     if not replaces(path):
-        raise UserError(f"{named} is there already and was not made by this command: name another folder")
+        raise UserError(f"{named} already exists and was not made by this command: name another folder")
     if ask is not None:
-        raise UserError(f"{named} is there already: name another folder, or pass {ask}")
+        raise UserError(f"{named} already exists: name another folder, or pass {ask}")
 
 
 def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
@@ -290,7 +295,7 @@ def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
         if not ours:
             if not partial.exists():
                 continue  # another process has just ended
-            raise UserError(f"{partial} stands where the work for {named} is done, and vlabs did not make it: move it")
+            raise UserError(f"{partial} is needed for making {named}, but vlabs did not make it: move it away")
         with contextlib.suppress(FileNotFoundError):  # another process has just ended
             held.enter_context(locked(partial, busy))
             mark(partial, "partial")
@@ -302,14 +307,14 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove a folder that is replaced, after renaming it, so that it is never there in part."""
+    """Remove a folder after renaming it, so that at its path there is never a part of it."""
     old = path.with_name(f".vlabs-old-{secrets.token_hex(4)}")
     path.rename(old)
     shutil.rmtree(old)
 
 
 def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove files of killed processes, whose locks nobody holds."""
+    """Remove files of killed processes: those that are not locked any more."""
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
             file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)

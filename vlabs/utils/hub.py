@@ -16,14 +16,14 @@ from vlabs.errors import UserError
 def download(
     name: str, files: Sequence[str], instead: str = "DIR", revision: str | None = None, **options: Any
 ) -> Path:
-    """The local copy of files of a model on the hub; without a network that in the cache, even if incomplete.
+    """Download files of a model on the hub; without a network, use the files in the cache, even if incomplete.
 
-    It fails within seconds and prints nothing.
+    It prints nothing, and fails within seconds if the hub does not answer.
 
     Args:
         name: `user/name`.
-        files: the wanted files, as far as they exist; `*` stands for anything.
-        instead: what to pass after downloading it by hand to a folder DIR.
+        files: the files to download if they exist; `*` matches anything.
+        instead: the option to pass with a folder DIR that was downloaded by hand, for messages.
         revision: branch, tag or commit.
         options: options of huggingface_hub's `snapshot_download`.
 
@@ -33,16 +33,16 @@ def download(
     loud = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        if not options.get("local_files_only"):  # else it waits for a host that does not answer, without end
+        if not options.get("local_files_only"):  # snapshot_download would wait forever for a host that does not answer
             _ask(name, revision, options.get("token"))
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **options))
-    except Exception as error:  # whatever the hub, the network and the cache can do
+    except Exception as error:  # hub, network and cache raise many kinds of errors
         if found := next(_cached(name, files, revision, options.get("cache_dir")), None):
             return found
         if isinstance(error, HFValidationError):
-            raise UserError(f"{name} is no file or folder here, and no name on the Hugging Face hub") from None
+            raise UserError(f"{name} is not a local file or folder, and not a name on the Hugging Face hub") from None
         raise UserError(
-            f"{name} is no file or folder here, and neither in the local cache nor to be had from the Hugging Face hub "
+            f"{name} is not a local file or folder, not in the local cache, and not available on the Hugging Face hub "
             f"({_why(error)}): download it where there is a network, with `hf download {name} --local-dir DIR`, and "
             f"pass {instead}"
         ) from None
@@ -78,7 +78,7 @@ _SECONDS, _REMEMBERED = 4.0, 60.0
 _silent: tuple[Exception, float] | None = None  # the hub did not answer, and when
 _REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
-    "GatedRepoError": "access to it must be asked for on its page there, then `hf auth login`",
+    "GatedRepoError": "access to it must be requested on its page, then `hf auth login`",
     "RepositoryNotFoundError": "it has no such model, or a private one: `hf auth login`",
     "RevisionNotFoundError": "it has no such revision",
     **dict.fromkeys(("ConnectError", "TimeoutException", "ConnectionError"), "no network"),

@@ -18,11 +18,11 @@ from vlabs.utils.archives import ERRORS, open_member, open_zip
 
 _READ_BYTES = 2**20
 _LONGEST_TEXT = 64 * 2**20  # bytes
-_LONGEST_NUMBER = 1000  # digits; yajl crashes on some thousands
-_DEEPEST = 2000  # levels that one megabyte opens; memory follows their square
+_LONGEST_NUMBER = 1000  # digits; yajl crashes at several thousand
+_DEEPEST = 2000  # nesting levels opened within one megabyte; memory grows with their square
 _BRACKETS = bytes(value for value in range(256) if value not in b"[]{}")
 _DIGITS = bytes(ord("0") if value in b"0123456789" else ord(" ") for value in range(256))
-_MARKS = {  # that of UTF-32 begins as that of UTF-16 does
+_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
@@ -106,11 +106,11 @@ class JsonFile:
             with self._open() as stream:
                 yield from parse(_Bounded(stream, str(self)))
         except (ijson.JSONError, ArithmeticError, RecursionError, *ERRORS) as error:
-            first = error.args[0] if error.args else ""  # yajl quotes what is no UTF-8 as bytes
+            first = error.args[0] if error.args else ""  # yajl quotes invalid UTF-8 as bytes
             text = first.decode(errors="backslashreplace") if isinstance(first, bytes) else str(error)
             said = one_line(text) or type(error).__name__
             if "NaN" in said or "Infinity" in said:
-                reason = "has NaN or Infinity, which JSON has not: write null in its place"
+                reason = "has NaN or Infinity, which JSON does not allow: write null instead"
             elif isinstance(error, ArithmeticError):
                 reason = "has a number that is too large"
             elif isinstance(error, ijson.JSONError) and "EOF" not in said and "premature" not in said:
@@ -126,7 +126,7 @@ class JsonFile:
                 yield stream
             return
         if not self.path.is_file():
-            raise UserError(f"{self.path} is not there, or no regular file")
+            raise UserError(f"{self.path} does not exist or is not a regular file")
         with self.path.open("rb") as stream:
             yield stream
 
@@ -143,7 +143,7 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         """The next bytes, at most as many as asked for; empty at the end."""
-        if size <= 0:  # as ijson asks what kind of stream it is
+        if size <= 0:  # ijson reads 0 bytes to find out the kind of stream
             return b""
         chunk = self.stream.read(size)
         if not self.begun:
@@ -157,6 +157,8 @@ class _Bounded:
         return chunk
 
     def _check(self, chunk: bytes) -> None:
+        # Without parsing: escaped quotes are blanked out, so that every remaining quote begins or ends a string. A
+        # backslash at the end of a chunk is kept for the next.
         plain = self.escape + chunk
         self.escape = b""
         if b"\\" in plain:

@@ -22,9 +22,9 @@ from vlabs.errors import UserError
 Count = Annotated[int, Ge(0)]
 Size = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-"""What numpy and torch take."""
+"""The seeds that numpy and torch accept."""
 Workers = Annotated[int, Ge(0), Le(16 * (os.cpu_count() or 4))]
-"""Processes: 16 for each CPU of this machine at most, beyond which they only cost memory."""
+"""Processes: at most 16 per CPU of this machine; more would only cost memory."""
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -32,22 +32,22 @@ ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Percent = Annotated[float, Ge(0), Le(100)]
 MOST_ALPHA = 1e6
 Strength = Annotated[float, Ge(0), Le(MOST_ALPHA)]
-"""α of the top-down signal; beyond, nothing but signal is left of the tokens."""
+"""α of the top-down signal; with larger values the signal drowns the tokens."""
 Severity = Annotated[int, Ge(1), Le(5)]
 Pairs = Annotated[int, Ge(2)]
-"""Images of which two are taken."""
+"""A number of images or pairs, at least two."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _Maker = TypeVar("_Maker")
 
 
 def checked(section: str) -> Callable[[_Maker], _Maker]:
-    """Let a class, or a function, refuse arguments that its annotations exclude.
+    """Decorator: a class or function refuses arguments that do not fit its annotations.
 
     Args:
-        section: the part of a config that the arguments are options of, for messages: `task.recipe`.
+        section: the part of a config with these options, such as `task.recipe`, for messages.
     """
 
     def of(maker: Any) -> Any:
@@ -73,7 +73,7 @@ def checked(section: str) -> Callable[[_Maker], _Maker]:
 
 @functools.cache
 def annotations_of(call: Any) -> dict[str, Any]:
-    """The types of a function's arguments with their ranges; none where one is known to type checkers alone."""
+    """The types of a function's arguments with their ranges; empty if a type is only imported for type checking."""
     try:
         return typing.get_type_hints(call, include_extras=True)
     except NameError:
@@ -81,11 +81,11 @@ def annotations_of(call: Any) -> dict[str, Any]:
 
 
 def options_of(kind: Any) -> dict[str, Any]:
-    """The annotations of all arguments of a class by name: its own, those of its bases, and those of the classes in the
-    attribute `hands_on`, which get what it does not name.
+    """The annotations of all arguments of a class, by name: its own, those of its bases, and those of the classes in
+    `hands_on`, to which it passes other arguments.
 
     Args:
-        kind: a class, or a function that makes one and hands on what it does not name itself.
+        kind: a class, or a function that makes one and passes other arguments to it.
     """
     own = {} if inspect.isclass(kind) else annotations_of(kind)
     made = own.get("return", kind)
@@ -100,12 +100,12 @@ def options_of(kind: Any) -> dict[str, Any]:
 
 
 def check_type(path: str, value: Any, hint: Any) -> None:
-    """Raise a UserError unless an option is as its annotation says, as far as that is of plain data.
+    """Raise a UserError unless the value of an option fits its annotation. Values that are not plain data always fit.
 
     Args:
         path: the option's name.
-        value: as of a config: a list may stand for a tuple, a dictionary for what is made of it.
-        hint: the annotation; `Literal`, `Annotated` by the types above, unions, lists and dictionaries of such.
+        value: the value in a config: a list may stand for a tuple, and a dictionary for an object.
+        hint: the annotation: `Literal`, the annotated types above, and unions, lists and dictionaries of them.
     """
     if not fits(value, hint):
         raise UserError(f"{path}={as_given(value)} must be {in_words(hint)}")
@@ -120,13 +120,13 @@ def check_type(path: str, value: Any, hint: Any) -> None:
             continue
         for name, item in value.items():
             if rest is None and name not in known:
-                raise UserError(f"there is no option {path}.{name}: choose of {', '.join(known)}")
+                raise UserError(f"there is no option {path}.{name}: choose from {', '.join(known)}")
             check_type(f"{path}.{name}", item, known.get(name, rest))
         return
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is as an annotation says; what is not plain data always is."""
+    """Whether a value fits an annotation. Annotations that are not plain data fit any value."""
     if is_open(value):
         return True
     origin, inner = get_origin(hint), get_args(hint)
@@ -148,7 +148,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
-    if _is_ours(hint):  # made already, or by what has options
+    if _is_ours(hint):  # an object, or the options to make it
         return isinstance(value, Mapping | hint) if inspect.isclass(hint) else True
     if hint is str:  # a name may look like a number
         return isinstance(value, str | int | float) and not isinstance(value, bool)
@@ -156,7 +156,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """What an annotation allows, for people: `a whole number, at least 1, or null`."""
+    """The values that an annotation allows, in words: `a whole number, at least 1, or null`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return in_words(inner[0]) + _limits(inner[0], inner[1:])
@@ -179,7 +179,7 @@ def as_given(value: Any) -> str:
 
 
 def is_open(value: Any) -> bool:
-    """Whether it is an interpolation, or missing."""
+    """Whether a value is an interpolation or missing."""
     return isinstance(value, str) and ("${" in value or value == "???")
 
 

@@ -15,7 +15,7 @@ from omegaconf._utils import get_yaml_loader
 from vlabs.errors import UserError, one_line
 
 LARGEST = 64 * 2**20
-"""Bytes of a file of plain data, at most."""
+"""Largest number of bytes of a file of plain data."""
 _DEEPEST = 50
 _MOST = 2_000_000  # values
 _LARGEST_CONFIG = 2**20  # characters
@@ -30,15 +30,15 @@ def read_text(path: Path) -> str:
         UserError: it does not exist, is not a regular file, is larger than `LARGEST`, or is not UTF-8.
     """
     try:
-        if not path.is_file():  # reading a pipe or a device need not end
-            raise UserError(f"{path} is not there, or no regular file")
+        if not path.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{path} does not exist or is not a regular file")
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB, which no file of its kind is")
+            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB, which is too large for its kind")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is no UTF-8") from None
+        raise UserError(f"{path} is damaged: it is not UTF-8") from None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -59,7 +59,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
                 f"{path} is a link out of its folder, to {os.path.realpath(path)}: put the file itself there"
             )
         if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is no regular file")
+            raise UserError(f"{path} is not a regular file")
 
 
 def parse_json(text: str, name: str, finite: bool = True) -> Any:
@@ -73,7 +73,7 @@ def parse_json(text: str, name: str, finite: bool = True) -> Any:
         UserError: it is not JSON, or not plain, see `check_plain`.
     """
     try:
-        if text.count(",") > _MOST:  # each may be a value, which takes many times its bytes
+        if text.count(",") > _MOST:  # each comma may mean a value, and a parsed value takes many times its bytes
             raise ValueError("it has more values than any that vlabs writes")
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,7 +83,7 @@ def parse_json(text: str, name: str, finite: bool = True) -> Any:
 
 
 class _Config(get_yaml_loader()):  # type: ignore[misc]
-    """YAML with few aliases: a few lines of aliases could expand to endless values."""
+    """YAML with a limit for aliases: a few lines of nested aliases could expand to billions of values."""
 
     aliases = 0
 
@@ -91,7 +91,7 @@ class _Config(get_yaml_loader()):  # type: ignore[misc]
         """See `yaml.composer.Composer`."""
         self.aliases += self.check_event(yaml.AliasEvent)
         if self.aliases > _MOST_ALIASES:
-            raise yaml.YAMLError("it has very many aliases (*name)")
+            raise yaml.YAMLError("it has too many aliases (*name)")
         return super().compose_node(parent, index)
 
 
@@ -111,7 +111,7 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is damaged: {one_line(str(error))}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{name} is damaged: it holds no config")
+        raise UserError(f"{name} is damaged: it is not a config")
     check_plain(content, name, most=_MOST_OF_CONFIG, finite=False)
     return content
 
@@ -133,7 +133,7 @@ def check_plain(value: Any, name: str, most: int = _MOST, finite: bool = True) -
             raise UserError(f"{name} is not plain data: it is nested too deeply, or larger than any that vlabs writes")
         if isinstance(one, dict):
             if not all(isinstance(key, str) for key in one):
-                raise UserError(f"{name} is not plain data: a key in it is no text")
+                raise UserError(f"{name} is not plain data: a key in it is not text")
             left += [(inner, depth + 1) for inner in one.values()]
         elif isinstance(one, list | tuple):
             left += [(inner, depth + 1) for inner in one]

@@ -50,4 +50,4 @@ def _guarded(what: str, load: Callable[[], Any]) -> None:
         load()
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        raise UserError(f"{what} cannot be imported ({said}): VLABS_DEBUG=1 says where it fails") from error
+        raise UserError(f"{what} cannot be imported ({said}): VLABS_DEBUG=1 shows where it fails") from error

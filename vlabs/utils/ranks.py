@@ -29,7 +29,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def is_rank_zero() -> bool:
     """Whether this process writes files and prints; known before torch.distributed is initialized."""
-    # Not with this module, which all commands import.
+    # Imported here, because all commands import this module and most do not need Lightning.
     from pytorch_lightning.utilities import rank_zero_only
 
     return int(getattr(rank_zero_only, "rank", 0)) == 0

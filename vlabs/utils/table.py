@@ -1,4 +1,4 @@
-"""A table as text: Markdown whose columns line up, to be read in a terminal and on a page."""
+"""Tables as Markdown with aligned columns, for the terminal and for pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vlabs.errors import printable
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A line for the header, a rule, and a line a row; the first column is of names, the others of numbers."""
+    """Make a table. The first column is for names and left-aligned, the others are for numbers and right-aligned."""
     cells = [[printable(str(cell)).replace("|", r"\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     aligned = ["<", *[">"] * (len(widths) - 1)]

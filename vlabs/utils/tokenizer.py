@@ -1,4 +1,4 @@
-"""Checks of an untrusted tokenizer.json: a few lines could turn any text into an endless one."""
+"""Checks of an untrusted tokenizer.json, a few lines of which could make any text huge."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlabs.errors import UserError
 from vlabs.utils.plain import parse_json
 
 _GROWTH = 10_000
-"""By what the steps before the tokens may multiply the length of a text, at most."""
+"""The largest factor by which the steps before tokenization may multiply the length of a text."""
 _GROWS = {"ByteLevel": 2, "BertNormalizer": 4, "Metaspace": 4, "NFC": 3, "NFKC": 4, "NFD": 4, "NFKD": 4}
 _ADDED = 10_000
-"""Characters of what says which tokens are added to a text, at most; all known have some hundred."""
+"""Largest number of characters of the post-processor, which adds tokens to texts; usual ones have a few hundred."""
 
 
 def check_tokenizer(text: str, name: str) -> None:
@@ -26,14 +26,14 @@ def check_tokenizer(text: str, name: str) -> None:
     """
     content = parse_json(text, name, finite=False)
     if not isinstance(content, dict):
-        raise UserError(f"{name} is no tokenizer")
+        raise UserError(f"{name} is not a tokenizer")
     growth = 1.0
     for step in (*_steps(content.get("normalizer")), *_steps(content.get("pre_tokenizer"))):
         growth *= _growth(step, name)
         if growth > _GROWTH:
-            raise UserError(f"{name}: the tokenizer makes texts more than {_GROWTH:,} times as long, which none does")
+            raise UserError(f"{name}: the tokenizer may make texts more than {_GROWTH:,} times as long")
     if len(str(content.get("post_processor"))) > _ADDED:
-        raise UserError(f"{name}: the tokenizer adds more tokens to a text than any does")
+        raise UserError(f"{name}: the tokenizer adds too many tokens to a text")
 
 
 def _steps(value: Any) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written completely, and the last one whenever a run could resume from it."""
+"""Checkpoints of a run: written completely or not at all, and only at points where a run can resume."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with open(partial, "wb") as file:
                 try:
                     torch.save(checkpoint, file)
-                except RuntimeError as error:  # the archive that is taken apart hides what interrupted its writing
+                except RuntimeError as error:  # closing the incomplete archive raises an error that hides the cause
                     raise error.__context__ or error from None
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == "last.ckpt" and path.is_file():
-                # A second name of the old file first: at no time is there no checkpoint.
+                # First give the old file a second name, so that there is a checkpoint at every moment.
                 older = path.with_name(path.name + ".older")
                 older.unlink(missing_ok=True)
                 try:
                     older.hardlink_to(path)
                     older.replace(previous_of(path))
-                except OSError:  # a file system where a file has one name: for a moment there is the one before alone
+                except OSError:  # a file system without hard links: for a moment there is only the previous one
                     path.replace(previous_of(path))
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before this one is."""
+    """Path of the checkpoint before this one."""
     return path.with_name(path.name + ".previous")
 
 
@@ -75,7 +75,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _write_to_no_terminal() -> None:
-    """Where the terminal is gone, what is still said would be an error."""
+    """Redirect output to /dev/null if the terminal is gone, because writing to it would raise an error."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode):
@@ -85,15 +85,15 @@ def _write_to_no_terminal() -> None:
 class KeepLast(pl.callbacks.Checkpoint):
     """Keeps `last.ckpt`, which has everything that a run needs to resume.
 
-    It is saved before and after every validation, at the end of every epoch, at intervals, at the end of the training,
-    and on SIGTERM, Ctrl-C or the end of the terminal (then the run stops) or SIGUSR1 (then it continues), which SLURM
-    sends before it takes a job's machine. It is saved only between two optimizer steps: it has no gradients of a partly
-    accumulated step. A second Ctrl-C stops at once.
+    It is saved before and after each validation, at the end of each epoch, at intervals, at the end of the training,
+    and on signals. After SIGTERM, Ctrl-C or the end of the terminal the run stops; after SIGUSR1, which SLURM sends
+    before it takes a job's machine, it continues. A second Ctrl-C stops at once. It is saved only between two optimizer
+    steps, because it does not hold the gradients of a partly accumulated step.
 
     Args:
         path: path of the checkpoint.
-        every_minutes: save so often, at least.
-        every_n_steps: save after so many optimizer steps.
+        every_minutes: largest number of minutes between two saves.
+        every_n_steps: number of optimizer steps between two saves.
     """
 
     def __init__(self, path: Path, every_minutes: float | None = None, every_n_steps: int | None = None) -> None:
@@ -107,27 +107,28 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.handlers: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen before Lightning does: after SIGUSR1 it would look for its own kind of checkpoint, and Ctrl-C it takes
-        for an error.
+        """Install signal handlers before Lightning does.
+
+        After SIGUSR1 Lightning would look for its own kind of checkpoint, and it treats Ctrl-C as an error.
         """
         self._listen(signal.SIGUSR1, self._ask_save)
         for number in _STOPS:
             self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for SIGTERM and Ctrl-C instead of Lightning, which would stop in half a step."""
+        """Replace Lightning's handlers of SIGTERM and Ctrl-C, which would stop in the middle of a step."""
         self.saved_at = time.monotonic()
         for number in _STOPS:
             self._listen(number, self._ask_stop)
 
     def _listen(self, number: int, handler: Any) -> None:
-        is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # as of nohup
+        is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # run by nohup
         if threading.current_thread() is threading.main_thread() and not is_ignored:
             self.handlers.setdefault(number, signal.getsignal(number))
             signal.signal(number, handler)
 
     def listen_no_more(self) -> None:
-        """To be called after the training: Lightning gives signals back to whoever listened when it began."""
+        """Restore the signal handlers. To be called after the training: Lightning restores those that it found."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
@@ -145,7 +146,7 @@ class KeepLast(pl.callbacks.Checkpoint):
             if self.stop_asked == number and not self.saving:
                 raise Stopped(number)
             if is_rank_zero():
-                # Not print, which may be at work just now.
+                # Not `print`: the signal may have interrupted a `print`, which is not reentrant.
                 os.write(2, b"\nCtrl-C: the run stops when this step is saved; a second one stops it at once\n")
         if number == signal.SIGHUP:
             _write_to_no_terminal()
@@ -154,7 +155,7 @@ class KeepLast(pl.callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, on all ranks if one of them was asked to or has its clock ahead."""
+        """Save if it is due; on all ranks, if any of them got a signal or its interval is over."""
         if not between_steps(trainer):
             return
         late = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
@@ -177,24 +178,24 @@ class KeepLast(pl.callbacks.Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if asked to: all is saved. Several ranks end the validation first, as they may have unequal batches."""
+        """Stop if asked to; all is saved. Several ranks finish the validation first: their batches may differ."""
         if self.stop_asked is not None and trainer.world_size == 1 and can_go_on(trainer):
             raise Stopped(self.stop_asked)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after a validation in mid-epoch, so that it is not done again."""
+        """Save after a validation in mid-epoch, so that a resumed run does not repeat it."""
         if between_steps(trainer) and not (trainer.sanity_checking or trainer.is_last_batch):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, unless the training ends in mid-epoch: then it is saved, and goes on from there."""
+        """Save, unless the training ends in mid-epoch: then it is already saved, and can resume there."""
         if epoch_is_over(trainer):
             self._save(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if asked to, now that the batch before has been logged."""
+        """Stop if asked to; the batch before has been logged now."""
         self._stop_if_saved()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,7 +211,7 @@ class KeepLast(pl.callbacks.Checkpoint):
             raise Stopped(self.stop_asked or signal.SIGTERM)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        """Save; nothing more is to be done if one of the ranks was asked to stop."""
+        """Save, and stop after this if one of the ranks was asked to."""
         self.saving = True
         try:
             trainer.save_checkpoint(self.path)
@@ -219,5 +220,5 @@ class KeepLast(pl.callbacks.Checkpoint):
         self.saved_at = time.monotonic()
         if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
             self.save_asked = False
-            say(f"saved {self.path} because of a signal; go on with resume={self.path.parent.parent}")
+            say(f"saved {self.path} because of a signal; continue with resume={self.path.parent.parent}")
         self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked is not None, all=False)

@@ -1,4 +1,4 @@
-"""Gradients that are not finite."""
+"""Handle gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vlabs.utils.ranks import say
 class FiniteGradients(pl.Callback):
     """Stops a run before a step whose gradient is not finite, or skips some such steps. Logs the gradient norm.
 
-    With 16-bit float precision and its scaler such steps are part of the search for a scale, and left to it.
+    With a gradient scaler (16-mixed) such steps are part of its search for a scale, and it skips them itself.
 
     Args:
-        max_bad_steps: how many may be left out.
-        checkpoint: named in the message.
+        max_bad_steps: largest number of steps to skip.
+        checkpoint: path of the checkpoint to resume from, for the message.
     """
 
     def __init__(self, max_bad_steps: int, checkpoint: Path) -> None:
@@ -34,16 +34,16 @@ class FiniteGradients(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember which texts go into the step."""
+        """Remember the samples of the step."""
         self.seen += cast(Task, pl_module).sample_ids(batch)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradient. Ranks agree on it, as each sees only its part where the model is sharded (FSDP).
+        """Check the gradient. All ranks decide together, because each has only its part of a sharded model (FSDP).
 
         Raises:
-            UserError: it is not finite, and no more steps may be left out.
+            UserError: it is not finite, and no more steps may be skipped.
         """
         texts, self.seen = self.seen, []
         norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
@@ -59,11 +59,11 @@ class FiniteGradients(pl.Callback):
         what = f"the gradient is not finite at step {trainer.global_step} (texts {named})"
         if self.bad_steps > self.max_bad_steps:
             go_on = (
-                f"{self.checkpoint} is from before it: go on with resume={self.checkpoint.parent.parent}"
+                f"{self.checkpoint} is from before it: continue with resume={self.checkpoint.parent.parent}"
                 if self.checkpoint.is_file()
                 else "there is no checkpoint yet"
             )
             raise UserError(f"{what}; {go_on}; lower task.recipe.lr, or allow some such steps with max_bad_steps=N")
-        say(f"{what}: left out, {self.bad_steps} of at most {self.max_bad_steps}")
+        say(f"{what}: skipped, {self.bad_steps} of at most {self.max_bad_steps}")
         for parameter in pl_module.parameters():
-            parameter.grad = None  # the optimiser leaves alone what has none
+            parameter.grad = None  # optimizers skip parameters without a gradient

@@ -1,4 +1,4 @@
-"""Grounding during training."""
+"""Measure grounding during training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from vlabs.utils.options import Count
 
 
 class GroundingCurve(EveryNValidations):
-    """Every N validations: does the model look at what the texts are about? Logs `val/grounding/MAP_energy`.
+    """Every N validations, measure whether the model looks at what the texts are about: `val/grounding/MAP_energy`.
 
-    This is the share of a map's energy inside the target, in percent, beside `val/grounding/area`, the share of a
-    uniform map; on texts of the validation split with known targets, evenly spread. If there are none, nothing is
-    measured.
+    This is the share of a map's energy inside the region, in percent. `val/grounding/area` is the same for a uniform
+    map. Measured on texts of the validation split with a region, evenly spread; if there are none, nothing is logged.
 
     Args:
-        every_n_validations: validations from one to the next; 0 for never.
-        num_texts: texts that are measured.
-        maps: maps that are measured, of `vlabs.attention.maps.MAPS`.
-        instances: COCO's instances; None for the regions that the data were prepared with.
+        every_n_validations: number of validations between two measurements; 0 for never.
+        num_texts: number of texts to measure.
+        maps: maps to measure, of `vlabs.attention.maps.MAPS`.
+        instances: COCO's instances; None for the regions in the prepared data.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class GroundingCurve(EveryNValidations):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the targets once."""
         if wrong := [name for name in self.maps if name not in MAPS]:
-            raise UserError(f"callbacks.grounding.maps names {', '.join(wrong)}: choose of {', '.join(MAPS)}")
+            raise UserError(f"callbacks.grounding.maps names {', '.join(wrong)}: choose from {', '.join(MAPS)}")
         data = trainer.datamodule  # type: ignore[attr-defined]
         looks = isinstance(pl_module, VisionLanguageTask) and isinstance(data, PreparedDataModule)
         if self.every and self.targets is None and looks:

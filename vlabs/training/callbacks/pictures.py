@@ -24,13 +24,13 @@ from vlabs.utils.options import Count
 
 
 class PredictionTable(EveryNValidations):
-    """Every N validations: some images with questions, true answers, the top 3 answers and where the model looked.
+    """Every N validations, show some images with questions, true answers, the top 3 answers and where the model looked.
 
     Args:
-        every_n_validations: validations from one to the next; 0 for never.
-        num_images: images of the validation split that are shown.
-        questions_per_image: questions shown of each.
-        directory: where the figures go; `figures` in the run folder if not given.
+        every_n_validations: number of validations between two figures; 0 for never.
+        num_images: number of images of the validation split.
+        questions_per_image: number of questions per image.
+        directory: folder of the figures; None for `figures` in the run folder.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PredictionTable(EveryNValidations):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the figures, and the table to W&B."""
-        # Nothing else answers questions.
+        # Only this task answers questions.
         if not isinstance(pl_module, VQATask) or not self.is_due(trainer) or not trainer.is_global_zero:
             return
         folder = self.directory or Path(trainer.default_root_dir) / "figures"
@@ -102,7 +102,7 @@ class PredictionTable(EveryNValidations):
         questions: Sequence[str],
         folder: Path,
     ) -> None:
-        """The figures of `vlabs attention` that are of one image and one model, as files and in W&B."""
+        """Save the figures of `vlabs attention` for one image and one model as files and in W&B."""
         model = checkpoint.model
         figures = {"questions": questions_figure(checkpoint, [picture], questions, default_map(model))}
         if model.vision.needs_prior:

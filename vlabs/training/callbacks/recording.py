@@ -13,14 +13,14 @@ from vlabs.runs.record import Record
 
 
 class Recorder(pl.Callback):
-    """Says that a run has begun once nothing is left that could refuse it, and keeps its record in checkpoints.
+    """Calls `begin` when nothing can refuse the run any more, and keeps the run's record in its checkpoints.
 
-    A run whose folder was moved, renamed or copied since finds its own checkpoints where it is now.
+    A run whose folder was moved, renamed or copied finds its own checkpoints in the new place.
 
     Args:
-        record: of the run.
+        record: the record of the run.
         begin: called before the first batch.
-        config: of the run, as plain data.
+        config: the config of the run, as plain data.
     """
 
     def __init__(self, record: Record, begin: Callable[[], None], config: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ class Recorder(pl.Callback):
         self.config = config
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the steps of this part."""
+        """Count the steps of this part of the run."""
         self.record.first_step = trainer.global_step
         self.record.step = lambda: trainer.global_step
 
@@ -40,7 +40,7 @@ class Recorder(pl.Callback):
         self._begin()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin, where a run goes on with a validation."""
+        """Begin, if a run resumes with a validation."""
         if not trainer.sanity_checking:
             self._begin()
 
@@ -49,15 +49,17 @@ class Recorder(pl.Callback):
             self.begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """The record as plain data."""
         folder = os.path.realpath(self.record.folder)
         return {"folder": folder, "config": self.config, "summary": self.record.summary("running")}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Move what other callbacks say of files in the run folder to where it is; forget a best one that is gone, and
-        files outside of the folder that a callback writes to: it removes some where it has better ones.
+        """Update paths in the states of other callbacks.
+
+        Paths in the run folder are moved to where the folder is now. Forget a best checkpoint that is gone, and paths
+        outside a callback's own folder: it would delete those files when it has better ones.
         """
         states = checkpoint["callbacks"]
         then, now = _folder_of(states), os.path.realpath(self.record.folder)
@@ -72,7 +74,7 @@ class Recorder(pl.Callback):
 
 
 def _folder_of(states: dict[str, Any]) -> str | None:
-    """Where a run lay, by the states of its callbacks."""
+    """The folder of a run when the states of its callbacks were saved."""
     if (own := states.get(Recorder.__qualname__)) is not None:
         return str(own["folder"])
     kept = [Path(str(state["dirpath"])) for state in states.values() if isinstance(state, dict) and "dirpath" in state]
@@ -80,14 +82,14 @@ def _folder_of(states: dict[str, Any]) -> str | None:
 
 
 def _is_at_home(state: dict[str, Any]) -> bool:
-    """Whether the files that a callback says it has written are in the folder that it says."""
+    """Whether all files in a callback's state are in its own folder."""
     names = ("best_model_path", "kth_best_model_path", "last_model_path")
     paths = [Path(path) for path in (*map(state.get, names), *(state.get("best_k_models") or {})) if path]
     return all(path.is_relative_to(state["dirpath"]) and ".." not in path.parts for path in paths)
 
 
 def _moved(value: Any, then: str, now: str) -> Any:
-    """Plain data in which every path within one folder is within another."""
+    """Replace the folder `then` by `now` in all paths of plain data."""
     if isinstance(value, dict):
         return {_moved(key, then, now): _moved(one, then, now) for key, one in value.items()}
     if isinstance(value, list):

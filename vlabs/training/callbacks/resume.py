@@ -30,9 +30,9 @@ from vlabs.training.lightning_state import (
 from vlabs.utils.options import as_given
 from vlabs.utils.ranks import say
 
-# What a group of parameters is trained with, by the names of `task.recipe.NAME`.
+# Settings of a group of parameters, and their options `task.recipe.NAME`.
 _SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
-# Of what decides which texts form a batch, what is no option `data.NAME`.
+# Keys of `EpochSampler.how` that are not options `data.NAME`.
 _NO_OPTIONS = ("texts", "pictures", "processes")
 
 
@@ -48,7 +48,7 @@ class GoOn(pl.Callback):
     can resume.
 
     Args:
-        options: the options that changed, with old and new values; all are printed.
+        options: the options that changed, with old and new values; they are printed.
     """
 
     def __init__(self, options: Mapping[str, tuple[Any, Any]] | None = None) -> None:
@@ -60,7 +60,7 @@ class GoOn(pl.Callback):
         self.settings: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain data and tensors, which load without executing anything."""
+        """The states of all generators as plain data and tensors, which load without executing code."""
         version, internal, gauss = random.getstate()
         name, keys, *rest = np.random.get_state()
         return {
@@ -71,14 +71,15 @@ class GoOn(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training really begins, because getting there may draw."""
+        """Keep the states until the first batch: what happens before may draw random numbers."""
         self.generators = state_dict
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the place in the epoch. Lightning keeps it too, but loads it before it has read the checkpoint where the
-        schedule asks for the number of steps.
+        """Save the position in the epoch.
+
+        Lightning saves it too, but its loader would be asked for the number of steps before it has read its state.
         """
         completed, processed = place_in_epoch(checkpoint)
         if completed < processed and validation_follows(trainer):
@@ -94,19 +95,19 @@ class GoOn(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Kept until there is a loader."""
+        """Keep the position until there is a loader."""
         self.loader, self.plan = checkpoint.get("train_loader"), checkpoint.get("plan")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what the config says, before the checkpoint says what it was."""
+        """Remember the settings of the config before the checkpoint's optimizer state overwrites them."""
         self.max_steps = take_over_max_steps(trainer)
         self.settings = [{name: group.get(name) for name in _SETTINGS} for group in _groups(trainer)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go to the place in the epoch and in the schedule.
+        """Go to the position in the epoch and in the schedule.
 
         Raises:
-            UserError: the data are not those that the run was begun with.
+            UserError: the data are not those that the run began with.
         """
         loader = trainer.train_dataloader if isinstance(trainer.train_dataloader, GroupLoader) else None
         if self.loader is not None and loader is not None:
@@ -115,11 +116,11 @@ class GoOn(pl.Callback):
             changed = self._changes(trainer)
             for name in ("texts", "pictures"):
                 if name in changed:
-                    raise UserError(f"resume: {changed[name]}: a run goes on with the data that it was begun with")
+                    raise UserError(f"resume: {changed[name]}: a run can only resume with the data that it began with")
             if changed:
                 self._go_on_otherwise(trainer, loader)
             elif is_in_epoch(trainer) and self.plan["epoch_batches"] != trainer.num_training_batches:
-                # Of an epoch that went on under other options once before.
+                # The options are the same, but this epoch was already continued once under other options.
                 if loader is not None:
                     loader.begun = batches_done(trainer)[0] - loader.groups.first
                 set_epoch_length(trainer, self.plan["epoch_batches"])
@@ -128,13 +129,13 @@ class GoOn(pl.Callback):
             if changed:
                 done = [f"{100 * course.at(one.last_epoch) / course.total:.1f}%" for one, course in _courses(trainer)]
                 said = f" after {done[0]} of the training" if done else ""
-                say(f"going on{said} with {', '.join(changed.values())}")
+                say(f"resuming{said} with {', '.join(changed.values())}")
         self.loader = self.plan = None
         if not validation_waits(trainer):
             self._stop_after_max_steps(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A whole epoch begins with its first batch, also where `limit_train_batches` ended the one before early."""
+        """Begin a whole epoch with its first batch, also if `limit_train_batches` ended the previous one early."""
         loader = trainer.train_dataloader
         if isinstance(loader, GroupLoader):
             went_on = loader.begun or loader.groups.before
@@ -145,7 +146,7 @@ class GoOn(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore, before the first batch after a stop."""
+        """Restore the generators before the first batch after a stop."""
         self._restore()
 
     def on_train_batch_end(
@@ -155,13 +156,13 @@ class GoOn(pl.Callback):
         self._stop_after_max_steps(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore, where a validation is the first thing after a stop."""
+        """Restore the generators if a validation is the first thing after a stop."""
         if not trainer.sanity_checking and self.generators is not None:
             self._restore()
             count_validation_batch_again(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As `on_train_batch_end`, of a run that went on with this validation."""
+        """As `on_train_batch_end`, for a run that resumed with this validation."""
         if not trainer.sanity_checking:
             self._stop_after_max_steps(trainer)
 
@@ -170,7 +171,7 @@ class GoOn(pl.Callback):
             trainer.should_stop = True
 
     def _plan(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """All that decides how long a training is and what a step is, as plain data."""
+        """Everything that decides the length of a training and what a step is, as plain data."""
         limits: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": self.max_steps}
         limits |= {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "limit_train_batches")}
         found = {f"trainer.{name}": value for name, value in limits.items()}
@@ -183,7 +184,7 @@ class GoOn(pl.Callback):
         return found
 
     def _changes(self, trainer: pl.Trainer) -> dict[str, str]:
-        """What is not as it was when the checkpoint was written, each in words by its name."""
+        """What has changed since the checkpoint was written: a phrase by name."""
         before = self.plan or {}
         return {
             name: f"{name}={value}, was {before[name]}"
@@ -192,7 +193,7 @@ class GoOn(pl.Callback):
         }
 
     def _go_on_otherwise(self, trainer: pl.Trainer, loader: GroupLoader | None) -> None:
-        """Share out the rest of the begun epoch and of the schedule anew."""
+        """Divide the rest of the current epoch anew, and stretch the rest of the schedule over the steps left."""
         assert self.plan is not None
         whole = int(trainer.num_training_batches)
         steps_an_epoch = math.ceil(whole / trainer.accumulate_grad_batches)
@@ -209,19 +210,20 @@ class GoOn(pl.Callback):
         for scheduler, course in _courses(trainer):
             if course.elapsed is not None or course.total == 0 or not math.isfinite(steps):
                 continue
+            # The share that is done, of the training's new length. The rest of the schedule covers the steps left.
             now = _length(self._plan(trainer), whole)
             share = course.at(scheduler.last_epoch) / course.total * _ratio(before, now)
             course.go_on(scheduler.last_epoch, min(1.0, share) * course.planned, max(0, int(steps)), course.planned)
 
     def _share_out_epoch(self, trainer: pl.Trainer, loader: GroupLoader | None) -> int:
-        """Let the begun epoch go on with what is left of it; returns in how many batches."""
+        """Continue the current epoch with what is left of it; return its number of batches."""
         assert self.plan is not None
         batches, over = batches_done(trainer)
         whole, accumulate = int(trainer.num_training_batches), trainer.accumulate_grad_batches
         if over:
             set_epoch_length(trainer, batches)
             return 0
-        if loader is None:  # of one's own, which says itself where it goes on
+        if loader is None:  # a user's own loader, which keeps its own position
             set_epoch_length(trainer, max(whole, batches + 1))
             return max(whole - batches, 1)
         share = batches / self.plan["epoch_batches"]
@@ -229,8 +231,8 @@ class GoOn(pl.Callback):
         if whole < loader.whole_length:  # under `trainer.limit_train_batches`
             left = min(left, max(1, round((1 - share) * whole)))
         if left <= 0:
-            raise UserError("resume: under these options no batch is left of the begun epoch: pass those that it had")
-        # Count what is done as the batches that make that share of an epoch, in whole steps.
+            raise UserError("resume: under these options the current epoch has no batch left: pass those that it had")
+        # Lightning counts batches. Set its count to the batches, in whole steps, that are this share of a new epoch.
         done = max(1, round(share * whole / accumulate)) * accumulate
         count_batches_as(trainer, done)
         loader.begun = done - loader.groups.first
@@ -238,7 +240,7 @@ class GoOn(pl.Callback):
         return left
 
     def _apply_settings(self, trainer: pl.Trainer) -> dict[str, str]:
-        """Train with what the config says, not with what it was in the checkpoint; what that changes, in words."""
+        """Use the config's settings instead of the checkpoint's; return what that changes, in words."""
         changed: dict[str, str] = {}
         for group, settings in zip(_groups(trainer), self.settings, strict=True):
             for name, value in settings.items():
@@ -260,7 +262,7 @@ class GoOn(pl.Callback):
         random.setstate((version, tuple(internal), gauss))
         name, keys, place, *rest = state["numpy"]
         if not 0 <= place <= len(keys):
-            raise ValueError(f"numpy's generator is at {place}")  # it would read there
+            raise ValueError(f"numpy's generator is at {place}")  # numpy would read out of bounds
         np.random.set_state((name, keys.numpy().astype(np.uint32), place, *rest))
         torch.set_rng_state(state["torch"].cpu())
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
@@ -273,14 +275,14 @@ def _groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
 
 
 def _courses(trainer: pl.Trainer) -> list[tuple[Any, Course]]:
-    """The schedulers that know how far the training is, and what they know."""
+    """The schedulers with a `Course`, and their courses."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     courses = [(one, next(iter(getattr(one, "lr_lambdas", [None])))) for one in schedulers]
     return [(scheduler, course) for scheduler, course in courses if isinstance(course, Course)]
 
 
 def _length(plan: dict[str, Any], batches_an_epoch: int) -> tuple[str, float, float]:
-    """By what a training ends, after how many of them, and how many epochs that is."""
+    """The unit that ends a training (epochs or steps), how many of them, and the length in epochs."""
     per_epoch = math.ceil(batches_an_epoch / plan["trainer.accumulate_grad_batches"])
     epochs, steps = plan["trainer.max_epochs"], plan["trainer.max_steps"]
     by_epochs = epochs not in (-1, None)
@@ -290,5 +292,5 @@ def _length(plan: dict[str, Any], batches_an_epoch: int) -> tuple[str, float, fl
 
 
 def _ratio(before: tuple[str, float, float], now: tuple[str, float, float]) -> float:
-    """How long a training was to be, in terms of how long it is now to be."""
+    """The old length of a training divided by its new length."""
     return before[1] / now[1] if before[0] == now[0] else before[2] / now[2]

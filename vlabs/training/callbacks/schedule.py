@@ -19,16 +19,16 @@ class EveryNValidations(pl.Callback):
         self.validations = 0
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Count a validation; whether it is the N-th."""
+        """Count a validation; True for every N-th."""
         if trainer.sanity_checking:
             return False
         self.validations += 1
         return bool(self.every) and self.validations % self.every == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many there were."""
+        """The number of validations."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.validations = state_dict["validations"]

@@ -17,11 +17,11 @@ from vlabs.utils.options import Count
 
 
 class SegmentPictures(EveryNValidations):
-    """Every N validations of task=segment: some images with the classes found and true, as a file and in W&B.
+    """Every N validations of task=segment, show some images with predicted and true classes, as a file and in W&B.
 
     Args:
-        every_n_validations: validations from one to the next; 0 for never.
-        num_images: images of the validation split that are shown.
+        every_n_validations: number of validations between two figures; 0 for never.
+        num_images: number of images of the validation split.
     """
 
     def __init__(self, every_n_validations: Count = 1, num_images: Count = 4) -> None:
@@ -46,5 +46,5 @@ class SegmentPictures(EveryNValidations):
         path = save_figure(figure, Path(trainer.default_root_dir) / "figures" / name)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                with sending("the pictures of segments"):
+                with sending("the figure of segments"):
                     logger.log_image("val/segments", [str(path)], step=trainer.global_step)

@@ -14,13 +14,13 @@ from vlabs.utils.options import Count, NonNegative
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
-    """Lightning's, on the metric by which the task's best checkpoint is chosen, if no other is named.
+    """Lightning's early stopping, by default on the metric that chooses the task's best checkpoint.
 
     Args:
         monitor: metric of a validation; None for the task's own.
         patience: validations without a better value before training stops.
         mode: whether `max` or `min` is better.
-        min_delta: least change that counts as better.
+        min_delta: smallest change that counts as better.
         options: of Lightning's `EarlyStopping`.
     """
 
@@ -41,18 +41,18 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the metric."""
+        """Check the metric."""
         with self._explained():
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the metric, where every epoch ends with a validation."""
+        """Check the metric, where every epoch ends with a validation."""
         with self._explained():
             super().on_train_epoch_end(trainer, pl_module)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in a sentence that there is no such metric."""
+        """Turn Lightning's error for an unknown metric into a UserError."""
         try:
             yield
         except RuntimeError as error:
