@@ -93,7 +93,7 @@ def test_a_fault_of_vlabs_own_has_its_traceback(error, capsys):
     assert left.value.code == 1
     assert "Traceback" in said
     assert said.splitlines()[-1].startswith(f"error: {type(error).__name__}")
-    assert "vlabs' own" in said
+    assert "a bug in vlabs" in said
 
 
 @pytest.mark.parametrize("debug", ["", "0", "1"])
