@@ -12,10 +12,12 @@ from PIL import Image
 from data_prep.engine.pipeline import Options, prepare
 from data_prep.readers.gqa import GQA
 from data_prep.readers.pairs import PairTable, find_pairs
+from data_prep.readers.pope import POPE
 from vlabs.data.images import decode_region
 from vlabs.data.prepared import load_split, read_answers, read_manifest
 from vlabs.errors import UserError
 from vlabs.metrics.statements import told_apart
+from vlabs.metrics.vqa import yes_no
 
 NO_TOKENIZER = Options(vocab_size=0)
 
@@ -42,6 +44,52 @@ def graph(**objects):
         for name, (x, y, w, h) in objects.items()
     }
     return {"width": 64, "height": 48, "objects": named}
+
+
+def test_pope_is_read_as_it_is_downloaded_and_scored_by_precision_and_recall(tiny_run, tmp_path, in_process):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    names = [f"COCO_val2014_{n:012}.jpg" for n in (310196, 210789)]
+    with zipfile.ZipFile(raw / "val2014.zip", "w") as archive:
+        for shade, name in enumerate(names):
+            archive.writestr(f"val2014/{name}", picture(shade))
+    lines = [
+        {"question_id": n, "image": names[n > 3], "text": f"Is there a {what} in the image?", "label": label}
+        for n, (what, label) in enumerate(
+            [("star", "yes"), ("car", "no"), ("circle", "yes"), ("dog", "no"), ("red square", "yes"), ("bus", "no")], 1
+        )
+    ]
+    (raw / "coco_pope_random.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (raw / "coco_pope_popular.json").write_text(json.dumps(lines[0]))
+    prepare(POPE(raw), tmp_path / "out", NO_TOKENIZER)
+    first, second = load_split(tmp_path / "out", "random")
+    assert first["image"] == picture(0)
+    assert first["question"] == [line["text"] for line in lines[:3]]
+    assert second["answers"] == [["no"], ["yes"], ["no"]]
+    assert load_split(tmp_path / "out", "popular")["question_id"] == [[1]]
+
+    given = [f"ckpt={tiny_run[0]}", f"data.dir={tmp_path / 'out'}", "split=random", "hydra.run.dir=measured"]
+    result = in_process("vlabs.evaluate", [*given, "data.num_workers=0"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "measured/metrics.json").read_text())
+    answers = {
+        one["question_id"]: one["answer"] for one in json.loads((tmp_path / "measured/results.json").read_text())
+    }
+    said = [answers[line["question_id"]] == "yes" for line in lines]
+    right = [yes for yes, line in zip(said, lines, strict=True) if line["label"] == "yes"]
+    assert metrics["recall"] == pytest.approx(100 * sum(right) / 3)
+    assert metrics["yes"] == pytest.approx(100 * sum(said) / 6)
+    assert yes_no(["yes", "yes", "cat", "no"], ["yes", "no", "yes", "no"]) == {
+        "precision": 50, "recall": 50, "f1": 50, "yes": 50
+    }  # fmt: skip
+
+    (raw / "coco_pope_popular.json").write_text(json.dumps(lines[0] | {"label": "maybe"}))
+    with pytest.raises(UserError, match="line 1.*maybe"):
+        prepare(POPE(raw), tmp_path / "bad", NO_TOKENIZER)
+    (raw / "coco_pope_popular.json").unlink()
+    (raw / "coco_pope_random.json").unlink()
+    with pytest.raises(UserError, match="coco_pope_random.json"):
+        POPE(raw)
 
 
 @pytest.fixture

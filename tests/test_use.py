@@ -16,8 +16,10 @@ import vlabs
 from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
+from vlabs.errors import UserError
 from vlabs.metrics.vqa import vqa_accuracy
 from vlabs.page.answers import _question
+from vlabs.prediction.second_look import best_window, view_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -175,3 +177,45 @@ def test_predict_takes_a_released_file_with_its_vocabulary(released):
 def test_a_released_file_without_its_vocabulary_is_asked_for_it(released):
     arguments = ["--ckpt", "released.ckpt", "--image", "picture.png", "--question", "what color is it"]
     assert_one_line_error(command("vlabs.predict", *arguments, cwd=released), "--answers")
+
+
+def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, tiny_data, tmp_path, in_process):
+    values = np.zeros((6, 6))
+    values[3:5, 1:3] = 1.0
+    assert best_window(values) == (3, 1, 2)
+    image = Image.effect_noise((60, 60), 80).convert("RGB")
+    crop = view_of(image, (0, 0, 60, 60), values, "crop", (9, 9, 9))
+    assert np.array_equal(np.asarray(crop), np.asarray(image)[30:50, 10:30])
+    masked = np.asarray(view_of(image, (0, 0, 60, 60), np.arange(36.0).reshape(6, 6), "masked", (9, 9, 9)))
+    assert np.array_equal(masked[40:], np.asarray(image)[40:])
+    assert (masked[:20] == 9).all()
+
+    predictor, question = vlabs.load(tiny_run[0]), "What color is the big star?"
+    names = list(predictor.preprocessing.names)
+    for kind in ("crop", "masked"):
+        (found,) = predictor.answer(image, [question], len(names), second_look=kind)
+        (first,) = predictor.answer(image, [question], len(names))
+        box = predictor.preprocessing.box(image.size)
+        color = tuple(round(255 * one) for one in predictor.preprocessing.mean)
+        (second,) = predictor.answer(view_of(image, box, first.map, kind, color), [question], len(names))
+        assert found.before == first.answers
+        one, other = (dict(looked.answers) for looked in (first, second))
+        logit = {
+            name: (np.log(one[name] / (1 - one[name])) + np.log(other[name] / (1 - other[name]))) / 2 for name in names
+        }
+        most = max(one.values())
+        for name, share in found.answers:
+            expected = 1 / (1 + np.exp(-logit[name])) if one[name] >= most / 2 else 0
+            assert share == pytest.approx(expected, abs=1e-5), name
+
+    given = [f"ckpt={tiny_run[0]}", f"data.dir={tiny_data}", "task.view=crop", "hydra.run.dir=out", "split=val"]
+    result = in_process("vlabs.evaluate", given, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["view"] == "crop"
+    answers = {one["question_id"]: one["answer"] for one in json.loads((tmp_path / "out/results.json").read_text())}
+    row = load_split(tiny_data, "val")[0]
+    (tmp_path / "picture.jpg").write_bytes(row["image"])
+    looked = predictor.answer(tmp_path / "picture.jpg", row["question"], 1, second_look="crop")
+    assert [one.answers[0][0] for one in looked] == [answers[n] for n in row["question_id"]]
+    with pytest.raises(UserError, match="crop, masked"):
+        predictor.answer(image, [question], second_look="again")

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlabs.attention import MAPS
+from vlabs.attention import MAPS, VIEWS
 from vlabs.errors import run_cli, show
 from vlabs.utils.arguments import Parser, add_out, check_out, number
 
@@ -39,6 +39,10 @@ def main() -> None:
         "--keep", type=number(0, 1), help="share of the patches in the second pass, those most similar to ξ (default: "
         "the model's own)",
     )  # fmt: skip
+    parser.add_argument(
+        "--second-look", choices=VIEWS, help="answer again from what the map points at, enlarged (crop) or without the "
+        "rest (masked), and join both answers",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
@@ -61,11 +65,13 @@ def _predict(arguments: argparse.Namespace) -> None:
     predictor = load(
         arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
     )
-    answers = predictor.answer(pictures, arguments.question, map_name=arguments.map)
+    answers = predictor.answer(pictures, arguments.question, map_name=arguments.map, second_look=arguments.second_look)
     for answer in answers:
         show(answer.question)
         for text, probability in answer.answers:
             show(f"  {probability:6.1%}  {text}")
+        if answer.before is not None:
+            show(f"  (after a second look; at first {answer.before[0][0]} {answer.before[0][1]:.1%})")
         for line in (answer.counted, *answer.warnings):
             if line:
                 show(f"  ({line})")

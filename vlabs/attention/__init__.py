@@ -12,3 +12,9 @@ MAPS = {
     "contrast": "what the text reads of the image and an empty text does not",
 }
 """The maps, and what is bright in each."""
+
+VIEWS = {
+    "crop": "the part of the image that the map points at, enlarged (ViCrop)",
+    "masked": "the image with the mean color instead of the half where the map is lowest (AGLA)",
+}
+"""The views of a second look, see `vlabs.prediction.second_look`."""

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 import datasets
 
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
-from vlabs.metrics.vqa import types_table, vqa_accuracy
+from vlabs.metrics.vqa import types_table, vqa_accuracy, yes_no
+from vlabs.prediction.predictor import Predictor
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
 
 
 class VQAEvaluation(Evaluation):
-    """Answers all questions of a split, and scores the answers or writes them as a submission."""
+    """Answers all questions of a split, and scores the answers or writes them as a submission.
+
+    Args:
+        view: answer after a second look at the image (see `vlabs.prediction.second_look`); None for a single look.
+    """
 
     name = "vqa"
     needs = ("texts", "one image", "answers")
     reads = VQADataModule
     may_be_blind = True
 
+    def __init__(self, view: Literal["crop", "masked"] | None = None) -> None:
+        self.view = view
+
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`; in percent."""
-        setting, split = results.setting, results.split
-        trainer = make_trainer(setting.trainer, logger=False, callbacks=setting.callbacks, enable_checkpointing=False)
-        if trainer.world_size > 1:
-            raise UserError("evaluate task=vqa runs on one device: pass trainer.devices=1")
-        task = VQATask(checkpoint.model, checkpoint.preprocessing, data={}, recipe=Recipe())
-        batches = trainer.predict(task, data.eval_dataloader(split, with_targets=False))
-        predictions = [prediction for batch in batches or [] for prediction in batch]  # type: ignore[union-attr]
+        split = results.split
+        look = self._look_once if self.view is None else self._look_twice
+        answers = look(checkpoint, data, results)
         questions = data.rows(split).select_columns(["question_id", "answers", "answer_type", "question_type"])
         asked = [question_id for row in questions for question_id in row["question_id"]]
-        if sorted(asked) != sorted(p.question_id for p in predictions):
-            raise UserError(f"split {split}: {len(asked)} questions have {len(predictions)} answers, not one each")
-        answers = [{"question_id": p.question_id, "answer": p.answer} for p in predictions]
+        if sorted(asked) != sorted(answer["question_id"] for answer in answers):
+            raise UserError(f"split {split}: {len(asked)} questions have {len(answers)} answers, not one each")
         annotations = _annotations(questions)
         if annotations is None:
             results.json(f"vqa_{split}_submission.json", answers)
@@ -62,8 +67,40 @@ class VQAEvaluation(Evaluation):
             "per_answer_type": accuracy["per_answer_type"],
             "per_question_type": accuracy["per_question_type"],
         }
+        if all(one["answer_type"] == "yes/no" for one in annotations):
+            truths = [Counter(item["answer"] for item in one["answers"]).most_common(1)[0][0] for one in annotations]
+            found = yes_no([given[one["question_id"]] for one in annotations], truths)
+            results.metrics |= found
+            results.table(["of yes", "percent"], [[name, f"{value:.2f}"] for name, value in found.items()])
         results.json("results.json", answers)
         results.json("per_question.json", {str(question_id): value for question_id, value in of.items()})
+
+    def _look_once(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> list[dict[str, Any]]:
+        """The answers, in batches by Lightning."""
+        setting = results.setting
+        trainer = make_trainer(setting.trainer, logger=False, callbacks=setting.callbacks, enable_checkpointing=False)
+        if trainer.world_size > 1:
+            raise UserError("evaluate task=vqa runs on one device: pass trainer.devices=1")
+        task = VQATask(checkpoint.model, checkpoint.preprocessing, data={}, recipe=Recipe())
+        batches = trainer.predict(task, data.eval_dataloader(results.split, with_targets=False))
+        predictions = [prediction for batch in batches or [] for prediction in batch]  # type: ignore[union-attr]
+        return [{"question_id": one.question_id, "answer": one.answer} for one in predictions]
+
+    def _look_twice(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> list[dict[str, Any]]:
+        """The answers after a second look, an image at a time."""
+        if data.options.blind:
+            raise UserError("data.blind=true: there is nothing to look at again: leave task.view out")
+        predictor = Predictor(checkpoint, results.device)
+        answers = []
+        for row in results.each(data.rows(results.split), "image"):
+            image = decode_image(row["image"], f"image {row['image_id']}")
+            found = predictor.answer(image, row["question"], top=1, second_look=self.view)
+            answers += [
+                {"question_id": question_id, "answer": answer.answers[0][0]}
+                for question_id, answer in zip(row["question_id"], found, strict=True)
+            ]
+        results.metrics["view"] = self.view
+        return answers
 
 
 def _annotations(rows: datasets.Dataset) -> list[dict[str, Any]] | None:

@@ -258,6 +258,24 @@ def vqa_accuracy(annotations: str | Path | Mapping[str, Any], results: str | Pat
     )
 
 
+def yes_no(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """Precision, recall and F1 of the answer yes, and the share of yes, in percent, as POPE reports them.
+
+    Args:
+        answers: any but yes counts as no.
+        truths: yes or no.
+    """
+    said = [answer == "yes" for answer in answers]
+    true = [truth == "yes" for truth in truths]
+    both = sum(one and other for one, other in zip(said, true, strict=True))
+    return {
+        "precision": 100 * both / max(sum(said), 1),
+        "recall": 100 * both / max(sum(true), 1),
+        "f1": 200 * both / max(sum(said) + sum(true), 1),
+        "yes": 100 * sum(said) / max(len(said), 1),
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

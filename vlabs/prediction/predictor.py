@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlabs.attention import VIEWS
 from vlabs.attention.maps import DEAD, MAPS, default_map, look_by
 from vlabs.checkpoints.abilities import Ability, check_able, pictures_per_text
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
@@ -22,6 +24,7 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
 from vlabs.models.heads import VQAHead
 from vlabs.models.text import OtherEncoder, RobertaEncoder
+from vlabs.prediction.second_look import join, view_of
 from vlabs.utils.archives import read_regular
 from vlabs.utils.device import find_device
 
@@ -50,6 +53,7 @@ class Answer:
         steers: whether ξ is similar to any patch of the images; None if no ξ steers.
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
         words: the words of the question with their shares of its relevance; None unless the map is `relevance`.
+        before: the best answers of the first look; None without a second one.
     """
 
     question: str
@@ -59,6 +63,7 @@ class Answer:
     steers: bool | None = None
     new_words: list[str] = field(default_factory=list)
     words: list[tuple[str, float]] | None = None
+    before: list[tuple[str, float]] | None = None
 
     @property
     def map(self) -> np.ndarray:
@@ -128,6 +133,7 @@ class Predictor:
         map_name: str | None = None,
         alpha: float | None = None,
         prior_of: str | None = None,
+        second_look: str | None = None,
     ) -> list[Answer]:
         """Answer questions about one image; they share its bottom-up pass.
 
@@ -138,10 +144,12 @@ class Predictor:
             map_name: the map to show (see `attention_map`); None for `default_map`.
             alpha: strength of the top-down signal instead of the model's own.
             prior_of: a text whose ξ steers the encoder instead of the questions' own.
+            second_look: answer again from a view that the map gives (`vlabs.prediction.second_look`), and join both.
 
         Raises:
             UserError: a file is missing or not an image, there are too many or too few images, a question is empty, the
-                map does not exist, α is not a number or too large, or the model has no α or no ξ to replace.
+                map or the view does not exist, α is not a number or too large, or the model has no α or no ξ to
+                replace.
         """
         if isinstance(questions, str):
             raise TypeError("questions is a list of texts")
@@ -150,6 +158,8 @@ class Predictor:
         map_name = map_name or default_map(self.model)
         if map_name not in MAPS:
             raise UserError(f"there is no map {map_name!r}: choose one of {', '.join(MAPS)}")
+        if second_look is not None and (second_look not in VIEWS or self.pictures > 1):
+            raise UserError(f"a second look is one of {', '.join(VIEWS)}, and of a single image; not {second_look!r}")
         if alpha is not None:
             self._check_alpha(alpha)
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)
@@ -161,7 +171,6 @@ class Predictor:
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
         look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
-        answers = self.preprocessing.names
         logits = look.output.logits.detach().float()
         if not logits.isfinite().all():
             if alpha is not None:
@@ -169,19 +178,39 @@ class Predictor:
             raise UserError(
                 f"{self.checkpoint.path} gives numbers that are not finite: it, or its preprocessing, is damaged"
             )
-        probabilities = self.model.head.probabilities(logits)  # type: ignore[operator]
-        best, ids = probabilities.topk(min(top, len(answers)), dim=1)
+        head: Any = self.model.head
+        probabilities = head.probabilities(logits)
+        before = self._best(probabilities, top)
+        best = before
+        if second_look is not None:
+            color = tuple(round(255 * value) for value in self.preprocessing.mean)
+            box = self.preprocessing.box(pictures[0].size)
+            views = [view_of(pictures[0], box, of_text[0], second_look, color) for of_text in look.maps]
+            again = torch.stack([self.preprocessing.image(view) for view in views]).to(images)
+            with torch.inference_mode():
+                second = self.model(again, input_ids, attention_mask, prior=prior, alpha=alpha).logits.float()
+            best = self._best(head.probabilities(join(logits, second, probabilities)), top)
         return [
             Answer(
                 question,
-                [(answers[i], p) for i, p in zip(ids[n].tolist(), best[n].tolist(), strict=True)],
+                best[n],
                 list(look.maps[n]),
                 look.names[n],
                 look.steers[n],
                 self.checkpoint.new_words(question),
                 None if look.words is None else self._shares(question, look.words[n]),
+                before[n] if second_look is not None else None,
             )
             for n, question in enumerate(questions)
+        ]
+
+    def _best(self, probabilities: Tensor, top: int) -> list[list[tuple[str, float]]]:
+        """The best answers of each row (n, K), with their probabilities."""
+        names = self.preprocessing.names
+        best, ids = probabilities.topk(min(top, len(names)), dim=1)
+        return [
+            [(names[i], p) for i, p in zip(row, of_row, strict=True)]
+            for row, of_row in zip(ids.tolist(), best.tolist(), strict=True)
         ]
 
     def _shares(self, question: str, weights: np.ndarray) -> list[tuple[str, float]]:
