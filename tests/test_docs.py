@@ -31,11 +31,8 @@ def test_page_does_what_it_says(page, tmp_path):
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     # `vlabs` and `python` in a page are of this Python.
-    warm, plain = shlex.join(warm_python()), shlex.quote(sys.executable)
-    python = (
-        f'vlabs() {{ case "$1" in prepare) {plain} -m vlabs.cli "$@";; *) {warm} -m vlabs.cli "$@";; esac; }}\n'
-        f'python() {{ {plain} "$@"; }}\nset -e\n'
-    )
+    warm = shlex.quote(warm_python())
+    python = f'vlabs() {{ {warm} -m vlabs.cli "$@"; }}\npython() {{ {warm} "$@"; }}\nset -e\n'
     for block in blocks:
         if block["file"]:
             path = tmp_path / block["file"]
