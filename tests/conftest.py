@@ -62,6 +62,12 @@ def pytest_configure(config):
         os.environ["VLABS_TESTS_PYTHON"] = str(start_server())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than cores: some tests wait for servers, browsers and processes that end."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @functools.cache
 def warm_python() -> str:
     """What stands for `python` before `-m`: a new process, forked from one that has the libraries imported."""

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import assert_one_line_error, command
+from conftest import assert_one_line_error, command, warm_python
 from page_server import BROWSER, NO_BROWSER, Hostile, browsing, function_of, give_picture, listen, open_page
 
 from page_server import request_of, serving, upload  # isort: skip
@@ -50,7 +50,7 @@ QUESTIONS = ["What color is the hollow object?", "Which color is the star?"]
 def server(tmp_path_factory):
     """The page of the models that come with vlabs."""
     folder = tmp_path_factory.mktemp("page")
-    with serving("--index", folder / "index", HOME=str(folder), TMPDIR=str(folder)) as started:
+    with serving("--index", folder / "index", python=warm_python(), HOME=str(folder), TMPDIR=str(folder)) as started:
         started.folder = folder
         yield started
         started.terminate()
@@ -407,7 +407,8 @@ def test_who_comes_from_elsewhere_or_without_the_token_is_refused(token, path, h
 
 
 def test_a_page_for_others_asks_for_its_token_and_keeps_it_in_a_cookie(tmp_path, browser):
-    with serving("--host", "0.0.0.0", "--port", 0, TMPDIR=str(tmp_path), HOME=str(tmp_path)) as open_to_all:
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    with serving("--host", "0.0.0.0", "--port", 0, python=warm_python(), **environment) as open_to_all:
         assert "whoever knows this address" in "".join(open_to_all.lines)
         with httpx.Client(base_url=open_to_all.address) as client:
             assert client.get("/").status_code == 401
@@ -482,7 +483,7 @@ def test_uploads_are_bounded_and_nothing_of_them_or_of_broken_ones_stays(tmp_pat
     # The next one removes what the killed one left, and what it makes itself.
     other = tmp_path / "vlabs-page-of-a-user"
     other.mkdir()
-    with serving(**environment) as started:
+    with serving(python=warm_python(), **environment) as started:
         with httpx.Client(base_url=started.address) as client:
             upload(client, CONTENTS[0])
         started.send_signal(signal.SIGINT)

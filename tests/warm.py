@@ -30,7 +30,7 @@ def ask(path, arguments):
         with connection.makefile("rwb") as stream:
             stream.write(json.dumps(request).encode() + b"\n")
             stream.flush()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
             status = int(stream.readline() or b"1")
         if status < 0:  # as the command ended
@@ -149,12 +149,15 @@ def run(arguments):
     """`python -m MODULE ARGUMENT ...`, with all that a process does at its end but taking the libraries apart."""
     import atexit
     import runpy
+    import tempfile
     import threading
     import traceback
 
     from lightning_fabric.utilities import rank_zero
 
-    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # of the environment, read when it was imported
+    # Of the environment, read before.
+    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
+    tempfile.tempdir = None
     sys.argv = arguments[1:]
     sys.path[0] = os.getcwd()
     status = 0
