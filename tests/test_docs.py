@@ -1,5 +1,6 @@
 """The documentation: pages and notebook are executed in a fresh folder, the site builds, links lead somewhere."""
 
+import ast
 import os
 import re
 import shlex
@@ -113,6 +114,14 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     shown = [out for out in outputs if "image/png" in out.get("data", {})]
     assert len(shown) == 2
+
+
+def test_every_file_of_tests_is_listed_with_what_it_claims():
+    listed = dict(
+        re.findall(r"^\| \[\w+\]\((test_\w+\.py)\) \| (.+) \|$", (ROOT / "tests/README.md").read_text(), re.MULTILINE)
+    )
+    said = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "tests").glob("test_*.py")}
+    assert listed == {name: doc.splitlines()[0] for name, doc in said.items()}
 
 
 def test_links_and_files_of_the_readme_are_there_and_it_is_short():
