@@ -22,9 +22,8 @@ TINY_MODEL = [
 
 # Files whose tests take longest: they go first, so that at the end no process is left alone with one of them.
 LONG = [
-    "test_retrieval", "test_devices", "test_resume", "test_train", "test_docs", "test_wandb", "test_prepare_vqa",
-    "test_wrong_input", "test_report", "test_benchmarks", "test_evaluate_grounding", "test_use",
-    "test_prepare_captions",
+    "test_retrieval", "test_docs", "test_resume", "test_page", "test_train", "test_wandb", "test_benchmarks",
+    "test_devices", "test_wrong_input", "test_report", "test_evaluate_grounding", "test_hub", "test_use",
 ]  # fmt: skip
 
 
