@@ -1,8 +1,10 @@
 """One tiny corpus and one tiny trained run for all tests, and the real command line in a fresh folder."""
 
+import atexit
 import functools
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,7 @@ def clean_environment(home):
 def start_server() -> Path:
     """Start what `warm.py` serves, until this process ends; returns what stands for `python`."""
     folder = Path(tempfile.mkdtemp(prefix="warm"))  # short: a socket's path may have about a hundred characters
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, python = Path(__file__).parent / "warm.py", folder / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", str(program), str(folder)])} "$@"\n')
     python.chmod(0o700)
