@@ -58,15 +58,10 @@ def server():
 
 
 def train(options, cwd, port):
-    retries = {
-        f"WANDB__{what}_RETRY_{least}": "1"
-        for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
-        for least in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")
-    }
     return command(
         "vlabs.train", *options, "hydra.run.dir=run", cwd=cwd, WANDB_API_KEY="a" * 40,
         WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_INIT_TIMEOUT="10", WANDB_FINISH_TIMEOUT="3",
-        WANDB__FILE_STREAM_TRANSMIT_INTERVAL="0.1", **retries,
+        WANDB__GRAPHQL_RETRY_MAX="2", WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS="1",
     )  # fmt: skip
 
 
