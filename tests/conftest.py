@@ -1,7 +1,10 @@
 """One tiny corpus and one tiny trained run for all tests, and the real command line in a fresh folder."""
 
+import atexit
 import functools
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +24,8 @@ TINY_MODEL = [
 
 # Files whose tests take longest: they go first, so that at the end no process is left alone with one of them.
 LONG = [
-    "test_retrieval", "test_devices", "test_resume", "test_train", "test_docs", "test_wandb", "test_prepare_vqa",
-    "test_wrong_input", "test_report", "test_benchmarks", "test_evaluate_grounding", "test_use",
-    "test_prepare_captions",
+    "test_retrieval", "test_docs", "test_resume", "test_page", "test_train", "test_wandb", "test_benchmarks",
+    "test_devices", "test_wrong_input", "test_report", "test_evaluate_grounding", "test_hub", "test_use",
 ]  # fmt: skip
 
 
@@ -38,31 +40,48 @@ def clean_environment(home):
     return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
 
 
-@functools.cache
-def warm_python() -> tuple[str, ...]:
-    """What stands for `python` before `-m vlabs.…`: a new process, forked from one that has the libraries imported."""
+def start_server() -> Path:
+    """Start what `warm.py` serves, until this process ends; returns what stands for `python`."""
     folder = Path(tempfile.mkdtemp(prefix="warm"))  # short: a socket's path may have about a hundred characters
-    program, address = Path(__file__).parent / "warm.py", folder / "socket"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program, python = Path(__file__).parent / "warm.py", folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", str(program), str(folder)])} "$@"\n')
+    python.chmod(0o700)
     server = subprocess.Popen(
-        [sys.executable, program, "serve", address],
-        cwd=folder, env=clean_environment(folder) | {"TMPDIR": str(folder)}, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, program, "serve", folder], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        env=clean_environment(folder) | {"TMPDIR": str(folder)},
     )  # fmt: skip
-    assert server.stdout.readline() == "ready\n"
     _servers.append(server)  # it ends with this process, which holds its standard input
-    return sys.executable, "-S", str(program), str(address)
+    return python
 
 
 _servers: list[subprocess.Popen] = []
 
 
+def pytest_configure(config):
+    """One server for all workers, which starts while they collect."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ["VLABS_TESTS_PYTHON"] = str(start_server())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than cores: some tests wait for servers, browsers and processes that end."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+@functools.cache
+def warm_python() -> str:
+    """What stands for `python` before `-m`: a new process, forked from one that has the libraries imported."""
+    return os.environ.get("VLABS_TESTS_PYTHON") or str(start_server())
+
+
 def command(module, *arguments, cwd, **environment):
     """Run `python -m module` as a user without network, W&B account or GPU would."""
-    # Preparations start processes that import the main module, and libraries read some of the environment when they are
-    # imported: those start as anywhere.
-    python = warm_python() if module.startswith("vlabs.") and not environment else [sys.executable]
+    # The hub's library reads the environment when it is imported.
+    python = sys.executable if any(name.startswith("HF_") for name in environment) else warm_python()
     return subprocess.run(
-        [*python, "-m", module, *map(str, arguments)],
+        [python, "-m", module, *map(str, arguments)],
         cwd=cwd, env=clean_environment(cwd) | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 

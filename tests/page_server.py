@@ -23,10 +23,10 @@ _FLAGS = [
 
 
 @contextmanager
-def serving(*arguments, **environment):
+def serving(*arguments, python=sys.executable, **environment):
     """A server with what it printed as `address`, `token` and `lines`; it is ended at the end."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "vlabs.demo_page", *map(str, arguments)],
+        [python, "-m", "vlabs.demo_page", *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import socket
 import subprocess
-import sys
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import assert_one_line_error, command
+from conftest import assert_one_line_error, clean_environment, command, warm_python
 from test_ranking import random_model
 
 from vlabs.data.captions import CaptionBatch
@@ -93,28 +90,40 @@ def gradients(task, total):
     return {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
 
 
-def work(rank, name, parts, folder):
+UNEVEN = [[[0, 1, 2, 3], [4, 5, 6]], [[2], [0, 1, 3, 4, 5, 6]]]
+
+
+def work(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(parts))
-    make, total_of = TASKS[name]
-    task = make().train()
-    total = total_of(task, parts[rank])
-    found = gradients(task, total)
-    for value in found.values():  # as DDP does
-        dist.all_reduce(value)
-        value /= len(parts)
-    mean = total.detach().clone()
-    dist.all_reduce(mean)
-    if rank == 0:
-        torch.save({"loss": mean / len(parts), "gradients": found}, f"{folder}/found.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name, (make, total_of) in TASKS.items():
+        for number, parts in enumerate(UNEVEN):
+            task = make().train()
+            total = total_of(task, parts[rank])
+            found = gradients(task, total)
+            for value in found.values():  # as DDP does
+                dist.all_reduce(value)
+                value /= 2
+            mean = total.detach().clone()
+            dist.all_reduce(mean)
+            if rank == 0:
+                torch.save({"loss": mean / 2, "gradients": found}, f"{folder}/{name}{number}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("parts", [[[0, 1, 2, 3], [4, 5, 6]], [[2], [0, 1, 3, 4, 5, 6]]])
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """The folder with loss and gradients of every task and parts, by two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    method = "spawn" if torch.cuda.is_available() else "fork"  # a fork imports nothing again, and can use no GPU
+    mp.start_processes(work, (str(folder),), nprocs=2, start_method=method)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(UNEVEN)))
 @pytest.mark.parametrize("name", TASKS)
-def test_two_uneven_ranks_have_the_loss_and_gradients_of_one(name, parts, tmp_path):
-    mp.spawn(partial(work, name=name, parts=parts, folder=str(tmp_path)), nprocs=2)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+def test_two_uneven_ranks_have_the_loss_and_gradients_of_one(name, number, of_two_ranks):
+    found = torch.load(of_two_ranks / f"{name}{number}.pt", weights_only=True)
     make, total_of = TASKS[name]
     task = make().train()
     total = total_of(task, [0, 1, 2, 3, 4, 5, 6])
@@ -175,8 +184,6 @@ def test_torchrun_trains_as_one_process_too_on_one_node_or_two(options, alone, t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_"))}
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     each = 2 // nodes
     trained = [
         *options, "data.batch_size=16", "trainer.limit_train_batches=4", "hydra.run.dir=run",
@@ -184,10 +191,10 @@ def test_torchrun_trains_as_one_process_too_on_one_node_or_two(options, alone, t
     ]  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}",
+            [warm_python(), "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}",
              f"--nproc-per-node={each}", "--master-addr=127.0.0.1", f"--master-port={port}",
              "-m", "vlabs.train", *trained],
-            cwd=tmp_path, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=tmp_path, env=clean_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in range(nodes)
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The documentation: pages and notebook are executed in a fresh folder, the site builds, links lead somewhere."""
 
+import ast
 import os
 import re
 import shlex
@@ -31,11 +32,8 @@ def test_page_does_what_it_says(page, tmp_path):
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     # `vlabs` and `python` in a page are of this Python.
-    warm, plain = shlex.join(warm_python()), shlex.quote(sys.executable)
-    python = (
-        f'vlabs() {{ case "$1" in prepare) {plain} -m vlabs.cli "$@";; *) {warm} -m vlabs.cli "$@";; esac; }}\n'
-        f'python() {{ {plain} "$@"; }}\nset -e\n'
-    )
+    warm = shlex.quote(warm_python())
+    python = f'vlabs() {{ {warm} -m vlabs.cli "$@"; }}\npython() {{ {warm} "$@"; }}\nset -e\n'
     for block in blocks:
         if block["file"]:
             path = tmp_path / block["file"]
@@ -116,6 +114,14 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     shown = [out for out in outputs if "image/png" in out.get("data", {})]
     assert len(shown) == 2
+
+
+def test_every_file_of_tests_is_listed_with_what_it_claims():
+    listed = dict(
+        re.findall(r"^\| \[\w+\]\((test_\w+\.py)\) \| (.+) \|$", (ROOT / "tests/README.md").read_text(), re.MULTILINE)
+    )
+    said = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "tests").glob("test_*.py")}
+    assert listed == {name: doc.splitlines()[0] for name, doc in said.items()}
 
 
 def test_links_and_files_of_the_readme_are_there_and_it_is_short():

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from conftest import warm_python
 from PIL import Image
 
 from data_prep.engine.pipeline import Options, prepare
@@ -95,8 +96,8 @@ class Raw:
         return folder
 
 
-def command(module: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", module, *map(str, arguments)]
+def command(module: str, *arguments: object, python: str | None = None) -> list[str]:
+    return [python or warm_python(), "-m", module, *map(str, arguments)]
 
 
 def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -222,7 +223,7 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.vlabs-partial"
     options = ["--raw-dir", zipped, "--vocab-size", 0, "--shard-size", 4, "--num-workers", 2]
     process = subprocess.Popen(
-        command("data_prep.coco_captions", *options, "--out-dir", out),
+        command("data_prep.coco_captions", *options, "--out-dir", out, python=sys.executable),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

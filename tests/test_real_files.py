@@ -515,7 +515,7 @@ def test_what_is_no_file_is_never_read(kind, tmp_path):
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with pytest.raises(UserError, match=r"odd cannot be read: .* no file"):
+    with pytest.raises(UserError, match=r"odd cannot be read: .* not a file"):
         open_image(path)
     with pytest.raises(ValueError, match=r"odd cannot be read"):
         draw_regions([{"maps": [[str(path), None]]}], 4, 4)

@@ -157,8 +157,8 @@ def test_a_worse_model_takes_no_place_in_a_folder_that_was_moved(run, tmp_path, 
         ("data.dir=nowhere", ["data.dir=", "nowhere", "not there"]),
         ("seed=5", ["seed=5", "1"]),
         ("init=scenes", ["init=scenes"]),
-        ("hydra.run.dir=elsewhere", ["hydra.run.dir=elsewhere", "its own folder"]),
-        ("--config-dir=elsewhere", ["--config-dir=elsewhere", "its own config"]),
+        ("hydra.run.dir=elsewhere", ["hydra.run.dir=elsewhere", "the run's own folder"]),
+        ("--config-dir=elsewhere", ["--config-dir=elsewhere", "own folder and config"]),
         ("logger=wandb", ["+logger=CHOICE"]),
         ("+max_epochs=3", ["pass trainer.max_epochs"]),
     ],
@@ -356,7 +356,7 @@ def test_a_damaged_line_of_the_metrics_is_left_out_and_said(damage, tmp_path, ca
     kept = [int(row["step"]) for row in rows_of(tmp_path)]
     lost = {"cut in the number": 4, "zeros in between": 2}.get(damage)
     assert kept == [step for step in range(6) if step != lost]
-    assert "1 lines are damaged" in capsys.readouterr().out
+    assert "1 damaged lines are left out" in capsys.readouterr().out
 
 
 def test_a_header_that_is_damaged_costs_the_rows_and_not_the_run(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import assert_one_line_error, command
+from conftest import assert_one_line_error, command, warm_python
 
 from vlabs.data.loading import LoaderOptions, make_loader
 from vlabs.data.vqa import VQADataModule
@@ -57,10 +57,10 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-def start(options, cwd, **more):
+def start(options, cwd, python=sys.executable, **more):
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen(
-        [sys.executable, "-m", "vlabs.train", "hydra.run.dir=run", *options],
+        [python, "-m", "vlabs.train", "hydra.run.dir=run", *options],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
     )  # fmt: skip
 
@@ -317,7 +317,7 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long
 
 def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, whole, tmp_path):
     options = [option for option in long_options if not option.startswith("checkpoints.every_n_steps")]
-    process = start([*options, "checkpoints.every_n_steps=null", "trainer.max_epochs=2"], tmp_path)
+    process = start([*options, "checkpoints.every_n_steps=null", "trainer.max_epochs=2"], tmp_path, warm_python())
     metrics, last = tmp_path / "run/metrics.csv", tmp_path / "run/checkpoints/last.ckpt"
     while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
         assert process.poll() is None, process.stdout.read()
@@ -430,7 +430,7 @@ def test_steps_that_are_not_finite_can_be_left_out(tiny_data, monkeypatch, capsy
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision: decision)  # of one process
     trainer = SimpleNamespace(global_step=3, log_every_n_steps=10, precision_plugin=None, strategy=strategy)
     batch = SimpleNamespace(caption_ids=[7, 8])
-    for expected in ("left out, 1 of at most 1", None):
+    for expected in ("skipped, 1 of at most 1", None):
         callback.on_train_batch_start(trainer, layer, batch, 0)
         layer.weight.grad = torch.full_like(layer.weight, float("nan"))
         if expected is None:

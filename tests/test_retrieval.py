@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sys
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader
 from vlabs.data.module import Wants
 from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.words import words_in
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
@@ -392,6 +394,14 @@ def test_a_run_that_starts_from_weights_takes_their_tokenizer_along(
     )
     assert result.returncode == 0, result.stderr
     assert load_checkpoint(tmp_path / "run").preprocessing.tokenizer == theirs
+    # Captions are no questions: of the words that only these have, the most frequent are named.
+    rows = load_split(tiny_data, "train")
+    counts = Counter(word for texts in rows["question"] for text in texts for word in words_in([text]))
+    earlier = {*load_checkpoint(pretrained).data["words"].split()}
+    new = sorted((word for word in counts if word not in earlier), key=lambda word: (-counts[word], word))
+    assert len(new) > 1
+    said = f"earlier training never had {len(new)} of the {len(counts)} words of these texts: {', '.join(new[:5])}"
+    assert said in result.stdout
 
 
 def test_a_checkpoint_remembers_all_that_its_weights_were_trained_on(fine_tuned, tmp_path):

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import warm_python
 from PIL import Image
 
 from data_prep.scenes.corpus import Task, make_scenes, subset_name
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny corpus, made by the command."""
     folder = tmp_path_factory.mktemp("scenes") / "tiny"
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "data_prep.scenes",
         "--size",
@@ -321,7 +321,7 @@ def test_answer_scores_are_the_official_ones() -> None:
 
 
 def test_question_only_reads_a_raw_folder(corpus: Path) -> None:
-    command = [sys.executable, "-m", "data_prep.question_only", "--raw-dir", str(corpus)]
+    command = [warm_python(), "-m", "data_prep.question_only", "--raw-dir", str(corpus)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     written = json.loads((corpus / "scenes.json").read_text())["question_only_accuracy"]
     assert f"{written['overall']:.2f}" in done.stdout

@@ -362,10 +362,10 @@ def lora(content):
         (lambda c: c["vlabs"]["data"].update(short_side=10**6), "short_side"),
         (lambda c: c["vlabs"]["data"].update(x=torch.zeros(1)), "not plain data"),
         (lambda c: c["vlabs"]["data"].update(x=float("nan")), "not plain data"),
-        (lambda c: c["state_dict"].update({3: torch.zeros(1)}), "no tensors by name"),
-        (lambda c: c["state_dict"].update({"model.x": None}), "no tensors by name"),
-        (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', and holds"),
-        (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', and holds"),
+        (lambda c: c["state_dict"].update({3: torch.zeros(1)}), "not tensors by name"),
+        (lambda c: c["state_dict"].update({"model.x": None}), "not tensors by name"),
+        (lambda c: c["vlabs"].update(task="nlvr2"), "trained for the task 'nlvr2', but holds"),
+        (lambda c: c["vlabs"].update(task="classify"), "trained for the task 'classify', but holds"),
         (lambda c: c["vlabs"]["architecture"]["text"].update(pad_token_id=-5), "pad_token_id"),
         (lambda c: c["vlabs"]["preprocessing"].update(max_length=60_000), "at most 8192 are allowed"),
         (lambda c: c["vlabs"].update(architecture=None), "spec"),
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_was_tampered_with_is_one_line(change, message, whole,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["vlabs"].pop("data"), "does not say its data"),
+        (lambda c: c["vlabs"].pop("data"), "without its data"),
         (lambda c: c["state_dict"].update({"model.z": c["state_dict"]["model.vision.vit.cls_token"]}), "share memory"),
     ],
 )

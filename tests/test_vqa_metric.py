@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import warm_python
 
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import answer_accuracy, normalize_answer, vqa_accuracy
@@ -109,7 +109,7 @@ def test_arguments_are_left_as_they_were() -> None:
 
 
 def run_vqa_eval(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vlabs.vqa_eval", *map(str, arguments)]
+    command = [warm_python(), "-m", "vlabs.vqa_eval", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

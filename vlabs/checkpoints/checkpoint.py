@@ -95,11 +95,8 @@ class Checkpoint:
 
     def new_words(self, text: str) -> list[str]:
         """The words of a text that occur in no text of its training data; empty if these are unknown."""
-        trainings = [one["data"] for one in history_of(self.task, self.data) if one["task"] not in _WITHOUT_TEXT]
-        known = [data.get("words") for data in trainings]
-        if not all(isinstance(words, str) for words in known):
-            return []
-        return sorted(words_in([text]) - {word for words in known for word in words.split()})
+        known = words_of(history_of(self.task, self.data))
+        return [] if known is None else sorted(words_in([text]) - known)
 
 
 def packaged_starts() -> dict[str, Path]:
@@ -450,6 +447,14 @@ def history_of(task: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """
     own = {name: value for name, value in data.items() if name != "history"}
     return [*data.get("history", []), {"task": task, "data": own}]
+
+
+def words_of(history: list[dict[str, Any]]) -> set[str] | None:
+    """All words of the texts of these trainings, of `history_of`; None if they are unknown."""
+    known = [one["data"].get("words") for one in history if one["task"] not in _WITHOUT_TEXT]
+    if not all(isinstance(words, str) for words in known):
+        return None
+    return {word for words in known for word in words.split()}
 
 
 def trainings_in_words(history: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -109,6 +110,14 @@ class TextDataModule(PreparedDataModule):
             words |= words_in(pc.unique(chunk.flatten()).to_pylist())
         known = {"words": " ".join(sorted(words))} if len(words) <= MOST else {}
         return super().extent() | {f"{self.item}s": len(self.texts(rows, training=True)[0])} | known
+
+    def most_frequent(self, words: set[str], count: int) -> list[str]:
+        """The `count` of these words that most training texts have, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for chunk in self.rows(self.train_split).data.column(self.item).chunks:
+            for text in chunk.flatten().to_pylist():
+                counts.update(words_in([text]) & words)
+        return [word for word, _ in sorted(counts.items(), key=lambda found: (-found[1], found[0]))[:count]]
 
     def loader(self, rows: datasets.Dataset, training: bool) -> DataLoader[Any]:
         """A loader of whole batches; see `make_loader`.

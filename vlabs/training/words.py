@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 
-from vlabs.checkpoints.checkpoint import trainings_in_words
+from vlabs.checkpoints.checkpoint import trainings_in_words, words_of
 from vlabs.data.module import PreparedDataModule
+from vlabs.data.texts import TextDataModule
 from vlabs.runs.groups import choices
 from vlabs.tasks.base import Task
 from vlabs.utils.ranks import say
@@ -37,7 +38,20 @@ def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
             "  note: a model this small learns drawn shapes, but little about photographs: for these pass "
             "experiment=photo_vqa, pre-trained encoders (model=photo), or init=RUN"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_new_words(task, data, history)])
+
+
+def _new_words(task: Task, data: PreparedDataModule, history: list[dict[str, Any]]) -> list[str]:
+    """A line about words that the weights of the text encoder were never trained with; none where nobody knows."""
+    known, own = words_of(history), task.data.get("words")
+    pretrained = getattr(getattr(task.model, "text", None), "origin", None)
+    if not known or pretrained or not isinstance(own, str) or not isinstance(data, TextDataModule):
+        return []
+    new = {*own.split()} - known
+    if not new:
+        return []
+    most = ", ".join(data.most_frequent(new, 5))
+    return [f"  note: earlier training never had {len(new):,} of the {len(own.split()):,} words of these texts: {most}"]
 
 
 def _trained(trained: int, everything: int) -> str:
