@@ -50,7 +50,7 @@ class FaithfulnessEvaluation(Evaluation):
     """
 
     name = "faithfulness"
-    needs = ("texts", "one picture", "answers")
+    needs = ("texts", "one image", "answers")
     reads = VQADataModule
 
     def __init__(
