@@ -142,6 +142,15 @@ def test_a_text_steers_and_each_of_a_pictures_texts_is_segmented_alone():
     assert not torch.allclose(together[1], together[2], atol=1e-4)
 
 
+def test_a_batch_of_one_image_is_trained_on_too():
+    decoder = UperNet(8, 2, 2, channels=4, pool_scales=[1, 2], aux_channels=4).train()
+    logits, auxiliary = decoder([torch.randn(1, 8, 6, 6) for _ in range(2)])
+    (logits.sum() + auxiliary.sum()).backward()
+    assert logits.isfinite().all()
+    decoder([torch.randn(2, 8, 6, 6) for _ in range(2)])
+    assert all(one.training for one in decoder.modules())
+
+
 def test_encoders_without_maps_of_one_stride_are_refused():
     from test_backbones import make
     from test_models import make_film

@@ -81,6 +81,11 @@ class UperNet(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Maps (n, D, rows, columns) to logits (n, K, rows, columns) of both heads; None without the auxiliary one."""
+        # A single image pooled to a single value has no variance: these layers then use what they have seen before.
+        alone = self.training and len(maps[0]) == 1
+        for module in self.head.psp_modules.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train(self.training and not alone)
         # The head adds in place into its list's entries, and the auxiliary one reads the list again.
         return self.head(list(maps)), None if self.auxiliary is None else self.auxiliary(list(maps))
 
