@@ -251,7 +251,7 @@ def test_a_plan_says_batch_steps_and_hours_and_leaves_nothing_behind(options, tm
     result = command("vlabs.train", *options, *given, "plan=true", "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "32 = 16 x 1 devices x 2 accumulated" in result.stdout
-    assert "70 = 10 an epoch x 7 epochs" in result.stdout
+    assert "70 = 10 per epoch x 7 epochs" in result.stdout
     for word in ("GiB at the peak", "texts/s", "MB of checkpoints", "time  "):
         assert word in result.stdout
     assert not made(tmp_path)

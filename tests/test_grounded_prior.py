@@ -272,7 +272,7 @@ def test_an_epoch_in_which_most_texts_steer_nothing_is_warned_of_once(dead, warn
         task.dead.update(torch.tensor(dead))
         task.on_train_epoch_end()
         said = "".join(capsys.readouterr())
-        assert ("under 67% of this epoch's texts" in said and "which is 0.25" in said) == expected
+        assert ("for 67% of this epoch's texts" in said and "which is 0.25" in said) == expected
 
 
 @pytest.mark.parametrize(("given", "without_regions", "with_regions"), [(None, 1, 0), (0.25, 0.25, 0.25), (0, 0, 0)])

@@ -122,7 +122,7 @@ def test_an_evaluation_goes_into_a_folder_of_its_own_and_overwrites_one_when_tol
         (tmp_path / "metrics.json").write_text("half")
     with _claimed(tmp_path, overwrite=False):  # the one before did not end
         (tmp_path / "config.yaml").write_text("whole")
-    with pytest.raises(UserError, match="holds an evaluation already.*overwrite=true"), _claimed(tmp_path, False):
+    with pytest.raises(UserError, match="already holds an evaluation.*overwrite=true"), _claimed(tmp_path, False):
         pass
     assert (tmp_path / "config.yaml").read_text() == "whole"
     with _claimed(tmp_path, overwrite=True):

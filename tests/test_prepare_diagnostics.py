@@ -312,7 +312,7 @@ def test_pairs_are_measured_with_a_model_of_captions(tmp_path, winoground_raw, i
     prepare(find_pairs(winoground_raw), tmp_path / "fewer", Options(vocab_size=0, on_bad="skip"))
     measured = [*evaluate, f"data.dir={tmp_path / 'fewer'}", "split=test", "hydra.run.dir=fewer_ev"]
     result = in_process("vlabs.evaluate", measured, tmp_path)
-    assert "something of them is missing: 1\n" in result.stdout
+    assert "an image or a caption is missing: 1\n" in result.stdout
     metrics = json.loads((tmp_path / "fewer_ev/metrics.json").read_text())
     assert (metrics["examples"], metrics["left_out"]) == (2, 1)
     assert "caption" not in metrics

@@ -145,7 +145,7 @@ def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
     assert robust["model/topdown=none"][6].startswith(f"{(3 * 50 + 10) / 4:.1f} ± ")  # the weather, fog among it
     assert control["model/topdown=none"][4] == "–"
     assert control["model/topdown=absvit"][-1] == f"11.0 ± {4.302653 / 3**0.5:.1f}"
-    assert "a uniform map has 25.0" in files[0].read_text()
+    assert "a uniform map scores 25.0" in files[0].read_text()
     for options in OF_CLASSIFIERS.values():
         with initialize_config_dir(config_dir(), version_base="1.3"):
             instantiate(compose("evaluate", ["ckpt=any", *options]).task, _convert_="all")

@@ -213,7 +213,7 @@ def test_the_blind_see_one_color_and_are_told_so(tiny_data, tiny_options, tmp_pa
     result = in_process("vlabs.train", options, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "data.blind=true" in result.stdout
-    assert "first passes of 1 pictures" in result.stdout
+    assert "first passes of 1 images" in result.stdout
 
     asked = ["ckpt=blind", f"data.dir={tiny_data}", "data.blind=true", "data.num_workers=0"]
     result = in_process("vlabs.evaluate", [*asked, "hydra.run.dir=out"], tmp_path)
