@@ -83,6 +83,10 @@ def test_pope_is_read_as_it_is_downloaded_and_scored_by_precision_and_recall(tin
         "precision": 50, "recall": 50, "f1": 50, "yes": 50
     }  # fmt: skip
 
+    (raw / "gqa_pope_random.json").write_text(json.dumps(lines[0]))
+    with pytest.raises(UserError, match="coco_pope_random.json and .*gqa_pope_random.json are both"):
+        POPE(raw)
+    (raw / "gqa_pope_random.json").unlink()
     (raw / "coco_pope_popular.json").write_text(json.dumps(lines[0] | {"label": "maybe"}))
     with pytest.raises(UserError, match="line 1.*maybe"):
         prepare(POPE(raw), tmp_path / "bad", NO_TOKENIZER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, ClassVar
 from data_prep.engine.folder import BadItem, name_of_rendered
 from data_prep.engine.places import ImageStore, NamedImages
 from data_prep.engine.regions import find_instances
-from data_prep.engine.tables import read_rows
+from data_prep.engine.tables import read_rows, split_name
 from data_prep.engine.texts import QUESTIONS, Index, Kind, Text
 from vlabs.errors import UserError
+from vlabs.utils.archives import walk
 
 
 class Reader:
@@ -85,6 +87,21 @@ class Reader:
     def call(self, is_official: bool) -> str:
         """What the dataset is called: its name where it is the official one, or as its folder."""
         return name_of_rendered(self.raw_dir) or (self.name if is_official else self.raw_dir.resolve().name)
+
+    def split_files(self, pattern: re.Pattern[str]) -> dict[str, Path]:
+        """The files under the folder whose names fit a pattern, by the split that its group names.
+
+        Raises:
+            UserError: two files are of one split.
+        """
+        found: dict[str, Path] = {}
+        for path in sorted(walk(self.raw_dir)):
+            if match := pattern.fullmatch(path.name):
+                split = split_name(match[1], str(path))
+                if split in found:
+                    raise UserError(f"{found[split]} and {path} are both of the split {split}: remove one of them")
+                found[split] = path
+        return found
 
     def lines(self, splits: Mapping[str, Path]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
         """Yield what files of JSON lines hold, one a split: the split, the place, its number from 1, and the object.

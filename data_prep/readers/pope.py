@@ -19,10 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.tables import split_name
 from data_prep.engine.texts import Text
 from vlabs.errors import UserError, run_cli
-from vlabs.utils.archives import walk
 from vlabs.utils.json_file import get_value
 
 _FILE = re.compile(r"[a-z0-9]+_pope_(.+)\.jsonl?")
@@ -36,8 +34,7 @@ class POPE(Reader):
 
     def __init__(self, raw_dir: Path) -> None:
         super().__init__(raw_dir)
-        found = {path: _FILE.fullmatch(path.name) for path in walk(raw_dir)}
-        self.splits = {split_name(match[1], str(path)): path for path, match in found.items() if match}
+        self.splits = self.split_files(_FILE)
         if not self.splits:
             raise UserError(
                 f"{raw_dir} holds no coco_pope_random.json, coco_pope_popular.json or coco_pope_adversarial.json:"

@@ -20,11 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.engine.reader import Reader, command
-from data_prep.engine.tables import split_name
 from data_prep.engine.texts import Text, statements
 from vlabs.data.prepared import LABELS
 from vlabs.errors import UserError, run_cli
-from vlabs.utils.archives import walk
 from vlabs.utils.json_file import get_value
 
 _FILE = re.compile(r"snli_ve_(.+)\.jsonl")
@@ -39,8 +37,7 @@ class SNLIVE(Reader):
 
     def __init__(self, raw_dir: Path) -> None:
         super().__init__(raw_dir)
-        found = {path: _FILE.fullmatch(path.name) for path in walk(raw_dir)}
-        self.splits = {split_name(match[1], str(path)): path for path, match in found.items() if match}
+        self.splits = self.split_files(_FILE)
         if not self.splits:
             raise UserError(
                 f"{raw_dir} holds no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl: download them from"

@@ -91,6 +91,9 @@ class FaithfulnessEvaluation(Evaluation):
             asked = spread(asked, self.num_texts)
         else:
             asked, rows = targets.asked, targets.rows
+        if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
+            results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
+            self.maps.remove("rollout")
         preprocessing = checkpoint.preprocessing
         model = checkpoint.model.to(results.device).eval()
         scores = Scores(rows, read_answers(data.dir))
