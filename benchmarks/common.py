@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.models.absvit import AbSViT
+from vlabs.models.cross_attention import CrossAttention
 from vlabs.models.film import FiLMViT
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
@@ -64,6 +65,7 @@ VARIANTS: dict[str, Callable[[], TopDown] | None] = {
     "absvit_released": partial(ReleasedTopDown, ALPHA["absvit_released"]),
     "absvit": partial(AbSTopDown, ALPHA["absvit"]),
     "absvit_qkv": AbSTopDownQKV,
+    "cross_attention": CrossAttention,
     "film": None,
 }
 

@@ -33,7 +33,7 @@ from vlabs.errors import UserError
 from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
-from vlabs.models.topdown import Kept, PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
+from vlabs.models.topdown import Kept, Signal, TopDown, TopDownSignal, Words, cosines, pick, take
 from vlabs.utils.options import Count, Part, Size, check_type
 
 
@@ -416,6 +416,7 @@ class AbSViT(nn.Module):
         layers: Sequence[int] = (),
         alpha: float | None = None,
         record: list[Tensor] | None = None,
+        words: Words | None = None,
     ) -> VisionTokens:
         """The second pass: the images again, each under a prior.
 
@@ -428,6 +429,7 @@ class AbSViT(nn.Module):
             layers: as given to `encode`; outputs that do not change come from there.
             alpha: the strength of the top-down signal instead of the variant's own, if it has one.
             record: as in `encode`, for this pass, (n, heads, N, N); without a second pass, that of the first stays.
+            words: all states of the n texts; only read by variants that steer by them.
 
         Without feedback and `image_index`, a single image gives a single output, whatever the number of priors.
         """
@@ -435,6 +437,10 @@ class AbSViT(nn.Module):
         alpha = alpha if hasattr(topdown, "alpha") else None
         if self.needs_prior and prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
+        if topdown is not None and topdown.reads_words and words is None:
+            raise UserError(
+                f"{type(topdown).__name__} steers by words: choose another model/topdown where there are none"
+            )
         kept = self.choose(bottom_up, prior, image_index)
         if topdown is None or not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
@@ -443,7 +449,7 @@ class AbSViT(nn.Module):
                 once = VisionTokens(tokens, hidden, layers=bottom_up.layers)
             else:
                 once = self._second_pass(
-                    topdown, bottom_up, bottom_up.cls, None, kept, reconstruct, layers, alpha, record
+                    topdown, bottom_up, bottom_up.cls, None, kept, reconstruct, layers, alpha, record, None
                 )
             return VisionTokens(
                 pick(once.tokens, image_index),
@@ -455,9 +461,7 @@ class AbSViT(nn.Module):
             )
         assert prior is not None
         if not topdown.second_pass:
-            assert isinstance(topdown, PerceiverIO)
-            weights = similarity(prior, pick(bottom_up.tokens, image_index))
-            scale = ((topdown.alpha if alpha is None else alpha) * weights).unsqueeze(-1)
+            scale, weights = topdown.weigh(pick(bottom_up.tokens, image_index), prior, alpha)
             # What is reweighted is the output: earlier blocks are as they were.
             outputs = [pick(one, image_index) for one in bottom_up.layers]
             if self.backbone.depth in layers:
@@ -465,7 +469,9 @@ class AbSViT(nn.Module):
             scale = take(scale, None, kept)
             tokens, hidden = (scale * take(one, image_index, kept) for one in (bottom_up.tokens, bottom_up.hidden))
             return VisionTokens(tokens, hidden, weights, None, outputs, None if kept is None else kept.places)
-        return self._second_pass(topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record)
+        return self._second_pass(
+            topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record, words
+        )
 
     def _second_pass(
         self,
@@ -478,6 +484,7 @@ class AbSViT(nn.Module):
         layers: Sequence[int],
         alpha: float | None,
         record: list[Tensor] | None,
+        words: Words | None,
     ) -> VisionTokens:
         backbone, first = self.backbone, self.start - 1
         tokens = pick(bottom_up.tokens, image_index)
@@ -493,11 +500,15 @@ class AbSViT(nn.Module):
                 prepare = prepare_kept
             else:  # once, for all texts of these images
                 bottom_up.prepared = self._prepared(bottom_up.tokens, later=False)
-        signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
+        if topdown.reads_words:
+            assert words is not None
+            signal = topdown.read(words, tokens, prior, **given)
+        else:
+            signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         self._spread(signal)
         weights = signal.similarity
         if kept is not None:
-            signal = signal.at(kept, prepare)  # type: ignore[arg-type]
+            signal = signal.at(kept, prepare)
 
         def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
@@ -512,13 +523,15 @@ class AbSViT(nn.Module):
         outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
         for index in range(first, backbone.depth):
             before, hidden = hidden, backbone.enter(index, hidden)
-            qkv = pick(bottom_up.first_qkv, image_index) if index == first and kept is None else None
+            entered, hidden = hidden, signal.enter(index - first, hidden)
+            known = index == first and kept is None and hidden is entered
+            qkv = pick(bottom_up.first_qkv, image_index) if known else None
             output = self._run(index, hidden, positions, partial(steer, index - first), qkv, record)
             if reconstruction is not None:
                 decoder = self.decoders[index]
                 decoded = decoder.linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
-                if hidden is not before:
+                if entered is not before:
                     undone = backbone.back(index, hidden.detach(), decoder)
                     reconstruction = reconstruction + F.mse_loss(undone, before.detach())
             hidden = output
@@ -529,7 +542,7 @@ class AbSViT(nn.Module):
             outputs.append(tokens)
         return VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
 
-    def _spread(self, signal: TopDownSignal | ValueMask) -> None:
+    def _spread(self, signal: Signal) -> None:
         """Tell a signal which output token stands for each token of a block, if these differ."""
         if not self.backbone.is_even:
             signal.spread = lambda block, values: self.backbone.spread(block + self.start - 1, values)

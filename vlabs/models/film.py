@@ -11,6 +11,7 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens, forget
 from vlabs.models.backbones.vit import ViT, attend_to
 from vlabs.models.registry import register
+from vlabs.models.topdown import Words
 
 
 class Embedded(BottomUp):
@@ -83,6 +84,7 @@ class FiLMViT(AbSViT):
         layers: Sequence[int] = (),
         alpha: float | None = None,
         record: list[Tensor] | None = None,
+        words: Words | None = None,
     ) -> VisionTokens:
         """The pass over the images, each under a prior; arguments as in `AbSViT`. There is no α."""
         if prior is None:

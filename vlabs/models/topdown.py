@@ -37,7 +37,44 @@ def _same(block: int, values: Tensor) -> Tensor:
 
 
 @dataclass
-class TopDownSignal:
+class Words:
+    """All states of n texts.
+
+    Attributes:
+        states: (n, T, D_text), from the text encoder.
+        mask: (n, T), 0 for padding.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+class Signal:
+    """What n priors or texts change in the second pass; by default nothing. Subclasses say what they change.
+
+    Attributes:
+        similarity: (n, N) in [0, 1], where the prior asks to look; None if there is no such map.
+        spread: see `Spread`.
+    """
+
+    similarity: Tensor | None = None
+    spread: Spread = staticmethod(_same)
+
+    def enter(self, block: int, x: Tensor) -> Tensor:
+        """The tokens (n, N, D), or (1, N, D) of one image, before block `block` of the second pass; n of them if changed."""
+        return x
+
+    def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of one block; see `TopDownSignal.steer`."""
+        return q, k, v
+
+    def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> Signal:
+        """The signal of the kept tokens; itself where every token is treated alike."""
+        return self
+
+
+@dataclass
+class TopDownSignal(Signal):
     """The top-down signal of all blocks, factored: `scale · directions[l]`.
 
     Attributes:
@@ -95,7 +132,7 @@ class TopDownSignal:
 
 
 @dataclass
-class ValueMask:
+class ValueMask(Signal):
     """A soft mask on the values, instead of a signal.
 
     Attributes:
@@ -110,7 +147,7 @@ class ValueMask:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
 
-    def at(self, kept: Kept, prepare: None = None) -> ValueMask:
+    def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> ValueMask:
         """See `TopDownSignal`."""
         return replace(self, similarity=take(self.similarity.unsqueeze(-1), None, kept)[..., 0])
 
@@ -153,7 +190,8 @@ class TopDown(nn.Module):
     Attributes:
         needs_prior: it reads ξ. If not, the second pass is the same for every text and is computed once per image.
         needs_decoders: it feeds tokens back.
-        second_pass: it changes the attention, so the image goes through the blocks again.
+        reads_words: it reads all states of the text: `build` and `read` are then called.
+        second_pass: it changes what the blocks do, so the image goes through them again. If not, it has `weigh`.
         qkv_signal: the signal is for q, k and v.
         prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
         bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
@@ -163,6 +201,7 @@ class TopDown(nn.Module):
 
     needs_prior = True
     needs_decoders = True
+    reads_words = False
     second_pass = True
     qkv_signal = False
     prepares_tokens = False
@@ -176,6 +215,26 @@ class TopDown(nn.Module):
         self.bias_again = self.spec["bias_again"] = again
         return True
 
+    def build(self, text_dim: int, widths: Sequence[int]) -> None:
+        """Make the layers that read the words, once the widths are known.
+
+        Args:
+            text_dim: width of the text's states.
+            widths: D of every block of the second pass, first one first.
+        """
+
+    def read(self, words: Words, tokens: Tensor, prior: Tensor, alpha: float | None = None) -> Signal:
+        """The signal of n texts, for variants that read words; `tokens`, `prior` and `alpha` as for `signal`."""
+        raise NotImplementedError
+
+    def weigh(self, tokens: Tensor, prior: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+        """Without a second pass: the factor of every output token, and the map s; arguments as for `signal`.
+
+        Returns:
+            (n, N, 1) and (n, N).
+        """
+        raise NotImplementedError
+
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """Compute what does not depend on a prior, once per image, from z (B, N, D): (B, N, …) for every block."""
         return []
@@ -188,7 +247,7 @@ class TopDown(nn.Module):
         image_index: Tensor | None,
         feedback: Feedback,
         alpha: float | None = None,
-    ) -> TopDownSignal | ValueMask:
+    ) -> Signal:
         """The signal of n priors.
 
         Args:
@@ -339,6 +398,11 @@ class PerceiverIO(TopDown):
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
         self.alpha = float(alpha)
+
+    def weigh(self, tokens: Tensor, prior: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+        """See `TopDown`."""
+        weights = similarity(prior, tokens)
+        return ((self.alpha if alpha is None else alpha) * weights).unsqueeze(-1), weights
 
 
 @register

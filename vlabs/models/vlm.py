@@ -16,7 +16,7 @@ from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
-from vlabs.models.topdown import similarity
+from vlabs.models.topdown import Words, similarity
 
 
 @dataclass
@@ -77,6 +77,8 @@ class VisionLanguageModel(nn.Module, Shareable):
         self.fusion = fusion
         self.head = head
         self.prior = prior
+        if vision.topdown is not None and vision.topdown.reads_words:
+            vision.topdown.build(text.width, vision.backbone.widths[vision.start - 1 :])
 
     @property
     def pads_to_fixed_length(self) -> bool:
@@ -185,7 +187,10 @@ class VisionLanguageModel(nn.Module, Shareable):
         Args:
             pictures: p, the images per text: each text then occurs p times in a row; `image_index` names its images.
         """
-        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record)
+        words = Words(text_states, attention_mask)
+        seen = self.vision.attend(
+            bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record, words=words
+        )
         if prior is not None and not self.vision.needs_prior:
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
