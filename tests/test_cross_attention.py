@@ -90,7 +90,8 @@ def test_alpha_0_and_new_gates_leave_the_first_pass_and_keep_1_is_all(model):
     assert (steered - out.bottom_up.tokens).abs().max() > 1e-3
     with model.vision.keeping(0.5):
         kept = model(images, IDS, MASK).seen
-    assert kept.tokens.shape == (2, 4, 16) and kept.kept.shape == (2, 3)
+    assert kept.tokens.shape == (2, 4, 16)
+    assert kept.kept.shape == (2, 3)
     for layer in model.vision.topdown.layers:
         layer.gate.zero_()
     out = model(images, IDS, MASK)

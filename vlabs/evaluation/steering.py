@@ -65,8 +65,11 @@ class SteeringEvaluation(Evaluation):
         for every map the energy on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
 
         Raises:
-            UserError: the questions say nothing of what they are about, or have no answers or no partners.
+            UserError: ξ does not steer the model, or the questions say nothing of what they are about, or have no
+                answers or no partners.
         """
+        if checkpoint.model.vision.reads_words:
+            raise UserError(f"task=steering steers by another question's ξ, and all words steer {checkpoint.path}")
         rows = data.rows(results.split)
         where = f"{data.dir}, split {results.split}"
         targets = find_targets(rows, data.dir, self.instances, None)

@@ -243,6 +243,11 @@ class AbSViT(nn.Module):
         return self.topdown is not None and self.topdown.needs_prior
 
     @property
+    def reads_words(self) -> bool:
+        """Whether all words steer, and ξ only says where to look."""
+        return self.topdown is not None and self.topdown.reads_words
+
+    @property
     def looks_twice(self) -> bool:
         """Whether there is a second pass from the embedding of the images, under a prior or with feedback."""
         return self.topdown is not None and self.topdown.second_pass
@@ -307,7 +312,7 @@ class AbSViT(nn.Module):
 
         None if the encoder is not steered by the similarity of prior and tokens.
         """
-        if not self.needs_prior or seen.token_weights is None:
+        if self.reads_words or not self.needs_prior or seen.token_weights is None:
             return None
         return (seen.token_weights[:, self.num_prefix_tokens :] > 0).any(dim=1)
 
@@ -437,7 +442,7 @@ class AbSViT(nn.Module):
         alpha = alpha if hasattr(topdown, "alpha") else None
         if self.needs_prior and prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
-        if topdown is not None and topdown.reads_words and words is None:
+        if self.reads_words and words is None:
             raise UserError(
                 f"{type(topdown).__name__} steers by words: choose another model/topdown where there are none"
             )

@@ -61,7 +61,7 @@ class Signal:
     spread: Spread = staticmethod(_same)
 
     def enter(self, block: int, x: Tensor) -> Tensor:
-        """The tokens (n, N, D), or (1, N, D) of one image, before block `block` of the second pass; n of them if changed."""
+        """The tokens before one block of the second pass: (n, N, D), or (1, N, D) of one image if nothing changed."""
         return x
 
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

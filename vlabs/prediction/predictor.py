@@ -104,10 +104,12 @@ class Predictor:
         """ξ of a text, (1, D_vision).
 
         Raises:
-            UserError: the model has no ξ, or the text is empty.
+            UserError: the model has no ξ or is not steered by it, or the text is empty.
         """
         if self.model.prior is None:
             raise UserError("there is no ξ to be replaced: this model has none")
+        if self.model.vision.reads_words:
+            raise UserError("there is no ξ to be replaced: all words steer this model")
         check_text("the text of the other ξ", text)
         input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([text])))
         return self.model.prior(self.model.text(input_ids, mask), input_ids)  # type: ignore[no-any-return]
