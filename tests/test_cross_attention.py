@@ -69,6 +69,7 @@ def written_out(model, image, states, mask):
 def test_all_tokens_read_all_words_before_blocks_1_and_3_and_no_padding(model):
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     out = model(images, IDS, MASK)
+    assert model.vision.steers(out.seen) is None  # ξ does not steer
     for n in range(2):
         expected = written_out(model, images[n], out.text_states[n], MASK[n])
         torch.testing.assert_close(out.seen.tokens[n], expected, rtol=0, atol=1e-12)

@@ -94,8 +94,9 @@ class CrossAttention(TopDown):
 
     def build(self, text_dim: int, widths: Sequence[int]) -> None:
         """See `TopDown`."""
-        self.connector = nn.Sequential(nn.Linear(text_dim, text_dim), nn.ReLU(), nn.Linear(text_dim, widths[-1]))
-        for layer in (self.connector[0], self.connector[2]):
+        first, last = nn.Linear(text_dim, text_dim), nn.Linear(text_dim, widths[-1])
+        self.connector = nn.Sequential(first, nn.ReLU(), last)
+        for layer in (first, last):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.layers = nn.ModuleList(
