@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.models.absvit import AbSViT
-from vlabs.models.film import FiLMViT
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
 from vlabs.models.text import RobertaEncoder
@@ -31,6 +30,11 @@ from vlabs.models.topdown import (
     ReleasedTopDown,
     TopDown,
 )
+from vlabs.models.variants.codebook import Codebook
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.variants.film import FiLM
+from vlabs.models.variants.qa_vit import QAViT
+from vlabs.models.variants.sentence_attention import SentenceAttention
 from vlabs.models.vlm import VisionLanguageModel, assemble
 
 
@@ -64,7 +68,11 @@ VARIANTS: dict[str, Callable[[], TopDown] | None] = {
     "absvit_released": partial(ReleasedTopDown, ALPHA["absvit_released"]),
     "absvit": partial(AbSTopDown, ALPHA["absvit"]),
     "absvit_qkv": AbSTopDownQKV,
-    "film": None,
+    "cross_attention": CrossAttention,
+    "qa_vit": QAViT,
+    "sentence_attention": SentenceAttention,
+    "codebook": Codebook,
+    "film": FiLM,
 }
 
 
@@ -87,7 +95,7 @@ def make_model(
     torch.manual_seed(0)
     s = replace(SIZES[size], **sizes)
     variant = VARIANTS[topdown]
-    vision = (FiLMViT if topdown == "film" else AbSViT)(
+    vision = AbSViT(
         "vit_base_patch16_224",
         img_size=s.pixels,
         topdown=None if variant is None else variant(),

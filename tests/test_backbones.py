@@ -21,7 +21,16 @@ from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import VQAHead
 from vlabs.models.registry import build
 from vlabs.models.text import RobertaEncoder
-from vlabs.models.topdown import AbSTopDown, AbSTopDownQKV, FeedbackOnly, MaskAttention, ReleasedTopDown, take
+from vlabs.models.topdown import (
+    AbSTopDown,
+    AbSTopDownQKV,
+    FeedbackOnly,
+    MaskAttention,
+    ReleasedTopDown,
+    Signal,
+    Steering,
+    take,
+)
 from vlabs.models.vlm import assemble
 from vlabs.runs.groups import choices, config_dir
 
@@ -165,13 +174,15 @@ def plain_blocks(encoder, hidden, signals, positions):
             losses = losses + ((backbone.back(index, hidden, encoder.decoders[index]) - before) ** 2).mean()
         parts = signals[index].chunk(3, dim=-1)
 
-        def steer(q, k, v, bias, parts=parts):
-            of_q, of_k, of_v = bias.chunk(3) if bias is not None and variant.bias_again else (0, 0, 0)
+        def steer(block, q, k, v, bias, parts=parts):
+            of_q, of_k, of_v = (0, 0, 0) if bias is None else bias.chunk(3)
             if isinstance(variant, AbSTopDownQKV):
                 q, k = q + parts[0] + of_q, k + parts[1] + of_k
             return q, k, v + parts[2] + of_v
 
-        output = backbone.block(index, hidden, positions, steer)
+        signal = Signal()
+        signal.steer = steer
+        output = backbone.block(index, hidden, positions, Steering(signal, index, variant.bias_again))
         losses = losses + ((encoder.decoders[index].linear(output) - hidden) ** 2).mean()
         hidden = output
     return backbone.finish(hidden), losses

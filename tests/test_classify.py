@@ -414,7 +414,7 @@ def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_optio
     ("override", "message"),
     [
         ("task.passes=first", "task.passes=first must be one of both, second"),
-        ("model/topdown=film", "a classifier classifies the bottom-up pass"),
+        ("model/topdown=qa_vit", "QAViT steers by words: choose another model/topdown"),
         ("data.crop=2", "data.crop=2"),
         ("model=mini", "pass model=classifier"),
     ],

@@ -14,6 +14,9 @@ from vlabs.checkpoints.programs import parts_of, trace, write_programs
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.topdown import AbSTopDown, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO, ReleasedTopDown
+from vlabs.models.variants.codebook import Codebook
+from vlabs.models.variants.film import FiLM
+from vlabs.models.variants.qa_vit import QAViT
 
 
 def run_onnx(folder):
@@ -99,7 +102,7 @@ def test_the_command_writes_what_serving_needs_and_onnxruntime_has_the_models_nu
 
 @pytest.mark.parametrize(
     "topdown",
-    [ReleasedTopDown, None, "film", AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO],
+    [ReleasedTopDown, None, FiLM, QAViT, Codebook, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_every_way_to_steer_has_the_models_numbers(topdown):

@@ -16,8 +16,8 @@ from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.store import TensorStore
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, StoredPass
-from vlabs.models.film import FiLMViT
 from vlabs.models.topdown import AbSTopDown, FeedbackOnly, PerceiverIO
+from vlabs.models.variants.film import FiLM
 from vlabs.ranking.nearest import Nearest
 from vlabs.ranking.passes import FirstPasses
 
@@ -78,7 +78,7 @@ def test_a_shard_of_something_else_or_half_a_shard_is_named(tmp_path):
         (partial(AbSViT, topdown=PerceiverIO()), {"tokens", "cls"}),
         (AbSViT, {"tokens", "cls"}),
         (partial(AbSViT, keep=[0.5, 1.0]), {"tokens", "cls", "read"}),
-        (FiLMViT, {"embedded"}),
+        (partial(AbSViT, topdown=FiLM()), {"embedded", "tokens", "cls"}),
     ],
 )
 def test_a_pass_that_was_stored_is_the_pass(make, stored, tmp_path):

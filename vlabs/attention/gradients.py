@@ -118,6 +118,7 @@ def relevance(score: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
         for g, a in zip(gradients, used, strict=True)
     ]
     blocks, fusion = read[: len(recorded.attention)], read[len(recorded.attention) :]
+    blocks = [block[..., : block.shape[1]] for block in blocks]  # other keys than the tokens are words
     count, tokens, words = len(fusion[1]), fusion[1].shape[2], fusion[0].shape[2]
 
     def eye(size: int) -> Tensor:

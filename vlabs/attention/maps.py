@@ -93,6 +93,9 @@ def attention_map(
 def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """A map (n, N) from the attention of every block (n, heads, N, N)."""
 
+    last = attention[-1]
+    attention = [weights[..., : weights.shape[2]] for weights in attention]  # other keys than the tokens are words
+
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
 
@@ -106,8 +109,8 @@ def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Seque
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
         return read(rolled)
-    gradient = torch.autograd.grad(best_score(output).sum(), attention[-1], retain_graph=True)[0]
-    return (gradient * attention[-1]).clamp(min=0).sum(dim=(1, 2))
+    gradient = torch.autograd.grad(best_score(output).sum(), last, retain_graph=True)[0]
+    return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, : attention[-1].shape[-1]]
 
 
 def look(

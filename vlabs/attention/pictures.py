@@ -179,7 +179,7 @@ def reconstruction_figure(
     with torch.no_grad():
         bottom_up = model.vision.encode(tensor)
         input_ids, mask = _tokens(checkpoint, texts)
-        prior = model.prior(model.text(input_ids, mask), input_ids)
+        prior = model.prior(model.text(input_ids, mask), input_ids, mask)
         top_down = model.vision.first_signal(bottom_up, prior)[:, prefix:]
     own = bottom_up.embedded[:, prefix:]
     shown = []

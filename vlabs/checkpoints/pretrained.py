@@ -22,7 +22,6 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, one_line
 from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
-from vlabs.models.film import FiLMViT
 from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
 from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
@@ -63,7 +62,6 @@ def vit_from_timm(
     topdown: TopDown | None = None,
     start: Size = 1,
     keep: Part | Sequence[Part] = 1.0,
-    encoder_class: type[AbSViT] = AbSViT,
     **vit_options: Any,
 ) -> AbSViT:
     """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the given sizes.
@@ -76,7 +74,6 @@ def vit_from_timm(
         img_size, topdown, start, keep, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
             blocks are left out, as METER leaves CLIP's last one out.
         patch_size: side of a patch in pixels; None for the architecture's own.
-        encoder_class: class that is built around the ViT.
 
     Returns:
         The encoder; its `origin` says how many of the weights it uses.
@@ -97,17 +94,12 @@ def vit_from_timm(
         if source.options:
             _check_size(name, vit_options, source)
     patch_size = patch_size or backbones.patch_size_of(name)
-    encoder = encoder_class(
+    encoder = AbSViT(
         name, img_size=img_size, patch_size=patch_size, topdown=topdown, start=start, keep=keep, **vit_options
     )
     if source is not None:
         encoder.origin = _fill(encoder, source, name, vit_options.get("depth"))
     return encoder
-
-
-def film_vit(weights: str | None = None, architecture: str | None = None, **options: Any) -> AbSViT:
-    """A ViT whose norms ξ scales and shifts, fresh or from a timm ViT; arguments as in `vit_from_timm`."""
-    return vit_from_timm(weights, architecture, encoder_class=FiLMViT, **options)
 
 
 def check_there(vision: str | None, text: str | None, tokenizer: str | None = None) -> None:

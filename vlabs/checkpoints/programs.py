@@ -32,7 +32,7 @@ from vlabs.utils.files import new_folder
 FORMATS = ("onnx", "torch")
 _SUFFIX = {"onnx": "onnx", "torch": "pt2"}
 _LARGE = 1.5e9  # bytes; an ONNX file holds at most 2 GB, so larger weights go into a file beside it
-_IMAGES = ("tokens", "hidden", "embedded", "first_qkv", "pooled")
+_IMAGES = ("tokens", "hidden", "embedded", "first_qkv", "cls")
 
 
 class TextPass(nn.Module):
@@ -45,7 +45,7 @@ class TextPass(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         states = self.model.text(input_ids, attention_mask)
-        prior = self.model.prior_of(states, input_ids)
+        prior = self.model.prior_of(states, input_ids, attention_mask)
         return (states,) if prior is None else (states, prior)
 
 

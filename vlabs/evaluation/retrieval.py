@@ -225,11 +225,6 @@ class RetrievalEvaluation(Evaluation):
         """Raise a UserError unless the ranker can rank with this model."""
         if self.ranker["name"] == "shortlist" and model.prior is None:
             raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
-        if self.ranker["name"] == "shortlist" and not model.vision.has_bottom_up:
-            raise UserError(
-                "ranker=shortlist compares ξ with the bottom-up [cls], which model/topdown=film does not have: "
-                "ranker=exact"
-            )
 
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""

@@ -65,8 +65,10 @@ class SteeringEvaluation(Evaluation):
         on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
 
         Raises:
-            UserError: the questions have no regions, no public answers, or no partners.
+            UserError: ξ does not steer the model, or the questions have no regions, no public answers, or no partners.
         """
+        if checkpoint.model.vision.reads_words:
+            raise UserError(f"task=steering steers by another question's ξ, and all words steer {checkpoint.path}")
         rows = data.rows(results.split)
         where = f"{data.dir}, split {results.split}"
         targets = find_targets(rows, data.dir, self.instances, None)
@@ -176,7 +178,7 @@ def _measure(
     n = len(pairs)
     bottom_up = model.vision.encode(image)
     states = model.text(input_ids, attention_mask)
-    prior = model.prior_of(states, input_ids)
+    prior = model.prior_of(states, input_ids, attention_mask)
     index = torch.zeros(n, dtype=torch.int64)
     for whose, part in ((OWN, slice(0, n)), (OTHER, slice(n, None))):
         given: Tensor | None = None if prior is None else prior[part]

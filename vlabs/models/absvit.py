@@ -33,7 +33,7 @@ from vlabs.errors import UserError
 from vlabs.models import backbones
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
-from vlabs.models.topdown import Kept, PerceiverIO, TopDown, TopDownSignal, ValueMask, cosines, pick, similarity, take
+from vlabs.models.topdown import Kept, Signal, Steering, TopDown, TopDownSignal, Words, cosines, pick, take
 from vlabs.utils.options import Count, Part, Size, check_type
 
 
@@ -62,7 +62,7 @@ class BottomUp:
         first_qkv: (B, N, 3D), q, k, v of that block; None if they are computed from the kept tokens.
         prepared: the variant's own part, (B, N, D) for every block of the second pass; empty if it has none, or if it
             is computed from the kept tokens, once they are known.
-        pooled: (B, D), what `cls` gives.
+        cls: (B, D), z of [cls] or of what the encoder has instead of it: the images, before any text.
         layers: (B, N, D) each, the outputs of the requested blocks; for the last block, `tokens`.
         read: (B, N), how much [cls] (or, without one, all tokens) attends to each token in the last block; set only if
             patches are kept by it.
@@ -73,18 +73,9 @@ class BottomUp:
     embedded: Tensor
     first_qkv: Tensor | None
     prepared: list[Tensor]
-    pooled: Tensor
+    cls: Tensor
     layers: list[Tensor] = field(default_factory=list)
     read: Tensor | None = None
-
-    @property
-    def cls(self) -> Tensor:
-        """(B, D), z of [cls] or of what the encoder has instead of it: the images, before any text.
-
-        Raises:
-            ValueError: the encoder has no bottom-up pass, see `AbSViT.has_bottom_up`.
-        """
-        return self.pooled
 
 
 class StoredPass(NamedTuple):
@@ -113,6 +104,7 @@ class VisionTokens:
         layers: (n, N, D) each, the outputs of the requested blocks; for the last block, `tokens`.
         kept: (n, M), the positions of the kept tokens, ascending; None if all are kept. Otherwise there are M + 1
             tokens, and the last is the mean of all others.
+        scores: (n, patches), logits of what the text is about, of a variant with scores of its own.
     """
 
     tokens: Tensor
@@ -121,6 +113,7 @@ class VisionTokens:
     reconstruction: Tensor | None = None
     layers: list[Tensor] = field(default_factory=list)
     kept: Tensor | None = None
+    scores: Tensor | None = None
 
     def of_all(self, values: Tensor, count: int) -> Tensor:
         """Spread values (n, M) of the kept tokens over all `count` tokens of the encoder, with 0 for the others."""
@@ -154,7 +147,6 @@ class AbSViT(nn.Module):
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
-        has_bottom_up: whether the first pass runs the blocks, so that its tokens describe the image.
         backbone: the encoder as blocks whose values take a signal; its weights are in `vit`.
         origin: which pre-trained weights it has, and how many of them; None without any.
         shares: the shares that it is trained with, see `keep`.
@@ -167,7 +159,6 @@ class AbSViT(nn.Module):
 
     spec: dict[str, Any]
     hands_on: ClassVar[tuple[type, ...]] = (NetworkOptions,)
-    has_bottom_up = True
     origin: str | None = None
     needs_all = ""
 
@@ -223,6 +214,14 @@ class AbSViT(nn.Module):
                 nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
         if not self.backbone.takes_some:
             self.needs_all = f"{architecture} pools or mixes its patches by their places, and needs them all"
+        if topdown is not None:
+            if topdown.plain and type(self.backbone) is not backbones.ViT:
+                raise UserError(
+                    f"{type(topdown).__name__} changes the blocks of a plain ViT, which {architecture} is not"
+                )
+            topdown.build(self.backbone, start)
+            if topdown.scores_patches:
+                self.needs_all = f"{type(topdown).__name__} points with its output tokens, and needs them all"
         self.shares = list(keep) if isinstance(keep, Sequence) else [keep]
         self.check_keep(*self.shares)
         self._keep = float(max(self.shares))
@@ -241,6 +240,11 @@ class AbSViT(nn.Module):
     def needs_prior(self) -> bool:
         """Whether the output of this encoder depends on ξ."""
         return self.topdown is not None and self.topdown.needs_prior
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether all words steer, and ξ only says where to look."""
+        return self.topdown is not None and self.topdown.reads_words
 
     @property
     def looks_twice(self) -> bool:
@@ -307,7 +311,7 @@ class AbSViT(nn.Module):
 
         None if the encoder is not steered by the similarity of prior and tokens.
         """
-        if not self.needs_prior or seen.token_weights is None:
+        if self.topdown is None or not self.topdown.by_similarity or seen.token_weights is None:
             return None
         return (seen.token_weights[:, self.num_prefix_tokens :] > 0).any(dim=1)
 
@@ -418,6 +422,7 @@ class AbSViT(nn.Module):
         layers: Sequence[int] = (),
         alpha: float | None = None,
         record: list[Tensor] | None = None,
+        words: Words | None = None,
     ) -> VisionTokens:
         """The second pass: the images again, each under a prior.
 
@@ -430,6 +435,7 @@ class AbSViT(nn.Module):
             layers: as given to `encode`; outputs that do not change come from there.
             alpha: the strength of the top-down signal instead of the variant's own, if it has one.
             record: as in `encode`, for this pass, (n, heads, N, N); without a second pass, that of the first stays.
+            words: all states of the n texts; only read by variants that steer by them.
 
         Without feedback and `image_index`, a single image gives a single output, whatever the number of priors.
         """
@@ -437,6 +443,10 @@ class AbSViT(nn.Module):
         alpha = alpha if hasattr(topdown, "alpha") else None
         if self.needs_prior and prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
+        if self.reads_words and words is None:
+            raise UserError(
+                f"{type(topdown).__name__} steers by words: choose another model/topdown where there are none"
+            )
         kept = self.choose(bottom_up, prior, image_index)
         if topdown is None or not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
@@ -445,7 +455,7 @@ class AbSViT(nn.Module):
                 once = VisionTokens(tokens, hidden, layers=bottom_up.layers)
             else:
                 once = self._second_pass(
-                    topdown, bottom_up, bottom_up.cls, None, kept, reconstruct, layers, alpha, record
+                    topdown, bottom_up, bottom_up.cls, None, kept, reconstruct, layers, alpha, record, None
                 )
             return VisionTokens(
                 pick(once.tokens, image_index),
@@ -457,17 +467,17 @@ class AbSViT(nn.Module):
             )
         assert prior is not None
         if not topdown.second_pass:
-            assert isinstance(topdown, PerceiverIO)
-            weights = similarity(prior, pick(bottom_up.tokens, image_index))
-            scale = ((topdown.alpha if alpha is None else alpha) * weights).unsqueeze(-1)
+            change, weights = topdown.reweigh(pick(bottom_up.tokens, image_index), prior, alpha)
             # What is reweighted is the output: earlier blocks are as they were.
             outputs = [pick(one, image_index) for one in bottom_up.layers]
             if self.backbone.depth in layers:
-                outputs[-1] = scale * outputs[-1]
-            scale = take(scale, None, kept)
-            tokens, hidden = (scale * take(one, image_index, kept) for one in (bottom_up.tokens, bottom_up.hidden))
+                outputs[-1] = change(outputs[-1])
+            both = (bottom_up.tokens, bottom_up.hidden)
+            tokens, hidden = (take(change(pick(one, image_index)), None, kept) for one in both)
             return VisionTokens(tokens, hidden, weights, None, outputs, None if kept is None else kept.places)
-        return self._second_pass(topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record)
+        return self._second_pass(
+            topdown, bottom_up, prior, image_index, kept, reconstruct, layers, alpha, record, words
+        )
 
     def _second_pass(
         self,
@@ -480,6 +490,7 @@ class AbSViT(nn.Module):
         layers: Sequence[int],
         alpha: float | None,
         record: list[Tensor] | None,
+        words: Words | None,
     ) -> VisionTokens:
         backbone, first = self.backbone, self.start - 1
         tokens = pick(bottom_up.tokens, image_index)
@@ -495,14 +506,15 @@ class AbSViT(nn.Module):
                 prepare = prepare_kept
             else:  # once, for all texts of these images
                 bottom_up.prepared = self._prepared(bottom_up.tokens, later=False)
-        signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
+        if topdown.reads_words:
+            assert words is not None
+            signal = topdown.read(words, tokens, prior, self._project, **given)
+        else:
+            signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         self._spread(signal)
         weights = signal.similarity
         if kept is not None:
-            signal = signal.at(kept, prepare)  # type: ignore[arg-type]
-
-        def steer(block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            return signal.steer(block, q, k, v, bias if topdown.bias_again else None)
+            signal = signal.at(kept, prepare)
 
         hidden = take(bottom_up.embedded, image_index, kept)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
@@ -510,19 +522,23 @@ class AbSViT(nn.Module):
         patches = None if kept is None else Kept(kept.places[:, prefix:] - prefix, kept.rest[:, prefix:])
         positions = backbone.positions(patches)
         forget(record)
+        known = None if kept is not None or topdown.changes_first else bottom_up.first_qkv
         # Blocks before the first of this pass are as they were.
         outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
         for index in range(first, backbone.depth):
-            before, hidden = hidden, backbone.enter(index, hidden)
+            block = index - first
+            before, hidden = hidden, backbone.enter(index, hidden, partial(signal.merge, block))
+            entered, hidden = hidden, signal.enter(block, hidden)
             qkv = None
-            if index == first and kept is None and bottom_up.first_qkv is not None:
-                qkv = pick(bottom_up.first_qkv, image_index)
-            output = self._run(index, hidden, positions, partial(steer, index - first), qkv, record)
+            if known is not None and index == first and hidden is entered:
+                qkv = pick(known, image_index)
+            output = self._run(index, hidden, positions, Steering(signal, block, topdown.bias_again), qkv, record)
+            output = signal.leave(block, output)
             if reconstruction is not None:
                 decoder = self.decoders[index]
                 decoded = decoder.linear(output.detach())  # type: ignore[operator]
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
-                if hidden is not before:
+                if entered is not before:
                     undone = backbone.back(index, hidden.detach(), decoder)
                     reconstruction = reconstruction + F.mse_loss(undone, before.detach())
             hidden = output
@@ -531,9 +547,18 @@ class AbSViT(nn.Module):
         tokens = backbone.finish(hidden)
         if backbone.depth in layers:
             outputs.append(tokens)
-        return VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
+        seen = VisionTokens(tokens, hidden, weights, reconstruction, outputs, None if kept is None else kept.places)
+        if topdown.scores_patches:
+            seen.scores = topdown.score(tokens)[:, prefix:]
+            seen.token_weights = F.pad(seen.scores.softmax(dim=1), (prefix, 0))
+        return seen
 
-    def _spread(self, signal: TopDownSignal | ValueMask) -> None:
+    def _project(self, block: int, x: Tensor) -> Tensor:
+        """See `topdown.Project`."""
+        index = block + self.start - 1
+        return F.linear(x, self.backbone.qkv_weight(index), self.backbone.qkv_bias(index))
+
+    def _spread(self, signal: Signal) -> None:
         """Tell a signal which output token stands for each token of a block, if these differ."""
         if not self.backbone.is_even:
             signal.spread = lambda block, values: self.backbone.spread(block + self.start - 1, values)
@@ -607,15 +632,10 @@ class AbSViTClassifier(nn.Module, Shareable):
 
     Args:
         encoder: an AbSViT with a classification head.
-
-    Raises:
-        UserError: the encoder has no bottom-up pass that could be classified.
     """
 
     def __init__(self, encoder: AbSViT) -> None:
         super().__init__()
-        if not encoder.has_bottom_up:
-            raise UserError("a classifier classifies the bottom-up pass too, which model/topdown=film does not have")
         self.encoder = encoder
         self.prompt = nn.Parameter(torch.empty(encoder.width))
         nn.init.trunc_normal_(self.prompt, std=0.02)

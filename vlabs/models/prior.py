@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlabs.models.registry import register
-from vlabs.models.topdown import cosines
-from vlabs.utils.options import Positive, Share, checked
+from vlabs.models.topdown import cosines, whole
+from vlabs.utils.options import Positive, Share, Size, checked
 
 PRIOR_TOKENS = ("cls", "mean", "eos")
 EOS_TOKEN_ID = 2
@@ -31,9 +31,11 @@ class PriorMap(nn.Module):
         vision_dim: width of the image encoder.
         token: which state is mapped. `cls`: the first token (paper). `mean`: the mean over all positions, padding
             included (released VQA code; it depends on the padded length). `eos`: the first `</s>` (released retrieval).
+        count: M; if above 1, M learned queries q_m each read the words, `softmax_j(q_m · t_j / √D_text)`, and what they
+            read takes the place of `token`.
     """
 
-    def __init__(self, text_dim: int, vision_dim: int, token: str = "cls") -> None:
+    def __init__(self, text_dim: int, vision_dim: int, token: str = "cls", count: Size = 1) -> None:
         super().__init__()
         if token not in PRIOR_TOKENS:
             raise ValueError(f"prior_token '{token}': choose one of {', '.join(PRIOR_TOKENS)}")
@@ -41,10 +43,21 @@ class PriorMap(nn.Module):
         self.project = nn.Linear(text_dim, vision_dim)
         nn.init.trunc_normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
+        if count > 1:
+            self.queries = nn.Parameter(torch.randn(count, text_dim) / 2)
 
-    def forward(self, text_states: Tensor, input_ids: Tensor) -> Tensor:
-        """Map text states (n, T, D_text) of token ids (n, T) to priors (n, D_vision)."""
-        if self.token == "cls":
+    def forward(self, text_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map text states (n, T, D_text) to priors (n, D_vision), or (n, M, D_vision) if there are several.
+
+        Args:
+            text_states: from the text encoder.
+            input_ids, attention_mask: (n, T), the tokens.
+        """
+        if hasattr(self, "queries"):
+            scores = text_states @ self.queries.T / text_states.shape[-1] ** 0.5
+            read = scores.masked_fill(attention_mask[..., None] == 0, float("-inf")).softmax(dim=1)
+            state = read.transpose(1, 2) @ text_states
+        elif self.token == "cls":
             state = text_states[:, 0]
         elif self.token == "mean":
             state = text_states.mean(dim=1)
@@ -85,10 +98,11 @@ class PriorLoss(nn.Module):
         """The loss of n matched pairs; zero without pairs.
 
         Args:
-            prior: ξ, (n, D).
+            prior: ξ, (n, D), or (n, M, D), whose mean is compared.
             seen: (n, D), the second pass's [cls] state under each prior.
             image_ids: (n,), which image each pair is about.
         """
+        prior = whole(prior)
         if not len(prior):
             # A mean over nothing is NaN; the sum keeps every parameter in the graph, which DDP asks for.
             return prior.sum() + seen.sum() + 0 * self.log_scale
@@ -119,16 +133,25 @@ class RegionPriorLoss(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, prior: Tensor, tokens: Tensor, image_index: Tensor | None, coverage: Tensor) -> Tensor:
+    def forward(
+        self,
+        prior: Tensor,
+        tokens: Tensor,
+        image_index: Tensor | None,
+        coverage: Tensor,
+        scores: Tensor | None = None,
+    ) -> Tensor:
         """The mean over n texts. Texts without a region add zero, so the loss does not depend on batching.
 
         Args:
-            prior: ξ, (n, D).
+            prior: ξ, (n, D), or (n, M, D) of several, of which the most similar counts.
             tokens: z of the patches, (B, N, D), from the bottom-up pass.
             image_index: (n,), the image of each text; None if text i is about image i.
             coverage: (n, N), how much of each patch a text's region covers; zeros without a region.
+            scores: (n, N), logits instead of cos(ξ, z_i) / τ, of a variant that has its own (`TopDown.score`).
         """
-        pointed = (cosines(prior, tokens, image_index) / self.temperature).log_softmax(dim=1)
+        scores = cosines(prior, tokens, image_index) / self.temperature if scores is None else scores
+        pointed = scores.log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
         target = coverage / size.clamp_min(1e-6)
         return -(target * pointed).sum() / max(1, len(prior))
@@ -192,7 +215,8 @@ class TokenPriorLoss(nn.Module):
             return prior.sum() + 0 * tokens.sum()
         index = torch.arange(n, device=prior.device) if image_index is None else image_index
         prior, tokens = F.normalize(prior.float(), dim=-1), F.normalize(tokens.float(), dim=-1)
-        logits = (torch.einsum("nd,bid->nbi", prior, tokens) / self.temperature).logsumexp(dim=-1)
+        alike = torch.einsum("nmd,bid->nmbi", prior.view(n, -1, prior.shape[-1]), tokens).amax(dim=1)
+        logits = (alike / self.temperature).logsumexp(dim=-1)
         to_image = F.cross_entropy(logits, index)
         # Each text against those of other images: the texts of one image are neither right nor wrong for one another.
         own = index[:, None] == torch.arange(len(tokens), device=index.device)
@@ -201,3 +225,12 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
+
+
+def overlap(prior: Tensor) -> Tensor:
+    """How alike the M priors (n, M, D) of a text are: the mean of relu(cos(ξ_m, ξ_m')) over m ≠ m' and texts."""
+    prior = F.normalize(prior.float(), dim=-1)
+    cosine = (prior @ prior.transpose(1, 2)).relu()
+    count = prior.shape[1]
+    off = cosine.sum(dim=(1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return off.sum() / max(1, len(prior)) / (count * (count - 1))

@@ -131,8 +131,8 @@ class Segmenter(nn.Module, Shareable):
         prior: PriorMap | None = None,
     ) -> None:
         super().__init__()
-        if not vision.backbone.is_even or not vision.has_bottom_up:
-            raise UserError("segmentation reads maps of one stride from every block: choose a ViT, and no film")
+        if not vision.backbone.is_even:
+            raise UserError("segmentation reads maps of one stride from every block: choose a ViT")
         if not layers or min(layers) < 1 or max(layers) > vision.backbone.depth:
             raise UserError(f"model.layers={list(layers)} must be among the {vision.backbone.depth} blocks, from 1")
         vision.needs_all = "segmentation maps every patch"
@@ -195,7 +195,7 @@ class Segmenter(nn.Module, Shareable):
         if self.text is not None and self.prior is not None:
             if input_ids is None or attention_mask is None:
                 raise ValueError("the model is steered by texts, and none is given")
-            prior = self.prior(self.text(input_ids, attention_mask), input_ids)
+            prior = self.prior(self.text(input_ids, attention_mask), input_ids, attention_mask)
         else:
             assert self.prompt is not None
             prior = self.prompt.expand(len(images), -1)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,17 @@ from torch import Tensor, nn
 
 from vlabs.models.registry import register
 
+if TYPE_CHECKING:
+    from vlabs.models.backbones.base import Backbone
+
 Feedback = Callable[[Tensor], list[Tensor]]
 """Takes tokens (…, D), returns `C_l tokens` for every block of the second pass, first one first, without W_v's bias.
 
 With `qkv_signal` it is W_qkv instead of W_v, and 3D instead of D.
 """
 
+Project = Callable[[int, Tensor], Tensor]
+"""Takes a block of the second pass and (n, T, D); gives q, k and v of these as if they were tokens, (n, T, 3D)."""
 
 Spread = Callable[[int, Tensor], Tensor]
 """Takes a block of the second pass and a number for every output token, (n, N, 1); one for every token of the block."""
@@ -37,7 +43,100 @@ def _same(block: int, values: Tensor) -> Tensor:
 
 
 @dataclass
-class TopDownSignal:
+class Words:
+    """All states of n texts.
+
+    Attributes:
+        states: (n, T, D_text), from the text encoder.
+        mask: (n, T), 0 for padding.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+    def bias(self) -> Tensor:
+        """(n, 1, 1, T), added to attention scores: -inf for padding."""
+        padding = self.mask[:, None, None] == 0
+        return torch.zeros_like(padding, dtype=self.states.dtype).masked_fill(padding, float("-inf"))
+
+
+class Signal:
+    """What n priors or texts change in the second pass; by default nothing. Subclasses say what they change.
+
+    Attributes:
+        similarity: (n, N) in [0, 1], where the prior asks to look; None if there is no such map.
+        spread: see `Spread`.
+    """
+
+    similarity: Tensor | None = None
+    spread: Spread = staticmethod(_same)
+
+    def merge(self, block: int, x: Tensor) -> Tensor:
+        """The four tokens side by side that one block's tokens are merged from, (n, N, 4D); only asked by Swin."""
+        return x
+
+    def enter(self, block: int, x: Tensor) -> Tensor:
+        """The tokens before one block of the second pass: (n, N, D), or (1, N, D) of one image if nothing changed."""
+        return x
+
+    def norm(self, block: int, place: int, x: Tensor) -> Tensor:
+        """The output of one block's norm, (n, N, D): place 0 before the attention, 1 before the MLP; see `plain`."""
+        return x
+
+    def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of one block; see `TopDownSignal.steer`. k and v may have more tokens, after the others."""
+        return q, k, v
+
+    def scores(self, block: int) -> Tensor | None:
+        """What is added to the attention scores of one block, e.g. -inf for padding; see `TopDown.plain`."""
+        return None
+
+    def project(self, block: int, mixed: Tensor, out: Tensor) -> Tensor:
+        """The attention's output after its output map, of its `mixed` values, (n, N, D) both; see `TopDown.plain`."""
+        return out
+
+    def leave(self, block: int, x: Tensor) -> Tensor:
+        """The tokens after one block, (n, N, D)."""
+        return x
+
+    def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> Signal:
+        """The signal of the kept tokens; itself where every token is treated alike."""
+        return self
+
+
+@dataclass
+class Steering:
+    """A signal as one block sees it; called, it gives q, k and v of the block.
+
+    Attributes:
+        signal: the signal of n priors or texts.
+        block: which block of the second pass.
+        bias_again: see `TopDown`.
+    """
+
+    signal: Signal
+    block: int
+    bias_again: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Signal.steer`."""
+        return self.signal.steer(self.block, q, k, v, bias if self.bias_again else None)
+
+    def norm(self, place: int, x: Tensor) -> Tensor:
+        """See `Signal`."""
+        return self.signal.norm(self.block, place, x)
+
+    def scores(self) -> Tensor | None:
+        """See `Signal`."""
+        return self.signal.scores(self.block)
+
+    def project(self, mixed: Tensor, out: Tensor) -> Tensor:
+        """See `Signal`."""
+        return self.signal.project(self.block, mixed, out)
+
+
+@dataclass
+class TopDownSignal(Signal):
     """The top-down signal of all blocks, factored: `scale · directions[l]`.
 
     Attributes:
@@ -95,7 +194,7 @@ class TopDownSignal:
 
 
 @dataclass
-class ValueMask:
+class ValueMask(Signal):
     """A soft mask on the values, instead of a signal.
 
     Attributes:
@@ -110,7 +209,7 @@ class ValueMask:
         """`v_i ← s_i v_i`; arguments as in `TopDownSignal.steer`."""
         return q, k, self.spread(block, self.similarity.unsqueeze(-1)) * v
 
-    def at(self, kept: Kept, prepare: None = None) -> ValueMask:
+    def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> ValueMask:
         """See `TopDownSignal`."""
         return replace(self, similarity=take(self.similarity.unsqueeze(-1), None, kept)[..., 0])
 
@@ -153,7 +252,13 @@ class TopDown(nn.Module):
     Attributes:
         needs_prior: it reads ξ. If not, the second pass is the same for every text and is computed once per image.
         needs_decoders: it feeds tokens back.
-        second_pass: it changes the attention, so the image goes through the blocks again.
+        reads_words: it reads all states of the text: `hear` and `read` are then called, and ξ is only the map.
+        by_similarity: ξ steers by its similarity to patches, so one that is similar to none steers nothing.
+        takes_several: there may be several ξ per text, (n, M, D): it reads them by `similarity` only.
+        second_pass: it changes what the blocks do, so the image goes through them again. If not, it has `reweigh`.
+        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss.
+        plain: it changes norms, scores or output maps, so blocks must be those of a timm `VisionTransformer`.
+        changes_first: it changes norms or merged tokens, so q, k and v of its first block are not those that are known.
         qkv_signal: the signal is for q, k and v.
         prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
         bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
@@ -163,7 +268,13 @@ class TopDown(nn.Module):
 
     needs_prior = True
     needs_decoders = True
+    reads_words = False
+    by_similarity = True
+    takes_several = True
     second_pass = True
+    scores_patches = False
+    plain = False
+    changes_first = False
     qkv_signal = False
     prepares_tokens = False
     bias_again = True
@@ -175,6 +286,48 @@ class TopDown(nn.Module):
             return False
         self.bias_again = self.spec["bias_again"] = again
         return True
+
+    def build(self, backbone: Backbone, start: int) -> None:
+        """Make layers of one's own, for the blocks of the second pass.
+
+        Args:
+            backbone: the encoder; only its sizes are to be read, because its weights may not be loaded yet.
+            start: the first of these blocks, counted from 1.
+
+        Raises:
+            UserError: the encoder has no place for them.
+        """
+
+    def hear(self, text_dim: int, backbone: Backbone, start: int) -> None:
+        """Make the layers that read words; called once, when the encoder has its weights.
+
+        Args:
+            text_dim: width of the text's states.
+            backbone, start: as in `build`.
+        """
+
+    def read(self, words: Words, tokens: Tensor, prior: Tensor, project: Project, alpha: float | None = None) -> Signal:
+        """The signal of n texts, for variants that read words; `tokens`, `prior` and `alpha` as for `signal`.
+
+        Args:
+            words: all states of the texts.
+            project: W_qkv x + b of every block of the second pass.
+        """
+        raise NotImplementedError
+
+    def reweigh(
+        self, tokens: Tensor, prior: Tensor, alpha: float | None = None
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Without a second pass: what becomes of output tokens (n, N, D), and the map s; arguments as for `signal`.
+
+        Returns:
+            A function of tokens, and (n, N).
+        """
+        raise NotImplementedError
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """How much each output token of the second pass, (n, N, D), is what the text is about: logits (n, N)."""
+        raise NotImplementedError
 
     def prepare(self, tokens: Tensor, feedback: Feedback) -> list[Tensor]:
         """Compute what does not depend on a prior, once per image, from z (B, N, D): (B, N, …) for every block."""
@@ -188,7 +341,7 @@ class TopDown(nn.Module):
         image_index: Tensor | None,
         feedback: Feedback,
         alpha: float | None = None,
-    ) -> TopDownSignal | ValueMask:
+    ) -> Signal:
         """The signal of n priors.
 
         Args:
@@ -203,23 +356,36 @@ class TopDown(nn.Module):
 
 
 def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:
-    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own images, or of a single image."""
-    tokens = F.normalize(tokens.float(), dim=-1)
-    return torch.einsum("nd,nid->ni", F.normalize(prior.float(), dim=-1), pick(tokens, image_index))
+    """cos(ξ, z_i), (n, N), of n priors with the tokens (B, N, D) of their own images, or of a single image.
+
+    Of several priors per text, (n, M, D), the largest.
+    """
+    return _cosine(prior.float(), pick(F.normalize(tokens.float(), dim=-1), image_index))
+
+
+def _cosine(prior: Tensor, unit: Tensor) -> Tensor:
+    prior = F.normalize(prior, dim=-1)
+    if prior.ndim == 2:
+        return torch.einsum("nd,nid->ni", prior, unit)
+    return torch.einsum("nmd,nid->nmi", prior, unit).amax(dim=1)
+
+
+def whole(prior: Tensor) -> Tensor:
+    """One prior (n, D) for each text: the mean of several, (n, M, D)."""
+    return prior if prior.ndim == 2 else prior.mean(dim=1)
 
 
 def similarity(prior: Tensor, tokens: Tensor) -> Tensor:
     """Cosine of each prior with each of its tokens, clamped to [0, 1] (paper, section 5.1).
 
     Args:
-        prior: (n, D).
+        prior: (n, D); of several, (n, M, D), the most similar counts.
         tokens: (n, N, D), or (1, N, D) if all priors belong to one image.
 
     Returns:
         (n, N).
     """
-    cosine = torch.einsum("nd,nid->ni", F.normalize(prior, dim=-1), F.normalize(tokens, dim=-1))
-    return cosine.clamp(0, 1)
+    return _cosine(prior, F.normalize(tokens, dim=-1)).clamp(0, 1)
 
 
 @register
@@ -340,6 +506,14 @@ class PerceiverIO(TopDown):
         super().__init__()
         self.alpha = float(alpha)
 
+    def reweigh(
+        self, tokens: Tensor, prior: Tensor, alpha: float | None = None
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """See `TopDown`."""
+        weights = similarity(prior, tokens)
+        scale = ((self.alpha if alpha is None else alpha) * weights).unsqueeze(-1)
+        return partial(torch.mul, scale), weights
+
 
 @register
 class ReleasedTopDown(TopDown):
@@ -351,6 +525,8 @@ class ReleasedTopDown(TopDown):
     Args:
         alpha: scale of the top-down signal, 5 in the released code.
     """
+
+    takes_several = False
 
     def __init__(self, alpha: float = 5.0) -> None:
         super().__init__()

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
-from vlabs.models.topdown import similarity
+from vlabs.models.topdown import Words, similarity
+from vlabs.utils.options import Size
 
 
 @dataclass
@@ -30,11 +32,12 @@ class VLMOutput:
         logits: the task head's output: (n, answers), or (n,) for ranking.
         pooled_features: (n, 2D) from the fusion; (n, 2D p) if a text has p images, in order.
         text_features, image_features: (n, T, D) and (n, N, D) from the fusion; one token each unless all are requested.
-        prior: ξ, (n, D_vision); None if there is none.
+        prior: ξ, (n, D_vision), or (n, M, D_vision) of several; None if there is none.
         seen: the second pass over the images.
         bottom_up: the first pass over the B images.
         image_index: (n,) the image of each text; None if text i is about image i, or all are about a single image.
         text_states: (n, T, D_text), from the text encoder.
+        text_mask: (n, T), 0 for padding.
         image_read: (n, N), the fusion's text-to-image attention; None unless requested.
         losses: unweighted losses that the model itself computes, by name: `reconstruction`, if requested.
     """
@@ -48,6 +51,7 @@ class VLMOutput:
     bottom_up: BottomUp
     image_index: Tensor | None
     text_states: Tensor
+    text_mask: Tensor
     image_read: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -77,6 +81,8 @@ class VisionLanguageModel(nn.Module, Shareable):
         self.fusion = fusion
         self.head = head
         self.prior = prior
+        if vision.topdown is not None and vision.topdown.reads_words:
+            vision.topdown.hear(text.width, vision.backbone, vision.start)
 
     @property
     def pads_to_fixed_length(self) -> bool:
@@ -136,7 +142,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         """
         bottom_up = images if isinstance(images, BottomUp) else self.vision.encode(images, record=record)
         text_states = self.text(input_ids, attention_mask)
-        prior = self.prior_of(text_states, input_ids) if prior is None else prior
+        prior = self.prior_of(text_states, input_ids, attention_mask) if prior is None else prior
         if text_index is not None:
             text_states, attention_mask = text_states[text_index], attention_mask[text_index]
             prior = None if prior is None else prior[text_index]
@@ -159,9 +165,9 @@ class VisionLanguageModel(nn.Module, Shareable):
             record=record,
         )
 
-    def prior_of(self, text_states: Tensor, input_ids: Tensor) -> Tensor | None:
-        """ξ, (n, D_vision), from the states (n, T, D_text) of token ids (n, T); None if the model has no prior."""
-        return self.prior(text_states, input_ids) if self.prior is not None else None
+    def prior_of(self, text_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """ξ of texts, see `PriorMap.forward`; None if the model has no prior."""
+        return self.prior(text_states, input_ids, attention_mask) if self.prior is not None else None
 
     def join(
         self,
@@ -185,7 +191,10 @@ class VisionLanguageModel(nn.Module, Shareable):
         Args:
             pictures: p, the images per text: each text then occurs p times in a row; `image_index` names its images.
         """
-        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record)
+        words = Words(text_states, attention_mask)
+        seen = self.vision.attend(
+            bottom_up, prior, image_index, reconstruct=reconstruct, alpha=alpha, record=record, words=words
+        )
         if prior is not None and not self.vision.needs_prior:
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
@@ -206,6 +215,7 @@ class VisionLanguageModel(nn.Module, Shareable):
             bottom_up=bottom_up,
             image_index=image_index,
             text_states=text_states,
+            text_mask=attention_mask,
             image_read=fused.image_read,
             losses=losses,
         )
@@ -218,6 +228,7 @@ def assemble(
     head: Callable[..., nn.Module],
     prior_token: str = "cls",
     unused_prior: bool = False,
+    prior_count: Size = 1,
 ) -> VisionLanguageModel:
     """Build the parts that depend on the encoders' widths, and the whole model.
 
@@ -227,14 +238,18 @@ def assemble(
         head: makes the task head, called with `in_features`.
         prior_token: text state that becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
         unused_prior: make and train ξ also where the image encoder does not read it: the control of steering itself.
+        prior_count: M, the number of ξ per text; a patch is as similar to them as to the most similar one.
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
+        UserError: the variant reads one ξ only.
     """
+    if prior_count > 1 and vision.topdown is not None and not vision.topdown.takes_several:
+        raise UserError(f"model.prior_count={prior_count}: {type(vision.topdown).__name__} reads one ξ: pass 1")
     if prior_token == "eos" and not isinstance(text, RobertaEncoder):
         raise ValueError("prior_token 'eos' is RoBERTa's </s>: choose cls or mean for another text encoder")
     # Without a [cls] the pooler reads the mean of the image tokens, as METER's does of a Swin.
     pooling = {} if vision.has_cls else {"image_pool": "mean"}
     joined = fusion(text_dim=text.width, image_dim=vision.width, **pooling)
-    prior = PriorMap(text.width, vision.width, prior_token) if vision.needs_prior or unused_prior else None
+    prior = PriorMap(text.width, vision.width, prior_token, prior_count) if vision.needs_prior or unused_prior else None
     return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

@@ -117,13 +117,15 @@ class Predictor:
         """ξ of a text, (1, D_vision).
 
         Raises:
-            UserError: the model has no ξ, or the text is empty.
+            UserError: the model has no ξ or is not steered by it, or the text is empty.
         """
         if self.model.prior is None:
             raise UserError("this model has no ξ that could be replaced")
+        if self.model.vision.reads_words:
+            raise UserError("all words steer this model: there is no ξ that could be replaced")
         check_text("the text of the other ξ", text)
         input_ids, mask = (t.to(self.device) for t in self.preprocessing.pad(self.preprocessing.token_ids([text])))
-        return self.model.prior(self.model.text(input_ids, mask), input_ids)  # type: ignore[no-any-return]
+        return self.model.prior(self.model.text(input_ids, mask), input_ids, mask)  # type: ignore[no-any-return]
 
     def answer(
         self,
@@ -169,7 +171,7 @@ class Predictor:
         images = torch.stack([self.preprocessing.image(picture) for picture in pictures]).to(self.device)
         input_ids, attention_mask = self.preprocessing.pad(self.preprocessing.token_ids(questions))
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
-        prior = None if prior_of is None else self.prior(prior_of).expand(len(questions), -1)
+        prior = None if prior_of is None else self.prior(prior_of).repeat_interleave(len(questions), dim=0)
         look = look_by(self.model, images, input_ids, attention_mask, map_name, prior, alpha)
         logits = look.output.logits.detach().float()
         if not logits.isfinite().all():

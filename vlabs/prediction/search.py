@@ -17,6 +17,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, show
+from vlabs.models.topdown import whole
 from vlabs.prediction.predictor import open_image
 from vlabs.ranking.nearest import Nearest
 from vlabs.ranking.passes import FirstPasses
@@ -92,8 +93,8 @@ class Search:
         if missing:
             self.passes.fill(((key, self._tensor(path)) for key, path in missing.items()), len(missing))
         # All of them lie together, which is little: the tokens are some hundred times as much.
-        shortlists = self.model.prior is not None and self.model.vision.has_bottom_up
-        self.nearest = Nearest(self.passes.store.read(self.keys, ["cls"])["cls"]) if shortlists else None
+        has_prior = self.model.prior is not None
+        self.nearest = Nearest(self.passes.store.read(self.keys, ["cls"])["cls"]) if has_prior else None
 
     @property
     def kilobytes(self) -> float:
@@ -116,7 +117,7 @@ class Search:
         texts = encode_texts(self.model, self.preprocessing, [query])
         chosen: Sequence[int] = range(len(self.pictures))
         if k is not None and k < len(chosen) and self.nearest is not None and texts.prior is not None:
-            chosen = self._shortlist(texts.prior.float().cpu(), k)
+            chosen = self._shortlist(whole(texts.prior).float().cpu(), k)
         found = []
         for start in range(0, len(chosen), _SCORED_AT_ONCE):
             found += self._scored(texts, chosen[start : start + _SCORED_AT_ONCE])
@@ -139,7 +140,7 @@ class Search:
         """Score some images with one text, in a batch."""
         bottom_up = self.model.vision.encode(self.passes.read([self.keys[n] for n in some]))
         states, mask = texts.padded(torch.zeros(len(some), dtype=torch.int64, device=self.device))
-        prior = None if texts.prior is None else texts.prior.expand(len(some), -1)
+        prior = None if texts.prior is None else texts.prior.expand(len(some), *texts.prior.shape[1:])
         output = self.model.join(bottom_up, prior, states, mask, read_image=True)
         scores = self.model.head.score(output.pooled_features).tolist()  # type: ignore[operator]
         look = look_of(self.model, output, default_map(self.model))

@@ -52,7 +52,7 @@ class FirstPasses:
             side = preprocessing.image_size
             probe = vision.encode(torch.zeros(1, 3, side, side).to(next(vision.parameters())))
         layout = {"embedded": (probe.embedded.shape[1:], dtype)} if vision.looks_twice else {}
-        if vision.has_bottom_up and not probe.tokens.requires_grad:
+        if not probe.tokens.requires_grad:
             layout |= {"tokens": (probe.tokens.shape[1:], dtype), "cls": (probe.cls.shape[1:], torch.float16)}
         if probe.read is not None and "tokens" in layout:
             layout["read"] = (probe.read.shape[1:], torch.float32)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.absvit import BottomUp
+from vlabs.models.topdown import whole
 from vlabs.models.vlm import VisionLanguageModel
 
 
@@ -75,10 +76,10 @@ def encode_priors(
         model: a model with a prior.
         batch_size: texts per batch.
     """
-    priors = torch.empty(len(texts), model.vision.width)
+    priors = torch.empty(len(texts), model.vision.width)  # of several ξ the mean
     for which, _, _, prior in _in_batches(model, preprocessing, texts, batch_size):
         assert prior is not None
-        priors[which] = prior.float().cpu()
+        priors[which] = whole(prior).float().cpu()
     return priors
 
 
@@ -93,7 +94,7 @@ def _in_batches(
         which = order[start : start + batch_size]
         input_ids, attention_mask = (t.to(device) for t in preprocessing.pad([ids[n] for n in which]))
         states = model.text(input_ids, attention_mask)
-        yield which, [len(ids[n]) for n in which], states, model.prior_of(states, input_ids)
+        yield which, [len(ids[n]) for n in which], states, model.prior_of(states, input_ids, attention_mask)
 
 
 @torch.inference_mode()

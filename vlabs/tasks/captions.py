@@ -13,6 +13,7 @@ from vlabs.data.images import ImageReader
 from vlabs.errors import UserError
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.absvit import BottomUp
+from vlabs.models.topdown import whole
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.tasks.negatives import gather_captions
 from vlabs.tasks.vision_language import VisionLanguageTask
@@ -48,8 +49,6 @@ class CaptionTask(VisionLanguageTask):
         super().__init__(*args, **kwargs)
         if negatives == "hard" and self.model.prior is None:
             raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
-        if negatives == "hard" and not self.model.vision.has_bottom_up:
-            raise UserError("task.negatives=hard reads the bottom-up [cls], which model/topdown=film does not have")
         self.negatives = negatives
         self.hard_temperature = hard_temperature
         self.ranking_images = ranking_images
@@ -83,7 +82,7 @@ class CaptionTask(VisionLanguageTask):
         if self.negatives != "hard" or self.model.prior is None:
             return None
         cls = bottom_up.cls[image_index]
-        prior = self.model.prior(self.model.text(pool_ids, pool_mask), pool_ids)
+        prior = whole(self.model.prior(self.model.text(pool_ids, pool_mask), pool_ids, pool_mask))
         return (
             torch.nn.functional.normalize(cls, dim=1)
             @ torch.nn.functional.normalize(prior, dim=1).T

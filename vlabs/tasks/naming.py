@@ -62,11 +62,6 @@ class NamingTask(VisionLanguageTask):
         for name, parameter in model.named_parameters():
             if not name.startswith("vision.vit."):
                 parameter.requires_grad_(False)
-        if not model.vision.has_bottom_up:
-            raise UserError(
-                "task=naming trains the bottom-up pass, which model/topdown=film does not have: train it with "
-                "model/topdown=none, its checkpoint is a start for every variant"
-            )
         self.head = WordHead(model.vision.width, preprocessing.vocab_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

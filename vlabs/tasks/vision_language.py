@@ -16,7 +16,7 @@ from vlabs.data.module import Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
-from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss
+from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss, overlap
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.ranking.passes import FirstPasses
 from vlabs.tasks.base import Task, gather
@@ -44,6 +44,7 @@ class VisionLanguageTask(Task):
         token_prior_weight: weight of the token loss, which tells a text's image from the other images of the batch by
             the patches most similar to ξ.
         token_prior_temperature: temperature τ of the token loss.
+        overlap_prior_weight: weight of the overlap of several ξ of a text (`model.prior_count`).
         store: folder for the first passes of a frozen image encoder (`task.freeze=[vision]`), so that each image is
             read and encoded only once.
     """
@@ -67,6 +68,7 @@ class VisionLanguageTask(Task):
         alive_prior_margin: Share = 0.3,
         token_prior_weight: NonNegative = 0.0,
         token_prior_temperature: Positive = 0.1,
+        overlap_prior_weight: NonNegative = 0.1,
         store: str | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
@@ -78,7 +80,7 @@ class VisionLanguageTask(Task):
         self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
         # If ξ steers nothing, there is no second pass to compare it with.
         self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
-        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior and model.vision.has_bottom_up else 0.0
+        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior else 0.0
         uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
         self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
         if self.prior_loss is not None and "feedback" in freeze:
@@ -86,10 +88,9 @@ class VisionLanguageTask(Task):
         self.region_prior_weight = region_prior_weight if has_prior else 0.0
         self.alive_by_data = alive_prior_weight is None
         alive_prior_weight = 1.0 if alive_prior_weight is None else alive_prior_weight
-        # ξ of FiLM is not compared with patches.
-        compares = model.vision.topdown is not None and model.vision.topdown.needs_prior
-        self.alive_prior_weight = alive_prior_weight if compares else 0.0
+        self.alive_prior_weight = alive_prior_weight if model.vision.needs_prior else 0.0
         self.token_prior_weight = token_prior_weight if has_prior else 0.0
+        self.overlap_prior_weight = overlap_prior_weight
         self.region_prior_loss = RegionPriorLoss(region_prior_temperature)
         self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
         self.token_prior_loss = TokenPriorLoss(token_prior_temperature)
@@ -182,7 +183,7 @@ class VisionLanguageTask(Task):
         """
         if self.prior_loss is None or self.model.prior is None:
             return {}
-        prior = self.model.prior(output.text_states[pairs].detach(), input_ids[pairs])
+        prior = self.model.prior(output.text_states[pairs].detach(), input_ids[pairs], output.text_mask[pairs])
         image_ids = image_ids[pairs]
         seen = {}
         if self.prior_weight > 0:
@@ -216,11 +217,14 @@ class VisionLanguageTask(Task):
         image_index = None if output.image_index is None else output.image_index[pairs]
         patches = output.bottom_up.tokens[:, self.model.vision.num_prefix_tokens :]
         if self.region_prior_weight and coverage is not None:
-            losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage)
+            scores = None if output.seen.scores is None else output.seen.scores[pairs]
+            losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage, scores)
         if self.alive_prior_weight:
             losses["alive_prior"] = self.alive_prior_loss(prior, patches, image_index, coverage)
         if self.token_prior_weight:
             losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
+        if self.overlap_prior_weight and prior.ndim == 3:
+            losses["overlap_prior"] = overlap(prior)
         return losses
 
     def log_dead(self, output: VLMOutput, pairs: Tensor | slice = slice(None)) -> None:

@@ -17,14 +17,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vlabs.errors import UserError
-from vlabs.models.backbones.base import Backbone, FeedbackDecoder, Steer
+from vlabs.models.backbones.base import Backbone, FeedbackDecoder
 from vlabs.models.backbones.eva import RotaryViT
 from vlabs.models.backbones.fan import FAN, FANNetwork
 from vlabs.models.backbones.rvt import PATCH, RVT, RVTNetwork
 from vlabs.models.backbones.swin import Swin
 from vlabs.models.backbones.vit import ViT
 
-__all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "Steer", "TIMM", "ViT", "create", "of", "patch_size_of"]
+__all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "TIMM", "ViT", "create", "of", "patch_size_of"]
 
 TIMM: dict[type[nn.Module], Callable[[Any], Backbone]] = {
     VisionTransformer: ViT,

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from vlabs.models.topdown import Kept
+from vlabs.models.topdown import Kept, Steering
 
-Steer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-"""Takes q, k, v (n, N, D), or (1, N, D) of one image, and the bias (3D,) of W_qkv; gives q, k, v under a signal."""
+Merge = Callable[[Tensor], Tensor]
 
 
 class FeedbackDecoder(nn.Module):
@@ -96,8 +95,12 @@ class Backbone(ABC):
         """
         return None
 
-    def enter(self, index: int, x: Tensor) -> Tensor:
-        """From the output of the previous block to the input of block `index`: the identity by default."""
+    def enter(self, index: int, x: Tensor, merge: Merge | None = None) -> Tensor:
+        """From the output of the previous block to the input of block `index`: the identity by default.
+
+        Args:
+            merge: changes tokens (n, N, 4D) that stand side by side to be merged, where there are such.
+        """
         return x
 
     @abstractmethod
@@ -110,7 +113,7 @@ class Backbone(ABC):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
@@ -120,7 +123,7 @@ class Backbone(ABC):
             index: which block.
             x: its input, (n, N, D), or (1, N, D) if `steer` expands one image to n priors.
             positions: the output of `positions`.
-            steer: changes q, k and v.
+            steer: changes q, k and v, and what else a variant changes inside a block.
             qkv: q, k and v of the input, if they are known already.
             record: a list to which the attention weights (n, heads, queries, N) are appended.
         """
@@ -142,6 +145,14 @@ class Backbone(ABC):
     @abstractmethod
     def qkv_weight(self, index: int) -> Tensor:
         """W_qkv of block `index`, (3D, D)."""
+
+    def qkv_bias(self, index: int) -> Tensor | None:
+        """Its bias, (3D,); only asked of a ViT."""
+        raise NotImplementedError
+
+    def output_weight(self, index: int) -> Tensor:
+        """W_o of block `index`, (D, D); only asked of a ViT."""
+        raise NotImplementedError
 
     def value_weight(self, index: int) -> Tensor:
         """W_v of block `index`, (D, D)."""

@@ -10,10 +10,10 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vlabs.models.backbones.base import Steer, dropout_of, mix, split_heads
+from vlabs.models.backbones.base import dropout_of, mix, split_heads
 from vlabs.models.backbones.vit import TimmViT
 from vlabs.models.lora import whole_weight
-from vlabs.models.topdown import Kept, take
+from vlabs.models.topdown import Kept, Steering, take
 
 
 class RotaryViT(TimmViT):
@@ -70,7 +70,7 @@ class RotaryViT(TimmViT):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:

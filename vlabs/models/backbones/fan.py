@@ -15,8 +15,9 @@ from timm.layers import DropPath
 from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier
 from torch import Tensor, nn
 
-from vlabs.models.backbones.base import Backbone, Steer, mix, split_heads
+from vlabs.models.backbones.base import Backbone, Merge, mix, split_heads
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Steering
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -156,7 +157,7 @@ class FAN(Backbone):
         embedded: Tensor = patches + places
         return embedded
 
-    def enter(self, index: int, x: Tensor) -> Tensor:
+    def enter(self, index: int, x: Tensor, merge: Merge | None = None) -> Tensor:
         """[cls] is put in front before the first block of class attention."""
         if index != self.first_cls:
             return x
@@ -179,7 +180,7 @@ class FAN(Backbone):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:

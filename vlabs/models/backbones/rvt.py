@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from vlabs.models.backbones.base import (
     Backbone,
     FeedbackDecoder,
+    Merge,
     PooledDecoder,
-    Steer,
     mix,
     split_heads,
     to_map,
     to_tokens,
 )
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Steering
 
 PATCH = 16  # px, of the stem
 
@@ -165,7 +166,7 @@ class RVT(Backbone):
         """The convolutional stem."""
         return to_tokens(self.network.stem(images))
 
-    def enter(self, index: int, x: Tensor) -> Tensor:
+    def enter(self, index: int, x: Tensor, merge: Merge | None = None) -> Tensor:
         """Tokens are pooled between stages."""
         if index not in self.network.starts:
             return x
@@ -183,7 +184,7 @@ class RVT(Backbone):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vlabs.models.backbones.base import (
     Backbone,
     FeedbackDecoder,
+    Merge,
     PooledDecoder,
-    Steer,
     dropout_of,
     mix,
     split_heads,
@@ -21,6 +21,7 @@ from vlabs.models.backbones.base import (
     to_tokens,
 )
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Steering
 
 
 class Swin(Backbone):
@@ -59,12 +60,15 @@ class Swin(Backbone):
         embedded: Tensor = self.network.patch_embed(images)
         return embedded.flatten(1, 2)
 
-    def enter(self, index: int, x: Tensor) -> Tensor:
+    def enter(self, index: int, x: Tensor, merge: Merge | None = None) -> Tensor:
         """Tokens are merged between stages."""
         if index not in self.merges:
             return x
-        merged: Tensor = self.merges[index](x.unflatten(1, self.grids[index - 1]))
-        return merged.flatten(1, 2)
+        merging = self.merges[index]
+        rows, columns = self.grids[index]
+        four = x.unflatten(1, (rows, 2, columns, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+        merged: Tensor = merging.reduction(merging.norm(four if merge is None else merge(four)))
+        return merged
 
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""
@@ -77,7 +81,7 @@ class Swin(Backbone):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:

@@ -8,8 +8,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from vlabs.models.backbones.base import Backbone, Steer, dropout_of, mix, split_heads
+from vlabs.models.backbones.base import Backbone, dropout_of, mix, split_heads
 from vlabs.models.lora import whole_weight
+from vlabs.models.topdown import Steering
 
 
 class TimmViT(Backbone):
@@ -76,41 +77,41 @@ class ViT(TimmViT):
         index: int,
         x: Tensor,
         positions: Any = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
         qkv: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
         """See `Backbone`."""
         block = self.network.blocks[index]
-        x = attend_to(block, x, self.qkv(index, x) if qkv is None else qkv, steer, record)
-        out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return out
+        attn = block.attn
+        if qkv is None:
+            normed = block.norm1(x)
+            qkv = attn.qkv(normed if steer is None else steer.norm(0, normed))
+        q, k, v = qkv.split(attn.attn_dim, dim=-1)
+        if steer is not None:
+            q, k, v = steer(q, k, v, attn.qkv.bias)
+        q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
+        scores = None if steer is None else steer.scores()
+        mixed = attn.norm(mix(attn.q_norm(q), attn.k_norm(k), v, dropout_of(attn.attn_drop), record, scores))
+        out = attn.proj(mixed) if steer is None else steer.project(mixed, attn.proj(mixed))
+        x = x + block.drop_path1(block.ls1(attn.proj_drop(out)))
+        normed = block.norm2(x)
+        updated: Tensor = x + block.drop_path2(block.ls2(block.mlp(normed if steer is None else steer.norm(1, normed))))
+        return updated
 
     def qkv_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
         return whole_weight(self.network.blocks[index].attn.qkv)
 
+    def qkv_bias(self, index: int) -> Tensor | None:
+        """See `Backbone`."""
+        return self.network.blocks[index].attn.qkv.bias
+
+    def output_weight(self, index: int) -> Tensor:
+        """See `Backbone`."""
+        return whole_weight(self.network.blocks[index].attn.proj)
+
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's own renaming, OpenAI's names of CLIP too; resampled as METER does, without smoothing."""
         converted: dict[str, Tensor] = checkpoint_filter_fn(state, self.network, antialias=False)
         return converted
-
-
-def attend_to(
-    block: Block, x: Tensor, qkv: Tensor, steer: Steer | None = None, record: list[Tensor] | None = None
-) -> Tensor:
-    """The attention of timm's block with its residual.
-
-    Args:
-        x: (n, N, D), or (1, N, D) where `steer` makes n of one.
-        qkv: (n, N, 3D), of the normed x.
-        steer, record: as in `Backbone.block`.
-    """
-    attn = block.attn
-    q, k, v = qkv.split(attn.attn_dim, dim=-1)
-    if steer is not None:
-        q, k, v = steer(q, k, v, attn.qkv.bias)
-    q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
-    mixed = mix(attn.q_norm(q), attn.k_norm(k), v, dropout_of(attn.attn_drop), record)
-    mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
-    return x + block.drop_path1(block.ls1(mixed))
