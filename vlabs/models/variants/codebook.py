@@ -54,7 +54,7 @@ class Codebook(TopDown):
         alpha = self.alpha if alpha is None else alpha
 
         def change(z: Tensor) -> Tensor:
-            z = z.expand(len(prior), -1, -1)
+            z = z.expand(prior.shape[0], -1, -1)
             joint = self.joint(torch.cat([z, prior.unsqueeze(1).expand_as(z)], dim=2))
             chosen = F.dropout(self.choose(joint.relu()).softmax(dim=2), self.dropout, self.training)
             mixed: Tensor = self.up(chosen @ self.codes)

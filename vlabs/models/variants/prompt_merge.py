@@ -35,7 +35,7 @@ class MergeSignal(Signal):
         """See `Signal`."""
         if block:
             return x
-        x = x.expand(len(self.words), -1, -1)
+        x = x.expand(self.words.shape[0], -1, -1)
         read, _ = self.attention(x, self.words, self.words, key_padding_mask=self.padding, need_weights=False)
         mixed: Tensor = x + self.alpha / 2 * (read - x)
         return mixed

@@ -44,7 +44,7 @@ class JoinedSignal(Signal):
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Signal`."""
         joined = [(k, self.keys[block]), (v, self.values[block])]
-        k, v = (torch.cat([of.expand(len(words), -1, -1), words], dim=1) for of, words in joined)
+        k, v = (torch.cat([of.expand(words.shape[0], -1, -1), words], dim=1) for of, words in joined)
         self.num_tokens = q.shape[1]
         return q, k, v
 

@@ -28,7 +28,7 @@ class ChannelSignal(Signal):
 
     def leave(self, block: int, x: Tensor) -> Tensor:
         """See `Signal`."""
-        mean = x.mean(dim=1).expand(len(self.prior), -1)
+        mean = x.mean(dim=1).expand(self.prior.shape[0], -1)
         gate = 2 * torch.sigmoid(self.gates[block](torch.cat([mean, self.prior], dim=1))) - 1
         return x * (1 + self.alpha * gate).unsqueeze(1)
 
