@@ -113,8 +113,8 @@ def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(t
     before = predictor.answer(picture, asked)
     real = predictor.model.prior.forward
 
-    def dead(states, input_ids):
-        prior = real(states, input_ids)
+    def dead(states, *tokens):
+        prior = real(states, *tokens)
         z = predictor.model.vision.encode(predictor.preprocessing.image(as_shown(picture))[None]).tokens[0]
         prior[1] = -z.mean(dim=0) * 100
         return prior
