@@ -246,6 +246,30 @@ def test_productive_questions_are_longer_than_any_in_training_but_use_its_words(
     assert {word for words in productive for word in words} <= {word for words in trained for word in words}
 
 
+def test_how_two_objects_lie_follows_neither_from_the_words_nor_from_the_place_of_one() -> None:
+    size, balance, asked = SIZES["small"], Balance(), []
+    for number in range(500):
+        rng = Task("small", "relations", number, 0).random("test")
+        objects = sample_objects(size, "relations", rng)
+        if possible := possible_questions(objects, size, "relations", rng):  # else the scene is drawn again
+            asked += balance.choose(possible, rng)
+    assert {question.family for question in asked} == {"compare"}
+    assert len(asked) > 500
+    assert len({question.text for question in asked}) > 400
+    of_one: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in asked:
+        for key in (question.text, *question.places):
+            of_one[key][question.answer] += 1
+    for which in (0, 1):  # what the more frequent answer of each place would get
+        best = [max(n.values()) for key, n in of_one.items() if f"/{which}/" in key]
+        assert sum(best) / len(asked) < 0.56
+    words: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in asked:
+        for word in set(question.text.split()):
+            words[word][question.answer] += 1
+    assert max(max(n.values()) / n.total() for n in words.values() if n.total() > 50) < 0.6
+
+
 def test_five_distinct_captions_name_objects_of_the_image(corpus: Path) -> None:
     content = json.loads((corpus / "dataset_scenes.json").read_text())
     assert {image["split"] for image in content["images"]} == set(SPLITS)

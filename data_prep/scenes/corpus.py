@@ -13,7 +13,8 @@ The first writes the raw formats that the real datasets are downloaded in, so th
 
 Beside train, val and test there are three splits that measure generalization: `distractors` has more objects than
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
-asks longer questions. All answers are public. Every question and caption has one key more than the originals,
+asks longer questions. `relations` asks only how two objects lie, and neither the words nor the place of one object says
+which answer is more frequent. All answers are public. Every question and caption has one key more than the originals,
 `target_instances`: the COCO annotation ids of the objects it is about. The other two write scenes of their own in the
 layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
 """

@@ -96,6 +96,7 @@ class Question(NamedTuple):
     asked: tuple[int, ...]  # the objects the answer speaks of
     anchors: tuple[int, ...] = ()  # objects that only say which are meant
     mentions: tuple[Description, ...] = ()
+    places: tuple[str, ...] = ()  # where its objects lie, one by one
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -104,10 +105,10 @@ class Question(NamedTuple):
 
     @property
     def balanced(self) -> list[str]:
-        """What its answer must not follow from: its wording, its family, and each word about an object beside it."""
+        """What its answer must not follow from: its wording, family, words about an object beside it, places."""
         beside = self.mentions if self.anchors or len(self.mentions) > 1 else ()
         words = {value for description in beside for value in description if value}
-        return [self.text, self.family, *(f"{self.family}/{word}" for word in sorted(words))]
+        return [self.text, self.family, *(f"{self.family}/{word}" for word in sorted(words)), *self.places]
 
 
 class Caption(NamedTuple):
@@ -132,6 +133,8 @@ def possible_questions(objects: Sequence[SceneObject], size: SceneSize, split: s
     """
     if split == "productive":
         questions = list(_chains(objects, rng))
+    elif split == "relations":
+        questions = list(_compares(objects, rng, tuple(RELATIONS)))
     else:
         questions = [*_exists(objects, size, split, rng), *_counts(objects, size, split, rng)]
         questions += [*_attributes(objects, rng), *_relations(objects, rng), *_compares(objects, rng)]
@@ -258,17 +261,27 @@ def _relation_questions(
         yield Question("relation", family, _say(family, rng, None, place), answer, (asked,), anchors, (name,))
 
 
-def _compares(objects: Sequence[SceneObject], rng: Random) -> Iterator[Question]:
+def _compares(
+    objects: Sequence[SceneObject], rng: Random, relations: Sequence[str] | None = None
+) -> Iterator[Question]:
+    """How any two objects lie, in one of the directions; in all `relations`, if given, with the objects' places."""
     all_names = [_names(index, objects) for index in range(len(objects))]
     for first, second in _pairs(len(objects)):
         names, others = all_names[first], all_names[second]
-        relation = rng.choice(list(RELATIONS))
-        offset = RELATIONS[relation](objects[first], objects[second])
-        if names and others and abs(offset) >= MARGIN:
-            name, other = rng.choice(names), rng.choice(others)
-            text = _say("compare", rng, name, f"{relation} the {other.noun}")
-            answer = "yes" if offset > 0 else "no"
-            yield Question("yes/no", "compare", text, answer, (first, second), (), (name, other))
+        for relation in relations or (rng.choice(list(RELATIONS)),):
+            offset = RELATIONS[relation](objects[first], objects[second])
+            if names and others and abs(offset) >= MARGIN:
+                name, other = rng.choice(names), rng.choice(others)
+                text = _say("compare", rng, name, f"{relation} the {other.noun}")
+                answer = "yes" if offset > 0 else "no"
+                places = _places(relation, objects[first], objects[second]) if relations else ()
+                yield Question("yes/no", "compare", text, answer, (first, second), (), (name, other), places)
+
+
+def _places(relation: str, first: SceneObject, second: SceneObject) -> tuple[str, ...]:
+    """Which third of the image, along the relation's axis, each object lies in."""
+    along = "x" if relation in ("left of", "right of") else "y"
+    return tuple(f"{relation}/{n}/{int(3 * getattr(item, along))}" for n, item in enumerate((first, second)))
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -318,7 +331,8 @@ class Balance:
     def choose(self, questions: Sequence[Question], rng: Random) -> list[Question]:
         """The questions of one image: its quota of each type, then whatever is left, as far as the balance allows.
 
-        At least one is chosen: where none is within the slack, the one that is needed most.
+        At least one is chosen: where none is within the slack, the one that is needed most. Of questions that are
+        balanced by places, there may be none.
         """
         shuffled = rng.sample(questions, len(questions))
         pool = sorted(shuffled, key=lambda question: sum(self._excesses(question)))
@@ -326,7 +340,7 @@ class Balance:
         for kind, quota in QUOTA.items():
             self._take([question for question in pool if question.kind == kind], quota, chosen)
         self._take([question for question in pool if question not in chosen], sum(QUOTA.values()) - len(chosen), chosen)
-        if not chosen:
+        if not chosen and not pool[0].places:
             self._add(pool[0], chosen)
         rng.shuffle(chosen)
         return chosen

@@ -37,7 +37,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "diamond", "moon")
 FILLS = ("solid", "striped", "hollow")
-SPLITS = ("train", "val", "test", "distractors", "systematic", "productive")
+SPLITS = ("train", "val", "test", "distractors", "systematic", "productive", "relations")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SceneSize:
 
     image_size: int  # pixels
     train_images: int
-    eval_images: int  # each of val and test
+    eval_images: int  # each of val, test and relations
     generalisation_images: int  # each of distractors, systematic and productive
     num_shapes: int
     num_colors: int
@@ -76,7 +76,7 @@ class SceneSize:
         """How many images a split has."""
         if split == "train":
             return self.train_images
-        return self.eval_images if split in ("val", "test") else self.generalisation_images
+        return self.eval_images if split in ("val", "test", "relations") else self.generalisation_images
 
 
 SIZES = {
