@@ -374,7 +374,9 @@ def test_two_pictures_are_two_passes_under_one_prior_joined_before_the_head(layo
     for side in (0, 1):
         images = batch.images[batch.image_index[:, side]]  # a picture a sentence, nothing shared
         text = model.text(batch.input_ids, batch.attention_mask)
-        seen = model.vision.attend(model.vision.encode(images), model.prior_of(text, batch.input_ids))
+        seen = model.vision.attend(
+            model.vision.encode(images), model.prior_of(text, batch.input_ids, batch.attention_mask)
+        )
         types = model.fusion.token_type.weight.detach().clone()
         with torch.no_grad():
             model.fusion.token_type.weight[1] = types[1 + side]

@@ -59,7 +59,11 @@ def test_pairs_are_about_different_parts_and_measured_as_the_model_says(tiny_run
         with torch.no_grad():
             states = model.text(ids, mask)
             output = model.join(
-                model.vision.encode(image), model.prior(states, ids)[n : n + 1], states[:1], mask[:1], read_image=True
+                model.vision.encode(image),
+                model.prior(states, ids, mask)[n : n + 1],
+                states[:1],
+                mask[:1],
+                read_image=True,
             )
         pixels = (
             torch.nn.functional.interpolate(
