@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlabs.errors import UserError
 from vlabs.runs.config import as_config, path_of, run_hydra, save_config
 from vlabs.runs.groups import config_dir
+from vlabs.runs.values import is_newer
 from vlabs.runs.record import read_config
 from vlabs.utils.ranks import say
 
@@ -60,8 +61,14 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
         f"++resume={run_dir}",  # will be quoted like all paths
         f"hydra.run.dir={run_dir}",
         *_QUIET,
-        *others,
+        *_with_newer(others, run_dir),
     ]
+def _with_newer(overrides: list[str], run_dir: Path) -> list[str]:
+    """Overrides of a run's config, with a plus where an option is newer than the run."""
+    own: Any = OmegaConf.to_container(read_config(run_dir) or OmegaConf.create(), resolve=False)
+    return [f"++{item}" if is_newer(item.partition("=")[0], own) else item for item in overrides]
+
+
 
 
 def _run_named(path: str) -> Path:
@@ -123,7 +130,8 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
     # Put them before the first override, because Hydra wants all overrides together.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
-    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
+    given = _with_newer(arguments[first:], Path(named.config_dir))
+    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *given]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from vlabs.runs.config import as_given, check, command_line, explain, is_fault, 
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import check_table, has_table, write_table
+from vlabs.runs.values import with_newer
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
@@ -202,8 +203,9 @@ def _own_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _changed(config: DictConfig, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options that differ from a run's own config."""
-    return changes(own, plain(recorded(config))) if own else {}
+    """The options that differ from a run's own config; those that are newer than the run had their defaults."""
+    now = plain(recorded(config))
+    return changes(with_newer(own, now), now) if own else {}
 
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
