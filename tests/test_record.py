@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +168,7 @@ def test_an_option_that_is_refused_leaves_a_run_as_it_was(option, parts, run, tm
     assert_one_line_error(result, *parts)
     assert contents(run) == before
 
+
 def test_an_option_that_is_newer_than_a_run_had_its_default(run, tmp_path, in_process):
     config = yaml.safe_load((run / "config.yaml").read_text())
     newer = {name: config["data"].pop(name) for name in ("blind", "crop_mode")}
@@ -194,7 +194,6 @@ def test_an_option_that_is_newer_than_a_run_had_its_default(run, tmp_path, in_pr
     result = in_process("vlabs.train", [*again, "data.crop_mode=squash", "trainer.max_epochs=1"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "crop_mode: squash" in (tmp_path / "again/config.yaml").read_text()
-
 
 
 def test_a_config_that_was_edited_is_measured_by_what_was_trained(run, tmp_path, in_process):
@@ -287,7 +286,7 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(option, options, tmp_pat
 
 def test_what_a_killed_start_left_is_no_run(tmp_path):
     def left(status):
-        with run_folder(tmp_path, False, time.time()):
+        with run_folder(tmp_path, False):
             Record(tmp_path, "train", []).end(status)
             (tmp_path / "metrics.csv").write_text("step\n1\n")
 
@@ -295,11 +294,11 @@ def test_what_a_killed_start_left_is_no_run(tmp_path):
     left("failed")  # the same command works again
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False):
         pass
     shutil.rmtree(tmp_path / "checkpoints")
     left("done")
-    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False):
         pass
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from vlabs.errors import UserError
 from vlabs.runs.config import as_config, path_of, run_hydra, save_config
 from vlabs.runs.groups import config_dir
-from vlabs.runs.values import is_newer
 from vlabs.runs.record import read_config
+from vlabs.runs.values import is_newer
 from vlabs.utils.ranks import say
 
 _failures = 0  # failed runs of a sweep
-_began = time.time()  # start of the process
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from vlabs.training.run import run as train  # imported here, so that --help is fast
 
     global _failures
-    found = train(config, _began)
+    found = train(config)
     _failures += found.get("status") == "failed"
     return found
 
@@ -63,12 +61,12 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
         *_QUIET,
         *_with_newer(others, run_dir),
     ]
+
+
 def _with_newer(overrides: list[str], run_dir: Path) -> list[str]:
     """Overrides of a run's config, with a plus where an option is newer than the run."""
     own: Any = OmegaConf.to_container(read_config(run_dir) or OmegaConf.create(), resolve=False)
     return [f"++{item}" if is_newer(item.partition("=")[0], own) else item for item in overrides]
-
-
 
 
 def _run_named(path: str) -> Path:
@@ -136,8 +134,6 @@ def _same_arguments(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of `vlabs train`."""
-    global _began
-    _began = time.time()
     run_hydra(run, "train", prepare=_arguments)
     if _failures:
         sys.exit(1)
