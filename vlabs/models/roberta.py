@@ -33,7 +33,9 @@ class Roberta(nn.Module):
         """Encode token ids (n, T) with their mask (n, T), 1 for text and 0 for padding, to states (n, T, D)."""
         states: Tensor = self.embeddings(input_ids)
         seen = attention_mask.bool()[:, None, None]
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        layers = self.encoder["layer"]
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
             if self.recompute and torch.is_grad_enabled():
                 states = checkpoint(layer, states, seen, use_reentrant=False)
             else:
