@@ -34,6 +34,7 @@ from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown
 from vlabs.runs.groups import config_dir
+from vlabs.utils.hub import hub_name
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -464,6 +465,17 @@ def test_a_cache_that_is_not_whole_is_one_line_that_names_what_is_missing(text_f
     (snapshot / "config.json").unlink()
     (snapshot / "README.md").write_text("")
     is_refused(lambda: text_from_pretrained("user/text"), "user/text")
+
+
+def test_the_hub_name_of_a_tag_is_known_without_timm():
+    families = (".vision_transformer", ".eva", ".swin_transformer")
+    tags = [t for t in timm.list_pretrained() if timm.model_entrypoint(t.split(".")[0]).__module__.endswith(families)]
+    known = {tag: hub_name(tag) for tag in tags}
+    assert {
+        tag: name for tag, name in known.items() if name not in (None, timm.get_pretrained_cfg(tag).hf_hub_id)
+    } == {}
+    assert len([name for name in known.values() if name]) > 300
+    assert [hub_name(path) for path in ("a/vit.x", "vit.safetensors", "vit_base_patch16_224")] == [None] * 3
 
 
 def test_a_network_that_is_down_is_one_quick_line_with_nothing_before_it(in_process, tmp_path, monkeypatch):

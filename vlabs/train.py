@@ -33,6 +33,23 @@ def run(config: DictConfig) -> dict[str, Any]:
     return found
 
 
+def _check_hub(config: DictConfig) -> None:
+    """Check that pre-trained parts are there or can be fetched, in seconds; a resumed run needs none."""
+    parts: list[Any] = [config.get("model", {}).get(part) or {} for part in ("vision", "text")]
+    weights, text = parts[0].get("weights"), parts[1].get("name_or_path")
+    tokenizer = config.get("data", {}).get("tokenizer")
+    if config.get("resume") is None and (weights or text or tokenizer):
+        from vlabs.utils.hub import check_reachable, hub_name  # imports the hub's library, which few runs need
+
+        check_reachable(
+            {
+                "model.vision.weights": weights and hub_name(str(weights)),
+                "model.text.name_or_path": text and str(text),
+                "data.tokenizer": tokenizer and str(tokenizer),
+            }
+        )
+
+
 def _arguments(given: list[str]) -> list[str]:
     """Hydra's arguments for a resumed run, or for one with the config of another."""
     resumed = _resume_arguments(given)
@@ -134,7 +151,7 @@ def _same_arguments(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of `vlabs train`."""
-    run_hydra(run, "train", prepare=_arguments)
+    run_hydra(run, "train", prepare=_arguments, check_first=_check_hub)
     if _failures:
         sys.exit(1)
 

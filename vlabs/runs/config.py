@@ -43,6 +43,7 @@ def run_hydra(
     config_name: str,
     renamed: Mapping[str, str] | None = None,
     prepare: Callable[[list[str]], list[str]] = list,
+    check_first: Callable[[DictConfig], None] | None = None,
 ) -> None:
     """Run `main(config)` as a Hydra program. Every error becomes one line and exit status 1.
 
@@ -51,6 +52,7 @@ def run_hydra(
         config_name: name of its config file.
         renamed: groups with a shorter name on the command line: `{"task": "evaluation@task"}`.
         prepare: turns the arguments of the command line into Hydra's.
+        check_first: checks a config without importing anything large, before all else; not the configs of a sweep.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them, so that we can
     renamed = renamed or {}
@@ -71,6 +73,8 @@ def run_hydra(
                 modules = config.pop("import", None) or []
             import_modules([modules] if isinstance(modules, str) else modules)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
+                if check_first is not None:
+                    check_first(config)
                 check(config)  # before anything is written; in a sweep each run checks its own config
             return main(config)
         except Exception as error:
