@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from vlabs.errors import UserError
 
@@ -36,6 +36,8 @@ Strength = Annotated[float, Ge(0), Le(MOST_ALPHA)]
 Severity = Annotated[int, Ge(1), Le(5)]
 Pairs = Annotated[int, Ge(2)]
 """A number of images or pairs, at least two."""
+Crop = Annotated[float, Ge(0.05), Le(1)]
+"""The share of the shorter side of an image that is seen."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
 
@@ -207,10 +209,14 @@ def _is_within(value: Any, limit: Any) -> bool:
             return bool(value <= most)
         case Lt(most):
             return bool(value < most)
+        case MinLen(least):
+            return len(value) >= least
     return True
 
 
 def _limits(kind: type, limits: Sequence[Any]) -> str:
+    if isinstance(limits[0], MinLen):
+        return f"; at least {limits[0].min_length} of them"
     least = next((one for one in limits if isinstance(one, Ge | Gt)), None)
     most = next((one for one in limits if isinstance(one, Le | Lt)), None)
     if most is not None and isinstance(least, Ge) and kind is int:
