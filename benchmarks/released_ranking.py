@@ -45,11 +45,11 @@ class ReleasedRanking:
         self.caption_length = caption_length
         self.patch = self.weights["vision.vit.patch_embed.proj.weight"].shape[-1]
         self.vision_heads = int(model.vision.vit.blocks[0].attn.num_heads)
-        self.text_heads = int(model.text.network.config.num_attention_heads)
+        self.text_heads = int(model.text.spec["num_attention_heads"])
         first = model.fusion.text_layers[0]
         self.fusion_heads = int(first.self_attention.num_heads)  # type: ignore[arg-type, union-attr]
         self.vision_depth = len(model.vision.vit.blocks)
-        self.text_depth = int(model.text.network.config.num_hidden_layers)
+        self.text_depth = int(model.text.spec["num_hidden_layers"])
         self.fusion_depth = len(model.fusion.text_layers)
         self.reconstruction = torch.zeros(())
 

@@ -17,6 +17,7 @@ from vlabs.checkpoints.abilities import Ability, check_able
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
+from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results, Setting
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.utils.table import table
@@ -53,6 +54,26 @@ def test_rows_means_and_tables_are_written_and_printed_in_one_place(tmp_path, ca
     assert f"| mean error | {mean:.2f} [{low:.2f}, {high:.2f}] |" in page
     files = [str(tmp_path / name) for name in ("mine.md", "mine.jsonl", "metrics.json")]
     assert capsys.readouterr().out == f"\n{page}\n" + "".join(f"{file}\n" for file in files)
+
+
+def test_an_evaluation_runs_under_the_precision_that_is_asked_for(tmp_path):
+    class Product(Evaluation):
+        name = "product"
+
+        def measure(self, checkpoint, data, results):
+            results.metrics["dtype"] = str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+
+    def dtype(precision):
+        options = {"accelerator": "cpu", "precision": precision, "enable_progress_bar": False, "devices": 2}
+        trainer = OmegaConf.create({"_target_": "pytorch_lightning.Trainer"} | options)
+        checkpoint, data = SimpleNamespace(path=Path("run")), SimpleNamespace(options=SimpleNamespace(blind=False))
+        return Product().run(checkpoint, data, Setting("val", tmp_path, trainer))["dtype"]
+
+    assert dtype("32-true") == dtype(32) == "torch.float32"
+    assert dtype("bf16-mixed") == "torch.bfloat16"
+    for refused in ("bf16-true", "64-true"):
+        with pytest.raises(UserError, match=f"trainer.precision={refused}: .* 32-true, bf16-mixed and 16-mixed"):
+            dtype(refused)
 
 
 OWN = '''
@@ -136,7 +157,10 @@ def test_a_task_of_ones_own_with_answers_is_grounded_steered_scored_and_predicte
 ):
     train, evaluate = trained
     train("margin", [option for option in tiny_options if option != "task=vqa"])
-    for task, options in (("grounding", ["task.maps=[norm,weights]"]), ("steering", ["task.alphas=[]"]), ("vqa", [])):
+    half = "trainer.precision=bf16-mixed"
+    for task, options in (
+        ("grounding", ["task.maps=[norm,weights]", half]), ("steering", ["task.alphas=[]", half]), ("vqa", []),
+    ):  # fmt: skip
         result = evaluate(task, "margin", *options)
         assert result.returncode == 0, result.stderr
     assert 0 < found(tmp_path / "margin-grounding")["weights/energy"] < 100
@@ -156,7 +180,7 @@ def test_a_task_of_ones_own_on_classes_is_asked_for_them(trained, objects, tmp_p
     train, evaluate = trained
     make_several("tiny", tmp_path / "several", 4)
     train("breed", [*TINY, f"data.dir={objects}"])
-    result = evaluate("control", "breed", "task.several=several", "task.num_images=4")
+    result = evaluate("control", "breed", "task.several=several", "task.num_images=4", "trainer.precision=bf16-mixed")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "breed-control/control.jsonl").read_text().splitlines()]
     chosen = [line["chosen/after"] for line in lines if line["layout"] == "several"]

@@ -3,9 +3,10 @@
 import inspect
 import pkgutil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import MinLen
 from conftest import assert_one_line_error
 from omegaconf import OmegaConf
 
@@ -43,6 +44,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "options.md"
         (Positive, [1e-9, 7], [0, None], "a number above 0"),
         (tuple[Size, Size], [[2, 3]], [2, [2], [0, 3]], "a list of 2, each a whole number, at least 1"),
         (Literal["a", "b"], ["a"], ["c", None], "one of a, b"),
+        (
+            Annotated[list[Size], MinLen(1)],
+            [[1]],
+            [[], [0]],
+            "a list, each item a whole number, at least 1; at least 1 of them",
+        ),
         (dict[str, NonNegative], [{"x": 0}], [1], "a group of options"),
     ],
 )

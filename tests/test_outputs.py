@@ -205,6 +205,29 @@ def test_the_runs_of_a_sweep_share_a_folder_whatever_it_is_over(tiny_options, tm
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["sweeps"]
 
 
+def test_a_start_that_is_refused_leaves_nothing(tiny_run, tiny_options, tmp_path, in_process):
+    of = f"ckpt={tiny_run[0]}"
+    for module, arguments, said in (
+        ("vlabs.train", [*tiny_options, "init=nowhere"], "nowhere does not exist"),
+        ("vlabs.train", [*tiny_options, "data.batch_sise=2"], "data.batch_sise"),
+        ("vlabs.train", [*tiny_options, "init=nowhere", "hydra.run.dir=a/b/c"], "nowhere does not exist"),
+        ("vlabs.train", ["-m", *tiny_options, "seed=0,1", "plan=true"], "plan=true"),
+        ("vlabs.train", ["-m", *tiny_options, "seed=0,1", "task.nonsense=1", "hydra.sweep.dir=a/b"], "task.nonsense"),
+        ("vlabs.evaluate", [of, "split=nowhere"], "nowhere"),
+        ("vlabs.evaluate", [of, "task=retrieval", "split=val"], "'vqa'"),
+        ("vlabs.evaluate", [of, "split=val", "task.nonsense=1", "hydra.run.dir=a/b"], "task.nonsense"),
+    ):
+        result = in_process(module, arguments, tmp_path)
+        assert_one_line_error(result, said)
+        assert not list(tmp_path.iterdir()), (arguments, list(tmp_path.rglob("*")))
+    # What was there stays.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    for folder in ("mine", "mine/run"):
+        in_process("vlabs.train", [*tiny_options, "init=nowhere", f"hydra.run.dir={folder}"], tmp_path)
+        assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
 def test_a_wrong_evaluation_takes_nothing_from_the_one_that_it_would_overwrite(
     tiny_run, tiny_data, tmp_path, in_process
 ):

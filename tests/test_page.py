@@ -204,6 +204,9 @@ CONTRAST = """selector => {
 
 def test_on_a_phone_nothing_is_wider_than_it_and_all_can_be_read_in_light_and_dark(server, browser):
     wide, behind = "document.documentElement.scrollWidth", "getComputedStyle(document.body).backgroundColor"
+    chosen = open_page(browser, f"{server.address}/?__theme=dark", color_scheme="light")
+    assert max(Image.open(io.BytesIO(chosen.screenshot())).convert("RGB").getpixel((5, 5))) < 50
+    chosen.close()
     for scheme in ("light", "dark"):
         page = open_page(browser, server.address, 390, 844, color_scheme=scheme)
         page.fill("#questions textarea", "Is the zebra red?")

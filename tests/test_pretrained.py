@@ -31,8 +31,10 @@ from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.backbones import patch_size_of
 from vlabs.models.registry import build
 from vlabs.models.segmentation import UperNet, assemble_segmenter
+from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown
 from vlabs.runs.groups import config_dir
+from vlabs.utils.hub import hub_name
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -97,6 +99,36 @@ def test_a_roberta_folder_loads_with_its_sizes(tmp_path):
     expected = source(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(encoder(ids, mask), expected)
     assert encoder.max_length == 18
+
+
+def test_a_roberta_is_that_of_transformers_with_the_same_weights_from_a_seed():
+    sizes = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 20, "type_vocab_size": 1}
+    torch.manual_seed(0)
+    source = RobertaModel(RobertaConfig(**sizes, layer_norm_eps=1e-5), add_pooling_layer=False)
+    torch.manual_seed(0)
+    encoder = RobertaEncoder(**sizes)
+    for (name, one), (there, other) in zip(encoder.named_parameters(), source.named_parameters(), strict=True):
+        assert name == f"roberta.{there}"
+        assert torch.equal(one, other), name
+    ids = torch.tensor([[0, 5, 6, 7, 8, 2, 1], [0, 9, 2, 1, 1, 1, 1]])
+    mask = (ids != 1).long()
+    there = mask.bool()
+    for recompute in (False, True):
+        torch.manual_seed(1)  # with dropout
+        expected = source(input_ids=ids, attention_mask=mask).last_hidden_state[there]
+        torch.manual_seed(1)
+        found = encoder(ids, mask)[there]
+        torch.testing.assert_close(found, expected)
+        source.zero_grad(), encoder.zero_grad()
+        expected.square().sum().backward()
+        found.square().sum().backward()
+        for one, other in zip(encoder.parameters(), source.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+        assert encoder.roberta.recompute is recompute
+        encoder.recompute_activations()
+    with pytest.raises(ValueError, match="24 is not a multiple of the 5 attention heads"):
+        RobertaEncoder(**sizes | {"num_attention_heads": 5})
 
 
 OTHERS = {
@@ -175,7 +207,7 @@ def test_half_precision_becomes_float32_exactly_at_another_size_too(dtype, timm_
         assert torch.equal(one, other)
     text = AutoModel.from_config(OTHERS["bert"]).to(dtype)
     text.save_pretrained(tmp_path / "text")
-    loaded = text_from_pretrained(str(tmp_path / "text")).network.state_dict()
+    loaded = text_from_pretrained(str(tmp_path / "text")).encoder.state_dict()
     assert all(torch.equal(value, text.state_dict()[name].float()) for name, value in loaded.items())
 
 
@@ -291,7 +323,7 @@ def text_folder(tmp_path):
 def test_weights_in_several_files_are_read_as_one(text_folder, tmp_path):
     encoder = text_from_pretrained(str(text_folder))
     source = AutoModel.from_pretrained(text_folder, dtype=torch.float32)
-    mine = encoder.network.state_dict()
+    mine = encoder.encoder.state_dict()
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in mine.items())
     assert encoder.origin == f"{len(mine)} of {len(mine)} tensors from {text_folder}"
     config = json.loads((text_folder / "config.json").read_text())
@@ -433,6 +465,17 @@ def test_a_cache_that_is_not_whole_is_one_line_that_names_what_is_missing(text_f
     (snapshot / "config.json").unlink()
     (snapshot / "README.md").write_text("")
     is_refused(lambda: text_from_pretrained("user/text"), "user/text")
+
+
+def test_the_hub_name_of_a_tag_is_known_without_timm():
+    families = (".vision_transformer", ".eva", ".swin_transformer")
+    tags = [t for t in timm.list_pretrained() if timm.model_entrypoint(t.split(".")[0]).__module__.endswith(families)]
+    known = {tag: hub_name(tag) for tag in tags}
+    assert {
+        tag: name for tag, name in known.items() if name not in (None, timm.get_pretrained_cfg(tag).hf_hub_id)
+    } == {}
+    assert len([name for name in known.values() if name]) > 300
+    assert [hub_name(path) for path in ("a/vit.x", "vit.safetensors", "vit_base_patch16_224")] == [None] * 3
 
 
 def test_a_network_that_is_down_is_one_quick_line_with_nothing_before_it(in_process, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +169,33 @@ def test_an_option_that_is_refused_leaves_a_run_as_it_was(option, parts, run, tm
     assert contents(run) == before
 
 
+def test_an_option_that_is_newer_than_a_run_had_its_default(run, tmp_path, in_process):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    newer = {name: config["data"].pop(name) for name in ("blind", "crop_mode")}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    for path in (run / "checkpoints").glob("last.ckpt*"):
+        content = torch.load(path, weights_only=True)
+        for name in newer:
+            del content["callbacks"]["Recorder"]["config"]["data"][name]
+        torch.save(content, path)
+    result = in_process("vlabs.train", [f"resume={run}", "data.blind=false", "data.crop_mode=center"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing is left to train" in result.stdout
+    more = [f"resume={run}", "trainer.max_epochs=3"]
+    result = in_process("vlabs.train", [*more, "data.crop_mode=squash"], tmp_path)
+    assert_one_line_error(result, "data.crop_mode=squash cannot change", "center")
+    assert_one_line_error(
+        in_process("vlabs.train", [*more, "data.blnd=true"], tmp_path), "there is no option 'data.blnd'"
+    )
+    result = in_process("vlabs.train", [*more, "data.blind=true"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "data.blind=true, was false" in result.stdout.lower()
+    again = [f"--config-dir={run}", "--config-name=config", "init=null", "data.tokenizer=null", "hydra.run.dir=again"]
+    result = in_process("vlabs.train", [*again, "data.crop_mode=squash", "trainer.max_epochs=1"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "crop_mode: squash" in (tmp_path / "again/config.yaml").read_text()
+
+
 def test_a_config_that_was_edited_is_measured_by_what_was_trained(run, tmp_path, in_process):
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("embed_dim: 16", "embed_dim: 32"))
@@ -260,7 +286,7 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(option, options, tmp_pat
 
 def test_what_a_killed_start_left_is_no_run(tmp_path):
     def left(status):
-        with run_folder(tmp_path, False, time.time()):
+        with run_folder(tmp_path, False):
             Record(tmp_path, "train", []).end(status)
             (tmp_path / "metrics.csv").write_text("step\n1\n")
 
@@ -268,11 +294,11 @@ def test_what_a_killed_start_left_is_no_run(tmp_path):
     left("failed")  # the same command works again
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False):
         pass
     shutil.rmtree(tmp_path / "checkpoints")
     left("done")
-    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False, time.time()):
+    with pytest.raises(UserError, match="already has"), run_folder(tmp_path, False):
         pass
 
 

@@ -501,7 +501,7 @@ def test_a_text_encoders_config_leads_to_no_code_no_kernels_and_no_other_folder(
     (encoder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     found = text_from_pretrained(str(encoder))
-    assert found.network.dtype == torch.float32
+    assert found.encoder.dtype == torch.float32
     tamper(encoder, "config.json", "model_type", value="mine")
     with pytest.raises(UserError, match="is a mine"):
         text_from_pretrained(str(encoder))

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 
-WARM = ("vlabs", "data_prep", "torch.distributed")
+WARM = ("vlabs", "data_prep", "torch.distributed", "submitit.core")
 
 
 def ask(path, arguments):

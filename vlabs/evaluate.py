@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from vlabs.errors import UserError
 from vlabs.runs.config import check, run_hydra, save_config
-from vlabs.utils.files import is_marked, locked, mark
+from vlabs.utils.files import is_empty, is_marked, locked, mark, unmark
 from vlabs.utils.ranks import is_rank_zero
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def run(config: DictConfig) -> None:
             evaluate_checkpoint(config, out_dir)
         return
     evaluate_checkpoint(config, out_dir)
-    with contextlib.suppress(OSError):
-        out_dir.rmdir()  # Hydra makes a folder in every process; only that of rank zero is used
 
 
 @contextlib.contextmanager
 def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
     """Lock a folder that is empty, or has an evaluation that did not finish or may be overwritten.
+
+    An evaluation that fails before it has written anything leaves no mark.
 
     Raises:
         UserError: it has something else, or another process is working there.
@@ -63,7 +63,12 @@ def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
             raise UserError(
                 f"hydra.run.dir={out_dir} already holds an evaluation: name another folder, or pass overwrite=true"
             )
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_empty(out_dir):
+                unmark(out_dir)
+            raise
 
 
 def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:

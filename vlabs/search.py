@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlabs.errors import run_cli, show
 from vlabs.utils.arguments import SEARCH_INDEX, Parser, add_out, check_out, whole
+from vlabs.utils.imports import quick_imports
 
 
 def main() -> None:
@@ -36,12 +37,13 @@ def main() -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    # Not before the options are read: --help takes no seconds.
-    from vlabs.attention.figures import grid_figure, save_out
-    from vlabs.data.preprocessing import check_text
-    from vlabs.prediction.predictor import load_any
-    from vlabs.prediction.search import MEANING, Search, list_pictures
-    from vlabs.utils.device import find_device
+    # Imported after the options are read, so that --help is fast. timm would import W&B.
+    with quick_imports("wandb"):
+        from vlabs.attention.figures import grid_figure, save_out
+        from vlabs.data.preprocessing import check_text
+        from vlabs.prediction.predictor import load_any
+        from vlabs.prediction.search import MEANING, Search, list_pictures
+        from vlabs.utils.device import find_device
 
     for query in arguments.query:
         check_text("a --query", query)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from vlabs.errors import UserError
 from vlabs.runs.config import as_config, path_of, run_hydra, save_config
 from vlabs.runs.groups import config_dir
 from vlabs.runs.record import read_config
+from vlabs.runs.values import is_newer
 from vlabs.utils.ranks import say
 
 _failures = 0  # failed runs of a sweep
-_began = time.time()  # start of the process
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -29,9 +28,26 @@ def run(config: DictConfig) -> dict[str, Any]:
     from vlabs.training.run import run as train  # imported here, so that --help is fast
 
     global _failures
-    found = train(config, _began)
+    found = train(config)
     _failures += found.get("status") == "failed"
     return found
+
+
+def _check_hub(config: DictConfig) -> None:
+    """Check that pre-trained parts are there or can be fetched, in seconds; a resumed run needs none."""
+    parts: list[Any] = [config.get("model", {}).get(part) or {} for part in ("vision", "text")]
+    weights, text = parts[0].get("weights"), parts[1].get("name_or_path")
+    tokenizer = config.get("data", {}).get("tokenizer")
+    if config.get("resume") is None and (weights or text or tokenizer):
+        from vlabs.utils.hub import check_reachable, hub_name  # imports the hub's library, which few runs need
+
+        check_reachable(
+            {
+                "model.vision.weights": weights and hub_name(str(weights)),
+                "model.text.name_or_path": text and str(text),
+                "data.tokenizer": tokenizer and str(tokenizer),
+            }
+        )
 
 
 def _arguments(given: list[str]) -> list[str]:
@@ -60,8 +76,14 @@ def _resume_arguments(arguments: list[str]) -> list[str]:
         f"++resume={run_dir}",  # will be quoted like all paths
         f"hydra.run.dir={run_dir}",
         *_QUIET,
-        *others,
+        *_with_newer(others, run_dir),
     ]
+
+
+def _with_newer(overrides: list[str], run_dir: Path) -> list[str]:
+    """Overrides of a run's config, with a plus where an option is newer than the run."""
+    own: Any = OmegaConf.to_container(read_config(run_dir) or OmegaConf.create(), resolve=False)
+    return [f"++{item}" if is_newer(item.partition("=")[0], own) else item for item in overrides]
 
 
 def _run_named(path: str) -> Path:
@@ -123,14 +145,13 @@ def _same_arguments(arguments: list[str]) -> list[str]:
     dirs = [f"hydra.{group}.{key}='{folders[group][key]}'" for group in ("run", "sweep") for key in folders[group]]
     # Put them before the first override, because Hydra wants all overrides together.
     first = next((n for n, one in enumerate(arguments) if re.match(r"[^-].*=|~", one)), len(arguments))
-    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *arguments[first:]]
+    given = _with_newer(arguments[first:], Path(named.config_dir))
+    return [*arguments[:first], *_QUIET, f"hydra.job.name={name}", *dirs, *given]
 
 
 def main() -> None:
     """Entry point of `vlabs train`."""
-    global _began
-    _began = time.time()
-    run_hydra(run, "train", prepare=_arguments)
+    run_hydra(run, "train", prepare=_arguments, check_first=_check_hub)
     if _failures:
         sys.exit(1)
 

@@ -1,6 +1,16 @@
 """Where a model looks: maps, and figures of them."""
 
-MAPS = {
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
+
+MapName = Literal[
+    "fusion", "weights", "norm", "cls", "rollout", "gradient", "relevance", "normgrad", "contrast"
+]  # fmt: skip
+Maps = Annotated[Sequence[MapName], MinLen(1)]
+"""At least one map, as an option."""
+MAPS: dict[MapName, str] = {
     "fusion": "what the text reads of the image",
     "weights": "what is similar to the prior ξ",
     "norm": "large output tokens, as in the paper",

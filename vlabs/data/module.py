@@ -17,7 +17,7 @@ from vlabs.data.prepared import check_kind, count_regions, load_split
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, PICTURE_OPTIONS, Preprocessing, check_picture_option
 from vlabs.data.tokenizer import read_tokenizer, special_token
 from vlabs.errors import UserError
-from vlabs.utils.options import Size, check_type, checked, options_of
+from vlabs.utils.options import Crop, Size, check_type, checked, options_of
 
 IMAGE_SIZE = 224
 """The default."""
@@ -108,7 +108,7 @@ class PreparedDataModule(pl.LightningDataModule):
         image_mean: Sequence[float] | None = IMAGE_MEAN,
         image_std: Sequence[float] | None = IMAGE_STD,
         interpolation: Literal["bicubic", "bilinear"] | None = "bicubic",
-        crop: float | None = 1.0,
+        crop: Crop | None = 1.0,
         crop_mode: Literal["center", "squash"] | None = "center",
         preprocessing: Preprocessing | None = None,
         **options: Any,

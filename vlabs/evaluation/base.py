@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar
 
 from vlabs.checkpoints.abilities import Ability
@@ -9,6 +10,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.results import Results, Setting
+from vlabs.runs.trainer import autocast_of
 from vlabs.utils.options import checked
 from vlabs.utils.ranks import is_rank_zero
 
@@ -28,6 +30,8 @@ class Evaluation:
     """The kind of data that it reads."""
     may_be_blind: ClassVar[bool] = False
     """Whether it can be measured with `data.blind`."""
+    in_trainer: bool = False
+    """Whether the model runs in Lightning's own loop; otherwise `run` takes care of `trainer.precision`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,5 +56,6 @@ class Evaluation:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")
             results.metrics["blind"] = True
-        self.measure(checkpoint, data, results)
+        with contextlib.nullcontext() if self.in_trainer else autocast_of(setting.trainer):
+            self.measure(checkpoint, data, results)
         return results.write() if is_rank_zero() else results.metrics

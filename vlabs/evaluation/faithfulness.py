@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlabs.attention.maps import MAPS, look, look_by
+from vlabs.attention import Maps
+from vlabs.attention.maps import look, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import crop_mask
@@ -39,7 +40,7 @@ class FaithfulnessEvaluation(Evaluation):
     color. Words are taken away alike, by the map `relevance`.
 
     Args:
-        maps: maps that are measured, of `vlabs.attention.maps.MAPS`.
+        maps: maps that are measured.
         num_texts: questions that are measured, evenly spread; None for all.
         instances: COCO's instances; without them, the regions that the data were prepared with, if any.
         batch_size: images per batch.
@@ -55,15 +56,12 @@ class FaithfulnessEvaluation(Evaluation):
 
     def __init__(
         self,
-        maps: Sequence[str],
+        maps: Maps,
         num_texts: Size | None = 200,
         instances: str | None = None,
         batch_size: Size = 64,
         seed: Seed = 0,
     ) -> None:
-        wrong = [name for name in maps if name not in MAPS]
-        if wrong or not maps:
-            raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
         self.maps = list(maps)
         self.num_texts, self.instances, self.batch_size, self.seed = num_texts, instances, batch_size, seed
 

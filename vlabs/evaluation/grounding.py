@@ -12,7 +12,8 @@ import datasets
 import numpy as np
 from torch import Tensor
 
-from vlabs.attention.maps import MAPS, look
+from vlabs.attention import Maps
+from vlabs.attention.maps import look
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader, decode_region
 from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask, read_instances
@@ -78,7 +79,7 @@ class GroundingEvaluation(Evaluation):
     Texts without a region, or with a region outside what the model sees, are counted and left out.
 
     Args:
-        maps: maps to measure, of `vlabs.attention.maps.MAPS`.
+        maps: maps to measure.
         instances: COCO's instances of the same images; None for the regions in the prepared data.
         num_texts: number of texts to measure, evenly spread; None for all.
         human_maps: folder of VQA-HAT's maps: measure only the rank correlation with them.
@@ -92,14 +93,11 @@ class GroundingEvaluation(Evaluation):
 
     def __init__(
         self,
-        maps: Sequence[str],
+        maps: Maps,
         instances: str | None = None,
         num_texts: Size | None = None,
         human_maps: str | None = None,
     ) -> None:
-        wrong = [name for name in maps if name not in MAPS]
-        if wrong or not maps:
-            raise UserError(f"task.maps names {', '.join(wrong) or 'nothing'}: choose of {', '.join(MAPS)}")
         self.maps = list(maps)
         self.instances = instances
         self.num_texts = num_texts

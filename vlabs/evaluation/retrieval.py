@@ -214,6 +214,7 @@ class RetrievalEvaluation(Evaluation):
     name = "retrieval"
     needs = ("texts", "ranks")  # a matching head ranks without fine-tuning
     reads = CaptionDataModule
+    in_trainer = True
 
     def __init__(self, ranker: Mapping[str, Any], figure_queries: Count = 6, images: Size | None = None) -> None:
         check_type("ranker", ranker, Ranker)

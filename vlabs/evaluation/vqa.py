@@ -34,6 +34,7 @@ class VQAEvaluation(Evaluation):
 
     def __init__(self, view: Literal["crop", "masked"] | None = None) -> None:
         self.view = view
+        self.in_trainer = view is None
 
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`; in percent."""

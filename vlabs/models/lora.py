@@ -57,7 +57,7 @@ def add_adapters(model: Any, lora: LoRA) -> None:
     except ImportError:
         raise UserError("task.lora needs the package peft: pip install 'vlabs[lora]'") from None
     for part in lora.parts:
-        network = model.vision.vit if part == "vision" else model.text.network
+        network = model.vision.vit if part == "vision" else model.text
         layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
         config = LoraConfig(
             r=lora.rank,

@@ -1,4 +1,4 @@
-"""Text encoders of transformers: RoBERTa (pre-trained, or small and from scratch), BERT, DeBERTa and ModernBERT."""
+"""Text encoders: RoBERTa (pre-trained, or small and from scratch), and BERT, DeBERTa and ModernBERT of transformers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaModel
 
 from vlabs.errors import UserError
 from vlabs.models.registry import register
+from vlabs.models.roberta import Roberta, RobertaEmbeddings, RobertaLayer
 from vlabs.utils.options import Share, Size
 
 
@@ -29,24 +29,18 @@ class TextEncoder(nn.Module):
     spec: dict[str, Any]
     origin: str | None = None
 
-    @property
     @abstractmethod
-    def network(self) -> Any:
-        """The model of transformers, without a pooler."""
-
     def recompute_activations(self) -> None:
         """Keep only the input of each layer in the forward pass, and recompute the rest in the backward pass."""
-        self.network.activation_checkpointing_enable({"use_reentrant": False})
 
+    @abstractmethod
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode token ids (n, T) with their mask (n, T), 1 for text and 0 for padding, to states (n, T, D)."""
-        states: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return states
 
 
 @register
 class RobertaEncoder(TextEncoder):
-    """RoBERTa without its pooler. The arguments are those of transformers' `RobertaConfig`.
+    """RoBERTa without its pooler. The arguments have the names of transformers' `RobertaConfig`.
 
     Positions count the non-padding tokens from `pad_token_id + 1`, so a text of T tokens needs
     `max_position_embeddings >= T + pad_token_id + 1`.
@@ -65,7 +59,7 @@ class RobertaEncoder(TextEncoder):
         attention_probs_dropout_prob: dropout of the attention.
 
     Raises:
-        ValueError: `pad_token_id` is not in the vocabulary.
+        ValueError: `pad_token_id` is not in the vocabulary, or `hidden_size` is not a multiple of the heads.
     """
 
     def __init__(
@@ -85,31 +79,25 @@ class RobertaEncoder(TextEncoder):
         super().__init__()
         if not 0 <= pad_token_id < vocab_size:
             raise ValueError(f"pad_token_id {pad_token_id} is none of {vocab_size} tokens")
-        config = RobertaConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            intermediate_size=intermediate_size,
-            max_position_embeddings=max_position_embeddings,
-            type_vocab_size=type_vocab_size,
-            pad_token_id=pad_token_id,
-            layer_norm_eps=layer_norm_eps,
-            hidden_dropout_prob=hidden_dropout_prob,
-            attention_probs_dropout_prob=attention_probs_dropout_prob,
-            bos_token_id=0,
-            eos_token_id=2,
-            attn_implementation="sdpa",
+        places, dropout = max_position_embeddings, hidden_dropout_prob
+        embeddings = RobertaEmbeddings(
+            vocab_size, type_vocab_size, places, hidden_size, pad_token_id, layer_norm_eps, dropout
         )
-        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        sizes = (hidden_size, num_attention_heads, intermediate_size, layer_norm_eps)
+        layers = [RobertaLayer(*sizes, dropout, attention_probs_dropout_prob) for _ in range(num_hidden_layers)]
+        self.roberta = Roberta(embeddings, layers)
         self.width = hidden_size
         self.vocab_size = vocab_size
         self.max_length = max_position_embeddings - pad_token_id - 1
 
-    @property
-    def network(self) -> RobertaModel:
+    def recompute_activations(self) -> None:
         """See `TextEncoder`."""
-        return self.roberta
+        self.roberta.recompute = True
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `TextEncoder`."""
+        states: Tensor = self.roberta(input_ids, attention_mask)
+        return states
 
 
 # Types whose first token stands for the text, as ξ and the fusion's pooler take it to.
@@ -175,6 +163,8 @@ class OtherEncoder(TextEncoder):
             name for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if config.get(name)
         ]:
             raise UserError(f"the text encoder has {decodes[0]}: it is a decoder")
+        from transformers import AutoConfig, AutoModel  # takes seconds
+
         settings = AutoConfig.for_model(model_type, **{name: config[name] for name in config.keys() & OPTIONS})
         without_pooler = {"add_pooling_layer": False} if model_type == "bert" else {}
         self.encoder = AutoModel.from_config(
@@ -184,10 +174,14 @@ class OtherEncoder(TextEncoder):
         self.vocab_size = int(settings.vocab_size)
         self.max_length = int(settings.max_position_embeddings)
 
-    @property
-    def network(self) -> Any:
+    def recompute_activations(self) -> None:
         """See `TextEncoder`."""
-        return self.encoder
+        self.encoder.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `TextEncoder`."""
+        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
 
 
 def _attention(model_type: str) -> str:

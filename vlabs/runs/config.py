@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import json
@@ -30,8 +29,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-import vlabs.runs.folders  # noqa: F401  (what the configs name their folders by)
 from vlabs.errors import UserError, fail, fault, foreseen, run_cli
+from vlabs.runs.folders import remove_empty, will_make
 from vlabs.runs.groups import choices, config_dir
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values
@@ -44,6 +43,7 @@ def run_hydra(
     config_name: str,
     renamed: Mapping[str, str] | None = None,
     prepare: Callable[[list[str]], list[str]] = list,
+    check_first: Callable[[DictConfig], None] | None = None,
 ) -> None:
     """Run `main(config)` as a Hydra program. Every error becomes one line and exit status 1.
 
@@ -52,6 +52,7 @@ def run_hydra(
         config_name: name of its config file.
         renamed: groups with a shorter name on the command line: `{"task": "evaluation@task"}`.
         prepare: turns the arguments of the command line into Hydra's.
+        check_first: checks a config without importing anything large, before all else; not the configs of a sweep.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them, so that we can
     renamed = renamed or {}
@@ -66,16 +67,17 @@ def run_hydra(
 
     @functools.wraps(main)
     def guarded(config: DictConfig) -> Any:
+        will_make(HydraConfig.get().runtime.output_dir)  # by Hydra, just now
         try:
             with open_dict(config):  # `import` belongs to this command line, not to the run's config
                 modules = config.pop("import", None) or []
             import_modules([modules] if isinstance(modules, str) else modules)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
+                if check_first is not None:
+                    check_first(config)
                 check(config)  # before anything is written; in a sweep each run checks its own config
             return main(config)
         except Exception as error:
-            with contextlib.suppress(OSError):
-                Path(HydraConfig.get().runtime.output_dir).rmdir()  # Hydra made it; a folder that is not empty stays
             tell(error)  # here, because Hydra adds its own lines to exceptions that reach it
 
     program = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(guarded)
@@ -90,9 +92,14 @@ def run_hydra(
         given = hydra_arguments([_rename(item, renamed) for item in prepare(_without_dashes(sys.argv[1:]))])
         sys.argv[1:] = check_config(given, config_name, Path(config_dir()))
         try:
+            for item in given:
+                if named := re.match(r"\+*hydra\.(?:run|sweep)\.dir=(.+)", item):
+                    will_make(path_of(named[1]))
             program()
         except Exception as error:
             tell(error)
+        finally:
+            remove_empty()  # a start that was refused leaves nothing behind
 
     run_cli(run)
 

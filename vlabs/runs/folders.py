@@ -1,9 +1,13 @@
-"""Resolvers for configs: new default folders of runs and evaluations, named after their content; learning rates."""
+"""Folders of runs and evaluations: names after their content, as resolvers for configs, and no empty ones left behind.
+
+Also the resolver of learning rates.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -48,6 +52,7 @@ def _new_folder(base: Path, *parts: str) -> str:
     name = "-".join(part for part in map(plain_name, parts) if part)
     name = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}".lstrip("_")
     folder = base / name
+    will_make(folder)
     if not is_rank_zero():
         return str(folder)  # not used: the folder of the run is that of the first process
     for number in itertools.count(2):
@@ -55,11 +60,31 @@ def _new_folder(base: Path, *parts: str) -> str:
             folder.mkdir(parents=True)
         except FileExistsError:
             folder = base / f"{name}_{number}"
+            will_make(folder)
         except OSError:
             break  # Hydra will try again, and its error becomes the message
         else:
             break
     return str(folder)
+
+
+def will_make(folder: str | Path) -> None:
+    """Remember a folder that is made next, and the missing folders above it, for `remove_empty`."""
+    folder = Path(os.path.abspath(folder))
+    _made.update([folder, *(above for above in folder.parents if not above.exists())])
+
+
+def remove_empty() -> None:
+    """Remove the folders of `will_make` that hold no file, or only Hydra's own multirun.yaml, and forget all."""
+    for folder in sorted(_made, key=lambda one: len(one.parts), reverse=True):
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+                (folder / "multirun.yaml").unlink()
+            folder.rmdir()
+    _made.clear()
+
+
+_made: set[Path] = set()  # folders that this command makes, with all above them
 
 
 def _option(root: DictConfig, key: str) -> Any:

@@ -112,13 +112,12 @@ def way_on(run: Path) -> str:
 
 
 @contextmanager
-def run_folder(folder: Path, resumes: bool, since: float) -> Iterator[None]:
+def run_folder(folder: Path, resumes: bool) -> Iterator[None]:
     """Hold the lock on a run folder. A start that fails before its first step leaves the folder as it was.
 
     Args:
         folder: an existing folder; it may have files of a start that was killed before its first checkpoint.
         resumes: resume the run in this folder.
-        since: Unix time; a folder that was made later was made for this run.
 
     Raises:
         UserError: the folder has another run, another process is training there, or it cannot be written.
@@ -128,7 +127,6 @@ def run_folder(folder: Path, resumes: bool, since: float) -> Iterator[None]:
         return
     named = f"{'resume' if resumes else 'hydra.run.dir'}={folder}"
     wait = "wait for it to end" if resumes else "name another folder"
-    made = folder.stat().st_mtime >= since
     with contextlib.ExitStack() as held:
         with _explained(folder, named):
             held.enter_context(locked(folder, f"{named}: another process is training there: {wait}"))
@@ -142,11 +140,6 @@ def run_folder(folder: Path, resumes: bool, since: float) -> Iterator[None]:
                 _remove(folder)
                 unmark(folder)
             raise
-        finally:
-            held.close()
-            if made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # a folder that is not empty stays
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from vlabs import attention
 from vlabs.runs.groups import choices
 from vlabs.utils import options
 from vlabs.utils.options import as_given, in_words
@@ -264,7 +265,7 @@ def _values(annotation: str) -> str:
     """The values that an annotation allows, in words; "" if there is no limit."""
     annotation = re.sub(r"^dict\[str, (.+?)\]", r"\1", annotation)
     try:
-        said = in_words(eval(annotation, vars(options) | {"Path": str}))
+        said = in_words(eval(annotation, vars(options) | vars(attention) | {"Path": str}))
     except (NameError, TypeError, SyntaxError):
         return ""
     return said if re.search(r"one of|least|above|[\[(]\d", said) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from pytorch_lightning.strategies import StrategyRegistry
 
@@ -215,6 +217,22 @@ def device_of(config: DictConfig) -> str:
     wanted = str(config.get("accelerator", "auto"))
     _check_accelerator({"accelerator": wanted})
     return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
+
+
+def autocast_of(config: DictConfig) -> AbstractContextManager[None]:
+    """Lightning's context of `trainer.precision`, for computations outside its loops on `device_of`.
+
+    Raises:
+        UserError: the precision converts the weights, which only Lightning's loops do.
+    """
+    device = device_of(config)
+    here: Any = OmegaConf.merge(config, {"accelerator": device, "devices": 1, "num_nodes": 1, "strategy": "auto"})
+    plugin = make_trainer(here, logger=False, enable_checkpointing=False).precision_plugin
+    if not isinstance(plugin, MixedPrecision) and plugin.precision != "32-true":
+        raise UserError(
+            f"trainer.precision={config.precision}: this evaluation works with 32-true, bf16-mixed and 16-mixed"
+        )
+    return plugin.forward_context()
 
 
 class SameBatches(pl.Callback):

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 import pkgutil
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from vlabs.errors import UserError
-from vlabs.utils.options import Count, Part, Positive, Seed, Size, annotations_of, as_given, check_type, options_of
+from vlabs.utils.options import (
+    Count,
+    Part,
+    Positive,
+    Seed,
+    Size,
+    annotations_of,
+    as_given,
+    check_type,
+    defaults_of,
+    options_of,
+)
 
 _FILLED_IN = ("vocab_size", "num_answers", "num_labels", "num_classes")
 """Sizes that may be null, because they are filled in from the data."""
@@ -116,10 +128,42 @@ def hints_of(target: Any) -> dict[str, Any]:
     Args:
         target: `_target_` of a config; empty for classes that are not vlabs' or Lightning's.
     """
+    found = _found(target)
+    return {} if found is None else options_of(found)
+
+
+def with_newer(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with those options of another that are newer than itself, at their defaults.
+
+    Args:
+        old, new: configs as plain data; options that only `new` has are taken as newer where the class is the same.
+    """
+    same = _found(new.get("_target_")) if new.get("_target_") == old.get("_target_") else None
+    defaults = {} if same is None else defaults_of(same)
+    filled = dict(old)
+    for name, value in new.items():
+        if name not in old and name in defaults:
+            default = defaults[name]
+            filled[name] = list(default) if isinstance(default, tuple) else default
+        elif isinstance(value, Mapping) and isinstance(old.get(name), Mapping):
+            filled[name] = with_newer(old[name], value)
+    return filled
+
+
+def is_newer(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a config lacks an option (`data.blind`) that the class in its section has."""
+    *sections, last = name.split(".")
+    part: Any = config
+    for section in sections:
+        part = part.get(section) if isinstance(part, Mapping) else None
+    return isinstance(part, Mapping) and last not in part and last in hints_of(part.get("_target_"))
+
+
+def _found(target: Any) -> Any:
+    """The class or function that a config names; None if it is not vlabs' or Lightning's, or does not exist."""
     if not isinstance(target, str) or not target.startswith(_KNOWN) or target == "pytorch_lightning.Trainer":
-        return {}
+        return None
     try:
-        found = pkgutil.resolve_name(target)
+        return pkgutil.resolve_name(target)
     except Exception:  # reported when it is made
-        return {}
-    return options_of(found)
+        return None

@@ -17,7 +17,7 @@ from vlabs.models.heads import RankingHead
 from vlabs.tasks.base import Losses
 from vlabs.tasks.captions import CaptionTask
 from vlabs.tasks.negatives import draw_false
-from vlabs.utils.options import Size
+from vlabs.utils.options import Pairs, Size
 
 
 class RetrievalTask(CaptionTask):
@@ -26,19 +26,16 @@ class RetrievalTask(CaptionTask):
     Args:
         args, kwargs: of `CaptionTask`.
         num_false: largest number of false captions per image; a small batch may have fewer.
+        ranking_images: images of the validation split that are ranked against all their captions after each validation,
+            by which the best checkpoint is chosen.
     """
 
     name = "retrieval"
     monitor = "val/ir@1"
 
-    def __init__(self, *args: Any, num_false: Size = 15, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, num_false: Size = 15, ranking_images: Pairs = 100, **kwargs: Any) -> None:
+        super().__init__(*args, ranking_images=ranking_images, **kwargs)
         assert isinstance(self.model.head, RankingHead)
-        if self.ranking_images < 2:
-            raise UserError(
-                f"task.ranking_images={self.ranking_images} must be at least 2: the best checkpoint is chosen by the "
-                "ranking of these images"
-            )
         self.num_false = num_false
         self.model.head.match.requires_grad_(False)  # kept from pre-training; this task does not use it
 

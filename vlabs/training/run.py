@@ -28,6 +28,7 @@ from vlabs.runs.config import as_given, check, command_line, explain, is_fault, 
 from vlabs.runs.logging import last_metrics, log_data, log_outcome, quiet_lightning
 from vlabs.runs.record import Record, changes, changing, read_config, read_summary, run_folder, way_on
 from vlabs.runs.sweep import check_table, has_table, write_table
+from vlabs.runs.values import with_newer
 from vlabs.training.build import Training, build, build_task, data_sets
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.plan import plan_run
@@ -36,12 +37,11 @@ from vlabs.training.words import beginning, ending
 from vlabs.utils.ranks import is_rank_zero, say
 
 
-def run(config: DictConfig, began: float) -> dict[str, Any]:
+def run(config: DictConfig) -> dict[str, Any]:
     """One run, started by Hydra. In a sweep a failure is returned instead of raised, so that the sweep continues.
 
     Args:
         config: the config of `vlabs train`.
-        began: start of the process in Unix time; an older run folder was there before.
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
@@ -55,11 +55,8 @@ def run(config: DictConfig, began: float) -> dict[str, Any]:
     if config.plan:
         if sweep is not None:
             raise UserError("plan=true works for one training, not for a sweep: leave out -m")
-        found = plan_run(config, *build_task(config, _last(config, run_dir)))
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra made it; a folder that is not empty stays
-        return found
-    with run_folder(run_dir, config.resume is not None, began):
+        return plan_run(config, *build_task(config, _last(config, run_dir)))
+    with run_folder(run_dir, config.resume is not None):
         return _run(config, hydra, run_dir, sweep)
 
 
@@ -92,9 +89,6 @@ def _run(config: DictConfig, hydra: Any, run_dir: Path, sweep: Path | None) -> d
         # The next run of a sweep is in this process, and needs its own W&B run.
         if wandb.run is not None:
             wandb.finish(exit_code=int(summary["status"] != "done"))
-    if not is_rank_zero():
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra makes a folder in every process; only that of rank zero is used
     if is_rank_zero():
         if sweep is not None:
             print(write_table(sweep), flush=True)
@@ -202,8 +196,9 @@ def _own_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _changed(config: DictConfig, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options that differ from a run's own config."""
-    return changes(own, plain(recorded(config))) if own else {}
+    """The options that differ from a run's own config; those that are newer than the run had their defaults."""
+    now = plain(recorded(config))
+    return changes(with_newer(own, now), now) if own else {}
 
 
 def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:

@@ -291,7 +291,7 @@ def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
         with contextlib.suppress(FileExistsError):
             partial.mkdir(parents=True)
             mark(partial, "partial")
-        ours = partial.is_dir() and not partial.is_symlink() and (is_marked(partial, "partial") or _is_empty(partial))
+        ours = partial.is_dir() and not partial.is_symlink() and (is_marked(partial, "partial") or is_empty(partial))
         if not ours:
             if not partial.exists():
                 continue  # another process has just ended
@@ -302,7 +302,8 @@ def _enter(partial: Path, named: str, held: contextlib.ExitStack) -> None:
             return
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but its mark and its lock."""
     return all(path.name in (MARK, _LOCK) for path in folder.iterdir())
 
 

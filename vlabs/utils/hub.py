@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,42 @@ def download(
         logging.set_verbosity(loud)
 
 
+def check_reachable(wanted: Mapping[str, str | None]) -> None:
+    """Check that models are in the cache if the hub does not answer. It takes seconds, and reads no file.
+
+    Args:
+        wanted: hub names, local paths or None, by the option to pass with a folder instead.
+
+    Raises:
+        UserError: the hub does not answer; the message names all models that are missing, and the options to pass.
+    """
+    missing = {
+        option: name
+        for option, name in wanted.items()
+        if name and _NAME.fullmatch(name) and not Path(name).exists() and not any(_cached(name, _ANY, None, None))
+    }
+    if not missing:
+        return
+    try:
+        _ask(next(iter(missing.values())), None, None)
+    except Exception as error:
+        if _why(error) not in _NO_ANSWER:
+            return  # reading the model says more
+        options = {name: f"{option}=DIR" for option, name in reversed(missing.items())}  # the first one of each name
+        raise UserError(
+            f"not in the local cache, and the Hugging Face hub cannot be asked ({_why(error)}): "
+            f"{', '.join(dict.fromkeys(missing.values()))}. Where there is a network, download each, with "
+            f"`hf download NAME --local-dir DIR`, and pass {' '.join(reversed(options.values()))}"
+        ) from None
+
+
+def hub_name(tag: str) -> str | None:
+    """The hub name of a timm tag of a ViT, without importing timm; None if it is a path or not known."""
+    if "." not in tag or "/" in tag or re.search(r"\.(safetensors|pth|pt|bin|ckpt|tar)$|ijepa|lingbot", tag):
+        return None
+    return f"timm/{tag.replace('_quickgelu', '')}"
+
+
 def _ask(name: str, revision: str | None, token: str | bool | None) -> None:
     """Raise an error if the hub does not answer (checked at most once per minute), or has no such model."""
     global _silent
@@ -74,7 +111,10 @@ def _cached(name: str, files: Sequence[str], revision: str | None, cache: Any) -
             yield Path(found).parent
 
 
-_SECONDS, _REMEMBERED = 4.0, 60.0
+_SECONDS, _REMEMBERED = 3.5, 60.0
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ANY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "model.safetensors")
+_NO_ANSWER = ("no network", "HF_HUB_OFFLINE is set")
 _silent: tuple[Exception, float] | None = None  # the hub did not answer, and when
 _REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",

@@ -12,10 +12,10 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from vlabs.errors import UserError
 
@@ -36,6 +36,8 @@ Strength = Annotated[float, Ge(0), Le(MOST_ALPHA)]
 Severity = Annotated[int, Ge(1), Le(5)]
 Pairs = Annotated[int, Ge(2)]
 """A number of images or pairs, at least two."""
+Crop = Annotated[float, Ge(0.05), Le(1)]
+"""The share of the shorter side of an image that is seen."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
 
@@ -87,16 +89,26 @@ def options_of(kind: Any) -> dict[str, Any]:
     Args:
         kind: a class, or a function that makes one and passes other arguments to it.
     """
-    own = {} if inspect.isclass(kind) else annotations_of(kind)
-    made = own.get("return", kind)
-    found: dict[str, Any] = {}
+    return {name: hint for maker in _makers(kind) for name, hint in annotations_of(maker).items()}
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """The defaults of the arguments in `options_of`, by name, those that have one."""
+    signatures = [inspect.signature(maker) for maker in _makers(kind) if not typing.is_typeddict(maker)]
+    given = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
+    return {name: default for name, default in given.items() if default is not inspect.Parameter.empty}
+
+
+def _makers(kind: Any) -> Iterator[Any]:
+    """What declares the arguments of a class or function; later ones replace earlier ones of the same name."""
+    made = kind if inspect.isclass(kind) else annotations_of(kind).get("return", kind)
     for one in reversed(made.__mro__) if inspect.isclass(made) else ():
         if one.__module__.startswith(("vlabs.", "pytorch_lightning.")):
             for other in vars(one).get("hands_on", ()):
-                found |= options_of(other)
+                yield from _makers(other)
             maker = one if hasattr(one, "_fields") or typing.is_typeddict(one) else vars(one).get("__init__")
-            found |= annotations_of(maker) if maker else {}
-    return found | own
+            yield from [maker] if maker else []
+    yield from [] if inspect.isclass(kind) else [kind]
 
 
 def check_type(path: str, value: Any, hint: Any) -> None:
@@ -197,10 +209,14 @@ def _is_within(value: Any, limit: Any) -> bool:
             return bool(value <= most)
         case Lt(most):
             return bool(value < most)
+        case MinLen(least):
+            return len(value) >= least
     return True
 
 
 def _limits(kind: type, limits: Sequence[Any]) -> str:
+    if isinstance(limits[0], MinLen):
+        return f"; at least {limits[0].min_length} of them"
     least = next((one for one in limits if isinstance(one, Ge | Gt)), None)
     most = next((one for one in limits if isinstance(one, Le | Lt)), None)
     if most is not None and isinstance(least, Ge) and kind is int:

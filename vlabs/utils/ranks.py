@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from vlabs.errors import show
 
 
@@ -29,7 +32,12 @@ def rank_and_world() -> tuple[int, int]:
 
 def is_rank_zero() -> bool:
     """Whether this process writes files and prints; known before torch.distributed is initialized."""
-    # Imported here, because all commands import this module and most do not need Lightning.
-    from pytorch_lightning.utilities import rank_zero_only
+    if "pytorch_lightning" in sys.modules:
+        from pytorch_lightning.utilities import rank_zero_only
 
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+        return int(getattr(rank_zero_only, "rank", 0)) == 0
+    # As Lightning finds it; importing it takes seconds.
+    return int(next((os.environ[name] for name in _RANKS if name in os.environ), 0)) == 0
+
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")

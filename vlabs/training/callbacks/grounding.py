@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytorch_lightning as pl
 
-from vlabs.attention.maps import MAPS
+from vlabs.attention import Maps
 from vlabs.data.module import PreparedDataModule
-from vlabs.errors import UserError
 from vlabs.evaluation.grounding import Targets, find_targets, measure
 from vlabs.tasks.vision_language import VisionLanguageTask
 from vlabs.training.callbacks.schedule import EveryNValidations
@@ -24,7 +21,7 @@ class GroundingCurve(EveryNValidations):
     Args:
         every_n_validations: number of validations between two measurements; 0 for never.
         num_texts: number of texts to measure.
-        maps: maps to measure, of `vlabs.attention.maps.MAPS`.
+        maps: maps to measure.
         instances: COCO's instances; None for the regions in the prepared data.
     """
 
@@ -32,7 +29,7 @@ class GroundingCurve(EveryNValidations):
         self,
         every_n_validations: Count = 1,
         num_texts: Count = 100,
-        maps: Sequence[str] = ("norm", "fusion"),
+        maps: Maps = ("norm", "fusion"),
         instances: str | None = None,
     ) -> None:
         super().__init__(every_n_validations)
@@ -43,8 +40,6 @@ class GroundingCurve(EveryNValidations):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the targets once."""
-        if wrong := [name for name in self.maps if name not in MAPS]:
-            raise UserError(f"callbacks.grounding.maps names {', '.join(wrong)}: choose from {', '.join(MAPS)}")
         data = trainer.datamodule  # type: ignore[attr-defined]
         looks = isinstance(pl_module, VisionLanguageTask) and isinstance(data, PreparedDataModule)
         if self.every and self.targets is None and looks:
