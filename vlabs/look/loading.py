@@ -57,8 +57,10 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
     config = read_config(folder, name_or_path)
     kind = _kind_of(config, name_or_path)
     images = _read_images(folder, name_or_path, kind)
-    tokenizer = _read_tokenizer(folder, name_or_path)
-    looks = kind.looks(_read_model(folder, name_or_path, config, kind).to(device))
+    with _quietly():
+        model = _read_model(folder, name_or_path, config, kind)
+        tokenizer = _read_tokenizer(folder, name_or_path, model.config)
+    looks = kind.looks(model.to(device))
     if isinstance(looks, BLIPAnswerer):
         looks.decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Looker(looks, images, tokenizer, name_or_path, device)
@@ -97,7 +99,7 @@ def _read_images(folder: Path, name: str, kind: _Kind) -> Any:
     plain = {key: value for key, value in plain.items() if key in known and key not in ("device", "return_tensors")}
     try:
         images = kind.images(**plain)
-        sizes = [value for size in (images.size, images.crop_size) if size is not None for _, value in size.items()]
+        sizes = [side for size in (images.size, images.crop_size) if size is not None for side in dict(size).values()]
         sizes += [getattr(images, "max_num_patches", 1)]
         if not all(isinstance(size, int) and 0 < size <= _LARGEST for size in sizes):
             raise ValueError(f"sizes are from 1 to {_LARGEST}, not {sizes}")
@@ -106,7 +108,7 @@ def _read_images(folder: Path, name: str, kind: _Kind) -> Any:
     return images
 
 
-def _read_tokenizer(folder: Path, name: str) -> Any:
+def _read_tokenizer(folder: Path, name: str, config: Any) -> Any:
     if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty tokenizer
         raise UserError(
             f"{name} has no tokenizer.json or other vocabulary: download all of the model, with `hf download NAME "
@@ -118,10 +120,9 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
         if named := [key for key in get_tokenizer_config(folder) if key.endswith("_file")]:
             # transformers would read any path that the config names, also outside the folder.
             raise UserError(f"{name}: the tokenizer names a file path ({named[0]}), which is not allowed")
-        with _quietly():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
         tokenizer("a")
     except UserError:
         raise
@@ -137,12 +138,11 @@ def _read_model(folder: Path, name: str, config: dict[str, Any], kind: _Kind) ->
     state = read_folder(folder, name)
     try:
         architecture = _architecture(config, kind.model.config_class)
-        with _quietly():
-            _check_size(kind, architecture, state)
-            model, info = kind.model.from_pretrained(
-                None, config=architecture, state_dict=state, dtype=torch.float32, attn_implementation="eager",
-                output_loading_info=True,
-            )  # fmt: skip
+        _check_size(kind, architecture, state)
+        model, info = kind.model.from_pretrained(
+            None, config=architecture, state_dict=state, dtype=torch.float32, attn_implementation="eager",
+            output_loading_info=True,
+        )  # fmt: skip
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:  # a manipulated config makes transformers fail with any kind of error
@@ -172,9 +172,12 @@ def _check_size(kind: _Kind, config: Any, state: dict[str, Tensor]) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Context manager: transformers says nothing; what is wrong is an error here."""
-    loud = logging.get_verbosity()
+    loud, shows = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(loud)
+        if shows:
+            logging.enable_progress_bar()

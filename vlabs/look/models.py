@@ -349,7 +349,7 @@ class BLIPAnswerer(_BLIP):
         with torch.no_grad():
             ids = decoder.generate(
                 input_ids=begin, encoder_hidden_states=states, encoder_attention_mask=torch.ones_like(states[..., 0]),
-                eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, max_new_tokens=_LONGEST_ANSWER,
+                eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, max_new_tokens=min(_LONGEST_ANSWER, self.positions - 1),
                 do_sample=False, num_beams=1,
             )  # fmt: skip
         logits = decoder(input_ids=ids[:, :-1], encoder_hidden_states=states).logits
