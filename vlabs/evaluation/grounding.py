@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -127,29 +127,7 @@ class GroundingEvaluation(Evaluation):
         results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]
         if len(results.rows) < 2:
             raise UserError(f"{where}: fewer than two texts have a region that the model can see")
-        left_out, found = len(asked) - len(results.rows), results.frame
-        area = 100 * found["area"].mean()
-        results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
-        results.say(
-            f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
-            f"{left_out} of {len(asked)} texts left out: their region is outside what the model sees"
-        )
-        cells = [
-            [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
-            for name in self.maps
-        ]
-        results.table(["map", *MEASURES], cells)
-        by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
-        if list(by_objects.index) == [0]:  # the number of objects is unknown
-            return
-        results.say("energy by the number of objects in the image")
-        rows = []
-        for name in ["area", *self.maps]:
-            means = by_objects[name if name == "area" else f"maps/{name}/energy"]
-            key = "area_by_objects" if name == "area" else f"{name}/energy_by_objects"
-            results.metrics[key] = {str(count): value for count, value in means.items()}
-            rows.append([name, *(f"{value:.1f}" for value in means)])
-        results.table(["map", *by_objects.index], rows)
+        report(results, self.maps, len(asked))
 
     def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
         """Rank correlation of each map with human attention, as in VQA-HAT: the mean over questions.
@@ -183,6 +161,39 @@ class GroundingEvaluation(Evaluation):
         found = results.frame
         cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
         results.table(["map", "rank correlation"], cells)
+
+
+def report(results: Results, maps: Sequence[str], asked: int) -> None:
+    """Add the means of the rows by map, and by the number of objects where it is known, to the results.
+
+    Args:
+        results: with rows as in `record`.
+        maps: the maps that were measured.
+        asked: the number of texts that have a region, also outside what the model sees.
+    """
+    left_out, found = asked - len(results.rows), results.frame
+    area = 100 * found["area"].mean()
+    results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
+    results.say(
+        f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
+        f"{left_out} of {asked} texts left out: their region is outside what the model sees"
+    )
+    cells = [
+        [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
+        for name in maps
+    ]
+    results.table(["map", *MEASURES], cells)
+    by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
+    if list(by_objects.index) == [0]:  # the number of objects is unknown
+        return
+    results.say("energy by the number of objects in the image")
+    rows = []
+    for name in ["area", *maps]:
+        means = by_objects[name if name == "area" else f"maps/{name}/energy"]
+        key = "area_by_objects" if name == "area" else f"{name}/energy_by_objects"
+        results.metrics[key] = {str(count): value for count, value in means.items()}
+        rows.append([name, *(f"{value:.1f}" for value in means)])
+    results.table(["map", *by_objects.index], rows)
 
 
 def _look_at(
@@ -267,20 +278,26 @@ def measure(
             if not mask.any():
                 yield None
                 continue
-            values = {
-                name: {
-                    measure: float(function(to_pixels(by_name[name][n].numpy(), size), mask))
-                    for measure, function in MEASURES.items()
-                }
-                for name in maps
-            }
-            yield {
-                "id": item.text_id,
-                "text": item.text,
-                "objects": targets.objects.get(image_id, 0),
-                "area": float(area_share(mask)),
-                "maps": values,
-            }
+            found = {name: by_name[name][n].numpy() for name in maps}
+            yield record(item, found, mask, targets.objects.get(image_id, 0))
+
+
+def record(item: Asked, maps: Mapping[str, np.ndarray], mask: np.ndarray, objects: int) -> dict[str, Any]:
+    """The measures of a text's maps, for one row of the results.
+
+    Args:
+        item: the text.
+        maps: (rows, columns) by name, over what the model sees.
+        mask: (H, W) bool, its region there; not empty.
+        objects: the number of objects in the image; 0 if unknown.
+    """
+    pixels = {name: to_pixels(values, (mask.shape[0], mask.shape[1])) for name, values in maps.items()}
+    values = {
+        name: {measure: float(function(one, mask)) for measure, function in MEASURES.items()}
+        for name, one in pixels.items()
+    }
+    area = float(area_share(mask))
+    return {"id": item.text_id, "text": item.text, "objects": objects, "area": area, "maps": values}
 
 
 def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:

@@ -7,12 +7,12 @@ vlabs look --model openai/clip-vit-base-patch32 --data data/coco_captions --spli
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from vlabs.attention import LOOK_MAPS
 from vlabs.errors import UserError, run_cli, show
-from vlabs.utils.arguments import MOST_SEED, Parser, add_out, check_out, whole
-from vlabs.utils.files import check_absent
+from vlabs.utils.arguments import MOST_SEED, Parser, add_out, check_out, numbered, whole
 
 MEASURES = {
     "grounding": "does the map lie on what the text is about?",
@@ -43,7 +43,8 @@ def main() -> None:
                         "random order (default %(default)s)")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     add_out(parser, "look.png")
-    parser.add_argument("--results", type=Path, help="with --data: folder for the results (default: only print them)")
+    parser.add_argument("--results", type=Path, help="with --data: folder for the results (default: look-grounding, "
+                        "or with a number if that exists)")  # fmt: skip
     arguments = parser.read()
     if arguments.data is None:
         _draw(arguments)
@@ -81,19 +82,21 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise UserError("--data is instead of --image and --text: give one or the other")
     if arguments.out is not None:
         raise UserError("--out is for the figure of an image; with --data, --results names a folder")
-    if arguments.results is not None:
-        check_absent(arguments.results, "--results", arguments.overwrite)
+    names = (Path(numbered(f"look-{arguments.measure}", n)) for n in itertools.count(1))
+    out = arguments.results or next(name for name in names if not name.exists())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
+        raise UserError(f"--results {out} already exists: name another folder, or pass --overwrite")
     from vlabs.look.loading import load
     from vlabs.look.measuring import faithfulness, grounding
 
     looker = load(arguments.model, arguments.device)
     maps = list(dict.fromkeys(arguments.map or looker.maps))
-    measured = (looker, arguments.data, arguments.split, maps, arguments.num_texts, arguments.instances)
+    measured = (looker, arguments.data, arguments.split, maps, arguments.num_texts, arguments.instances, out)
     if arguments.measure == "grounding":
         results = grounding(*measured)
     else:
         results = faithfulness(*measured, seed=arguments.seed)
-    results.write(arguments.results)
+    results.write()
 
 
 if __name__ == "__main__":

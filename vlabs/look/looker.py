@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class Looker:
         device: where it runs.
 
     Attributes:
+        path: its name, for results.
         maps: the maps that there are.
         meaning: what a percentage is.
     """
 
     def __init__(self, looks: Lookable, images: Any, tokenizer: Any, name: str, device: str) -> None:
         self.looks, self.images, self.tokenizer, self.name, self.device = looks, images, tokenizer, name, device
+        self.path = Path(name)
         self.maps = looks.maps
         self.meaning = looks.meaning
 
@@ -114,15 +117,19 @@ class Looker:
         check_text("a text", text)
         most = self.looks.positions
         options: dict[str, Any] = {"truncation": False, "return_offsets_mapping": self.tokenizer.is_fast}
-        count = len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-        if count > most:
-            raise UserError(f"the text {text[:40]!r}… has {count} tokens, but {self.name} reads at most {most}: shorten it")
+        if (count := self.length(text)) > most:
+            shown = text if len(text) <= 40 else f"{text[:40]}…"
+            raise UserError(f"the text {shown!r} has {count} tokens, but {self.name} reads at most {most}: shorten it")
         if self.looks.pads:
             options |= {"padding": "max_length", "max_length": most}
         read = self.tokenizer([text], return_tensors="pt", **options)
         offsets = read["offset_mapping"][0].tolist() if self.tokenizer.is_fast else []
         inputs = {name: read[name].to(self.device) for name in self.looks.text_inputs if name in read}
         return inputs, _words(text, offsets)
+
+    def length(self, text: str) -> int:
+        """The number of tokens of a text."""
+        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom, in pixels, of the part that the model sees of an image (width, height)."""
