@@ -6,7 +6,27 @@ from pathlib import Path
 import torch
 import transformers
 
-WORDS = "what is the color of shape a red blue green square circle triangle left right ? . yes no".split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "color",
+    "of",
+    "shape",
+    "a",
+    "red",
+    "blue",
+    "green",
+    "square",
+    "circle",
+    "triangle",
+    "left",
+    "right",
+    "?",
+    ".",
+    "yes",
+    "no",
+]
 _VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": 32, "patch_size": 8,
@@ -37,11 +57,19 @@ def save_tokenizer(folder: Path) -> transformers.BertTokenizer:
     return tokenizer
 
 
+def save_pieces(folder: Path) -> transformers.Siglip2Tokenizer:
+    """The tokenizer of SigLIP 2, of single letters."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz?."]
+    tokenizer = transformers.Siglip2Tokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=[])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
     """Write a random model of one of the classes that `vlabs look` knows."""
     torch.manual_seed(seed)
-    tokenizer = save_tokenizer(folder)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 3}
+    tokenizer = save_pieces(folder) if kind == "Siglip2Model" else save_tokenizer(folder)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 3}  # [DEC] and [SEP]
     family, more, images = _KINDS[kind]
     if family == "Vilt":
         answers = {"id2label": dict(enumerate(["red", "blue", "yes", "no", "3", "two"]))} if "Quest" in kind else {}
@@ -59,6 +87,7 @@ def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
         if family == "Siglip2":
             del vision["image_size"]
             vision |= {"num_patches": 16}
+            text |= {"max_position_embeddings": 48}
         config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision, **more)
         made = getattr(transformers, f"{family}ImageProcessor")
         if family == "Siglip2":

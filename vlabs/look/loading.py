@@ -18,7 +18,7 @@ from vlabs.checkpoints.pretrained import find_folder, read_config, read_folder
 from vlabs.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from vlabs.errors import UserError, one_line
 from vlabs.look.looker import Looker
-from vlabs.look.models import KINDS, BLIPAnswerer, Lookable
+from vlabs.look.models import KINDS, BLIPAnswerer, Lookable, SigLIP2
 from vlabs.models.registry import no_more_parameters_than
 from vlabs.utils.device import find_device
 from vlabs.utils.plain import check_files, parse_json, read_text
@@ -30,6 +30,11 @@ _LARGEST = 1024
 """The largest side of an input, in pixels, and the largest number of patches of SigLIP 2."""
 _ARCHITECTURES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 """For types of configs that mean one class: other names in such a config are of parts of it."""
+_READ = (
+    "do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "size_divisor", "max_num_patches",
+)  # fmt: skip
+"""What an image processor takes of its config; SigLIP 2 takes the size of its patches from the model."""
 _NAMES = ("id2label", "label2id", "num_labels")
 
 
@@ -61,6 +66,8 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
         model = _read_model(folder, name_or_path, config, kind)
         tokenizer = _read_tokenizer(folder, name_or_path, model.config)
     looks = kind.looks(model.to(device))
+    if isinstance(looks, SigLIP2):
+        images.patch_size = looks.patch
     if isinstance(looks, BLIPAnswerer):
         looks.decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Looker(looks, images, tokenizer, name_or_path, device)
@@ -74,12 +81,9 @@ def _kind_of(config: dict[str, Any], name: str) -> _Kind:
     architecture = _ARCHITECTURES.get(str(kind)) or (str(listed[0]) if isinstance(listed, list) and listed else None)
     if architecture not in KINDS:
         raise UserError(f"{name} is a {architecture or kind}: name a model of one of the kinds {', '.join(KINDS)}")
-    images = {"Siglip2Model": "Siglip2", "SiglipModel": "Siglip", "CLIPModel": "CLIP"}.get(
-        architecture, architecture[:4]
-    )
-    return _Kind(
-        getattr(transformers, architecture), getattr(transformers, f"{images}ImageProcessor"), KINDS[architecture]
-    )
+    family = architecture.split("For")[0].removesuffix("Model")
+    images = getattr(transformers, f"{family}ImageProcessor")
+    return _Kind(getattr(transformers, architecture), images, KINDS[architecture])
 
 
 def _read_images(folder: Path, name: str, kind: _Kind) -> Any:
@@ -95,10 +99,8 @@ def _read_images(folder: Path, name: str, kind: _Kind) -> Any:
         plain = plain.get("image_processor")
     if not isinstance(plain, dict):
         raise UserError(f"{name}: {file} does not say how images are read")
-    known = kind.images.valid_kwargs.__annotations__.keys() | transformers.processing_utils.ImagesKwargs.__annotations__
-    plain = {key: value for key, value in plain.items() if key in known and key not in ("device", "return_tensors")}
     try:
-        images = kind.images(**plain)
+        images = kind.images(**{key: value for key, value in plain.items() if key in _READ})
         sizes = [side for size in (images.size, images.crop_size) if size is not None for side in dict(size).values()]
         sizes += [getattr(images, "max_num_patches", 1)]
         if not all(isinstance(size, int) and 0 < size <= _LARGEST for size in sizes):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vlabs.attention import LOOK_MAPS
@@ -15,7 +14,7 @@ from vlabs.data.decoding import as_shown
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError
 from vlabs.look.models import Inputs, Lookable
-from vlabs.prediction.predictor import AnyImage, Answer, open_image
+from vlabs.prediction.predictor import Answer, AnyImage, open_image
 
 DEFAULT = "relevance"
 """The map that is shown if none is asked for."""
@@ -73,9 +72,7 @@ class Looker:
                 counted = [(word, float(seen.words[places].sum())) for word, places in words]
                 total = sum(count for _, count in counted) or 1.0
                 found = [(word, count / total) for word, count in counted]
-            answers.append(
-                Answer(text, seen.said.answers[0], [seen.maps[map_name].numpy()], map_name, words=found)
-            )
+            answers.append(Answer(text, seen.said.answers[0], [seen.maps[map_name].numpy()], map_name, words=found))
         return answers
 
     def check_map(self, name: str) -> str:

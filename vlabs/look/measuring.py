@@ -52,7 +52,8 @@ def grounding(
             f"{data}, split {split}: fewer than two texts have a region: prepare the data with regions, or pass "
             "--instances FILE, COCO's annotations as zip or JSON"
         )
-    for item, size, pixels, seen in _each(looker, targets.rows, targets.asked, maps, results):
+    asked = _readable(looker, targets.asked, results)
+    for item, size, pixels, seen in _each(looker, targets.rows, asked, maps, results):
         mask = _mask(looker, targets, item, size, pixels)
         if mask.any():
             found = {name: values.numpy() for name, values in seen.maps.items()}
@@ -60,7 +61,7 @@ def grounding(
             results.rows.append(grounded.record(item, found, mask, objects))
     if len(results.rows) < 2:
         raise UserError(f"{data}, split {split}: fewer than two texts have a region that the model can see and read")
-    grounded.report(results, maps, len(targets.asked))
+    grounded.report(results, maps, len(asked))
     return results
 
 
@@ -94,7 +95,7 @@ def faithfulness(
     rows, asked = (rows, _all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
     scores = Scores(rows, read_answers(data)) if answers else None
     draw = np.random.default_rng(seed)
-    for item, size, pixels, seen in _each(looker, rows, asked, maps, results):
+    for item, size, pixels, seen in _each(looker, rows, _readable(looker, asked, results), maps, results):
         found = {name: values.numpy() for name, values in seen.maps.items()}
         count = found[maps[0]].size
         orders = {name: faithful.ordered(values.ravel(), draw) for name, values in found.items()}
@@ -150,14 +151,20 @@ def _all_texts(rows: datasets.Dataset, count: int) -> list[Asked]:
     return spread(asked, count)
 
 
+def _readable(looker: Looker, asked: Sequence[Asked], results: Results) -> list[Asked]:
+    """The texts that are not too long for the model; the results say how many are left out."""
+    most = looker.looks.positions
+    readable = [item for item in asked if looker.length(item.text) <= most]
+    if len(readable) < len(asked):
+        results.say(f"{len(asked) - len(readable)} texts left out: longer than {most} tokens")
+    return readable
+
+
 def _each(
     looker: Looker, rows: datasets.Dataset, asked: Sequence[Asked], maps: Sequence[str], results: Results
 ) -> Iterator[tuple[Asked, tuple[int, int], Inputs, Seen]]:
-    """Yield texts with the size of their image, its pixels, and maps; texts that are too long are left out."""
-    readable = [item for item in asked if looker.length(item.text) <= looker.looks.positions]
-    if len(readable) < len(asked):
-        results.say(f"{len(asked) - len(readable)} texts left out: longer than {looker.looks.positions} tokens")
-    for item in results.each(readable):
+    """Yield texts with the size of their image, its pixels, and maps."""
+    for item in results.each(asked):
         row = rows[item.row]
         image = decode_image(read_bytes(row), name_of(row))
         pixels = looker.pixels(image)
@@ -170,6 +177,8 @@ def _mask(looker: Looker, targets: Targets, item: Asked, size: tuple[int, int], 
     region = np.asarray(targets.region(item), dtype=np.float64)
     x, y = region.shape[1] / size[0], region.shape[0] / size[1]
     left, top, right, bottom = looker.box(size)
-    rows, columns = (slice(round(a), max(round(b), round(a) + 1)) for a, b in ((top * y, bottom * y), (left * x, right * x)))
+    rows, columns = (
+        slice(round(a), max(round(b), round(a) + 1)) for a, b in ((top * y, bottom * y), (left * x, right * x))
+    )
     height, width = (side * looker.looks.patch for side in looker.looks.grid(pixels))
     return np.asarray(resize_area(region[rows, columns], height, width) > 0.5)
