@@ -7,25 +7,8 @@ import torch
 import transformers
 
 WORDS = [
-    "what",
-    "is",
-    "the",
-    "color",
-    "of",
-    "shape",
-    "a",
-    "red",
-    "blue",
-    "green",
-    "square",
-    "circle",
-    "triangle",
-    "left",
-    "right",
-    "?",
-    ".",
-    "yes",
-    "no",
+    *("what", "is", "the", "color", "of", "shape", "a", "red", "blue", "green", "square", "circle", "triangle"),
+    *("left", "right", "?", ".", "yes", "no"),
 ]
 _VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -33,7 +16,6 @@ _VISION = {
 }  # fmt: skip
 _TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 12,
 }  # fmt: skip
 # Of each class: the config, its parts, and the image processor.
 _KINDS = {
@@ -65,9 +47,9 @@ def save_pieces(folder: Path) -> transformers.Siglip2Tokenizer:
     return tokenizer
 
 
-def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
+def save_tiny(kind: str, folder: Path, positions: int = 12) -> Path:
     """Write a random model of one of the classes that `vlabs look` knows."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = save_pieces(folder) if kind == "Siglip2Model" else save_tokenizer(folder)
     ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 3}  # [DEC] and [SEP]
     family, more, images = _KINDS[kind]
@@ -78,7 +60,7 @@ def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
         )
         processor = transformers.ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=8)
     else:
-        vision, text = dict(_VISION), {**_TEXT, **ids}
+        vision, text = dict(_VISION), {**_TEXT, **ids, "max_position_embeddings": positions}
         if family == "Blip":
             text |= {"sep_token_id": 3, "initializer_range": 0.3, "encoder_hidden_size": 16}
             vision |= {"initializer_range": 0.3}

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="for files of --images that are "
                         "not whole images (default %(default)s)")  # fmt: skip
-    parser.add_argument("--look", metavar="MODEL", help="a CLIP, SigLIP, BLIP or ViLT of transformers, for the tab Look: "
-                        "name on the hub, or a local folder")  # fmt: skip
+    parser.add_argument("--look", metavar="MODEL", help="a CLIP, SigLIP, BLIP or ViLT of transformers, for the tab "
+                        "Look: name on the hub, or a local folder")  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of example images")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to bind to (default %(default)s: only this machine)"

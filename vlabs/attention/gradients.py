@@ -131,10 +131,10 @@ class Read(NamedTuple):
 def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[str, str], Tensor]:
     """Relevance of the tokens of every stream for those of every stream, for a score (Chefer et al., ICCV 2021).
 
-    With `Ā = mean_h relu(∇A ⊙ A)`, self-attention of a stream s adds `Ā R_sc` to R_sc, for every stream c. Where s reads
-    another stream q, `R̂_ssᵀ Ā R̂_qq` is added to R_sq, and `Ā R_qc` to R_sc for the others; R̂ is R with the rows of R − I
-    scaled to sum to 1. The reads of a layer see other streams as they were before the layer. In the beginning every
-    token is relevant for itself alone.
+    With `Ā = mean_h relu(∇A ⊙ A)`, self-attention of a stream s adds `Ā R_sc` to R_sc, for every stream c. Where s
+    reads another stream q, `R̂_ssᵀ Ā R̂_qq` is added to R_sq, and `Ā R_qc` to R_sc for the others; R̂ is R with the rows
+    of R − I scaled to sum to 1. The reads of a layer see other streams as they were before the layer. In the beginning
+    every token is relevant for itself alone.
 
     Args:
         score: S, (n,).

@@ -134,9 +134,9 @@ class FaithfulnessEvaluation(Evaluation):
                         for name, values in maps.items()
                     }
             results.rows.append(row)
-        right = np.mean([row["right"] for row in results.rows]) if results.rows else 0.0
+        mean = np.mean([row["right"] for row in results.rows]) if results.rows else 0.0
         said = (
-            f"{len(results.rows)} questions, {right:.1f}% right with nothing taken away\n"
+            f"{len(results.rows)} questions, {mean:.1f}% right with nothing taken away\n"
             "area under the accuracy, in percent, while patches or words are taken away"
         )
         report(results, self.maps, [RANDOM, *WORDS], said)

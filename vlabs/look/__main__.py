@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from pathlib import Path
 
 from vlabs.attention import LOOK_MAPS
@@ -92,11 +93,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     looker = load(arguments.model, arguments.device)
     maps = list(dict.fromkeys(arguments.map or looker.maps))
     measured = (looker, arguments.data, arguments.split, maps, arguments.num_texts, arguments.instances, out)
-    if arguments.measure == "grounding":
-        results = grounding(*measured)
-    else:
-        results = faithfulness(*measured, seed=arguments.seed)
-    results.write()
+    measure = grounding if arguments.measure == "grounding" else partial(faithfulness, seed=arguments.seed)
+    measure(*measured).write()
 
 
 if __name__ == "__main__":

@@ -349,8 +349,8 @@ class BLIPAnswerer(_BLIP):
         with torch.no_grad():
             ids = decoder.generate(
                 input_ids=begin, encoder_hidden_states=states, encoder_attention_mask=torch.ones_like(states[..., 0]),
-                eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, max_new_tokens=min(_LONGEST_ANSWER, self.positions - 1),
-                do_sample=False, num_beams=1,
+                eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, do_sample=False, num_beams=1,
+                max_new_tokens=min(_LONGEST_ANSWER, self.positions - 1),
             )  # fmt: skip
         logits = decoder(input_ids=ids[:, :-1], encoder_hidden_states=states).logits
         chances = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]

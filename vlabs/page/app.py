@@ -208,8 +208,8 @@ def _look(page: Page) -> None:
     looker = page.looker
     if looker is None:
         gr.Markdown(
-            "There is no model to look into: start with `--look openai/clip-vit-base-patch32`, or another CLIP, SigLIP, "
-            "BLIP or ViLT of transformers."
+            "There is no model to look into: start with `--look openai/clip-vit-base-patch32`, or another CLIP, "
+            "SigLIP, BLIP or ViLT of transformers."
         )
         return
     what = "Questions" if looker.looks.answers else "Texts"
