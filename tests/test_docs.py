@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import warm_python
 from PIL import Image
-from tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
 # Pages of tables and links, without commands that could run in seconds.
@@ -30,6 +29,8 @@ def test_page_does_what_it_says(page, tmp_path):
     for n, color in enumerate(["red", "blue", "red"], start=1):
         Image.new("RGB", (40, 32), color).save(tmp_path / f"photos/{n}.png")
     if page.stem == "look":
+        from tiny_models import save_tiny
+
         save_tiny("CLIPModel", tmp_path / "clip", positions=32)
     blocks = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
     assert blocks

@@ -17,15 +17,15 @@ _VISION = {
 _TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip
-# Of each class: the config, its parts, and the image processor.
+# Of each class: the family that its config and image processor are named after, and more of its config.
 _KINDS = {
-    "CLIPModel": ("CLIP", {"projection_dim": 8}, {"crop_size": {"height": 32, "width": 32}}),
-    "SiglipModel": ("Siglip", {}, {}),
-    "Siglip2Model": ("Siglip2", {}, {}),
-    "BlipForQuestionAnswering": ("Blip", {}, {}),
-    "BlipForImageTextRetrieval": ("Blip", {"image_text_hidden_size": 8}, {}),
-    "ViltForQuestionAnswering": ("Vilt", {}, {}),
-    "ViltForImageAndTextRetrieval": ("Vilt", {}, {}),
+    "CLIPModel": ("CLIP", {"projection_dim": 8}),
+    "SiglipModel": ("Siglip", {}),
+    "Siglip2Model": ("Siglip2", {}),
+    "BlipForQuestionAnswering": ("Blip", {}),
+    "BlipForImageTextRetrieval": ("Blip", {"image_text_hidden_size": 8}),
+    "ViltForQuestionAnswering": ("Vilt", {}),
+    "ViltForImageAndTextRetrieval": ("Vilt", {}),
 }
 
 
@@ -52,7 +52,7 @@ def save_tiny(kind: str, folder: Path, positions: int = 12) -> Path:
     torch.manual_seed(0)
     tokenizer = save_pieces(folder) if kind == "Siglip2Model" else save_tokenizer(folder)
     ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 3}  # [DEC] and [SEP]
-    family, more, images = _KINDS[kind]
+    family, more = _KINDS[kind]
     if family == "Vilt":
         answers = {"id2label": dict(enumerate(["red", "blue", "yes", "no", "3", "two"]))} if "Quest" in kind else {}
         config = transformers.ViltConfig(
@@ -75,7 +75,7 @@ def save_tiny(kind: str, folder: Path, positions: int = 12) -> Path:
         if family == "Siglip2":
             processor = made(patch_size=8, max_num_patches=16)
         elif family == "CLIP":
-            processor = made(size={"shortest_edge": 32}, **images)
+            processor = made(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         else:
             processor = made(size={"height": 32, "width": 32})
     model = getattr(transformers, kind)(config)
