@@ -216,7 +216,9 @@ def _look(page: Page) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             gr.HTML(f"<p>Where does <b>{html.escape(printable(looker.name))}</b> look?</p>", elem_classes="about")
-            picture = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=220)
+            picture = gr.Image(
+                type="filepath", sources=["upload", "clipboard"], label="Image", height=220, elem_id="looked-image"
+            )
             texts = gr.Textbox(label=f"{what}, one per line", lines=2, elem_id="looked-texts")
             chosen = gr.Radio(
                 [(f"{name}: {LOOK_MAPS[name]}", name) for name in looker.maps], value=looker.maps[0], label="Map"
