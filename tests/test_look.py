@@ -348,6 +348,9 @@ def test_names_on_the_hub_and_data_without_regions_are_one_line(folders, tiny_da
     (tmp_path / "kept/mine").touch()
     options = ["--model", folders["CLIPModel"], "--data", tiny_data, "--results", "kept"]
     assert_one_line_error(in_process("vlabs.cli", ["look", *options], tmp_path), "kept already exists")
+    options = ["--model", folders["CLIPModel"], "--data", "nowhere", "--results", "new"]
+    assert_one_line_error(in_process("vlabs.cli", ["look", *options], tmp_path), "nowhere")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_config_runs_no_code_and_sets_nothing_beside_the_architecture(folders, photo, tmp_path):

@@ -7,6 +7,7 @@ vlabs look --model openai/clip-vit-base-patch32 --data data/coco_captions --spli
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -83,10 +84,31 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise UserError("--data is instead of --image and --text: give one or the other")
     if arguments.out is not None:
         raise UserError("--out is for the figure of an image; with --data, --results names a folder")
-    names = (Path(numbered(f"look-{arguments.measure}", n)) for n in itertools.count(1))
-    out = arguments.results or next(name for name in names if not name.exists())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
-        raise UserError(f"--results {out} already exists: name another folder, or pass --overwrite")
+    out = _claimed(arguments)
+    try:
+        _measure_into(arguments, out)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
+
+
+def _claimed(arguments: argparse.Namespace) -> Path:
+    """The folder of the results, which is made before the work."""
+    if (out := arguments.results) is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
+            raise UserError(f"--results {out} already exists: name another folder, or pass --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(out)
+    for number in itertools.count(1):
+        out = Path(numbered(f"look-{arguments.measure}", number))
+        with contextlib.suppress(FileExistsError):
+            out.mkdir()
+            break
+    return out
+
+
+def _measure_into(arguments: argparse.Namespace, out: Path) -> None:
     from vlabs.look.loading import load
     from vlabs.look.measuring import faithfulness, grounding
 
