@@ -18,7 +18,7 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
-from vlabs.evaluation.grounding import Asked, find_targets, spread
+from vlabs.evaluation.grounding import all_texts, find_targets
 from vlabs.evaluation.results import Results
 from vlabs.evaluation.steering import Scores
 from vlabs.metrics.grounding import pointing, rank_correlation, to_pixels
@@ -83,12 +83,7 @@ class FaithfulnessEvaluation(Evaluation):
             )
         targets = find_targets(rows, data.dir, self.instances, self.num_texts)
         if targets is None:
-            asked = [
-                Asked(number, position, question_id, row["question"][position], [])
-                for number, row in enumerate(rows.select_columns(["question", "question_id"]))
-                for position, question_id in enumerate(row["question_id"])
-            ]
-            asked = spread(asked, self.num_texts)
+            asked = all_texts(rows, self.num_texts)
         else:
             asked, rows = targets.asked, targets.rows
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:

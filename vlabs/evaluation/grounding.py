@@ -137,13 +137,8 @@ class GroundingEvaluation(Evaluation):
         rows = data.rows(results.split)
         if "question" not in rows.column_names:
             raise UserError(f"task.human_maps={folder} is about questions, but {data.dir} has none")
-        asked = [
-            Asked(number, position, question_id, row["question"][position], [])
-            for number, row in enumerate(rows.select_columns(["question", "question_id"]))
-            for position, question_id in enumerate(row["question_id"])
-        ]
         people = list_hat(folder)
-        asked = spread([item for item in asked if item.text_id in people], self.num_texts)
+        asked = spread([item for item in all_texts(rows, None) if item.text_id in people], self.num_texts)
         if len(asked) < 2:
             raise UserError(
                 f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {results.split}: "
@@ -249,6 +244,27 @@ def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
                 targets = row["target_instances"][position]
                 asked.append(Asked(number, position, row[f"{kind}_id"][position], row[kind][position], targets))
     return asked
+
+
+def all_texts(rows: datasets.Dataset, count: int | None) -> list[Asked]:
+    """The texts of prepared rows, evenly spread.
+
+    Args:
+        rows: prepared rows.
+        count: number of texts; None for all.
+
+    Raises:
+        UserError: the rows have no texts about one image each.
+    """
+    kind = next((kind for kind in ("question", "caption", "statement") if kind in rows.column_names), None)
+    if kind is None or "image_2" in rows.column_names:
+        raise UserError("the data have no texts about one image each")
+    asked = [
+        Asked(number, position, text_id, row[kind][position], [])
+        for number, row in enumerate(rows.select_columns([kind, f"{kind}_id"]))
+        for position, text_id in enumerate(row[f"{kind}_id"])
+    ]
+    return spread(asked, count)
 
 
 def spread(asked: list[Asked], count: int | None) -> list[Asked]:

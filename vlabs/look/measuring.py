@@ -18,7 +18,7 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.evaluation import faithfulness as faithful
 from vlabs.evaluation import grounding as grounded
-from vlabs.evaluation.grounding import Asked, Targets, find_targets, spread
+from vlabs.evaluation.grounding import Asked, Targets, all_texts, find_targets
 from vlabs.evaluation.results import Results, Setting
 from vlabs.evaluation.steering import Scores
 from vlabs.look.looker import Looker
@@ -92,7 +92,7 @@ def faithfulness(
     if answers and ("answers" not in rows.column_names or not any(any(of) for of in rows["answers"])):
         raise UserError(f"{data}, split {split}: {looker.name} answers questions, but the data have no answers")
     targets = find_targets(rows, data, instances, num_texts)
-    rows, asked = (rows, _all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
+    rows, asked = (rows, all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
     scores = Scores(rows, read_answers(data)) if answers else None
     draw = np.random.default_rng(seed)
     for item, size, pixels, seen in _each(looker, rows, _readable(looker, asked, results), maps, results):
@@ -136,19 +136,6 @@ def _results(name: str, looker: Looker, split: str, maps: Sequence[str], out: Pa
         looker.check_map(one)
     trainer = OmegaConf.create({"enable_progress_bar": sys.stderr.isatty()})
     return Results(name, looker, Setting(split, out, trainer))
-
-
-def _all_texts(rows: datasets.Dataset, count: int) -> list[Asked]:
-    """Texts of prepared rows, evenly spread."""
-    kind = next((kind for kind in ("question", "caption", "statement") if kind in rows.column_names), None)
-    if kind is None or "image_2" in rows.column_names:
-        raise UserError("the data have no texts about one image each")
-    asked = [
-        Asked(number, position, text_id, row[kind][position], [])
-        for number, row in enumerate(rows.select_columns([kind, f"{kind}_id"]))
-        for position, text_id in enumerate(row[f"{kind}_id"])
-    ]
-    return spread(asked, count)
 
 
 def _readable(looker: Looker, asked: Sequence[Asked], results: Results) -> list[Asked]:
