@@ -99,8 +99,8 @@ class ProbesEvaluation(Evaluation):
         results.metrics |= {"texts": len(frame), "right": frame["right"].mean()}
         results.say(
             f"{len(frame)} questions, {frame['right'].mean():.1f}% right\n"
-            f"sinks: tokens with a norm above mean + {OUTLYING:g} deviations of their image, and the attention on them, "
-            "in percent"
+            f"sinks: tokens with a norm above mean + {OUTLYING:g} deviations of their image, and the attention on "
+            "them, in percent"
         )
         names = list(results.rows[0]["sinks"])
         results.table(
