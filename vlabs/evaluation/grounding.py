@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,9 +130,10 @@ class GroundingEvaluation(Evaluation):
         report(results, self.maps, len(asked))
 
     def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
-        """Rank correlation of each map with human attention, as in VQA-HAT: the mean over questions.
+        """Rank correlation of each map with human attention, as in VQA-HAT: the mean over people, and then questions.
 
-        A question's human map is the mean over people, cropped to the part of the image that the model sees.
+        Every human map is cropped to the part of the image that the model sees. The ceiling is how well people agree:
+        the mean over the pairs of people of a question, for questions of two or more.
         """
         rows = data.rows(results.split)
         if "question" not in rows.column_names:
@@ -147,14 +148,25 @@ class GroundingEvaluation(Evaluation):
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         alone = ([item] for item in results.each(asked))
         for (item,), by_name in _look_at(model, preprocessing, rows, alone, maps):
-            human = read_human_maps(item.text_id, people[item.text_id]).mean
-            human = crop_map(human, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
-            correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
-            results.rows.append({"id": item.text_id, "text": item.text, "maps": correlations})
-        results.metrics["texts"] = len(results.rows)
-        results.say(f"{len(results.rows)} questions; a uniform map scores 0")
+            humans = [
+                crop_map(one, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
+                for one in read_human_maps(item.text_id, people[item.text_id]).maps
+            ]
+            correlations = {
+                name: float(np.mean([rank_correlation(by_name[name][0].numpy(), human) for human in humans]))
+                for name in maps
+            }
+            agree = [float(rank_correlation(one, other)) for one, other in combinations(humans, 2)]
+            row = {"id": item.text_id, "text": item.text, "people": len(humans), "maps": correlations}
+            results.rows.append(row | {"agreement": float(np.mean(agree)) if agree else None})
         found = results.frame
+        agreement = found["agreement"].dropna()
+        results.metrics |= {"texts": len(found), "texts_of_several_people": len(agreement)}
+        results.say(
+            f"{len(found)} questions, {len(agreement)} of them with maps of several people; a uniform map scores 0"
+        )
         cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
+        cells.append(["people, with each other", results.mean("people/rank_correlation", agreement, digits=3)])
         results.table(["map", "rank correlation"], cells)
 
 
