@@ -65,7 +65,10 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
     with _quietly():
         model = _read_model(folder, name_or_path, config, kind)
         tokenizer = _read_tokenizer(folder, name_or_path, model.config)
-    looks = kind.looks(model.to(device))
+    try:
+        looks = kind.looks(model.to(device))
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
     if isinstance(looks, SigLIP2):
         images.patch_size = looks.patch
     if isinstance(looks, BLIPAnswerer):
@@ -159,7 +162,9 @@ def _architecture(plain: dict[str, Any], kind: Any) -> Any:
     declared = {*inspect.get_annotations(kind), *_NAMES}
     values = {key: value for key, value in plain.items() if key in declared}
     for key, part in kind.sub_configs.items():
-        values[key] = _architecture(values.get(key) or {}, part).to_dict()
+        # In some older configs of CLIP, transformers lets these win.
+        older = plain.get(f"{key}_dict") if kind.model_type == "clip" else None
+        values[key] = _architecture(older or values.get(key) or {}, part).to_dict()
     return kind(**values)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlabs.attention.gradients import Read, attention_of, inputs_of, normgrad, relevances
+from vlabs.errors import UserError
 
 Inputs = Mapping[str, Tensor]
 """Tensors by the names of the arguments of a model of transformers."""
@@ -69,6 +70,9 @@ class Lookable:
         text_inputs: what it takes of a tokenizer.
         image_size: side of its input in pixels; None if it takes several sizes.
         positions: the largest number of tokens in a text.
+
+    Raises:
+        UserError: its parts are others.
     """
 
     maps: ClassVar[tuple[str, ...]] = ("relevance", "normgrad")
@@ -82,8 +86,10 @@ class Lookable:
     def __init__(self, model: Any) -> None:
         self.model = model
         config = getattr(model.config, "vision_config", model.config)
-        self.patch = int(config.patch_size)
+        self.patch: int = config.patch_size
         self.image_size: int | None = getattr(config, "image_size", None)
+        if not isinstance(self.patch, int) or not isinstance(self.image_size, int | None):
+            raise UserError("its images or patches are not square by its config, which vlabs does not support")
         self.positions = int(getattr(model.config, "text_config", model.config).max_position_embeddings)
 
     @abstractmethod
@@ -221,6 +227,11 @@ class SigLIP(_Dual):
 
     meaning = "how probable it is that image and text belong together (sigmoid)"
     pads = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if not model.vision_model.use_head:
+            raise UserError("it has no head that pools the image, so it cannot compare image and text")
 
     def run(self, pixels: Inputs, text: Inputs) -> Said:
         """See `Lookable`."""
