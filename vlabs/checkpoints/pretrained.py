@@ -22,6 +22,7 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, one_line
 from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
+from vlabs.models.backbones.vit import AttentiveProbe
 from vlabs.models.film import FiLMViT
 from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
 from vlabs.models.registry import is_finite, no_more_parameters_than, restore
@@ -209,6 +210,8 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     except Exception as error:  # tensors of other shapes make timm fail with any kind of error
         converted, failed = dict(source.state), one_line(str(error)) or type(error).__name__
     converted = _without_head(converted, own)
+    if isinstance(getattr(encoder.vit, "attn_pool", None), AttentiveProbe):  # new, whatever the weights pool by
+        own, converted = ({k: v for k, v in of.items() if not k.startswith("attn_pool.")} for of in (own, converted))
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
     others = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
     missing = [key for key in own if key not in kept and not _is_of_head(key)]

@@ -132,7 +132,8 @@ def _read_tokenizer(folder: Path, name: str, config: Any) -> Any:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{name}: its tokenizer needs a package: {one_line(str(error))}") from None
+        said = one_line(str(error)).split(". ")[0]
+        raise UserError(f"{name}: {said}: pip install 'vlabs[deberta]', which has sentencepiece") from None
     except Exception as error:  # damaged files raise many kinds of errors
         raise UserError(f"{name} holds no tokenizer that can be read: {one_line(str(error))}") from None
     return tokenizer
