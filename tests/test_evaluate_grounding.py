@@ -1,5 +1,6 @@
 """Grounding from the command line, and the maps that are measured."""
 
+import io
 import json
 import zipfile
 
@@ -9,6 +10,7 @@ import torch
 from conftest import assert_one_line_error, command
 from PIL import Image
 from scipy.stats import spearmanr
+from tiny_models import save_tiny
 
 from vlabs.attention.gradients import inputs_of
 from vlabs.attention.maps import MAPS, look, look_by
@@ -17,6 +19,7 @@ from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_are
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.faithfulness import SHARES
+from vlabs.look import load
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 from vlabs.metrics.vqa import answer_accuracy
 
@@ -281,6 +284,20 @@ def test_vqa_hat_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run,
     assert metrics["people/rank_correlation"] == pytest.approx(np.mean(agree))
     assert metrics["texts_of_several_people"] == 2
     assert "| people, with each other |" in result.stdout
+    # The same of a model of transformers, which sees the whole image.
+    folder = save_tiny("ViltForQuestionAnswering", tmp_path / "vilt")
+    given = ["look", "--model", folder, "--data", "data", "--human-maps", hat, "--map", "normgrad", "--results", "seen"]
+    assert (looked := command("vlabs.cli", *given, cwd=tmp_path)).returncode == 0, looked.stderr
+    of_vilt = json.loads((tmp_path / "seen/grounding.jsonl").read_text().splitlines()[-1])
+    image = Image.open(io.BytesIO(load_split(tmp_path / "data", "val")[1]["image"]))
+    found = load(str(folder), device="cpu").answer(image, ["What is this?"], "normgrad")[0].map
+    people = next(read_hat(hat, {731})).maps
+    assert of_vilt["maps"]["normgrad"] == pytest.approx(
+        np.mean([rank_correlation(found, one) for one in people]), abs=1e-3
+    )
+    whole = [resize_area(one, 14, 14).ravel() for one in people]
+    agree = np.mean([spearmanr(whole[i], whole[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert of_vilt["agreement"] == pytest.approx(agree)
 
 
 def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):

@@ -55,6 +55,7 @@ def test_a_model_says_what_its_class_says_and_has_a_map_of_every_patch(kind, loo
         wide = kind.startswith(("Vilt", "Siglip2"))
         assert answer.map.shape[0] < answer.map.shape[1] if wide else answer.map.shape == (4, 4)
         assert answer.map.min() >= 0 < answer.map.max()
+        assert name != "relevance" or [word for word, _ in answer.words] == TEXT.split()
     said = dict(answer.answers)
     with torch.no_grad():
         if kind == "BlipForQuestionAnswering":

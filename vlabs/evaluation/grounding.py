@@ -136,15 +136,8 @@ class GroundingEvaluation(Evaluation):
         the mean over the pairs of people of a question, for questions of two or more.
         """
         rows = data.rows(results.split)
-        if "question" not in rows.column_names:
-            raise UserError(f"task.human_maps={folder} is about questions, but {data.dir} has none")
-        people = list_hat(folder)
-        asked = spread([item for item in all_texts(rows, None) if item.text_id in people], self.num_texts)
-        if len(asked) < 2:
-            raise UserError(
-                f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {results.split}: "
-                "VQA-HAT uses the question ids of VQA v1, so prepare its files (`vlabs prepare vqav2` reads them too)"
-            )
+        where = f"{data.dir}, split {results.split}"
+        people, asked = seen_by_people(rows, f"task.human_maps={folder}", folder, where, self.num_texts)
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         alone = ([item] for item in results.each(asked))
         for (item,), by_name in _look_at(model, preprocessing, rows, alone, maps):
@@ -152,22 +145,60 @@ class GroundingEvaluation(Evaluation):
                 crop_map(one, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
                 for one in read_human_maps(item.text_id, people[item.text_id]).maps
             ]
-            correlations = {
-                name: float(np.mean([rank_correlation(by_name[name][0].numpy(), human) for human in humans]))
-                for name in maps
-            }
-            agree = [float(rank_correlation(one, other)) for one, other in combinations(humans, 2)]
-            row = {"id": item.text_id, "text": item.text, "people": len(humans), "maps": correlations}
-            results.rows.append(row | {"agreement": float(np.mean(agree)) if agree else None})
-        found = results.frame
-        agreement = found["agreement"].dropna()
-        results.metrics |= {"texts": len(found), "texts_of_several_people": len(agreement)}
-        results.say(
-            f"{len(found)} questions, {len(agreement)} of them with maps of several people; a uniform map scores 0"
+            results.rows.append(beside_people(item, {name: by_name[name][0].numpy() for name in maps}, humans))
+        report_beside_people(results, maps)
+
+
+def seen_by_people(
+    rows: datasets.Dataset, option: str, folder: str, where: str, count: int | None
+) -> tuple[dict[int, list[Path]], list[Asked]]:
+    """The files of VQA-HAT by question id, and the questions of prepared rows that have some, evenly spread.
+
+    Args:
+        rows: prepared rows.
+        option: the option that names the folder, for messages.
+        folder: the folder.
+        where: the name of the rows, for messages.
+        count: number of questions; None for all.
+
+    Raises:
+        UserError: there are fewer than two such questions.
+    """
+    if "question" not in rows.column_names:
+        raise UserError(f"{option} is about questions, but {where} has none")
+    people = list_hat(folder)
+    asked = spread([item for item in all_texts(rows, None) if item.text_id in people], count)
+    if len(asked) < 2:
+        raise UserError(
+            f"{option} has maps of fewer than two questions of {where}: VQA-HAT uses the question ids of VQA v1, so "
+            "prepare its files (`vlabs prepare vqav2` reads them too)"
         )
-        cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
-        cells.append(["people, with each other", results.mean("people/rank_correlation", agreement, digits=3)])
-        results.table(["map", "rank correlation"], cells)
+    return people, asked
+
+
+def beside_people(item: Asked, maps: Mapping[str, np.ndarray], humans: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The rank correlations of a question's maps with those of people, and of these with each other, for one row.
+
+    Args:
+        item: the question.
+        maps: (rows, columns) by name, over what the model sees.
+        humans: (H, W) for each person, over the same part of the image.
+    """
+    found = {name: float(np.mean([rank_correlation(one, human) for human in humans])) for name, one in maps.items()}
+    agree = [float(rank_correlation(one, other)) for one, other in combinations(humans, 2)]
+    agreement = float(np.mean(agree)) if agree else None
+    return {"id": item.text_id, "text": item.text, "people": len(humans), "maps": found, "agreement": agreement}
+
+
+def report_beside_people(results: Results, maps: Sequence[str]) -> None:
+    """Add the means of rows as in `beside_people` to the results."""
+    found = results.frame
+    agreement = found["agreement"].dropna()
+    results.metrics |= {"texts": len(found), "texts_of_several_people": len(agreement)}
+    results.say(f"{len(found)} questions, {len(agreement)} of them with maps of several people; a uniform map scores 0")
+    cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
+    cells.append(["people, with each other", results.mean("people/rank_correlation", agreement, digits=3)])
+    results.table(["map", "rank correlation"], cells)
 
 
 def report(results: Results, maps: Sequence[str], asked: int) -> None:

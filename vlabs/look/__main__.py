@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from functools import partial
 from pathlib import Path
 
 from vlabs.attention import LOOK_MAPS
@@ -41,6 +40,8 @@ def main() -> None:
     parser.add_argument("--num-texts", type=whole(2), default=200, help="with --data: texts that are measured, evenly "
                         "spread (default %(default)s)")  # fmt: skip
     parser.add_argument("--instances", help="with --data: COCO's instances, where the data have no regions")
+    parser.add_argument("--human-maps", help="with --data: folder of VQA-HAT's maps, which the maps are compared with "
+                        "instead")  # fmt: skip
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="with --measure faithfulness: of the "
                         "random order (default %(default)s)")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
@@ -57,8 +58,8 @@ def main() -> None:
 def _draw(arguments: argparse.Namespace) -> None:
     if arguments.image is None or not arguments.text:
         raise UserError("give --image and --text to draw a map, or --data to measure maps")
-    if arguments.results is not None or arguments.instances is not None:
-        raise UserError("--results and --instances are for --data: leave them out")
+    if any(one is not None for one in (arguments.results, arguments.instances, arguments.human_maps)):
+        raise UserError("--results, --instances and --human-maps are for --data: leave them out")
     if len(arguments.map or []) > 1:
         raise UserError("--map is given once for an image, or several times with --data")
     check_out(arguments)
@@ -110,13 +111,18 @@ def _claimed(arguments: argparse.Namespace) -> Path:
 
 def _measure_into(arguments: argparse.Namespace, out: Path) -> None:
     from vlabs.look.loading import load
-    from vlabs.look.measuring import faithfulness, grounding
+    from vlabs.look.measuring import faithfulness, grounding, human
 
     looker = load(arguments.model, arguments.device)
     maps = list(dict.fromkeys(arguments.map or looker.maps))
-    measured = (looker, arguments.data, arguments.split, maps, arguments.num_texts, arguments.instances, out)
-    measure = grounding if arguments.measure == "grounding" else partial(faithfulness, seed=arguments.seed)
-    measure(*measured).write()
+    measured = looker, arguments.data, arguments.split, maps, arguments.num_texts
+    if arguments.human_maps is not None:
+        results = human(*measured, arguments.human_maps, out)
+    elif arguments.measure == "grounding":
+        results = grounding(*measured, arguments.instances, out)
+    else:
+        results = faithfulness(*measured, arguments.instances, out, arguments.seed)
+    results.write()
 
 
 if __name__ == "__main__":

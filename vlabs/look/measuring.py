@@ -23,7 +23,7 @@ from vlabs.evaluation.results import Results, Setting
 from vlabs.evaluation.steering import Scores
 from vlabs.look.looker import Looker
 from vlabs.look.models import Inputs, Seen
-from vlabs.metrics.grounding import pointing, to_pixels
+from vlabs.metrics.grounding import pointing, read_human_maps, to_pixels
 
 _BATCH = 32  # images at a time
 
@@ -62,6 +62,32 @@ def grounding(
     if len(results.rows) < 2:
         raise UserError(f"{data}, split {split}: fewer than two texts have a region that the model can see and read")
     grounded.report(results, maps, len(asked))
+    return results
+
+
+def human(
+    looker: Looker, data: Path, split: str, maps: Sequence[str], num_texts: int, folder: str, out: Path
+) -> Results:
+    """Compare maps with where people looked, as `vlabs.evaluation.grounding.GroundingEvaluation` does.
+
+    Args:
+        looker, data, split, maps, num_texts, out: as in `grounding`.
+        folder: folder of VQA-HAT's maps.
+
+    Raises:
+        UserError: fewer than two of the questions have such maps, or the model does not have a map.
+    """
+    results = _results("grounding", looker, split, maps, out)
+    rows, option = load_split(data, split), f"--human-maps {folder}"
+    people, asked = grounded.seen_by_people(rows, option, folder, f"{data}, split {split}", num_texts)
+    for item, size, _, seen in _each(looker, rows, _readable(looker, asked, results), maps, results):
+        read = read_human_maps(item.text_id, people[item.text_id]).maps
+        humans = [_seen(looker, one, size) for one in read]
+        found = {name: values.numpy() for name, values in seen.maps.items()}
+        results.rows.append(grounded.beside_people(item, found, humans))
+    if len(results.rows) < 2:
+        raise UserError(f"{data}, split {split}: fewer than two questions that {looker.name} can read")
+    grounded.report_beside_people(results, maps)
     return results
 
 
@@ -161,11 +187,15 @@ def _each(
 
 def _mask(looker: Looker, targets: Targets, item: Asked, size: tuple[int, int], pixels: Inputs) -> np.ndarray:
     """The region of a text over what the model sees, in pixels of its input, bool."""
-    region = np.asarray(targets.region(item), dtype=np.float64)
-    x, y = region.shape[1] / size[0], region.shape[0] / size[1]
+    height, width = (side * looker.looks.patch for side in looker.looks.grid(pixels))
+    return np.asarray(resize_area(_seen(looker, targets.region(item), size), height, width) > 0.5)
+
+
+def _seen(looker: Looker, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The part of a map (H, W) over an image (width, height), or over a resized copy of it, that the model sees."""
+    x, y = values.shape[1] / size[0], values.shape[0] / size[1]
     left, top, right, bottom = looker.box(size)
     rows, columns = (
         slice(round(a), max(round(b), round(a) + 1)) for a, b in ((top * y, bottom * y), (left * x, right * x))
     )
-    height, width = (side * looker.looks.patch for side in looker.looks.grid(pixels))
-    return np.asarray(resize_area(region[rows, columns], height, width) > 0.5)
+    return np.asarray(values[rows, columns], dtype=np.float64)
