@@ -18,7 +18,7 @@ from vlabs.checkpoints.pretrained import find_folder, read_config, read_folder
 from vlabs.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from vlabs.errors import UserError, one_line
 from vlabs.look.looker import Looker
-from vlabs.look.models import KINDS, BLIPAnswerer, Lookable, SigLIP2
+from vlabs.look.models import KINDS, Lookable, SigLIP2
 from vlabs.models.registry import no_more_parameters_than
 from vlabs.utils.device import find_device
 from vlabs.utils.plain import check_files, parse_json, read_text
@@ -65,14 +65,16 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
     with _quietly():
         model = _read_model(folder, name_or_path, config, kind)
         tokenizer = _read_tokenizer(folder, name_or_path, model.config)
+
+    def decode(ids: Tensor) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
     try:
-        looks = kind.looks(model.to(device))
+        looks = kind.looks(model.to(device), decode)
     except UserError as error:
         raise UserError(f"{name_or_path}: {error}") from None
     if isinstance(looks, SigLIP2):
         images.patch_size = looks.patch
-    if isinstance(looks, BLIPAnswerer):
-        looks.decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Looker(looks, images, tokenizer, name_or_path, device)
 
 

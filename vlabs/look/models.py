@@ -6,8 +6,8 @@ hooks, in one pass over one text.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from vlabs.errors import UserError
 
 Inputs = Mapping[str, Tensor]
 """Tensors by the names of the arguments of a model of transformers."""
+Decode = Callable[[Tensor], str]
 _LONGEST_ANSWER = 20  # tokens
 
 
@@ -53,11 +54,12 @@ class Seen(NamedTuple):
     words: Tensor | None
 
 
-class Lookable:
+class Lookable(ABC):
     """A model of transformers, and where its parts are.
 
     Args:
         model: in eval mode, with `attn_implementation="eager"`.
+        decode: turns token ids (L,) into a text.
 
     Attributes:
         maps: the maps that there are.
@@ -83,8 +85,8 @@ class Lookable:
     blocks: list[nn.Module]
     attention: list[nn.Module]
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, decode: Decode) -> None:
+        self.model, self.decode = model, decode
         config = getattr(model.config, "vision_config", model.config)
         self.patch: int = config.patch_size
         self.image_size: int | None = getattr(config, "image_size", None)
@@ -174,8 +176,8 @@ class _Dual(Lookable):
 
     maps = ("relevance", "normgrad", "similarity")
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, decode: Decode) -> None:
+        super().__init__(model, decode)
         self.blocks = list(model.vision_model.encoder.layers)
         layers = [*self.blocks, *model.text_model.encoder.layers]
         self.attention = [layer.self_attn for layer in layers]  # type: ignore[misc]
@@ -228,8 +230,8 @@ class SigLIP(_Dual):
     meaning = "how probable it is that image and text belong together (sigmoid)"
     pads = True
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, decode: Decode) -> None:
+        super().__init__(model, decode)
         if not model.vision_model.use_head:
             raise UserError("it has no head that pools the image, so it cannot compare image and text")
 
@@ -291,8 +293,8 @@ def _written_out(attention: nn.MultiheadAttention) -> Iterator[list[Tensor]]:
 class _BLIP(Lookable):
     """A ViT, and a text encoder that reads its tokens in every layer."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, decode: Decode) -> None:
+        super().__init__(model, decode)
         self.blocks = list(model.vision_model.encoder.layers)
         self.attention = [layer.self_attn for layer in self.blocks]  # type: ignore[misc]
         self.attention += self._readers(model.text_encoder)
@@ -346,11 +348,9 @@ class BLIPAnswerer(_BLIP):
     answers = True
     meaning = "how probable the generated answer is, all of its tokens together"
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, decode: Decode) -> None:
+        super().__init__(model, decode)
         self.attention += self._readers(model.text_decoder.bert)
-        self.decode: Any = None
-        """Turns token ids into a text; `vlabs.look.loading` sets it."""
 
     def run(self, pixels: Inputs, text: Inputs) -> Said:
         """See `Lookable`."""
@@ -388,8 +388,8 @@ class _ViLT(Lookable):
 
     text_inputs = ("input_ids", "attention_mask", "token_type_ids")
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, decode: Decode) -> None:
+        super().__init__(model, decode)
         self.image_size = None
         self.blocks = list(model.vilt.encoder.layer)
         self.attention = [layer.attention.attention for layer in self.blocks]  # type: ignore[union-attr,misc]
