@@ -10,6 +10,8 @@ from conftest import assert_one_line_error
 from PIL import Image
 from tiny_models import change_json, save_tiny
 
+from vlabs.attention.gradients import Read, relevances
+from vlabs.data.instances import crop_mask, read_instances
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.faithfulness import SHARES
@@ -156,6 +158,14 @@ def test_relevance_through_an_answer_that_blip_generates_follows_its_text(looker
     close(looker.answer(photo, [TEXT], "relevance")[0].map, ai[own].mean(axis=0)[1:])
 
 
+def test_relevances_of_many_layers_with_large_gradients_do_not_overflow():
+    attention = [torch.rand(1, 2, 3, 3).softmax(-1).requires_grad_() for _ in range(40)]
+    score = 1e5 * torch.stack([one.sum() for one in attention]).sum()[None]
+    found = relevances(score, [[Read("image", "image", one)] for one in attention])["image", "image"]
+    assert found.isfinite().all()
+    assert found.max() > 1e100
+
+
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel", "ViltForQuestionAnswering"])
 def test_relevance_and_normgrad_of_other_kinds_equal_their_definitions(kind, lookers, photo):
     looker = lookers[kind]
@@ -251,7 +261,6 @@ def test_maps_are_measured_as_a_plain_loop_measures_them(folders, lookers, tiny_
     row = next(row for row in load_split(tiny_data, "val") if record["id"] in row["question_id"])
     position = row["question_id"].index(record["id"])
     image = decode_image(row["image"], "")
-    from vlabs.data.instances import crop_mask, read_instances
 
     targets = read_instances(raw, row["target_instances"][position])
     mask = crop_mask(np.logical_or.reduce([one.mask() for one in targets.values()]), 32)

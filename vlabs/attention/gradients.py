@@ -141,13 +141,15 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
         layers: the reads of each layer in the order of the computation.
 
     Returns:
-        R by the names of the streams s and c: (n, tokens of s, tokens of c).
+        R by the names of the streams s and c: (n, tokens of s, tokens of c), float64 where the device has it.
     """
     reads = [read for layer in layers for read in layer]
     used = [read.attention for read in reads]
     gradients = torch.autograd.grad(score.sum(), used, retain_graph=True, allow_unused=True)
+    # Relevances grow with every layer, and where gradients are large beyond what float32 can hold.
+    exact = score.new_zeros((), dtype=torch.float32 if score.device.type == "mps" else torch.float64)
     counted = iter(
-        torch.zeros_like(a[:, 0]) if g is None else (g * a.detach()).clamp(min=0).mean(dim=1)
+        (torch.zeros_like(a[:, 0]) if g is None else (g * a.detach()).clamp(min=0).mean(dim=1)).to(exact)
         for g, a in zip(gradients, used, strict=True)
     )
     sizes: dict[str, int] = {}
@@ -158,7 +160,7 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
         sizes[stream] = max(size, sizes.get(stream, 0))
     count = max(len(a) for a in used)
     found = {
-        (s, c): (torch.eye(rows, columns) if s == c else torch.zeros(rows, columns)).to(used[0]).expand(count, -1, -1)
+        (s, c): (torch.eye(rows, columns) if s == c else torch.zeros(rows, columns)).to(exact).expand(count, -1, -1)
         for s, rows in sizes.items()
         for c, columns in sizes.items()
     }

@@ -132,8 +132,8 @@ class Lookable(ABC):
             maps["normgrad"] = normgrad(said.score, states, places)[0]
         if "similarity" in names:
             maps["similarity"] = self.similarity(pixels, text)
-        grids = {name: maps[name].detach().reshape(self.grid(pixels)).float().cpu() for name in names}
-        return Seen(said, grids, None if words is None else words.detach().float().cpu())
+        grids = {name: maps[name].detach().reshape(self.grid(pixels)).cpu() for name in names}
+        return Seen(said, grids, None if words is None else words.detach().cpu())
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
