@@ -9,6 +9,7 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.io
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from data_prep.readers.classes import dataset_units, entry, folder_units, prepar
 from data_prep.readers.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
 from data_prep.scenes.objects import SIZES, Task, draw_object, make_objects
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.pretrained import vit_from_timm
 from vlabs.data.classes import ClassDataModule, ClassDataset
 from vlabs.data.images import read_bytes
 from vlabs.data.pictures import ImageSampler
@@ -305,6 +307,32 @@ def class_batch():
     labels = torch.tensor([0, 3, 1])
     targets = 0.9 * F.one_hot(labels, 4) + 0.025
     return ClassBatch(torch.randn(3, 3, 16, 16), targets, labels, [7, 8, 9], [])
+
+
+def test_an_attentive_probe_is_its_equation_and_all_that_is_trained_over_a_frozen_encoder(tmp_path):
+    options = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
+    plain = AbSViT("vit_tiny_patch16_224", 16, 8, None, **options)
+    safetensors.torch.save_file(plain.vit.state_dict(), tmp_path / "weights.safetensors")
+    encoder = vit_from_timm(
+        str(tmp_path / "weights.safetensors"), "vit_tiny_patch16_224", 16, 8, global_pool="probe", **options
+    )
+    assert torch.equal(encoder.vit.blocks[1].attn.qkv.weight, plain.vit.blocks[1].attn.qkv.weight)
+    probe = encoder.vit.attn_pool
+    assert probe.query.shape == (24, 24)  # of at most 32 queries, as many as divide the width
+    tokens = torch.randn(2, 5, 24)
+    pooled = encoder.backbone.pool(tokens)
+    for image, found in zip(tokens[:, 1:], pooled, strict=True):  # without [cls]
+        values = [probe.value.weight @ token for token in image]
+        for n, query in enumerate(probe.query):
+            scores = np.exp([float(query @ token) / 24**0.5 for token in image])
+            expected = sum(score * float(value[n]) for score, value in zip(scores, values, strict=True)) / sum(scores)
+            assert float(found[n]) == pytest.approx(expected, abs=1e-5)
+    task = ClassifyTask(AbSViTClassifier(encoder), Preprocessing(16, ""), {}, Recipe(), freeze=["vision"])
+    trained = {name for name, value in task.named_parameters() if value.requires_grad}
+    assert {name.removeprefix("model.encoder.vit.").split(".")[0] for name in trained} == {"attn_pool", "head"}
+    losses = task.losses(class_batch())
+    losses.task["class"].backward()
+    assert probe.query.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

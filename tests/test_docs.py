@@ -28,6 +28,10 @@ def test_page_does_what_it_says(page, tmp_path):
     (tmp_path / "photos").mkdir()
     for n, color in enumerate(["red", "blue", "red"], start=1):
         Image.new("RGB", (40, 32), color).save(tmp_path / f"photos/{n}.png")
+    if page.stem == "look":
+        from tiny_models import save_tiny
+
+        save_tiny("CLIPModel", tmp_path / "clip", positions=32)
     blocks = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
     assert blocks
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")

@@ -1,20 +1,25 @@
 """Grounding from the command line, and the maps that are measured."""
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line_error, command
 from PIL import Image
+from scipy.stats import spearmanr
+from tiny_models import save_tiny
 
 from vlabs.attention.gradients import inputs_of
 from vlabs.attention.maps import MAPS, look, look_by
 from vlabs.checkpoints.checkpoint import load_checkpoint
-from vlabs.data.instances import crop_map, crop_mask, read_instances
+from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.faithfulness import SHARES
+from vlabs.look import load
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 from vlabs.metrics.vqa import answer_accuracy
 
@@ -219,11 +224,80 @@ def test_maps_are_compared_with_where_people_looked(tiny_run, tiny_data, people,
     ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([records[0]["text"]]))
     _, maps = look(checkpoint.model, image[None], ids, mask, ["norm", "fusion"])
     (human,) = read_hat(people, {records[0]["id"]})
-    expected = rank_correlation(maps["norm"][0].numpy(), crop_map(human.mean, 32))
+    humans = [crop_map(one, 32) for one in human.maps]
+    expected = np.mean([rank_correlation(maps["norm"][0].numpy(), one) for one in humans])
     assert records[0]["maps"]["norm"] == pytest.approx(float(expected), abs=1e-5)
+    assert records[0]["agreement"] == pytest.approx(float(rank_correlation(*humans)))
     mean = np.mean([record["maps"]["fusion"] for record in records])
     assert metrics["fusion/rank_correlation"] == pytest.approx(mean)
+    assert metrics["people/rank_correlation"] == pytest.approx(np.mean([record["agreement"] for record in records]))
     assert "| fusion " in result.stdout
+
+
+def test_vqa_hat_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run, tmp_path):
+    """Made-up files in the layout of VQA v1 and VQA-HAT: zips, `QUESTION_NUMBER.png`, up to three people a question."""
+    raw, hat, rng = tmp_path / "raw", tmp_path / "vqahat_val", np.random.default_rng(0)
+    raw.mkdir()
+    hat.mkdir()
+    questions, annotations = [], []
+    with zipfile.ZipFile(raw / "val2014.zip", "w") as archive:
+        for image_id in (42, 73):
+            pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            with archive.open(f"val2014/COCO_val2014_{image_id:012d}.jpg", "w") as file:
+                Image.fromarray(pixels).save(file, "JPEG")
+            for n in range(2):
+                one = {"image_id": image_id, "question_id": 10 * image_id + n}
+                questions.append(one | {"question": "What is this?"})
+                answers = [{"answer": "dog", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
+                annotations.append(
+                    one | {"question_type": "what is", "answer_type": "other", "multiple_choice_answer": "dog",
+                           "answers": answers}
+                )  # fmt: skip
+                for person in range(1, 4 if n else 2):
+                    looked = rng.integers(0, 256, (48, 64), dtype=np.uint8)
+                    Image.fromarray(looked).save(hat / f"{10 * image_id + n}_{person}.png")
+    for kind, name, content in (
+        ("Questions", "OpenEnded_mscoco_val2014_questions", {"data_subtype": "val2014", "questions": questions}),
+        ("Annotations", "mscoco_val2014_annotations", {"data_subtype": "val2014", "annotations": annotations}),
+    ):
+        with zipfile.ZipFile(raw / f"{kind}_Val_mscoco.zip", "w") as archive:
+            archive.writestr(f"{name}.json", json.dumps(content))
+    fast = ["--num-workers", 1, "--vocab-size", 0, "--min-answer-count", 1]
+    given = ["--raw-dir", raw, "--out-dir", "data", "--human-maps", hat, *fast]
+    prepared = command("data_prep.vqav2", *given, cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "4 of 4 questions with human maps are prepared" in prepared.stdout
+    options = [f"ckpt={tiny_run[0]}", "data=vqav2", "data.dir=data", "split=val", "data.num_workers=0"]
+    result = command(
+        "vlabs.evaluate", "task=grounding", *options, f"task.human_maps={hat}", "task.maps=[fusion]",
+        "hydra.run.dir=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "out/grounding.jsonl").read_text().splitlines()]
+    assert {one["id"]: one["people"] for one in records} == {420: 1, 421: 3, 730: 1, 731: 3}
+    # The ceiling by another library, over the pairs of three people, at 14 x 14.
+    agree = []
+    for question in (421, 731):
+        small = [resize_area(crop_map(one, 32), 14, 14).ravel() for one in next(read_hat(hat, {question})).maps]
+        agree.append(np.mean([spearmanr(small[i], small[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]))
+    assert metrics["people/rank_correlation"] == pytest.approx(np.mean(agree))
+    assert metrics["texts_of_several_people"] == 2
+    assert "| people, with each other |" in result.stdout
+    # The same of a model of transformers, which sees the whole image.
+    folder = save_tiny("ViltForQuestionAnswering", tmp_path / "vilt")
+    given = ["look", "--model", folder, "--data", "data", "--human-maps", hat, "--map", "normgrad", "--results", "seen"]
+    assert (looked := command("vlabs.cli", *given, cwd=tmp_path)).returncode == 0, looked.stderr
+    of_vilt = json.loads((tmp_path / "seen/grounding.jsonl").read_text().splitlines()[-1])
+    image = Image.open(io.BytesIO(load_split(tmp_path / "data", "val")[1]["image"]))
+    found = load(str(folder), device="cpu").answer(image, ["What is this?"], "normgrad")[0].map
+    people = next(read_hat(hat, {731})).maps
+    assert of_vilt["maps"]["normgrad"] == pytest.approx(
+        np.mean([rank_correlation(found, one) for one in people]), abs=1e-3
+    )
+    whole = [resize_area(one, 14, 14).ravel() for one in people]
+    agree = np.mean([spearmanr(whole[i], whole[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert of_vilt["agreement"] == pytest.approx(agree)
 
 
 def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):

@@ -19,6 +19,7 @@ from vlabs.attention import __main__ as attention
 from vlabs.attention.figures import save_out
 from vlabs.errors import UserError
 from vlabs.evaluate import _claimed
+from vlabs.look import __main__ as look
 from vlabs.prediction.search import Search, list_pictures
 from vlabs.runs import folders
 from vlabs.runs.groups import config_dir
@@ -35,6 +36,7 @@ COMMANDS = {
     segment: (["--ckpt", "scenes", "--image", "a.png"], "x.png"),
     search: (["--ckpt", "scenes_search", "--images", ".", "--query", "star"], "x.png"),
     attention: (["--ckpt", "scenes", "--image", "a.png", "--question", "What?"], "x.svg"),
+    look: (["--model", "clip", "--image", "a.png", "--text", "a cat"], "x.png"),
     vqa_eval: (["--annotations", "a.json", "--results", "r.json"], "x.json"),
     export: (["--ckpt", "scenes"], "x.safetensors"),
 }

@@ -29,10 +29,12 @@ from page_server import BROWSER, NO_BROWSER, Hostile, browsing, function_of, giv
 
 from page_server import request_of, serving, upload  # isort: skip
 from PIL import Image
+from tiny_models import save_tiny
 
 import vlabs
 from vlabs.demo_page import _QUESTIONS, _searches
 from vlabs.errors import UserError
+from vlabs.look import load
 from vlabs.page.about import about
 from vlabs.page.answers import Page, example_pictures
 from vlabs.page.decoder import Decoder, decode
@@ -47,10 +49,18 @@ QUESTIONS = ["What color is the hollow object?", "Which color is the star?"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The page of the models that come with vlabs."""
+def clip(tmp_path_factory):
+    """A tiny random CLIP."""
+    return save_tiny("CLIPModel", tmp_path_factory.mktemp("clip"), positions=16)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip):
+    """The page of the models that come with vlabs, and of a CLIP."""
     folder = tmp_path_factory.mktemp("page")
-    with serving("--index", folder / "index", python=warm_python(), HOME=str(folder), TMPDIR=str(folder)) as started:
+    with serving(
+        "--index", folder / "index", "--look", clip, python=warm_python(), HOME=str(folder), TMPDIR=str(folder)
+    ) as started:
         started.folder = folder
         yield started
         started.terminate()
@@ -73,11 +83,11 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
-def in_page(predictor, tmp_path_factory):
+def in_page(predictor, clip, tmp_path_factory):
     """The page's answers without its server."""
     uploads = Uploads(tmp_path_factory.mktemp("uploads"), Limits(megabytes=1, megapixels=1, questions=3, characters=60))
     decoder = Decoder(1, 5)
-    page = Page(predictor, {}, uploads, decoder)
+    page = Page(predictor, {}, uploads, decoder, looker=load(str(clip), device="cpu"))
     page.picture = uploads.keep(PICTURES[0])
     yield page
     decoder.close()
@@ -143,6 +153,14 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     assert "scenes_search" in page.inner_text(".about >> visible=true")
     page.click("#texts button:nth-child(1)")
     page.wait_for_function("document.querySelector('#found').innerText.includes('A purple star')")
+    page.click("button[role=tab]:has-text('Look')")
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.set_input_files("#looked-image input[type=file]", str(PICTURES[0]))
+    page.fill("#looked-texts textarea", "a red square\na blue circle")
+    page.click("#look")
+    page.wait_for_selector("#looked .card:nth-child(2)")
+    assert page.inner_text("#looked .card:nth-child(2) b") == "a blue circle"
+    assert "relevance" in page.inner_text("#looked .legend")
     assert page.elsewhere == []
 
 
@@ -688,6 +706,25 @@ def test_the_process_that_decodes_ends_with_the_one_that_asked_and_takes_no_more
 def test_what_cannot_be_answered_is_one_line(in_page, change, message):
     asked = {"picture": in_page.picture, "questions": "Why?", "map_name": "weights", "alpha": None, "other": ""}
     said = in_page.ask(**asked | change)
+    assert said.startswith("<p class='error'")
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"picture": None}, "no image yet"),
+        ({"texts": " "}, "no text yet"),
+        ({"texts": ["a"]}, "must be a text"),
+        ({"texts": "a red square " * 4 + "a a a"}, "17 tokens"),
+        ({"map_name": ["relevance"]}, "no such map"),
+        ({"map_name": "fusion"}, "no such map"),
+    ],
+)
+def test_what_cannot_be_looked_for_is_one_line(in_page, change, message):
+    asked = {"picture": in_page.picture, "texts": "a red square", "map_name": "relevance"}
+    assert in_page.look(**asked).count("<figure class='card'") == 1
+    said = in_page.look(**asked | change)
     assert said.startswith("<p class='error'")
     assert message in said
 

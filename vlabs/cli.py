@@ -16,6 +16,7 @@ COMMANDS = {
     "segment": "segment an image into classes, or what a text names",
     "search": "rank a folder of images by text",
     "attention": "draw where a model looks",
+    "look": "draw and measure where CLIP, SigLIP, BLIP or ViLT looks",
     "report": "write a report about the runs of a sweep",
     "export": "export a model as a file, a folder, programs, or to the hub",
     "demo-page": "serve a web page to ask questions about images and to search them",
@@ -41,8 +42,9 @@ def _run() -> None:
         return
     if name not in COMMANDS:
         raise UserError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
-    elsewhere = {"attention": "vlabs.attention.__main__", "prepare": "data_prep.__main__"}
-    module = importlib.import_module(elsewhere.get(name, f"vlabs.{name.replace('-', '_')}"))
+    rooms = {"attention": "vlabs.attention", "look": "vlabs.look", "prepare": "data_prep"}
+    found = f"{rooms[name]}.__main__" if name in rooms else f"vlabs.{name.replace('-', '_')}"
+    module = importlib.import_module(found)
     # As with `python -m`: the record of a run, and the start of its other processes, read sys.argv.
     sys.argv = [str(module.__file__), *sys.argv[2:]]
     module.main()

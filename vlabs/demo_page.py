@@ -2,6 +2,7 @@
 
 vlabs demo-page                                              # the model that comes with vlabs, no network
 vlabs demo-page --ckpt RUN --search-ckpt RUN2 --images holidays/
+vlabs demo-page --look openai/clip-vit-base-patch32          # a tab for a model of transformers
 
 Only this machine can reach it, unless --host is given; it then needs the token in its address. An uploaded image is
 kept in a temporary folder for at most ten minutes; answers are not written anywhere.
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--images", action="append", help="folder to search; may be given several times")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="for files of --images that are "
                         "not whole images (default %(default)s)")  # fmt: skip
+    parser.add_argument("--look", metavar="MODEL", help="a CLIP, SigLIP, BLIP or ViLT of transformers, for the tab "
+                        "Look: name on the hub, or a local folder")  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of example images")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to bind to (default %(default)s: only this machine)"
@@ -90,6 +93,7 @@ def main() -> None:
 def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socket, at_end: ExitStack) -> None:
     # Imported after the options are read, so that --help is fast.
     from vlabs.checkpoints.checkpoint import packaged_starts
+    from vlabs.look import load as load_looker
     from vlabs.page.about import about
     from vlabs.page.answers import Page, example_pictures
     from vlabs.page.decoder import Decoder
@@ -98,6 +102,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
         raise UserError(f"--ckpt {arguments.ckpt} needs {predictor.pictures} images at a time, but the page has one")
+    looker = None if arguments.look is None else load_looker(arguments.look, device=arguments.device)
     embedded = arguments.ckpt in packaged_starts()
     searches = _searches(arguments, embedded)
     pictures = example_pictures(arguments.pictures) if embedded or arguments.pictures is not None else []
@@ -115,7 +120,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     from vlabs.page.app import build, serve
 
-    page = Page(predictor, searches, Uploads(folder, limits), decoder, model.limits)
+    page = Page(predictor, searches, Uploads(folder, limits), decoder, model.limits, looker)
     name = arguments.search_ckpt or _SEARCHES
     named = None if searcher is None else about(searcher, name)
     blocks = build(page, model, named, examples, _TEXTS if name == _SEARCHES else ())

@@ -68,6 +68,15 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
     )
     answers = predictor.answer(pictures, arguments.question, map_name=arguments.map, second_look=arguments.second_look)
+    say(answers)
+    show(f"the model's training: {predictor.checkpoint.training}")
+    show(f"a percentage is {predictor.meaning}")
+    views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
+    print(save_out(answers_figure(views, answers), arguments))
+
+
+def say(answers: Sequence[Answer]) -> None:
+    """Print answers, with what is known about them."""
     for answer in answers:
         show(answer.question)
         for text, probability in answer.answers:
@@ -77,13 +86,9 @@ def _predict(arguments: argparse.Namespace) -> None:
         for line in (answer.counted, *answer.warnings):
             if line:
                 show(f"  ({line})")
-    show(f"the model's training: {predictor.checkpoint.training}")
-    show(f"a percentage is {predictor.meaning}")
-    views = [as_view(picture, predictor.preprocessing.box(picture.size)) for picture in pictures]
-    print(save_out(_figure(views, answers), arguments))
 
 
-def _figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
+def answers_figure(views: Sequence[View], answers: Sequence[Answer]) -> Figure:
     """A figure with a map per question beside the image; for models of pairs, one row per statement."""
     from vlabs.attention.figures import Cell, grid_figure, question_figure
 

@@ -17,11 +17,16 @@ MAPS: dict[MapName, str] = {
     "cls": "what the encoder's [cls] reads in its last block",
     "rollout": "what the encoder's [cls] reads through all blocks",
     "gradient": "what the best answer depends on: gradient × attention",
-    "relevance": "what the best answer depends on through the fusion and the encoder, and which words count",
+    "relevance": "what the best answer depends on, followed back through attention, and which words count",
     "normgrad": "tokens whose change would change the best answer most",
     "contrast": "what the text reads of the image and an empty text does not",
 }
 """The maps, and what is bright in each."""
+
+LOOK_MAPS = {name: MAPS[name] for name in ("relevance", "normgrad")} | {
+    "similarity": "patches that are similar to the text",
+}
+"""The maps of models of transformers, see `vlabs.look`, and what is bright in each."""
 
 VIEWS = {
     "crop": "the part of the image that the map points at, enlarged (ViCrop)",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,22 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+@contextmanager
+def attention_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Context manager: as `inputs_of`, the second output of each module, which for transformers' is its attention."""
+    found: list[Tensor] = [None] * len(modules)  # type: ignore[list-item]
+
+    def keep(place: int, module: nn.Module, given: Any, output: tuple[Tensor, ...]) -> None:
+        found[place] = output[1]
+
+    hooks = [module.register_forward_hook(partial(keep, place)) for place, module in enumerate(modules)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _inner_norms(vision: AbSViT) -> list[nn.Module]:
     """The second norm of every block that the last pass goes through: its input is the tokens after attention."""
     norms = [module for name, module in vision.vit.named_modules() if name.endswith(".norm2")]
@@ -77,18 +94,19 @@ def best_score(output: VLMOutput) -> Tensor:
     return output.logits.flatten(1).max(dim=1).values if output.logits.ndim > 1 else output.logits
 
 
-def normgrad(score: Tensor, states: Sequence[Tensor]) -> Tensor:
+def normgrad(score: Tensor, states: Sequence[Tensor], places: slice = slice(None)) -> Tensor:
     """`‖∂S/∂x_i‖ · ‖x_i‖` of every token, the product over layers, each scaled to [0, 1] (Rebuffi et al., 2020).
 
     Args:
         score: S, (n,).
         states: x of some layers, (n, N, D) each, in the graph of `score`.
+        places: the tokens that are wanted; the others do not count in the scaling.
 
     Returns:
-        (n, N).
+        (n, N), or as many tokens as `places` has.
     """
     gradients = torch.autograd.grad(score.sum(), list(states), retain_graph=True)
-    maps = [g.norm(dim=2) * x.norm(dim=2) for g, x in zip(gradients, states, strict=True)]
+    maps = [(g.norm(dim=2) * x.norm(dim=2))[:, places] for g, x in zip(gradients, states, strict=True)]
     product = torch.ones_like(maps[0])
     for one in maps:
         low, high = one.amin(dim=1, keepdim=True), one.amax(dim=1, keepdim=True)
@@ -96,51 +114,94 @@ def normgrad(score: Tensor, states: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def relevance(score: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
-    """Relevance of every image token and every word for a score (Chefer et al., ICCV 2021, for co-attention).
+class Read(NamedTuple):
+    """Attention by which a stream of tokens reads another one, or itself.
 
-    With `Ā = mean_h relu(∇A ⊙ A)`, self-attention of a stream s adds `Ā R_ss` to R_ss and `Ā R_sq` to R_sq. Where s
-    reads the other stream q, `R̂_ssᵀ Ā R̂_qq` is added to R_sq and `Ā R_qs` to R_ss; R̂ is R with the rows of R − I scaled
-    to sum to 1. The image's stream begins with the attention of the encoder's last pass, if all its blocks have the
-    same tokens. METER's layers read the other stream as it was before the layer, and so do these rules.
+    Attributes:
+        reader, read: names of the streams of the queries and of the keys.
+        attention: (n, heads, queries, keys), in the graph of the score. Without the last queries, those of the others
+            change nothing.
+        keys: number of keys that are tokens of the stream `read`; None for all.
+    """
+
+    reader: str
+    read: str
+    attention: Tensor
+    keys: int | None = None
+
+
+def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[str, str], Tensor]:
+    """Relevance of the tokens of every stream for those of every stream, for a score (Chefer et al., ICCV 2021).
+
+    With `Ā = mean_h relu(∇A ⊙ A)`, self-attention of a stream s adds `Ā R_sc` to R_sc, for every stream c. Where s
+    reads another stream q, `R̂_ssᵀ Ā R̂_qq` is added to R_sq, and `Ā R_qc` to R_sc for the others; R̂ is R with the rows
+    of R − I scaled to sum to 1. The reads of a layer see other streams as they were before the layer. In the beginning
+    every token is relevant for itself alone.
+
+    Args:
+        score: S, (n,).
+        layers: the reads of each layer in the order of the computation.
+
+    Returns:
+        R by the names of the streams s and c: (n, tokens of s, tokens of c), float64 where the device has it.
+    """
+    reads = [read for layer in layers for read in layer]
+    used = [read.attention for read in reads]
+    gradients = torch.autograd.grad(score.sum(), used, retain_graph=True, allow_unused=True)
+    # Relevances grow with every layer, and where gradients are large beyond what float32 can hold.
+    exact = score.new_zeros((), dtype=torch.float32 if score.device.type == "mps" else torch.float64)
+    counted = iter(
+        (torch.zeros_like(a[:, 0]) if g is None else (g * a.detach()).clamp(min=0).mean(dim=1)).to(exact)
+        for g, a in zip(gradients, used, strict=True)
+    )
+    sizes: dict[str, int] = {}
+    for stream, size in [
+        *((read.reader, read.attention.shape[2]) for read in reads),
+        *((read.read, read.keys or read.attention.shape[3]) for read in reads),
+    ]:
+        sizes[stream] = max(size, sizes.get(stream, 0))
+    count = max(len(a) for a in used)
+    found = {
+        (s, c): (torch.eye(rows, columns) if s == c else torch.zeros(rows, columns)).to(exact).expand(count, -1, -1)
+        for s, rows in sizes.items()
+        for c, columns in sizes.items()
+    }
+    for layer in layers:
+        before = dict(found)
+        for s, q, *_ in layer:
+            read = _all_rows(next(counted)[..., : sizes[q]], sizes[s])
+            more = {c: read @ (found if s == q else before)[q, c] for c in sizes}
+            if s != q:
+                more[q] = _scaled(found[s, s]).mT @ read @ _scaled(before[q, q])
+            for c, value in more.items():
+                found[s, c] = found[s, c] + value
+    return found
+
+
+def relevance(score: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+    """Relevance of every image token and every word for a score, through the encoder's last pass and the fusion.
+
+    The blocks of the encoder count if all have the same tokens. METER's layers read the other stream as it was before
+    the layer.
 
     Args:
         score: S, (n,).
         recorded: `attention` and `fusion`.
 
     Returns:
-        The rows of the text's [cls] in R_ti, (n, N), and in R_tt, (n, T).
+        The rows of the text's [cls] in R_ti, (n, N), and in R_tt, (n, T), of `relevances`.
     """
-    used = [*recorded.attention, *recorded.fusion]
-    gradients = torch.autograd.grad(score.sum(), used, retain_graph=True, allow_unused=True)
-    read = [
-        torch.zeros_like(a[:, 0]) if g is None else (g * a.detach()).clamp(min=0).mean(dim=1)
-        for g, a in zip(gradients, used, strict=True)
+    tokens = recorded.fusion[1].shape[3]
+    # Other keys than the tokens are words that join the attention of the encoder.
+    blocks = [[Read("image", "image", block, tokens)] for block in recorded.attention]
+    if any(block.shape[2] != tokens for block in recorded.attention):
+        blocks = []
+    fusion = [
+        [Read("text", "text", tt), Read("image", "image", ii), Read("text", "image", ti), Read("image", "text", it)]
+        for tt, ti, ii, it in zip(*[iter(recorded.fusion)] * 4, strict=True)
     ]
-    blocks, fusion = read[: len(recorded.attention)], read[len(recorded.attention) :]
-    blocks = [block[..., : block.shape[1]] for block in blocks]  # other keys than the tokens are words
-    count, tokens, words = len(fusion[1]), fusion[1].shape[2], fusion[0].shape[2]
-
-    def eye(size: int) -> Tensor:
-        return torch.eye(size, device=score.device, dtype=fusion[0].dtype).expand(count, -1, -1)
-
-    r_tt, r_ii = eye(words), eye(tokens)
-    r_ti, r_it = r_tt.new_zeros(count, words, tokens), r_tt.new_zeros(count, tokens, words)
-    if all(block.shape[1:] == (tokens, tokens) for block in blocks):
-        for block in blocks:
-            r_ii = r_ii + block @ r_ii
-    for layer in range(0, len(fusion), 4):
-        tt, ti, ii, it = (_all_rows(a, words if n < 2 else tokens) for n, a in enumerate(fusion[layer : layer + 4]))
-        before = r_tt, r_ii, r_ti, r_it
-        r_tt, r_ti = r_tt + tt @ r_tt, r_ti + tt @ r_ti
-        r_ii, r_it = r_ii + ii @ r_ii, r_it + ii @ r_it
-        r_ti, r_it, r_tt, r_ii = (
-            r_ti + _scaled(r_tt).mT @ ti @ _scaled(before[1]),
-            r_it + _scaled(r_ii).mT @ it @ _scaled(before[0]),
-            r_tt + ti @ before[3],
-            r_ii + it @ before[2],
-        )
-    return r_ti[:, 0], r_tt[:, 0]
+    found = relevances(score, [*blocks, *fusion])
+    return found["text", "image"][:, 0], found["text", "text"][:, 0]
 
 
 def _all_rows(read: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlabs.attention import MAPS
+from vlabs.attention import LOOK_MAPS, MAPS
 from vlabs.attention.gradients import Recorded, best_score, normgrad, recording, relevance
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
@@ -213,7 +213,7 @@ class Look(NamedTuple):
 
 def legend_of(names: Sequence[str], own_range: bool = False) -> str:
     """The legend of maps with some names, each of which may be shown within its own range."""
-    said = [f"bright ({name}): {MAPS[name]}" for name in dict.fromkeys(names)]
+    said = [f"bright ({name}): {(LOOK_MAPS | MAPS)[name]}" for name in dict.fromkeys(names)]
     return "; ".join([*said, "each within its own range"] if said and own_range else said)
 
 

@@ -22,6 +22,7 @@ from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError, one_line
 from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
+from vlabs.models.backbones.vit import AttentiveProbe
 from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
 from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
@@ -114,13 +115,13 @@ def check_there(vision: str | None, text: str | None, tokenizer: str | None = No
     """
     wanted: dict[str | None, Callable[[str], Path]] = {
         vision: _located,
-        text: partial(_folder, instead="model.text.name_or_path=DIR"),
+        text: partial(find_folder, instead="model.text.name_or_path=DIR"),
     }
     missing = []
     for name, locate in wanted.items():
         try:
             if name and (folder := locate(name)).is_dir() and _weights_of(folder) is None:
-                _read_folder(folder, name)
+                read_folder(folder, name)
         except UserError as error:
             missing.append(str(error))
     if tokenizer and not (missing and tokenizer == text):  # then the message about its folder is enough
@@ -147,13 +148,13 @@ def _located(weights: str) -> Path:
     config = timm.get_pretrained_cfg(weights)
     if config is None or not config.hf_hub_id:
         raise UserError(f"timm has no weights of {weights} on the Hugging Face hub: choose another")
-    return _folder(config.hf_hub_id, "model.vision.weights=DIR")
+    return find_folder(config.hf_hub_id, "model.vision.weights=DIR")
 
 
 def _find_weights(weights: str) -> _Source:
     path = _located(weights)
     if path != Path(weights):
-        return _Source(weights, _read_folder(path, weights), weights.split(".")[0])
+        return _Source(weights, read_folder(path, weights), weights.split(".")[0])
     if path.is_dir():
         return _of_folder(path)
     return _Source(weights, _in_full(find_state(read_tensors(path), weights), weights))
@@ -164,7 +165,7 @@ def _of_folder(folder: Path) -> _Source:
     architecture: Any = None
     options: Any = {}
     if os.path.lexists(folder / CONFIG):
-        config = _read_config(folder, str(folder))
+        config = read_config(folder, str(folder))
         architecture, options = config.get("architecture"), config.get("model_args") or {}
         if isinstance(architecture, dict):
             raise UserError(f"model.vision.weights={folder} is a model of vlabs: start from it with init={folder}")
@@ -175,7 +176,7 @@ def _of_folder(folder: Path) -> _Source:
                 "`hf download timm/TAG --local-dir DIR`, or a file of weights with timm's names"
             )
     ours = {name: value for name, value in options.items() if name not in ("img_size", "num_classes")}
-    return _Source(str(folder), _read_folder(folder, str(folder)), architecture, ours)
+    return _Source(str(folder), read_folder(folder, str(folder)), architecture, ours)
 
 
 def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
@@ -201,6 +202,8 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     except Exception as error:  # tensors of other shapes make timm fail with any kind of error
         converted, failed = dict(source.state), one_line(str(error)) or type(error).__name__
     converted = _without_head(converted, own)
+    if isinstance(getattr(encoder.vit, "attn_pool", None), AttentiveProbe):  # new, whatever the weights pool by
+        own, converted = ({k: v for k, v in of.items() if not k.startswith("attn_pool.")} for of in (own, converted))
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
     others = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
     missing = [key for key in own if key not in kept and not _is_of_head(key)]
@@ -276,12 +279,12 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
     Raises:
         UserError: it is not available (the message says which local folder to pass), or has another type.
     """
-    folder = _folder(name_or_path, "model.text.name_or_path=DIR")
-    config = _read_config(folder, name_or_path)
+    folder = find_folder(name_or_path, "model.text.name_or_path=DIR")
+    config = read_config(folder, name_or_path)
     kind = config.get("model_type")
     if kind not in ("roberta", *OTHER_TYPES):
         raise UserError(f"{name_or_path} is a {kind}: a text encoder is one of roberta, {', '.join(OTHER_TYPES)}")
-    state = _read_folder(folder, name_or_path)
+    state = read_folder(folder, name_or_path)
     spec: dict[str, Any] = {"class": "RobertaEncoder"} if kind == "roberta" else {"class": "OtherEncoder"}
     part = "roberta" if kind == "roberta" else "encoder"
     prefix = "model." if kind == "modernbert" else f"{kind.partition('-')[0]}."
@@ -334,17 +337,28 @@ def report(model: nn.Module) -> str | None:
 # Folders of weights
 
 
-def _folder(name_or_path: str, instead: str) -> Path:
-    """A local folder, or the cache folder of a model on the hub with its config and weights."""
+def find_folder(name_or_path: str, instead: str, more: Sequence[str] = ()) -> Path:
+    """A local folder, or the cache folder of a model on the hub with its config and weights.
+
+    Args:
+        name_or_path: hub name or local folder.
+        instead: the option to pass with a local folder DIR, for messages.
+        more: other files of it.
+    """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    folder = download(name_or_path, (CONFIG, WEIGHTS, _INDEX, _SHARDS), instead)
+    folder = download(name_or_path, (CONFIG, WEIGHTS, _INDEX, _SHARDS, *more), instead)
     if not any((folder / file).is_file() for file in (WEIGHTS, _INDEX)):
         folder = download(name_or_path, (CONFIG, _PICKLED), instead)
     return folder
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The config of a folder, as plain data.
+
+    Raises:
+        UserError: it is not there, or not a config.
+    """
     check_files(folder, (CONFIG,))
     if not (folder / CONFIG).is_file():
         raise _not_whole(folder, name, [CONFIG, *([] if _weights_of(folder) else [WEIGHTS])])
@@ -358,7 +372,7 @@ def _weights_of(folder: Path) -> str | None:
     return next((file for file in (WEIGHTS, _INDEX, _PICKLED) if (folder / file).is_file()), None)
 
 
-def _read_folder(folder: Path, name: str) -> State:
+def read_folder(folder: Path, name: str) -> State:
     """The weights of a folder, in one file or several, in float32.
 
     Raises:

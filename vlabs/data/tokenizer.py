@@ -11,18 +11,20 @@ from vlabs.utils.hub import download
 from vlabs.utils.plain import check_files, read_text
 from vlabs.utils.tokenizer import check_tokenizer
 
-_VOCABULARIES = (
+VOCABULARIES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "spiece.model", "sentencepiece.bpe.model"),
     "tokenizer.model",
 )
-_FILES = (
-    *_VOCABULARIES,
+"""The files that may hold the vocabulary of a tokenizer."""
+TOKENIZER_FILES = (
+    *VOCABULARIES,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "config.json",
 )
+"""The files of a tokenizer that may be in a folder."""
 _INSTEAD = "data.tokenizer=DIR (model.text.name_or_path=DIR where it is the text encoder's own)"
 
 
@@ -46,11 +48,11 @@ def read_tokenizer(name_or_path: str | None, data_dir: Path, instead: str = _INS
         return _whole(read_text(path), str(path))
     folder = Path(name_or_path)
     if not folder.is_dir():
-        folder = download(name_or_path, _FILES, instead)
+        folder = download(name_or_path, TOKENIZER_FILES, instead)
     check_files(folder, [path.name for path in folder.iterdir()])
     if (folder / "tokenizer.json").exists():
         return _whole(read_text(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
-    if not any((folder / file).is_file() for file in _VOCABULARIES):  # transformers would make an empty tokenizer
+    if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty tokenizer
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing"
         raise UserError(
             f"{name_or_path} has no tokenizer.json: {folder} holds {there}. Download all of it where there is a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -19,7 +19,7 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
-from vlabs.evaluation.grounding import Asked, find_targets, spread
+from vlabs.evaluation.grounding import all_texts, find_targets
 from vlabs.evaluation.results import Results
 from vlabs.evaluation.steering import Scores
 from vlabs.metrics.grounding import pointing, rank_correlation, to_pixels
@@ -81,12 +81,7 @@ class FaithfulnessEvaluation(Evaluation):
             )
         targets = find_targets(rows, data.dir, self.instances, self.num_texts)
         if targets is None:
-            asked = [
-                Asked(number, position, question_id, row["question"][position], [])
-                for number, row in enumerate(rows.select_columns(["question", "question_id"]))
-                for position, question_id in enumerate(row["question_id"])
-            ]
-            asked = spread(asked, self.num_texts)
+            asked = all_texts(rows, self.num_texts)
         else:
             asked, rows = targets.asked, targets.rows
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
@@ -104,16 +99,16 @@ class FaithfulnessEvaluation(Evaluation):
             _, found = look(model, image, ids, mask, self.maps)
             maps = {name: one[0].numpy() for name, one in found.items()}
             count = maps[self.maps[0]].size
-            orders = {name: _order(values.ravel(), draw) for name, values in maps.items()}
+            orders = {name: ordered(values.ravel(), draw) for name, values in maps.items()}
             orders[RANDOM] = draw.permutation(count)
-            images = torch.cat([_without(image, taken, model.vision.grid_size) for taken in _taken(orders, count)])
+            images = torch.cat([_without(image, taken, model.vision.grid_size) for taken in taken_by(orders, count)])
 
             words = preprocessing.words(item.text)
             counted = look_by(model, image, ids, mask, "relevance").words
             assert counted is not None
             by_word = np.array([counted[0][places].sum() for _, places in words])
-            word_orders = {WORDS[0]: _order(by_word, draw), WORDS[1]: draw.permutation(len(words))}
-            masks = torch.cat([_silenced(mask, words, taken) for taken in _taken(word_orders, len(words))])
+            word_orders = {WORDS[0]: ordered(by_word, draw), WORDS[1]: draw.permutation(len(words))}
+            masks = torch.cat([_silenced(mask, words, taken) for taken in taken_by(word_orders, len(words))])
 
             answers = self._answers(checkpoint, images, ids.expand(len(images), -1), mask.expand(len(images), -1))
             answers += self._answers(
@@ -122,13 +117,8 @@ class FaithfulnessEvaluation(Evaluation):
             right = [scores.of(item, answer) for answer in answers]
             row = {"id": item.text_id, "text": item.text, "right": right[0]}
             curves = np.array(right).reshape(-1, 2, len(SHARES))
-            for name, (deletion, insertion) in zip([*orders, *word_orders], curves, strict=True):
-                below, above = (float(np.trapezoid(one, SHARES) / SHARES[-1]) for one in (deletion, insertion))
-                row[name] = {"deletion": below, "insertion": above, "gap": above - below}
-            row["agreement"] = {
-                f"{one}/{other}": float(rank_correlation(maps[one], maps[other]))
-                for one, other in combinations(self.maps, 2)
-            }
+            row |= {name: areas(*both) for name, both in zip([*orders, *word_orders], curves, strict=True)}
+            row["agreement"] = agreement(maps)
             if targets is not None:
                 seen = crop_mask(targets.region(item), preprocessing.image_size, preprocessing.crop_mode)
                 if seen.any():
@@ -137,7 +127,12 @@ class FaithfulnessEvaluation(Evaluation):
                         for name, values in maps.items()
                     }
             results.rows.append(row)
-        self._report(results)
+        mean = np.mean([row["right"] for row in results.rows]) if results.rows else 0.0
+        said = (
+            f"{len(results.rows)} questions, {mean:.1f}% right with nothing taken away\n"
+            "area under the accuracy, in percent, while patches or words are taken away"
+        )
+        report(results, self.maps, [RANDOM, *WORDS], said)
 
     def _answers(self, checkpoint: Checkpoint, images: Tensor, ids: Tensor, masks: Tensor) -> list[str]:
         """The best answers for images (n, 3, H, W) and texts (n, T)."""
@@ -150,55 +145,74 @@ class FaithfulnessEvaluation(Evaluation):
                 found += [names[n] for n in model(*given).logits.argmax(dim=1).tolist()]
         return found
 
-    def _report(self, results: Results) -> None:
-        found = results.frame
-        if len(found) < 2:
-            raise UserError(f"split {results.split}: fewer than two questions to measure")
-        results.metrics["texts"] = len(found)
-        results.say(
-            f"{len(found)} questions, {found['right'].mean():.1f}% right with nothing taken away\n"
-            "area under the accuracy, in percent, while patches or words are taken away: deletion the most important "
-            "first (lower is better), insertion the least important first (higher is better), and the gap between them"
-        )
-        measures = ("deletion", "insertion", "gap")
-        results.table(
-            ["map", *measures],
-            [
-                [name, *(results.mean(f"{name}/{one}", found[f"{name}/{one}"], 1) for one in measures)]
-                for name in [*self.maps, RANDOM, *WORDS]
-            ],
-        )
-        if f"pointed/{self.maps[0]}" in found:
-            results.say("of all questions: answered right or wrong, and pointed at what they are about or not")
-            rows = []
-            known = found.dropna(subset=[f"pointed/{self.maps[0]}"])
-            right = known["right"] >= 50
-            for name in self.maps:
-                pointed = known[f"pointed/{name}"].astype(bool)
-                cells = {
-                    "right_pointed": right & pointed, "right_elsewhere": right & ~pointed,
-                    "wrong_pointed": ~right & pointed, "wrong_elsewhere": ~right & ~pointed,
-                }  # fmt: skip
-                rows.append([name, *(results.mean(f"{name}/{of}", 100.0 * one, 1) for of, one in cells.items())])
-            results.table(["map", *(of.replace("_", ", ") for of in cells)], rows)
-        if len(self.maps) > 1:
-            results.say("agreement of maps: rank correlation over patches, mean over questions")
-            of = {name: {name: "1"} for name in self.maps}
-            for one, other in combinations(self.maps, 2):
-                mean = found[f"agreement/{one}/{other}"].mean()
-                results.metrics[f"agreement/{one}/{other}"] = mean
-                of[one][other] = of[other][one] = f"{mean:.2f}"
-            results.table(["", *self.maps], [[name, *(of[name][other] for other in self.maps)] for name in self.maps])
+
+def report(results: Results, maps: Sequence[str], others: Sequence[str], said: str) -> None:
+    """Add the means of the rows by map to the results, and where the maps point if it is known.
+
+    Args:
+        results: with rows of `areas`, `agreement` and, where they are known, `right` and `pointed`.
+        maps: the maps that were measured.
+        others: the other orders that were measured.
+        said: what the areas are of, in percent.
+    """
+    found = results.frame
+    if len(found) < 2:
+        raise UserError(f"split {results.split}: fewer than two questions to measure")
+    results.metrics["texts"] = len(found)
+    results.say(
+        f"{said}: deletion the most important "
+        "first (lower is better), insertion the least important first (higher is better), and the gap between them"
+    )
+    measures = ("deletion", "insertion", "gap")
+    results.table(
+        ["map", *measures],
+        [
+            [name, *(results.mean(f"{name}/{one}", found[f"{name}/{one}"], 1) for one in measures)]
+            for name in [*maps, *others]
+        ],
+    )
+    if f"pointed/{maps[0]}" in found:
+        results.say("of all questions: answered right or wrong, and pointed at what they are about or not")
+        rows = []
+        known = found.dropna(subset=[f"pointed/{maps[0]}"])
+        right = known["right"] >= 50
+        for name in maps:
+            pointed = known[f"pointed/{name}"].astype(bool)
+            cells = {
+                "right_pointed": right & pointed, "right_elsewhere": right & ~pointed,
+                "wrong_pointed": ~right & pointed, "wrong_elsewhere": ~right & ~pointed,
+            }  # fmt: skip
+            rows.append([name, *(results.mean(f"{name}/{of}", 100.0 * one, 1) for of, one in cells.items())])
+        results.table(["map", *(of.replace("_", ", ") for of in cells)], rows)
+    if len(maps) > 1:
+        results.say("agreement of maps: rank correlation over patches, mean over questions")
+        of = {name: {name: "1"} for name in maps}
+        for one, other in combinations(maps, 2):
+            mean = found[f"agreement/{one}/{other}"].mean()
+            results.metrics[f"agreement/{one}/{other}"] = mean
+            of[one][other] = of[other][one] = f"{mean:.2f}"
+        results.table(["", *maps], [[name, *(of[name][other] for other in maps)] for name in maps])
 
 
-def _order(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def areas(deletion: Sequence[float], insertion: Sequence[float]) -> dict[str, float]:
+    """The areas under two curves over `SHARES`, and their difference."""
+    below, above = (float(np.trapezoid(one, SHARES) / SHARES[-1]) for one in (deletion, insertion))
+    return {"deletion": below, "insertion": above, "gap": above - below}
+
+
+def agreement(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Rank correlations over patches of every two maps (rows, columns)."""
+    return {f"{one}/{other}": float(rank_correlation(maps[one], maps[other])) for one, other in combinations(maps, 2)}
+
+
+def ordered(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Places from the largest value to the smallest; equal ones in random order."""
     shuffled = draw.permutation(len(values))
     ordered: np.ndarray = shuffled[np.argsort(-values[shuffled], kind="stable")]
     return ordered
 
 
-def _taken(orders: dict[str, np.ndarray], count: int) -> list[np.ndarray]:
+def taken_by(orders: dict[str, np.ndarray], count: int) -> list[np.ndarray]:
     """For each order, first from its begin and then from its end, the places that each of `SHARES` takes away."""
     numbers = [round(share * count) for share in SHARES]
     return [way[:number] for order in orders.values() for way in (order, order[::-1]) for number in numbers]

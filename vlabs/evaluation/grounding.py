@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,62 +125,111 @@ class GroundingEvaluation(Evaluation):
         results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]
         if len(results.rows) < 2:
             raise UserError(f"{where}: fewer than two texts have a region that the model can see")
-        left_out, found = len(asked) - len(results.rows), results.frame
-        area = 100 * found["area"].mean()
-        results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
-        results.say(
-            f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
-            f"{left_out} of {len(asked)} texts left out: their region is outside what the model sees"
-        )
-        cells = [
-            [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
-            for name in self.maps
-        ]
-        results.table(["map", *MEASURES], cells)
-        by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
-        if list(by_objects.index) == [0]:  # the number of objects is unknown
-            return
-        results.say("energy by the number of objects in the image")
-        rows = []
-        for name in ["area", *self.maps]:
-            means = by_objects[name if name == "area" else f"maps/{name}/energy"]
-            key = "area_by_objects" if name == "area" else f"{name}/energy_by_objects"
-            results.metrics[key] = {str(count): value for count, value in means.items()}
-            rows.append([name, *(f"{value:.1f}" for value in means)])
-        results.table(["map", *by_objects.index], rows)
+        report(results, self.maps, len(asked))
 
     def _against_people(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results, folder: str) -> None:
-        """Rank correlation of each map with human attention, as in VQA-HAT: the mean over questions.
+        """Rank correlation of each map with human attention, as in VQA-HAT: the mean over people, and then questions.
 
-        A question's human map is the mean over people, cropped to the part of the image that the model sees.
+        Every human map is cropped to the part of the image that the model sees. The ceiling is how well people agree:
+        the mean over the pairs of people of a question, for questions of two or more.
         """
         rows = data.rows(results.split)
-        if "question" not in rows.column_names:
-            raise UserError(f"task.human_maps={folder} is about questions, but {data.dir} has none")
-        asked = [
-            Asked(number, position, question_id, row["question"][position], [])
-            for number, row in enumerate(rows.select_columns(["question", "question_id"]))
-            for position, question_id in enumerate(row["question_id"])
-        ]
-        people = list_hat(folder)
-        asked = spread([item for item in asked if item.text_id in people], self.num_texts)
-        if len(asked) < 2:
-            raise UserError(
-                f"task.human_maps={folder} has maps of fewer than two questions of {data.dir}, split {results.split}: "
-                "VQA-HAT uses the question ids of VQA v1, so prepare its files (`vlabs prepare vqav2` reads them too)"
-            )
+        where = f"{data.dir}, split {results.split}"
+        people, asked = seen_by_people(rows, f"task.human_maps={folder}", folder, where, self.num_texts)
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         alone = ([item] for item in results.each(asked))
         for (item,), by_name in _look_at(model, preprocessing, rows, alone, maps):
-            human = read_human_maps(item.text_id, people[item.text_id]).mean
-            human = crop_map(human, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
-            correlations = {name: float(rank_correlation(by_name[name][0].numpy(), human)) for name in maps}
-            results.rows.append({"id": item.text_id, "text": item.text, "maps": correlations})
-        results.metrics["texts"] = len(results.rows)
-        results.say(f"{len(results.rows)} questions; a uniform map scores 0")
-        found = results.frame
-        cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
-        results.table(["map", "rank correlation"], cells)
+            humans = [
+                crop_map(one, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
+                for one in read_human_maps(item.text_id, people[item.text_id]).maps
+            ]
+            results.rows.append(beside_people(item, {name: by_name[name][0].numpy() for name in maps}, humans))
+        report_beside_people(results, maps)
+
+
+def seen_by_people(
+    rows: datasets.Dataset, option: str, folder: str, where: str, count: int | None
+) -> tuple[dict[int, list[Path]], list[Asked]]:
+    """The files of VQA-HAT by question id, and the questions of prepared rows that have some, evenly spread.
+
+    Args:
+        rows: prepared rows.
+        option: the option that names the folder, for messages.
+        folder: the folder.
+        where: the name of the rows, for messages.
+        count: number of questions; None for all.
+
+    Raises:
+        UserError: there are fewer than two such questions.
+    """
+    if "question" not in rows.column_names:
+        raise UserError(f"{option} is about questions, but {where} has none")
+    people = list_hat(folder)
+    asked = spread([item for item in all_texts(rows, None) if item.text_id in people], count)
+    if len(asked) < 2:
+        raise UserError(
+            f"{option} has maps of fewer than two questions of {where}: VQA-HAT uses the question ids of VQA v1, so "
+            "prepare its files (`vlabs prepare vqav2` reads them too)"
+        )
+    return people, asked
+
+
+def beside_people(item: Asked, maps: Mapping[str, np.ndarray], humans: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The rank correlations of a question's maps with those of people, and of these with each other, for one row.
+
+    Args:
+        item: the question.
+        maps: (rows, columns) by name, over what the model sees.
+        humans: (H, W) for each person, over the same part of the image.
+    """
+    found = {name: float(np.mean([rank_correlation(one, human) for human in humans])) for name, one in maps.items()}
+    agree = [float(rank_correlation(one, other)) for one, other in combinations(humans, 2)]
+    agreement = float(np.mean(agree)) if agree else None
+    return {"id": item.text_id, "text": item.text, "people": len(humans), "maps": found, "agreement": agreement}
+
+
+def report_beside_people(results: Results, maps: Sequence[str]) -> None:
+    """Add the means of rows as in `beside_people` to the results."""
+    found = results.frame
+    agreement = found["agreement"].dropna()
+    results.metrics |= {"texts": len(found), "texts_of_several_people": len(agreement)}
+    results.say(f"{len(found)} questions, {len(agreement)} of them with maps of several people; a uniform map scores 0")
+    cells = [[name, results.mean(f"{name}/rank_correlation", found[f"maps/{name}"], digits=3)] for name in maps]
+    cells.append(["people, with each other", results.mean("people/rank_correlation", agreement, digits=3)])
+    results.table(["map", "rank correlation"], cells)
+
+
+def report(results: Results, maps: Sequence[str], asked: int) -> None:
+    """Add the means of the rows by map, and by the number of objects where it is known, to the results.
+
+    Args:
+        results: with rows as in `record`.
+        maps: the maps that were measured.
+        asked: the number of texts that have a region, also outside what the model sees.
+    """
+    left_out, found = asked - len(results.rows), results.frame
+    area = 100 * found["area"].mean()
+    results.metrics |= {"area": area, "texts": len(found), "left_out": left_out}
+    results.say(
+        f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
+        f"{left_out} of {asked} texts left out: their region is outside what the model sees"
+    )
+    cells = [
+        [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
+        for name in maps
+    ]
+    results.table(["map", *MEASURES], cells)
+    by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
+    if list(by_objects.index) == [0]:  # the number of objects is unknown
+        return
+    results.say("energy by the number of objects in the image")
+    rows = []
+    for name in ["area", *maps]:
+        means = by_objects[name if name == "area" else f"maps/{name}/energy"]
+        key = "area_by_objects" if name == "area" else f"{name}/energy_by_objects"
+        results.metrics[key] = {str(count): value for count, value in means.items()}
+        rows.append([name, *(f"{value:.1f}" for value in means)])
+    results.table(["map", *by_objects.index], rows)
 
 
 def _look_at(
@@ -238,6 +287,27 @@ def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
     return asked
 
 
+def all_texts(rows: datasets.Dataset, count: int | None) -> list[Asked]:
+    """The texts of prepared rows, evenly spread.
+
+    Args:
+        rows: prepared rows.
+        count: number of texts; None for all.
+
+    Raises:
+        UserError: the rows have no texts about one image each.
+    """
+    kind = next((kind for kind in ("question", "caption", "statement") if kind in rows.column_names), None)
+    if kind is None or "image_2" in rows.column_names:
+        raise UserError("the data have no texts about one image each")
+    asked = [
+        Asked(number, position, text_id, row[kind][position], [])
+        for number, row in enumerate(rows.select_columns([kind, f"{kind}_id"]))
+        for position, text_id in enumerate(row[f"{kind}_id"])
+    ]
+    return spread(asked, count)
+
+
 def spread(asked: list[Asked], count: int | None) -> list[Asked]:
     """`count` of the texts, evenly spread; None for all."""
     if count is None or count >= len(asked):
@@ -265,20 +335,26 @@ def measure(
             if not mask.any():
                 yield None
                 continue
-            values = {
-                name: {
-                    measure: float(function(to_pixels(by_name[name][n].numpy(), size), mask))
-                    for measure, function in MEASURES.items()
-                }
-                for name in maps
-            }
-            yield {
-                "id": item.text_id,
-                "text": item.text,
-                "objects": targets.objects.get(image_id, 0),
-                "area": float(area_share(mask)),
-                "maps": values,
-            }
+            found = {name: by_name[name][n].numpy() for name in maps}
+            yield record(item, found, mask, targets.objects.get(image_id, 0))
+
+
+def record(item: Asked, maps: Mapping[str, np.ndarray], mask: np.ndarray, objects: int) -> dict[str, Any]:
+    """The measures of a text's maps, for one row of the results.
+
+    Args:
+        item: the text.
+        maps: (rows, columns) by name, over what the model sees.
+        mask: (H, W) bool, its region there; not empty.
+        objects: the number of objects in the image; 0 if unknown.
+    """
+    pixels = {name: to_pixels(values, (mask.shape[0], mask.shape[1])) for name, values in maps.items()}
+    values = {
+        name: {measure: float(function(one, mask)) for measure, function in MEASURES.items()}
+        for name, one in pixels.items()
+    }
+    area = float(area_share(mask))
+    return {"id": item.text_id, "text": item.text, "objects": objects, "area": area, "maps": values}
 
 
 def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:

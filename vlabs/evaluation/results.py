@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_fabric.utilities import move_data_to_device
 from matplotlib.figure import Figure
@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
-from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.errors import show
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.runs.trainer import device_of
@@ -55,6 +54,12 @@ class Setting:
         return [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)] if self.shows_progress else None
 
 
+class Measured(Protocol):
+    """What is measured: a checkpoint, or a model of transformers, with the path of its file or its name."""
+
+    path: Path
+
+
 class Results:
     """Collects, prints and writes the results of an evaluation.
 
@@ -68,7 +73,7 @@ class Results:
         metrics: content of `metrics.json`, plain data.
     """
 
-    def __init__(self, name: str, checkpoint: Checkpoint, setting: Setting) -> None:
+    def __init__(self, name: str, checkpoint: Measured, setting: Setting) -> None:
         self.name = name
         self.setting = setting
         self.split = setting.split

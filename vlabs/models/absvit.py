@@ -132,8 +132,8 @@ class AbSViT(nn.Module):
         img_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
         topdown: what a prior adds inside attention, or None.
-        global_pool: what stands for the whole image: `token` ([cls]), `avg` (mean token) or `map` (attention pooling);
-            None for the architecture's own.
+        global_pool: what stands for the whole image: `token` ([cls]), `avg` (mean token), `map` (attention pooling) or
+            `probe` (attention pooling by many queries, for a frozen encoder); None for the architecture's own.
         num_classes: classes of the classification head; 0 for no head.
         sincos_positions: initialize the position embeddings with sines and cosines instead of noise; small models from
             scratch learn faster.

@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from vlabs.page.decoder import Decoder
 from vlabs.page.uploads import Uploads
 from vlabs.prediction.predictor import Answer, Predictor
 from vlabs.prediction.search import MEANING, Search
+
+if TYPE_CHECKING:
+    from vlabs.look.looker import Looker
 
 TOP = 5
 LEAST_KEPT = 0.05
@@ -36,6 +39,7 @@ class Page:
         uploads: the uploaded images, and the limits of a request.
         decoder: decodes the images.
         caution: warning that is shown with answers about uploaded images.
+        looker: a model of transformers, if any, whose maps are shown too.
 
     Attributes:
         maps: the available maps.
@@ -43,13 +47,20 @@ class Page:
     """
 
     def __init__(
-        self, predictor: Predictor, searches: dict[str, Search], uploads: Uploads, decoder: Decoder, caution: str = ""
+        self,
+        predictor: Predictor,
+        searches: dict[str, Search],
+        uploads: Uploads,
+        decoder: Decoder,
+        caution: str = "",
+        looker: Looker | None = None,
     ) -> None:
         self.predictor = predictor
         self.searches = searches
         self.uploads = uploads
         self.decoder = decoder
         self.caution = caution
+        self.looker = looker
         self.limits = uploads.limits
         self.maps = [name for name in MAPS if name != "weights" or predictor.model.prior is not None]
         self.most_alpha = 2 * (predictor.alpha or 1)
@@ -72,22 +83,14 @@ class Page:
         return self._or_error(self._ask, picture, questions, map_name, alpha, other, keep)
 
     def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any) -> str:
-        if picture is None:
-            raise UserError("there is no image yet: choose or drop one")
-        questions, other = _text(questions, "the questions"), _text(other, "the text of the other ξ")
+        asked, other = self._lines(picture, questions, "question"), _text(other, "the text of the other ξ")
         if map_name not in self.maps:
             raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
         if alpha is not None:
             alpha = _number(alpha, "α", 0, self.most_alpha)
         if keep is not None:
             keep = _number(keep, "the share of the patches", LEAST_KEPT, 1)
-        asked = [line.strip() for line in questions.splitlines() if line.strip()]
-        if not asked:
-            raise UserError("there is no question yet: type one per line")
-        if len(asked) > self.limits.questions:
-            raise UserError(f"there are {len(asked)} questions, but only {self.limits.questions} at a time are allowed")
-        for text in (*asked, other):
-            self._check_length(text)
+        self._check_length(other)
         image = self._decoded(picture)
         view = as_view(image, self.predictor.preprocessing.box(image.size))
         said = _warnings([self.caution] if self.caution and not self.uploads.is_kept(picture) else [])
@@ -99,6 +102,19 @@ class Page:
                 said += _row(view, under, other)
                 answers += under
         return said + _legend([answer.map_name for answer in answers], self.predictor.meaning)
+
+    def _lines(self, picture: Any, texts: Any, what: str) -> list[str]:
+        """The texts about an image, one per line."""
+        if picture is None:
+            raise UserError("there is no image yet: choose or drop one")
+        lines = [line.strip() for line in _text(texts, f"the {what}s").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"there is no {what} yet: type one per line")
+        if len(lines) > self.limits.questions:
+            raise UserError(f"there are {len(lines)} {what}s, but only {self.limits.questions} at a time are allowed")
+        for line in lines:
+            self._check_length(line)
+        return lines
 
     def _decoded(self, picture: Any) -> Image.Image:
         content = self.uploads.read(picture)
@@ -133,6 +149,21 @@ class Page:
             said += f"; the {len(compared)} most similar to its ξ were compared"
         said += "</p>" + _warnings([f"its training never had: {', '.join(new)}"] if new else [])
         return f"{said}<div class='cards'>{cards}</div>" + _legend([one.name for one in cells], MEANING)
+
+    def look(self, picture: Any, texts: Any, map_name: Any) -> str:
+        """Show where the model of transformers looks for texts, one per line; HTML as in `ask`."""
+        return self._or_error(self._look, picture, texts, map_name)
+
+    def _look(self, picture: Any, texts: Any, map_name: Any) -> str:
+        looker = self.looker
+        if looker is None:
+            raise UserError("there is no model to look into: start the page with --look MODEL")
+        lines = self._lines(picture, texts, "text")
+        if map_name not in looker.maps:
+            raise UserError(f"there is no such map: choose one of {', '.join(looker.maps)}")
+        image = self._decoded(picture)
+        answers = looker.answer(image, lines, map_name)
+        return _row(as_view(image, looker.box(image.size)), answers) + _legend([map_name], looker.meaning)
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.limits.characters:
@@ -192,7 +223,7 @@ def _question(answer: Answer) -> str:
 
 def _bars(shares: Sequence[tuple[str, float]]) -> str:
     rows = "".join(
-        f"<li><span class='bar' style='width:{100 * share:.1f}%'></span><span class='text'>{html.escape(text)}"
+        f"<li><span class='bar' style='width:{100 * max(share, 0):.1f}%'></span><span class='text'>{html.escape(text)}"
         f"</span><span class='score'>{share:.1%}</span></li>"
         for text, share in shares
     )

@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vlabs.attention import MAPS
+from vlabs.attention import LOOK_MAPS, MAPS
 from vlabs.attention.maps import default_map
+from vlabs.errors import printable
 from vlabs.page.about import About
 from vlabs.page.answers import LEAST_KEPT, Page
 from vlabs.page.connection import Connection
@@ -90,6 +91,8 @@ def build(
                     "There is nothing to search: start with `--search-ckpt` of a model trained on captions and "
                     "`--images FOLDER`."
                 )
+        with gr.Tab("Look"):
+            _look(page)
     return blocks
 
 
@@ -198,6 +201,38 @@ def _search(page: Page, texts: Sequence[str]) -> None:
     query.submit(page.find, given, found, api_visibility="private", **_RAW)
     chosen = examples.click(None, examples, query, js=f"(number) => {json.dumps(texts)}[number]", **_QUIET)
     chosen.then(page.find, given, found, api_visibility="private", **_RAW)
+
+
+def _look(page: Page) -> None:
+    """The tab for a model of transformers."""
+    looker = page.looker
+    if looker is None:
+        gr.Markdown(
+            "There is no model to look into: start with `--look openai/clip-vit-base-patch32`, or another CLIP, "
+            "SigLIP, BLIP or ViLT of transformers."
+        )
+        return
+    what = "Questions" if looker.looks.answers else "Texts"
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            gr.HTML(f"<p>Where does <b>{html.escape(printable(looker.name))}</b> look?</p>", elem_classes="about")
+            picture = gr.Image(
+                type="filepath", sources=["upload", "clipboard"], label="Image", height=220, elem_id="looked-image"
+            )
+            texts = gr.Textbox(label=f"{what}, one per line", lines=2, elem_id="looked-texts")
+            chosen = gr.Radio(
+                [(f"{name}: {LOOK_MAPS[name]}", name) for name in looker.maps], value=looker.maps[0], label="Map"
+            )
+            button = gr.Button("Look", variant="primary", elem_id="look")
+        with gr.Column(scale=5, min_width=300):
+            seen = gr.HTML(elem_id="looked", js_on_load=_SCRIPT)
+
+    def look(picture: Any, texts: Any, map_name: Any) -> str:
+        return page.look(picture.get("path") if isinstance(picture, dict) else picture, texts, map_name)
+
+    given = [picture, texts, chosen]
+    button.click(look, given, seen, api_name="look", **_RAW)
+    texts.submit(look, given, seen, api_visibility="private", **_RAW)
 
 
 def _file(name: str) -> dict[str, Any]:

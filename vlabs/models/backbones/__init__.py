@@ -22,7 +22,7 @@ from vlabs.models.backbones.eva import RotaryViT
 from vlabs.models.backbones.fan import FAN, FANNetwork
 from vlabs.models.backbones.rvt import PATCH, RVT, RVTNetwork
 from vlabs.models.backbones.swin import Swin
-from vlabs.models.backbones.vit import ViT
+from vlabs.models.backbones.vit import AttentiveProbe, ViT
 
 __all__ = ["Backbone", "FeedbackDecoder", "OPTIONS", "OWN", "TIMM", "ViT", "create", "of", "patch_size_of"]
 
@@ -113,7 +113,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
         architecture: a key of `OWN`, or a model of timm.
         embed_layer: computes the input of the first block; None for the architecture's own.
         options: options of the architecture, among `OPTIONS`; all take `img_size`, `patch_size`, `num_classes` and
-            `global_pool`, where None means the architecture's own.
+            `global_pool`, where None means the architecture's own, and `probe` an `AttentiveProbe`.
 
     Raises:
         UserError: there is no such model, it does not take the options, or feedback cannot be added to it.
@@ -138,8 +138,12 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
         given.setdefault("window_size", max(1, given.get("img_size", 224) // 32))
     if embed_layer is not None:
         given["embed_layer"] = embed_layer
+    if probes := given.get("global_pool") == "probe":
+        given["global_pool"] = "map"
     try:
         network = timm.create_model(architecture, pretrained=False, **given)
+        if probes:
+            network.attn_pool = AttentiveProbe(network.embed_dim)
     except (TypeError, AssertionError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"timm cannot build {architecture} with {given}: {error}") from None
     return of(network, architecture)

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlabs.models.backbones.base import Backbone, dropout_of, mix, split_heads
 from vlabs.models.lora import whole_weight
 from vlabs.models.topdown import Steering
+
+
+class AttentiveProbe(nn.Module):
+    """Pools the tokens of a frozen encoder: M learned queries read them without a map of keys.
+
+    `A = softmax(q xᵀ / √D)`, and the part j of `W_v x` is averaged with the weights of query j (Psomas et al.,
+    Attention, Please!, 2025).
+
+    Args:
+        dim: D, width of the tokens.
+        queries: M at most; the largest number up to it that divides D.
+    """
+
+    def __init__(self, dim: int, queries: int = 32) -> None:
+        super().__init__()
+        count = max(n for n in range(1, queries + 1) if dim % n == 0)
+        self.query = nn.Parameter(torch.empty(count, dim))
+        self.value = nn.Linear(dim, dim, bias=False)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        nn.init.trunc_normal_(self.value.weight, std=dim**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One vector (B, D) for tokens (B, N, D)."""
+        read = (self.query @ tokens.mT / tokens.shape[-1] ** 0.5).softmax(dim=-1)  # (B, M, N)
+        parts = self.value(tokens).unflatten(-1, (len(self.query), -1))  # (B, N, M, D / M)
+        return torch.einsum("bmn,bnmd->bmd", read, parts).flatten(1)
 
 
 class TimmViT(Backbone):

@@ -34,7 +34,7 @@ class GroundingCurve(EveryNValidations):
     ) -> None:
         super().__init__(every_n_validations)
         self.num_texts = num_texts
-        self.maps = list(maps)
+        self.maps: list[str] = list(maps)
         self.instances = instances
         self.targets: Targets | None = None
 
