@@ -357,6 +357,32 @@ def test_the_loss_is_the_mean_of_both_passes_or_that_of_the_second(pool):
     torch.testing.assert_close(second.total(second.losses(batch)), entropy(logits) + 0.1 * seen.reconstruction)
 
 
+@pytest.mark.parametrize("topdown", [None, AbSTopDown(1.0)], ids=["one pass", "two passes"])
+def test_the_diversity_of_attention_is_that_of_a_plain_loop_over_rows_of_the_last_pass(topdown):
+    task, batch = make_task(topdown, diversity_weight=0.7, reconstruction_weight=0.0), class_batch()
+    for block in task.model.encoder.vit.blocks:  # so that some rows read few tokens
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
+    record = []
+    task.model(batch.images, record=record)
+    values = []
+    for weights in record:
+        for image in weights.detach().mean(dim=1).numpy():
+            mean = image.mean(axis=0)
+            kept = np.where(mean > 2 / 5, mean, 0)
+            for row in image:
+                read = np.where(row > 2 / 5, row, 0)
+                lengths = np.linalg.norm(kept) * np.linalg.norm(read)
+                values.append(float(kept @ read / lengths) if lengths else 0.0)
+    assert len(record) == 2
+    assert 0 < np.mean(values) < 1
+    losses = task.losses(batch)
+    assert float(losses.others["diversity"]) == pytest.approx(np.mean(values), abs=1e-5)
+    torch.testing.assert_close(task.total(losses), losses.task["class"] + 0.7 * losses.others["diversity"])
+    losses.others["diversity"].backward()
+    assert task.model.encoder.vit.blocks[0].attn.qkv.weight.grad.any()
+    assert "diversity" not in task.eval().losses(batch).others
+
+
 def test_without_feedback_there_is_one_pass_and_no_xi_is_trained():
     task = make_task(None)
     losses = task.losses(class_batch())
@@ -445,10 +471,12 @@ def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_optio
         ("model/topdown=qa_vit", "QAViT steers by words: choose another model/topdown"),
         ("data.crop=2", "data.crop=2"),
         ("model=mini", "pass model=classifier"),
+        ("task.diversity_weight=1", "task.compile do not keep"),
     ],
 )
 def test_wrong_options_are_one_line(override, message, objects, in_process, tmp_path):
-    result = in_process("vlabs.train", ["task=classify", *TINY, f"data.dir={objects}", override], tmp_path)
+    more = ["task.recompute_activations=true"] if "diversity" in override else []
+    result = in_process("vlabs.train", ["task=classify", *TINY, f"data.dir={objects}", override, *more], tmp_path)
     assert_one_line_error(result, message)
 
 

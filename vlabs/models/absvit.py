@@ -641,7 +641,12 @@ class AbSViTClassifier(nn.Module, Shareable):
         nn.init.trunc_normal_(self.prompt, std=0.02)
 
     def forward(
-        self, images: Tensor, prior: Tensor | None = None, reconstruct: bool = True, alpha: float | None = None
+        self,
+        images: Tensor,
+        prior: Tensor | None = None,
+        reconstruct: bool = True,
+        alpha: float | None = None,
+        record: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, VisionTokens]:
         """Classify images.
 
@@ -650,18 +655,19 @@ class AbSViTClassifier(nn.Module, Shareable):
             prior: ξ, (B, D), instead of the trained vector.
             reconstruct: compute the reconstruction loss.
             alpha: the strength of the top-down signal instead of the variant's own.
+            record: filled with the attention of the last pass, see `AbSViT.encode`.
 
         Returns:
             Logits of the second pass and of the bottom-up pass, both (B, K), the same tensor without feedback; and the
             output of the second pass.
         """
-        bottom_up = self.encoder.encode(images)
+        bottom_up = self.encoder.encode(images, record=record)
         head = self.encoder.backbone.classify
         before = head(bottom_up.tokens)
         if self.encoder.topdown is None:
             return before, before, VisionTokens(bottom_up.tokens, bottom_up.hidden)
         given = self.prompt.expand(images.shape[0], -1) if prior is None else prior
-        seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct, alpha=alpha)
+        seen = self.encoder.attend(bottom_up, given, reconstruct=reconstruct, alpha=alpha, record=record)
         return head(seen.tokens), before, seen
 
     @staticmethod

@@ -13,6 +13,7 @@ from vlabs.data.classes import ClassBatch, ClassDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.diversity import attention_diversity
 from vlabs.tasks.base import Losses, Task
 from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative
@@ -30,6 +31,11 @@ class ClassifyTask(Task):
         passes: which passes are trained: `both` (mean of their losses, as in the released code) or `second` (as in the
             paper). Without feedback there is only one pass.
         reconstruction_weight: weight of the variational loss of the feedback decoders.
+        diversity_weight: weight of the attention diversification loss, of the attention of the last pass; 1 in its
+            paper. The attention is then computed explicitly, which takes more time and memory.
+
+    Raises:
+        UserError: the model is no classifier, or two options exclude each other.
     """
 
     name = "classify"
@@ -44,6 +50,7 @@ class ClassifyTask(Task):
         recipe: Recipe,
         passes: Literal["both", "second"] = "both",
         reconstruction_weight: NonNegative = 0.1,
+        diversity_weight: NonNegative = 0.0,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
@@ -52,6 +59,12 @@ class ClassifyTask(Task):
             raise UserError("task=classify trains a classifier: leave model out, or pass model=classifier")
         super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
         self.reconstruction_weight = reconstruction_weight if model.encoder.reconstructs else 0.0
+        if diversity_weight and (recompute_activations or compile):
+            raise UserError(
+                "task.diversity_weight reads the attention of every block, which task.recompute_activations and "
+                "task.compile do not keep: leave them out"
+            )
+        self.diversity_weight = diversity_weight
         self.passes = passes
         self.criterion = SoftTargetCrossEntropy()
         self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})
@@ -71,11 +84,14 @@ class ClassifyTask(Task):
 
     def losses(self, batch: ClassBatch) -> Losses:
         """The loss of one pass or both."""
-        logits, bottom_up, seen = self.model(batch.images, reconstruct=self.reconstruction_weight > 0)
+        record: list[Tensor] | None = [] if self.diversity_weight and self.training else None
+        logits, bottom_up, seen = self.model(batch.images, reconstruct=self.reconstruction_weight > 0, record=record)
         loss = self.criterion(logits.float(), batch.targets)
         if self.passes == "both" and bottom_up is not logits:
             loss = (loss + self.criterion(bottom_up.float(), batch.targets)) / 2
         others = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
+        if record:
+            others["diversity"] = attention_diversity(record)
         return Losses({"class": loss}, len(batch.image_ids), others)
 
     def validation_step(self, batch: ClassBatch, batch_idx: int) -> None:
