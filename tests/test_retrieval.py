@@ -431,6 +431,17 @@ def test_exact_ranking_equals_the_whole_network_pair_by_pair(fine_tuned, tiny_ca
     assert metrics["ir@5"] == pytest.approx(retrieval_ranks(plain, owner).metrics()["ir@5"])
 
 
+def test_a_ranking_by_similarity_is_that_of_the_plain_sum_and_scores_no_pair(fine_tuned, tiny_captions, tmp_path):
+    metrics, folder, _ = rank(fine_tuned[0], tmp_path, ranker="similarity")
+    assert not list(folder.glob("exact*")) + list(folder.glob("shortlist*"))
+    cls, patches = (np.load(folder / f"like_{name}.npy") for name in ("cls", "patches"))
+    rows = load_split(tiny_captions, "test")
+    owner = np.repeat(np.arange(len(rows)), [len(row["caption"]) for row in rows])
+    expected = retrieval_ranks(cls / cls.std(ddof=1) + patches / patches.std(ddof=1), owner).metrics()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["ranker"] == "similarity"
+
+
 def test_a_shortlist_of_everything_is_exact_and_says_what_it_kept(fine_tuned, tmp_path):
     exact, _, _ = rank(fine_tuned[0], tmp_path)
     everything, folder, result = rank(fine_tuned[0], tmp_path, "ranker.k=1000", ranker="shortlist")

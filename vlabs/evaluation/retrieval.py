@@ -224,8 +224,8 @@ class RetrievalEvaluation(Evaluation):
 
     def check_model(self, model: VisionLanguageModel) -> None:
         """Raise a UserError unless the ranker can rank with this model."""
-        if self.ranker["name"] == "shortlist" and model.prior is None:
-            raise UserError("ranker=shortlist compares images with the prior ξ, which a plain ViT does not have")
+        if (name := self.ranker["name"]) != "exact" and model.prior is None:
+            raise UserError(f"ranker={name} compares images with the prior ξ, which a plain ViT does not have")
 
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
@@ -250,7 +250,7 @@ class RetrievalEvaluation(Evaluation):
         what = f"{shape[0]:,} images x {shape[1]:,} captions of {captioned.name} ({setting.split})"
         say(f"ranking {what}; scores in {folder}")
         wanted, similarity = None, None
-        if ranker["name"] == "shortlist":
+        if ranker["name"] != "exact":
             like = _Like(*(ScoreMatrix(folder, f"like_{name}", shape, identity) for name in _Like._fields))
             passes = FirstPasses(folder / "first_passes", checkpoint.model.vision, checkpoint.preprocessing)
             pending = [
@@ -270,6 +270,11 @@ class RetrievalEvaluation(Evaluation):
             say(f"first passes of {shape[0]:,} images, {passes.store.bytes_each / 1e3:,.0f} kB each, are beside them")
             reader = ImageReader(captioned.rows, checkpoint.preprocessing, stored=passes)
             similarity = Similarity(*(one.values for one in like))
+            if ranker["name"] == "similarity":
+                if trainer.is_global_zero:
+                    unscored = np.broadcast_to(np.float32(np.nan), shape)
+                    self._report(results, checkpoint, captioned, FilledScores(unscored, similarity))
+                return
             wanted = shortlist(similarity.blocks(), ranker["k"])
         name = "exact" if ranker["name"] == "exact" else f"shortlist-k{ranker['k']}"
         matrix = ScoreMatrix(folder, name, shape, identity)
@@ -283,11 +288,14 @@ class RetrievalEvaluation(Evaluation):
             return
         matrix.values.flush()  # type: ignore[attr-defined]
         scores = matrix.values if similarity is None else FilledScores(matrix.values, similarity)
-        _report(results, checkpoint, captioned, scores, str(ranker["name"]))
+        self._report(results, checkpoint, captioned, scores)
         if wanted is not None:
             _report_kept(results, folder, shape, identity, wanted)
+
+    def _report(self, results: Results, checkpoint: Checkpoint, data: CaptionedImages, scores: Rows) -> None:
+        _report(results, checkpoint, data, scores, str(self.ranker["name"]))
         if self.figure_queries:
-            results.figure("ranking", _figure(checkpoint, captioned, scores, self.figure_queries))
+            results.figure("ranking", _figure(checkpoint, data, scores, self.figure_queries))
 
 
 class FilledScores:
@@ -302,7 +310,7 @@ class FilledScores:
         self.scores = scores
         self.shape = scores.shape
         self.similarity = similarity
-        lowest = min(float(np.nanmin(row)) for row in scores if not np.isnan(row).all())
+        lowest = min((float(np.nanmin(row)) for row in scores if not np.isnan(row).all()), default=0.0)
         self.floor = lowest - 1 - max(float(block.max()) for block in similarity.blocks())
 
     def __getitem__(self, image: int) -> np.ndarray:

@@ -41,7 +41,8 @@ class Ranker(TypedDict, total=False):
     """How `task=retrieval` ranks.
 
     Attributes:
-        name: `exact` scores all pairs, `shortlist` the k best pairs by ξ of each image and of each caption.
+        name: `exact` scores all pairs, `shortlist` the k best pairs by ξ of each image and of each caption,
+            `similarity` none: pairs are ranked by ξ.
         batch_size: number of pairs scored at a time; on a CPU about 8 is fastest.
         captions_in_memory: number of encoded captions held at a time; images are encoded again for each such part.
         scores: folder of the scores, from which a stopped ranking resumes; null for outputs/scores/KEY, where KEY
@@ -49,7 +50,7 @@ class Ranker(TypedDict, total=False):
         k: length of a shortlist.
     """
 
-    name: Literal["exact", "shortlist"]
+    name: Literal["exact", "shortlist", "similarity"]
     batch_size: Size
     captions_in_memory: Size
     scores: str | None
