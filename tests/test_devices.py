@@ -52,7 +52,7 @@ def without_dropout(model):
         if isinstance(module, CoAttentionFusion) or hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
     for layer in model.text.roberta.encoder.layer:
-        layer.attention.self.dropout.p = 0.0
+        layer.attention_dropout = 0.0
     return model
 
 

@@ -10,7 +10,7 @@ MapName = Literal[
 ]  # fmt: skip
 Maps = Annotated[Sequence[MapName], MinLen(1)]
 """At least one map, as an option."""
-MAPS: dict[MapName, str] = {
+MAPS: dict[str, str] = {
     "fusion": "what the text reads of the image",
     "weights": "what is similar to the prior ξ",
     "norm": "large output tokens, as in the paper",

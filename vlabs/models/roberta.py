@@ -101,16 +101,18 @@ class RobertaLayer(nn.Module):
 
     def forward(self, states: Tensor, seen: Tensor) -> Tensor:
         """States (n, T, D) to states; `seen` (n, 1, 1, T) is true where a token may be attended to."""
-        maps = self.attention["self"].values()  # type: ignore[operator]
+        attention = self.attention["self"]
+        assert isinstance(attention, nn.ModuleDict)
+        maps = (attention["query"], attention["key"], attention["value"])
         query, key, value = (one(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in maps)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if attention.training else 0.0  # a part may be frozen alone
         mixed = F.scaled_dot_product_attention(query, key, value, seen, dropout).transpose(1, 2).flatten(2)
         states = self._added(self.attention["output"], mixed, states)
         return self._added(self.output, F.gelu(self.intermediate["dense"](states)), states)
 
     def _added(self, part: nn.Module, found: Tensor, states: Tensor) -> Tensor:
         assert isinstance(part, nn.ModuleDict)
-        normalized: Tensor = part["LayerNorm"](F.dropout(part["dense"](found), self.dropout, self.training) + states)
+        normalized: Tensor = part["LayerNorm"](F.dropout(part["dense"](found), self.dropout, part.training) + states)
         return normalized
 
 

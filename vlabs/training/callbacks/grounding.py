@@ -57,5 +57,5 @@ class GroundingCurve(EveryNValidations):
                     values.setdefault("area", []).append(record["area"])
                     for name in self.maps:
                         values.setdefault(f"{name}_energy", []).append(record["maps"][name]["energy"])
-        for name, shares in values.items():
-            pl_module.log(f"val/grounding/{name}", 100 * sum(shares) / len(shares), rank_zero_only=True)
+        for measured, shares in values.items():
+            pl_module.log(f"val/grounding/{measured}", 100 * sum(shares) / len(shares), rank_zero_only=True)
