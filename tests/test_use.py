@@ -13,9 +13,9 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 import vlabs
-from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors
+from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors, load_checkpoint
 from vlabs.data.prepared import load_split
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.errors import UserError
 from vlabs.metrics.vqa import vqa_accuracy
 from vlabs.page.answers import _question
@@ -219,3 +219,29 @@ def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, ti
     assert [one.answers[0][0] for one in looked] == [answers[n] for n in row["question_id"]]
     with pytest.raises(UserError, match="crop, masked"):
         predictor.answer(image, [question], second_look="again")
+
+
+def test_an_ensemble_answers_by_the_mean_of_probabilities(tiny_run, tiny_data, tmp_path, in_process):
+    content = torch.load(tiny_run[0] / "checkpoints/best.ckpt", weights_only=True)
+    weights = {name: value for name, value in content["state_dict"].items() if ".head." in name and value.ndim == 2}
+    assert weights
+    for value in weights.values():  # another model: with other answers
+        value += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    torch.save(content, tmp_path / "other.ckpt")
+    given = [f"ckpt={tiny_run[0]}", f"data.dir={tiny_data}", "split=val", "task.ensemble=[other.ckpt]"]
+    result = in_process("vlabs.evaluate", [*given, "hydra.run.dir=out"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    members = [load_checkpoint(path) for path in (tiny_run[0], tmp_path / "other.ckpt")]
+    found = {one["question_id"]: one["answer"] for one in json.loads((tmp_path / "out/results.json").read_text())}
+    differs = 0
+    for row in load_split(tiny_data, "val"):
+        image = members[0].preprocessing.image(decode_image(row["image"], "image"))[None]
+        for question_id, question in zip(row["question_id"], row["question"], strict=True):
+            ids, mask = members[0].preprocessing.pad(members[0].preprocessing.token_ids([question]))
+            with torch.no_grad():
+                each = [one.model.eval()(image, ids, mask).logits[0].sigmoid() for one in members]
+            assert found[question_id] == members[0].preprocessing.names[(each[0] + each[1]).argmax()]
+            differs += int(each[0].argmax() != (each[0] + each[1]).argmax())
+    assert differs
+    result = in_process("vlabs.evaluate", [*given, "task.view=crop"], tmp_path)
+    assert_one_line_error(result, "task.view=crop", "task.ensemble")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
+import torch
+from lightning_fabric.utilities import move_data_to_device
 
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.preprocessing import decode_image
@@ -14,7 +18,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.vqa import types_table, vqa_accuracy, yes_no
-from vlabs.prediction.predictor import Predictor
+from vlabs.prediction.predictor import Predictor, load_any
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
@@ -25,6 +29,11 @@ class VQAEvaluation(Evaluation):
 
     Args:
         view: answer after a second look at the image (see `vlabs.prediction.second_look`); None for a single look.
+        ensemble: other runs or checkpoints: the probabilities that they and `ckpt` give to an answer are averaged. Each
+            reads images and texts as in its own training; an answer that a model does not know has probability 0.
+
+    Raises:
+        UserError: an ensemble is to look twice.
     """
 
     name = "vqa"
@@ -32,14 +41,16 @@ class VQAEvaluation(Evaluation):
     reads = VQADataModule
     may_be_blind = True
 
-    def __init__(self, view: Literal["crop", "masked"] | None = None) -> None:
-        self.view = view
-        self.in_trainer = view is None
+    def __init__(self, view: Literal["crop", "masked"] | None = None, ensemble: Sequence[str] = ()) -> None:
+        if view is not None and ensemble:
+            raise UserError(f"task.view={view}: an ensemble looks once: leave task.view or task.ensemble out")
+        self.view, self.ensemble = view, list(ensemble)
+        self.in_trainer = view is None and not ensemble
 
     def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
         """See `Evaluation`; in percent."""
         split = results.split
-        look = self._look_once if self.view is None else self._look_twice
+        look = self._look_together if self.ensemble else self._look_once if self.view is None else self._look_twice
         answers = look(checkpoint, data, results)
         questions = data.rows(split).select_columns(["question_id", "answers", "answer_type", "question_type"])
         asked = [question_id for row in questions for question_id in row["question_id"]]
@@ -86,6 +97,32 @@ class VQAEvaluation(Evaluation):
         batches = trainer.predict(task, data.eval_dataloader(results.split, with_targets=False))
         predictions = [prediction for batch in batches or [] for prediction in batch]  # type: ignore[union-attr]
         return [{"question_id": one.question_id, "answer": one.answer} for one in predictions]
+
+    @torch.inference_mode()
+    def _look_together(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> list[dict[str, Any]]:
+        """The answers of several models, batch by batch."""
+        members = [checkpoint, *(load_any(path, answers=data.dir, needs=self.needs) for path in self.ensemble)]
+        names = list(dict.fromkeys(name for member in members for name in member.preprocessing.names))
+        place = {name: n for n, name in enumerate(names)}
+        places, loaders = [], []
+        for member in members:
+            member.model.to(results.device).eval()
+            places.append(torch.tensor([place[name] for name in member.preprocessing.names], device=results.device))
+            own = copy.copy(data)
+            own.preprocessing = member.preprocessing
+            loaders.append(own.eval_dataloader(results.split, with_targets=False))
+        answers = []
+        for batches in results.each(zip(*loaders, strict=True), "batch", len(loaders[0])):
+            ids: list[Any] = batches[0].question_ids
+            total = torch.zeros(len(ids), len(names), device=results.device)
+            for member, to, batch in zip(members, places, batches, strict=True):
+                task = VQATask(member.model, member.preprocessing, data={}, recipe=Recipe())
+                logits = task.eval()(move_data_to_device(batch, results.device)).logits
+                total[:, to] += member.model.head.probabilities(logits.float())  # type: ignore[operator]
+            best = total.argmax(dim=1).tolist()
+            answers += [{"question_id": n, "answer": names[one]} for n, one in zip(ids, best, strict=True)]
+        results.metrics["ensemble"] = [str(member.path) for member in members[1:]]
+        return answers
 
     def _look_twice(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> list[dict[str, Any]]:
         """The answers after a second look, an image at a time."""
