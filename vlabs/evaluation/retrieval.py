@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlabs.attention.figures import Cell, as_view, grid_figure
-from vlabs.attention.maps import look
+from vlabs.attention.maps import default_map, look_by
 from vlabs.checkpoints.checkpoint import Checkpoint, history_of
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader, name_of, read_bytes
@@ -398,9 +398,8 @@ def _ranked(
     for place, image in enumerate(best, start=1):
         row = data.rows[image]
         picture = decode_image(read_bytes(row), name_of(row))
-        _, maps = look(model, preprocessing.image(picture)[None], input_ids, mask, ["fusion"])
+        seen = look_by(model, preprocessing.image(picture)[None], input_ids, mask, default_map(model))
         right = bool(data.image_of_caption[caption] == image)
         view = as_view(picture, preprocessing.box(picture.size))
-        yield Cell(
-            view, maps["fusion"][0].numpy(), "fusion", note=f"{place}" + (" (right)" if right else ""), marked=right
-        )
+        note = f"{place}" + (" (right)" if right else "")
+        yield Cell(view, seen.maps[0, 0], seen.names[0], note=note, marked=right)
