@@ -468,7 +468,7 @@ def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_optio
     ("override", "message"),
     [
         ("task.passes=first", "task.passes=first must be one of both, second"),
-        ("model/topdown=qa_vit", "QAViT steers by words: choose another model/topdown"),
+        ("model/topdown=qa_vit", "QAViT steers by words, and a classifier has none: choose another model/topdown"),
         ("data.crop=2", "data.crop=2"),
         ("model=mini", "pass model=classifier"),
         ("task.diversity_weight=1", "task.compile do not keep"),

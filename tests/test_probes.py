@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_variants import make
 
 from vlabs.attention.gradients import inputs_of
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.evaluation.probes import head_means, sinks, without_head
+from vlabs.models.variants.qa_vit import QAViT
 
 
 def given(count=3):
@@ -34,6 +36,18 @@ def test_sinks_are_the_tokens_and_the_attention_that_a_plain_loop_counts(tiny_ru
             shares = [float(sum(query[place] for place in places)) for head in read[n] for query in head]
             assert of_text[str(block)]["tokens"] == pytest.approx(100 * len(places) / 17)
             assert of_text[str(block)]["attention"] == pytest.approx(100 * np.mean(shares), rel=1e-4)
+
+
+@torch.inference_mode()
+def test_words_that_join_the_attention_are_no_sinks_and_hide_no_head():
+    model = make(QAViT()).float()
+    batch = torch.randn(2, 3, 32, 32), torch.randint(5, 20, (2, 4)), torch.ones(2, 4, dtype=torch.int64)
+    assert set(sinks(model, *batch)[0]) == {"2", "3", "4", "fusion 1"}
+    attention = model.vision.vit.blocks[2].attn
+    attention.proj.weight.zero_()  # what is left of its heads goes through the second output map
+    before = model(*batch).logits
+    with without_head(head_means(model, [batch])[2], 1):
+        assert not torch.allclose(model(*batch).logits, before)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Ways to steer that are not the paper's, against their recipes written out word by word in float64; several ξ."""
 
+import re
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from vlabs.models.heads import RankingHead
 from vlabs.models.prior import PriorMap, overlap
 from vlabs.models.registry import restore
 from vlabs.models.text import RobertaEncoder
-from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
+from vlabs.models.topdown import AbSTopDown, FeedbackOnly, ReleasedTopDown, Words
 from vlabs.models.variants.codebook import Codebook
 from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.variants.film import FiLM
@@ -77,14 +78,15 @@ def cross_attention(topdown, index, block, x, words, prior):
         return ran(block, x)
     first, last = topdown.connector[0], topdown.connector[2]
     words = [last(first(word / word.norm()).clamp(min=0)) for word in words]
-    layer = topdown.layers[index // 2]
+    layer = topdown.layers[index]
     queries = [layer.q.weight @ layer_norm(token, (16,), layer.norm.weight, layer.norm.bias) for token in x]
     read = attend(queries, [layer.k.weight @ word for word in words], [layer.v.weight @ word for word in words])
     return ran(block, x + (ALPHA * layer.gate).tanh() * read @ layer.out.weight.T)
 
 
 def qa_vit(topdown, index, block, x, words, prior):
-    norm, first, _, last = topdown.maps[index - 1]
+    layer = topdown.layers[index]
+    norm, first, _, last = layer.map
     mapped = [last(gelu(first(norm(word)))) for word in words]
     q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
     _, more_k, more_v = block.attn.qkv(torch.stack(mapped)).chunk(3, dim=-1)
@@ -99,12 +101,12 @@ def qa_vit(topdown, index, block, x, words, prior):
             mixed.append(total / (own.sum() + added.sum()))
         rows.append(torch.cat(mixed))
     read = torch.stack(rows)
-    more = (ALPHA * topdown.gates[index - 1]).tanh() * read @ topdown.outputs[index - 1].T
-    return ran(block, x, block.attn.proj(read) + more)
+    other = (block.attn.proj.weight + layer.change.weight) @ read.T
+    return ran(block, x, block.attn.proj(read) + (ALPHA * layer.gate).tanh() * (other.T + block.attn.proj.bias))
 
 
 def film(topdown, index, block, x, words, prior):
-    by = ALPHA * topdown.modulations[index - 1](prior)
+    by = ALPHA * topdown.modulations[index](prior)
     return ran(
         block,
         x,
@@ -114,7 +116,7 @@ def film(topdown, index, block, x, words, prior):
 
 def sentence_attention(topdown, index, block, x, words, prior):
     x = ran(block, x)
-    gate = topdown.gates[index - 1](torch.cat([x.mean(dim=0), prior])).sigmoid()
+    gate = topdown.gates[index](torch.cat([x.mean(dim=0), prior])).sigmoid()
     return x * (1 + ALPHA * (2 * gate - 1))
 
 
@@ -231,19 +233,35 @@ def test_a_new_one_leaves_the_encoder_as_it_is(name):
     torch.testing.assert_close(out.seen.tokens, out.bottom_up.tokens, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_belong_to_a_block_whatever_the_start(name):
+    early, late = make(ALL[name][0](), start=1, embed_dim=16, depth=4, num_heads=2), make(ALL[name][0]())
+    numbered = re.compile(r"(?:layers|modulations|gates)\.(\d)\.")
+    blocks = [
+        {int(found[1]) for key in model.vision.topdown.state_dict() if (found := numbered.match(key))}
+        for model in (early, late)
+    ]
+    assert blocks == ([{0, 2}, {1, 3}] if name == "cross_attention" else [{0, 1, 2, 3}, {1, 2, 3}])
+
+
 @torch.no_grad()
-def test_a_new_qa_vit_has_the_encoders_own_output_map():
-    vision = AbSViT("vit_base_patch16_224", 32, topdown=QAViT(), embed_dim=16, depth=2, num_heads=2)
-    torch.nn.init.normal_(vision.vit.blocks[1].attn.proj.weight)  # as pre-trained weights do
-    assemble(
-        vision, RobertaEncoder(20, 12, 1, 2, 24), partial(CoAttentionFusion, width=8, depth=1, num_heads=2), RankingHead
-    )
-    assert torch.equal(vision.topdown.outputs[1], vision.vit.blocks[1].attn.proj.weight)
+def test_the_second_output_map_of_qa_vit_starts_as_the_encoders():
+    vision = AbSViT("vit_base_patch16_224", 32, topdown=QAViT(), embed_dim=16, depth=1, num_heads=2)
+    fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2)
+    model = assemble(vision, RobertaEncoder(20, 12, 1, 2, 24), fusion, RankingHead).eval()
+    torch.nn.init.normal_(vision.vit.blocks[0].attn.proj.weight)  # as weights that come later do
+    layer = vision.topdown.layers[0]
+    layer.gate.fill_(0.5)
+    out = model(torch.randn(2, 3, 32, 32), IDS, MASK)
+    signal = vision.topdown.read(Words(out.text_states, MASK), out.bottom_up.tokens, out.prior, vision._project)
+    mixed = torch.randn(2, 5, 16)
+    own = vision.vit.blocks[0].attn.proj(mixed)
+    torch.testing.assert_close(signal.project(0, mixed, own), own * (1 + layer.gate.tanh()))
 
 
 def test_where_there_are_no_words_it_is_refused_in_one_line():
     encoder = AbSViT("vit_base_patch16_224", 32, topdown=QAViT(), embed_dim=16, depth=2, num_heads=2, num_classes=3)
-    with pytest.raises(UserError, match="QAViT steers by words: choose another model/topdown"):
+    with pytest.raises(UserError, match="QAViT steers by words, and there are none: choose another model/topdown"):
         AbSViTClassifier(encoder)(torch.randn(1, 3, 32, 32))
 
 
@@ -282,3 +300,5 @@ def test_a_variant_that_reads_one_prior_refuses_several():
     with pytest.raises(UserError, match="model.prior_count=2: ReleasedTopDown reads one ξ: pass 1"):
         make(ReleasedTopDown(), prior_count=2)
     assert not hasattr(PriorMap(4, 4), "queries")
+    with pytest.raises(UserError, match="model.prior_count=2: this model/topdown reads no ξ: pass 1"):
+        make(FeedbackOnly(), prior_count=2)

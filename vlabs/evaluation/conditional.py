@@ -67,6 +67,10 @@ class ConditionalEvaluation(Evaluation):
         rows = data.rows(results.split)
         if self.images is not None:
             rows = rows.select(range(min(self.images, len(rows))))
+        if len(rows) < 3:
+            raise UserError(
+                f"{data.dir}, split {results.split}: {len(rows)} images are too few to be ranked (task.images)"
+            )
         holding: dict[str, list[int]] = defaultdict(list)
         for n, captions in enumerate(rows.select_columns(["caption"])["caption"]):
             for phrase in dict.fromkeys(caption.strip().rstrip(".").lower() for caption in captions):
@@ -74,8 +78,8 @@ class ConditionalEvaluation(Evaluation):
         held = {phrase: which for phrase, which in holding.items() if 1 < len(which) < len(rows)}
         if not held:
             raise UserError(
-                f"{data.dir}, split {results.split}: no caption is that of two images: this needs phrases, such as "
-                "vlabs prepare coco_captions --phrases makes"
+                f"{data.dir}, split {results.split}: no caption is that of two images and not of all: this needs "
+                "phrases, such as data=scenes_phrases or vlabs prepare coco_captions --phrases, and enough images"
             )
         asked = sorted(held, key=lambda phrase: (-len(held[phrase]), phrase))[: self.phrases]
         model = checkpoint.model.to(results.device).eval()

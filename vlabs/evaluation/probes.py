@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from vlabs.attention.gradients import recording
@@ -148,8 +149,9 @@ def sinks(model: VisionLanguageModel, images: Tensor, ids: Tensor, mask: Tensor)
     last = None
     states = recorded.states[-len(attention) :]
     for block, (read, x) in enumerate(zip(attention, states, strict=True), start=first + 1):
-        if x is None or x.shape[1] != read.shape[3]:  # a block whose attention is over something else
+        if x is None or x.shape[1] != read.shape[2]:  # a block whose attention is over something else
             continue
+        read = read[..., : x.shape[1]]  # keys after the tokens are words
         norms = x.norm(dim=2)
         last = norms > norms.mean(dim=1, keepdim=True) + OUTLYING * norms.std(dim=1, keepdim=True)
         _add(found, str(block), read, last)
@@ -170,12 +172,12 @@ class HeadMeans(NamedTuple):
     """A block's heads, and their mean output.
 
     Attributes:
-        projection: the linear map of the outputs of all heads, side by side.
+        place: the module whose input is the outputs of all heads, side by side.
         heads: the columns of each head.
         means: for each pass, (C,), the mean of its input.
     """
 
-    projection: nn.Module
+    place: nn.Module
     heads: list[slice]
     means: list[Tensor]
 
@@ -200,7 +202,7 @@ def head_means(model: VisionLanguageModel, batches: Sequence[tuple[Tensor, ...]]
     sums: list[list[Tensor]] = [[] for _ in attentions]
     counts: list[list[int]] = [[] for _ in attentions]
     with ExitStack() as stack:
-        calls = [stack.enter_context(_changing(attention.proj, _summing(sums[n], counts[n])))
+        calls = [stack.enter_context(_changing(_place(attention), _summing(sums[n], counts[n])))
                  for n, attention in enumerate(attentions)]  # fmt: skip
         for batch in batches:
             for one in calls:
@@ -210,8 +212,14 @@ def head_means(model: VisionLanguageModel, batches: Sequence[tuple[Tensor, ...]]
     for attention, of, count in zip(attentions, sums, counts, strict=True):
         width = of[0].shape[-1] // attention.num_heads
         heads = [slice(start, start + width) for start in range(0, of[0].shape[-1], width)]
-        found.append(HeadMeans(attention.proj, heads, [one / n for one, n in zip(of, count, strict=True)]))
+        found.append(HeadMeans(_place(attention), heads, [one / n for one, n in zip(of, count, strict=True)]))
     return found
+
+
+def _place(attention: nn.Module) -> nn.Module:
+    """The first module that reads the heads' outputs: timm's ViTs have a norm before the projection."""
+    norm = getattr(attention, "norm", None)
+    return norm if type(attention) is Attention and norm is not None else attention.proj  # type: ignore[return-value]
 
 
 @contextmanager
@@ -223,7 +231,7 @@ def without_head(of: HeadMeans, head: int) -> Iterator[None]:
         x[..., of.heads[head]] = of.means[call % len(of.means)][of.heads[head]].to(x)
         return x
 
-    with _changing(of.projection, replace):
+    with _changing(of.place, replace):
         yield
 
 

@@ -149,12 +149,18 @@ def _read_model(folder: Path, name: str, config: dict[str, Any], kind: _Kind) ->
         _check_size(kind, architecture, state)
         model, info = kind.model.from_pretrained(
             None, config=architecture, state_dict=state, dtype=torch.float32, attn_implementation="eager",
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:  # a manipulated config makes transformers fail with any kind of error
         raise UserError(f"{name} holds no model that can be loaded: {one_line(str(error))[:300]}") from None
+    if unlike := sorted(info["mismatched_keys"]):
+        weight, there, wanted = unlike[0]
+        raise UserError(
+            f"{name}: {weight} is {tuple(there)}, but its config.json asks for {tuple(wanted)}: config and weights are "
+            "of different models"
+        )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} has no {missing[0]} ({len(missing)} weights are missing): name a complete model")
     return model

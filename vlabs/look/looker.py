@@ -12,7 +12,7 @@ from PIL import Image
 from vlabs.attention import LOOK_MAPS
 from vlabs.data.decoding import as_shown
 from vlabs.data.preprocessing import check_text
-from vlabs.errors import UserError
+from vlabs.errors import UserError, one_line
 from vlabs.look.models import Inputs, Lookable
 from vlabs.prediction.predictor import Answer, AnyImage, open_image
 
@@ -90,7 +90,11 @@ class Looker:
         Raises:
             UserError: the image processor gives another size than the model has.
         """
-        read = self.images(images=[image], return_tensors="pt")
+        try:
+            read = self.images(images=[image], return_tensors="pt")
+        except (ValueError, ZeroDivisionError, RuntimeError) as error:  # an image of a few pixels' height, for example
+            size = f"{image.width} x {image.height} pixels"
+            raise UserError(f"{self.name} cannot read an image of {size}: {one_line(str(error))[:120]}") from None
         given = {name: value.to(self.device) for name, value in read.items()}
         if "spatial_shapes" in given:  # leave out the padding
             count = int(given["spatial_shapes"][0].prod())

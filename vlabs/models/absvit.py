@@ -36,6 +36,8 @@ from vlabs.models.registry import register
 from vlabs.models.topdown import Kept, Signal, Steering, TopDown, TopDownSignal, Words, cosines, pick, take
 from vlabs.utils.options import Count, Part, Size, check_type
 
+_OTHER = "choose another model/topdown"
+
 
 class NetworkOptions(TypedDict, total=False):
     """The options of timm's networks that are checked here; there are more.
@@ -444,9 +446,7 @@ class AbSViT(nn.Module):
         if self.needs_prior and prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         if self.reads_words and words is None:
-            raise UserError(
-                f"{type(topdown).__name__} steers by words: choose another model/topdown where there are none"
-            )
+            raise UserError(f"{type(topdown).__name__} steers by words, and there are none: {_OTHER}")
         kept = self.choose(bottom_up, prior, image_index)
         if topdown is None or not topdown.needs_prior:
             # The same for all texts of an image, so once an image.
@@ -699,7 +699,12 @@ def assemble_classifier(vision: AbSViT, alpha: float = 1.0) -> AbSViTClassifier:
     Args:
         vision: the encoder, with a head.
         alpha: α of a trained ξ, which `model/topdown` reads: 1 on ImageNet (paper, section 6).
+
+    Raises:
+        UserError: words steer the encoder.
     """
+    if vision.reads_words:
+        raise UserError(f"{type(vision.topdown).__name__} steers by words, and a classifier has none: {_OTHER}")
     return AbSViTClassifier(vision)
 
 

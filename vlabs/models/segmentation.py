@@ -19,6 +19,7 @@ from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import TextEncoder
+from vlabs.models.topdown import Words
 from vlabs.utils.options import Count, Share, Size
 
 
@@ -142,6 +143,8 @@ class Segmenter(nn.Module, Shareable):
         self.layers = [int(layer) for layer in layers]
         self.text = text
         self.prior = prior
+        if text is not None and vision.topdown is not None and vision.topdown.reads_words:
+            vision.topdown.hear(text.width, vision.backbone, vision.start)
         self.prompt = nn.Parameter(torch.empty(vision.width)) if text is None else None
         if self.prompt is not None:
             nn.init.trunc_normal_(self.prompt, std=0.02)
@@ -192,15 +195,20 @@ class Segmenter(nn.Module, Shareable):
         padded = F.pad(images, (0, right, 0, below)) if below or right else images
         bottom_up = self.vision.encode(padded, self.layers)
         prior: Tensor | None
+        words = None
         if self.text is not None and self.prior is not None:
             if input_ids is None or attention_mask is None:
                 raise ValueError("the model is steered by texts, and none is given")
-            prior = self.prior(self.text(input_ids, attention_mask), input_ids, attention_mask)
+            states = self.text(input_ids, attention_mask)
+            words = Words(states, attention_mask)
+            prior = self.prior(states, input_ids, attention_mask)
         else:
             assert self.prompt is not None
             prior = self.prompt.expand(len(images), -1)
             image_index = None
-        seen = self.vision.attend(bottom_up, prior, image_index, reconstruct=reconstruct, layers=self.layers)
+        seen = self.vision.attend(
+            bottom_up, prior, image_index, reconstruct=reconstruct, layers=self.layers, words=words
+        )
         grid = padded.shape[-2] // self.patch, padded.shape[-1] // self.patch
         maps = [tokens[:, self.vision.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in seen.layers]
         logits, of_auxiliary = self.decoder(maps)
@@ -266,6 +274,9 @@ def assemble_segmenter(
     """
     if prior == "text" and not isinstance(text, TextEncoder):
         raise UserError("model.prior=text needs a text encoder: pass model/text=mini, or another")
+    if prior == "trained" and vision.reads_words:
+        kind = type(vision.topdown).__name__
+        raise UserError(f"{kind} steers by words: choose another model/topdown, or task=refer with model.prior=text")
     if prior == "text" and not vision.needs_prior:
         raise UserError("model.prior=text steers by ξ: choose a model/topdown that reads it")
     depth = vision.backbone.depth

@@ -299,7 +299,7 @@ class TopDown(nn.Module):
         """
 
     def hear(self, text_dim: int, backbone: Backbone, start: int) -> None:
-        """Make the layers that read words; called once, when the encoder has its weights.
+        """Make the layers that read words; called once.
 
         Args:
             text_dim: width of the text's states.
@@ -353,6 +353,18 @@ class TopDown(nn.Module):
             alpha: the strength of the signal instead of the variant's own; only passed to variants that have one.
         """
         raise NotImplementedError
+
+
+def per_block(backbone: Backbone, start: int, make: Callable[[int], nn.Module], every: int = 1) -> nn.ModuleList:
+    """A layer, made from its width, for each block of the second pass (or every second one); nothing for the others.
+
+    They are numbered by the blocks of the encoder, so that weights fit the block that they are of, whatever `start` is.
+    """
+    layers = nn.ModuleList()
+    for index, width in enumerate(backbone.widths):
+        here = index >= start - 1 and (index - start + 1) % every == 0
+        layers.append(make(width) if here else nn.Identity())
+    return layers
 
 
 def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor:

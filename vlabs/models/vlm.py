@@ -242,7 +242,7 @@ def assemble(
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
-        UserError: the variant reads one ξ only.
+        UserError: the variant reads one ξ only, or none.
     """
     if prior_count > 1 and vision.topdown is not None and not vision.topdown.takes_several:
         raise UserError(f"model.prior_count={prior_count}: {type(vision.topdown).__name__} reads one ξ: pass 1")
@@ -251,5 +251,8 @@ def assemble(
     # Without a [cls] the pooler reads the mean of the image tokens, as METER's does of a Swin.
     pooling = {} if vision.has_cls else {"image_pool": "mean"}
     joined = fusion(text_dim=text.width, image_dim=vision.width, **pooling)
-    prior = PriorMap(text.width, vision.width, prior_token, prior_count) if vision.needs_prior or unused_prior else None
+    has_prior = vision.needs_prior or unused_prior
+    if prior_count > 1 and not has_prior:
+        raise UserError(f"model.prior_count={prior_count}: this model/topdown reads no ξ: pass 1, or another one")
+    prior = PriorMap(text.width, vision.width, prior_token, prior_count) if has_prior else None
     return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)

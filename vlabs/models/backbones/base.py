@@ -150,10 +150,6 @@ class Backbone(ABC):
         """Its bias, (3D,); only asked of a ViT."""
         raise NotImplementedError
 
-    def output_weight(self, index: int) -> Tensor:
-        """W_o of block `index`, (D, D); only asked of a ViT."""
-        raise NotImplementedError
-
     def value_weight(self, index: int) -> Tensor:
         """W_v of block `index`, (D, D)."""
         return self.qkv_weight(index).chunk(3)[2]

@@ -134,10 +134,6 @@ class ViT(TimmViT):
         """See `Backbone`."""
         return self.network.blocks[index].attn.qkv.bias
 
-    def output_weight(self, index: int) -> Tensor:
-        """See `Backbone`."""
-        return whole_weight(self.network.blocks[index].attn.proj)
-
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's own renaming, OpenAI's names of CLIP too; resampled as METER does, without smoothing."""
         converted: dict[str, Tensor] = checkpoint_filter_fn(state, self.network, antialias=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlabs.models.backbones import Backbone
 from vlabs.models.backbones.base import mix, split_heads
 from vlabs.models.registry import register
-from vlabs.models.topdown import Project, Signal, TopDown, Words, similarity
+from vlabs.models.topdown import Project, Signal, TopDown, Words, per_block, similarity
 from vlabs.utils.options import Size
 
 
@@ -55,7 +55,7 @@ class WordSignal(Signal):
     """Words (n, T, D) that every second block of the second pass reads, the first one too.
 
     Args:
-        layers: of those blocks, in order.
+        layers: of all blocks of the second pass, in order.
         words, bias, alpha: as in `WordLayer.forward`.
         weights: (n, N), the similarity of ξ and the tokens.
     """
@@ -67,7 +67,7 @@ class WordSignal(Signal):
         """See `Signal`."""
         if block % 2:
             return x
-        tokens: Tensor = self.layers[block // 2](x, self.words, self.bias, self.alpha)
+        tokens: Tensor = self.layers[block](x, self.words, self.bias, self.alpha)
         return tokens
 
 
@@ -111,10 +111,13 @@ class CrossAttention(TopDown):
         for layer in (first, last):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.layers = nn.ModuleList(
-            WordLayer(width, widths[-1], self.num_heads, self.head_dim or max(1, 3 * width // (2 * self.num_heads)))
-            for width in widths[::2]
-        )
+        self.first = start - 1
+
+        def make(width: int) -> nn.Module:
+            head_dim = self.head_dim or max(1, 3 * width // (2 * self.num_heads))
+            return WordLayer(width, widths[-1], self.num_heads, head_dim)
+
+        self.layers = per_block(backbone, start, make, every=2)
         if self.scores_patches:
             self.head = nn.Linear(widths[-1], 1)
             nn.init.zeros_(self.head.weight)
@@ -131,4 +134,4 @@ class CrossAttention(TopDown):
         """See `TopDown`."""
         read = self.connector(F.normalize(words.states, dim=-1))
         alpha = self.alpha if alpha is None else alpha
-        return WordSignal(self.layers, read, words.bias(), alpha, similarity(prior, tokens))
+        return WordSignal(self.layers[self.first :], read, words.bias(), alpha, similarity(prior, tokens))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vlabs.models.backbones import Backbone
 from vlabs.models.registry import register
-from vlabs.models.topdown import Feedback, Signal, TopDown, similarity
+from vlabs.models.topdown import Feedback, Signal, TopDown, per_block, similarity
 
 
 class FiLMSignal(Signal):
@@ -50,11 +50,8 @@ class FiLM(TopDown):
 
     def build(self, backbone: Backbone, start: int) -> None:
         """See `TopDown`."""
-        widths = backbone.widths[start - 1 :]
-        self.modulations = nn.ModuleList(nn.Linear(backbone.width, 4 * width) for width in widths)
-        for layer in self.modulations:
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.first = start - 1
+        self.modulations = per_block(backbone, start, lambda width: _zero(nn.Linear(backbone.width, 4 * width)))
 
     def signal(
         self,
@@ -67,4 +64,11 @@ class FiLM(TopDown):
     ) -> FiLMSignal:
         """See `TopDown`."""
         alpha = self.alpha if alpha is None else alpha
-        return FiLMSignal([alpha * layer(prior).unsqueeze(1) for layer in self.modulations], similarity(prior, tokens))
+        scaled = [alpha * layer(prior).unsqueeze(1) for layer in self.modulations[self.first :]]
+        return FiLMSignal(scaled, similarity(prior, tokens))
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

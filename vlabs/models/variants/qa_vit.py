@@ -10,36 +10,51 @@ from torch import Tensor, nn
 
 from vlabs.models.backbones import Backbone
 from vlabs.models.registry import register
-from vlabs.models.topdown import Project, Signal, TopDown, Words, similarity
+from vlabs.models.topdown import Project, Signal, TopDown, Words, per_block, similarity
 from vlabs.utils.options import NonNegative
 
 
-class WordMap(nn.Sequential):
-    """`Linear(GELU(Linear(LN(t))))`, from the text's width to the encoder's."""
+class JoinedLayer(nn.Module):
+    """What one block reads the words with: their map, W'_o and its gate.
+
+    Args:
+        text_dim: width of the words.
+        width: D of the block.
+    """
 
     def __init__(self, text_dim: int, width: int) -> None:
-        super().__init__(nn.LayerNorm(text_dim), nn.Linear(text_dim, text_dim), nn.GELU(), nn.Linear(text_dim, width))
+        super().__init__()
+        self.map = nn.Sequential(
+            nn.LayerNorm(text_dim), nn.Linear(text_dim, text_dim), nn.GELU(), nn.Linear(text_dim, width)
+        )
+        # W'_o less W_o: it starts as W_o, wherever the weights of the encoder come from.
+        self.change = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.change.weight)
+        self.gate = nn.Parameter(torch.zeros(()))
 
 
 class JoinedSignal(Signal):
     """Words (n, T, D) that are keys and values of every block, and a second output map with a gate.
 
     Args:
+        layers: of the blocks.
         keys, values: (n, T, D) for every block.
         share: (n, 1, 1, T), added to the scores of the words: -inf for padding.
-        outputs: for every block W'_o, (D, D), and tanh(α g).
+        alpha: a factor of the gates.
         weights: (n, N), the similarity of ξ and the tokens.
     """
 
     def __init__(
         self,
+        layers: list[JoinedLayer],
         keys: list[Tensor],
         values: list[Tensor],
         share: Tensor,
-        outputs: list[tuple[Tensor, Tensor]],
+        alpha: float,
         weights: Tensor,
     ) -> None:
-        self.keys, self.values, self.share, self.outputs, self.similarity = keys, values, share, outputs, weights
+        self.layers, self.keys, self.values = layers, keys, values
+        self.share, self.alpha, self.similarity = share, alpha, weights
 
     def steer(self, block: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Signal`."""
@@ -54,8 +69,9 @@ class JoinedSignal(Signal):
 
     def project(self, block: int, mixed: Tensor, out: Tensor) -> Tensor:
         """See `Signal`."""
-        weight, gate = self.outputs[block]
-        return out + gate * F.linear(mixed, weight)
+        layer = self.layers[block]
+        more: Tensor = out + layer.change(mixed)
+        return out + torch.tanh(self.alpha * layer.gate) * more
 
 
 @register
@@ -84,21 +100,16 @@ class QAViT(TopDown):
 
     def hear(self, text_dim: int, backbone: Backbone, start: int) -> None:
         """See `TopDown`."""
-        blocks = range(start - 1, backbone.depth)
-        self.maps = nn.ModuleList(WordMap(text_dim, backbone.widths[index]) for index in blocks)
-        self.outputs = nn.ParameterList(backbone.output_weight(index).detach().clone() for index in blocks)
-        self.gates = nn.ParameterList(torch.zeros(()) for _ in blocks)
+        self.first = start - 1
+        self.layers = per_block(backbone, start, lambda width: JoinedLayer(text_dim, width))
 
     def read(
         self, words: Words, tokens: Tensor, prior: Tensor, project: Project, alpha: float | None = None
     ) -> JoinedSignal:
         """See `TopDown`."""
         alpha = self.alpha if alpha is None else alpha
-        keys, values, outputs = [], [], []
-        for block, (layer, weight, gate) in enumerate(zip(self.maps, self.outputs, self.gates, strict=True)):
-            _, key, value = project(block, layer(words.states)).chunk(3, dim=-1)
-            keys.append(key)
-            values.append(value)
-            outputs.append((weight, torch.tanh(alpha * gate)))
+        layers: list[JoinedLayer] = list(self.layers)[self.first :]  # type: ignore[assignment]
+        read = [project(block, layer.map(words.states)).chunk(3, dim=-1) for block, layer in enumerate(layers)]
         share = words.bias() + (math.log(alpha) if alpha > 0 else -math.inf)
-        return JoinedSignal(keys, values, share, outputs, similarity(prior, tokens))
+        keys, values = [key for _, key, _ in read], [value for _, _, value in read]
+        return JoinedSignal(layers, keys, values, share, alpha, similarity(prior, tokens))

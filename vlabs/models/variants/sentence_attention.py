@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlabs.models.backbones import Backbone
 from vlabs.models.registry import register
-from vlabs.models.topdown import Feedback, Signal, TopDown, similarity
+from vlabs.models.topdown import Feedback, Signal, TopDown, per_block, similarity
 from vlabs.utils.options import Size
 
 
@@ -56,13 +56,16 @@ class SentenceAttention(TopDown):
 
     def build(self, backbone: Backbone, start: int) -> None:
         """See `TopDown`."""
-        self.gates = nn.ModuleList()
-        for width in backbone.widths[start - 1 :]:
+        self.first = start - 1
+
+        def make(width: int) -> nn.Module:
             inner = max(1, width // self.reduction)
             last = nn.Linear(inner, width)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.gates.append(nn.Sequential(nn.Linear(width + backbone.width, inner), nn.ReLU(), last))
+            return nn.Sequential(nn.Linear(width + backbone.width, inner), nn.ReLU(), last)
+
+        self.gates = per_block(backbone, start, make)
 
     def signal(
         self,
@@ -75,4 +78,4 @@ class SentenceAttention(TopDown):
     ) -> ChannelSignal:
         """See `TopDown`."""
         alpha = self.alpha if alpha is None else alpha
-        return ChannelSignal(list(self.gates), prior, alpha, similarity(prior, tokens))
+        return ChannelSignal(list(self.gates)[self.first :], prior, alpha, similarity(prior, tokens))
