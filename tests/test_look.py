@@ -310,6 +310,8 @@ def test_maps_are_measured_as_a_plain_loop_measures_them(folders, lookers, tiny_
         ("CLIPModel", None, ["--text", " "], ["--text is empty"]),
         ("CLIPModel", None, ["--image", "broken.png"], ["broken.png", "not a whole image"]),
         ("CLIPModel", None, ["--image", "nowhere.png"], ["nowhere.png"]),
+        ("ViltForQuestionAnswering", None, ["--image", "thin.png"], ["cannot read an image of 3000 x 4 pixels"]),
+        ("CLIPModel", {"projection_dim": 20}, [], ["projection.weight is (", "but its config.json asks for (20, "]),
         ("CLIPModel", None, ["--out", "look.gif"], ["look.gif", ".png or .svg"]),
         ("CLIPModel", None, ["--results", "there"], ["--results", "--data"]),
         ("ViltForQuestionAnswering", None, ["--map", "similarity"], ["no map similarity", "relevance, normgrad"]),
@@ -335,6 +337,7 @@ def test_what_cannot_be_looked_into_is_one_line(kind, change, options, parts, fo
 
     folder = shutil.copytree(folders[kind], tmp_path / "model")
     photo.save(tmp_path / "photo.png")
+    photo.resize((3000, 4)).save(tmp_path / "thin.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "photo.png").read_bytes()[:2000])
     if isinstance(change, dict):
         file = next((name for name in change if name.endswith(".json")), None)

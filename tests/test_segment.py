@@ -636,7 +636,9 @@ def test_more_classes_than_a_byte_holds_are_measured_written_and_drawn(tmp_path)
 
     checkpoint = SimpleNamespace(segmenter=Right(), preprocessing=data.preprocessing, data={}, path="x")
     (tmp_path / "ev").mkdir()
-    trainer = OmegaConf.create({"accelerator": "cpu", "enable_progress_bar": False})
+    trainer = OmegaConf.create(
+        {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
+    )
     found = SegmentEvaluation(predictions=True).run(checkpoint, data, Setting("val", tmp_path / "ev", trainer))
     assert (found["miou"], found["pixel_accuracy"]) == (100, 100)
     written = np.asarray(Image.open(tmp_path / "ev/predictions/a.png"))
