@@ -27,7 +27,7 @@ def picture(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model/topdown=absvitt", ["model/topdown=absvitt", "absvit, absvit_qkv, absvit_released, feedback"]),
+        ("model/topdown=absvitt", ["model/topdown=absvitt", "absvit, absvit_qkv, absvit_released, codebook"]),
         ("data=vqa2", ["vqa2", "scenes", "vqav2"]),
         ("trainer.max_epoch=3", ["trainer.max_epoch", "max_epochs"]),
         ("optimiser=sgd", ["optimiser", "seed"]),

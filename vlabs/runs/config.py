@@ -298,8 +298,8 @@ def _sentence(error: BaseException) -> str | None:
     if unmatched := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", str(error)):
         name = unmatched[1]
         return (
-            f"{name}=...: the config of a run has no groups to choose from, so what it chose stays: pass single "
-            "options of it, as its config.yaml names them"
+            f"{name}=...: the config of a run has no groups to choose from: pass its options, as its config.yaml "
+            f"names them, or, where it has none yet, add a group's with +{name}=CHOICE"
         )
     if isinstance(error, InstantiationException):
         place = re.search(r"^full_key: (\S+)", str(error), re.M)

@@ -37,15 +37,15 @@ class Codebook(TopDown):
     def __init__(self, alpha: float = 1.0, codes: Size = 256, code_dim: Size = 10, dropout: Share = 0.1) -> None:
         super().__init__()
         self.alpha = float(alpha)
-        self.codes = nn.Parameter(torch.randn(codes, code_dim))
-        self.dropout = dropout
+        self.count, self.code_dim, self.dropout = codes, code_dim, dropout
 
     def build(self, backbone: Backbone, start: int) -> None:
         """See `TopDown`."""
-        width, (count, code_dim) = backbone.width, self.codes.shape
+        width = backbone.width
         self.joint = nn.Linear(2 * width, width)
-        self.choose = nn.Linear(width, count)
-        self.up = nn.Linear(code_dim, width)
+        self.choose = nn.Linear(width, self.count)
+        self.codes = nn.Parameter(torch.randn(self.count, self.code_dim))
+        self.up = nn.Linear(self.code_dim, width)
 
     def reweigh(
         self, tokens: Tensor, prior: Tensor, alpha: float | None = None
