@@ -13,6 +13,7 @@ from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
 from vlabs.models.prior import PriorMap, overlap
 from vlabs.models.registry import restore
+from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown, FeedbackOnly, ReleasedTopDown, Words
 from vlabs.models.variants.codebook import Codebook
@@ -302,3 +303,29 @@ def test_a_variant_that_reads_one_prior_refuses_several():
     assert not hasattr(PriorMap(4, 4), "queries")
     with pytest.raises(UserError, match="model.prior_count=2: this model/topdown reads no ξ: pass 1"):
         make(FeedbackOnly(), prior_count=2)
+
+
+@torch.no_grad()
+def test_a_prior_that_steers_nothing_is_not_said_to_steer():
+    torch.manual_seed(0)
+    vision = AbSViT("vit_base_patch16_224", 32, topdown=FeedbackOnly(), embed_dim=16, depth=2, num_heads=2)
+    fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2)
+    model = assemble(vision, RobertaEncoder(20, 12, 1, 2, 24), fusion, RankingHead, unused_prior=True).eval()
+    out = model(torch.randn(2, 3, 32, 32), IDS, MASK)
+    assert out.seen.token_weights is not None  # where ξ points is known
+    assert vision.steers(out.seen) is None
+
+
+@pytest.mark.parametrize("points", ["prior", "head"])
+def test_words_steer_the_segmentation_of_what_they_name(points):
+    torch.manual_seed(0)
+    topdown = CrossAttention(num_heads=2, points=points)
+    vision = AbSViT("vit_base_patch16_224", 32, topdown=topdown, embed_dim=16, depth=4, num_heads=2, start=2)
+    head = partial(UperNet, num_classes=1, channels=4, pool_scales=[1, 2], aux_channels=4)
+    model = assemble_segmenter(vision, head, prior="text", text=RobertaEncoder(20, 12, 1, 2, 24)).eval()
+    for layer in topdown.layers[1::2]:
+        torch.nn.init.constant_(layer.gate, 0.9)
+    image = torch.randn(1, 3, 32, 32)
+    found = model(image, IDS, MASK, torch.tensor([0, 0])).logits
+    assert (found[0] - found[1]).abs().max() > 1e-4
+    restore(model.spec, model.state_dict())

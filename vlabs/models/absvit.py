@@ -313,7 +313,8 @@ class AbSViT(nn.Module):
 
         None if the encoder is not steered by the similarity of prior and tokens.
         """
-        if self.topdown is None or not self.topdown.by_similarity or seen.token_weights is None:
+        steered = self.topdown is not None and self.needs_prior and self.topdown.by_similarity
+        if not steered or seen.token_weights is None:
             return None
         return (seen.token_weights[:, self.num_prefix_tokens :] > 0).any(dim=1)
 
