@@ -31,6 +31,7 @@ from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.models.absvit import AbSViT, BottomUp
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.topdown import pick
+from vlabs.runs.record import read_summary
 
 ORDERS = ("s", "cls", "norm", "random")
 _TRAINING = (
@@ -93,7 +94,7 @@ def measure(out: Path, order: str, share: float, pruned: float, seed: int, more:
     metrics = folder / "evaluation" / "metrics.json"
     if not metrics.is_file():
         own = [f"model.vision.keep={share}", f"seed={seed}", f"hydra.run.dir={folder}"]
-        if not (folder / "summary.json").is_file():
+        if (read_summary(folder) or {}).get("status") != "done":
             run(order, pruned, "vlabs.train", *_TRAINING, *own, *more)
         place = [f"hydra.run.dir={metrics.parent}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
         run(order, pruned, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
