@@ -32,6 +32,7 @@ from vlabs.data.sampling import BatchSpec, Group
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.topdown import AbSTopDown
+from vlabs.runs.values import check_values
 from vlabs.tasks.classify import ClassifyTask
 from vlabs.tasks.optim import Recipe
 
@@ -502,7 +503,7 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
 def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
     name = next(iter(option))
     with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose one of aug.*num_workers"):
-        ClassDataModule(objects, **option)
+        check_values({"data": {"_target_": "vlabs.data.classes.ClassDataModule", "dir": str(objects), **option}})
 
 
 def test_options_of_texts_may_stand_in_a_config_of_old_at_their_defaults(objects):

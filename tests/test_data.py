@@ -16,6 +16,7 @@ from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing, decod
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQADataModule, VQADataset
 from vlabs.errors import UserError
+from vlabs.runs.values import check_values
 
 
 def make_data(tiny_data, **options):
@@ -193,7 +194,7 @@ def test_options_of_other_data_are_refused_and_those_of_these_are_named(option, 
     with pytest.raises(
         UserError, match=rf"data\.{name}=.* do not use it; choose one of .*minival_images.*questions_per"
     ):
-        VQADataModule(tiny_data, image_size=32, **option)
+        check_values({"data": {"_target_": "vlabs.data.vqa.VQADataModule", "dir": str(tiny_data), **option}})
 
 
 def test_a_number_of_texts_is_refused_by_the_name_that_it_was_given(tiny_data):

@@ -228,26 +228,27 @@ def make_task(**options):
 
 
 def set_up(task, known):
-    """What Lightning does before training; the data, as the task leaves them."""
-    data = SimpleNamespace(regions_known=known, wants=None, val_split="val", answer_types=lambda split: [])
+    """What Lightning does before training; what the task wants of such data."""
+    data = SimpleNamespace(regions_known=known, val_split="val", answer_types=lambda split: [])
     task._trainer = SimpleNamespace(datamodule=data, is_global_zero=True)
+    wants = task.wants(data)
     task.setup("fit")
-    return data
+    return wants
 
 
 def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
     task = make_task(region_prior_weight=0.5)
-    assert set_up(task, known=0).wants.region_grid is None
+    assert set_up(task, known=0).region_grid is None
     assert task.region_prior_weight == 0
     assert "the data have no regions, so its weight is 0" in "".join(capsys.readouterr())
     task = make_task(region_prior_weight=0.5)
-    assert set_up(task, known=7).wants.region_grid == (2, 2)
+    assert set_up(task, known=7).region_grid == (2, 2)
     assert task.region_prior_weight == 0.5
 
 
 def test_a_model_without_xi_asks_for_no_regions():
     task = VQATask(make_model(None), Preprocessing(16, ""), {}, Recipe(), region_prior_weight=1.0)
-    assert set_up(task, known=7).wants.region_grid is None
+    assert set_up(task, known=7).region_grid is None
 
 
 @pytest.mark.parametrize(

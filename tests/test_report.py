@@ -45,6 +45,7 @@ def test_a_start_that_is_missing_is_not_trained_by_every_process(tiny_options, t
     options = [*tiny_options, "logger=csv", "init=start", "init_by=['task=vqa']", "hydra.run.dir=run"]
     result = in_process("vlabs.train", options, tmp_path)
     assert_one_line_error(result, "init=start is not there yet", "vlabs train task=vqa hydra.run.dir=start")
+    assert not list(tmp_path.iterdir())  # no lock either
 
 
 def test_the_report_compares_variants_over_seeds(sweep, tiny_data):

@@ -644,7 +644,7 @@ def test_sets_whose_ids_are_numbers_and_texts_are_trained_on_together(tiny_capti
         shutil.rmtree(tmp_path / "texts" / split)
         rows.save_to_disk(tmp_path / "texts" / split)
     for sets in ((tiny_captions, tmp_path / "texts"), (tmp_path / "texts", tiny_captions)):
-        data = CaptionDataModule(sets[0], {"other": sets[1]}, image_size=16, num_workers=0)
+        data = CaptionDataModule(sets[0], sets={"other": sets[1]}, image_size=16, num_workers=0)
         found = [one for batch in data.val_dataloader() for one in batch.caption_ids]
         of_numbers = [str(one) for of in load_split(tiny_captions, "val")["caption_id"] for one in of]
         assert sorted(found) == sorted(of_numbers + [f"0{one}" for one in of_numbers])

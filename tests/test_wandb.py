@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import command
 
+from vlabs.runs import logging
+
 
 class Handler(BaseHTTPRequestHandler):
     """As much of W&B's server as makes its client believe that a run is online."""
@@ -66,14 +68,32 @@ def train(options, cwd, port):
 
 
 def test_wandb_that_goes_away_in_mid_run_costs_nothing_but_its_upload(tiny_options, tmp_path, server):
-    # Pictures and a table of predictions too, one of them: W&B waits for its server at each.
-    options = [*tiny_options, "trainer.max_epochs=4", "callbacks.predictions.every_n_validations=4"]
+    # Figures and tables at every validation: W&B would wait for its server at each.
     found, thread = server
-    result = train(options, tmp_path, found.server_port)
+    result = train([*tiny_options, "trainer.max_epochs=4"], tmp_path, found.server_port)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cannot be sent") == 1
     assert not thread.is_alive(), "the run was never online"
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 12
     assert list((tmp_path / "run/wandb").glob("run-*/run-*.wandb"))
+
+
+def test_a_server_that_was_waited_for_is_not_asked_again_until_much_later(capsys, monkeypatch):
+    monkeypatch.setattr(logging, "_silent_until", 0.0)
+    now = [100.0]
+    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    asked = []
+
+    def wait():
+        asked.append(now[0])
+        now[0] += 3
+        raise OSError("nobody answers")
+
+    for later in (0, 30, 40):
+        now[0] += later
+        logging.send("a figure", wait)
+    assert asked == [100, 173]
+    assert capsys.readouterr().out.count("W&B: a figure cannot be sent (nobody answers)") == 2
 
 
 def test_wandb_that_cannot_be_reached_means_a_run_recorded_offline(tiny_options, tmp_path):

@@ -7,34 +7,21 @@ model.answer("street.jpg", ["What's left of it, the red one?"])
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlabs.checkpoints.released import ReleasedClassifier, ReleasedVLM
+    from vlabs.checkpoints.released import load_released
     from vlabs.models.vlm import VisionLanguageModel
-    from vlabs.prediction.predictor import Predictor
+    from vlabs.prediction.predictor import load
 
 __all__ = ["VisionLanguageModel", "load", "load_released"]
+_FROM = ("vlabs.models.vlm", "vlabs.prediction.predictor", "vlabs.checkpoints.released")
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported with the package, because it brings torch and timm with it.
-    if name == "VisionLanguageModel":
-        from vlabs.models.vlm import VisionLanguageModel
-
-        return VisionLanguageModel
+    # Not imported with the package, because they bring torch and timm with them.
+    for known, module in zip(__all__, _FROM, strict=True):
+        if name == known:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'vlabs' has no attribute '{name}'")
-
-
-def load(path: Any, **options: Any) -> Predictor:
-    """Load a run, export, released file or `user/name` for prediction; see `vlabs.prediction.predictor.load`."""
-    from vlabs.prediction.predictor import load as load_predictor
-
-    return load_predictor(path, **options)
-
-
-def load_released(source: Any, **options: Any) -> ReleasedClassifier | ReleasedVLM:
-    """Load a checkpoint of the released AbSViT code; see `vlabs.checkpoints.released.load_released`."""
-    from vlabs.checkpoints.released import load_released as load_file
-
-    return load_file(source, **options)

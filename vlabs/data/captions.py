@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,14 +142,13 @@ class CaptionDataset(TextDataset):
         return ids.view(shape), mask.view(shape)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CaptionDataModule(TextDataModule):
     """Batches of one or more prepared caption folders, which are trained on together.
 
-    Args:
-        dir: the prepared folder.
+    Attributes:
         sets: further prepared folders, each under a name of your choice, e.g. `{coco: data/coco_captions}`.
         captions_per_image: captions of one image that share its first pass in a training step.
-        options: of `PreparedDataModule`.
 
     Raises:
         UserError: see `PreparedDataModule`.
@@ -158,15 +158,12 @@ class CaptionDataModule(TextDataModule):
     item = "caption"
     holds = "captions (data=scenes_captions, flickr30k, coco_captions)"
 
-    def __init__(
-        self,
-        dir: str | Path,
-        sets: Mapping[str, str | Path] | None = None,
-        captions_per_image: Size = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(dir, captions_per_image=captions_per_image, **options)
-        self.folders |= {name: Path(folder) for name, folder in (sets or {}).items()}
+    sets: Mapping[str, str | Path] | None = None
+    captions_per_image: Size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folders |= {name: Path(folder) for name, folder in (self.sets or {}).items()}
         for folder in self.folders.values():
             check_kind(folder, self.kind)
 
@@ -190,7 +187,7 @@ class CaptionDataModule(TextDataModule):
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> CaptionDataset:
         """See `TextDataModule`. False partners in validation are the same in every epoch."""
         return CaptionDataset(
-            rows, self.preprocessing, images, self.options.seed, self.wants.false_images, self.wants.false_captions
+            rows, self.preprocessing, images, self.seed, self.wants.false_images, self.wants.false_captions
         )
 
 

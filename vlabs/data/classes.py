@@ -5,7 +5,7 @@ Images may stay in their raw files; prepared rows then say where.
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
@@ -156,13 +156,12 @@ def _transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Any:
     )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ClassDataModule(PictureDataModule):
     """Batches of a prepared folder of classes.
 
-    Args:
-        dir: the prepared folder.
+    Attributes:
         augmentation: augmentation of training images, as an `Augmentation` or a dictionary of its options.
-        options: of `PictureDataModule`.
 
     Raises:
         UserError: see `PictureDataModule`.
@@ -175,25 +174,21 @@ class ClassDataModule(PictureDataModule):
         "crop_mode": "center",
     }  # fmt: skip
 
-    def __init__(
-        self,
-        dir: str | Path,
-        image_size: Size | None = None,
-        augmentation: Augmentation | dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dir, image_size, **options)
-        made = augmentation if isinstance(augmentation, Augmentation) else Augmentation(**augmentation or {})
-        self.augmentation = a = made
+    augmentation: Augmentation | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.augmentation
+        self._augmentation = a = given if isinstance(given, Augmentation) else Augmentation(**given or {})
         self.repeats = a.repeats
         if a.auto_augment is not None:
             check_augment("augmentation.auto_augment", a.auto_augment)
-        if (a.mixup > 0 or a.cutmix > 0) and self.options.batch_size % 2:
+        if (a.mixup > 0 or a.cutmix > 0) and self.batch_size % 2:
             raise UserError(
-                f"data.batch_size={self.options.batch_size} must be even, because mixup and CutMix mix images in pairs"
+                f"data.batch_size={self.batch_size} must be even, because mixup and CutMix mix images in pairs"
             )
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> ClassDataset:
         """See `PictureDataModule`."""
-        augmentation = self.augmentation if training else None
-        return ClassDataset(rows, self.preprocessing, augmentation, self.options.seed, self.options.on_bad)
+        augmentation = self._augmentation if training else None
+        return ClassDataset(rows, self.preprocessing, augmentation, self.seed, self.on_bad)

@@ -194,7 +194,7 @@ def _made(
 ) -> _Module:
     """A data module of a prepared folder, which one process makes if it is not there. Prints what the data are."""
     check_type("data.size", size, Corpus)
-    module.loader_options(**options)  # so that a wrong option is reported before minutes of work
+    module.check_options(options)  # so that a wrong option is reported before minutes of work
     if options.get("tokenizer") and not (Path(dir) / "manifest.json").is_file():
         read_tokenizer(options["tokenizer"], Path(dir))
     with _alone(Path(dir), "manifest.json") as there:

@@ -38,7 +38,7 @@ def check_augment(name: str, value: Any) -> None:
 
 
 @checked("data")
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class LoaderOptions:
     """How batches are read; the options `data.NAME`.
 
@@ -46,7 +46,6 @@ class LoaderOptions:
         batch_size: texts (or images without texts) per step on each device; an optimizer step has this times devices
             times `trainer.accumulate_grad_batches`.
         eval_batch_size: texts per step in evaluation; None for `batch_size`.
-        texts_per_image: texts of one image that share its first pass in a training step.
         num_workers: data loading processes; None for one per CPU, at most 8.
         rand_augment: timm's RandAugment for training images, such as `rand-m9-n2`; None for none.
         on_bad: what to do with images that cannot be decoded: `error` stops, `skip` leaves them out and counts them.
@@ -65,7 +64,6 @@ class LoaderOptions:
 
     batch_size: Size = 64
     eval_batch_size: Size | None = None
-    texts_per_image: Size = 1
     num_workers: Workers | None = None
     rand_augment: str | None = None
     on_bad: Literal["error", "skip"] = "error"
@@ -203,6 +201,7 @@ def make_loader(
     positions: np.ndarray,
     options: LoaderOptions,
     training: bool,
+    texts_per_image: int = 1,
 ) -> DataLoader[Any]:
     """A loader of this process's share of whole batches.
 
@@ -214,13 +213,14 @@ def make_loader(
         options: options of the loaders.
         training: shuffle, with few texts per image in a batch; else keep the stored order, with all texts of an image
             together.
+        texts_per_image: texts of one image that share its first pass in a training step.
     """
     rank, world_size = rank_and_world()
     buckets = training and options.bucket_batches
     sampler = GroupSampler(
         text_rows,
         positions,
-        options.texts_per_image if training else 0,
+        texts_per_image if training else 0,
         options.batch_size if training else options.eval_batch_size or options.batch_size,
         shuffle=training,
         seed=options.seed,

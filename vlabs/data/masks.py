@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
@@ -197,16 +197,16 @@ def resize_by(image: Image.Image, factor: float) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MaskDataModule(PictureDataModule):
     """Batches of a prepared folder of masks; evaluation gives lists of whole images.
 
-    Args:
-        dir: the prepared folder.
+    Attributes:
         crop: rows and columns of a training crop; None for the square of `image_size`.
         scale, most, hflip, photometric: as in `MaskAugmentation`.
         short_side: size that the shorter side of an image is resized to (in training before `scale`); None to keep
             it. In evaluation masks keep their size.
-        options: of `PictureDataModule`.
+        augmentation: of training images.
 
     Raises:
         UserError: see `PictureDataModule`.
@@ -215,28 +215,24 @@ class MaskDataModule(PictureDataModule):
     kind = "masks"
     holds = "images with a class per pixel (data=scenes_masks, voc, cityscapes, ade20k)"
     unused = (*PictureDataModule.unused, "interpolation", "crop_mode")
-    hands_on = (*PictureDataModule.hands_on, MaskAugmentation)
+    hands_on = (MaskAugmentation,)
     by_default: ClassVar[dict[str, Any]] = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
-    def __init__(
-        self,
-        dir: str | Path,
-        image_size: int | None = 512,
-        crop: tuple[Size, Size] | None = None,
-        scale: tuple[Positive, Positive] = (0.5, 2.0),
-        most: Share = 0.75,
-        hflip: Share = 0.5,
-        photometric: Share = 0.5,
-        short_side: Size | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dir, image_size, **options)
-        rows, columns = crop if crop is not None else (self.preprocessing.image_size,) * 2
-        low, high = scale
+    image_size: Size | None = 512
+    crop: tuple[Size, Size] | None = None  # type: ignore[assignment]  # of a training crop, where others crop to test
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    most: Share = 0.75
+    hflip: Share = 0.5
+    photometric: Share = 0.5
+    short_side: Size | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, columns = self.crop or (self.preprocessing.image_size,) * 2
+        low, high = self.scale
         if low > high:
-            raise UserError(f"data.scale={list(scale)} must have the smaller factor first")
-        self.short_side = short_side
-        self.augmentation = MaskAugmentation((low, high), (rows, columns), most, hflip, photometric)
+            raise UserError(f"data.scale={list(self.scale)} must have the smaller factor first")
+        self.augmentation = MaskAugmentation((low, high), (rows, columns), self.most, self.hflip, self.photometric)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -246,13 +242,12 @@ class MaskDataModule(PictureDataModule):
     @property
     def eval_size(self) -> int:
         """See `PictureDataModule`; 1 by default, because whole images differ in size."""
-        return self.options.eval_batch_size or 1
+        return self.eval_batch_size or 1
 
     def dataset(self, rows: datasets.Dataset, training: bool) -> MaskDataset:
         """See `PictureDataModule`."""
         augmentation = self.augmentation if training else None
-        options = self.options
-        return MaskDataset(rows, self.preprocessing, augmentation, self.short_side, options.seed, options.on_bad)
+        return MaskDataset(rows, self.preprocessing, augmentation, self.short_side, self.seed, self.on_bad)
 
 
 def stacked(pictures: Sequence[WholePicture]) -> Iterator[tuple[Tensor, list[WholePicture]]]:

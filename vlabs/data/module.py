@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ import datasets
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from vlabs.data.images import Stored
 from vlabs.data.loading import LoaderOptions, identity_of
 from vlabs.data.prepared import check_kind, count_regions, load_split
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, PICTURE_OPTIONS, Preprocessing, check_picture_option
@@ -32,21 +32,25 @@ class Wants:
         regions_in_validation: validation batches have regions too.
         false_images: each caption comes with an image that it does not belong to.
         false_captions: number of captions of other images that each caption comes with.
+        stored: opens first passes that are read instead of images, which are then not augmented; called when loaders
+            are made. None to read images.
     """
 
     region_grid: tuple[int, int] | None = None
     regions_in_validation: bool = False
     false_images: bool = False
     false_captions: int = 0
+    stored: Callable[[], Stored] | None = None
 
 
-@checked("data")
-class PreparedDataModule(pl.LightningDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class PreparedDataModule(LoaderOptions, pl.LightningDataModule):
     """Batches of prepared folders (`vlabs.data.prepared`). Subclasses read one kind of data, e.g. `VQADataModule`.
 
-    The default mean, deviation, interpolation and crop are those of configs from before these options existed (CLIP's).
+    Options are fields, those of a subclass too: it is a dataclass like this one. The default mean, deviation,
+    interpolation and crop are those of configs from before these options existed (CLIP's).
 
-    Args:
+    Attributes:
         dir: prepared folder.
         val_split: split for validation.
         image_size: side of the square input in pixels; None for the size of the checkpoint in `init=`, else 224.
@@ -60,21 +64,29 @@ class PreparedDataModule(pl.LightningDataModule):
         crop: share of the shorter side of an image that evaluation sees; 1 for all of it.
         crop_mode: what becomes the square input: the `center` of an image, or all of it with `squash`; None for that
             of the checkpoint or encoder, else `center`.
-        preprocessing: preprocessing of a checkpoint, which replaces all options of images, text and vocabulary.
-        options: of `LoaderOptions`; `texts_per_image` is named after the kind of text, e.g. `questions_per_image`.
-
-    Attributes:
+        preprocessing: turns images and texts into tensors. If it is given, as that of a checkpoint, it replaces all
+            options of images, text and vocabulary.
         folders: the prepared folders by name; the tokenizer is that of the first.
         pictures: number of images that a text is about; 1 for most kinds of data.
-        preprocessing: turns images and texts into tensors.
         left_open: values of the preprocessing that no option sets. They are those of `by_default`, until a training
             takes them from the checkpoint or encoder that it starts from (`vlabs.training.pictures`).
-        options: options of the loaders.
-        wants: what the task needs; the task sets it before loaders are made.
+        wants: what the task or evaluation needs. Before a training it is asked of the task.
 
     Raises:
         UserError: the folder has no prepared data of this kind, there is no tokenizer, or an option is out of range.
     """
+
+    dir: str | Path = field(kw_only=False)
+    val_split: str = "val"
+    image_size: Size | None = None
+    max_length: Size = 50
+    tokenizer: str | None = None
+    image_mean: Sequence[float] | None = IMAGE_MEAN
+    image_std: Sequence[float] | None = IMAGE_STD
+    interpolation: Literal["bicubic", "bilinear"] | None = "bicubic"
+    crop: Crop | None = 1.0
+    crop_mode: Literal["center", "squash"] | None = "center"
+    preprocessing: Preprocessing = None  # type: ignore[assignment]  # made from the options unless it is given
 
     kind: ClassVar[str]
     """The kind of data in a manifest."""
@@ -88,105 +100,72 @@ class PreparedDataModule(pl.LightningDataModule):
         "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "crop_mode": "center",
     }  # fmt: skip
     """Default values of the preprocessing, for an encoder from scratch."""
-    hands_on: ClassVar[tuple[type, ...]] = (LoaderOptions,)
-    """Classes that take the options that no constructor names."""
-    pictures: int = 1
+    pictures = 1
     train_split = "train"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
+        if "__init__" in vars(cls):  # written by hand
             checked("data")(cls)
 
-    def __init__(
-        self,
-        dir: str | Path,
-        val_split: str = "val",
-        image_size: Size | None = None,
-        max_length: Size = 50,
-        tokenizer: str | None = None,
-        image_mean: Sequence[float] | None = IMAGE_MEAN,
-        image_std: Sequence[float] | None = IMAGE_STD,
-        interpolation: Literal["bicubic", "bilinear"] | None = "bicubic",
-        crop: Crop | None = 1.0,
-        crop_mode: Literal["center", "squash"] | None = "center",
-        preprocessing: Preprocessing | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        given = {"image_size": image_size, "max_length": max_length, "tokenizer": tokenizer}
-        shown: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std, "interpolation": interpolation}
-        shown |= {"crop": crop, "crop_mode": crop_mode}
-        self.options = self.loader_options(**options, **given, **shown, preprocessing=preprocessing)
-        check_kind(dir, self.kind)
-        self.folders = {"": Path(dir)}
-        self.val_split = val_split
+    def __post_init__(self) -> None:
+        pl.LightningDataModule.__init__(self)
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("dir", "preprocessing")}
+        self.check_options(given)
+        super().__post_init__()
+        check_kind(self.dir, self.kind)
+        self.folders = {"": Path(self.dir)}
         self.wants = Wants()
-        said = {name: shown[PICTURE_OPTIONS[name]] for name in self.by_default}
+        said = {name: given[PICTURE_OPTIONS[name]] for name in self.by_default}
         self.left_open = tuple(name for name, value in said.items() if value is None)
         values: dict[str, Any] = said | {name: self.by_default[name] for name in self.left_open}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        self.preprocessing = preprocessing or Preprocessing(
-            image_size=image_size or IMAGE_SIZE,
-            names=tuple(self.read_names(dir)),
+        self.preprocessing = self.preprocessing or Preprocessing(
+            image_size=self.image_size or IMAGE_SIZE,
+            names=tuple(self.read_names(self.dir)),
             **values,
-            **self.text_options(tokenizer, max_length),
+            **self.of_texts(),
         )
 
     @classmethod
-    def loader_options(cls, **given: Any) -> LoaderOptions:
-        """Check all options of a data module, and return those of the loaders. No data are needed.
+    def check_options(cls, given: Mapping[str, Any]) -> None:
+        """Check options by name. No data are needed.
 
         Raises:
-            UserError: an option is out of range, or has no effect here.
+            UserError: an option is out of range, or has no effect here; configs of older runs have some of the latter,
+                at their defaults.
         """
-        per_image = f"{cls.item}s_per_image"
-        if isinstance(given.get("preprocessing"), Preprocessing | None):
-            given.pop("preprocessing", None)
-        hints = options_of(cls) | {per_image: Size}
+        hints = options_of(cls)
+        defaults = {one.name: one.default for one in fields(cls)}
+        used = sorted(defaults.keys() - {"preprocessing", *cls.unused})
         for name, value in given.items():
-            if name not in cls.unused and value != _DEFAULTS.get(name, ...):
-                check_type(f"data.{name}", value, hints.get(name, Any))
-        cls._check_used(given)
+            if name in cls.unused and value in (None, defaults[name]):
+                continue
+            if name not in used:
+                raise UserError(f"data.{name}={value}: {cls.holds} do not use it; choose one of {', '.join(used)}")
+            check_type(f"data.{name}", value, hints[name])
         for name, option in PICTURE_OPTIONS.items():
             if name in cls.by_default and given.get(option) is not None:
                 check_picture_option(name, given[option])
-        names = LoaderOptions.__dataclass_fields__.keys() & given.keys() - set(cls.unused)
-        return LoaderOptions(texts_per_image=given.get(per_image, 1), **{name: given[name] for name in names})
-
-    @classmethod
-    def _check_used(cls, options: dict[str, Any]) -> None:
-        """Refuse options that have no effect here, except at their defaults: configs of older runs have them."""
-        makers = [one.__init__ for one in cls.__mro__ if issubclass(one, PreparedDataModule)]
-        used = {name for make in makers for name in inspect.signature(make).parameters}
-        used |= {*LoaderOptions.__dataclass_fields__, f"{cls.item}s_per_image"}
-        used -= {"self", "options", "preprocessing", "texts_per_image", *cls.unused}
-        for name, value in options.items():
-            if name not in used and not (name in cls.unused and value in (None, _DEFAULTS[name])):
-                raise UserError(
-                    f"data.{name}={value}: {cls.holds} do not use it; choose one of {', '.join(sorted(used))}"
-                )
 
     @staticmethod
     def read_names(directory: str | Path) -> Sequence[str]:
         """The names of a prepared folder's answers, labels or classes, see `Preprocessing.names`."""
         return ()
 
-    def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
+    def of_texts(self) -> dict[str, Any]:
         """The arguments of `Preprocessing` for texts."""
-        text = read_tokenizer(tokenizer, self.dir)
+        text = read_tokenizer(self.tokenizer, Path(self.dir))
         padding = special_token(text, "pad")
-        return {"tokenizer": text, "max_length": max_length} | ({} if padding is None else {"pad_token_id": padding})
+        return {"tokenizer": text, "max_length": self.max_length} | (
+            {} if padding is None else {"pad_token_id": padding}
+        )
 
-    @property
-    def dir(self) -> Path:
-        """The first prepared folder."""
-        return next(iter(self.folders.values()))
-
-    @property
-    def batch_size(self) -> int:
-        """Texts per step on each device."""
-        return self.options.batch_size
+    def setup(self, stage: str) -> None:
+        """Ask the task what it needs."""
+        asked = getattr(self.trainer.lightning_module, "wants", None) if self.trainer else None
+        if stage in ("fit", "validate") and asked is not None:
+            self.wants = asked(self)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -218,7 +197,3 @@ class PreparedDataModule(pl.LightningDataModule):
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
         """All samples of a split, in stored order."""
         raise NotImplementedError
-
-
-_DEFAULTS = {name: one.default for name, one in LoaderOptions.__dataclass_fields__.items()}
-_DEFAULTS |= {"max_length": 50, "tokenizer": None, "interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}

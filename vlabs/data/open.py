@@ -38,4 +38,5 @@ def open_prepared(dir: str | Path | None, minival_images: int = 1000, **options:
         raise UserError(f"{dir} holds data of kind {kind!r}: pass data=NAME with the choice that reads it")
     if kind == "vqa":
         options["minival_images"] = minival_images
-    return MODULES[kind](dir, **options)  # type: ignore[arg-type]
+    MODULES[kind].check_options(options)
+    return MODULES[kind](dir, **options)

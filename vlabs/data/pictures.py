@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -121,11 +120,6 @@ class PictureDataset(Dataset[Any]):
 class PictureDataModule(PreparedDataModule):
     """Batches of a prepared folder of images without texts. Subclasses say which `dataset` reads them.
 
-    Args:
-        dir: the prepared folder.
-        image_size: as in `PreparedDataModule`.
-        options: of `PreparedDataModule`, without those of texts.
-
     Raises:
         UserError: see `PreparedDataModule`; or the classes are not those of the checkpoint.
     """
@@ -135,18 +129,13 @@ class PictureDataModule(PreparedDataModule):
     read_names = staticmethod(read_classes)
     repeats = 1
 
-    def __init__(
-        self,
-        dir: str | Path,
-        image_size: int | None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dir, image_size=image_size, **options)
-        names = tuple(read_classes(dir))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = tuple(read_classes(self.dir))
         if names != self.preprocessing.names:
-            raise UserError(f"{dir} has {len(names)} classes, which are not those of the checkpoint")
+            raise UserError(f"{self.dir} has {len(names)} classes, which are not those of the checkpoint")
 
-    def text_options(self, tokenizer: str | None, max_length: int) -> dict[str, Any]:
+    def of_texts(self) -> dict[str, Any]:
         """See `PreparedDataModule`."""
         return {"tokenizer": ""}
 
@@ -157,20 +146,20 @@ class PictureDataModule(PreparedDataModule):
     @property
     def eval_size(self) -> int:
         """Images per step in evaluation, on each device."""
-        return self.options.eval_batch_size or self.batch_size
+        return self.eval_batch_size or self.batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Full training batches."""
         rows = self.rows("train")
-        sampler = ImageSampler(len(rows), self.batch_size, True, self.options.seed, self.repeats)
+        sampler = ImageSampler(len(rows), self.batch_size, True, self.seed, self.repeats)
         if not len(sampler):
             raise UserError(
                 f"{self.dir} has {len(rows)} images to train on, fewer than data.batch_size={self.batch_size}"
             )
-        return GroupLoader(self.dataset(rows, True), sampler, self.options.workers)
+        return GroupLoader(self.dataset(rows, True), sampler, self.workers)
 
     def eval_dataloader(self, split: str) -> DataLoader[Any]:
         """All images of a split, in stored order."""
         rows = self.rows(split)
-        sampler = ImageSampler(len(rows), self.eval_size, False, self.options.seed)
-        return eval_loader(self.dataset(rows, False), sampler, self.options)
+        sampler = ImageSampler(len(rows), self.eval_size, False, self.seed)
+        return eval_loader(self.dataset(rows, False), sampler, self)

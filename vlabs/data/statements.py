@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import datasets
@@ -75,13 +75,12 @@ class StatementDataset(TextDataset):
         )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class StatementDataModule(TextDataModule):
     """Batches of a prepared folder of statements.
 
-    Args:
-        dir: the prepared folder.
+    Attributes:
         statements_per_image: statements of one image that share its first pass in a training step.
-        options: of `PreparedDataModule`.
 
     Raises:
         UserError: see `PreparedDataModule`.
@@ -92,10 +91,13 @@ class StatementDataModule(TextDataModule):
     holds = "statements with a label (data=scenes_snli_ve, scenes_nlvr2, snli_ve, nlvr2)"
     read_names = staticmethod(read_labels)
 
-    def __init__(self, dir: str | Path, val_split: str = "dev", statements_per_image: Size = 1, **options: Any) -> None:
-        super().__init__(dir, val_split=val_split, statements_per_image=statements_per_image, **options)
-        self.pictures = int(read_manifest(dir).get("pictures", 1))
-        self.labels = read_labels(dir)
+    val_split: str = "dev"
+    statements_per_image: Size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pictures = int(read_manifest(self.dir).get("pictures", 1))
+        self.labels = read_labels(self.dir)
 
     def texts(self, rows: datasets.Dataset, training: bool) -> tuple[np.ndarray, np.ndarray]:
         """See `TextDataModule`; in training without statements whose label is not public."""

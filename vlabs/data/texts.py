@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlabs.data.images import BatchRows, ImageReader, Stored
+from vlabs.data.images import BatchRows, ImageReader
 from vlabs.data.loading import list_texts, make_loader
 from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
@@ -78,13 +78,7 @@ class TextDataModule(PreparedDataModule):
 
     The option `questions_per_image`, `captions_per_image`, ... sets how many texts of one image share its first pass
     in a training step.
-
-    Attributes:
-        stored: first passes that are read instead of images, which are then not augmented; a task sets it before
-            loaders are made.
     """
-
-    stored: Stored | None = None
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> TextDataset:
         """The dataset that reads batches of these rows."""
@@ -128,20 +122,21 @@ class TextDataModule(PreparedDataModule):
         text_rows, positions = self.texts(rows, training)
         if not len(text_rows):
             raise UserError(f"{self.dir} has no {self.item} to {'train on' if training else 'evaluate'}")
+        per_image: int = getattr(self, f"{self.item}s_per_image")
         dataset = self.dataset(rows, self.image_reader(rows, training))
-        return make_loader(dataset, rows, self.item, text_rows, positions, self.options, training)
+        return make_loader(dataset, rows, self.item, text_rows, positions, self, training, per_image)
 
     def image_reader(self, rows: datasets.Dataset, training: bool) -> ImageReader:
         """The reader of these rows' images. Only in training they are augmented and decoded at a smaller scale."""
         return ImageReader(
             rows,
             self.preprocessing,
-            self.options.rand_augment if training else None,
-            self.options.seed,
-            self.options.on_bad,
-            training and self.options.scaled_decoding,
+            self.rand_augment if training else None,
+            self.seed,
+            self.on_bad,
+            training and self.scaled_decoding,
             self.wants.region_grid if training or self.wants.regions_in_validation else None,
             self.pictures,
-            self.stored,
-            self.options.blind,
+            self.wants.stored() if self.wants.stored else None,
+            self.blind,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -93,19 +93,17 @@ class VQADataset(TextDataset):
         )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class VQADataModule(TextDataModule):
     """Batches of a prepared VQA folder.
 
-    Args:
-        dir: the prepared folder.
+    Attributes:
         train_split: split for training: `train`, or `train+val`, which leaves out the images of `minival`.
-        val_split: split for validation; `minival` is the last `minival_images` images of val.
-        minival_images: number of images of val in `minival`.
+        minival_images: number of images of val in the split `minival`: its last ones.
         questions_per_image: questions of one image that share its first pass in a training step.
-        options: of `PreparedDataModule`.
 
     Raises:
-        UserError: see `PreparedDataModule`, or an unknown split.
+        UserError: see `PreparedDataModule`.
     """
 
     kind = "vqa"
@@ -113,18 +111,13 @@ class VQADataModule(TextDataModule):
     holds = "questions (data=scenes, vqav2)"
     read_names = staticmethod(read_answers)
 
-    def __init__(
-        self,
-        dir: str | Path,
-        train_split: Literal["train", "train+val"] = "train",
-        minival_images: Size = 1000,
-        questions_per_image: Size = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(dir, questions_per_image=questions_per_image, **options)
-        self.train_split = train_split
+    train_split: Literal["train", "train+val"] = "train"
+    minival_images: Size = 1000
+    questions_per_image: Size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._with_targets = True
-        self.minival_images = minival_images
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split, `minival` and `train+val` included.

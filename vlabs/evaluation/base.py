@@ -51,7 +51,7 @@ class Evaluation:
     def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
         """Measure, print and write the results, and return the metrics as plain data."""
         results = Results(self.name, checkpoint, setting)
-        if data.options.blind:
+        if data.blind:
             if not self.may_be_blind:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")

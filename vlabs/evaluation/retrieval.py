@@ -230,7 +230,7 @@ class RetrievalEvaluation(Evaluation):
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
         self.check_model(checkpoint.model)
-        ranker, workers, setting = self.ranker, data.options.workers, results.setting
+        ranker, workers, setting = self.ranker, data.workers, results.setting
         captioned = CaptionedImages(data, setting.split, self.images)
         identity = {
             "checkpoint": content_sha256(checkpoint.path),

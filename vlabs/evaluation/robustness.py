@@ -75,7 +75,7 @@ class RobustnessEvaluation(Evaluation):
         """See `Evaluation`; accuracies in percent."""
         device = results.device
         model = checkpoint.classifier.to(device)
-        preprocessing, options = checkpoint.preprocessing, data.options
+        preprocessing, options = checkpoint.preprocessing, data
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
         rows = data.rows(results.split)
         if self.num_images is not None and self.num_images < len(rows):

@@ -188,10 +188,10 @@ class ReferEvaluation(Evaluation):
             raise UserError(f"{checkpoint.path} has no tokenizer: train task=refer")
         model = checkpoint.segmenter.to(results.device)
         size = checkpoint.preprocessing.image_size
-        data.wants, data.val_split = Wants((size, size), regions_in_validation=True), results.split
+        data.wants = Wants((size, size), regions_in_validation=True)
         rows = data.rows(results.split)
         shown: list[Segmented] = []
-        for batch in results.batches(data.val_dataloader()):
+        for batch in results.batches(data.eval_dataloader(results.split)):
             logits = segment_texts(model, batch).logits
             found, masks = logits.argmax(dim=1), region_masks(batch, logits.shape[-2:])
             known = (masks != IGNORED).flatten(1).any(dim=1)

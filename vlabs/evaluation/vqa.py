@@ -128,7 +128,7 @@ class VQAEvaluation(Evaluation):
 
     def _look_twice(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> list[dict[str, Any]]:
         """The answers after a second look, an image at a time."""
-        if data.options.blind:
+        if data.blind:
             raise UserError("data.blind=true: there is nothing to look at again: leave task.view out")
         predictor = Predictor(checkpoint, results.device)
         answers = []

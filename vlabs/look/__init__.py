@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlabs.look.looker import Looker
+    from vlabs.look.loading import load
 
 __all__ = ["load"]
 
 
-def load(name_or_path: str, **options: Any) -> Looker:
-    """Load a model of transformers by hub name or from a local folder; see `vlabs.look.loading.load`."""
-    from vlabs.look.loading import load as load_model  # here, because it brings torch and transformers with it
+def __getattr__(name: str) -> Any:
+    if name == "load":  # not imported with the package, because it brings torch and transformers with it
+        from vlabs.look.loading import load
 
-    return load_model(name_or_path, **options)
+        return load
+    raise AttributeError(f"module 'vlabs.look' has no attribute '{name}'")

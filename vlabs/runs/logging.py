@@ -9,9 +9,10 @@ import netrc
 import os
 import re
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
@@ -254,13 +255,26 @@ def _run_id(folder: Path) -> str | None:
     return parts[-1].rpartition("-")[2] if parts else None
 
 
-@contextmanager
-def sending(what: str) -> Iterator[None]:
-    """Print an error of W&B as one line and continue: a run must not fail because its log cannot be sent."""
+_PATIENCE = 20  # a server that was waited for is asked again after this many times the wait
+_silent_until = 0.0
+
+
+def send(what: str, log: Callable[[], object]) -> None:
+    """Log something to W&B for which its library may wait for the server: figures, tables, artifacts.
+
+    A run must neither fail nor become slow because its log cannot be sent: an error is one line, and until much longer
+    than the wait has passed, nothing more is sent. Numbers are not affected: W&B sends them in the background.
+    """
+    global _silent_until
+    began = time.monotonic()
+    if began < _silent_until:
+        return
     try:
-        yield
+        log()
     except (wandb.errors.Error, WandbApiFailedError, OSError, ValueError) as error:
-        say(f"W&B refuses {what}: {one_line(str(error))}")
+        now = time.monotonic()
+        _silent_until = now + _PATIENCE * (now - began)
+        say(f"W&B: {what} cannot be sent ({one_line(str(error))}); the run continues, and its numbers are on disk")
 
 
 def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | None:
@@ -283,21 +297,27 @@ def log_data(run: Any, sets: Sequence[dict[str, Any]]) -> threading.Thread | Non
 
 def _use_data(run: Any, sets: Sequence[dict[str, Any]]) -> None:
     for item in sets:
-        with sending("this run's data as an artifact"):
-            name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
-            artifact = wandb.Artifact(name, "dataset", metadata=item)
-            artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
-            run.use_artifact(artifact)
+        send("what it was trained on", partial(_use_set, run, item))
+
+
+def _use_set(run: Any, item: dict[str, Any]) -> None:
+    name = re.sub(r"[^\w.-]+", "-", item["name"] or Path(item["dir"]).name)
+    artifact = wandb.Artifact(name, "dataset", metadata=item)
+    artifact.add_file(str(Path(item["dir"]) / "manifest.json"))
+    run.use_artifact(artifact)
 
 
 def log_outcome(run: Any, summary: dict[str, Any], checkpoint: str | None) -> None:
     """Write the cost of a finished run into its W&B summary and, if online, log its best checkpoint as an artifact."""
     run.summary.update({key: summary[key] for key in ("parameters", "fit_seconds", "epochs", "steps")})
     if checkpoint is not None and not run.offline:
-        with sending("the best checkpoint as an artifact"):
-            artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
-            artifact.add_file(checkpoint)
-            run.log_artifact(artifact, aliases=["best"])
+        send("the best checkpoint", partial(_log_checkpoint, run, checkpoint))
+
+
+def _log_checkpoint(run: Any, path: str) -> None:
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", "model")
+    artifact.add_file(path)
+    run.log_artifact(artifact, aliases=["best"])
 
 
 def logged_in() -> bool:

@@ -224,7 +224,8 @@ def options_of(target: str) -> dict[str, Option]:
     if isinstance(maker, griffe.Function):
         return _merged(known, _declared(maker.parameters, found, maker))
     fields = [one for one in found.members.values() if isinstance(one, griffe.Attribute) and one.annotation is not None]
-    return _merged(known, _declared([one for one in fields if "ClassVar" not in str(one.annotation)], found))
+    fields = [one for one in fields if "ClassVar" not in str(one.annotation) and "property" not in one.labels]
+    return _merged(known, _declared(fields, found))
 
 
 def _merged(known: dict[str, Option], more: dict[str, Option]) -> dict[str, Option]:

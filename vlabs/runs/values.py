@@ -110,7 +110,8 @@ def check_values(config: Any, path: str = "") -> None:
         for item in config:
             check_values(item, path)
     if isinstance(config, dict):
-        hints = hints_of(config.get("_target_")) if path else annotations_of(ProgramOptions)
+        target = config.get("_target_") if path else None
+        hints = hints_of(target) if path else annotations_of(ProgramOptions)
         for name, value in config.items():
             inner = f"{path}.{name}" if path else str(name)
             if inner in _SECTIONS and not isinstance(value, dict):
@@ -121,6 +122,8 @@ def check_values(config: Any, path: str = "") -> None:
             hint = hints.get(name, Any)
             if hint is not Any and not (value is None and name in _FILLED_IN):
                 check_type(inner, value, hint)
+        if check_options := getattr(_found(target), "check_options", None):  # of data
+            check_options({name: value for name, value in config.items() if not name.startswith("_") and name != "dir"})
 
 
 def hints_of(target: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Task(pl.LightningModule):
         return self
 
     def wants(self, data: Any) -> Wants:
-        """What the task needs from its data besides texts and images.
+        """What the task needs from its data besides texts and images; the data module asks for it before a training.
 
         Args:
             data: a data module of the kind `reads`.
@@ -150,11 +150,6 @@ class Task(pl.LightningModule):
             UserError: the data do not have what the task needs.
         """
         return Wants()
-
-    def setup(self, stage: str) -> None:
-        """Tell the data module what the task needs."""
-        if stage in ("fit", "validate") and (data := self.trainer.datamodule) is not None:  # type: ignore[attr-defined]
-            data.wants = self.wants(data)
 
     def losses(self, batch: Any) -> Losses:
         """The losses of a batch, which has at least one sample."""

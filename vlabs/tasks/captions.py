@@ -103,9 +103,7 @@ class CaptionTask(VisionLanguageTask):
         texts = [caption for captions in rows["caption"] for caption in captions]
         image_of_caption = torch.tensor([n for n, captions in enumerate(rows["caption"]) for _ in captions])
         encoded = encode_texts(self.model, self.preprocessing, texts)
-        images = ImageReader(
-            data.rows(data.val_split), self.preprocessing, stored=data.stored, blind=data.options.blind
-        )
+        images = ImageReader(data.rows(data.val_split), self.preprocessing, stored=self.stored, blind=data.blind)
         everything = torch.arange(len(texts), device=self.device)
         scores = torch.zeros(len(rows), len(texts), device=self.device)
         rank, world = rank_and_world()

@@ -107,12 +107,22 @@ class VisionLanguageTask(Task):
             self.model.prior.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
-        """The regions of texts on the grid of patches, if there is a region loss and the data have regions."""
-        return Wants(self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None)
+        """The regions of texts on the grid of patches, if there is a region loss and the data have regions, and the
+        stored first passes.
+
+        Raises:
+            UserError: images that are augmented have no first pass that could be stored.
+        """
+        if self.store is not None and data.rand_augment is not None:
+            raise UserError(
+                f"task.store keeps one first pass per image, but data.rand_augment={data.rand_augment} changes images "
+                "each time: pass data.rand_augment=null"
+            )
+        grid = self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None
+        return Wants(grid, stored=None if self.store is None else self.first_passes)
 
     def setup(self, stage: str) -> None:
-        """See `Task`; also choose between the region and the alive loss, by whether the data have regions."""
-        super().setup(stage)
+        """Choose between the region and the alive loss, by whether the data have regions."""
         if stage != "fit" or not self.region_prior_weight:
             return
         known = self.trainer.datamodule.regions_known  # type: ignore[attr-defined]
@@ -125,46 +135,35 @@ class VisionLanguageTask(Task):
             what = f"{known:,} training texts have a region" if known else "the data have no regions"
             say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
 
-    def configure_optimizers(self) -> Any:
-        """See `Task`; before that, the loaders are given the stored first passes.
-
-        This cannot be done earlier: stored passes are identified by the weights, which a resumed run has only now.
+    def first_passes(self) -> FirstPasses:
+        """The stored first passes. They are identified by the weights, which a resumed run has only when loaders are
+        made.
 
         Raises:
             UserError: there is no first pass that could be stored.
         """
-        if self.store is not None:
-            self._open_store(self.store)
-        return super().configure_optimizers()
-
-    def _open_store(self, folder: str) -> None:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.options.rand_augment is not None:
-            raise UserError(
-                f"task.store keeps one first pass per image, but data.rand_augment={data.options.rand_augment} changes "
-                "images each time: pass data.rand_augment=null"
-            )
-        data.stored = self.stored = FirstPasses(Path(folder), self.model.vision, self.preprocessing, training=True)
+        if self.stored is None:
+            assert self.store is not None
+            self.stored = FirstPasses(Path(self.store), self.model.vision, self.preprocessing, training=True)
+        return self.stored
 
     def on_fit_start(self) -> None:
         """See `Task`; also store the first passes that are not there yet."""
         super().on_fit_start()
-        if self.stored is None:
+        if self.store is None:
             return
+        stored = self.first_passes()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rank, world = rank_and_world()
         for split in dict.fromkeys([data.train_split, data.val_split]):
             rows = data.rows(split)
-            options = data.options
-            reader = ImageReader(
-                rows, self.preprocessing, on_bad=options.on_bad, pictures=data.pictures, blind=options.blind
-            )
+            reader = ImageReader(rows, self.preprocessing, on_bad=data.on_bad, pictures=data.pictures, blind=data.blind)
             every = {reader.key(row, place): (row, place) for row in range(len(rows)) for place in range(data.pictures)}
-            mine = [place for key, place in every.items() if key not in self.stored][rank::world]
+            mine = [place for key, place in every.items() if key not in stored][rank::world]
             if mine:
-                self.stored.fill(eval_loader(_Pictures(reader), mine, data.options), len(mine))
+                stored.fill(eval_loader(_Pictures(reader), mine, data), len(mine))
         self.trainer.strategy.barrier()
-        store = self.stored.store
+        store = stored.store
         store.refresh()
         say(f"first passes of {len(store.places):,} images, {store.bytes_each / 1e3:,.0f} kB each, in {store.folder}")
 

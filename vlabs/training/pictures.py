@@ -143,7 +143,7 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     if others:
         nulls = " ".join(f"data.{PICTURE_OPTIONS[name]}=null" for name in others)
         said.append(f"{source} had other values, which {nulls} takes")
-    if data.options.blind:
+    if data.blind:
         return "images: none; the mean color is shown instead of each (data.blind=true)"
     return f"images: {'; '.join(said)}"
 

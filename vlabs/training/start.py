@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, packaged_starts, read_tensors
@@ -19,11 +18,13 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import merge_adapters
 from vlabs.models.registry import build, check_spec
+from vlabs.runs.folders import will_make
 from vlabs.runs.record import is_summary, read_summary
 from vlabs.tasks.base import Task
 from vlabs.training.callbacks.checkpoints import previous_of
 from vlabs.training.callbacks.recording import Recorder
 from vlabs.training.lightning_state import validation_is_next
+from vlabs.utils.files import locked
 from vlabs.utils.plain import check_plain
 from vlabs.utils.plugins import imported
 from vlabs.utils.ranks import say
@@ -43,8 +44,9 @@ def make_start(folder: Path, overrides: list[str]) -> None:
     """
     if folder.is_file() or str(folder) in packaged_starts():
         return
+    will_make(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder.parent, "", wait=True, name=f"{folder.name}.lock"):
         if (read_summary(folder) or {}).get("status") == "done":
             return
         if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:

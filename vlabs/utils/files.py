@@ -156,17 +156,18 @@ def unmark(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, message: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, message: str, wait: bool = False, name: str = _LOCK) -> Iterator[None]:
     """Context manager: lock an existing folder for this process. The lock ends with the process, however it ends.
 
     Args:
         message: message of the error if another process has the lock.
         wait: wait for that process instead.
+        name: name of the file that is locked, which is removed at the end.
 
     Raises:
         UserError: another process has it.
     """
-    path = folder / _LOCK
+    path = folder / name
     while True:
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:

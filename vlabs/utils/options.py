@@ -7,6 +7,7 @@ against the same annotations before anything is made, and `vlabs.runs.reference`
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -75,11 +76,16 @@ def checked(section: str) -> Callable[[_Maker], _Maker]:
 
 @functools.cache
 def annotations_of(call: Any) -> dict[str, Any]:
-    """The types of a function's arguments with their ranges; empty if a type is only imported for type checking."""
+    """The types of a function's arguments, or of a record's fields, with their ranges; empty if a type is only imported
+    for type checking.
+    """
     try:
-        return typing.get_type_hints(call, include_extras=True)
+        hints = typing.get_type_hints(call, include_extras=True)
     except NameError:
         return {}
+    if dataclasses.is_dataclass(call):  # may be in another module than the fields of its bases
+        return {one.name: hints[one.name] for one in dataclasses.fields(call) if one.init}
+    return hints
 
 
 def options_of(kind: Any) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def _makers(kind: Any) -> Iterator[Any]:
         if one.__module__.startswith(("vlabs.", "pytorch_lightning.")):
             for other in vars(one).get("hands_on", ()):
                 yield from _makers(other)
-            maker = one if hasattr(one, "_fields") or typing.is_typeddict(one) else vars(one).get("__init__")
+            is_record = hasattr(one, "_fields") or typing.is_typeddict(one) or "__dataclass_fields__" in vars(one)
+            maker = one if is_record else vars(one).get("__init__")
             yield from [maker] if maker else []
     yield from [] if inspect.isclass(kind) else [kind]
 

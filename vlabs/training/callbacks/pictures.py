@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import read_bytes
 from vlabs.data.preprocessing import decode_image
 from vlabs.data.vqa import VQADataModule, VQADataset
-from vlabs.runs.logging import sending
+from vlabs.runs.logging import send
 from vlabs.tasks.vqa import VQATask
 from vlabs.training.callbacks.schedule import EveryNValidations
 from vlabs.utils.options import Count
@@ -91,8 +92,8 @@ class PredictionTable(EveryNValidations):
 
                 rows = [[wandb.Image(image), *rest] for image, *rest in table]
                 columns = ["where it looked", "question", "true", "1st", "2nd", "3rd"]
-                with sending("the table of predictions"):
-                    logger.log_table("val/predictions", columns=columns, data=rows, step=trainer.global_step)
+                log = partial(logger.log_table, "val/predictions", columns, rows, step=trainer.global_step)
+                send("the table of predictions", log)
 
     def _paper_figures(
         self,
@@ -113,5 +114,5 @@ class PredictionTable(EveryNValidations):
             path = save_figure(figure, folder / f"{name}_step{trainer.global_step:06d}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    with sending(f"the figure {name}"):
-                        logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
+                    log = partial(logger.log_image, f"figures/{name}", [str(path)], step=trainer.global_step)
+                    send(f"the figure {name}", log)

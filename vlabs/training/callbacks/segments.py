@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -10,7 +11,7 @@ from pytorch_lightning.loggers import WandbLogger
 
 from vlabs.attention.figures import as_view, save_figure
 from vlabs.attention.segments import Segmented, segment_figure
-from vlabs.runs.logging import sending
+from vlabs.runs.logging import send
 from vlabs.tasks.segment import SegmentTask, at_size
 from vlabs.training.callbacks.schedule import EveryNValidations
 from vlabs.utils.options import Count
@@ -46,5 +47,5 @@ class SegmentPictures(EveryNValidations):
         path = save_figure(figure, Path(trainer.default_root_dir) / "figures" / name)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                with sending("the figure of segments"):
-                    logger.log_image("val/segments", [str(path)], step=trainer.global_step)
+                log = partial(logger.log_image, "val/segments", [str(path)], step=trainer.global_step)
+                send("the figure of segments", log)
