@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,9 @@ TINY_MODEL = [
     "model.text.hidden_size=16", "model.text.num_hidden_layers=1", "model.text.num_attention_heads=2",
     "model.text.intermediate_size=32", "model.fusion.width=16", "model.fusion.depth=1", "model.fusion.num_heads=2",
 ]  # fmt: skip
+
+# Figures and grounding after each validation, with `tiny_options`.
+LOOKS = ["callbacks.predictions.every_n_validations=1", "callbacks.grounding.every_n_validations=1"]
 
 
 # Files whose tests take longest: they go first, so that at the end no process is left alone with one of them.
@@ -98,37 +103,64 @@ def assert_one_line_error(result, *parts):
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
+def made(tmp_path_factory):
+    """A folder that is made once, by the first worker that needs it: `made("corpus", make)` after `make(folder)`."""
+    from vlabs.utils.files import locked
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make) -> Path:
+        folder, whole = base / name, base / f"{name}-made"
+        with locked(base, "", wait=True, name=f"{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_data(made) -> Path:
     """The prepared folder of the tiny corpus, made by the real preparation."""
     from data_prep.engine.pipeline import Options, prepare
     from data_prep.readers.vqav2 import VQAv2
     from data_prep.scenes.corpus import make_scenes
 
-    folder = tmp_path_factory.mktemp("corpus")
-    make_scenes("tiny", folder / "raw", num_workers=1)
-    prepare(VQAv2(folder / "raw"), folder / "prepared", Options(min_answer_count=1))
-    return folder / "prepared"
+    def make(folder):
+        make_scenes("tiny", folder / "raw", num_workers=1)
+        prepare(VQAv2(folder / "raw"), folder / "prepared", Options(min_answer_count=1))
+
+    return made("corpus", make) / "prepared"
 
 
 @pytest.fixture(scope="session")
 def tiny_options(tiny_data) -> list[str]:
-    """Overrides for a training of seconds."""
+    """Overrides for a training of seconds, without figures and grounding (`LOOKS`)."""
     return [
         "task=vqa", "data=scenes", "data.size=tiny", f"data.dir={tiny_data}", "data.image_size=32",
         "data.batch_size=32", "data.questions_per_image=4", "data.num_workers=0", "data.minival_images=4",
         "trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false", "callbacks.predictions.num_images=1", "callbacks.grounding.num_texts=30",
+        *(f"callbacks.{name}.every_n_validations=0" for name in ("predictions", "grounding")),
         f"callbacks.grounding.instances={tiny_data.parent / 'raw/annotations.zip'}", *TINY_MODEL,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_options, tmp_path_factory):
-    """A finished run folder with W&B offline, and what its command printed."""
-    cwd = tmp_path_factory.mktemp("run")
-    result = command("vlabs.train", *tiny_options, "hydra.run.dir=run", cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return cwd / "run", result
+def tiny_run(tiny_options, made):
+    """A finished run folder with W&B offline, figures and grounding, and what its command printed."""
+
+    def make(folder):
+        result = command("vlabs.train", *tiny_options, *LOOKS, "hydra.run.dir=run", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        (folder / "printed.json").write_text(json.dumps({"stdout": result.stdout, "stderr": result.stderr}))
+
+    folder = made("run", make)
+    return folder / "run", SimpleNamespace(**json.loads((folder / "printed.json").read_text()))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command
+from conftest import LOOKS, command
 from PIL import Image
 from test_models import make_model
 from test_train import metrics_of
@@ -212,7 +212,7 @@ def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, 
     result = command(
         "vlabs.train", *tiny_options, "logger=csv", "model/topdown=none", "model.unused_prior=true",
         "task.token_prior_weight=0.5", "trainer.max_epochs=1", "data.rand_augment=rand-m9-n2",
-        "callbacks.grounding.maps=[weights]", "hydra.run.dir=run", cwd=tmp_path,
+        "callbacks.grounding.maps=[weights]", *LOOKS, "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "training texts have a region, so its weight is 1" in result.stdout + result.stderr

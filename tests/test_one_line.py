@@ -13,7 +13,7 @@ import datasets
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import assert_one_line_error
+from conftest import LOOKS, assert_one_line_error
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -266,7 +266,7 @@ def test_a_run_in_an_odd_folder_is_evaluated_started_from_and_gone_on_with(
     shutil.copytree(tiny_data, tmp_path / f"data {ODD}")
     (tmp_path / "of task=1").symlink_to(tiny_data.parent / "raw")
     options = [*tiny_options, f"data.dir=data {ODD}", "logger=csv", "callbacks.predictions=null"]
-    options += ["callbacks.grounding.instances=of task=1/annotations.zip", "trainer.max_epochs=1"]
+    options += ["callbacks.grounding.instances=of task=1/annotations.zip", "trainer.max_epochs=1", *LOOKS[1:]]
     for module, arguments in [
         ("vlabs.train", [*options, f"hydra.run.dir={ODD}"]),
         ("vlabs.train", [f"resume={ODD}/", "trainer.max_epochs=2"]),

@@ -133,7 +133,11 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
     config = OmegaConf.to_container(OmegaConf.load(Path(config_dir(), f"{file}.yaml")), resolve=False)
     part = next((part for part in (config.get("task"), *config.values()) if isinstance(part, dict)), {})
     options = config if target.rsplit(".", 1)[1] == config.get("_target_", "").rsplit(".", 1)[-1] else part | config
-    signatures = [inspect.signature(kind.__init__).parameters for kind in pkgutil.resolve_name(target).__mro__]
+    signatures = []
+    for kind in pkgutil.resolve_name(target).__mro__:
+        declared = inspect.signature(kind.__init__).parameters
+        of_this = vars(kind)["__annotations__"] if "__dataclass_fields__" in vars(kind) else declared
+        signatures.append({name: one for name, one in declared.items() if name in of_this})
     own = next(one for one in signatures if {*options} & {*one})
     compared = 0
     for name, value in options.items():

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 import yaml
-from conftest import assert_one_line_error, command
+from conftest import LOOKS, assert_one_line_error, command
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.models.vlm import VisionLanguageModel
@@ -184,7 +184,7 @@ def test_train_val_leaves_the_minival_out(tiny_data):
 def test_a_compiled_run_learns_and_leaves_the_same(tiny_run, tiny_options, tmp_path, in_process, monkeypatch):
     # Traced and run in the whole loop as with any backend; making kernels takes minutes.
     monkeypatch.setattr(VisionLanguageModel.compile_parts, "__defaults__", ("eager",))
-    options = [*tiny_options, "logger=csv", "task.compile=true", "hydra.run.dir=run"]
+    options = [*tiny_options, *LOOKS, "logger=csv", "task.compile=true", "hydra.run.dir=run"]
     result = in_process("vlabs.train", options, tmp_path)
     assert result.returncode == 0, result.stderr
     ours, theirs = metrics_of(tmp_path / "run"), metrics_of(tiny_run[0])

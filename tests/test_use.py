@@ -114,14 +114,14 @@ def test_the_words_that_counted_are_those_of_the_question(tiny_run):
 
 
 @pytest.mark.parametrize("map_name", ["fusion", "weights", "norm"])
-def test_questions_asked_together_and_alone_get_the_same_answers(tiny_run, tiny_data, map_name):
+def test_questions_asked_together_and_alone_get_the_same_answers(tiny_run, tiny_data, map_name, tmp_path):
     predictor = vlabs.load(tiny_run[0])
     row = load_split(tiny_data, "val")[0]
-    (tiny_data.parent / "picture.jpg").write_bytes(row["image"])
+    (tmp_path / "picture.jpg").write_bytes(row["image"])
     questions = [*row["question"][:2], "?" * 500, "Какого цвета звезда?"]
-    together = predictor.answer(tiny_data.parent / "picture.jpg", questions, map_name=map_name)
+    together = predictor.answer(tmp_path / "picture.jpg", questions, map_name=map_name)
     for question, answer in zip(questions, together, strict=True):
-        alone = predictor.answer(tiny_data.parent / "picture.jpg", [question], map_name=map_name)[0]
+        alone = predictor.answer(tmp_path / "picture.jpg", [question], map_name=map_name)[0]
         assert [a for a, _ in alone.answers] == [a for a, _ in answer.answers]
         np.testing.assert_allclose([p for _, p in alone.answers], [p for _, p in answer.answers], atol=1e-5)
         np.testing.assert_allclose(alone.map, answer.map, atol=1e-5)
@@ -129,12 +129,12 @@ def test_questions_asked_together_and_alone_get_the_same_answers(tiny_run, tiny_
         assert (answer.map >= 0).all()
 
 
-def test_prediction_agrees_with_evaluation(evaluation, tiny_run, tiny_data):
+def test_prediction_agrees_with_evaluation(evaluation, tiny_run, tiny_data, tmp_path):
     results = {r["question_id"]: r["answer"] for r in json.loads((evaluation[0] / "results.json").read_text())}
     predictor = vlabs.load(tiny_run[0])
     row = load_split(tiny_data, "val")[1]
-    (tiny_data.parent / "picture.jpg").write_bytes(row["image"])
-    answers = predictor.answer(tiny_data.parent / "picture.jpg", row["question"])
+    (tmp_path / "picture.jpg").write_bytes(row["image"])
+    answers = predictor.answer(tmp_path / "picture.jpg", row["question"])
     assert [a.answers[0][0] for a in answers] == [results[q] for q in row["question_id"]]
 
 
