@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import warm_python
 from test_ranking import random_model
 
 from vlabs.checkpoints.released import ReleasedVLM, load_released
@@ -69,7 +70,7 @@ def test_the_released_arithmetic_gives_the_released_numbers() -> None:
 
 def test_the_last_line_is_json_with_both_ratios() -> None:
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "ranking.py"), "--size", "mini", "--repetitions", "2", "--captions", "5"],
+        [warm_python(), str(BENCHMARKS / "ranking.py"), "--size", "mini", "--repetitions", "2", "--captions", "5"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -176,7 +177,7 @@ def test_recomputed_activations_change_no_loss_and_no_gradient(k: int) -> None:
 
 def test_the_training_benchmark_ends_in_json_with_all_ratios() -> None:
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "train_step.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
+        [warm_python(), str(BENCHMARKS / "train_step.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -279,7 +280,7 @@ def test_memory_of_the_loader_is_read_in_the_course_of_an_epoch(pictures: Path) 
 
 def test_the_cost_of_every_variant_is_printed(tmp_path) -> None:
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "variants.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
+        [warm_python(), str(BENCHMARKS / "variants.py"), "--size", "mini", "--repetitions", "1", "--threads", "1"],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

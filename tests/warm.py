@@ -2,6 +2,7 @@
 
     python tests/warm.py serve FOLDER          imports the libraries once, then forks a process for every command
     python -S tests/warm.py FOLDER -m MODULE ARGUMENT ...      is such a command: its folder, environment and streams
+    python -S tests/warm.py FOLDER FILE.py ARGUMENT ...        is one too
 
 Importing them takes most of the time of most commands that the tests run, and a process forked from one that has
 them is otherwise like a new one: `python -m MODULE ARGUMENT ...` with arguments, folder and environment of its own.
@@ -146,7 +147,9 @@ def warm_up(folder):
 
 
 def run(arguments):
-    """`python -m MODULE ARGUMENT ...`, with all that a process does at its end but taking the libraries apart."""
+    """`python -m MODULE ARGUMENT ...`, or `python FILE.py ARGUMENT ...`, with all that a process does at its end but
+    taking the libraries apart.
+    """
     import atexit
     import runpy
     import tempfile
@@ -158,11 +161,15 @@ def run(arguments):
     # Of the environment, read before.
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
     tempfile.tempdir = None
-    sys.argv = arguments[1:]
-    sys.path[0] = os.getcwd()
+    is_module = arguments[0] == "-m"
+    sys.argv = arguments[is_module:]
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(arguments[0]))
     status = 0
     try:
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
         if isinstance(left.code, str):
@@ -183,6 +190,7 @@ if __name__ == "__main__":
         warm_up(*arguments)
         run(serve(os.path.join(*arguments, "socket")))
     command = arguments[1:] if arguments[:1] == ["-u"] else arguments
-    if command[:1] != ["-m"] or not command[1].startswith(WARM):
+    is_ours = command[1].startswith(WARM) if command[:1] == ["-m"] else command[0].endswith(".py")
+    if not is_ours:
         os.execv(sys.executable, [sys.executable, *arguments])
     sys.exit(ask(os.path.join(folder, "socket"), command))

@@ -136,10 +136,10 @@ class PreparedDataModule(LoaderOptions, pl.LightningDataModule):
                 at their defaults.
         """
         hints = options_of(cls)
-        defaults = {one.name: one.default for one in fields(cls)}
-        used = sorted(defaults.keys() - {"preprocessing", *cls.unused})
+        defaults = {one.name: one.default for one in fields(cls) if one.name != "preprocessing"}
+        used = sorted(defaults.keys() - set(cls.unused))
         for name, value in given.items():
-            if name in cls.unused and value in (None, defaults[name]):
+            if name == "preprocessing" or name in cls.unused and value in (None, defaults[name]):
                 continue
             if name not in used:
                 raise UserError(f"data.{name}={value}: {cls.holds} do not use it; choose one of {', '.join(used)}")
