@@ -123,10 +123,10 @@ def draw_texts(
 ) -> list[list[int]]:
     """Token ids of texts with special tokens; lengths log-normal, `deviation` that of the logarithm."""
     draw = random.Random(seed)
-    centre = math.log(mean) - deviation**2 / 2
+    center = math.log(mean) - deviation**2 / 2
     texts = []
     for _ in range(count):
-        length = min(max(round(draw.lognormvariate(centre, deviation)), shortest), longest)
+        length = min(max(round(draw.lognormvariate(center, deviation)), shortest), longest)
         texts.append([0, *(draw.randrange(3, vocabulary) for _ in range(length - 2)), 2])
     return texts
 

@@ -1,4 +1,4 @@
-"""By how much new feedback changes a pre-trained ViT before anything is learnt: ‖second pass − first‖ / ‖first‖.
+"""By how much new feedback changes a pre-trained ViT before anything is learned: ‖second pass − first‖ / ‖first‖.
 
     python benchmarks/feedback_start.py --weights FILE --architecture vit_small_patch14_dinov2 --patch-size 14
 

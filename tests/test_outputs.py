@@ -299,7 +299,7 @@ def pictures(tmp_path):
 def test_what_is_no_picture_by_its_name_is_left_out_and_counted(pictures, capsys):
     assert [path.name for path in list_pictures(pictures)] == ["a.JPG", "b.png"]
     said = capsys.readouterr().out
-    assert "left out: 5 files that are no pictures by their names" in said
+    assert "left out: 5 files that are no images by their names" in said
     assert "1 .pdf" in said
 
 

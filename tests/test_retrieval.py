@@ -606,7 +606,7 @@ def test_the_shortlist_needs_a_prior(caption_options, tmp_path, in_process):
     ("options", "part"),
     [
         (["--images", "nowhere"], "there is no such folder"),
-        (["--images", "empty"], "there is no picture in it"),
+        (["--images", "empty"], "there is no image in it"),
         (["--images", "bad"], "broken.png is not a whole image"),
         (["--images", "bad", "--query", " "], "--query is empty"),
         (["--images", "bad", "--out", "x.gif"], "name a .png or .svg file"),

@@ -73,7 +73,6 @@ def test_wandb_that_goes_away_in_mid_run_costs_nothing_but_its_upload(tiny_optio
     found, thread = server
     result = train([*tiny_options, *LOOKS], tmp_path, found.server_port)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("cannot be sent") == 1
     assert not thread.is_alive(), "the run was never online"
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 6
     assert list((tmp_path / "run/wandb").glob("run-*/run-*.wandb"))

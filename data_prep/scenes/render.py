@@ -1,6 +1,6 @@
 """Scenes of colored shapes: what a scene may hold, how one is drawn from a seed, and how it becomes pixels.
 
-Every shape is a signed distance field on the unit disc, tabulated once; an object is a look-up into that table on its
+Every shape is a signed distance field on the unit disk, tabulated once; an object is a look-up into that table on its
 bounding box, which gives anti-aliased edges (`coverage = clip(0.5 - distance, 0, 1)`) for the price of a crop.
 """
 
@@ -191,9 +191,9 @@ def render(objects: Sequence[SceneObject], image_size: int, rng: Random) -> tupl
     return np.clip(image + 0.5, 0, 255).astype(np.uint8), masks
 
 
-def _window(centre: float, radius: float, image_size: int) -> slice:
+def _window(center: float, radius: float, image_size: int) -> slice:
     reach = TABLE_REACH * radius + 1
-    return slice(max(0, math.floor(centre - reach)), min(image_size, math.ceil(centre + reach)))
+    return slice(max(0, math.floor(center - reach)), min(image_size, math.ceil(center + reach)))
 
 
 def _draw(

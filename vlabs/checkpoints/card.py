@@ -24,7 +24,7 @@ def model_card(
     checkpoint: Checkpoint,
     run: Path | None,
     name: str,
-    licence: str | None = None,
+    license: str | None = None,
     metrics: Sequence[Path] = (),
 ) -> ModelCard:
     """Write the card of a model.
@@ -33,7 +33,7 @@ def model_card(
         checkpoint: the model.
         run: its run folder, if it has one.
         name: the name by which it will be loaded: `user/name`, or a folder.
-        licence: its license by the hub's names, e.g. `apache-2.0`; None if unknown.
+        license: its license by the hub's names, e.g. `apache-2.0`; None if unknown.
         metrics: `metrics.json` files of `vlabs evaluate`, or folders with one.
 
     Raises:
@@ -56,7 +56,7 @@ def model_card(
         if isinstance(value, float)
     ]
     data = ModelCardData(
-        license=licence,
+        license=license,
         library_name="vlabs",
         pipeline_tag=_PIPELINES.get(checkpoint.task),
         tags=["vlabs", "absvit", checkpoint.task],
@@ -105,7 +105,7 @@ def model_card(
         f"Images of {checkpoint.preprocessing.image_size} pixels per side; `preprocessing.json` and `tokenizer.json` "
         "define how images and texts are read. Nothing in these files is executed when they are loaded.",
         "",
-        f"License: {licence or 'unknown; ask who trained it'}.",
+        f"License: {license or 'unknown; ask who trained it'}.",
         "",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))

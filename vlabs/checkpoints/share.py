@@ -24,7 +24,7 @@ def export_folder(
     ckpt: str | Path,
     out: str | Path,
     name: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     metrics: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> Path:
@@ -34,7 +34,7 @@ def export_folder(
         ckpt: run folder or checkpoint.
         out: the new folder.
         name: the name by which the card loads it; None for the folder's name.
-        licence, metrics: see `model_card`.
+        license, metrics: see `model_card`.
         overwrite: whether `out` may be an earlier export.
 
     Raises:
@@ -44,7 +44,7 @@ def export_folder(
     with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
         checkpoint = load_checkpoint(ckpt)
         checkpoint.network._save_pretrained(partial)  # type: ignore[operator]
-        model_card(checkpoint, run_of(ckpt), name or str(out), licence, metrics).save(partial / "README.md")
+        model_card(checkpoint, run_of(ckpt), name or str(out), license, metrics).save(partial / "README.md")
     return out
 
 
@@ -64,7 +64,7 @@ def push_to_hub(
     ckpt: str | Path,
     name: str,
     private: bool = False,
-    licence: str | None = None,
+    license: str | None = None,
     metrics: Sequence[Path] = (),
     token: str | None = None,
 ) -> str:
@@ -74,7 +74,7 @@ def push_to_hub(
         name: `user/name`.
         private: whether a new repository is private.
         token: access token of the hub; None for that of `hf auth login`.
-        ckpt, licence, metrics: see `export_folder`.
+        ckpt, license, metrics: see `export_folder`.
 
     Returns:
         The address of the commit.
@@ -85,7 +85,7 @@ def push_to_hub(
     if name.count("/") != 1:
         raise UserError(f"--to-hub {name}: name it as user/name")
     with tempfile.TemporaryDirectory() as folder:
-        made = export_folder(ckpt, Path(folder) / "model", name, licence, metrics)
+        made = export_folder(ckpt, Path(folder) / "model", name, license, metrics)
         api = HfApi(token=token)
         try:
             api.create_repo(name, private=private, exist_ok=True)

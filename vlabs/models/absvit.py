@@ -725,7 +725,7 @@ def _conv_stem(
     """
     depth = stride.bit_length() - 1
     if stride != 2**depth or depth < 1:
-        raise UserError(f"stem 'conv' halves the picture: patch size {stride} must be a power of 2, at least 2")
+        raise UserError(f"stem 'conv' halves the image: patch size {stride} must be a power of 2, at least 2")
     channels = tuple(max(8, embed_dim >> (depth - 1 - layer)) for layer in range(depth))
     backbone = ConvStem(
         in_chans, depth, channels, stride=(2,) * depth, padding=1, norm_layer=partial(LayerNormAct2d, act_layer=nn.GELU)

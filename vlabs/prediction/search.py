@@ -28,7 +28,7 @@ from vlabs.utils.arguments import SEARCH_INDEX
 from vlabs.utils.files import content_sha256
 
 CACHE = SEARCH_INDEX
-MEANING = "a picture's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
+MEANING = "an image's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
 """What the percentages of found images are."""
 _SCORED_AT_ONCE = 32
 _COMPARED_AT_ONCE = 4  # few, so that their patches stay in the processor's cache
@@ -86,7 +86,7 @@ class Search:
         if skip_bad:
             self.pictures = [path for path in self.pictures if _decodes(path)]
         if not self.pictures:
-            raise UserError("--images holds no picture")
+            raise UserError("--images holds no image")
         self.passes = FirstPasses(index_dir, self.model.vision, self.preprocessing, torch.int8)
         self.keys = [content_sha256(path) for path in self.pictures]
         missing = {key: path for key, path in zip(self.keys, self.pictures, strict=True) if key not in self.passes}
@@ -174,9 +174,9 @@ def list_pictures(folder: str | Path) -> list[Path]:
     others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in suffixes)
     if others:
         named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        show(f"left out: {others.total()} files that are no pictures by their names ({named})")
+        show(f"left out: {others.total()} files that are no images by their names ({named})")
     if not pictures:
-        raise UserError(f"--images {folder}: there is no picture in it")
+        raise UserError(f"--images {folder}: there is no image in it")
     return pictures
 
 

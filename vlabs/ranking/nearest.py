@@ -32,7 +32,7 @@ class Nearest:
         if len(vectors) < many:
             return
         if importlib.util.find_spec("faiss") is None:
-            show(f"all of {len(vectors):,} pictures are compared at every query: pip install 'vlabs[faiss]' for fewer")
+            show(f"all of {len(vectors):,} images are compared at every query: pip install 'vlabs[faiss]' for fewer")
             return
         import faiss
 
