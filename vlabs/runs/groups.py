@@ -43,7 +43,8 @@ def _register() -> None:
         for name, row in rows.items():
             options = dict(row)
             overrides = [{f"override {other}": choice} for other, choice in options.pop("override", {}).items()]
-            node = {"defaults": [options.pop("like"), *overrides, "_self_"], **options}
+            like = [options.pop("like")] if "like" in options else []
+            node = {"defaults": [*like, *overrides, "_self_"], **options}
             package = _PACKAGES.get(group)
             ConfigStore.instance().store(name=name, group=group, node=node, package=package, provider=VARIANTS)
 
