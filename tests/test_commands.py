@@ -33,9 +33,7 @@ print("@@", *sys.modules)
 sys.argv = ["vlabs", "predict", "--ckpt", "scenes", "--image", image, "--question", "What is red?"]
 cli.main()
 print("@@", *sys.modules)
-import torch._dynamo.utils
 import wandb  # still there for others
-assert torch._dynamo.utils.__file__
 """
 
 
@@ -55,7 +53,7 @@ def test_a_command_imports_only_what_it_uses(tmp_path):
     assert "vlabs train" in told
     prediction = {"torch", "torchvision", "timm", "matplotlib", "huggingface_hub", "numpy"}
     others = {"pandas", "datasets", "pyarrow", "gradio", "pytorch_lightning", "torchmetrics", "peft", "onnx"}
-    others |= {"transformers", "scipy", "wandb", "torch._dynamo"}
+    others |= {"transformers", "scipy", "wandb"}
     assert not {*of_help.split()} & ((prediction | others) - {"huggingface_hub"})
     assert not {*of_predict.split()} & others
 

@@ -24,10 +24,11 @@ def main() -> None:
     where.add_argument("--to-hub", metavar="USER/NAME", help="upload it to the Hugging Face hub")
     parser.add_argument("--overwrite", action="store_true", help="with --out: overwrite an earlier export")
     parser.add_argument("--private", action="store_true", help="with --to-hub: make a private repository")
-    parser.add_argument("--license", "--licence", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
+    parser.add_argument("--license", help="for the card, by the hub's names: apache-2.0, cc-by-4.0, …")
+    parser.add_argument("--licence", dest="license", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--metrics", type=Path, action="append", default=[],
-        help="for the card: a metrics.json of vlabs.evaluate, or its folder; may be given several times",
+        help="for the card: a metrics.json of `vlabs evaluate`, or its folder; may be given several times",
     )  # fmt: skip
     parser.add_argument("--format", choices=("onnx", "torch"), help="with --out FOLDER: programs instead of weights")
     _export(parser.read())

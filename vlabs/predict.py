@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vlabs.attention import MAPS, VIEWS
 from vlabs.errors import run_cli, show
 from vlabs.utils.arguments import Parser, add_out, check_out, number
-from vlabs.utils.imports import DYNAMO, quick_imports
+from vlabs.utils.imports import quick_imports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     # Imported after the options are read, so that --help is fast. timm would import W&B.
-    with quick_imports("wandb", later=DYNAMO):
+    with quick_imports("wandb"):
         from vlabs.attention.figures import as_view, save_out
         from vlabs.data.preprocessing import check_text
         from vlabs.prediction.predictor import load, open_image

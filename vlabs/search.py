@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlabs.errors import run_cli, show
 from vlabs.utils.arguments import SEARCH_INDEX, Parser, add_out, check_out, whole
-from vlabs.utils.imports import DYNAMO, quick_imports
+from vlabs.utils.imports import quick_imports
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _search(arguments: argparse.Namespace) -> None:
     # Imported after the options are read, so that --help is fast. timm would import W&B.
-    with quick_imports("wandb", later=DYNAMO):
+    with quick_imports("wandb"):
         from vlabs.attention.figures import grid_figure, save_out
         from vlabs.data.preprocessing import check_text
         from vlabs.prediction.predictor import load_any

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vlabs.attention import MAPS
 from vlabs.errors import UserError, run_cli
 from vlabs.utils.arguments import Parser, add_out, check_out, number
-from vlabs.utils.imports import DYNAMO, quick_imports
+from vlabs.utils.imports import quick_imports
 from vlabs.utils.options import MOST_ALPHA
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main() -> None:
 
 def _draw(arguments: argparse.Namespace) -> None:
     # Imported after the options are read, so that --help is fast. timm would import W&B.
-    with quick_imports("wandb", later=DYNAMO):
+    with quick_imports("wandb"):
         from vlabs.attention.figures import save_out
         from vlabs.data.preprocessing import check_text
         from vlabs.prediction.predictor import open_image

@@ -115,7 +115,7 @@ def _metrics(path: Path) -> dict[str, Any]:
     path = path / "metrics.json" if path.is_dir() else path
     found = _read(path)
     if not found:
-        raise UserError(f"--metrics {path}: there are no metrics of vlabs.evaluate in it")
+        raise UserError(f"--metrics {path}: there are no metrics of `vlabs evaluate` in it")
     return found
 
 
