@@ -2,11 +2,11 @@
 
 import io
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import warm_python
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -180,7 +180,8 @@ def test_a_batch_that_cannot_be_handed_over_ends_its_process_and_is_not_waited_f
         "class Rows(torch.utils.data.Dataset):\n    def __getitem__(self, plan): return torch.zeros(100_000)\n"
         "next(iter(eval_loader(Rows(), [0, 1], LoaderOptions(num_workers=1))))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    (tmp_path / "hand_over.py").write_text(code)
+    ended = subprocess.run([warm_python(), "hand_over.py"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert ended.returncode != 0
     assert "a loader process cannot hand over a batch" in ended.stderr
 

@@ -484,7 +484,10 @@ def test_a_request_that_is_none_is_one_sentence(server, client):
 
 def test_uploads_are_bounded_and_nothing_of_them_or_of_broken_ones_stays(tmp_path):
     environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    with serving("--max-megabytes", 0.1, python=warm_python(), **environment) as small, httpx.Client(base_url=small.address) as client:
+    with (
+        serving("--max-megabytes", 0.1, python=warm_python(), **environment) as small,
+        httpx.Client(base_url=small.address) as client,
+    ):
         taken = [
             client.post("/gradio_api/upload", files={"files": ("a.png", bytes(size))}).status_code
             for size in (50_000, 500_000)
