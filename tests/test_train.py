@@ -7,15 +7,21 @@ import platform
 import re
 import shutil
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import LOOKS, assert_one_line_error, command
+from test_models import make_model
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.runs.environment import write_environment
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.vqa import VQATask
+from vlabs.training.words import beginning
 
 
 def metrics_of(run):
@@ -81,6 +87,15 @@ def test_a_run_says_what_it_begins_with_every_epoch_and_what_came_out(tiny_run):
         assert said in result.stdout, said
     for noise in ("anonymous", "worker processes", "Run history"):
         assert noise not in result.stdout + result.stderr
+
+
+def test_a_small_model_from_scratch_is_said_to_be_small_for_photographs_and_not_for_scenes():
+    def said(name):
+        task = VQATask(make_model(None), Preprocessing(16, ""), {"name": name, "images": 3}, Recipe())
+        return beginning(task, SimpleNamespace(preprocessing=task.preprocessing), "run")
+
+    assert "pass experiment=photo_vqa" in said("vqav2")
+    assert not any("photo" in said(name) for name in ("scenes", "objects-small"))
 
 
 def test_every_loss_accuracy_rate_norm_and_speed_is_logged(tiny_run):

@@ -33,7 +33,8 @@ def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
         f"  {everything / 1e6:.1f} M parameters, {_trained(trained, everything)}",
         f"  to {folder}: about {size(checkpoint_bytes(task))} of checkpoints (best, last, and the last one before)",
     ]
-    if source == "scratch" and everything < _SMALL and not type(data).__module__.endswith(".embedded"):
+    is_drawn = str(own.get("name")).startswith(("scenes", "objects-"))
+    if source == "scratch" and everything < _SMALL and not is_drawn:
         lines.append(
             "  note: a model this small learns drawn shapes, but little about photographs: for these pass "
             "experiment=photo_vqa, pre-trained encoders (model=photo), or init=RUN"
