@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -82,10 +84,13 @@ def killed_at(step, options, cwd):
     """The last checkpoint of a run that was killed when it had one of that step, and not at its end."""
     last = cwd / "run/checkpoints/last.ckpt"
     for _ in range(5):  # on a busy machine a run may end before it is seen to be there
-        process = start(options, cwd)
+        process = start(options, cwd, warm_python())
         wait_for_step(process, last, step)
         process.kill()
         process.wait()
+        # The process that was asked for is killed a moment later. A run that has ended has no lock.
+        with contextlib.suppress(FileNotFoundError), open(cwd / "run/.vlabs-lock", "r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         if read(last)["global_step"] < STEPS:
             return last
         shutil.rmtree(cwd / "run")
