@@ -112,7 +112,7 @@ def test_grounding_of_captions_is_logged_in_validation_as_evaluation_finds_it(pr
 
 def test_each_caption_comes_once_an_epoch_and_several_sets_are_trained_on_together(tiny_captions):
     data = CaptionDataModule(
-        tiny_captions, {"two": tiny_captions}, image_size=16, batch_size=8, captions_per_image=2, num_workers=0
+        tiny_captions, sets={"two": tiny_captions}, image_size=16, batch_size=8, captions_per_image=2, num_workers=0
     )
     seen = [caption for batch in data.train_dataloader() for caption in batch.caption_ids]
     once = [caption for row in load_split(tiny_captions, "train") for caption in row["caption_id"]]

@@ -71,7 +71,7 @@ def train(options, cwd, port):
 def test_wandb_that_goes_away_in_mid_run_costs_nothing_but_its_upload(tiny_options, tmp_path, server):
     # Figures and tables at every validation: W&B would wait for its server at each.
     found, thread = server
-    result = train([*tiny_options, *LOOKS], tmp_path, found.server_port)
+    result = train([*tiny_options, *LOOKS[:1]], tmp_path, found.server_port)
     assert result.returncode == 0, result.stderr
     assert not thread.is_alive(), "the run was never online"
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 6
