@@ -157,9 +157,8 @@ class PreparedDataModule(LoaderOptions, pl.LightningDataModule):
         """The arguments of `Preprocessing` for texts."""
         text = read_tokenizer(self.tokenizer, Path(self.dir))
         padding = special_token(text, "pad")
-        return {"tokenizer": text, "max_length": self.max_length} | (
-            {} if padding is None else {"pad_token_id": padding}
-        )
+        given = {"tokenizer": text, "max_length": self.max_length}
+        return given if padding is None else given | {"pad_token_id": padding}
 
     def setup(self, stage: str) -> None:
         """Ask the task what it needs."""
