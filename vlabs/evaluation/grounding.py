@@ -287,18 +287,19 @@ def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
     return asked
 
 
-def all_texts(rows: datasets.Dataset, count: int | None) -> list[Asked]:
+def all_texts(rows: datasets.Dataset, count: int | None, pairs: bool = False) -> list[Asked]:
     """The texts of prepared rows, evenly spread.
 
     Args:
         rows: prepared rows.
         count: number of texts; None for all.
+        pairs: take texts about two images too.
 
     Raises:
         UserError: the rows have no texts about one image each.
     """
     kind = next((kind for kind in ("question", "caption", "statement") if kind in rows.column_names), None)
-    if kind is None or "image_2" in rows.column_names:
+    if kind is None or ("image_2" in rows.column_names and not pairs):
         raise UserError("the data have no texts about one image each")
     asked = [
         Asked(number, position, text_id, row[kind][position], [])

@@ -142,7 +142,7 @@ def sinks(model: VisionLanguageModel, images: Tensor, ids: Tensor, mask: Tensor)
         For each text, by the name of the block, `tokens` and `attention` in percent.
     """
     attention: list[Tensor] = []
-    with recording(model, ("normgrad", "relevance")) as recorded:
+    with recording(model.vision, ("normgrad", "relevance"), model.fusion) as recorded:
         model(images, ids, mask, record=attention)
     found: list[dict[str, dict[str, float]]] = [{} for _ in images]
     first = model.vision.backbone.depth - len(attention)
