@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, command
+from conftest import areas_by_hand, assert_one_line_error, command
 from PIL import Image
 from scipy.stats import spearmanr
 from tiny_models import save_tiny
@@ -18,7 +18,6 @@ from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
-from vlabs.evaluation.faithfulness import SHARES
 from vlabs.look import load
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 from vlabs.metrics.vqa import answer_accuracy
@@ -322,18 +321,16 @@ def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run,
         answers = row["answers"][row["question_id"].index(record["id"])]
         image = checkpoint.preprocessing.image(decode_image(row["image"], "image"))[None]
         ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([record["text"]]))
-        order = (
-            look(checkpoint.model, image, ids, mask, ["norm"])[1]["norm"].flatten().argsort(descending=True).tolist()
-        )
-        for name, way in (("deletion", order), ("insertion", order[::-1])):
-            curve = []
-            for share in SHARES:
-                left = image.clone()
-                for patch in way[: round(share * len(order))]:
-                    top, start = side * (patch // 4), side * (patch % 4)
-                    left[..., top : top + side, start : start + side] = 0
-                best = checkpoint.model(left, ids, mask).logits[0].argmax()
-                curve.append(100 * answer_accuracy(checkpoint.preprocessing.names[best], answers))
-            steps = zip(SHARES, SHARES[1:], curve, curve[1:], strict=False)
-            area = sum((b - a) * (one + other) / 2 for a, b, one, other in steps) / SHARES[-1]
-            assert record["norm"][name] == pytest.approx(area, abs=1e-6)
+        values = look(checkpoint.model, image, ids, mask, ["norm"])[1]["norm"]
+
+        def score(taken):
+            left = image.clone()  # noqa: B023
+            for patch in taken:
+                top, start = side * (patch // 4), side * (patch % 4)
+                left[..., top : top + side, start : start + side] = 0
+            best = checkpoint.model(left, ids, mask).logits[0].argmax()  # noqa: B023
+            return 100 * answer_accuracy(checkpoint.preprocessing.names[best], answers)  # noqa: B023
+
+        deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
+        assert record["norm"]["deletion"] == pytest.approx(deletion, abs=1e-6)
+        assert record["norm"]["insertion"] == pytest.approx(insertion, abs=1e-6)
