@@ -44,6 +44,10 @@ def test_the_table_has_every_map_and_measure_with_an_interval_around_the_mean(me
             mean = 100 * np.mean([record["maps"][name][measure] for record in records])
             assert metrics[f"{name}/{measure}"] == pytest.approx(mean)
             assert low <= mean <= high
+        joint = [np.sqrt(record["right"] / 100 * record["maps"][name]["energy"]) for record in records]
+        assert metrics[f"{name}/right_energy"] == pytest.approx(100 * np.mean(joint))
+    assert {record["right"] > 0 for record in records} == {True, False}
+    assert metrics["right"] == pytest.approx(np.mean([record["right"] for record in records]))
 
 
 def test_grounding_in_validation_is_what_evaluation_finds(tiny_run, tiny_data, tmp_path, in_process):

@@ -25,8 +25,8 @@ from vlabs.data.instances import crop_mask
 from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
-from vlabs.evaluation.grounding import Asked, all_texts, find_targets, spread
-from vlabs.evaluation.judging import Judge, judge_of
+from vlabs.evaluation.grounding import all_texts, find_targets, spread
+from vlabs.evaluation.judging import Asked, Judge, judge_of
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import pointing, rank_correlation, to_pixels
 from vlabs.models.absvit import AbSViTClassifier
@@ -223,7 +223,7 @@ def _judged(
     weight = next(model.parameters())
     ids, mask = ids.to(weight.device), mask.to(weight.device)
     output = model(images.to(weight), ids, mask, None if index is None else index.to(weight.device))
-    return judge.right(item, output, ids, mask)
+    return judge.right([item] * len(ids), output, ids, mask)
 
 
 def take_away(results: Results, samples: Iterable[Sample], seed: int, right: str = "right") -> None:

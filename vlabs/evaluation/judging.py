@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
@@ -18,12 +18,39 @@ from vlabs.data.prepared import read_answers
 from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
-from vlabs.evaluation.grounding import Asked
-from vlabs.evaluation.steering import Scores
 from vlabs.models.vlm import VLMOutput
 
 OTHERS = 15
 """Number of whole images, besides its own, with which a caption is scored."""
+
+
+class Asked(NamedTuple):
+    """A text of prepared rows: row, position in the row, id, text, and the ids of its instances, if any."""
+
+    row: int
+    position: int
+    text_id: int
+    text: str
+    targets: list[int]
+
+
+class Scores:
+    """Scores answers to questions of prepared rows.
+
+    Args:
+        rows: prepared rows.
+        answers: the answer vocabulary of the data.
+    """
+
+    def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
+        self.rows, self.answers = rows, answers
+
+    def of(self, asked: Asked, answer: str) -> float:
+        """The official accuracy of an answer, in percent."""
+        row = self.rows[asked.row]
+        ids, scores = row["answer_ids"][asked.position], row["answer_scores"][asked.position]
+        by_answer = {self.answers[n]: score for n, score in zip(ids, scores, strict=True)}
+        return 100 * float(by_answer.get(answer, 0.0))
 
 
 class Judge(Protocol):
@@ -35,12 +62,12 @@ class Judge(Protocol):
 
     unit: str
 
-    def right(self, item: Asked, output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
-        """How right the model is about n copies of a text, in percent.
+    def right(self, items: Sequence[Asked], output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
+        """How right the model is about n texts, which are all about the same images, in percent.
 
         Args:
-            item: the text.
-            output: the model's output for the copies.
+            items: the texts.
+            output: the model's output for them.
             ids, mask: (n, T), what it was given as texts.
         """
 
@@ -51,9 +78,10 @@ class _Answers:
     def __init__(self, checkpoint: Checkpoint, data: VQADataModule, rows: datasets.Dataset) -> None:
         self.names, self.scores = checkpoint.preprocessing.names, Scores(rows, read_answers(data.dir))
 
-    def right(self, item: Asked, output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
+    def right(self, items: Sequence[Asked], output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
         """See `Judge`: the official accuracy of the best answer."""
-        return [self.scores.of(item, self.names[best]) for best in output.logits.argmax(dim=1).tolist()]
+        best = output.logits.argmax(dim=1).tolist()
+        return [self.scores.of(item, self.names[n]) for item, n in zip(items, best, strict=True)]
 
 
 class _Labels:
@@ -62,9 +90,11 @@ class _Labels:
     def __init__(self, rows: datasets.Dataset) -> None:
         self.labels = rows.select_columns(["label"])
 
-    def right(self, item: Asked, output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
+    def right(self, items: Sequence[Asked], output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
         """See `Judge`: whether the best label is the right one."""
-        return (100.0 * (output.logits.argmax(dim=1) == self.labels[item.row]["label"][item.position])).tolist()
+        best = output.logits.argmax(dim=1).tolist()
+        labels = self.labels[items[0].row]["label"]
+        return [100.0 * (labels[item.position] == n) for item, n in zip(items, best, strict=True)]
 
 
 class _Ranks:
@@ -78,9 +108,9 @@ class _Ranks:
         with torch.no_grad():
             self.others = self.model.vision.encode(images.to(next(self.model.parameters())))
 
-    def right(self, item: Asked, output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
+    def right(self, items: Sequence[Asked], output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
         """See `Judge`: whether it scores higher with its own image than with `OTHERS` others."""
-        others = torch.tensor([n for n, row in enumerate(self.rows) if row != item.row][:OTHERS], device=ids.device)
+        others = torch.tensor([n for n, row in enumerate(self.rows) if row != items[0].row][:OTHERS], device=ids.device)
         texts, which = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
         given = texts.chunk(2, dim=1)
         pairs = torch.cartesian_prod(torch.arange(len(texts), device=ids.device), others)
@@ -119,6 +149,16 @@ def judge_of(checkpoint: Checkpoint, data: PreparedDataModule, rows: datasets.Da
         return _Ranks(checkpoint, rows)
     raise UserError(f"{data.dir} holds {data.holds}, but {checkpoint.path} is a model of task={checkpoint.task}: pass "
                     "data.dir=FOLDER of its own kind")  # fmt: skip
+
+
+def known_judge(checkpoint: Checkpoint, data: PreparedDataModule, rows: datasets.Dataset) -> Judge | None:
+    """As `judge_of`, for answers and labels; None where it is not known what is right, or nothing is answered."""
+    if isinstance(data, CaptionDataModule):
+        return None
+    try:
+        return judge_of(checkpoint, data, rows, "")
+    except UserError:
+        return None
 
 
 def _any(rows: datasets.Dataset, column: str, known: Callable[[Any], bool]) -> bool:

@@ -18,8 +18,8 @@ from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.grounding import all_texts
+from vlabs.evaluation.judging import Scores
 from vlabs.evaluation.results import Results
-from vlabs.evaluation.steering import Scores
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.options import Size
 

@@ -18,9 +18,9 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.evaluation import faithfulness as faithful
 from vlabs.evaluation import grounding as grounded
-from vlabs.evaluation.grounding import Asked, Targets, all_texts, find_targets
+from vlabs.evaluation.grounding import Targets, all_texts, find_targets
+from vlabs.evaluation.judging import Asked, Scores
 from vlabs.evaluation.results import Results, Setting
-from vlabs.evaluation.steering import Scores
 from vlabs.look.looker import Looker
 from vlabs.look.models import Inputs, Seen
 from vlabs.metrics.grounding import read_human_maps
@@ -53,12 +53,14 @@ def grounding(
             "--instances FILE, COCO's annotations as zip or JSON"
         )
     asked = _readable(looker, targets.asked, results)
+    scores = _scores(looker, targets.rows, data)
     for item, size, pixels, seen in _each(looker, targets.rows, asked, maps, results):
         mask = _mask(looker, targets, item, size, pixels)
         if mask.any():
             found = {name: values.numpy() for name, values in seen.maps.items()}
             objects = targets.objects.get(targets.rows[item.row]["image_id"], 0)
-            results.rows.append(grounded.record(item, found, mask, objects))
+            right = scores.of(item, seen.said.answers[0][0][0]) if scores else None
+            results.rows.append(grounded.record(item, found, mask, objects, right))
     if len(results.rows) < 2:
         raise UserError(f"{data}, split {split}: fewer than two texts have a region that the model can see and read")
     grounded.report(results, maps, len(asked))
@@ -114,12 +116,11 @@ def faithfulness(
     """
     results = _results("faithfulness", looker, split, maps, out)
     rows = load_split(data, split)
-    answers = looker.looks.answers
-    if answers and ("answers" not in rows.column_names or not any(any(of) for of in rows["answers"])):
+    if looker.looks.answers and _scores(looker, rows, data) is None:
         raise UserError(f"{data}, split {split}: {looker.name} answers questions, but the data have no answers")
     targets = find_targets(rows, data, instances, num_texts)
     rows, asked = (rows, all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
-    scores = Scores(rows, read_answers(data)) if answers else None
+    scores = _scores(looker, rows, data)
 
     def scored(item: Asked, pixels: Inputs, taken: list[np.ndarray]) -> list[float]:
         text, _ = looker.text(item.text)
@@ -158,6 +159,14 @@ def _results(name: str, looker: Looker, split: str, maps: Sequence[str], out: Pa
         looker.check_map(one)
     trainer = OmegaConf.create({"enable_progress_bar": sys.stderr.isatty()})
     return Results(name, looker, Setting(split, out, trainer))
+
+
+def _scores(looker: Looker, rows: datasets.Dataset, data: Path) -> Scores | None:
+    """Scores the answers to questions; None if the model does not answer, or the data have no answers."""
+    if not looker.looks.answers or "answers" not in rows.column_names:
+        return None
+    known = any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"])
+    return Scores(rows, read_answers(data)) if known else None
 
 
 def _readable(looker: Looker, asked: Sequence[Asked], results: Results) -> list[Asked]:
