@@ -20,13 +20,17 @@ NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
 NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
 
-def default_map(model: VisionLanguageModel) -> str:
-    """The default map: the token weights if ξ steers the encoder, otherwise the attention of the fusion.
+UNSTEERED = "normgrad"
+"""The default map where no ξ steers."""
 
-    Token weights show what is fed back. If ξ was trained to point, they lie on what is asked (`docs/topdown_study.md`).
+
+def default_map(model: VisionLanguageModel) -> str:
+    """The default map: the token weights if ξ steers the encoder, otherwise `UNSTEERED`.
+
+    Of all maps, these were as faithful as the best on every task that was measured (`docs/looking.md`).
     """
     topdown = model.vision.topdown
-    return "weights" if topdown is not None and topdown.needs_prior else "fusion"
+    return "weights" if topdown is not None and topdown.needs_prior else UNSTEERED
 
 
 def maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -179,6 +183,11 @@ def look_and_read(
     alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor], np.ndarray | None]:
     """As `look`, and the words' relevance: (n, T), see `Look`; None unless the map `relevance` is among the names."""
+    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
+    if has_gradient and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # a gradient may be of copies only
+            inputs = image.clone(), input_ids.clone(), attention_mask.clone()
+            return look_and_read(model, *inputs, names, None if prior is None else prior.clone(), alpha)
     n, pictures = len(input_ids), len(image)
     weight = next(model.parameters())
     image, input_ids, attention_mask = image.to(weight), input_ids.to(weight.device), attention_mask.to(weight.device)
@@ -189,7 +198,6 @@ def look_and_read(
         image = image.repeat(n, 1, 1, 1)
         index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     given = index if pictures > 1 else (index[:, 0] if shared else None)
-    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
     if has_gradient:
         image.requires_grad_()  # frozen parameters alone would leave no gradient
     with torch.set_grad_enabled(has_gradient), recording(model.vision, names, model.fusion) as recorded:
@@ -257,29 +265,36 @@ def look_by(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> Look:
-    """Where a model looks, by one map; by `fusion` for texts whose token weights are all 0.
+    """Where a model looks, by one map; by `UNSTEERED` for texts whose token weights are all 0.
 
     Args:
         name: name of the map; the other arguments are those of `look`.
     """
-    output, found, words = look_and_read(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
-    return _chosen(model, output, found, name, len(image))._replace(words=words)
+    given = model, image, input_ids, attention_mask
+    output, found, words = look_and_read(*given, [name], prior, alpha)
+    if name == "weights" and not found[name].flatten(1).any(dim=1).all():
+        found |= look(*given, [UNSTEERED], prior, alpha)[1]
+    return _chosen(model, output, found, [name, UNSTEERED], len(image))._replace(words=words)
 
 
-def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
-    """As `look_by`, from the output for n texts about one image each, with `read_image=True`.
+def look_of(model: VisionLanguageModel, output: VLMOutput) -> Look:
+    """Where a model looked, from its output for n texts about one image each, with `read_image=True`.
 
-    Args:
-        name: name of a map that needs no recorded attention.
+    The token weights if ξ steers, else, and for texts whose token weights are all 0, `fusion`, since the output has no
+    other map.
     """
-    found = {one: attention_map(output, model.vision, one).cpu() for one in (name, "fusion")}
-    return _chosen(model, output, found, name, 1)
+    names = ["weights", "fusion"] if default_map(model) == "weights" else ["fusion"]
+    found = {one: attention_map(output, model.vision, one).cpu() for one in names}
+    return _chosen(model, output, found, names, 1)
 
 
-def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tensor], name: str, pictures: int) -> Look:
-    n = len(found[name]) // pictures
+def _chosen(
+    model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tensor], wanted: Sequence[str], pictures: int
+) -> Look:
+    """The map that is shown for each text: the first of two names, or the second where the token weights are all 0."""
+    n = len(found[wanted[0]]) // pictures
     maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
     steered = model.vision.steers(output.seen)
     steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()
-    names = [name if name != "weights" or of_text.any() else "fusion" for of_text in maps[name]]
+    names = [wanted[wanted[0] == "weights" and not of_text.any()] for of_text in maps[wanted[0]]]
     return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)

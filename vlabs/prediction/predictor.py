@@ -49,7 +49,7 @@ class Answer:
             right; softmax for labels.
         maps: where the model looked: one map (rows, columns) per image over its patch grid, non-negative, in
             `Preprocessing.box`.
-        map_name: the name of that map: `fusion` if ξ is similar to no patch, so that all its weights are 0.
+        map_name: the name of that map: `normgrad` if ξ is similar to no patch, so that all its weights are 0.
         steers: whether ξ is similar to any patch of the images; None if no ξ steers.
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
         words: the words of the question with their shares of its relevance; None unless the map is `relevance`.
