@@ -537,6 +537,8 @@ def test_pairs_are_trained_measured_and_predicted_from_the_command_line(layouts,
     assert f"{max(shares):.1f}%  {guessed['dev-0-0-0']}" in result.stdout
     wrong = command("vlabs.predict", *asked, "--image", pair[0], cwd=tmp_path)
     assert_one_line_error(wrong, "needs 2 images at a time, but 1 are given")
+    with pytest.raises(UserError, match="a second look is at one image, and this model reads 2 at a time"):
+        Predictor(load_checkpoint(tmp_path / "run")).answer(pair, ["a"], second_look="crop")
 
 
 def test_entailment_is_trained_and_measured(layouts, tmp_path, in_process):
