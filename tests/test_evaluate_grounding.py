@@ -303,6 +303,42 @@ def test_vqa_hat_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run,
     assert of_vilt["agreement"] == pytest.approx(agree)
 
 
+def test_air_d_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run, tmp_path):
+    """Made-up files in the layout of GQA and AiR-D: `fixmaps/QUESTION.png`, by ids that are texts, one a question."""
+    raw, maps, rng = tmp_path / "raw", tmp_path / "aggregated_maps/fixmaps", np.random.default_rng(0)
+    (raw / "images").mkdir(parents=True)
+    maps.mkdir(parents=True)
+    questions = {}
+    for name in ("00126851", "126851", "011000868"):  # two differ in leading zeros only
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(raw / f"images/{int(name) % 97}.jpg")
+        questions[name] = {
+            "question": "What is this?", "imageId": str(int(name) % 97), "answer": "dog", "fullAnswer": "A dog.",
+            "annotations": {"question": {}, "answer": {}, "fullAnswer": {}}, "isBalanced": True,
+            "types": {"detailed": "choose", "semantic": "attr", "structural": "query"},
+        }  # fmt: skip
+        Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(maps / f"{name}.png")
+    (raw / "val_balanced_questions.json").write_text(json.dumps(questions))
+    fast = ["--num-workers", 1, "--vocab-size", 0]
+    prepared = command("vlabs.cli", "prepare", "gqa", "--raw-dir", raw, "--out-dir", "data", *fast, cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    given = ["data=vqav2", "data.dir=data", "split=val", f"task.human_maps={maps}", "task.maps=[norm]"]
+    result = command(
+        "vlabs.evaluate", "task=grounding", f"ckpt={tiny_run[0]}", *given, "hydra.run.dir=out", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "out/grounding.jsonl").read_text().splitlines()]
+    assert {one["id"]: one["people"] for one in records} == dict.fromkeys(questions, 1)
+    checkpoint = load_checkpoint(tiny_run[0])
+    for record in records:
+        image = Image.open(raw / f"images/{int(record['id']) % 97}.jpg").convert("RGB")
+        ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids(["What is this?"]))
+        found = look(checkpoint.model, checkpoint.preprocessing.image(image)[None], ids, mask, ["norm"])[1]["norm"]
+        human = crop_map(np.asarray(Image.open(maps / f"{record['id']}.png")) / 255, 32)
+        expected = float(rank_correlation(found[0].numpy(), human))
+        assert record["maps"]["norm"] == pytest.approx(expected, abs=1e-5)
+    assert "| people, with each other | " in result.stdout
+
+
 def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):
     (tmp_path / "hat").mkdir()
     Image.new("L", (14, 14)).save(tmp_path / "hat/1_1.png")

@@ -73,7 +73,7 @@ class GroundingEvaluation(Evaluation):
         maps: maps to measure.
         instances: COCO's instances of the same images; None for the regions in the prepared data.
         num_texts: number of texts to measure, evenly spread; None for all.
-        human_maps: folder of VQA-HAT's maps: measure only the rank correlation with them.
+        human_maps: folder of VQA-HAT's or AiR-D's maps: measure only the rank correlation with them.
 
     Raises:
         UserError: there is no such map.
@@ -141,8 +141,8 @@ class GroundingEvaluation(Evaluation):
 
 def seen_by_people(
     rows: datasets.Dataset, option: str, folder: str, where: str, count: int | None
-) -> tuple[dict[int, list[Path]], list[Asked]]:
-    """The files of VQA-HAT by question id, and the questions of prepared rows that have some, evenly spread.
+) -> tuple[dict[int | str, list[Path]], list[Asked]]:
+    """The files of VQA-HAT or AiR-D by question id, and the questions of prepared rows that have some, evenly spread.
 
     Args:
         rows: prepared rows.
@@ -161,7 +161,7 @@ def seen_by_people(
     if len(asked) < 2:
         raise UserError(
             f"{option} has maps of fewer than two questions of {where}: VQA-HAT uses the question ids of VQA v1, so "
-            "prepare its files (`vlabs prepare vqav2` reads them too)"
+            "prepare its files (`vlabs prepare vqav2` reads them too); AiR-D uses those of GQA (`vlabs prepare gqa`)"
         )
     return people, asked
 

@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
     row: int
     position: int
-    text_id: int
+    text_id: int | str
     text: str
     targets: list[int]
 
