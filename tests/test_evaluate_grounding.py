@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tiny_models import save_tiny
 
 from vlabs.attention.gradients import inputs_of
-from vlabs.attention.maps import MAPS, look, look_by
+from vlabs.attention.maps import MAPS, default_map, look, look_by
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
 from vlabs.data.prepared import load_split
@@ -180,6 +180,12 @@ def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
     for name in MAPS:
         _, alone = look(model, image, ids[1:2], mask[1:2], [name])
         torch.testing.assert_close(together[name][1:2], alone[name], atol=1e-5, rtol=1e-4)
+    with torch.inference_mode():  # as in a validation
+        _, inside = look(model, image.clone(), ids.clone(), mask.clone(), MAPS)
+    torch.testing.assert_close(inside, together)
+    assert default_map(model) == "weights"
+    model.vision.topdown = None
+    assert default_map(model) == "normgrad"
 
 
 @pytest.mark.parametrize(
