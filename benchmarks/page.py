@@ -108,7 +108,7 @@ def load(server: Any) -> dict[str, Any]:
                 picture, question, alpha, map_name = asked[n]
                 began = time.perf_counter()
                 name = upload(opened, pictures[picture])
-                body = request_of(function, f"client{n}", {"path": name}, question, map_name, alpha, "", 1)
+                body = request_of(function, f"client{n}", {"path": name}, question, map_name, alpha, "", 1, "none")
                 opened.post("/gradio_api/queue/join", json=body).raise_for_status()
                 for message in listen(opened, f"client{n}"):
                     if message.get("msg") == "process_completed":

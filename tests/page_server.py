@@ -138,7 +138,7 @@ class Hostile:
             kinds = (self._direct, self._unheard, self._cancelled, self._odd, self._broken, self._large, self._stolen)
             while not self._ended.is_set():
                 kind = self.random.choice(kinds)
-                status = kind(client, ask, [name, "Which color is the star?", "norm", 0.5, "What is it?", 1])
+                status = kind(client, ask, [name, "Which color is the star?", "norm", 0.5, "What is it?", 1, "none"])
                 key = f"{kind.__name__[1:]} {status}"
                 self.counts[key] = self.counts.get(key, 0) + 1
                 self._ended.wait(0.02)

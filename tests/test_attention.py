@@ -122,11 +122,11 @@ def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(t
     monkeypatch.setattr(predictor.model.prior, "forward", dead)
     alive, other = predictor.answer(picture, asked)
     assert (alive.map_name, alive.steers) == (before[0].map_name, before[0].steers)
-    assert (other.map_name, other.steers) == ("fusion", False)
+    assert (other.map_name, other.steers) == ("normgrad", False)
     assert other.map.any()
     assert other.warnings == [
         "its training never had: zebra",
-        "this question does not steer: its ξ is not similar to any patch; the map is fusion",
+        "this question does not steer: its ξ is not similar to any patch; the map is normgrad",
     ]
     assert not alive.new_words
 

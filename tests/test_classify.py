@@ -13,7 +13,7 @@ import safetensors.torch
 import scipy.io
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, command
+from conftest import areas_by_hand, assert_one_line_error, command
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -21,13 +21,14 @@ from data_prep.engine.units import Unit
 from data_prep.readers.classes import dataset_units, entry, folder_units, prepare_classes, table_units
 from data_prep.readers.imagenet import DEVKIT, TRAIN, VAL, imagenet_units
 from data_prep.scenes.objects import SIZES, Task, draw_object, make_objects
+from vlabs.attention.classes import class_maps
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.checkpoints.pretrained import vit_from_timm
 from vlabs.data.classes import ClassDataModule, ClassDataset
 from vlabs.data.images import read_bytes
 from vlabs.data.pictures import ImageSampler
 from vlabs.data.prepared import load_split, read_classes
-from vlabs.data.preprocessing import Preprocessing
+from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
@@ -451,6 +452,60 @@ def test_a_classifier_is_trained_and_evaluated(run, objects, in_process, tmp_pat
     assert found["bottom_up_top1"] == pytest.approx(100 * float((bottom_up.argmax(1) == batch.labels).float().mean()))
     wrong = in_process("vlabs.evaluate", ["task=vqa", f"ckpt={run}"], tmp_path)
     assert_one_line_error(wrong, "trained for the task 'classify'")
+
+
+def test_maps_of_a_classifier_are_measured_by_its_class_without_patches(run, objects, in_process, tmp_path):
+    given = ["task=faithfulness", f"ckpt={run}", "task.num_texts=3", "task.batch_size=5", "hydra.run.dir=out"]
+    result = in_process("vlabs.evaluate", given, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "fusion is left out: it needs a text" in result.stdout
+    model, preprocessing = load_checkpoint(run).classifier, load_checkpoint(run).preprocessing
+    for line in (tmp_path / "out/faithfulness.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        row = next(row for row in load_split(objects, "val") if row["image_id"] == record["id"])
+        image = preprocessing.image(decode_image(read_bytes(row), ""))[None]
+        values = class_maps(model, image, ["norm"])[1]["norm"][0]
+        rows, columns = values.shape
+
+        def score(taken):
+            left, side = image.clone(), 32 // rows  # noqa: B023
+            for patch in taken:
+                top, start = side * (patch // columns), side * (patch % columns)  # noqa: B023
+                left[..., top : top + side, start : start + side] = 0
+            return 100.0 * (int(model(left)[0].argmax()) == row["label"])  # noqa: B023
+
+        deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
+        assert record["norm"]["deletion"] == pytest.approx(deletion)
+        assert record["norm"]["insertion"] == pytest.approx(insertion)
+    only = in_process("vlabs.evaluate", ["task=faithfulness", f"ckpt={run}", "task.maps=[contrast]"], tmp_path)
+    assert_one_line_error(only, "task.maps", "contrast is left out: it needs a text")
+
+
+def test_maps_of_gradients_of_a_classifier_equal_a_plain_computation(run):
+    model = load_checkpoint(run).classifier.double()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    logits, maps = class_maps(model, image, ["relevance", "normgrad"])
+    attention, states = [], []
+    hooks = [
+        block.norm2.register_forward_pre_hook(lambda _, given, n=n: states.__setitem__(slice(n, n + 1), [given[0]]))
+        for n, block in enumerate(model.encoder.vit.blocks)
+    ]
+    seen = model(image.requires_grad_(), record=attention)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(seen[0], logits)
+    gradients = torch.autograd.grad(seen[0].max(), [*attention, *states])
+    relevance = torch.eye(attention[0].shape[-1], dtype=torch.float64)
+    for gradient, read in zip(gradients, attention, strict=False):
+        relevance = relevance + (gradient * read).clamp(min=0).mean(dim=1)[0] @ relevance
+    torch.testing.assert_close(maps["relevance"].flatten().double(), relevance[0, 1:])
+    product = torch.ones(len(relevance), dtype=torch.float64)
+    for gradient, x in zip(gradients[len(attention) :], states, strict=True):
+        one = gradient[0].norm(dim=1) * x[0].norm(dim=1)
+        if (one > 0).sum() > 1:  # of the last one, only [cls] is read
+            product *= (one - one.min()) / (one.max() - one.min())
+    torch.testing.assert_close(maps["normgrad"].flatten().double(), product[1:].detach())
+    assert maps["normgrad"].unique().numel() > 1
 
 
 def test_a_classifier_starts_the_image_encoder_of_a_run_on_texts(run, tiny_options, in_process, tmp_path):

@@ -7,18 +7,17 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, command
+from conftest import areas_by_hand, assert_one_line_error, command
 from PIL import Image
 from scipy.stats import spearmanr
 from tiny_models import save_tiny
 
 from vlabs.attention.gradients import inputs_of
-from vlabs.attention.maps import MAPS, look, look_by
+from vlabs.attention.maps import MAPS, default_map, look, look_by
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
-from vlabs.evaluation.faithfulness import SHARES
 from vlabs.look import load
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 from vlabs.metrics.vqa import answer_accuracy
@@ -45,6 +44,10 @@ def test_the_table_has_every_map_and_measure_with_an_interval_around_the_mean(me
             mean = 100 * np.mean([record["maps"][name][measure] for record in records])
             assert metrics[f"{name}/{measure}"] == pytest.approx(mean)
             assert low <= mean <= high
+        joint = [np.sqrt(record["right"] / 100 * record["maps"][name]["energy"]) for record in records]
+        assert metrics[f"{name}/right_energy"] == pytest.approx(100 * np.mean(joint))
+    assert {record["right"] > 0 for record in records} == {True, False}
+    assert metrics["right"] == pytest.approx(np.mean([record["right"] for record in records]))
 
 
 def test_grounding_in_validation_is_what_evaluation_finds(tiny_run, tiny_data, tmp_path, in_process):
@@ -177,6 +180,12 @@ def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
     for name in MAPS:
         _, alone = look(model, image, ids[1:2], mask[1:2], [name])
         torch.testing.assert_close(together[name][1:2], alone[name], atol=1e-5, rtol=1e-4)
+    with torch.inference_mode():  # as in a validation
+        _, inside = look(model, image.clone(), ids.clone(), mask.clone(), MAPS)
+    torch.testing.assert_close(inside, together)
+    assert default_map(model) == "weights"
+    model.vision.topdown = None
+    assert default_map(model) == "normgrad"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +309,42 @@ def test_vqa_hat_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run,
     assert of_vilt["agreement"] == pytest.approx(agree)
 
 
+def test_air_d_goes_the_whole_way_from_the_files_that_are_downloaded(tiny_run, tmp_path):
+    """Made-up files in the layout of GQA and AiR-D: `fixmaps/QUESTION.png`, by ids that are texts, one a question."""
+    raw, maps, rng = tmp_path / "raw", tmp_path / "aggregated_maps/fixmaps", np.random.default_rng(0)
+    (raw / "images").mkdir(parents=True)
+    maps.mkdir(parents=True)
+    questions = {}
+    for name in ("00126851", "126851", "011000868"):  # two differ in leading zeros only
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(raw / f"images/{int(name) % 97}.jpg")
+        questions[name] = {
+            "question": "What is this?", "imageId": str(int(name) % 97), "answer": "dog", "fullAnswer": "A dog.",
+            "annotations": {"question": {}, "answer": {}, "fullAnswer": {}}, "isBalanced": True,
+            "types": {"detailed": "choose", "semantic": "attr", "structural": "query"},
+        }  # fmt: skip
+        Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(maps / f"{name}.png")
+    (raw / "val_balanced_questions.json").write_text(json.dumps(questions))
+    fast = ["--num-workers", 1, "--vocab-size", 0]
+    prepared = command("vlabs.cli", "prepare", "gqa", "--raw-dir", raw, "--out-dir", "data", *fast, cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    given = ["data=vqav2", "data.dir=data", "split=val", f"task.human_maps={maps}", "task.maps=[norm]"]
+    result = command(
+        "vlabs.evaluate", "task=grounding", f"ckpt={tiny_run[0]}", *given, "hydra.run.dir=out", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "out/grounding.jsonl").read_text().splitlines()]
+    assert {one["id"]: one["people"] for one in records} == dict.fromkeys(questions, 1)
+    checkpoint = load_checkpoint(tiny_run[0])
+    for record in records:
+        image = Image.open(raw / f"images/{int(record['id']) % 97}.jpg").convert("RGB")
+        ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids(["What is this?"]))
+        found = look(checkpoint.model, checkpoint.preprocessing.image(image)[None], ids, mask, ["norm"])[1]["norm"]
+        human = crop_map(np.asarray(Image.open(maps / f"{record['id']}.png")) / 255, 32)
+        expected = float(rank_correlation(found[0].numpy(), human))
+        assert record["maps"]["norm"] == pytest.approx(expected, abs=1e-5)
+    assert "| people, with each other | " in result.stdout
+
+
 def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):
     (tmp_path / "hat").mkdir()
     Image.new("L", (14, 14)).save(tmp_path / "hat/1_1.png")
@@ -322,18 +367,16 @@ def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run,
         answers = row["answers"][row["question_id"].index(record["id"])]
         image = checkpoint.preprocessing.image(decode_image(row["image"], "image"))[None]
         ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([record["text"]]))
-        order = (
-            look(checkpoint.model, image, ids, mask, ["norm"])[1]["norm"].flatten().argsort(descending=True).tolist()
-        )
-        for name, way in (("deletion", order), ("insertion", order[::-1])):
-            curve = []
-            for share in SHARES:
-                left = image.clone()
-                for patch in way[: round(share * len(order))]:
-                    top, start = side * (patch // 4), side * (patch % 4)
-                    left[..., top : top + side, start : start + side] = 0
-                best = checkpoint.model(left, ids, mask).logits[0].argmax()
-                curve.append(100 * answer_accuracy(checkpoint.preprocessing.names[best], answers))
-            steps = zip(SHARES, SHARES[1:], curve, curve[1:], strict=False)
-            area = sum((b - a) * (one + other) / 2 for a, b, one, other in steps) / SHARES[-1]
-            assert record["norm"][name] == pytest.approx(area, abs=1e-6)
+        values = look(checkpoint.model, image, ids, mask, ["norm"])[1]["norm"]
+
+        def score(taken):
+            left = image.clone()  # noqa: B023
+            for patch in taken:
+                top, start = side * (patch // 4), side * (patch % 4)
+                left[..., top : top + side, start : start + side] = 0
+            best = checkpoint.model(left, ids, mask).logits[0].argmax()  # noqa: B023
+            return 100 * answer_accuracy(checkpoint.preprocessing.names[best], answers)  # noqa: B023
+
+        deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
+        assert record["norm"]["deletion"] == pytest.approx(deletion, abs=1e-6)
+        assert record["norm"]["insertion"] == pytest.approx(insertion, abs=1e-6)

@@ -319,7 +319,12 @@ def test_maps_are_measured_as_a_plain_loop_measures_them(folders, lookers, tiny_
          ["is a GPT2LMHeadModel", "CLIPModel", "ViltForQuestionAnswering"]),
         ("BlipForQuestionAnswering", {"architectures": ["BlipForConditionalGeneration"]}, [],
          ["is a BlipForConditionalGeneration", "BlipForImageTextRetrieval"]),
-        ("CLIPModel", {"architecture": {"class": "VisionLanguageModel"}}, [], ["model of vlabs", "--ckpt"]),
+        ("CLIPModel", {"architecture": {"class": "VisionLanguageModel"}}, [], ["of vlabs, not of trans", "--ckpt"]),
+        ("CLIPModel", None, ["--model", "scenes"], ["scenes is of vlabs", "predict --ckpt"]),
+        ("CLIPModel", {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, [],
+         ["is a LlavaForConditionalGeneration", "writes text", "CLIPModel"]),
+        ("CLIPModel", {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, [],
+         ["is a Qwen2VLForConditionalGeneration", "writes text", "CLIPModel"]),
         ("CLIPModel", {"vision_config": {"hidden_size": 12 * 2**16}}, [], ["many times the memory"]),
         ("CLIPModel", {"vision_config": {"num_hidden_layers": 300_000}}, [], ["more parameters"]),
         ("CLIPModel", {"text_config": "tiny"}, [], ["holds no model"]),
@@ -358,6 +363,8 @@ def test_names_on_the_hub_and_data_without_regions_are_one_line(folders, tiny_da
     assert_one_line_error(result, "openai/clip-vit-base-patch32", "HF_HUB_OFFLINE", "--model DIR")
     result = in_process("vlabs.cli", [*given, "--model", folders["CLIPModel"], "--data", tiny_data], tmp_path)
     assert_one_line_error(result, "--data is instead of --image")
+    other = ["predict", "--ckpt", folders["CLIPModel"], "--image", "photo.png", "--question", "a cat"]
+    assert_one_line_error(in_process("vlabs.cli", other, tmp_path), "of a model of transformers", "vlabs look --model")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine").touch()
     options = ["--model", folders["CLIPModel"], "--data", tiny_data, "--results", "kept"]

@@ -316,7 +316,7 @@ def test_only_pictures_that_were_uploaded_are_read_and_others_are_not_told_apart
     said = set()
     for n, place in enumerate(places):
         for given in ({"path": place}, {"path": place, "meta": {"_type": "gradio.FileData"}, "url": place}, place):
-            body = request_of(number, f"reader{n}", given, "What is it?", "norm", 10, "", 1)
+            body = request_of(number, f"reader{n}", given, "What is it?", "norm", 10, "", 1, "none")
             assert client.post("/gradio_api/queue/join", json=body).status_code == 200
             said.add(list(listen(client, f"reader{n}"))[-1]["output"]["data"][0])
     assert said == {"<p class='error' role='alert'>the image is no longer here: upload it again</p>"}
@@ -452,13 +452,13 @@ JOIN = "/gradio_api/queue/join"
 
 def test_a_request_that_is_none_is_one_sentence(server, client):
     number = function_of(client, "ask")
-    good = request_of(number, "session", None, "Why?", "norm", 1, "", 1)
+    good = request_of(number, "session", None, "Why?", "norm", 1, "", 1, "none")
     for body in (
         b"", b"[" * 60_000, b"{" * 60_000, b'"text"', b"\xff\xfe", b'{"data": 1e999999',
         json.dumps(good)[:-1].encode(),
         *(json.dumps(good | change).encode() for change in (
             {"fn_index": None}, {"fn_index": 10**30}, {"fn_index": -1}, {"fn_index": "1"}, {"fn_index": True},
-            {"data": None}, {"data": []}, {"data": [1] * 7}, {"data": {"0": 1}}, {"session_hash": None},
+            {"data": None}, {"data": []}, {"data": [1] * 8}, {"data": {"0": 1}}, {"session_hash": None},
             {"session_hash": "../x"}, {"session_hash": "x" * 65}, {"session_hash": ["a"]}, {"session_hash": "\ud800"},
         )),
     ):  # fmt: skip
@@ -703,6 +703,7 @@ def test_the_process_that_decodes_ends_with_the_one_that_asked_and_takes_no_more
             float("nan"), float("inf"), -1, 1e308, 10**400, "3", True, [], {"a": 1},
         )),
         *(({"keep": value}, "share of the patches must be") for value in (0, 1.5, "1", True, float("nan"))),
+        *(({"second_look": value}, "look is one of none, crop, masked") for value in ("zoom", 1, ["crop"], {})),
         *(({"map_name": value}, "no such map") for value in ("heat", None, 3, ["norm"], {}, "\ud800")),
     ],
 )  # fmt: skip
@@ -756,6 +757,15 @@ def test_what_a_user_types_is_text_and_no_html(in_page):
     assert "<script>" not in said
     assert "&lt;script&gt;" in said
     assert "&lt;b&gt;x&lt;/b&gt;" in said
+
+
+def test_a_second_look_is_shown_beside_the_first(in_page, predictor):
+    said = in_page.ask(in_page.picture, QUESTIONS[1], "norm", None, "", None, "crop")
+    before, after = re.search("<i>at first</i>(.*?)</div>.*<i>after a second look</i>(.*?)</div>", said).groups()
+    found = predictor.answer(Image.open(PICTURES[0]), [QUESTIONS[1]], map_name="norm", second_look="crop")[0]
+    for shown, answers in ((before, found.before), (after, found.answers)):
+        assert re.findall("'score'>(.*?)<", shown) == [f"{share:.1%}" for _, share in answers]
+    assert "at first" not in in_page.ask(in_page.picture, QUESTIONS[1], "norm", None, "", None, "none")
 
 
 def test_alpha_and_keep_of_a_request_are_of_that_request_alone(in_page, predictor):

@@ -12,14 +12,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, assert_one_line_error, command
+from conftest import TINY_MODEL, areas_by_hand, assert_one_line_error, command
 from torch.nn.functional import cosine_similarity
 
+from vlabs.attention.maps import look
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader
 from vlabs.data.module import Wants
 from vlabs.data.prepared import load_split, read_manifest
+from vlabs.data.preprocessing import decode_image
 from vlabs.data.words import words_in
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
@@ -560,6 +562,39 @@ def test_a_vqa_model_does_not_rank_and_questions_are_no_captions(tiny_run, fine_
         "vlabs.evaluate", ["task=retrieval", f"ckpt={fine_tuned[0]}", f"data.dir={tiny_data}"], tmp_path
     )
     assert_one_line_error(result, "holds questions", "is measured on captions")
+
+
+def test_maps_are_measured_by_the_rank_of_the_own_image(fine_tuned, tiny_captions, tmp_path, in_process):
+    given = ["task=faithfulness", f"ckpt={fine_tuned[0]}", "task.num_texts=3", "task.maps=[norm]", "split=val"]
+    result = in_process("vlabs.evaluate", [*given, *QUICK, "hydra.run.dir=out"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    checkpoint, rows = load_checkpoint(fine_tuned[0]), load_split(tiny_captions, "val")
+    model, preprocessing = checkpoint.model, checkpoint.preprocessing
+    chosen = np.linspace(0, len(rows) - 1, num=min(16, len(rows)), dtype=int).tolist()
+
+    def score_of(image, ids, mask):
+        return float(model.head.score(model(image, ids, mask).pooled_features))
+
+    for line in (tmp_path / "out/faithfulness.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        own = next(n for n, row in enumerate(rows) if record["id"] in row["caption_id"])
+        images = {
+            n: preprocessing.image(decode_image(rows[n]["image"], ""))[None] for n in dict.fromkeys([own, *chosen])
+        }
+        ids, mask = preprocessing.pad(preprocessing.token_ids([record["text"]]))
+        most = max(score_of(images[n], ids, mask) for n in [n for n in chosen if n != own][:15])
+        values = look(model, images[own], ids, mask, ["norm"])[1]["norm"]
+
+        def score(taken):
+            left = images[own].clone()  # noqa: B023
+            for patch in taken:
+                top, start = 8 * (patch // 4), 8 * (patch % 4)
+                left[..., top : top + 8, start : start + 8] = 0
+            return 100.0 * (score_of(left, ids, mask) > most)  # noqa: B023
+
+        deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
+        assert record["norm"]["deletion"] == pytest.approx(deletion)
+        assert record["norm"]["insertion"] == pytest.approx(insertion)
 
 
 def test_a_score_file_of_another_checkpoint_is_refused(fine_tuned, pretrained, tmp_path, in_process):

@@ -9,8 +9,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, assert_one_line_error, command
+from conftest import TINY_MODEL, areas_by_hand, assert_one_line_error, command
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from data_prep.engine.pipeline import Options, prepare
@@ -18,14 +19,18 @@ from data_prep.readers.nlvr2 import NLVR2
 from data_prep.readers.snli_ve import SNLIVE
 from data_prep.scenes.corpus import make_scenes
 from data_prep.scenes.render import SIZES
+from vlabs.attention.maps import look
 from vlabs.attention.pictures import questions_figure
-from vlabs.checkpoints.checkpoint import header_of, load_checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint, header_of, load_checkpoint
 from vlabs.checkpoints.initialize import initialize
 from vlabs.data.images import decode_region
 from vlabs.data.module import Wants
 from vlabs.data.prepared import load_split, read_labels, read_manifest
+from vlabs.data.preprocessing import decode_image
 from vlabs.data.statements import StatementDataModule
 from vlabs.errors import UserError
+from vlabs.evaluation.faithfulness import FaithfulnessEvaluation
+from vlabs.evaluation.results import Results, Setting
 from vlabs.metrics.statements import consistency
 from vlabs.prediction.predictor import Predictor
 from vlabs.runs.groups import config_dir
@@ -419,6 +424,38 @@ def test_regions_of_both_pictures_are_learnt(layouts):
     assert torch.allclose(losses.others["region_prior"], expected, atol=1e-5)
 
 
+def test_patches_of_both_pictures_are_taken_away_together(layouts, tmp_path):
+    task, data = build("nlvr2", layouts / "nlvr2")
+    checkpoint = Checkpoint(task.model.eval(), data.preprocessing, "nlvr2", {}, tmp_path)
+    trainer = OmegaConf.create({"accelerator": "cpu", "enable_progress_bar": False})
+    results = Results("faithfulness", checkpoint, Setting("dev", tmp_path, trainer))
+    FaithfulnessEvaluation(["norm", "relevance"], num_texts=3, batch_size=6).measure(checkpoint, data, results)
+    for record in results.rows:
+        row = next(row for row in load_split(layouts / "nlvr2", "dev") if record["id"] in row["statement_id"])
+        label = row["label"][row["statement_id"].index(record["id"])]
+        images = torch.stack([data.preprocessing.image(decode_image(row[one], "")) for one in ("image", "image_2")])
+        ids, mask = data.preprocessing.pad(data.preprocessing.token_ids([record["text"]]))
+        values = look(task.model, images, ids, mask, ["norm"])[1]["norm"]
+        assert values.shape == (2, 4, 4)
+
+        def score(taken):
+            left = images.clone()  # noqa: B023
+            for patch in taken:
+                top, start = 8 * (patch % 16 // 4), 8 * (patch % 4)
+                left[patch // 16, :, top : top + 8, start : start + 8] = 0
+            best = task.model(left, ids, mask, torch.tensor([[0, 1]])).logits.argmax()  # noqa: B023
+            return 100.0 * (int(best) == label)  # noqa: B023
+
+        deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
+        assert record["norm"]["deletion"] == pytest.approx(deletion)
+        assert record["norm"]["insertion"] == pytest.approx(insertion)
+    assert "norm/relevance" in results.rows[0]["agreement"]
+    assert results.metrics["words by relevance/deletion"] >= 0
+    hypotheses = build("snli_ve", layouts / "snli_ve")[1]
+    with pytest.raises(UserError, match="holds statements with a label"):
+        FaithfulnessEvaluation(["norm"]).measure(checkpoint, hypotheses, results)
+
+
 def test_a_second_picture_starts_as_the_first(layouts, tiny_run, tmp_path):
     fresh, _ = build("nlvr2", layouts / "nlvr2")
     types = fresh.model.fusion.token_type.weight
@@ -500,6 +537,8 @@ def test_pairs_are_trained_measured_and_predicted_from_the_command_line(layouts,
     assert f"{max(shares):.1f}%  {guessed['dev-0-0-0']}" in result.stdout
     wrong = command("vlabs.predict", *asked, "--image", pair[0], cwd=tmp_path)
     assert_one_line_error(wrong, "needs 2 images at a time, but 1 are given")
+    with pytest.raises(UserError, match="a second look is at one image, and this model reads 2 at a time"):
+        Predictor(load_checkpoint(tmp_path / "run")).answer(pair, ["a"], second_look="crop")
 
 
 def test_entailment_is_trained_and_measured(layouts, tmp_path, in_process):

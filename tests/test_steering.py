@@ -12,7 +12,8 @@ from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.grounding import find_targets
-from vlabs.evaluation.steering import Scores, _measure, _pairs
+from vlabs.evaluation.judging import Scores
+from vlabs.evaluation.steering import _measure, _pairs
 
 
 @pytest.fixture(scope="module")

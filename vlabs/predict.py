@@ -34,7 +34,7 @@ def main() -> None:
     )
     add_out(parser, "prediction.png")
     parser.add_argument(
-        "--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else fusion)"
+        "--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else normgrad)"
     )
     parser.add_argument(
         "--keep", type=number(0, 1), help="share of the patches in the second pass, those most similar to ξ (default: "

@@ -194,6 +194,8 @@ def _find_human_maps(folders: Sequence[Path]) -> dict[int, list[Path]]:
     seen: dict[str, Path] = {}
     for folder in folders:
         for question_id, paths in list_hat(folder).items():
+            if not isinstance(question_id, int):
+                raise UserError(f"--human-maps {folder}: {paths[0].name} is no map of VQA-HAT, such as 2773461_1.png")
             for path in paths:
                 if path.name in seen:
                     raise UserError(

@@ -52,7 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="the figure (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else "
-                        "fusion; fusion for --figure alpha)")  # fmt: skip
+                        "normgrad; fusion for --figure alpha)")  # fmt: skip
     parser.add_argument("--alpha", type=number(0, MOST_ALPHA), action="append", help="for --figure alpha (default 1, 3 "
                         "and 10) and control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: its training data)")
@@ -90,7 +90,7 @@ def _draw(arguments: argparse.Namespace) -> None:
 def _figure(
     arguments: argparse.Namespace, checkpoints: list[tuple[str, Checkpoint]], images: list[Image.Image]
 ) -> Figure:
-    from vlabs.attention.maps import default_map
+    from vlabs.attention.maps import UNSTEERED, default_map
     from vlabs.attention.pictures import (
         alpha_figure,
         checkpoints_figure,
@@ -103,7 +103,7 @@ def _figure(
     _, checkpoint = checkpoints[0]
     questions = arguments.question
     defaults = {default_map(one.model) for _, one in checkpoints}
-    map_name = arguments.map or (defaults.pop() if len(defaults) == 1 else "fusion")
+    map_name = arguments.map or (defaults.pop() if len(defaults) == 1 else UNSTEERED)
     if arguments.figure == "questions":
         return questions_figure(checkpoint, images, questions, map_name)
     if arguments.figure == "pathway":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlabs.attention.gradients import recording
+from vlabs.attention.maps import NEEDS_ATTENTION, NEEDS_GRADIENT, ClassOutput, attention_map
 from vlabs.models.absvit import AbSViTClassifier
 
 
@@ -60,3 +62,27 @@ def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alph
         as_map(seen.of_all(seen.hidden.norm(dim=-1), encoder.backbone.num_tokens)),
         None if seen.token_weights is None else as_map(seen.token_weights),
     )
+
+
+def class_maps(model: AbSViTClassifier, images: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Classify images, and compute maps; those of gradients explain the best class.
+
+    Args:
+        model: in eval mode.
+        images: (n, 3, H, W), normalized; on any device.
+        names: names in `vlabs.attention.MAPS` that the model has, see `maps_of`.
+
+    Returns:
+        Logits (n, K), and the maps (n, rows, columns) by name: non-negative, without gradients, on the CPU.
+    """
+    images = images.detach().to(next(model.parameters()))
+    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
+    if has_gradient:
+        images.requires_grad_()  # frozen parameters alone would leave no gradient
+    with torch.set_grad_enabled(has_gradient), recording(model.encoder, names) as recorded:
+        logits, _, seen = model(
+            images, reconstruct=False, record=recorded.attention if set(names) & set(NEEDS_ATTENTION) else None
+        )
+        output = ClassOutput(logits, seen)
+        maps = {name: attention_map(output, model.encoder, name, recorded).detach().cpu() for name in names}
+    return logits.detach(), maps

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vlabs.models.absvit import AbSViT
 from vlabs.models.fusion import CoAttentionFusion
-from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
 
 @dataclass
@@ -35,19 +34,19 @@ class Recorded:
 
 
 @contextmanager
-def recording(model: VisionLanguageModel, names: Sequence[str]) -> Iterator[Recorded]:
+def recording(vision: AbSViT, names: Sequence[str], fusion: CoAttentionFusion | None = None) -> Iterator[Recorded]:
     """Context manager: record what maps with these names need, but `attention`, which the model is given itself."""
     recorded = Recorded()
-    parts: list[AbSViT | CoAttentionFusion] = [model.vision, model.fusion]
+    parts: list[AbSViT | CoAttentionFusion] = [vision] if fusion is None else [vision, fusion]
     recompute = [part.recompute for part in parts]
     with ExitStack() as stack:
         for part, before in zip(parts, recompute, strict=True):
             part.recompute = False  # a gradient needs what was computed, not its repetition
             stack.callback(setattr, part, "recompute", before)
-        if "relevance" in names:
-            recorded.fusion = stack.enter_context(model.fusion.recording())
+        if "relevance" in names and fusion is not None:
+            recorded.fusion = stack.enter_context(fusion.recording())
         if "normgrad" in names:
-            recorded.states = stack.enter_context(inputs_of(_inner_norms(model.vision)))
+            recorded.states = stack.enter_context(inputs_of(_inner_norms(vision)))
         yield recorded
 
 
@@ -89,13 +88,15 @@ def _inner_norms(vision: AbSViT) -> list[nn.Module]:
     return norms[vision.start - 1 :]
 
 
-def best_score(output: VLMOutput) -> Tensor:
-    """(n,), what a gradient map explains: the logit of the best answer, or the ranking score."""
-    return output.logits.flatten(1).max(dim=1).values if output.logits.ndim > 1 else output.logits
+def best_score(logits: Tensor) -> Tensor:
+    """(n,), what a gradient map explains: the logit of the best answer or class (n, K), or the ranking score (n,)."""
+    return logits.flatten(1).max(dim=1).values if logits.ndim > 1 else logits
 
 
 def normgrad(score: Tensor, states: Sequence[Tensor], places: slice = slice(None)) -> Tensor:
     """`‖∂S/∂x_i‖ · ‖x_i‖` of every token, the product over layers, each scaled to [0, 1] (Rebuffi et al., 2020).
+
+    A layer counts if it says something of more than one token: of the last one, many classifiers read [cls] alone.
 
     Args:
         score: S, (n,).
@@ -110,7 +111,8 @@ def normgrad(score: Tensor, states: Sequence[Tensor], places: slice = slice(None
     product = torch.ones_like(maps[0])
     for one in maps:
         low, high = one.amin(dim=1, keepdim=True), one.amax(dim=1, keepdim=True)
-        product = product * (one - low) / (high - low).clamp(min=1e-12)
+        counts = (one > 0).sum(dim=1, keepdim=True) > 1
+        product = product * torch.where(counts, (one - low) / (high - low).clamp(min=1e-12), 1.0)
     return product
 
 
@@ -178,7 +180,7 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
     return found
 
 
-def relevance(score: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+def relevance(score: Tensor, recorded: Recorded, has_cls: bool = True) -> tuple[Tensor, Tensor | None]:
     """Relevance of every image token and every word for a score, through the encoder's last pass and the fusion.
 
     The blocks of the encoder count if all have the same tokens. METER's layers read the other stream as it was before
@@ -186,11 +188,16 @@ def relevance(score: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
 
     Args:
         score: S, (n,).
-        recorded: `attention` and `fusion`.
+        recorded: `attention` and `fusion`; the latter is empty for a classifier.
+        has_cls: whether a classifier's first token is [cls].
 
     Returns:
-        The rows of the text's [cls] in R_ti, (n, N), and in R_tt, (n, T), of `relevances`.
+        The rows of the text's [cls] in R_ti, (n, N), and in R_tt, (n, T), of `relevances`. For a classifier, the row of
+        the image's [cls] in R_ii, or the mean of all rows, and None.
     """
+    if not recorded.fusion:
+        alone = relevances(score, [[Read("image", "image", block)] for block in recorded.attention])["image", "image"]
+        return alone[:, 0] if has_cls else alone.mean(dim=1), None
     tokens = recorded.fusion[1].shape[3]
     # Other keys than the tokens are words that join the attention of the encoder.
     blocks = [[Read("image", "image", block, tokens)] for block in recorded.attention]

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlabs.attention import LOOK_MAPS, MAPS
 from vlabs.attention.gradients import Recorded, best_score, normgrad, recording, relevance
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViT
+from vlabs.models.absvit import AbSViT, AbSViTClassifier, VisionTokens
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 
 DEAD = "this question does not steer: its ξ is not similar to any patch; the map is {}"
@@ -20,17 +20,49 @@ NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
 NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
 
-def default_map(model: VisionLanguageModel) -> str:
-    """The default map: the token weights if ξ steers the encoder, otherwise the attention of the fusion.
+UNSTEERED = "normgrad"
+"""The default map where no ξ steers."""
 
-    Token weights show what is fed back. If ξ was trained to point, they lie on what is asked (`docs/topdown_study.md`).
+
+def default_map(model: VisionLanguageModel) -> str:
+    """The default map: the token weights if ξ steers the encoder, otherwise `UNSTEERED`.
+
+    Of all maps, these were as faithful as the best on every task that was measured (`docs/looking.md`).
     """
     topdown = model.vision.topdown
-    return "weights" if topdown is not None and topdown.needs_prior else "fusion"
+    return "weights" if topdown is not None and topdown.needs_prior else UNSTEERED
+
+
+def maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which of some maps a model has, and which it does not have, each with the reason."""
+    if isinstance(model, AbSViTClassifier):
+        vision, steers = model.encoder, model.encoder.needs_prior
+        lacking = {"fusion": "a text", "contrast": "a text"}
+    else:
+        vision, steers, lacking = model.vision, model.prior is not None, {}
+    if not steers:
+        lacking["weights"] = "a ξ"
+    if not vision.backbone.is_even:
+        lacking["rollout"] = "an encoder whose blocks all have the same tokens"
+    return [one for one in names if one not in lacking], [
+        f"{one} is left out: it needs {lacking[one]}" for one in names if one in lacking
+    ]
+
+
+class ClassOutput(NamedTuple):
+    """What maps need of a classifier's output for n images: logits (n, K), and the second pass."""
+
+    logits: Tensor
+    seen: VisionTokens
+
+    @property
+    def pairs(self) -> int:
+        """n: every image is a sample of its own."""
+        return len(self.logits)
 
 
 def attention_map(
-    output: VLMOutput,
+    output: VLMOutput | ClassOutput,
     vision: AbSViT,
     name: str = "fusion",
     recorded: Recorded | None = None,
@@ -39,7 +71,8 @@ def attention_map(
     """One map per text or, if a text has several images, per pair of text and image.
 
     Args:
-        output: the model's output, with `read_image=True` for `fusion`.
+        output: the model's output, with `read_image=True` for `fusion`; of a classifier, which has neither `fusion` nor
+            `contrast`.
         vision: its image encoder, for the grid of patches.
         name: `fusion`: the attention of the text's [cls] to each image token in the last fusion layer. `weights`: the
             top-down token weights s_i (zeros without a prior). `norm`: the norm of the output tokens before the final
@@ -56,15 +89,13 @@ def attention_map(
         (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights`.
     """
     if name == "fusion":
-        if output.image_read is None:
+        if isinstance(output, ClassOutput) or output.image_read is None:
             raise ValueError("the fusion map needs read_image=True")
         values = output.image_read
     elif name == "weights":
         weights = output.seen.token_weights
         values = (
-            weights
-            if weights is not None
-            else output.seen.hidden.new_zeros(len(output.text_states), vision.backbone.num_tokens)
+            weights if weights is not None else output.seen.hidden.new_zeros(output.pairs, vision.backbone.num_tokens)
         )
     elif name == "norm":
         values = output.seen.hidden.norm(dim=-1)
@@ -72,25 +103,25 @@ def attention_map(
         if recorded is None or not recorded.states:
             raise ValueError("the normgrad map needs the recorded states")
         inner = [x for x in recorded.states if x is not None and x.shape[:2] == output.seen.hidden.shape[:2]]
-        values = normgrad(best_score(output), inner or [output.seen.hidden])
+        values = normgrad(best_score(output.logits), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
         if recorded is None or not recorded.attention:
             raise ValueError(f"the {name} map needs the recorded attention")
         if name == "relevance":
-            values, recorded.words = relevance(best_score(output), recorded)
+            values, recorded.words = relevance(best_score(output.logits), recorded, vision.has_cls)
         else:
             values = _of_attention(name, output, vision, recorded.attention)
-        if len(values) != len(output.text_states):  # the encoder has no ξ, so all texts of an image share one pass
+        if len(values) != output.pairs:  # the encoder has no ξ, so all texts of an image share one pass
             values = values if image_index is None else values[image_index]
     else:
         raise ValueError(f"map '{name}': choose one of {', '.join(MAPS)}")
     rows, columns = vision.grid_size
     values = output.seen.of_all(values, vision.backbone.num_tokens)
     grid = values[:, vision.num_prefix_tokens :].reshape(-1, rows, columns).float()
-    return grid.expand(len(output.text_states), -1, -1)
+    return grid.expand(output.pairs, -1, -1)
 
 
-def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
+def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """A map (n, N) from the attention of every block (n, heads, N, N)."""
 
     last = attention[-1]
@@ -109,7 +140,7 @@ def _of_attention(name: str, output: VLMOutput, vision: AbSViT, attention: Seque
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
         return read(rolled)
-    gradient = torch.autograd.grad(best_score(output).sum(), last, retain_graph=True)[0]
+    gradient = torch.autograd.grad(best_score(output.logits).sum(), last, retain_graph=True)[0]
     return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, : attention[-1].shape[-1]]
 
 
@@ -139,18 +170,24 @@ def look(
         The output, and the maps (n p, rows, columns) by name: non-negative, without gradients, on the CPU. The maps of
         a text's images are adjacent.
     """
-    return _look(model, image, input_ids, attention_mask, names, prior, alpha)[:2]
+    return look_and_read(model, image, input_ids, attention_mask, names, prior, alpha)[:2]
 
 
-def _look(
+def look_and_read(
     model: VisionLanguageModel,
     image: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
     names: Sequence[str],
-    prior: Tensor | None,
-    alpha: float | None,
-) -> tuple[VLMOutput, dict[str, Tensor], Recorded]:
+    prior: Tensor | None = None,
+    alpha: float | None = None,
+) -> tuple[VLMOutput, dict[str, Tensor], np.ndarray | None]:
+    """As `look`, and the words' relevance: (n, T), see `Look`; None unless the map `relevance` is among the names."""
+    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
+    if has_gradient and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # a gradient may be of copies only
+            inputs = image.clone(), input_ids.clone(), attention_mask.clone()
+            return look_and_read(model, *inputs, names, None if prior is None else prior.clone(), alpha)
     n, pictures = len(input_ids), len(image)
     weight = next(model.parameters())
     image, input_ids, attention_mask = image.to(weight), input_ids.to(weight.device), attention_mask.to(weight.device)
@@ -161,10 +198,9 @@ def _look(
         image = image.repeat(n, 1, 1, 1)
         index = torch.arange(n * pictures, device=image.device).view(n, pictures)
     given = index if pictures > 1 else (index[:, 0] if shared else None)
-    has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
     if has_gradient:
         image.requires_grad_()  # frozen parameters alone would leave no gradient
-    with torch.set_grad_enabled(has_gradient), recording(model, names) as recorded:
+    with torch.set_grad_enabled(has_gradient), recording(model.vision, names, model.fusion) as recorded:
         output = model(
             image,
             input_ids,
@@ -183,7 +219,10 @@ def _look(
             plain = model(image, *empty, given, prior=prior, read_image=True, alpha=alpha)
             asked, nothing = (attention_map(one, model.vision, "fusion") for one in (output, plain))
             maps["contrast"] = (asked / (nothing + nothing.mean(dim=(1, 2), keepdim=True)).clamp(min=1e-12)).detach()
-    return output, {name: maps[name].cpu() for name in names}, recorded
+    words = recorded.words
+    if words is not None:
+        words = words.detach().unflatten(0, (-1, pictures)).sum(dim=1).float().cpu().numpy()
+    return output, {name: maps[name].cpu() for name in names}, words
 
 
 def _without_words(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,32 +265,36 @@ def look_by(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> Look:
-    """Where a model looks, by one map; by `fusion` for texts whose token weights are all 0.
+    """Where a model looks, by one map; by `UNSTEERED` for texts whose token weights are all 0.
 
     Args:
         name: name of the map; the other arguments are those of `look`.
     """
-    output, found, recorded = _look(model, image, input_ids, attention_mask, [name, "fusion"], prior, alpha)
-    words = None
-    if recorded.words is not None:
-        words = recorded.words.detach().unflatten(0, (-1, len(image))).sum(dim=1).float().cpu().numpy()
-    return _chosen(model, output, found, name, len(image))._replace(words=words)
+    given = model, image, input_ids, attention_mask
+    output, found, words = look_and_read(*given, [name], prior, alpha)
+    if name == "weights" and not found[name].flatten(1).any(dim=1).all():
+        found |= look(*given, [UNSTEERED], prior, alpha)[1]
+    return _chosen(model, output, found, [name, UNSTEERED], len(image))._replace(words=words)
 
 
-def look_of(model: VisionLanguageModel, output: VLMOutput, name: str) -> Look:
-    """As `look_by`, from the output for n texts about one image each, with `read_image=True`.
+def look_of(model: VisionLanguageModel, output: VLMOutput) -> Look:
+    """Where a model looked, from its output for n texts about one image each, with `read_image=True`.
 
-    Args:
-        name: name of a map that needs no recorded attention.
+    The token weights if ξ steers, else, and for texts whose token weights are all 0, `fusion`, since the output has no
+    other map.
     """
-    found = {one: attention_map(output, model.vision, one).cpu() for one in (name, "fusion")}
-    return _chosen(model, output, found, name, 1)
+    names = ["weights", "fusion"] if default_map(model) == "weights" else ["fusion"]
+    found = {one: attention_map(output, model.vision, one).cpu() for one in names}
+    return _chosen(model, output, found, names, 1)
 
 
-def _chosen(model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tensor], name: str, pictures: int) -> Look:
-    n = len(found[name]) // pictures
+def _chosen(
+    model: VisionLanguageModel, output: VLMOutput, found: dict[str, Tensor], wanted: Sequence[str], pictures: int
+) -> Look:
+    """The map that is shown for each text: the first of two names, or the second where the token weights are all 0."""
+    n = len(found[wanted[0]]) // pictures
     maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
     steered = model.vision.steers(output.seen)
     steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()
-    names = [name if name != "weights" or of_text.any() else "fusion" for of_text in maps[name]]
+    names = [wanted[wanted[0] == "weights" and not of_text.any()] for of_text in maps[wanted[0]]]
     return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)

@@ -124,6 +124,8 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / "checkpoints" / name
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS
+        if (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
+            read_header(path)  # a model of transformers whose weights have another name is an error that says so
         raise UserError(f"{path} holds no checkpoints/best.ckpt or last.ckpt: name a run folder or a checkpoint file")
     on_hub = _HUB_NAME.fullmatch(str(path))
     # If there is a local folder of the first name, a path was meant, and it does not exist.

@@ -1,28 +1,36 @@
-"""Evaluation of maps: does an answer change if what a map points at is taken away, and stay if only that is left?"""
+"""Evaluation of maps: does what a model says change if what a map points at is taken away, and stay if only that is
+left?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlabs.attention import Maps
-from vlabs.attention.maps import look, look_by
+from vlabs.attention.classes import class_maps
+from vlabs.attention.maps import look_and_read, maps_of
+from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
+from vlabs.data.classes import ClassDataModule
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import crop_mask
-from vlabs.data.prepared import read_answers
-from vlabs.data.vqa import VQADataModule
+from vlabs.data.module import PreparedDataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
-from vlabs.evaluation.grounding import all_texts, find_targets
+from vlabs.evaluation.grounding import all_texts, find_targets, spread
+from vlabs.evaluation.judging import Asked, Judge, judge_of
 from vlabs.evaluation.results import Results
-from vlabs.evaluation.steering import Scores
 from vlabs.metrics.grounding import pointing, rank_correlation, to_pixels
+from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.options import Seed, Size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -31,17 +39,50 @@ RANDOM = "random"
 WORDS = "words by relevance", "words at random"
 
 
+def _says(network: nn.Module) -> bool:
+    is_vlm = isinstance(network, VisionLanguageModel)
+    return isinstance(network, AbSViTClassifier) or (
+        is_vlm and (hasattr(network.head, "probabilities") or hasattr(network.head, "score"))
+    )
+
+
+Scored = Callable[[list[np.ndarray]], list[float]]
+"""From the patches, or words, that are taken away from each copy of a sample, how right the copies are, in percent."""
+
+
+class Sample(NamedTuple):
+    """Something that a model says of images, to take parts of them away.
+
+    Attributes:
+        id, text: of the results.
+        maps: by name, (p, rows, columns), over its p images.
+        scored: without patches, which are numbered as in a flat map.
+        words: how much each word counts, (words,), and the scores without words; None without words.
+        region: (H, W) bool, what the text is about, over what the model sees; None where it is unknown.
+    """
+
+    id: int | str
+    text: str
+    maps: Mapping[str, np.ndarray]
+    scored: Scored
+    words: tuple[np.ndarray, Scored] | None = None
+    region: np.ndarray | None = None
+
+
 class FaithfulnessEvaluation(Evaluation):
-    """Takes patches away, by each map and in random order, and answers the question each time.
+    """Takes patches away, by each map and in random order, and asks the model each time.
+
+    What is right is the official accuracy of an answer, the label of a statement, the class of an image, or for a model
+    that ranks, whether a caption scores higher with its image than with 15 other, whole images.
 
     `deletion` takes the largest values of the map away first: a faithful map has a small area under the accuracy.
     `insertion` takes the smallest away first, so that what the map points at stays: a faithful map has a large one.
     `gap` is the second less the first, in points; a random order has 0. Patches that are taken away have the mean
-    color. Words are taken away alike, by the map `relevance`.
+    color; those of two images are ordered together. Words are taken away alike, by the map `relevance`.
 
     Args:
-        maps: maps that are measured.
-        num_texts: questions that are measured, evenly spread; None for all.
+        maps: maps that are measured; those that the model does not have are left out.
+        num_texts: questions, captions, statements or images that are measured, evenly spread; None for all.
         instances: COCO's instances; without them, the regions that the data were prepared with, if any.
         batch_size: images per batch.
         seed: of the random order, which also decides between equal values.
@@ -51,8 +92,8 @@ class FaithfulnessEvaluation(Evaluation):
     """
 
     name = "faithfulness"
-    needs = ("texts", "one image", "answers")
-    reads = VQADataModule
+    needs = (Ability(_says, "neither answers, labels, ranks nor classifies"),)
+    reads = PreparedDataModule
 
     def __init__(
         self,
@@ -62,102 +103,181 @@ class FaithfulnessEvaluation(Evaluation):
         batch_size: Size = 64,
         seed: Seed = 0,
     ) -> None:
-        self.maps = list(maps)
+        self.maps: list[str] = list(maps)
         self.num_texts, self.instances, self.batch_size, self.seed = num_texts, instances, batch_size, seed
 
-    def measure(self, checkpoint: Checkpoint, data: VQADataModule, results: Results) -> None:
+    def measure(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results) -> None:
         """See `Evaluation`.
 
         The metrics are `MAP/deletion`, `MAP/insertion` and `MAP/gap`, in percent, also for `random` and the words;
         where the regions are known, `MAP/right_pointed` and so on; and `agreement/MAP/MAP`, rank correlations.
 
         Raises:
-            UserError: the answers are kept back.
+            UserError: the data are of another kind than the model, what is right is kept back, or the model has none of
+                the maps.
         """
+        network: Any = checkpoint.network.to(results.device).eval()
+        self.maps, left_out = maps_of(network, self.maps)
+        if not self.maps:
+            raise UserError(f"task.maps: {left_out[0]}")
+        for line in left_out:
+            results.say(line)
         rows = data.rows(results.split)
-        if not any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"]):
-            raise UserError(
-                f"{data.dir}, split {results.split}: the answers are kept back, so nothing is right or wrong"
-            )
-        targets = find_targets(rows, data.dir, self.instances, self.num_texts)
-        if targets is None:
-            asked = all_texts(rows, self.num_texts)
+        if isinstance(network, AbSViTClassifier):
+            samples, unit = self._of_images(network, checkpoint, data, rows, results), "images"
+            others = [RANDOM]
         else:
-            asked, rows = targets.asked, targets.rows
-        if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
-            results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
-            self.maps.remove("rollout")
-        preprocessing = checkpoint.preprocessing
-        model = checkpoint.model.to(results.device).eval()
-        scores = Scores(rows, read_answers(data.dir))
-        reader = ImageReader(rows, preprocessing)
-        draw = np.random.default_rng(self.seed)
-        for item in results.each(asked):
-            _, image = reader.read(item.row, 0)
-            assert image is not None
-            ids, mask = preprocessing.pad(preprocessing.token_ids([item.text]))
-            _, found = look(model, image, ids, mask, self.maps)
-            maps = {name: one[0].numpy() for name, one in found.items()}
-            count = maps[self.maps[0]].size
-            orders = {name: ordered(values.ravel(), draw) for name, values in maps.items()}
-            orders[RANDOM] = draw.permutation(count)
-            images = torch.cat([_without(image, taken, model.vision.grid_size) for taken in taken_by(orders, count)])
-
-            words = preprocessing.words(item.text)
-            counted = look_by(model, image, ids, mask, "relevance").words
-            assert counted is not None
-            by_word = np.array([counted[0][places].sum() for _, places in words])
-            word_orders = {WORDS[0]: ordered(by_word, draw), WORDS[1]: draw.permutation(len(words))}
-            masks = torch.cat([_silenced(mask, words, taken) for taken in taken_by(word_orders, len(words))])
-
-            answers = self._answers(checkpoint, images, ids.expand(len(images), -1), mask.expand(len(images), -1))
-            answers += self._answers(
-                checkpoint, image.expand(len(masks), -1, -1, -1), ids.expand(len(masks), -1), masks
-            )
-            right = [scores.of(item, answer) for answer in answers]
-            row = {"id": item.text_id, "text": item.text, "right": right[0]}
-            curves = np.array(right).reshape(-1, 2, len(SHARES))
-            row |= {name: areas(*both) for name, both in zip([*orders, *word_orders], curves, strict=True)}
-            row["agreement"] = agreement(maps)
-            if targets is not None:
-                seen = crop_mask(targets.region(item), preprocessing.image_size, preprocessing.crop_mode)
-                if seen.any():
-                    row["pointed"] = {
-                        name: bool(pointing(to_pixels(values, preprocessing.image_size), seen) > 0.5)
-                        for name, values in maps.items()
-                    }
-            results.rows.append(row)
+            judge = judge_of(checkpoint, data, rows, results.split)
+            samples, unit = self._of_texts(checkpoint, data, rows, judge, results), judge.unit
+            others = [RANDOM, *WORDS]
+        take_away(results, samples, self.seed)
         mean = np.mean([row["right"] for row in results.rows]) if results.rows else 0.0
         said = (
-            f"{len(results.rows)} questions, {mean:.1f}% right with nothing taken away\n"
-            "area under the accuracy, in percent, while patches or words are taken away"
+            f"{len(results.rows)} {unit}, {mean:.1f}% right with nothing taken away\n"
+            f"area under the accuracy, in percent, while patches{' or words' * (len(others) > 1)} are taken away"
         )
-        report(results, self.maps, [RANDOM, *WORDS], said)
+        report(results, self.maps, others, said)
 
-    def _answers(self, checkpoint: Checkpoint, images: Tensor, ids: Tensor, masks: Tensor) -> list[str]:
-        """The best answers for images (n, 3, H, W) and texts (n, T)."""
-        model, names = checkpoint.model, checkpoint.preprocessing.names
-        weight = next(model.parameters())
-        found: list[str] = []
-        with torch.inference_mode():
-            for part in torch.arange(len(images)).split(self.batch_size):
-                given = images[part].to(weight), ids[part].to(weight.device), masks[part].to(weight.device)
-                found += [names[n] for n in model(*given).logits.argmax(dim=1).tolist()]
+    def _of_texts(
+        self, checkpoint: Checkpoint, data: PreparedDataModule, rows: datasets.Dataset, judge: Judge, results: Results
+    ) -> Iterator[Sample]:
+        model, preprocessing = checkpoint.model, checkpoint.preprocessing
+        targets = find_targets(rows, data.dir, self.instances, self.num_texts)
+        asked = all_texts(rows, self.num_texts, pairs=True) if targets is None else targets.asked
+        rows = rows if targets is None else targets.rows
+        pictures = getattr(data, "pictures", 1)
+        reader = ImageReader(rows, preprocessing, pictures=pictures)
+        for item in results.each(asked):
+            images = torch.cat([reader.read(item.row, 0, place)[1] for place in range(pictures)])
+            ids, mask = preprocessing.pad(preprocessing.token_ids([item.text]))
+            _, found, counted = look_and_read(model, images, ids, mask, list(dict.fromkeys([*self.maps, "relevance"])))
+            assert counted is not None
+            words = preprocessing.words(item.text)
+            yield Sample(
+                item.text_id,
+                item.text,
+                {name: found[name].numpy() for name in self.maps},
+                partial(self._without_patches, model, judge, item, images, ids, mask),
+                (
+                    np.array([counted[0][places].sum() for _, places in words]),
+                    partial(self._without_words, model, judge, item, images, ids, mask, words),
+                ),
+                None if targets is None else crop_mask(
+                    targets.region(item), preprocessing.image_size, preprocessing.crop_mode
+                ),
+            )  # fmt: skip
+
+    def _of_images(
+        self,
+        model: AbSViTClassifier,
+        checkpoint: Checkpoint,
+        data: PreparedDataModule,
+        rows: datasets.Dataset,
+        results: Results,
+    ) -> Iterator[Sample]:
+        if not isinstance(data, ClassDataModule):
+            raise UserError(f"{data.dir} holds {data.holds}, but {checkpoint.path} classifies {ClassDataModule.holds}")
+        reader, names = ImageReader(rows, checkpoint.preprocessing), checkpoint.preprocessing.names
+        asked = spread([Asked(n, 0, one["image_id"], names[one["label"]], []) for n, one in
+                        enumerate(rows.select_columns(["image_id", "label"]))], self.num_texts)  # fmt: skip
+        for item in results.each(asked, "image"):
+            image = reader.read(item.row, 0)[1]
+            _, found = class_maps(model, image, self.maps)
+
+            def scored(taken: list[np.ndarray], image: Tensor = image, name: str = item.text) -> list[float]:
+                best = [
+                    model(part.to(results.device), reconstruct=False)[0].argmax(dim=1)
+                    for part in without_patches(image, taken, model.encoder.grid_size).split(self.batch_size)
+                ]
+                return [100.0 * (names[n] == name) for n in torch.cat(best).tolist()]
+
+            yield Sample(item.text_id, item.text, {name: one.numpy() for name, one in found.items()}, scored)
+
+    def _without_patches(
+        self, model: VisionLanguageModel, judge: Judge, item: Asked, images: Tensor, ids: Tensor, mask: Tensor,
+        taken: list[np.ndarray],
+    ) -> list[float]:  # fmt: skip
+        pictures = len(images)
+        found: list[float] = []
+        for start in range(0, len(taken), step := max(1, self.batch_size // pictures)):
+            copies = without_patches(images, taken[start : start + step], model.vision.grid_size)
+            n = len(copies) // pictures
+            index = torch.arange(len(copies)).view(n, pictures) if pictures > 1 else None
+            found += _judged(model, judge, item, copies, ids.expand(n, -1), mask.expand(n, -1), index)
         return found
+
+    def _without_words(
+        self, model: VisionLanguageModel, judge: Judge, item: Asked, images: Tensor, ids: Tensor, mask: Tensor,
+        words: Sequence[tuple[str, list[int]]], taken: list[np.ndarray],
+    ) -> list[float]:  # fmt: skip
+        masks = torch.cat([_silenced(mask, words, places) for places in taken])
+        n, pictures = len(masks), len(images)
+        index = torch.arange(pictures).expand(n, -1) if pictures > 1 else torch.zeros(n, dtype=torch.int64)
+        return _judged(model, judge, item, images, ids.expand(n, -1), masks, index)
+
+
+def _judged(
+    model: VisionLanguageModel, judge: Judge, item: Asked, images: Tensor, ids: Tensor, mask: Tensor,
+    index: Tensor | None,
+) -> list[float]:  # fmt: skip
+    weight = next(model.parameters())
+    ids, mask = ids.to(weight.device), mask.to(weight.device)
+    output = model(images.to(weight), ids, mask, None if index is None else index.to(weight.device))
+    return judge.right([item] * len(ids), output, ids, mask)
+
+
+def take_away(results: Results, samples: Iterable[Sample], seed: int, right: str = "right") -> None:
+    """Take patches, and words, away from samples by every map and in random order, and add a row for each sample.
+
+    Args:
+        results: gets the rows.
+        samples: the samples.
+        seed: of the random order, which also decides between equal values.
+        right: the column of the score with nothing taken away.
+    """
+    draw = np.random.default_rng(seed)
+    for sample in samples:
+        flat = {name: values.ravel() for name, values in sample.maps.items()}
+        count = len(next(iter(flat.values())))
+        orders = {name: ordered(values, draw) for name, values in flat.items()} | {RANDOM: draw.permutation(count)}
+        parts = [(orders, count, sample.scored)]
+        if sample.words is not None:
+            counted, scored = sample.words
+            by_words = {WORDS[0]: ordered(counted, draw), WORDS[1]: draw.permutation(len(counted))}
+            parts.append((by_words, len(counted), scored))
+        row: dict[str, Any] = {"id": sample.id, "text": sample.text}
+        for names, number, score in parts:
+            with torch.inference_mode():
+                found = score(taken_by(names, number))
+            curves = np.array(found).reshape(-1, 2, len(SHARES))
+            row.setdefault(right, found[0])
+            row |= {name: areas(*both) for name, both in zip(names, curves, strict=True)}
+        row["agreement"] = {
+            f"{one}/{other}": float(
+                np.mean([rank_correlation(*of) for of in zip(sample.maps[one], sample.maps[other], strict=True)])
+            )
+            for one, other in combinations(flat, 2)
+        }
+        if (region := sample.region) is not None and region.any():
+            size = region.shape[0], region.shape[1]
+            row["pointed"] = {
+                name: bool(pointing(to_pixels(values[0], size), region) > 0.5) for name, values in sample.maps.items()
+            }
+        results.rows.append(row)
 
 
 def report(results: Results, maps: Sequence[str], others: Sequence[str], said: str) -> None:
     """Add the means of the rows by map to the results, and where the maps point if it is known.
 
     Args:
-        results: with rows of `areas`, `agreement` and, where they are known, `right` and `pointed`.
+        results: with rows as `take_away` adds them.
         maps: the maps that were measured.
         others: the other orders that were measured.
         said: what the areas are of, in percent.
     """
     found = results.frame
     if len(found) < 2:
-        raise UserError(f"split {results.split}: fewer than two questions to measure")
+        raise UserError(f"split {results.split}: fewer than two samples to measure")
     results.metrics["texts"] = len(found)
     results.say(
         f"{said}: deletion the most important "
@@ -172,7 +292,7 @@ def report(results: Results, maps: Sequence[str], others: Sequence[str], said: s
         ],
     )
     if f"pointed/{maps[0]}" in found:
-        results.say("of all questions: answered right or wrong, and pointed at what they are about or not")
+        results.say("of all texts: right or wrong, and pointed at what they are about or not")
         rows = []
         known = found.dropna(subset=[f"pointed/{maps[0]}"])
         right = known["right"] >= 50
@@ -185,7 +305,7 @@ def report(results: Results, maps: Sequence[str], others: Sequence[str], said: s
             rows.append([name, *(results.mean(f"{name}/{of}", 100.0 * one, 1) for of, one in cells.items())])
         results.table(["map", *(of.replace("_", ", ") for of in cells)], rows)
     if len(maps) > 1:
-        results.say("agreement of maps: rank correlation over patches, mean over questions")
+        results.say("agreement of maps: rank correlation over patches, mean over samples")
         of = {name: {name: "1"} for name in maps}
         for one, other in combinations(maps, 2):
             mean = found[f"agreement/{one}/{other}"].mean()
@@ -198,11 +318,6 @@ def areas(deletion: Sequence[float], insertion: Sequence[float]) -> dict[str, fl
     """The areas under two curves over `SHARES`, and their difference."""
     below, above = (float(np.trapezoid(one, SHARES) / SHARES[-1]) for one in (deletion, insertion))
     return {"deletion": below, "insertion": above, "gap": above - below}
-
-
-def agreement(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Rank correlations over patches of every two maps (rows, columns)."""
-    return {f"{one}/{other}": float(rank_correlation(maps[one], maps[other])) for one, other in combinations(maps, 2)}
 
 
 def ordered(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -218,11 +333,22 @@ def taken_by(orders: dict[str, np.ndarray], count: int) -> list[np.ndarray]:
     return [way[:number] for order in orders.values() for way in (order, order[::-1]) for number in numbers]
 
 
-def _without(image: Tensor, taken: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """An image (1, 3, H, W), normalized, with the mean color instead of some patches."""
-    kept = torch.ones(grid[0] * grid[1])
-    kept[torch.from_numpy(taken.copy())] = 0
-    return image * F.interpolate(kept.view(1, 1, *grid), image.shape[2:], mode="nearest")
+def without_patches(images: Tensor, taken: Sequence[np.ndarray], grid: tuple[int, int]) -> Tensor:
+    """Copies of a sample's images, each with the mean color instead of some patches.
+
+    Args:
+        images: (p, 3, H, W), normalized.
+        taken: for each of n copies, the numbers of the patches, image by image and row by row.
+        grid: rows and columns of the patches of an image.
+
+    Returns:
+        (n p, 3, H, W); the images of a copy are adjacent.
+    """
+    kept = torch.ones(len(taken), len(images) * grid[0] * grid[1])
+    for copy, places in zip(kept, taken, strict=True):
+        copy[torch.from_numpy(places.copy())] = 0
+    mask = F.interpolate(kept.view(-1, 1, *grid), images.shape[2:], mode="nearest").unflatten(0, (-1, len(images)))
+    return (images * mask).flatten(0, 1)
 
 
 def _silenced(mask: Tensor, words: Sequence[tuple[str, list[int]]], taken: np.ndarray) -> Tensor:

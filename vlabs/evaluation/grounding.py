@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +21,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.judging import Asked, Judge, known_judge
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import (
     area_share,
@@ -37,16 +38,6 @@ from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.options import Size
 
 MEASURES = {"energy": energy_inside, "pointing": pointing, "ap": average_precision, "iou": best_iou}
-
-
-class Asked(NamedTuple):
-    """A text with a known region: row, position in the row, id, text, and the ids of its instances, if any."""
-
-    row: int
-    position: int
-    text_id: int
-    text: str
-    targets: list[int]
 
 
 @dataclass
@@ -82,7 +73,7 @@ class GroundingEvaluation(Evaluation):
         maps: maps to measure.
         instances: COCO's instances of the same images; None for the regions in the prepared data.
         num_texts: number of texts to measure, evenly spread; None for all.
-        human_maps: folder of VQA-HAT's maps: measure only the rank correlation with them.
+        human_maps: folder of VQA-HAT's or AiR-D's maps: measure only the rank correlation with them.
 
     Raises:
         UserError: there is no such map.
@@ -121,7 +112,8 @@ class GroundingEvaluation(Evaluation):
         if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
             results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
             self.maps.remove("rollout")
-        measured = measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps)
+        judge = known_judge(checkpoint, data, targets.rows)
+        measured = measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps, judge)
         results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]
         if len(results.rows) < 2:
             raise UserError(f"{where}: fewer than two texts have a region that the model can see")
@@ -138,7 +130,7 @@ class GroundingEvaluation(Evaluation):
         people, asked = seen_by_people(rows, f"task.human_maps={folder}", folder, where, self.num_texts)
         model, preprocessing, maps = checkpoint.model, checkpoint.preprocessing, self.maps
         alone = ([item] for item in results.each(asked))
-        for (item,), by_name in _look_at(model, preprocessing, rows, alone, maps):
+        for (item,), by_name, _ in _look_at(model, preprocessing, rows, alone, maps):
             humans = [
                 crop_map(one, preprocessing.image_size, crop_mode=preprocessing.crop_mode)
                 for one in read_human_maps(item.text_id, people[item.text_id]).maps
@@ -149,8 +141,8 @@ class GroundingEvaluation(Evaluation):
 
 def seen_by_people(
     rows: datasets.Dataset, option: str, folder: str, where: str, count: int | None
-) -> tuple[dict[int, list[Path]], list[Asked]]:
-    """The files of VQA-HAT by question id, and the questions of prepared rows that have some, evenly spread.
+) -> tuple[dict[int | str, list[Path]], list[Asked]]:
+    """The files of VQA-HAT or AiR-D by question id, and the questions of prepared rows that have some, evenly spread.
 
     Args:
         rows: prepared rows.
@@ -169,7 +161,7 @@ def seen_by_people(
     if len(asked) < 2:
         raise UserError(
             f"{option} has maps of fewer than two questions of {where}: VQA-HAT uses the question ids of VQA v1, so "
-            "prepare its files (`vlabs prepare vqav2` reads them too)"
+            "prepare its files (`vlabs prepare vqav2` reads them too); AiR-D uses those of GQA (`vlabs prepare gqa`)"
         )
     return people, asked
 
@@ -214,11 +206,29 @@ def report(results: Results, maps: Sequence[str], asked: int) -> None:
         f"{len(found)} texts; a uniform map scores {area:.1f} for energy, pointing and ap\n"
         f"{left_out} of {asked} texts left out: their region is outside what the model sees"
     )
-    cells = [
-        [name, *(results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1) for one in MEASURES)]
-        for name in maps
-    ]
-    results.table(["map", *MEASURES], cells)
+    columns, extra = list(MEASURES), []
+    if "right" in found:
+        results.say(
+            f"{results.mean('right', found['right'], 1)}% right; the last column joins both: √(right · energy) of a "
+            "text, which is high only if it is right and the map is on what it is about"
+        )
+        extra = ["right_energy"]
+        for name in maps:
+            joint = np.sqrt(found["right"] / 100 * found[f"maps/{name}/energy"])
+            found[f"maps/{name}/right_energy"] = joint
+    results.table(
+        ["map", *columns, *(["√(right · energy)"] * len(extra))],
+        [
+            [
+                name,
+                *(
+                    results.mean(f"{name}/{one}", 100 * found[f"maps/{name}/{one}"], digits=1)
+                    for one in (*columns, *extra)
+                ),
+            ]
+            for name in maps
+        ],
+    )
     by_objects = 100 * found.groupby("objects").mean(numeric_only=True)
     if list(by_objects.index) == [0]:  # the number of objects is unknown
         return
@@ -238,15 +248,16 @@ def _look_at(
     rows: datasets.Dataset,
     groups: Iterable[list[Asked]],
     maps: Sequence[str],
-) -> Iterator[tuple[list[Asked], dict[str, Tensor]]]:
-    """Yield groups of texts about one image with their maps by name."""
+    judge: Judge | None = None,
+) -> Iterator[tuple[list[Asked], dict[str, Tensor], list[float] | None]]:
+    """Yield groups of texts about one image with their maps by name, and how right the model is if there is a judge."""
     reader = ImageReader(rows, preprocessing)
     for group in groups:
         _, image = reader.read(group[0].row, 0)
         assert image is not None
         input_ids, attention_mask = preprocessing.pad(preprocessing.token_ids([item.text for item in group]))
-        _, by_name = look(model, image, input_ids, attention_mask, maps)
-        yield group, by_name
+        output, by_name = look(model, image, input_ids, attention_mask, maps)
+        yield group, by_name, None if judge is None else judge.right(group, output, input_ids, attention_mask)
 
 
 def find_targets(
@@ -287,18 +298,19 @@ def _list_asked(rows: datasets.Dataset, kind: str, column: str) -> list[Asked]:
     return asked
 
 
-def all_texts(rows: datasets.Dataset, count: int | None) -> list[Asked]:
+def all_texts(rows: datasets.Dataset, count: int | None, pairs: bool = False) -> list[Asked]:
     """The texts of prepared rows, evenly spread.
 
     Args:
         rows: prepared rows.
         count: number of texts; None for all.
+        pairs: take texts about two images too.
 
     Raises:
         UserError: the rows have no texts about one image each.
     """
     kind = next((kind for kind in ("question", "caption", "statement") if kind in rows.column_names), None)
-    if kind is None or "image_2" in rows.column_names:
+    if kind is None or ("image_2" in rows.column_names and not pairs):
         raise UserError("the data have no texts about one image each")
     asked = [
         Asked(number, position, text_id, row[kind][position], [])
@@ -316,7 +328,11 @@ def spread(asked: list[Asked], count: int | None) -> list[Asked]:
 
 
 def measure(
-    model: VisionLanguageModel, preprocessing: Preprocessing, targets: Targets, maps: Sequence[str]
+    model: VisionLanguageModel,
+    preprocessing: Preprocessing,
+    targets: Targets,
+    maps: Sequence[str],
+    judge: Judge | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Yield a record per text with its measures by map; None for a region outside what the model sees.
 
@@ -324,11 +340,12 @@ def measure(
         model, preprocessing: of a checkpoint.
         targets: the texts and their regions.
         maps: names in `vlabs.attention.maps.MAPS`.
+        judge: says how right the model is; None if that is not known.
     """
     size = preprocessing.image_size
     image_ids = targets.rows.select_columns(["image_id"])
     groups = (list(of_image) for _, of_image in groupby(targets.asked, key=lambda item: item.row))
-    for of_image, by_name in _look_at(model, preprocessing, targets.rows, groups, maps):
+    for of_image, by_name, right in _look_at(model, preprocessing, targets.rows, groups, maps, judge):
         image_id = image_ids[of_image[0].row]["image_id"]
         masks = [crop_mask(targets.region(item), size, preprocessing.crop_mode) for item in of_image]
         for n, (item, mask) in enumerate(zip(of_image, masks, strict=True)):
@@ -336,10 +353,13 @@ def measure(
                 yield None
                 continue
             found = {name: by_name[name][n].numpy() for name in maps}
-            yield record(item, found, mask, targets.objects.get(image_id, 0))
+            objects = targets.objects.get(image_id, 0)
+            yield record(item, found, mask, objects, right[n] if right else None)
 
 
-def record(item: Asked, maps: Mapping[str, np.ndarray], mask: np.ndarray, objects: int) -> dict[str, Any]:
+def record(
+    item: Asked, maps: Mapping[str, np.ndarray], mask: np.ndarray, objects: int, right: float | None = None
+) -> dict[str, Any]:
     """The measures of a text's maps, for one row of the results.
 
     Args:
@@ -347,14 +367,16 @@ def record(item: Asked, maps: Mapping[str, np.ndarray], mask: np.ndarray, object
         maps: (rows, columns) by name, over what the model sees.
         mask: (H, W) bool, its region there; not empty.
         objects: the number of objects in the image; 0 if unknown.
+        right: how right the model is about the text, in percent; None if unknown.
     """
     pixels = {name: to_pixels(values, (mask.shape[0], mask.shape[1])) for name, values in maps.items()}
     values = {
         name: {measure: float(function(one, mask)) for measure, function in MEASURES.items()}
         for name, one in pixels.items()
     }
+    known = {} if right is None else {"right": right}
     area = float(area_share(mask))
-    return {"id": item.text_id, "text": item.text, "objects": objects, "area": area, "maps": values}
+    return {"id": item.text_id, "text": item.text, "objects": objects, "area": area} | known | {"maps": values}
 
 
 def find_instances(instances: str | Path | None, data_dir: str | Path) -> Path | None:

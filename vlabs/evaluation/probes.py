@@ -18,8 +18,8 @@ from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.grounding import all_texts
+from vlabs.evaluation.judging import Scores
 from vlabs.evaluation.results import Results
-from vlabs.evaluation.steering import Scores
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.utils.options import Size
 
@@ -142,7 +142,7 @@ def sinks(model: VisionLanguageModel, images: Tensor, ids: Tensor, mask: Tensor)
         For each text, by the name of the block, `tokens` and `attention` in percent.
     """
     attention: list[Tensor] = []
-    with recording(model, ("normgrad", "relevance")) as recorded:
+    with recording(model.vision, ("normgrad", "relevance"), model.fusion) as recorded:
         model(images, ids, mask, record=attention)
     found: list[dict[str, dict[str, float]]] = [{} for _ in images]
     first = model.vision.backbone.depth - len(attention)

@@ -288,7 +288,8 @@ def _grounding(frame: pd.DataFrame) -> Section:
     columns = {
         f"{name} {measure}": f"grounding/{name}/{measure}"
         for name in GROUNDING_MAPS
-        for measure in ("energy", "pointing", "ap")
+        for measure in ("energy", "pointing", "ap", "right_energy")
+        if f"grounding/{name}/{measure}" in frame  # a report of an older version measured less
     }
     text = (
         f"Energy, pointing and average precision for the objects of a question, in percent; a uniform map scores"

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
-from vlabs.evaluation.grounding import Asked, Targets, find_targets
+from vlabs.evaluation.grounding import Targets, find_targets
+from vlabs.evaluation.judging import Asked, Scores
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, to_pixels
 from vlabs.utils.options import Size, Strength
@@ -113,25 +113,12 @@ class _Pair:
         self.own, self.other, self.masks = own, other, {OWN: own_mask, OTHER: other_mask}
 
 
-class Scores:
-    """Scores answers to questions of prepared rows."""
-
-    def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
-        self.rows, self.answers = rows, answers
-
-    def of(self, asked: Asked, answer: str) -> float:
-        """The official accuracy of an answer, in percent."""
-        row = self.rows[asked.row]
-        ids, scores = row["answer_ids"][asked.position], row["answer_scores"][asked.position]
-        by_answer = {self.answers[n]: score for n, score in zip(ids, scores, strict=True)}
-        return 100 * float(by_answer.get(answer, 0.0))
-
-    def answers_differ(self, pair: _Pair) -> bool:
-        """Whether both questions have the same type, so that an answer would fit both, but different answers."""
-        row = self.rows[pair.own.row]
-        own, other = pair.own.position, pair.other.position
-        common = [max(answers, key=answers.count) if answers else "" for answers in row["answers"]]
-        return bool(row["question_type"][own] == row["question_type"][other] and common[own] != common[other])
+def _answers_differ(scores: Scores, pair: _Pair) -> bool:
+    """Whether both questions have the same type, so that an answer would fit both, but different answers."""
+    row = scores.rows[pair.own.row]
+    own, other = pair.own.position, pair.other.position
+    common = [max(answers, key=answers.count) if answers else "" for answers in row["answers"]]
+    return bool(row["question_type"][own] == row["question_type"][other] and common[own] != common[other])
 
 
 def _pairs(targets: Targets, preprocessing: Preprocessing, count: int | None) -> list[list[_Pair]]:
@@ -189,7 +176,7 @@ def _measure(
             answer = preprocessing.names[best[k]]
             own, other = scores.of(pair.own, answer), scores.of(pair.other, answer)
             row: dict[str, Any] = {"id": pair.own.text_id, "xi": whose, "accuracy": own}
-            row["answers_other"] = 100.0 * (other > own) if scores.answers_differ(pair) else None
+            row["answers_other"] = 100.0 * (other > own) if _answers_differ(scores, pair) else None
             for name in MAPS:
                 pixels = to_pixels(maps[name][k], preprocessing.image_size)
                 row |= {f"{name}/{whom}": 100 * float(energy_inside(pixels, mask)) for whom, mask in pair.masks.items()}

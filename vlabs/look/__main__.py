@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--num-texts", type=whole(2), default=200, help="with --data: texts that are measured, evenly "
                         "spread (default %(default)s)")  # fmt: skip
     parser.add_argument("--instances", help="with --data: COCO's instances, where the data have no regions")
-    parser.add_argument("--human-maps", help="with --data: folder of VQA-HAT's maps, which the maps are compared with "
-                        "instead")  # fmt: skip
+    parser.add_argument("--human-maps", help="with --data: folder of VQA-HAT's or AiR-D's maps, which the maps are "
+                        "compared with instead")  # fmt: skip
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="with --measure faithfulness: of the "
                         "random order (default %(default)s)")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")

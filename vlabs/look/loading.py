@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
+from vlabs.checkpoints.checkpoint import packaged_starts
 from vlabs.checkpoints.pretrained import find_folder, read_config, read_folder
 from vlabs.data.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from vlabs.errors import UserError, one_line
@@ -26,6 +27,9 @@ from vlabs.utils.tokenizer import check_tokenizer
 
 _IMAGES, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _INSTEAD = "--model DIR"
+_OF_VLABS = "{} is of vlabs, not of transformers: pass it to `vlabs attention --ckpt` or `vlabs predict --ckpt`"
+_GENERATORS = ("llava", "qwen", "internvl", "paligemma", "gemma", "idefics", "mllama", "instructblip", "blip2")
+"""How the names of classes begin that write text about an image with a language model."""
 _LARGEST = 1024
 """The largest side of an input, in pixels, and the largest number of patches of SigLIP 2."""
 _ARCHITECTURES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
@@ -57,6 +61,9 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
         UserError: it is of another kind, not available, not whole, or damaged; the message says what to do.
     """
     device = find_device(device)
+    path = Path(name_or_path)
+    if (path / "checkpoints").is_dir() or path.is_file() or (str(path) in packaged_starts() and not path.exists()):
+        raise UserError(_OF_VLABS.format(name_or_path))
     folder = find_folder(name_or_path, _INSTEAD, (_IMAGES, _PROCESSOR, *TOKENIZER_FILES))
     check_files(folder, [path.name for path in folder.iterdir()])
     config = read_config(folder, name_or_path)
@@ -80,10 +87,15 @@ def load(name_or_path: str, device: str | None = None) -> Looker:
 
 def _kind_of(config: dict[str, Any], name: str) -> _Kind:
     if "architecture" in config:
-        raise UserError(f"{name} is a model of vlabs: pass it to `vlabs attention --ckpt` or `vlabs predict --ckpt`")
+        raise UserError(_OF_VLABS.format(name))
     kind = config.get("model_type")
     listed = config.get("architectures")
     architecture = _ARCHITECTURES.get(str(kind)) or (str(listed[0]) if isinstance(listed, list) and listed else None)
+    if str(architecture).lower().startswith(_GENERATORS):
+        raise UserError(
+            f"{name} is a {architecture}, which writes text with a language model: `vlabs look` does not read such "
+            f"models yet, only {', '.join(KINDS)}"
+        )
     if architecture not in KINDS:
         raise UserError(f"{name} is a {architecture or kind}: name a model of one of the kinds {', '.join(KINDS)}")
     family = architecture.split("For")[0].removesuffix("Model")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 
 from vlabs.data.images import name_of, read_bytes
@@ -18,12 +18,12 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.evaluation import faithfulness as faithful
 from vlabs.evaluation import grounding as grounded
-from vlabs.evaluation.grounding import Asked, Targets, all_texts, find_targets
+from vlabs.evaluation.grounding import Targets, all_texts, find_targets
+from vlabs.evaluation.judging import Asked, Scores
 from vlabs.evaluation.results import Results, Setting
-from vlabs.evaluation.steering import Scores
 from vlabs.look.looker import Looker
 from vlabs.look.models import Inputs, Seen
-from vlabs.metrics.grounding import pointing, read_human_maps, to_pixels
+from vlabs.metrics.grounding import read_human_maps
 
 _BATCH = 32  # images at a time
 
@@ -53,12 +53,14 @@ def grounding(
             "--instances FILE, COCO's annotations as zip or JSON"
         )
     asked = _readable(looker, targets.asked, results)
+    scores = _scores(looker, targets.rows, data)
     for item, size, pixels, seen in _each(looker, targets.rows, asked, maps, results):
         mask = _mask(looker, targets, item, size, pixels)
         if mask.any():
             found = {name: values.numpy() for name, values in seen.maps.items()}
             objects = targets.objects.get(targets.rows[item.row]["image_id"], 0)
-            results.rows.append(grounded.record(item, found, mask, objects))
+            right = scores.of(item, seen.said.answers[0][0][0]) if scores else None
+            results.rows.append(grounded.record(item, found, mask, objects, right))
     if len(results.rows) < 2:
         raise UserError(f"{data}, split {split}: fewer than two texts have a region that the model can see and read")
     grounded.report(results, maps, len(asked))
@@ -114,36 +116,31 @@ def faithfulness(
     """
     results = _results("faithfulness", looker, split, maps, out)
     rows = load_split(data, split)
-    answers = looker.looks.answers
-    if answers and ("answers" not in rows.column_names or not any(any(of) for of in rows["answers"])):
+    if looker.looks.answers and _scores(looker, rows, data) is None:
         raise UserError(f"{data}, split {split}: {looker.name} answers questions, but the data have no answers")
     targets = find_targets(rows, data, instances, num_texts)
     rows, asked = (rows, all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
-    scores = Scores(rows, read_answers(data)) if answers else None
-    draw = np.random.default_rng(seed)
-    for item, size, pixels, seen in _each(looker, rows, _readable(looker, asked, results), maps, results):
-        found = {name: values.numpy() for name, values in seen.maps.items()}
-        count = found[maps[0]].size
-        orders = {name: faithful.ordered(values.ravel(), draw) for name, values in found.items()}
-        orders[faithful.RANDOM] = draw.permutation(count)
+    scores = _scores(looker, rows, data)
+
+    def scored(item: Asked, pixels: Inputs, taken: list[np.ndarray]) -> list[float]:
         text, _ = looker.text(item.text)
-        taken = faithful.taken_by(orders, count)
         said = []
-        with torch.inference_mode():
-            for start in range(0, len(taken), _BATCH):
-                given = looker.looks.without(pixels, taken[start : start + _BATCH])
-                said += looker.looks.run(given, text).answers
-        values = [scores.of(item, best[0]) if scores else 100 * best[1] for best, *_ in said]
-        row = {"id": item.text_id, "text": item.text, "right" if scores else "score": values[0]}
-        curves = np.array(values).reshape(-1, 2, len(faithful.SHARES))
-        row |= {name: faithful.areas(*both) for name, both in zip(orders, curves, strict=True)}
-        row["agreement"] = faithful.agreement(found)
-        if scores and targets is not None and (mask := _mask(looker, targets, item, size, pixels)).any():
-            row["pointed"] = {
-                name: bool(pointing(to_pixels(one, (mask.shape[0], mask.shape[1])), mask) > 0.5)
-                for name, one in found.items()
-            }
-        results.rows.append(row)
+        for start in range(0, len(taken), _BATCH):
+            given = looker.looks.without(pixels, taken[start : start + _BATCH])
+            said += looker.looks.run(given, text).answers
+        return [scores.of(item, best[0]) if scores else 100 * best[1] for best, *_ in said]
+
+    samples = (
+        faithful.Sample(
+            item.text_id,
+            item.text,
+            {name: values[None].numpy() for name, values in seen.maps.items()},
+            partial(scored, item, pixels),
+            region=_mask(looker, targets, item, size, pixels) if scores and targets is not None else None,
+        )
+        for item, size, pixels, seen in _each(looker, rows, _readable(looker, asked, results), maps, results)
+    )
+    faithful.take_away(results, samples, seed, "right" if scores else "score")
     if len(results.rows) < 2:
         raise UserError(f"{data}, split {split}: fewer than two texts that {looker.name} can read")
     mean = results.frame["right" if scores else "score"].mean()
@@ -162,6 +159,14 @@ def _results(name: str, looker: Looker, split: str, maps: Sequence[str], out: Pa
         looker.check_map(one)
     trainer = OmegaConf.create({"enable_progress_bar": sys.stderr.isatty()})
     return Results(name, looker, Setting(split, out, trainer))
+
+
+def _scores(looker: Looker, rows: datasets.Dataset, data: Path) -> Scores | None:
+    """Scores the answers to questions; None if the model does not answer, or the data have no answers."""
+    if not looker.looks.answers or "answers" not in rows.column_names:
+        return None
+    known = any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"])
+    return Scores(rows, read_answers(data)) if known else None
 
 
 def _readable(looker: Looker, asked: Sequence[Asked], results: Results) -> list[Asked]:

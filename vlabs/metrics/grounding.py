@@ -25,7 +25,8 @@ from vlabs.errors import UserError
 from vlabs.utils.archives import read_regular
 
 HAT_GRID = (14, 14)
-_HAT_NAME = re.compile(r"(\d+)_(\d+)\.png")
+_HAT_NAME = re.compile(r"(\d+)_(\d+)\.png")  # of VQA-HAT
+_AIR_NAME = re.compile(r"(\d+)\.png")  # of AiR-D
 
 
 def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -147,11 +148,12 @@ class HumanMaps(NamedTuple):
     """Where people looked for one question.
 
     Attributes:
-        question_id: the id in VQA v1, on which VQA-HAT was collected; v2 numbers the same questions differently.
+        question_id: the id in VQA v1, on which VQA-HAT was collected; v2 numbers the same questions differently. Of
+            AiR-D, the id in GQA.
         maps: (n, H, W), float32 in [0, 1], one map per person, of the size of the whole image.
     """
 
-    question_id: int
+    question_id: int | str
     maps: np.ndarray
 
     @property
@@ -177,25 +179,34 @@ def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> 
             in size.
     """
     found = list_hat(folder)
-    wanted = sorted(question_id for question_id in found if question_ids is None or question_id in question_ids)
+    wanted = sorted((one for one in found if question_ids is None or one in question_ids), key=lambda one: int(one))
     return (read_human_maps(question_id, found[question_id]) for question_id in wanted)
 
 
-def list_hat(folder: str | Path) -> dict[int, list[Path]]:
-    """The files of VQA-HAT by question id, those of a question in order; see `read_hat`."""
+def list_hat(folder: str | Path) -> dict[int | str, list[Path]]:
+    """The files of VQA-HAT by question id, those of a question in order; see `read_hat`.
+
+    Or those of AiR-D (Chen et al., ECCV 2020), by the ids of GQA, which are texts: `{question_id}.png`, one map over
+    all people.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name the one with the maps of VQA-HAT, such as vqahat_val")
-    found: defaultdict[int, list[tuple[int, Path]]] = defaultdict(list)
+        raise UserError(
+            f"there is no folder {folder}: name the one with the maps of VQA-HAT, such as vqahat_val, or of AiR-D, "
+            "such as aggregated_maps/fixmaps"
+        )
+    found: defaultdict[int | str, list[tuple[int, Path]]] = defaultdict(list)
     for path in folder.iterdir():
         if match := _HAT_NAME.fullmatch(path.name):
             found[int(match[1])].append((int(match[2]), path))
+        elif match := _AIR_NAME.fullmatch(path.name):
+            found[match[1]].append((0, path))
     if not found:
-        raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png)")
+        raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png) or AiR-D (00126851.png)")
     return {question_id: [path for _, path in sorted(paths)] for question_id, paths in found.items()}
 
 
-def read_human_maps(question_id: int, paths: list[Path]) -> HumanMaps:
+def read_human_maps(question_id: int | str, paths: list[Path]) -> HumanMaps:
     """The maps of one question, from its files; see `read_hat`."""
     maps = [_read_gray(path) for path in paths]
     if len({one.shape for one in maps}) > 1:
@@ -207,7 +218,7 @@ def _read_gray(path: Path) -> np.ndarray:
     try:
         return read_gray(read_regular(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download VQA-HAT again") from None
+        raise UserError(f"{path} cannot be read ({error}): download it again") from None
 
 
 def _check_map(attention: np.ndarray) -> None:

@@ -106,8 +106,12 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     check_files(folder, FILES)
     header = _read_json(folder / CONFIG)
-    if not isinstance(header, dict) or "architecture" not in header:
-        raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it does not say its architecture")
+    if not isinstance(header, dict):
+        raise UserError(f"{folder / CONFIG} is not of a model of vlabs: it is not a dictionary")
+    if "architecture" not in header:
+        looked = ": `vlabs look --model` shows where CLIP, SigLIP, BLIP and ViLT look" if "model_type" in header else ""
+        of = "of a model of transformers, not of vlabs" if looked else "not of a model of vlabs"
+        raise UserError(f"{folder / CONFIG} is {of}{looked or ': it does not say its architecture'}")
     if (folder / PREPROCESSING).exists():
         preprocessing = _read_json(folder / PREPROCESSING)
         if not isinstance(preprocessing, dict):

@@ -55,6 +55,11 @@ class VLMOutput:
     image_read: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def pairs(self) -> int:
+        """n, the number of text-image pairs."""
+        return len(self.text_states)
+
 
 @register
 class VisionLanguageModel(nn.Module, Shareable):

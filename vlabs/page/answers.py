@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vlabs.attention import VIEWS
 from vlabs.attention.figures import Cell, View, as_view, pixels_of
 from vlabs.attention.maps import MAPS, legend_of
 from vlabs.errors import UserError, one_line, printable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from vlabs.look.looker import Looker
 
 TOP = 5
+NO_VIEW = "none"
+"""The choice of no second look."""
 LEAST_KEPT = 0.05
 
 
@@ -66,7 +69,16 @@ class Page:
         self.most_alpha = 2 * (predictor.alpha or 1)
         self._lock = threading.Lock()
 
-    def ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any = None) -> str:
+    def ask(
+        self,
+        picture: Any,
+        questions: Any,
+        map_name: Any,
+        alpha: Any,
+        other: Any,
+        keep: Any = None,
+        second_look: Any = None,
+    ) -> str:
         """Answer questions about an image, which share its first pass.
 
         Args:
@@ -76,13 +88,16 @@ class Page:
             alpha: strength of the top-down signal, up to `most_alpha`; None for the model's own.
             other: a text whose ξ is used too, for comparison; empty or None for none.
             keep: share of the patches in the second pass; None for the model's own.
+            second_look: answer again from this view, see `vlabs.prediction.second_look`; None or `NO_VIEW` for none.
 
         Returns:
             HTML of the answers, or of an error in one sentence.
         """
-        return self._or_error(self._ask, picture, questions, map_name, alpha, other, keep)
+        return self._or_error(self._ask, picture, questions, map_name, alpha, other, keep, second_look)
 
-    def _ask(self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any) -> str:
+    def _ask(
+        self, picture: Any, questions: Any, map_name: Any, alpha: Any, other: Any, keep: Any, second_look: Any
+    ) -> str:
         asked, other = self._lines(picture, questions, "question"), _text(other, "the text of the other ξ")
         if map_name not in self.maps:
             raise UserError(f"there is no such map: choose one of {', '.join(self.maps)}")
@@ -90,15 +105,18 @@ class Page:
             alpha = _number(alpha, "α", 0, self.most_alpha)
         if keep is not None:
             keep = _number(keep, "the share of the patches", LEAST_KEPT, 1)
+        second = None if second_look in (None, NO_VIEW) else second_look
+        if second is not None and (not isinstance(second, str) or second not in VIEWS):
+            raise UserError(f"a second look is one of {', '.join((NO_VIEW, *VIEWS))}")
         self._check_length(other)
         image = self._decoded(picture)
         view = as_view(image, self.predictor.preprocessing.box(image.size))
         said = _warnings([self.caution] if self.caution and not self.uploads.is_kept(picture) else [])
         with self.predictor.model.vision.keeping(keep):  # one request at a time, see `_or_error`
-            answers = self.predictor.answer(image, asked, TOP, map_name, alpha)
+            answers = self.predictor.answer(image, asked, TOP, map_name, alpha, second_look=second)
             said += _row(view, answers)
             if other.strip():
-                under = self.predictor.answer(image, asked, TOP, map_name, alpha, other)
+                under = self.predictor.answer(image, asked, TOP, map_name, alpha, other, second)
                 said += _row(view, under, other)
                 answers += under
         return said + _legend([answer.map_name for answer in answers], self.predictor.meaning)
@@ -205,7 +223,11 @@ def _row(view: View, answers: Sequence[Answer], other: str = "") -> str:
     cards = []
     for answer in answers:
         note = f"<p class='other'>under the ξ of “{html.escape(other.strip())}”</p>" if other else ""
-        said = f"<b>{_question(answer)}</b>{note}{_bars(answer.answers)}{_warnings(answer.warnings)}"
+        bars = _bars(answer.answers)
+        if answer.before is not None:
+            looks = (("at first", _bars(answer.before)), ("after a second look", bars))
+            bars = f"<div class='looks'>{''.join(f'<div><i>{when}</i>{one}</div>' for when, one in looks)}</div>"
+        said = f"<b>{_question(answer)}</b>{note}{bars}{_warnings(answer.warnings)}"
         cards.append(_card(Cell(view, answer.map, answer.map_name), said, answer.question))
     return f"<div class='cards' {_under(view)}>{''.join(cards)}</div>"
 

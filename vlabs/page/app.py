@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vlabs.attention import LOOK_MAPS, MAPS
+from vlabs.attention import LOOK_MAPS, MAPS, VIEWS
 from vlabs.attention.maps import default_map
 from vlabs.errors import printable
 from vlabs.page.about import About
-from vlabs.page.answers import LEAST_KEPT, Page
+from vlabs.page.answers import LEAST_KEPT, NO_VIEW, Page
 from vlabs.page.connection import Connection
 from vlabs.page.hosts import Hosts, in_address, is_loopback
 from vlabs.page.line import Line
@@ -128,10 +128,13 @@ def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
                 )  # fmt: skip
     given = [picture, questions, *how]
 
-    def ask(picture: Any, questions: Any, map_name: Any, strength: Any, other: Any, share: Any) -> str:
+    def ask(
+        picture: Any, questions: Any, map_name: Any, strength: Any, other: Any, share: Any, second_look: Any
+    ) -> str:
         name = picture.get("path") if isinstance(picture, dict) else picture
         strength = strength if alpha is not None else None
-        return page.ask(name, questions, map_name, strength, other, None if model.vision.needs_all else share)
+        share = None if model.vision.needs_all else share
+        return page.ask(name, questions, map_name, strength, other, share, second_look)
 
     def again(*values: Any) -> str:
         return ask(*values) if values[0] and values[1] else ""
@@ -158,7 +161,7 @@ def _ask(page: Page, begins: Sequence[tuple[dict[str, Any], str]]) -> None:
 
 
 def _how(page: Page) -> list[Any]:
-    """Advanced controls, folded: map, α, ξ of another question, share of the patches."""
+    """Advanced controls, folded: map, α, ξ of another question, share of the patches, a second look."""
     model, alpha = page.predictor.model, page.predictor.alpha
     with gr.Accordion("Where it looks: maps, α and ξ", open=False, elem_id="how"):
         gr.Markdown("\n".join([_PRIOR] * (model.prior is not None) + [_ALPHA] * (alpha is not None) + [_MAP]))
@@ -179,6 +182,10 @@ def _how(page: Page) -> list[Any]:
             gr.Slider(
                 LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches in the second pass",
                 visible=not model.vision.needs_all, elem_id="keep", info="Those most similar to ξ; fewer are faster.",
+            ),
+            gr.Radio(
+                [("none", NO_VIEW), *((f"{name}: {what}", name) for name, what in VIEWS.items())], value=NO_VIEW,
+                label="A second look", elem_id="second", info="The model answers again; both answers are joined.",
             ),
         ]  # fmt: skip
 

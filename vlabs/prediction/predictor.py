@@ -49,7 +49,7 @@ class Answer:
             right; softmax for labels.
         maps: where the model looked: one map (rows, columns) per image over its patch grid, non-negative, in
             `Preprocessing.box`.
-        map_name: the name of that map: `fusion` if ξ is similar to no patch, so that all its weights are 0.
+        map_name: the name of that map: `normgrad` if ξ is similar to no patch, so that all its weights are 0.
         steers: whether ξ is similar to any patch of the images; None if no ξ steers.
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
         words: the words of the question with their shares of its relevance; None unless the map is `relevance`.
@@ -160,8 +160,12 @@ class Predictor:
         map_name = map_name or default_map(self.model)
         if map_name not in MAPS:
             raise UserError(f"there is no map {map_name!r}: choose one of {', '.join(MAPS)}")
-        if second_look is not None and (second_look not in VIEWS or self.pictures > 1):
-            raise UserError(f"a second look is one of {', '.join(VIEWS)}, and of a single image; not {second_look!r}")
+        if second_look is not None and second_look not in VIEWS:
+            raise UserError(f"a second look is one of {', '.join(VIEWS)}, not {second_look!r}")
+        if second_look is not None and self.pictures > 1:
+            raise UserError(
+                f"a second look is at one image, and this model reads {self.pictures} at a time: leave it out"
+            )
         if alpha is not None:
             self._check_alpha(alpha)
         given = [image] if isinstance(image, str | Path | Image.Image) else list(image)

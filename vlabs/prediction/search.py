@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlabs.attention.figures import Cell, as_view
-from vlabs.attention.maps import default_map, look_of
+from vlabs.attention.maps import look_of
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.decoding import known_suffixes
 from vlabs.data.preprocessing import check_text
@@ -42,7 +42,7 @@ class Found:
         path: path of its file.
         score: ranking score; higher is better.
         map: (rows, columns), where the model looked.
-        name: name of that map, see `vlabs.attention.maps.look_by`.
+        name: name of that map, see `vlabs.attention.maps.look_of`.
         share: softmax of the scores over the images that were scored, in [0, 1].
     """
 
@@ -143,7 +143,7 @@ class Search:
         prior = None if texts.prior is None else texts.prior.expand(len(some), *texts.prior.shape[1:])
         output = self.model.join(bottom_up, prior, states, mask, read_image=True)
         scores = self.model.head.score(output.pooled_features).tolist()  # type: ignore[operator]
-        look = look_of(self.model, output, default_map(self.model))
+        look = look_of(self.model, output)
         return [
             Found(self.pictures[n], score, map[0], name)
             for n, score, map, name in zip(some, scores, look.maps, look.names, strict=True)
