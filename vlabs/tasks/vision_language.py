@@ -17,6 +17,7 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss, overlap
+from vlabs.models.topdown import whole
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.ranking.passes import FirstPasses
 from vlabs.tasks.base import Task, gather
@@ -45,6 +46,7 @@ class VisionLanguageTask(Task):
             the patches most similar to ξ.
         token_prior_temperature: temperature τ of the token loss.
         overlap_prior_weight: weight of the overlap of several ξ of a text (`model.prior_count`).
+        pool_prior_weight: weight of FLAIR's loss on the patches that are pooled for ξ (`model.pool_heads`).
         store: folder for the first passes of a frozen image encoder (`task.freeze=[vision]`), so that each image is
             read and encoded only once.
     """
@@ -69,6 +71,7 @@ class VisionLanguageTask(Task):
         token_prior_weight: NonNegative = 0.0,
         token_prior_temperature: Positive = 0.1,
         overlap_prior_weight: NonNegative = 0.1,
+        pool_prior_weight: NonNegative = 1.0,
         store: str | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
@@ -91,6 +94,7 @@ class VisionLanguageTask(Task):
         self.alive_prior_weight = alive_prior_weight if model.vision.needs_prior else 0.0
         self.token_prior_weight = token_prior_weight if has_prior else 0.0
         self.overlap_prior_weight = overlap_prior_weight
+        self.pool_prior_weight = pool_prior_weight if model.pool is not None else 0.0
         self.region_prior_loss = RegionPriorLoss(region_prior_temperature)
         self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
         self.token_prior_loss = TokenPriorLoss(token_prior_temperature)
@@ -99,10 +103,13 @@ class VisionLanguageTask(Task):
         self.store = store
         self.stored: FirstPasses | None = None
         self._freeze_idle_prior()
+        if model.pool is not None and not self.pool_prior_weight:
+            model.pool.requires_grad_(False)
 
     def _freeze_idle_prior(self) -> None:
         """Freeze ξ if it neither steers nor has a loss: DDP would wait for its gradients."""
-        taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
+        weights = self.prior_bottom_up_weight, self.region_prior_weight, self.token_prior_weight, self.pool_prior_weight
+        taught = sum(weights) > 0
         if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
             self.model.prior.requires_grad_(False)
 
@@ -224,6 +231,8 @@ class VisionLanguageTask(Task):
             losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
         if self.overlap_prior_weight and prior.ndim == 3:
             losses["overlap_prior"] = overlap(prior)
+        if self.pool_prior_weight and self.model.pool is not None:
+            losses["pool_prior"] = self.model.pool.loss(output.bottom_up.cls, patches, whole(prior), image_index)
         return losses
 
     def log_dead(self, output: VLMOutput, pairs: Tensor | slice = slice(None)) -> None:
