@@ -110,6 +110,40 @@ def test_alive_loss_asks_for_one_patch_where_nobody_said_which():
     assert torch.isfinite(dead.grad).all()
 
 
+def test_the_focus_loss_contrasts_text_image_and_image_through_its_region():
+    """FocusCLIP's recipe: pixels · (a + (1 − a) · region), and NT-Xent of all three pairs, both ways."""
+    task = make_task(focus_prior_weight=1.0, focus_prior_floor=0.25).train()
+    prepared = task.preprocessing
+    pixels, coverage = (
+        torch.rand(2, 3, 16, 16),
+        torch.tensor([[0, 1, 0.5, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]),
+    )
+    ids, mask, index = torch.randint(5, 30, (4, 6)), torch.ones(4, 6, dtype=torch.int64), torch.tensor([0, 0, 1, 1])
+    mean, std = (torch.tensor(one)[:, None, None] for one in (prepared.mean, prepared.std))
+    images = (pixels - mean) / std
+    task.model.eval()  # without dropout, but with the losses of training
+    output = task.model(images, ids, mask, index)
+    task.log = lambda *_, **__: None
+    found = task.pointing_losses(output, coverage, images=images)["focus_prior"]
+    known = [0, 2, 3]  # nobody said where the second looks
+    heat = F.interpolate(coverage[known].view(3, 1, 2, 2), (16, 16), mode="bilinear")
+    assert torch.equal(heat[0, 0, 0], torch.tensor([0.0] * 4 + [n / 8 + 1 / 16 for n in range(8)] + [1.0] * 4))
+    masked = (pixels[index[known]] * (0.25 + 0.75 * heat) - mean) / std
+    views = [F.normalize(x, dim=1) for x in (
+        output.prior[known], output.bottom_up.cls[index[known]], task.model.vision.encode(masked).cls
+    )]  # fmt: skip
+    losses = []
+    for a, b in ((0, 1), (0, 2), (2, 1)):
+        logits = views[a] @ views[b].T / 0.07
+        logits[1, 2] = logits[2, 1] = -torch.inf  # two texts of one image
+        losses += [F.cross_entropy(logits, torch.arange(3)), F.cross_entropy(logits.T, torch.arange(3))]
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+    nowhere = task.pointing_losses(output, torch.zeros(4, 4), images=images)["focus_prior"]
+    nowhere.backward()
+    assert nowhere == 0
+    assert "focus_prior" not in task.eval().pointing_losses(output, coverage, images=images)
+
+
 def test_one_text_alone_or_none_gives_finite_losses():
     for n in (0, 1):
         prior, tokens = torch.randn(n, 4, requires_grad=True), torch.randn(1, 6, 4)
@@ -211,14 +245,15 @@ def test_xi_that_is_fed_to_nothing_changes_nothing_and_learns(steered):
 def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, tmp_path):
     result = command(
         "vlabs.train", *tiny_options, "logger=csv", "model/topdown=none", "model.unused_prior=true",
-        "task.token_prior_weight=0.5", "trainer.max_epochs=1", "data.rand_augment=rand-m9-n2",
-        "callbacks.grounding.maps=[weights]", *LOOKS, "hydra.run.dir=run", cwd=tmp_path,
+        "task.token_prior_weight=0.5", "task.focus_prior_weight=0.5", "trainer.max_epochs=1",
+        "data.rand_augment=rand-m9-n2", "callbacks.grounding.maps=[weights]", *LOOKS, "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "training texts have a region, so its weight is 1" in result.stdout + result.stderr
     logged = {key: float(value) for row in metrics_of(tmp_path / "run") for key, value in row.items() if value}
     assert logged["train/region_prior_loss"] > 0
     assert logged["train/token_prior_loss"] > 0
+    assert logged["train/focus_prior_loss"] > 0
     assert logged["val/grounding/weights_energy"] > 0
 
 
@@ -244,6 +279,16 @@ def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
     task = make_task(region_prior_weight=0.5)
     assert set_up(task, known=7).region_grid == (2, 2)
     assert task.region_prior_weight == 0.5
+
+
+def test_the_focus_loss_is_refused_without_regions_or_images():
+    task = make_task(focus_prior_weight=1.0, region_prior_weight=0)
+    with pytest.raises(UserError, match=r"task.focus_prior_weight needs regions, which data does not have"):
+        task.wants(SimpleNamespace(regions_known=0, dir="data"))
+    assert task.wants(SimpleNamespace(regions_known=1)).region_grid == (2, 2)
+    task.store = "store"
+    with pytest.raises(UserError, match="which task.store does not read"):
+        task.wants(SimpleNamespace(regions_known=1))
 
 
 def test_a_model_without_xi_asks_for_no_regions():

@@ -120,7 +120,7 @@ class VQATask(VisionLanguageTask):
             reconstruct=self.reconstruction_weight > 0,
         )
         others = output.losses | self.prior_losses(output, batch.input_ids, batch.image_ids)
-        others |= self.pointing_losses(output, batch.coverage)
+        others |= self.pointing_losses(output, batch.coverage, images=batch.images)
         return Losses({"vqa": self.answer_loss(output.logits, batch.targets)}, len(batch.question_ids), others)
 
     def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
