@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOOKS, command
+from conftest import LOOKS, assert_one_line_error, command
 from PIL import Image
 from test_models import make_model
 from test_train import metrics_of
@@ -17,8 +17,9 @@ from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
-from vlabs.data.vqa import VQADataModule, VQADataset
+from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
+from vlabs.models.harmonizer import harmonizer_loss
 from vlabs.models.prior import AlivePriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.topdown import AbSTopDown, similarity
 from vlabs.models.vlm import assemble
@@ -328,3 +329,104 @@ def test_xi_is_kept_alive_by_default_where_no_text_has_a_region(given, without_r
         set_up(task, known=known)
         assert task.alive_prior_weight == expected
     assert make_task(alive_prior_weight=given).alive_prior_weight == without_regions
+
+
+# Where people looked
+
+
+def halved_plainly(image):
+    """Every second pixel after the filter (1 4 6 4 1)² / 256, where zeros lie beyond the edge, as TensorFlow's SAME."""
+    height, width = image.shape
+    out = np.zeros(((height + 1) // 2, (width + 1) // 2))
+    up, left = (max(0, 2 * ((side + 1) // 2 - 1) + 5 - side) // 2 for side in image.shape)
+    taps = np.array([1, 4, 6, 4, 1]) / 16
+    for r in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            for a in range(5):
+                for b in range(5):
+                    y, x = 2 * r + a - up, 2 * c + b - left
+                    if 0 <= y < height and 0 <= x < width:
+                        out[r, c] += taps[a] * taps[b] * image[y, x]
+    return out
+
+
+def test_the_harmonizer_loss_is_its_recipe_on_a_pyramid_of_five_levels():
+    rng = np.random.default_rng(0)
+    saliency, human = rng.normal(size=(3, 17, 20)), rng.random((3, 17, 20)) ** 4
+    human[1] = 0  # nobody was asked
+    expected = []
+    for n in (0, 2):
+        a, b = ((one - one.mean()) / (one.std() + 1e-5) for one in (saliency[n], human[n]))
+        a, b = np.maximum(a, 0), np.maximum(b, 0)
+        b = b / (b.max() + 1e-6) * (a.max() + 1e-6)
+        for _ in range(5):
+            expected.append(((a - b) ** 2).mean())
+            a, b = halved_plainly(a), halved_plainly(b)
+    found = harmonizer_loss(torch.tensor(saliency), torch.tensor(human))
+    assert float(found) == pytest.approx(sum(expected) / 5 / 3)
+    flat = torch.zeros(1, 8, 8, requires_grad=True)
+    harmonizer_loss(flat, torch.rand(1, 8, 8)).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+def test_training_draws_the_gradient_of_the_right_answers_to_where_people_looked(monkeypatch):
+    task = make_task(human_maps="hat", harmonizer_weight=2.0, alive_prior_weight=0).train()
+    task.log = lambda *_, **__: None
+    task.model.eval()
+    answers = task.model.head.num_answers
+    images, human = torch.randn(3, 3, 16, 16), torch.rand(3, 16, 16)
+    ids, mask, targets = torch.randint(5, 30, (3, 6)), torch.ones(3, 6, dtype=torch.int64), torch.rand(3, answers)
+    batch = VQABatch(images, ids, mask, None, torch.arange(3), targets, None, [1, 2, 3], [], [], [], [], [], human)
+    found = task.losses(batch).others["harmonizer"]
+    maps = []
+    for n in range(3):
+        pixels = images[n : n + 1].detach().clone().requires_grad_()
+        (task.model(pixels, ids[n : n + 1], mask[n : n + 1]).logits[0] @ targets[n]).backward()
+        maps.append(pixels.grad[0].mean(dim=0))
+    torch.testing.assert_close(found, harmonizer_loss(torch.stack(maps), human), rtol=1e-3, atol=1e-5)
+    found.backward()
+    trained = task.model.vision.vit.blocks[0].attn.qkv.weight.grad
+    assert trained.abs().sum() > 0
+    assert "harmonizer" not in task.eval().losses(batch).others
+
+
+def test_a_model_trains_on_vqa_hats_files(tiny_options, tiny_data, tmp_path, in_process):
+    """`QUESTION_NUMBER.png` in `vqahat_train`, of the size of the image, several people for a question."""
+    (tmp_path / "vqahat_train").mkdir()
+    rng, rows, maps = np.random.default_rng(0), load_split(tiny_data, "train"), {}
+    for row in rows:
+        for question_id in row["question_id"][:2]:
+            maps[question_id] = rng.integers(0, 256, (2, 64, 64), dtype=np.uint8)
+            for person, pixels in enumerate(maps[question_id], 1):
+                Image.fromarray(pixels).save(tmp_path / f"vqahat_train/{question_id}_{person}.png")
+    options = [*tiny_options, "logger=csv", "task.human_maps=vqahat_train", "callbacks.grounding=null"]
+    alone = ["data.questions_per_image=1", "data.rand_augment=null", "data.batch_size=16", "trainer.max_epochs=1"]
+    result = in_process("vlabs.train", [*options, *alone, "callbacks.predictions=null", "hydra.run.dir=run"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "people looked for 80 of 320 training questions" in result.stdout + result.stderr
+    assert any(float(row["train/harmonizer_loss"] or 0) > 0 for row in metrics_of(tmp_path / "run"))
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    task = make_task(human_maps=str(tmp_path / "vqahat_train"))
+    data.wants = task.wants(data)
+    asked = [n for n, one in enumerate(rows[3]["question_id"])]
+    batch = data.dataset(rows, data.image_reader(rows, True))[BatchSpec(0, [Group(3, tuple(asked))])]
+    for question_id, found in zip(rows[3]["question_id"], batch.human, strict=True):
+        looked = maps[question_id].mean(axis=0) / 255 if question_id in maps else np.zeros((64, 64))
+        np.testing.assert_allclose(found, looked.reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["data.questions_per_image=2"], ["task.human_maps=hat", "data.questions_per_image=1"]),
+        (["data.rand_augment=rand-m9-n2"], ["task.human_maps=hat", "data.rand_augment=null"]),
+        (["task.recompute_activations=true"], ["task.human_maps", "task.recompute_activations"]),
+        ([], ["task.human_maps=hat has no map of a training question", "VQA v1"]),
+        (["task.human_maps=nowhere"], ["there is no folder nowhere", "vqahat_val"]),
+    ],
+)
+def test_what_harmonizer_cannot_train_on_is_one_line(options, parts, tiny_options, tmp_path, in_process):
+    (tmp_path / "hat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "hat/999999999_1.png")
+    given = [*tiny_options, "task.human_maps=hat", "data.questions_per_image=1", "data.rand_augment=null", *options]
+    assert_one_line_error(in_process("vlabs.train", [*given, "hydra.run.dir=run"], tmp_path), *parts)
