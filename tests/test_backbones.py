@@ -121,6 +121,76 @@ def test_released_rvt_and_fan_load_and_give_their_outputs(name, make_network):
     torch.testing.assert_close(backbone.classify(backbone.finish(hidden)), golden["logits"], rtol=0, atol=1e-6)
 
 
+def pooled_plainly(x, pool, prefix, grid):
+    """TAP, place by place: a softmax over K of two 3×3 convolutions weights means over 3×3 places, k apart."""
+    rows, columns = grid
+    out = x.clone()
+    for image, tokens in enumerate(x):
+        where = {(r, c): tokens[prefix + r * columns + c] for r in range(rows) for c in range(columns)}
+
+        def around(of, r, c, k):
+            return [of.get((r + k * a, c + k * b)) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+
+        def convolved(of, weight, where=where):
+            flat = weight.flatten(2)
+            return {
+                at: sum(flat[:, :, n] @ one for n, one in enumerate(around(of, *at, 1)) if one is not None)
+                for at in where
+            }
+
+        hidden = {at: F.gelu(value) for at, value in convolved(where, pool.choose[0].weight).items()}
+        for at, scores in convolved(hidden, pool.choose[2].weight).items():
+            share = scores.softmax(0)
+            means = [where[at]]
+            means += [sum(one for one in around(where, *at, k) if one is not None) / 9 for k in range(1, len(share))]
+            out[image, prefix + at[0] * columns + at[1]] = sum(p * m for p, m in zip(share, means, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["cls", "dinov2", "rvt_pooled", "fan"])
+@torch.no_grad()
+def test_patches_are_pooled_before_the_attention_of_every_block_as_taps_recipe_says(kind):
+    encoder, images = (value.double() for value in make(kind, AbSTopDown(3.0), tap=3))
+    without, _ = make(kind, AbSTopDown(3.0))
+    without = without.double()
+    left = without.load_state_dict(encoder.state_dict(), strict=False)
+    assert not left.missing_keys
+    assert all(".norm1.pool.choose." in name for name in left.unexpected_keys)
+    prior = torch.randn(len(images), encoder.width, dtype=torch.float64)
+    plain = without.attend(without.encode(images), prior).tokens
+    for index, block in enumerate(encoder.vit.blocks):
+        norm = without.vit.blocks[index].norm1
+        grid = encoder.vit.grids[index] if kind == "rvt_pooled" else encoder.grid_size
+        prefix = 0 if kind == "fan" else encoder.num_prefix_tokens
+
+        def pooled(x, norm=norm, pool=block.norm1.pool, prefix=prefix, grid=grid):
+            return F.layer_norm(
+                pooled_plainly(x, pool, prefix, grid), norm.normalized_shape, norm.weight, norm.bias, norm.eps
+            )
+
+        norm.forward = pooled
+    bottom_up = encoder.encode(images)
+    found = encoder.attend(bottom_up, prior).tokens
+    torch.testing.assert_close(bottom_up.tokens, without.encode(images).tokens, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, without.attend(without.encode(images), prior).tokens, rtol=0, atol=1e-9)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_pooled_patches_are_refused_where_there_is_no_place_for_them_and_new_beside_weights(tmp_path):
+    for kind in ("eva02", "swin"):
+        with pytest.raises(UserError, match="model.vision.tap=4 pools the patches of a plain ViT, an RVT or a FAN"):
+            make(kind, tap=4)
+    with pytest.raises(UserError, match=r"keep=0.5: model.vision.tap=4 pools patches by their places"):
+        make("cls", AbSTopDown(), tap=4, keep=0.5)
+    with pytest.raises(UserError, match="model.vision.tap=4 needs images of one size"):
+        make("cls", tap=4, dynamic_img_size=True)
+    plain, _ = make("cls")
+    save_file(plain.vit.state_dict(), tmp_path / "w.safetensors")
+    loaded = vit_from_timm(str(tmp_path / "w.safetensors"), "vit_small_patch16_224", 32, tap=4, **SMALL)
+    assert torch.equal(loaded.vit.blocks[1].norm1.weight, plain.vit.blocks[1].norm1.weight)
+    assert build(loaded.spec).vit.blocks[0].norm1.pool.count == 4
+
+
 def plain_second_pass(encoder, images, prior):
     """Whole top-down tokens, decoded block by block, and qkv of the signal: nothing is factored.
 

@@ -1,10 +1,15 @@
 """Conditional retrieval: whether the nearest other image under a phrase holds what it names, as a plain loop finds."""
 
+import io
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import assert_one_line_error
+from PIL import Image, ImageOps
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
@@ -44,6 +49,142 @@ def test_precision_at_1_is_that_of_a_plain_loop(tiny_run, tmp_path, in_process):
                         assert asked[row["image_id"]]["chance"] == (sum(holds) - 1) / 24
     frame = [record["second/cls"] for record in records]
     assert metrics["second/cls"] == pytest.approx(100 * sum(frame) / len(frame))
+
+
+def pictures(count, size=(40, 30)):
+    """Different pictures of noise, as PNG."""
+    draw = np.random.default_rng(0)
+    for _ in range(count):
+        file = io.BytesIO()
+        Image.fromarray(draw.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(file, "PNG")
+        yield file.getvalue()
+
+
+def embedded(run, shown, text):
+    """[cls] of the second pass of pictures under a text, one after another."""
+    checkpoint = load_checkpoint(run)
+    ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([text]))
+    with torch.no_grad():
+        seen = [checkpoint.model.eval()(checkpoint.preprocessing.image(one)[None], ids, mask).seen for one in shown]
+    return torch.cat([one.tokens[:, 0] for one in seen])
+
+
+def measured(run, tmp_path, in_process, *options):
+    result = in_process("vlabs.evaluate", ["task=conditional", f"ckpt={run}", *options, "hydra.run.dir=out"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "out/conditional.jsonl").read_text().splitlines()]
+    return records, json.loads((tmp_path / "out/metrics.json").read_text()), result
+
+
+CORE = [  # source image, scene, object
+    ("1", "bath", "duck"), ("1", "bath", "cup"), ("2", "bath", "duck"), ("2", "bath", "cup"), ("3", "bath", "duck"),
+    ("4", "street", "cup"), ("5", "street", "cup"), ("5", "street", "dog"), ("6", "street", "cup"),
+]  # fmt: skip
+
+
+def write_core(folder, rows, **columns):
+    """The dataset as the hub has it: parquet files of a split, with few rows in a group."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table = {"image": [{"bytes": one, "path": None} for one in pictures(len(rows))]}
+    table |= dict(zip(("image_id", "scene", "object"), map(list, zip(*rows, strict=True)), strict=True))
+    table["prompt"] = [f"the small {name}" for name in table["object"]]
+    for n, part in enumerate((slice(0, 4), slice(4, None))):
+        arrays = {name: pa.array(values[part]) for name, values in (table | columns).items() if values is not None}
+        pq.write_table(pa.table(arrays), folder / f"data/test-0000{n}-of-00002.parquet", row_group_size=3)
+
+
+def test_core_is_measured_as_its_authors_do(tiny_run, tmp_path, in_process):
+    """In every scene, under the object's prompt, without the variants of the same source image."""
+    write_core(tmp_path / "core", CORE)
+    records, metrics, result = measured(tiny_run[0], tmp_path, in_process, "task.source=core", "task.batch_size=2")
+    shown = [decode_image(one, "") for one in pictures(len(CORE))]
+    expected = {}
+    for n, (source, scene, name) in enumerate(CORE):
+        features = embedded(tiny_run[0], shown, f"the small {name}")
+        ranked = [m for m, (other, of, _) in enumerate(CORE) if of == scene and other != source]
+        holds = [CORE[m][2] == name for m in ranked]
+        if any(holds):
+            like = torch.cosine_similarity(features[n], features[ranked])
+            expected[f"{scene}/{name}/{source}"] = holds[int(like.argmax())], sum(holds) / len(holds)
+    assert {one["id"]: (one["second/cls"], one["chance"]) for one in records} == expected
+    assert metrics["queries"] == len(expected) == 8
+    assert "1 images are not asked about" in result.stdout  # the dog
+
+
+def template(condition, reference, target, gallery):
+    return {"condition": condition, "gallery": gallery, "reference": reference, "target": target}
+
+
+@pytest.mark.parametrize("kind", ["object", "attribute"])
+def test_genecis_is_the_rank_of_the_target_in_the_gallery_of_each_template(kind, tiny_run, tmp_path, in_process):
+    """Whole images of COCO, or boxes of Visual Genome: begun 0.7 of their size before, and made square with black."""
+    files, boxes = list(pictures(6)), [[3, 8, 10, 5], [0, 0, 40, 30], [20.5, 4, 15, 20], [1, 1, 4, 9], [9, 9, 9, 9]]
+    boxes.append([30, 20, 10, 10])
+    shown, names = [], []
+    for n, content in enumerate(files):
+        image, (x, y, w, h) = decode_image(content, ""), boxes[n]
+        if kind == "object":
+            name, path = {"val_image_id": 7 + n}, tmp_path / f"val2017/{7 + n:012d}.jpg"
+        else:
+            name, path = (
+                {"image_id": 7 + n, "instance_bbox": boxes[n]},
+                tmp_path / f"VG_100K{'_2' * (n % 2)}/{7 + n}.jpg",
+            )
+            left, top = max(0, x - 0.7 * w), max(0, y - 0.7 * h)
+            part = image.crop((left, top, min(40, left + 1.7 * w), min(30, top + 1.7 * h)))
+            image = ImageOps.pad(part, (max(part.size),) * 2, color="black")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        names.append(name)
+        shown.append(image)
+    asked = [("wall", 0, 1, [2, 3, 4, 5]), ("sky", 1, 5, [0, 2, 3, 4]), ("wall", 4, 0, [3, 5, 2, 1])]
+    templates = [template(text, names[r], names[t], [names[n] for n in g]) for text, r, t, g in asked]
+    (tmp_path / "focus.json").write_text(json.dumps(templates))
+    folders = "val2017" if kind == "object" else "VG_100K,VG_100K_2"
+    options = ["task.source=focus.json", f"task.pictures=[{folders}]", "task.prompt=is there a PHRASE?"]
+    records, metrics, _ = measured(tiny_run[0], tmp_path, in_process, *options)
+    ranks = []
+    for text, reference, target, gallery in asked:
+        features = embedded(tiny_run[0], shown, f"is there a {text}?")
+        like = torch.cosine_similarity(features[reference], features)
+        ranks.append(1 + sum(bool(like[n] > like[target]) for n in gallery))
+    found = {one["id"]: [one["second/cls"], one["second/cls@2"], one["second/cls@3"]] for one in records}
+    assert found == {n: [rank <= k for k in (1, 2, 3)] for n, rank in enumerate(ranks)}
+    assert metrics["second/cls@3"] == pytest.approx(100 * sum(rank <= 3 for rank in ranks) / 3)
+    assert metrics["chance"] == pytest.approx(20)
+
+
+def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
+    (tmp_path / "empty").mkdir()
+    write_core(tmp_path / "other", CORE, scene=None)
+    write_core(tmp_path / "two", CORE, prompt=[f"prompt {n}" for n in range(len(CORE))])
+    write_core(tmp_path / "alone", CORE[3:6] + CORE[7:8])
+    write_core(tmp_path / "hollow", CORE, image=[{"bytes": None, "path": "x.png"}] * len(CORE))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/test.parquet").write_bytes((tmp_path / "two/data/test-00000-of-00002.parquet").read_bytes()[:99])
+    whole, box = {"val_image_id": 1}, {"image_id": 1, "instance_bbox": [1, 1, 0, 5]}
+    for name, content in {
+        "list": [], "no": [{"condition": "sky"}], "box": [template("sky", box, whole, [])],
+        "gone": [template("sky", whole, {"val_image_id": 2}, [])],
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for options, parts in [
+        (["task.source=nowhere"], ["task.source=nowhere", "no such folder"]),
+        (["task.source=empty"], ["task.source=empty has no parquet files"]),
+        (["task.source=other"], ["no column 'scene', so it is not CORE"]),
+        (["task.source=two"], ["has two prompts", "prompt 0"]),
+        (["task.source=alone"], ["task.source=alone", "nothing can be asked"]),
+        (["task.source=hollow"], ["is not in the file"]),
+        (["task.source=cut"], ["cut/test.parquet cannot be read as parquet"]),
+        (["task.source=nowhere.json"], ["task.source=nowhere.json", "no such file"]),
+        (["task.source=gone.json"], ["pass task.pictures=[FOLDER,...]"]),
+        (["task.source=gone.json", "task.pictures=[empty]"], ["000000000001.jpg and 1 more of 2", "val2017"]),
+        (["task.source=list.json", "task.pictures=[empty]"], ["has no templates"]),
+        (["task.source=no.json", "task.pictures=[empty]"], ["template 0 has no 'reference'"]),
+        (["task.source=box.json", "task.pictures=[empty]"], ["must be [left, top, width, height]"]),
+    ]:
+        result = in_process("vlabs.evaluate", ["task=conditional", f"ckpt={tiny_run[0]}", *options], tmp_path)
+        assert_one_line_error(result, *parts)
 
 
 @pytest.mark.parametrize(

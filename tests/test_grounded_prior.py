@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOOKS, command
+from conftest import LOOKS, assert_one_line_error, command
 from PIL import Image
 from test_models import make_model
 from test_train import metrics_of
@@ -17,8 +17,9 @@ from vlabs.data.instances import read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
-from vlabs.data.vqa import VQADataModule, VQADataset
+from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
+from vlabs.models.harmonizer import harmonizer_loss
 from vlabs.models.prior import AlivePriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.topdown import AbSTopDown, similarity
 from vlabs.models.vlm import assemble
@@ -108,6 +109,40 @@ def test_alive_loss_asks_for_one_patch_where_nobody_said_which():
     assert not similarity(dead, tokens[:1] * 0 - dead.detach()).any()
     loss(dead, tokens[:1] * 0 - dead.detach(), None).backward()
     assert torch.isfinite(dead.grad).all()
+
+
+def test_the_focus_loss_contrasts_text_image_and_image_through_its_region():
+    """FocusCLIP's recipe: pixels · (a + (1 − a) · region), and NT-Xent of all three pairs, both ways."""
+    task = make_task(focus_prior_weight=1.0, focus_prior_floor=0.25).train()
+    prepared = task.preprocessing
+    pixels, coverage = (
+        torch.rand(2, 3, 16, 16),
+        torch.tensor([[0, 1, 0.5, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]),
+    )
+    ids, mask, index = torch.randint(5, 30, (4, 6)), torch.ones(4, 6, dtype=torch.int64), torch.tensor([0, 0, 1, 1])
+    mean, std = (torch.tensor(one)[:, None, None] for one in (prepared.mean, prepared.std))
+    images = (pixels - mean) / std
+    task.model.eval()  # without dropout, but with the losses of training
+    output = task.model(images, ids, mask, index)
+    task.log = lambda *_, **__: None
+    found = task.pointing_losses(output, coverage, images=images)["focus_prior"]
+    known = [0, 2, 3]  # nobody said where the second looks
+    heat = F.interpolate(coverage[known].view(3, 1, 2, 2), (16, 16), mode="bilinear")
+    assert torch.equal(heat[0, 0, 0], torch.tensor([0.0] * 4 + [n / 8 + 1 / 16 for n in range(8)] + [1.0] * 4))
+    masked = (pixels[index[known]] * (0.25 + 0.75 * heat) - mean) / std
+    views = [F.normalize(x, dim=1) for x in (
+        output.prior[known], output.bottom_up.cls[index[known]], task.model.vision.encode(masked).cls
+    )]  # fmt: skip
+    losses = []
+    for a, b in ((0, 1), (0, 2), (2, 1)):
+        logits = views[a] @ views[b].T / 0.07
+        logits[1, 2] = logits[2, 1] = -torch.inf  # two texts of one image
+        losses += [F.cross_entropy(logits, torch.arange(3)), F.cross_entropy(logits.T, torch.arange(3))]
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+    nowhere = task.pointing_losses(output, torch.zeros(4, 4), images=images)["focus_prior"]
+    nowhere.backward()
+    assert nowhere == 0
+    assert "focus_prior" not in task.eval().pointing_losses(output, coverage, images=images)
 
 
 def test_one_text_alone_or_none_gives_finite_losses():
@@ -211,14 +246,15 @@ def test_xi_that_is_fed_to_nothing_changes_nothing_and_learns(steered):
 def test_training_learns_regions_where_there_are_some_and_says_so(tiny_options, tmp_path):
     result = command(
         "vlabs.train", *tiny_options, "logger=csv", "model/topdown=none", "model.unused_prior=true",
-        "task.token_prior_weight=0.5", "trainer.max_epochs=1", "data.rand_augment=rand-m9-n2",
-        "callbacks.grounding.maps=[weights]", *LOOKS, "hydra.run.dir=run", cwd=tmp_path,
+        "task.token_prior_weight=0.5", "task.focus_prior_weight=0.5", "trainer.max_epochs=1",
+        "data.rand_augment=rand-m9-n2", "callbacks.grounding.maps=[weights]", *LOOKS, "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "training texts have a region, so its weight is 1" in result.stdout + result.stderr
     logged = {key: float(value) for row in metrics_of(tmp_path / "run") for key, value in row.items() if value}
     assert logged["train/region_prior_loss"] > 0
     assert logged["train/token_prior_loss"] > 0
+    assert logged["train/focus_prior_loss"] > 0
     assert logged["val/grounding/weights_energy"] > 0
 
 
@@ -244,6 +280,16 @@ def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
     task = make_task(region_prior_weight=0.5)
     assert set_up(task, known=7).region_grid == (2, 2)
     assert task.region_prior_weight == 0.5
+
+
+def test_the_focus_loss_is_refused_without_regions_or_images():
+    task = make_task(focus_prior_weight=1.0, region_prior_weight=0)
+    with pytest.raises(UserError, match=r"task.focus_prior_weight needs regions, which data does not have"):
+        task.wants(SimpleNamespace(regions_known=0, dir="data"))
+    assert task.wants(SimpleNamespace(regions_known=1)).region_grid == (2, 2)
+    task.store = "store"
+    with pytest.raises(UserError, match="which task.store does not read"):
+        task.wants(SimpleNamespace(regions_known=1))
 
 
 def test_a_model_without_xi_asks_for_no_regions():
@@ -283,3 +329,104 @@ def test_xi_is_kept_alive_by_default_where_no_text_has_a_region(given, without_r
         set_up(task, known=known)
         assert task.alive_prior_weight == expected
     assert make_task(alive_prior_weight=given).alive_prior_weight == without_regions
+
+
+# Where people looked
+
+
+def halved_plainly(image):
+    """Every second pixel after the filter (1 4 6 4 1)² / 256, where zeros lie beyond the edge, as TensorFlow's SAME."""
+    height, width = image.shape
+    out = np.zeros(((height + 1) // 2, (width + 1) // 2))
+    up, left = (max(0, 2 * ((side + 1) // 2 - 1) + 5 - side) // 2 for side in image.shape)
+    taps = np.array([1, 4, 6, 4, 1]) / 16
+    for r in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            for a in range(5):
+                for b in range(5):
+                    y, x = 2 * r + a - up, 2 * c + b - left
+                    if 0 <= y < height and 0 <= x < width:
+                        out[r, c] += taps[a] * taps[b] * image[y, x]
+    return out
+
+
+def test_the_harmonizer_loss_is_its_recipe_on_a_pyramid_of_five_levels():
+    rng = np.random.default_rng(0)
+    saliency, human = rng.normal(size=(3, 17, 20)), rng.random((3, 17, 20)) ** 4
+    human[1] = 0  # nobody was asked
+    expected = []
+    for n in (0, 2):
+        a, b = ((one - one.mean()) / (one.std() + 1e-5) for one in (saliency[n], human[n]))
+        a, b = np.maximum(a, 0), np.maximum(b, 0)
+        b = b / (b.max() + 1e-6) * (a.max() + 1e-6)
+        for _ in range(5):
+            expected.append(((a - b) ** 2).mean())
+            a, b = halved_plainly(a), halved_plainly(b)
+    found = harmonizer_loss(torch.tensor(saliency), torch.tensor(human))
+    assert float(found) == pytest.approx(sum(expected) / 5 / 3)
+    flat = torch.zeros(1, 8, 8, requires_grad=True)
+    harmonizer_loss(flat, torch.rand(1, 8, 8)).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+def test_training_draws_the_gradient_of_the_right_answers_to_where_people_looked(monkeypatch):
+    task = make_task(human_maps="hat", harmonizer_weight=2.0, alive_prior_weight=0).train()
+    task.log = lambda *_, **__: None
+    task.model.eval()
+    answers = task.model.head.num_answers
+    images, human = torch.randn(3, 3, 16, 16), torch.rand(3, 16, 16)
+    ids, mask, targets = torch.randint(5, 30, (3, 6)), torch.ones(3, 6, dtype=torch.int64), torch.rand(3, answers)
+    batch = VQABatch(images, ids, mask, None, torch.arange(3), targets, None, [1, 2, 3], [], [], [], [], [], human)
+    found = task.losses(batch).others["harmonizer"]
+    maps = []
+    for n in range(3):
+        pixels = images[n : n + 1].detach().clone().requires_grad_()
+        (task.model(pixels, ids[n : n + 1], mask[n : n + 1]).logits[0] @ targets[n]).backward()
+        maps.append(pixels.grad[0].mean(dim=0))
+    torch.testing.assert_close(found, harmonizer_loss(torch.stack(maps), human), rtol=1e-3, atol=1e-5)
+    found.backward()
+    trained = task.model.vision.vit.blocks[0].attn.qkv.weight.grad
+    assert trained.abs().sum() > 0
+    assert "harmonizer" not in task.eval().losses(batch).others
+
+
+def test_a_model_trains_on_vqa_hats_files(tiny_options, tiny_data, tmp_path, in_process):
+    """`QUESTION_NUMBER.png` in `vqahat_train`, of the size of the image, several people for a question."""
+    (tmp_path / "vqahat_train").mkdir()
+    rng, rows, maps = np.random.default_rng(0), load_split(tiny_data, "train"), {}
+    for row in rows:
+        for question_id in row["question_id"][:2]:
+            maps[question_id] = rng.integers(0, 256, (2, 64, 64), dtype=np.uint8)
+            for person, pixels in enumerate(maps[question_id], 1):
+                Image.fromarray(pixels).save(tmp_path / f"vqahat_train/{question_id}_{person}.png")
+    options = [*tiny_options, "logger=csv", "task.human_maps=vqahat_train", "callbacks.grounding=null"]
+    alone = ["data.questions_per_image=1", "data.rand_augment=null", "data.batch_size=16", "trainer.max_epochs=1"]
+    result = in_process("vlabs.train", [*options, *alone, "callbacks.predictions=null", "hydra.run.dir=run"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "people looked for 80 of 320 training questions" in result.stdout + result.stderr
+    assert any(float(row["train/harmonizer_loss"] or 0) > 0 for row in metrics_of(tmp_path / "run"))
+    data = VQADataModule(tiny_data, image_size=32, num_workers=0)
+    task = make_task(human_maps=str(tmp_path / "vqahat_train"))
+    data.wants = task.wants(data)
+    asked = [n for n, one in enumerate(rows[3]["question_id"])]
+    batch = data.dataset(rows, data.image_reader(rows, True))[BatchSpec(0, [Group(3, tuple(asked))])]
+    for question_id, found in zip(rows[3]["question_id"], batch.human, strict=True):
+        looked = maps[question_id].mean(axis=0) / 255 if question_id in maps else np.zeros((64, 64))
+        np.testing.assert_allclose(found, looked.reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["data.questions_per_image=2"], ["task.human_maps=hat", "data.questions_per_image=1"]),
+        (["data.rand_augment=rand-m9-n2"], ["task.human_maps=hat", "data.rand_augment=null"]),
+        (["task.recompute_activations=true"], ["task.human_maps", "task.recompute_activations"]),
+        ([], ["task.human_maps=hat has no map of a training question", "VQA v1"]),
+        (["task.human_maps=nowhere"], ["there is no folder nowhere", "vqahat_val"]),
+    ],
+)
+def test_what_harmonizer_cannot_train_on_is_one_line(options, parts, tiny_options, tmp_path, in_process):
+    (tmp_path / "hat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "hat/999999999_1.png")
+    given = [*tiny_options, "task.human_maps=hat", "data.questions_per_image=1", "data.rand_augment=null", *options]
+    assert_one_line_error(in_process("vlabs.train", [*given, "hydra.run.dir=run"], tmp_path), *parts)

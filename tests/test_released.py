@@ -2,16 +2,26 @@
 
 import argparse
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from vlabs.checkpoints.initialize import initialize, read_source
 from vlabs.checkpoints.released import load_released, pictures_of
 from vlabs.data.preprocessing import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError
+from vlabs.models.absvit import AbSViT
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import RankingHead
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.vlm import assemble
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADS = {"vision_heads": 3, "text_heads": 3, "fusion_heads": 3}
@@ -28,6 +38,85 @@ def golden(name: str) -> dict[str, dict[str, torch.Tensor]]:
 
 def assert_close(actual, expected):
     torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE)
+
+
+def steervit_state(width=16, text=12, depth=4, inner=8):
+    """A state dict as SteerViT saves it, of words before the blocks 1 and 3, with all of its encoders."""
+    torch.manual_seed(0)
+    trunk = timm.create_model(
+        "vit_base_patch16_224", img_size=32, embed_dim=width, depth=depth, num_heads=2, mlp_ratio=2
+    )
+    roberta = RobertaEncoder(20, text, 1, 2, 24).roberta
+    state = {f"vision_model.trunk.{key}": value for key, value in trunk.state_dict().items()}
+    state |= {f"text_model.{key}": value for key, value in roberta.state_dict().items()}
+    shapes = {"norm.weight": (width,), "norm.bias": (width,), "to_q.weight": (inner, width)}
+    shapes |= {"to_kv.weight": (2 * inner, width), "to_out.weight": (width, inner)}
+    for block in (1, 3):
+        place = f"vision_model.trunk.blocks.{block}.gated_cross_attn"
+        state |= {f"{place}.cross_attn.{name}": torch.randn(shape) for name, shape in shapes.items()}
+        state[f"{place}.attn_gate"] = torch.randn(1)
+    for name, shape in {
+        "connector.mlp.0": (text, text),
+        "connector.mlp.2": (width, text),
+        "lin_seg_head": (1, width),
+    }.items():
+        state |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+    return state, trunk, roberta
+
+
+@torch.no_grad()
+def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
+    state, trunk, _ = steervit_state()
+    config = {"vision_encoder": {"cross_attn_layers": [1, 3], "use_ffn": False}, "text_encoder": "roberta-large"}
+    torch.save({"config": config, "state_dict": state}, tmp_path / "steervit.pth")
+    plain = {"embed_dim": 16, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+    steer = CrossAttention(num_heads=2, head_dim=4, points="head")
+    vision = AbSViT("vit_base_patch16_224", 32, topdown=steer, start=2, **plain)
+    fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2)
+    model = assemble(vision, RobertaEncoder(20, 12, 1, 2, 24), fusion, RankingHead).eval()
+    found = initialize(model, tmp_path / "steervit.pth")
+    assert all(name.startswith(("fusion.", "head.", "prior.")) for name in found.new)
+    assert all(name.startswith(("vision.vit.head.", "text.roberta.pooler.")) for name in found.left_out)
+    images, ids, mask = torch.randn(2, 3, 32, 32), torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]]), torch.ones(2, 4).long()
+    mask[1, 3] = 0
+    seen = model(images, ids, mask).seen
+    # What its public code computes, in its own names.
+    x = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images)))
+    words = F.normalize(model.text(ids, mask), dim=-1)
+    words = F.linear(words, state["connector.mlp.0.weight"], state["connector.mlp.0.bias"]).relu()
+    words = F.linear(words, state["connector.mlp.2.weight"], state["connector.mlp.2.bias"])
+    for index, block in enumerate(trunk.blocks):
+        if index in (1, 3):
+            of = {
+                key.split("gated_cross_attn.")[1]: value
+                for key, value in state.items()
+                if f"blocks.{index}.gated" in key
+            }
+            normed = F.layer_norm(x, (16,), of["cross_attn.norm.weight"], of["cross_attn.norm.bias"])
+            q = (normed @ of["cross_attn.to_q.weight"].T).reshape(2, -1, 2, 4).permute(0, 2, 1, 3)
+            k, v = (words @ of["cross_attn.to_kv.weight"].T).reshape(2, 4, 2, 2, 4).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bool()[:, None, None])
+            x = x + of["attn_gate"].tanh() * (
+                mixed.transpose(1, 2).reshape(2, -1, 8) @ of["cross_attn.to_out.weight"].T
+            )
+        x = block(x)
+    x = trunk.norm(x)
+    torch.testing.assert_close(seen.tokens, x, rtol=0, atol=1e-5)
+    heat = F.linear(x[:, 1:], state["lin_seg_head.weight"], state["lin_seg_head.bias"])[..., 0].softmax(dim=1)
+    torch.testing.assert_close(seen.token_weights[:, 1:], heat, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_model.trunk.blocks.2.gated_cross_attn.attn_gate": torch.zeros(1)}, r"before the blocks \[1, 2, 3\]"),
+        ({"vision_model.trunk.blocks.1.gated_cross_attn.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
+    ],
+)
+def test_other_kinds_of_steervit_are_refused(change, message, tmp_path):
+    torch.save({"state_dict": steervit_state()[0] | change}, tmp_path / "steervit.pth")
+    with pytest.raises(UserError, match=message):
+        read_source(tmp_path / "steervit.pth")
 
 
 @pytest.mark.parametrize("alpha", [1, 10])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, areas_by_hand, assert_one_line_error, command
+from test_train import metrics_of
 from torch.nn.functional import cosine_similarity
 
 from vlabs.attention.maps import look
@@ -26,9 +27,12 @@ from vlabs.data.words import words_in
 from vlabs.errors import UserError
 from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
+from vlabs.models.flair import TextPool
 from vlabs.models.prior import PriorLoss
+from vlabs.prediction.search import Search
 from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import Similarity, best_both_ways, share_kept, shortlist, similarities
+from vlabs.ranking.texts import encode_priors
 from vlabs.tasks.masking import IGNORED, TokenMasker
 from vlabs.tasks.negatives import draw_false
 from vlabs.tasks.optim import Recipe
@@ -285,6 +289,50 @@ def test_pictures_are_compared_with_texts_as_a_whole_and_patch_by_patch():
     torch.testing.assert_close(both[3], added[3])
 
 
+@torch.no_grad()
+def test_patches_pooled_for_a_text_and_their_loss_are_flairs_recipe_written_out():
+    """v = MHA(LN(W t), LN(z), LN(z)) of 2 heads with a zero key, e^s cos(v, t) + b, and the sigmoid of every pair."""
+    torch.manual_seed(0)
+    width, heads = 6, 2
+    pool = TextPool(width, heads).double()
+    for parameter in pool.parameters():
+        parameter.copy_(torch.randn(parameter.shape) / 2)
+    cls, patches, prior = (
+        torch.randn(3, width).double(),
+        torch.randn(3, 4, width).double(),
+        torch.randn(5, width).double(),
+    )
+    index = torch.tensor([0, 0, 1, 2, 0])
+    maps, shifts = pool.attention.in_proj_weight.chunk(3), pool.attention.in_proj_bias.chunk(3)
+    losses, cosines = [], torch.zeros(3, 5, dtype=torch.float64)
+    for b in range(3):
+        z = torch.stack([pool.norm(one) for one in patches[b]])
+        for n in range(5):
+            q, k, v = (x @ w.T + c for x, w, c in zip((pool.query(prior[n]), z, z), maps, shifts, strict=True))
+            k, v = (torch.cat([one, torch.zeros(1, width)]) for one in (k, v))
+            mixed = []
+            for h in range(heads):
+                part = slice(h * width // heads, (h + 1) * width // heads)
+                weights = (k[:, part] @ q[part] / (width // heads) ** 0.5).softmax(0)
+                mixed.append(weights @ v[:, part])
+            pooled = pool.attention.out_proj(torch.cat(mixed))
+            cosines[b, n] = cosine_similarity(pooled, prior[n], dim=0)
+            sign = 1 if index[n] == b else -1
+            for cosine in (cosines[b, n], cosine_similarity(cls[b], prior[n], dim=0)):
+                losses.append(-torch.sigmoid(sign * (pool.log_scale.exp() * cosine + pool.bias)).log())
+    torch.testing.assert_close(pool(patches, prior), cosines)
+    found = pool.loss(cls, patches, prior, index)
+    torch.testing.assert_close(found, (sum(losses) / 2 / 5).float())
+    by_cls, by_pool = similarities(cls, patches, prior, pool)
+    torch.testing.assert_close(by_pool, cosines.float())
+    torch.testing.assert_close(by_cls, similarities(cls, patches, prior)[0])
+    fresh = TextPool(8, 4)
+    assert float(fresh.log_scale.exp()) == pytest.approx(10)
+    assert float(fresh.bias) == -10
+    with pytest.raises(UserError, match="model.pool_heads=3 must divide the width 8"):
+        TextPool(8, 3)
+
+
 def test_the_best_of_rows_and_columns_equal_a_sort_however_the_matrix_is_cut():
     matrix = torch.randn(13, 21, generator=torch.Generator().manual_seed(0))
     for at_once in (1, 5, 13):
@@ -442,6 +490,34 @@ def test_a_ranking_by_similarity_is_that_of_the_plain_sum_and_scores_no_pair(fin
     expected = retrieval_ranks(cls / cls.std(ddof=1) + patches / patches.std(ddof=1), owner).metrics()
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["ranker"] == "similarity"
+
+
+def test_a_model_that_pools_for_texts_learns_to_and_is_ranked_and_searched_by_it(
+    caption_options, tiny_captions, tmp_path, in_process
+):
+    options = ["task=retrieval", *caption_options, "model.pool_heads=2", "callbacks.predictions=null"]
+    options += ["callbacks.grounding=null", "trainer.log_every_n_steps=1", "hydra.run.dir=run"]
+    trained = in_process("vlabs.train", options, tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    logged = [row.get("train/pool_prior_loss") for row in metrics_of(tmp_path / "run")]
+    assert all(float(value) > 0 for value in filter(None, logged))
+    assert any(logged)
+    _, folder, _ = rank(tmp_path / "run", tmp_path, ranker="similarity")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    model, rows = checkpoint.model.eval(), load_split(tiny_captions, "test")
+    reader = ImageReader(rows, checkpoint.preprocessing)
+    prior = encode_priors(model, checkpoint.preprocessing, [text for row in rows for text in row["caption"]])
+    with torch.no_grad():
+        patches = model.vision.encode(torch.cat([reader.read(n, 0)[1] for n in range(len(rows))])).tokens[:, 1:]
+        pooled = model.pool(patches, prior).numpy()
+    np.testing.assert_allclose(np.load(folder / "like_patches.npy"), pooled, atol=2e-3)  # patches are stored as float16
+    files = [tmp_path / f"{n}.png" for n in range(6)]
+    for n, file in enumerate(files):
+        file.write_bytes(rows[n]["image"])
+    found = Search(checkpoint, files, tmp_path / "index").find(rows[0]["caption"][0], k=2)
+    by_cls = cosine_similarity(model.vision.encode(torch.cat([reader.read(n, 0)[1] for n in range(6)])).cls, prior[:1])
+    both = Similarity(by_cls.detach().numpy()[:, None], pooled[:6, :1])[:][:, 0]
+    assert {one.path for one in found} == {files[n] for n in both.topk(2).indices}
 
 
 def test_a_shortlist_of_everything_is_exact_and_says_what_it_kept(fine_tuned, tmp_path):

@@ -92,11 +92,13 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, needs=evaluation.needs)
     if config.keep is not None:
         checkpoint.vision.keep = config.keep
-    if config.data.dir is None:
-        config.data.dir = _dir_of(checkpoint)
-    # Partial, because Hydra would turn a dataclass among the arguments into a config.
-    data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
-    _check_kind(data, evaluation.reads)
+    data: PreparedDataModule | None = None
+    if not evaluation.brings_data:
+        if config.data.dir is None:
+            config.data.dir = _dir_of(checkpoint)
+        # Partial, because Hydra would turn a dataclass among the arguments into a config.
+        data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
+        _check_kind(data, evaluation.reads)
     if is_rank_zero():
         for name in ("config.yaml", "metrics.json"):  # overwrite an old evaluation only now that all checks have passed
             (out_dir / name).unlink(missing_ok=True)
@@ -133,7 +135,7 @@ def _dir_of(checkpoint: Checkpoint) -> str:
     return str(directory)
 
 
-def _check_kind(data: PreparedDataModule, wanted: type[PreparedDataModule]) -> None:
+def _check_kind(data: Any, wanted: type[PreparedDataModule]) -> None:
     if not isinstance(data, wanted):
         raise UserError(f"{data.dir} holds {data.holds}, but this task is measured on {wanted.holds}")
 

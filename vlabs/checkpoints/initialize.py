@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
-from vlabs.checkpoints.released import find_state, load_released, pictures_of, task_of
+from vlabs.checkpoints.released import find_state, load_released, of_steervit, pictures_of, task_of
+from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
@@ -68,7 +69,7 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that `init=SOURCE` means, and its content.
 
     Raises:
-        UserError: the checkpoint does not exist, or is neither one of vlabs nor a released classifier.
+        UserError: the checkpoint does not exist, or is neither one of vlabs nor a released one.
     """
     path = find_checkpoint(source)
     content = read_tensors(path)
@@ -77,6 +78,13 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     else:
         state = find_state(content, str(path))
         task = task_of(state)
+        if (steered := of_steervit(state, f"init={source}")) is not None:
+            header = {
+                "task": "refer",
+                "data": {"name": "SteerViT's"},
+                "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+            }
+            return path, {"vlabs": header, "state_dict": {f"model.{name}": value for name, value in steered.items()}}
         if task is None and "prompt" not in state:
             raise UserError(f"init={source}: {path} is neither a vlabs checkpoint nor one of the released code")
         released = load_released(state, task=task or "classification")

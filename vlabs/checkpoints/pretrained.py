@@ -28,7 +28,7 @@ from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
 from vlabs.models.topdown import TopDown
 from vlabs.utils.hub import download
-from vlabs.utils.options import Part, Size
+from vlabs.utils.options import Count, Part, Size
 from vlabs.utils.plain import check_files, parse_json, read_text
 
 _ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - {"self"}
@@ -63,6 +63,7 @@ def vit_from_timm(
     topdown: TopDown | None = None,
     start: Size = 1,
     keep: Part | Sequence[Part] = 1.0,
+    tap: Count = 0,
     **vit_options: Any,
 ) -> AbSViT:
     """An AbSViT that starts from a pre-trained ViT; position and patch embeddings are resampled to the given sizes.
@@ -72,8 +73,8 @@ def vit_from_timm(
             timm's config.json and weights, as `hf download timm/TAG --local-dir` makes it; a `.safetensors` or `.pth`
             file has timm's parameter names or those of the released RVT or FAN.
         architecture: as in `AbSViT`, for a file or random weights. Tags and folders have their own.
-        img_size, topdown, start, keep, vit_options: as for `AbSViT`. With a `depth` below that of the weights, the last
-            blocks are left out, as METER leaves CLIP's last one out.
+        img_size, topdown, start, keep, tap, vit_options: as for `AbSViT`. With a `depth` below that of the weights,
+            the last blocks are left out, as METER leaves CLIP's last one out.
         patch_size: side of a patch in pixels; None for the architecture's own.
 
     Returns:
@@ -96,7 +97,7 @@ def vit_from_timm(
             _check_size(name, vit_options, source)
     patch_size = patch_size or backbones.patch_size_of(name)
     encoder = AbSViT(
-        name, img_size=img_size, patch_size=patch_size, topdown=topdown, start=start, keep=keep, **vit_options
+        name, img_size=img_size, patch_size=patch_size, topdown=topdown, start=start, keep=keep, tap=tap, **vit_options
     )
     if source is not None:
         encoder.origin = _fill(encoder, source, name, vit_options.get("depth"))
@@ -204,6 +205,7 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     converted = _without_head(converted, own)
     if isinstance(getattr(encoder.vit, "attn_pool", None), AttentiveProbe):  # new, whatever the weights pool by
         own, converted = ({k: v for k, v in of.items() if not k.startswith("attn_pool.")} for of in (own, converted))
+    own = {key: value for key, value in own.items() if ".norm1.pool." not in key}  # new too (`model.vision.tap`)
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
     others = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
     missing = [key for key in own if key not in kept and not _is_of_head(key)]

@@ -1,4 +1,4 @@
-"""Checkpoints of the released AbSViT and METER code, loaded into vlabs' own modules with the same outputs.
+"""Checkpoints of the released AbSViT, METER and SteerViT code, loaded into vlabs' own modules with the same outputs.
 
 Released networks differ from the paper (see `ReleasedTopDown` and `PriorMap`); sizes are read from the tensor shapes.
 """
@@ -271,6 +271,48 @@ def _refuse_other_encoders(state: State, name: str) -> None:
             raise UserError(
                 f"{name} holds {encoder}: of METER's encoders vlabs loads ViT, CLIP, Swin, AbSViT, RoBERTa and BERT"
             )
+
+
+# From a parameter's name in SteerViT's files to its name here, applied in order.
+_STEERVIT_NAMES = [
+    (r"^vision_model\.trunk\.blocks\.(\d+)\.gated_cross_attn\.", r"vision.topdown.layers.\1."),
+    (r"\.cross_attn\.(norm|to_q|to_out)\.", r".\1."),
+    (r"\.to_(q|out)\.", r".\1."),
+    (r"\.attn_gate$", ".gate"),
+    (r"^vision_model\.trunk\.", "vision.vit."),
+    (r"^text_model\.", "text.roberta."),
+    (r"^connector\.mlp\.", "vision.topdown.connector."),
+    (r"^lin_seg_head\.", "vision.topdown.head."),
+]
+
+
+def of_steervit(state: State, name: str) -> State | None:
+    """The tensors of a file of SteerViT under the names of a model with `CrossAttention`; None for other files.
+
+    Keys and values are one map there. The model has `points=head`, and `start` where the first of those layers is.
+
+    Raises:
+        UserError: its layers are not before every second block, or have feed-forward layers.
+    """
+    if "connector.mlp.0.weight" not in state:
+        return None
+    found = [re.match(r"vision_model\.trunk\.blocks\.(\d+)\.gated_cross_attn\.(\w+)", key) for key in state]
+    layers = sorted({int(match[1]) for match in found if match})
+    if any(match and match[2].startswith("ff") for match in found):
+        raise UserError(f"{name}: its cross-attention has feed-forward layers (use_ffn), which vlabs' does not have")
+    if not layers or layers != list(range(layers[0], layers[-1] + 1, 2)):
+        raise UserError(f"{name}: it reads words before the blocks {layers}, and vlabs before every second one")
+    converted: State = {}
+    for key, value in state.items():
+        ours = key
+        for pattern, replacement in _STEERVIT_NAMES:
+            ours = re.sub(pattern, replacement, ours)
+        if ".cross_attn.to_kv." in ours:
+            for part, letter in zip(value.chunk(2), "kv", strict=True):
+                converted[ours.replace(".cross_attn.to_kv.", f".{letter}.")] = part
+        else:
+            converted[ours] = value.reshape(()) if ours.endswith(".gate") and value.numel() == 1 else value
+    return converted
 
 
 def task_of(state: State) -> str | None:

@@ -34,6 +34,7 @@ class Wants:
         false_captions: number of captions of other images that each caption comes with.
         stored: opens first passes that are read instead of images, which are then not augmented; called when loaders
             are made. None to read images.
+        human_map: where people looked for a question, (H, W) over the whole image, by its id; None for nobody.
     """
 
     region_grid: tuple[int, int] | None = None
@@ -41,6 +42,7 @@ class Wants:
     false_images: bool = False
     false_captions: int = 0
     stored: Callable[[], Stored] | None = None
+    human_map: Callable[[Any], Any] | None = None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlabs.data.images import BatchRows, ImageReader
+from vlabs.data.instances import crop_map
 from vlabs.data.prepared import load_split, read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec
@@ -36,6 +38,8 @@ class VQABatch(NamedTuple):
         question_ids, questions, answer_types, question_types: n each.
         answers: n lists of human answers; empty if they are not public.
         skipped: ids of images that could not be decoded and were left out (only with `on_bad=skip`).
+        human: (n, H, W), where people looked, over the pixels that the model sees; zeros where nobody was asked; None
+            if not requested.
     """
 
     images: Any
@@ -51,6 +55,7 @@ class VQABatch(NamedTuple):
     question_types: list[str]
     answers: list[list[str]]
     skipped: list[int]
+    human: Tensor | None = None
 
 
 class VQADataset(TextDataset):
@@ -60,6 +65,7 @@ class VQADataset(TextDataset):
         rows: prepared rows (see `vlabs.data.features.VQA_FEATURES`).
         preprocessing, images: see `TextDataset`.
         with_targets: read the soft scores; False if the model's vocabulary is not the data's, or they are not needed.
+        human_map: see `Wants`.
     """
 
     item = "question"
@@ -70,9 +76,11 @@ class VQADataset(TextDataset):
         preprocessing: Preprocessing,
         images: ImageReader | None = None,
         with_targets: bool = True,
+        human_map: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(rows, preprocessing, images)
         self.with_targets = with_targets
+        self.human_map = human_map
 
     def batch(self, spec: BatchSpec, read: BatchRows, common: dict[str, Any]) -> VQABatch:
         """See `TextDataset`."""
@@ -89,8 +97,19 @@ class VQADataset(TextDataset):
             answer_types=column(read, "answer_type"),
             question_types=column(read, "question_type"),
             answers=column(read, "answers"),
+            human=self._human(common["question_ids"]),
             **common,
         )
+
+    def _human(self, question_ids: list[Any]) -> Tensor | None:
+        if self.human_map is None:
+            return None
+        size, mode = self.preprocessing.image_size, self.preprocessing.crop_mode
+        maps = torch.zeros(len(question_ids), size, size)
+        for n, question_id in enumerate(question_ids):
+            if (looked := self.human_map(question_id)) is not None:
+                maps[n] = torch.from_numpy(crop_map(looked, size, crop_mode=mode))
+        return maps
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -168,4 +187,4 @@ class VQADataModule(TextDataModule):
 
     def dataset(self, rows: datasets.Dataset, images: ImageReader) -> VQADataset:
         """See `TextDataModule`."""
-        return VQADataset(rows, self.preprocessing, images, self._with_targets)
+        return VQADataset(rows, self.preprocessing, images, self._with_targets, self.wants.human_map)

@@ -30,6 +30,8 @@ class Evaluation:
     """The kind of data that it reads."""
     may_be_blind: ClassVar[bool] = False
     """Whether it can be measured with `data.blind`."""
+    brings_data: bool = False
+    """Whether it has data of its own; `data` is then not read."""
     in_trainer: bool = False
     """Whether the model runs in Lightning's own loop; otherwise `run` takes care of `trainer.precision`."""
 
@@ -43,7 +45,7 @@ class Evaluation:
 
         Args:
             checkpoint: a model with all abilities in `needs`, on the CPU.
-            data: data of the kind `reads`, with the checkpoint's preprocessing.
+            data: data of the kind `reads`, with the checkpoint's preprocessing; None if it `brings_data`.
             results: collects what is measured.
         """
         raise NotImplementedError
@@ -51,7 +53,7 @@ class Evaluation:
     def run(self, checkpoint: Checkpoint, data: Any, setting: Setting) -> dict[str, Any]:
         """Measure, print and write the results, and return the metrics as plain data."""
         results = Results(self.name, checkpoint, setting)
-        if data.blind:
+        if data is not None and data.blind:
             if not self.may_be_blind:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")

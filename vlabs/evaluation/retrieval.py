@@ -106,7 +106,8 @@ class _FirstPasses(pl.LightningModule):
         key = self.images.key(unit.image)
         self.passes.add([(key, image)])
         cls, patches = (part.to(self.device) for part in self.passes.seen([key]))
-        for matrix, values in zip(self.like, similarities(cls, patches, self.prior.to(self.device)), strict=True):
+        like = similarities(cls, patches, self.prior.to(self.device), self.model.pool)
+        for matrix, values in zip(self.like, like, strict=True):
             matrix.values[unit.image] = values[0].cpu().numpy()
 
     def on_predict_epoch_end(self) -> None:

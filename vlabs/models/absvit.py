@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlabs.errors import UserError
 from vlabs.models import backbones
+from vlabs.models.diversity import pool_tokens
 from vlabs.models.hub import Shareable
 from vlabs.models.registry import register
 from vlabs.models.topdown import Kept, Signal, Steering, TopDown, TopDownSignal, Words, cosines, pick, take
@@ -146,6 +147,8 @@ class AbSViT(nn.Module):
         keep: share of the patches that the second pass and the fusion read: those most similar to ξ, or without ξ those
             that [cls] reads most. The others become one token, their mean. A list draws a share at every training
             step, and evaluation takes the largest.
+        tap: K of token-aware average pooling before the attention of every block (`TokenPool`): 4 in its paper; 0 for
+            none.
         vit_options: any other argument of the architecture's class (`embed_dim`, `depth`, `num_heads`, …).
 
     Attributes:
@@ -176,6 +179,7 @@ class AbSViT(nn.Module):
         stem: Literal["patch", "conv"] = "patch",
         start: Size = 1,
         keep: Part | Sequence[Part] = 1.0,
+        tap: Count = 0,
         **vit_options: Any,
     ) -> None:
         super().__init__()
@@ -216,6 +220,11 @@ class AbSViT(nn.Module):
                 nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
         if not self.backbone.takes_some:
             self.needs_all = f"{architecture} pools or mixes its patches by their places, and needs them all"
+        if tap:
+            if vit_options.get("dynamic_img_size"):
+                raise UserError(f"model.vision.tap={tap} needs images of one size: pass 0")
+            pool_tokens(self.backbone, tap)
+            self.needs_all = f"model.vision.tap={tap} pools patches by their places, and needs them all"
         if topdown is not None:
             if topdown.plain and type(self.backbone) is not backbones.ViT:
                 raise UserError(

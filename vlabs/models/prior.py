@@ -1,6 +1,6 @@
 """ξ, the prior that steers the image encoder, and the losses that align it with the image.
 
-`PriorLoss` is the paper's and compares whole images. The other three are not in the paper and work on patches: the
+`PriorLoss` is the paper's and compares whole images. The others are not in the paper and work on patches: the
 top-down signal is α · sᵢ · zᵢ with sᵢ the similarity of ξ and zᵢ, so where a text looks is decided by the patch tokens
 that are close to ξ.
 """
@@ -8,6 +8,7 @@ that are close to ξ.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -225,6 +226,52 @@ class TokenPriorLoss(nn.Module):
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
+
+
+@checked("FocusPriorLoss")
+class FocusPriorLoss(nn.Module):
+    """FocusCLIP's third branch (Khan et al., 2024): the image through its region, beside the image and the text.
+
+    Contrasts (NT-Xent, in CLIP's form) ξ, [cls] of the image and [cls] of the image times `a + (1 − a) · region`, all
+    three with each other; images of zeros are black. The branch is for training alone.
+
+    Args:
+        floor: a, what is left outside the region.
+        temperature: initial temperature, see `PriorLoss`.
+    """
+
+    def __init__(self, floor: Share = 0.5, temperature: Positive = 0.07) -> None:
+        super().__init__()
+        self.floor = floor
+        self.contrast = PriorLoss(temperature)
+
+    def mask(
+        self, images: Tensor, coverage: Tensor, grid: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """Normalized images (n, 3, H, W) through regions; between patches, regions are interpolated linearly.
+
+        Args:
+            images: (n, 3, H, W), normalized.
+            coverage: (n, patches), how much of each patch the region covers.
+            grid: rows and columns of patches.
+            mean, std: of the normalization, by channel.
+        """
+        heat = F.interpolate(coverage.view(-1, 1, *grid).to(images), images.shape[-2:], mode="bilinear")
+        share = self.floor + (1 - self.floor) * heat
+        black = -(images.new_tensor(mean) / images.new_tensor(std))[:, None, None]
+        return black + share * (images - black)
+
+    def forward(self, prior: Tensor, cls: Tensor, focused: Tensor, image_ids: Tensor) -> Tensor:
+        """The mean of the three contrasts of n texts; zero without texts.
+
+        Args:
+            prior: ξ, (n, D).
+            cls: [cls] of each text's image, (n, D).
+            focused: [cls] of the image through the text's region, (n, D).
+            image_ids: (n,), see `PriorLoss`.
+        """
+        pairs = (prior, cls), (prior, focused), (focused, cls)
+        return torch.stack([self.contrast(one, other, image_ids) for one, other in pairs]).mean()
 
 
 def overlap(prior: Tensor) -> Tensor:

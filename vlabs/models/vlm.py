@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens
+from vlabs.models.flair import TextPool
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.hub import Shareable
 from vlabs.models.prior import PriorMap
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
 from vlabs.models.topdown import Words, similarity
-from vlabs.utils.options import Size
+from vlabs.utils.options import Count, Size
 
 
 @dataclass
@@ -68,6 +69,7 @@ class VisionLanguageModel(nn.Module, Shareable):
     Args:
         vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
         prior: the map from text to ξ; None without ξ. The encoder need not read it, see `assemble`.
+        pool: pools an image's patches for ξ, for retrieval; or None.
     """
 
     spec: dict[str, Any]
@@ -79,6 +81,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         fusion: CoAttentionFusion,
         head: nn.Module,
         prior: PriorMap | None = None,
+        pool: TextPool | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
@@ -86,6 +89,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         self.fusion = fusion
         self.head = head
         self.prior = prior
+        self.pool = pool
         if vision.topdown is not None and vision.topdown.reads_words:
             vision.topdown.hear(text.width, vision.backbone, vision.start)
 
@@ -234,6 +238,7 @@ def assemble(
     prior_token: str = "cls",
     unused_prior: bool = False,
     prior_count: Size = 1,
+    pool_heads: Count = 0,
 ) -> VisionLanguageModel:
     """Build the parts that depend on the encoders' widths, and the whole model.
 
@@ -244,6 +249,8 @@ def assemble(
         prior_token: text state that becomes ξ: `cls`, `mean` or `eos` (see `PriorMap`).
         unused_prior: make and train ξ also where the image encoder does not read it: the control of steering itself.
         prior_count: M, the number of ξ per text; a patch is as similar to them as to the most similar one.
+        pool_heads: heads of FLAIR's text-conditioned pooling (`TextPool`), which ranks instead of the similarity of ξ
+            and patches; 0 for none.
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
@@ -259,5 +266,8 @@ def assemble(
     has_prior = vision.needs_prior or unused_prior
     if prior_count > 1 and not has_prior:
         raise UserError(f"model.prior_count={prior_count}: this model/topdown reads no ξ: pass 1, or another one")
+    if pool_heads and not has_prior:
+        raise UserError(f"model.pool_heads={pool_heads} pools for ξ, which this model/topdown does not have: pass 0")
     prior = PriorMap(text.width, vision.width, prior_token, prior_count) if has_prior else None
-    return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior)
+    pool = TextPool(vision.width, pool_heads) if pool_heads else None
+    return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior, pool)

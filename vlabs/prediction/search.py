@@ -131,9 +131,11 @@ class Search:
         _, first = self.nearest.find(prior, max(self.first, k))
         parts = []
         for some in first.split(_COMPARED_AT_ONCE):
-            parts.append(similarities(*self.passes.seen([self.keys[n] for n in some.tolist()]), prior))
-        cls, patches = (torch.cat(part)[:, 0].numpy() for part in zip(*parts, strict=True))
-        best = Similarity(cls[:, None], patches[:, None])[:][:, 0].topk(min(k, len(first))).indices
+            seen = self.passes.seen([self.keys[n] for n in some.tolist()])
+            cls, patches, asked = (part.to(self.device) for part in (*seen, prior))
+            parts.append(similarities(cls, patches, asked, self.model.pool))
+        like = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        best = Similarity(*like)[:][:, 0].topk(min(k, len(first))).indices
         return first[best].tolist()  # type: ignore[no-any-return]
 
     def _scored(self, texts: EncodedTexts, some: Sequence[int]) -> list[Found]:

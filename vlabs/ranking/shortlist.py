@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlabs.models.flair import TextPool
+
 
 def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k best of every row and of every column of a matrix, of which only one block is in memory.
@@ -39,22 +41,27 @@ def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
 _TEMPERATURE = 0.1  # at which patches are counted, by how like ξ they are
 
 
-def similarities(cls: Tensor, patches: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def similarities(cls: Tensor, patches: Tensor, prior: Tensor, pool: TextPool | None = None) -> tuple[Tensor, Tensor]:
     """Similarities of n images and m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
 
-    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches. Their sum, each divided by its standard deviation,
-    finds more of the exact best than either.
+    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches; of a model with a `pool`, the cosine of ξ and the
+    patches that it pools for ξ. Their sum, each divided by its standard deviation, finds more of the exact best than
+    either.
 
     Args:
         cls: (n, D).
         patches: z of the patches, (n, P, D), each at any scale.
         prior: ξ, (m, D).
+        pool: see `VisionLanguageModel`.
 
     Returns:
         Two of (n, m), float32.
     """
-    prior = F.normalize(prior.float(), dim=1).T
+    raw, prior = prior, F.normalize(prior.float(), dim=1).T
     patches = patches.float()
+    if pool is not None:
+        pooled = pool(patches.to(pool.bias), raw.to(pool.bias))
+        return F.normalize(cls.float(), dim=1) @ prior, pooled.float()
     lengths = torch.linalg.vector_norm(patches, dim=2, keepdim=True).clamp(min=1e-12)
     like = patches @ prior / lengths
     return F.normalize(cls.float(), dim=1) @ prior, (like / _TEMPERATURE).logsumexp(dim=1)

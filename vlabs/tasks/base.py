@@ -171,7 +171,9 @@ class Task(pl.LightningModule):
         part, _, rest = name.removeprefix("model.").partition(".")
         if ".lora_" in rest:
             return "head"
-        if part in ("prior", "prior_loss") or rest.startswith(("decoders.", "modulations.", "topdown.")):
+        if part in ("prior", "prior_loss", "focus_prior_loss") or rest.startswith(
+            ("decoders.", "modulations.", "topdown.")
+        ):
             return "feedback"
         return part if name.startswith("model.") and part in PARTS else "head"
 

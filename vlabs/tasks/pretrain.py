@@ -68,7 +68,7 @@ class PretrainTask(CaptionTask):
 
         others = self.prior_losses(joined, input_ids, batch.image_ids, matches)
         # From MLM, where each caption is read with its own image; some pairs of ITM are false.
-        others |= self.pointing_losses(guessed, batch.coverage)
+        others |= self.pointing_losses(guessed, batch.coverage, images=batch.images)
         if "reconstruction" in joined.losses:
             others["reconstruction"] = (guessed.losses["reconstruction"] + joined.losses["reconstruction"]) / 2
         right = {

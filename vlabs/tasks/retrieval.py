@@ -68,7 +68,7 @@ class RetrievalTask(CaptionTask):
         true = slice(None, None, candidates)
         image_ids = batch.image_ids.repeat_interleave(candidates)
         others = output.losses | self.prior_losses(output, input_ids[which.flatten()], image_ids, true)
-        others |= self.pointing_losses(output, batch.coverage, true)
+        others |= self.pointing_losses(output, batch.coverage, true, batch.images)
         return Losses({"ranking": loss}, n, others, {"ranking": scores.argmax(dim=1) == 0})
 
     def _candidates(self, batch: CaptionBatch, bottom_up: BottomUp) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -64,7 +64,7 @@ class StatementTask(VisionLanguageTask):
             # Both images of a statement have the same id, so that neither is a negative for its ξ.
             ids, tokens = (t.repeat_interleave(self.pictures, dim=0) for t in (batch.image_ids, batch.input_ids))
             others = output.losses | self.prior_losses(output, tokens, ids)
-            others |= self.pointing_losses(output, batch.coverage)
+            others |= self.pointing_losses(output, batch.coverage, images=batch.images)
         right = output.logits.argmax(dim=1)[known] == batch.labels[known]
         return Losses({self.name: loss}, len(batch.statement_ids), others, {self.name: right})
 

@@ -16,7 +16,8 @@ from vlabs.data.module import Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
-from vlabs.models.prior import AlivePriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss, overlap
+from vlabs.models.prior import AlivePriorLoss, FocusPriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss, overlap
+from vlabs.models.topdown import whole
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.ranking.passes import FirstPasses
 from vlabs.tasks.base import Task, gather
@@ -45,6 +46,10 @@ class VisionLanguageTask(Task):
             the patches most similar to ξ.
         token_prior_temperature: temperature τ of the token loss.
         overlap_prior_weight: weight of the overlap of several ξ of a text (`model.prior_count`).
+        pool_prior_weight: weight of FLAIR's loss on the patches that are pooled for ξ (`model.pool_heads`).
+        focus_prior_weight: weight of the focus loss, FocusCLIP's third branch: ξ, image, and image through its region
+            are contrasted, for texts with a region.
+        focus_prior_floor: share of the brightness that is left outside the region.
         store: folder for the first passes of a frozen image encoder (`task.freeze=[vision]`), so that each image is
             read and encoded only once.
     """
@@ -69,6 +74,9 @@ class VisionLanguageTask(Task):
         token_prior_weight: NonNegative = 0.0,
         token_prior_temperature: Positive = 0.1,
         overlap_prior_weight: NonNegative = 0.1,
+        pool_prior_weight: NonNegative = 1.0,
+        focus_prior_weight: NonNegative = 0.0,
+        focus_prior_floor: Share = 0.5,
         store: str | None = None,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
@@ -91,6 +99,9 @@ class VisionLanguageTask(Task):
         self.alive_prior_weight = alive_prior_weight if model.vision.needs_prior else 0.0
         self.token_prior_weight = token_prior_weight if has_prior else 0.0
         self.overlap_prior_weight = overlap_prior_weight
+        self.pool_prior_weight = pool_prior_weight if model.pool is not None else 0.0
+        self.focus_prior_weight = focus_prior_weight if has_prior else 0.0
+        self.focus_prior_loss = FocusPriorLoss(focus_prior_floor) if self.focus_prior_weight else None
         self.region_prior_loss = RegionPriorLoss(region_prior_temperature)
         self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
         self.token_prior_loss = TokenPriorLoss(token_prior_temperature)
@@ -99,26 +110,35 @@ class VisionLanguageTask(Task):
         self.store = store
         self.stored: FirstPasses | None = None
         self._freeze_idle_prior()
+        if model.pool is not None and not self.pool_prior_weight:
+            model.pool.requires_grad_(False)
 
     def _freeze_idle_prior(self) -> None:
         """Freeze ξ if it neither steers nor has a loss: DDP would wait for its gradients."""
-        taught = self.prior_bottom_up_weight + self.region_prior_weight + self.token_prior_weight > 0
+        weights = self.prior_bottom_up_weight, self.region_prior_weight, self.token_prior_weight, self.pool_prior_weight
+        taught = sum(weights) > 0
         if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
             self.model.prior.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
-        """The regions of texts on the grid of patches, if there is a region loss and the data have regions, and the
-        stored first passes.
+        """The regions of texts on the grid of patches, if a loss reads them and the data have regions, and the stored
+        first passes.
 
         Raises:
-            UserError: images that are augmented have no first pass that could be stored.
+            UserError: the focus loss is wanted, and the data have no regions; images that are augmented, or that it
+                encodes again, have no first pass that could be stored.
         """
+        if self.focus_prior_weight and not data.regions_known:
+            raise UserError(f"task.focus_prior_weight needs regions, which {data.dir} does not have: pass 0")
+        if self.store is not None and self.focus_prior_weight:
+            raise UserError("task.focus_prior_weight encodes images again, which task.store does not read: drop one")
         if self.store is not None and data.rand_augment is not None:
             raise UserError(
                 f"task.store keeps one first pass per image, but data.rand_augment={data.rand_augment} changes images "
                 "each time: pass data.rand_augment=null"
             )
-        grid = self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None
+        reads = self.region_prior_weight + self.focus_prior_weight > 0
+        grid = self.model.vision.grid_size if reads and data.regions_known else None
         return Wants(grid, stored=None if self.store is None else self.first_passes)
 
     def setup(self, stage: str) -> None:
@@ -196,7 +216,11 @@ class VisionLanguageTask(Task):
         return {name: self.prior_loss(prior.float(), state.float(), image_ids) for name, state in seen.items()}
 
     def pointing_losses(
-        self, output: VLMOutput, coverage: Tensor | None, pairs: Tensor | slice = slice(None)
+        self,
+        output: VLMOutput,
+        coverage: Tensor | None,
+        pairs: Tensor | slice = slice(None),
+        images: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of ξ on patches that have a weight. They train both encoders and the map from text to ξ.
 
@@ -207,6 +231,7 @@ class VisionLanguageTask(Task):
             output: the model's output for n pairs of image and text.
             coverage: (n, patches), how much of each patch a text is about, only for `pairs`; None without regions.
             pairs: the pairs that belong together; all by default.
+            images: (B, 3, H, W), of which `output.bottom_up` is the first pass; only read by the focus loss.
         """
         self.log_dead(output, pairs)
         if output.prior is None:
@@ -219,12 +244,31 @@ class VisionLanguageTask(Task):
             scores = None if output.seen.scores is None else output.seen.scores[pairs]
             losses["region_prior"] = self.region_prior_loss(prior, patches, image_index, coverage, scores)
         if self.alive_prior_weight:
-            losses["alive_prior"] = self.alive_prior_loss(prior, patches, image_index, coverage)
+            taught = coverage if self.region_prior_weight else None
+            losses["alive_prior"] = self.alive_prior_loss(prior, patches, image_index, taught)
         if self.token_prior_weight:
             losses["token_prior"] = self.token_prior_loss(prior, patches, image_index)
         if self.overlap_prior_weight and prior.ndim == 3:
             losses["overlap_prior"] = overlap(prior)
+        if self.pool_prior_weight and self.model.pool is not None:
+            losses["pool_prior"] = self.model.pool.loss(output.bottom_up.cls, patches, whole(prior), image_index)
+        if self.focus_prior_loss is not None and self.training and coverage is not None and images is not None:
+            losses["focus_prior"] = self._focus_loss(output, coverage, whole(prior), image_index, images)
         return losses
+
+    def _focus_loss(
+        self, output: VLMOutput, coverage: Tensor, prior: Tensor, image_index: Tensor | None, images: Tensor
+    ) -> Tensor:
+        loss, vision, shown = self.focus_prior_loss, self.model.vision, self.preprocessing
+        assert loss is not None
+        known = coverage.sum(dim=1).nonzero()[:, 0]
+        index = known if image_index is None else image_index[known]
+        cls = focused = output.bottom_up.cls[index]
+        if len(known):
+            seen = loss.mask(images[index], coverage[known], vision.grid_size, shown.mean, shown.std)
+            focused = vision.encode(seen).cls
+        value: Tensor = loss(prior[known].float(), cls.float(), focused.float(), index)
+        return value
 
     def log_dead(self, output: VLMOutput, pairs: Tensor | slice = slice(None)) -> None:
         """Log `prior_dead`: the percentage of texts whose ξ is not similar to any patch, so nothing is fed back."""

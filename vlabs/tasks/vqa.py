@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import MeanMetric
 
+from vlabs.data.module import Wants
 from vlabs.data.vqa import VQABatch, VQADataModule
 from vlabs.errors import UserError
+from vlabs.metrics.grounding import list_hat, read_human_maps
+from vlabs.models.harmonizer import harmonizer_loss
 from vlabs.models.vlm import VLMOutput
 from vlabs.tasks.base import Losses
 from vlabs.tasks.vision_language import VisionLanguageTask
-from vlabs.utils.options import ShareBelowOne
+from vlabs.utils.options import NonNegative, ShareBelowOne
+from vlabs.utils.ranks import say
 
 
 class Prediction(NamedTuple):
@@ -62,6 +71,17 @@ def _check_answers(logits: Tensor, targets: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _People:
+    """Where people looked, by question id: the mean of the maps of a question."""
+
+    files: dict[int, list[Path]]
+
+    def __call__(self, question_id: int | str) -> np.ndarray | None:
+        found = self.files.get(question_id)  # type: ignore[arg-type]
+        return read_human_maps(question_id, found).mean if found else None  # type: ignore[arg-type]
+
+
 class VQATask(VisionLanguageTask):
     """VQA fine-tuning. Logs `val/vqa_accuracy`, also per answer type.
 
@@ -71,14 +91,31 @@ class VQATask(VisionLanguageTask):
         args, kwargs: of `VisionLanguageTask`.
         label_smoothing: share of the target that is spread over all answers, for a head with one right answer
             (`model.head.softmax=true`).
+        human_maps: folder of VQA-HAT's maps of training questions: the harmonizer loss draws the gradient of the right
+            answers' scores by the pixels to where people looked. A step then has a second backward pass.
+        harmonizer_weight: weight of the harmonizer loss.
     """
 
     name = "vqa"
     monitor = "val/vqa_accuracy"
     reads = VQADataModule
 
-    def __init__(self, *args: Any, label_smoothing: ShareBelowOne = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        label_smoothing: ShareBelowOne = 0.0,
+        human_maps: str | None = None,
+        harmonizer_weight: NonNegative = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if human_maps is not None and (kwargs.get("recompute_activations") or kwargs.get("compile") or self.store):
+            raise UserError(
+                "task.human_maps needs gradients of gradients by the pixels, which task.recompute_activations, "
+                "task.compile and task.store do not have: leave them out"
+            )
+        self.human_maps = human_maps
+        self.harmonizer_weight = harmonizer_weight
         if label_smoothing and not self.model.head.softmax:
             raise UserError(
                 "task.label_smoothing needs a head with one right answer: pass model.head.softmax=true, or leave it out"
@@ -88,6 +125,30 @@ class VQATask(VisionLanguageTask):
         # A list, because answer types may have names that a ModuleDict does not allow.
         self.answer_types: list[str] = []
         self.accuracies = torch.nn.ModuleList()
+
+    def wants(self, data: VQADataModule) -> Wants:
+        """See `VisionLanguageTask`; also where people looked, for the harmonizer loss.
+
+        Raises:
+            UserError: the images and the maps do not go together, or no training question has a map.
+        """
+        wants = super().wants(data)
+        if self.human_maps is None:
+            return wants
+        if data.rand_augment is not None or data.questions_per_image > 1:
+            raise UserError(
+                f"task.human_maps={self.human_maps} needs images as they are, one for each question: pass "
+                "data.rand_augment=null data.questions_per_image=1"
+            )
+        files = list_hat(self.human_maps)
+        ids = {one for row in data.rows(data.train_split).select_columns(["question_id"])["question_id"] for one in row}
+        if not ids & files.keys():
+            raise UserError(
+                f"task.human_maps={self.human_maps} has no map of a training question of {data.dir}: VQA-HAT numbers "
+                "questions as VQA v1 does; vlabs prepare vqav2 reads the files of VQA v1 too"
+            )
+        say(f"harmonizer loss: people looked for {len(ids & files.keys()):,} of {len(ids):,} training questions")
+        return replace(wants, human_map=_People(files))
 
     def setup(self, stage: str) -> None:
         """See `VisionLanguageTask`; also make an accuracy for each answer type of the validation split."""
@@ -112,15 +173,24 @@ class VQATask(VisionLanguageTask):
 
     def losses(self, batch: VQABatch) -> Losses:
         """The loss of the answers, and the losses of ξ and of the decoders."""
-        output = self.model(
-            batch.images,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.image_index,
-            reconstruct=self.reconstruction_weight > 0,
-        )
+        harmonizes = self.training and batch.human is not None
+        # Fused kernels have no gradient of their gradient.
+        with sdpa_kernel(SDPBackend.MATH) if harmonizes else nullcontext():
+            output = self.model(
+                batch.images.requires_grad_() if harmonizes else batch.images,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.image_index,
+                reconstruct=self.reconstruction_weight > 0,
+            )
         others = output.losses | self.prior_losses(output, batch.input_ids, batch.image_ids)
-        others |= self.pointing_losses(output, batch.coverage)
+        others |= self.pointing_losses(output, batch.coverage, images=batch.images)
+        if harmonizes:
+            assert batch.human is not None
+            right = (output.logits.float() * batch.targets).sum()
+            (by_pixels,) = torch.autograd.grad(right, batch.images, create_graph=True)
+            own = by_pixels if batch.image_index is None else by_pixels[batch.image_index]
+            others["harmonizer"] = harmonizer_loss(own.mean(dim=1).float(), batch.human)
         return Losses({"vqa": self.answer_loss(output.logits, batch.targets)}, len(batch.question_ids), others)
 
     def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -103,6 +103,13 @@ class Backbone(ABC):
         """
         return x
 
+    def place_of(self, index: int) -> tuple[int, tuple[int, int]] | None:
+        """The tokens before the patches, and the grid of patches, that `norm1` of `network.blocks[index]` reads.
+
+        None by default: they are not known.
+        """
+        return None
+
     @abstractmethod
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """q, k and v (n, N, 3D) of block `index` for its input."""

@@ -163,6 +163,10 @@ class FAN(Backbone):
             return x
         return torch.cat([self.network.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
+    def place_of(self, index: int) -> tuple[int, tuple[int, int]]:
+        """See `Backbone`."""
+        return 0, self.grid_size
+
     def _block(self, index: int) -> Any:
         if index < self.first_cls:
             return self.network.blocks[index]

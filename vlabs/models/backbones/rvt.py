@@ -173,6 +173,10 @@ class RVT(Backbone):
         pool = self.network.pools[self.network.starts.index(index)]
         return to_tokens(pool(to_map(x, self.network.grids[index - 1])))
 
+    def place_of(self, index: int) -> tuple[int, tuple[int, int]]:
+        """See `Backbone`."""
+        return 0, self.network.grids[index]
+
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""
         block: Any = self.network.blocks[index]

@@ -93,6 +93,10 @@ class ViT(TimmViT):
         embedded: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         return embedded
 
+    def place_of(self, index: int) -> tuple[int, tuple[int, int]]:
+        """See `Backbone`."""
+        return self.num_prefix_tokens, self.grid_size
+
     def qkv(self, index: int, x: Tensor) -> Tensor:
         """See `Backbone`."""
         block = self.network.blocks[index]
