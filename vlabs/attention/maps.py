@@ -77,7 +77,9 @@ def attention_map(
         if recorded is None or not recorded.attention:
             raise ValueError(f"the {name} map needs the recorded attention")
         if name == "relevance":
-            values, recorded.words = relevance(best_score(output), recorded)
+            more = 0 if output.prior_reads is None else output.prior_reads.shape[1]
+            values, recorded.words = relevance(best_score(output), recorded, more)
+            values = output.of_image(values)
         else:
             values = _of_attention(name, output, vision, recorded.attention)
         if len(values) != len(output.text_states):  # the encoder has no ξ, so all texts of an image share one pass

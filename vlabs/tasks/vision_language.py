@@ -119,7 +119,8 @@ class VisionLanguageTask(Task):
                 "each time: pass data.rand_augment=null"
             )
         grid = self.model.vision.grid_size if self.region_prior_weight and data.regions_known else None
-        return Wants(grid, stored=None if self.store is None else self.first_passes)
+        stored = None if self.store is None else self.first_passes
+        return Wants(grid, self.model.prior_count, stored=stored)
 
     def setup(self, stage: str) -> None:
         """Choose between the region and the alive loss, by whether the data have regions."""
@@ -205,7 +206,8 @@ class VisionLanguageTask(Task):
 
         Args:
             output: the model's output for n pairs of image and text.
-            coverage: (n, patches), how much of each patch a text is about, only for `pairs`; None without regions.
+            coverage: (n, patches), how much of each patch a text is about, only for `pairs`; (n, M, patches), a region
+                for each of several ξ; None without regions.
             pairs: the pairs that belong together; all by default.
         """
         self.log_dead(output, pairs)
