@@ -55,6 +55,9 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, Any]:
     return {"files": len(files), "sha256": digest.hexdigest()}
 
 
+_BITS = 8  # of a pixel
+
+
 class Degenerate(ValueError):
     """A region that cannot be drawn, and does not say that anything else is wrong."""
 
@@ -62,8 +65,11 @@ class Degenerate(ValueError):
 def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) -> tuple[bytes, list[str]]:
     """The union of some regions of an image, as a PNG: 1 bit a pixel for masks, 8 for maps.
 
+    If they are of several phrases of a text, the PNG has a palette. Bit p of a pixel's index says that phrase p names
+    it (the last bit stands for all further phrases), and every index but 0 is white, so that it reads as the union.
+
     Args:
-        regions: see the module.
+        regions: see the module; those of the second phrase and so on say so by their number, `phrase`.
         width, height: of the image as it is seen.
 
     Returns:
@@ -74,6 +80,7 @@ def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) 
         ValueError: a region is of another image, or its file cannot be read.
     """
     union: np.ndarray = np.zeros((height, width), dtype=np.uint8)
+    phrases = np.zeros_like(union)
     faults: list[str] = []
     for region in regions:
         try:
@@ -86,10 +93,16 @@ def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) 
                 raise ValueError("maps of another size than their image cannot be joined with other regions")
             union = np.zeros_like(drawn)
         union = np.maximum(union, drawn)
+        if drawn.shape == phrases.shape:
+            phrases |= np.where(drawn > 0, 1 << min(region.get("phrase", 0), _BITS - 1), 0).astype(np.uint8)
     if not union.any():
         return b"", faults or ["nothing of the region is in the image"]
     picture = Image.fromarray(union)
-    if set(np.unique(union)) <= {0, 255}:
+    hard = set(np.unique(union)) <= {0, 255}
+    if hard and len(np.unique(phrases[phrases > 0])) > 1:
+        picture = Image.fromarray(phrases, "P")
+        picture.putpalette([0] * 3 + [255] * 3 * 255)
+    elif hard:
         picture = picture.convert("1", dither=Image.Dither.NONE)
     png = io.BytesIO()
     picture.save(png, "PNG")

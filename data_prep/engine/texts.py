@@ -48,7 +48,7 @@ class Text(NamedTuple):
         answer_type, question_type: the first is told from the answer, the second is the first two words, if not given.
         key: what the dataset calls a statement.
         label: of a statement: a name; None where it is kept back.
-        targets: of each image, the COCO instances that the text is about.
+        targets: of each image, the COCO instances that the text is about; or a list of them for each of its phrases.
         regions: of its image, what part the text is about.
     """
 
@@ -64,7 +64,7 @@ class Text(NamedTuple):
     question_type: str | None = None
     key: str = ""
     label: str | None = None
-    targets: Sequence[Sequence[int]] = ()
+    targets: Sequence[Sequence[int | Sequence[int]]] = ()
     regions: Regions = ()
 
 
@@ -236,7 +236,7 @@ class Index:
         run("CREATE TABLE instances (id INTEGER PRIMARY KEY, region TEXT)")
         run(
             "INSERT OR IGNORE INTO instances (id)"
-            " SELECT target.value FROM items, json_each(items.targets) AS picture, json_each(picture.value) AS target"
+            " SELECT target.value FROM items, json_tree(items.targets) AS target WHERE target.type = 'integer'"
         )
         (wanted,) = run("SELECT count(*) FROM instances").fetchone()
         if not wanted or not files:
@@ -258,7 +258,8 @@ class Index:
             )
         run(
             "UPDATE items SET regions = (SELECT json_group_array(json((SELECT json_group_array(json(instances.region))"
-            " FROM json_each(picture.value) AS target JOIN instances ON instances.id = target.value)))"
+            " FROM json_tree(picture.value) AS target JOIN instances ON instances.id = target.value"
+            " WHERE target.type = 'integer')))"
             " FROM json_each(targets) AS picture) WHERE targets IS NOT NULL"
         )
 
@@ -370,14 +371,23 @@ def _major(text: Text) -> str:
     return Counter(normal_form(answer) for answer in text.answers).most_common(1)[0][0]
 
 
-def _targets(where: str, targets: Sequence[Sequence[int]]) -> str | None:
+def _targets(where: str, targets: Sequence[Sequence[int | Sequence[int]]]) -> str | None:
     """COCO's instances of each image, as the index stores them."""
     for of_picture in targets:
         if not isinstance(of_picture, Sequence) or isinstance(of_picture, str):
-            raise UserError(f"{where}: 'target_instances' must be a list of whole numbers")
-        for instance in of_picture:
-            check_value(where, "target_instances", instance, int)
-    return json.dumps([list(of_picture) for of_picture in targets]) if any(targets) else None
+            raise UserError(f"{where}: 'target_instances' must be a list of whole numbers, or one of each phrase")
+        for number, _ in _phrases(of_picture):
+            check_value(where, "target_instances", number, int)
+    return json.dumps(targets, default=list) if any(targets) else None
+
+
+def _phrases(targets: Sequence[Any]) -> list[tuple[Any, int]]:
+    """Each instance that the text is about in one image, with the number of the phrase that names it."""
+    return [
+        (instance, phrase if isinstance(given, list | tuple) else 0)
+        for phrase, given in enumerate(targets)
+        for instance in (given if isinstance(given, list | tuple) else [given])
+    ]
 
 
 def _regions(regions: Regions) -> str | None:
@@ -448,8 +458,12 @@ class Rows:
         row: dict[str, Any] = {column: [] for column in self.features if column not in single} | {"image_id": image_id}
         for item_id, text, more, targets, regions in items:
             entry = {self.id_column: self.as_id(item_id), self.kind.item: text, **self._more(more)}
-            entry["target_instances"] = [one for of in json.loads(targets) for one in of] if targets else []
+            phrases = [_phrases(of_picture) for of_picture in json.loads(targets)] if targets else []
+            entry["target_instances"] = [instance for of_picture in phrases for instance, _ in of_picture]
             of_pictures = json.loads(regions) if regions else []
+            for drawn, named in zip(of_pictures, phrases, strict=False):
+                for region, (_, phrase) in zip(drawn, named, strict=False):
+                    region["phrase"] = phrase
             of_pictures += [[]] * (self.kind.pictures - len(of_pictures))
             entry |= dict(zip(self.region_columns, of_pictures, strict=True))
             for column, value in entry.items():

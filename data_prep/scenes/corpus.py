@@ -15,8 +15,8 @@ Beside train, val and test there are three splits that measure generalization: `
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
 asks longer questions. `relations` asks only how two objects lie, and neither the words nor the place of one object says
 which answer is more frequent. All answers are public. Every question and caption has one key more than the originals,
-`target_instances`: the COCO annotation ids of the objects it is about. The other two write scenes of their own in the
-layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
+`target_instances`: the COCO annotation ids of the objects that each of its phrases is about. The other two write
+scenes of their own in the layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _annotation(task: Task, question: Question, question_id: int, rng: Random) -
         "image_id": task.image_id,
         "answer_type": ANSWER_TYPES.get(question.kind, "other"),
         "question_id": question_id,
-        "target_instances": [instance_id(task.image_id, index) for index in question.targets],
+        "target_instances": [[instance_id(task.image_id, index) for index in phrase] for phrase in question.phrases],
     }
 
 
@@ -275,7 +275,7 @@ def _caption_image(scene: Scene, imgid: int) -> dict[str, Any]:
                 "tokens": re.findall(r"\w+", caption.text.lower()),
                 "imgid": imgid,
                 "sentid": sentid,
-                "target_instances": [instance_id(task.image_id, index) for index in caption.targets],
+                "target_instances": [[instance_id(task.image_id, index)] for index in caption.targets],
             }
             for sentid, caption in zip(sentids, scene.captions, strict=True)
         ],

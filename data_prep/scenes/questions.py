@@ -104,6 +104,12 @@ class Question(NamedTuple):
         return self.asked + tuple(index for index in self.anchors if index not in self.asked)
 
     @property
+    def phrases(self) -> list[tuple[int, ...]]:
+        """The targets of each phrase: one each if the question is how they lie, else all in one."""
+        apart = self.anchors or self.family == "compare"
+        return [(target,) for target in self.targets] if apart else [self.targets]
+
+    @property
     def balanced(self) -> list[str]:
         """What its answer must not follow from: its wording, family, words about an object beside it, places."""
         beside = self.mentions if self.anchors or len(self.mentions) > 1 else ()

@@ -171,7 +171,7 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
     for layer in layers:
         before = dict(found)
         for s, q, *_ in layer:
-            read = _all_rows(next(counted)[..., : sizes[q]], sizes[s])
+            read = _padded(next(counted)[..., : sizes[q]], sizes[s], sizes[q])
             more = {c: read @ (found if s == q else before)[q, c] for c in sizes}
             if s != q:
                 more[q] = _scaled(found[s, s]).mT @ read @ _scaled(before[q, q])
@@ -180,7 +180,7 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
     return found
 
 
-def relevance(score: Tensor, recorded: Recorded, has_cls: bool = True) -> tuple[Tensor, Tensor | None]:
+def relevance(score: Tensor, recorded: Recorded, has_cls: bool = True, more: int = 0) -> tuple[Tensor, Tensor | None]:
     """Relevance of every image token and every word for a score, through the encoder's last pass and the fusion.
 
     The blocks of the encoder count if all have the same tokens. METER's layers read the other stream as it was before
@@ -190,15 +190,16 @@ def relevance(score: Tensor, recorded: Recorded, has_cls: bool = True) -> tuple[
         score: S, (n,).
         recorded: `attention` and `fusion`; the latter is empty for a classifier.
         has_cls: whether a classifier's first token is [cls].
+        more: how many image tokens the fusion has after those of the encoder.
 
     Returns:
-        The rows of the text's [cls] in R_ti, (n, N), and in R_tt, (n, T), of `relevances`. For a classifier, the row of
-        the image's [cls] in R_ii, or the mean of all rows, and None.
+        The rows of the text's [cls] in R_ti, (n, N + more), and in R_tt, (n, T), of `relevances`. For a classifier, the
+        row of the image's [cls] in R_ii, or the mean of all rows, and None.
     """
     if not recorded.fusion:
         alone = relevances(score, [[Read("image", "image", block)] for block in recorded.attention])["image", "image"]
         return alone[:, 0] if has_cls else alone.mean(dim=1), None
-    tokens = recorded.fusion[1].shape[3]
+    tokens = recorded.fusion[1].shape[3] - more
     # Other keys than the tokens are words that join the attention of the encoder.
     blocks = [[Read("image", "image", block, tokens)] for block in recorded.attention]
     if any(block.shape[2] != tokens for block in recorded.attention):
@@ -211,9 +212,9 @@ def relevance(score: Tensor, recorded: Recorded, has_cls: bool = True) -> tuple[
     return found["text", "image"][:, 0], found["text", "text"][:, 0]
 
 
-def _all_rows(read: Tensor, rows: int) -> Tensor:
-    """(n, rows, keys): the queries that the last layer does not compute change nothing, so they read nothing."""
-    return torch.nn.functional.pad(read, (0, 0, 0, rows - read.shape[1]))
+def _padded(read: Tensor, rows: int, keys: int) -> Tensor:
+    """(n, rows, keys): queries that a layer does not compute read nothing, keys that it does not have are not read."""
+    return torch.nn.functional.pad(read, (0, keys - read.shape[2], 0, rows - read.shape[1]))
 
 
 def _scaled(relevances: Tensor) -> Tensor:

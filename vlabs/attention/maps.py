@@ -54,6 +54,7 @@ class ClassOutput(NamedTuple):
 
     logits: Tensor
     seen: VisionTokens
+    prior_reads: None = None
 
     @property
     def pairs(self) -> int:
@@ -108,7 +109,9 @@ def attention_map(
         if recorded is None or not recorded.attention:
             raise ValueError(f"the {name} map needs the recorded attention")
         if name == "relevance":
-            values, recorded.words = relevance(best_score(output.logits), recorded, vision.has_cls)
+            more = 0 if output.prior_reads is None else output.prior_reads.shape[1]
+            values, recorded.words = relevance(best_score(output.logits), recorded, vision.has_cls, more)
+            values = values if isinstance(output, ClassOutput) else output.of_image(values)
         else:
             values = _of_attention(name, output, vision, recorded.attention)
         if len(values) != output.pairs:  # the encoder has no ξ, so all texts of an image share one pass

@@ -156,6 +156,12 @@ def read_gray(content: bytes) -> np.ndarray:
         return alpha if len(np.unique(gray[alpha > 0])) < 2 and len(np.unique(alpha)) > 1 else gray * alpha
 
 
+def read_palette(content: bytes) -> np.ndarray | None:
+    """The indices of an image with a palette, (H, W) uint8; None of any other image."""
+    with _opened(content) as image:
+        return np.asarray(image) if image.mode == "P" else None
+
+
 def _opened(content: bytes) -> Image.Image:
     """Open an image and decode all its pixels."""
     try:

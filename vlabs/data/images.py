@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 
-from vlabs.data.decoding import read_gray
+from vlabs.data.decoding import read_gray, read_palette
 from vlabs.data.instances import crop_map
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec
@@ -65,6 +65,7 @@ class ImageReader:
         on_bad: `error`, or `skip` to leave out images that cannot be decoded.
         scaled_decoding: decode JPEGs at a smaller scale if possible (`decode_image`), and resize as for training.
         region_grid: rows and columns of the grid of patches for `coverage`; None to leave it out.
+        region_sets: M, the regions per text.
         pictures: number of images per row that texts are about together: `image`, `image_2` and so on.
         stored: tensors by `key` that are read instead of images. An image without tensors could not be decoded.
         blind: give the mean color instead of every image, which is not read.
@@ -79,6 +80,7 @@ class ImageReader:
         on_bad: str = "error",
         scaled_decoding: bool = False,
         region_grid: tuple[int, int] | None = None,
+        region_sets: int = 1,
         pictures: int = 1,
         stored: Stored | None = None,
         blind: bool = False,
@@ -91,7 +93,7 @@ class ImageReader:
         if stored is not None or blind:
             self.rows = rows.remove_columns([f"image{suffix}" for suffix in self.suffixes])
         self.preprocessing = preprocessing
-        self.region_grid = region_grid
+        self.region_grid, self.region_sets = region_grid, region_sets
         fill = tuple(round(255 * value) for value in preprocessing.mean)
         self.augment = rand_augment_transform(rand_augment, {"img_mean": fill}) if rand_augment else None
         self.move = _moves_only(rand_augment) if rand_augment else None
@@ -175,8 +177,9 @@ class ImageReader:
     def coverage(self, texts: Sequence[tuple[int, dict[str, Any], int]], epoch: int) -> Tensor | None:
         """The share of each patch that each text is about, (n, rows * columns) in [0, 1]; zeros where unknown.
 
-        If a row has p images, (n * p, rows * columns), with the images of a text one after another. Regions are
-        augmented like their images: with the same seed, and without changes of color.
+        If a row has p images, (n * p, rows * columns), with the images of a text one after another. Of several regions
+        per text, (n, M, rows * columns), see `decode_regions`. Regions are augmented like their images: with the same
+        seed, and without changes of color.
 
         Args:
             texts: as in `BatchRows`.
@@ -188,7 +191,7 @@ class ImageReader:
             return None
         rows, columns = self.region_grid
         pictures = len(self.suffixes)
-        shares = torch.zeros(len(texts) * pictures, rows * columns)
+        shares = torch.zeros(len(texts) * pictures, self.region_sets, rows * columns)
         if texts and "region" not in self.rows.column_names:
             raise UserError("the data were prepared by a version without regions: prepare them again")
         with self._generators_kept():
@@ -196,10 +199,11 @@ class ImageReader:
                 for place, suffix in enumerate(self.suffixes):
                     png = row[f"region{suffix}"][position]
                     if png:
-                        region = decode_region(png, f"image {row['image_id']}")
-                        share = self._patch_shares(region, self._key(row, place, epoch))
-                        shares[n * pictures + place] = torch.from_numpy(share.ravel())
-        return shares
+                        key = self._key(row, place, epoch)
+                        regions = decode_regions(png, self.region_sets, f"image {row['image_id']}")
+                        shares_of = [self._patch_shares(region, key).ravel() for region in regions]
+                        shares[n * pictures + place] = torch.from_numpy(np.stack(shares_of))
+        return shares if self.region_sets > 1 else shares[:, 0]
 
     def _patch_shares(self, region: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         size, mode = self.preprocessing.image_size, self.preprocessing.crop_mode
@@ -282,6 +286,26 @@ def decode_region(png: bytes, name: str) -> np.ndarray:
         raise UserError(
             f"the region of a text about {name} cannot be decoded ({error}): prepare the data again"
         ) from None
+
+
+def decode_regions(png: bytes, count: int, name: str) -> np.ndarray:
+    """Decode a prepared region to `count` maps over its whole image, (count, H, W) in [0, 1]: one for each phrase.
+
+    The last map has all further phrases too. What has no phrase of its own is the region of the whole text: the maps of
+    a text with one phrase, or of a phrase that it does not have.
+
+    Args:
+        png, name: as for `decode_region`.
+        count: number of maps.
+    """
+    whole = decode_region(png, name)
+    maps = np.repeat(whole[None], count, axis=0)
+    if count > 1 and (bits := read_palette(png)) is not None:
+        phrases = [bits & 1 << phrase > 0 for phrase in range(8)]
+        phrases = [phrase for phrase in phrases if phrase.any()]
+        for n in range(min(count, len(phrases))):
+            maps[n] = np.logical_or.reduce(phrases[n:] if n == count - 1 else [phrases[n]])
+    return maps
 
 
 def _moves_only(rand_augment: str) -> RandAugment:

@@ -29,6 +29,7 @@ class Wants:
 
     Attributes:
         region_grid: rows and columns of the grid on which batches give the regions of texts; None for no regions.
+        region_sets: M, the regions per text: one for each of its first M phrases, see `ImageReader.coverage`.
         regions_in_validation: validation batches have regions too.
         false_images: each caption comes with an image that it does not belong to.
         false_captions: number of captions of other images that each caption comes with.
@@ -38,6 +39,7 @@ class Wants:
     """
 
     region_grid: tuple[int, int] | None = None
+    region_sets: int = 1
     regions_in_validation: bool = False
     false_images: bool = False
     false_captions: int = 0

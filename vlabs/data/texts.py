@@ -136,6 +136,7 @@ class TextDataModule(PreparedDataModule):
             self.on_bad,
             training and self.scaled_decoding,
             self.wants.region_grid if training or self.wants.regions_in_validation else None,
+            self.wants.region_sets,
             self.pictures,
             self.wants.stored() if self.wants.stored else None,
             self.blind,

@@ -38,6 +38,7 @@ class PriorMap(nn.Module):
 
     def __init__(self, text_dim: int, vision_dim: int, token: str = "cls", count: Size = 1) -> None:
         super().__init__()
+        self.count = count
         if token not in PRIOR_TOKENS:
             raise ValueError(f"prior_token '{token}': choose one of {', '.join(PRIOR_TOKENS)}")
         self.token = token
@@ -67,6 +68,40 @@ class PriorMap(nn.Module):
             position = (input_ids == EOS_TOKEN_ID).to(torch.int8).argmax(dim=1)
             state = text_states[torch.arange(text_states.shape[0], device=text_states.device), position]
         return self.project(state)
+
+
+@register
+class PriorTokens(nn.Module):
+    """A token for each ξ with what it points at, `Σ_i softmax_i(cos(ξ_m, z_i) / τ) x_i` plus a learned type of m.
+
+    x are the tokens after the second pass, z those before it. What the fusion would have to find among all patches
+    stands here in one place, and several ξ in an order. Not in the paper.
+
+    Args:
+        count: M, the ξ per text.
+        width: D.
+        temperature: τ, as of `RegionPriorLoss`, which teaches the same distribution.
+    """
+
+    def __init__(self, count: Size, width: Size, temperature: Positive = 0.1) -> None:
+        super().__init__()
+        self.kind = nn.Parameter(0.02 * torch.randn(count, width))
+        self.temperature = temperature
+
+    def reads(self, prior: Tensor, patches: Tensor) -> Tensor:
+        """How much of each patch is read for each ξ, (n, M, P).
+
+        Args:
+            prior: ξ, (n, D) or (n, M, D).
+            patches: z without [cls], (n, P, D), or (1, P, D) of one image.
+        """
+        prior = F.normalize(prior[:, None] if prior.ndim == 2 else prior, dim=-1)
+        return (prior @ F.normalize(patches, dim=-1).transpose(1, 2) / self.temperature).softmax(dim=-1)
+
+    def forward(self, reads: Tensor, tokens: Tensor) -> Tensor:
+        """Append M tokens, (n, N + M, D), to tokens (n, N, D) or (1, N, D), by how much of each is read, (n, M, N)."""
+        read = reads.to(tokens.dtype) @ tokens + self.kind
+        return torch.cat([tokens.expand(len(read), -1, -1), read], dim=1)
 
 
 @checked("task.prior_loss")
@@ -148,9 +183,17 @@ class RegionPriorLoss(nn.Module):
             prior: ξ, (n, D), or (n, M, D) of several, of which the most similar counts.
             tokens: z of the patches, (B, N, D), from the bottom-up pass.
             image_index: (n,), the image of each text; None if text i is about image i.
-            coverage: (n, N), how much of each patch a text's region covers; zeros without a region.
+            coverage: (n, N), how much of each patch a text's region covers; zeros without a region. (n, M, N), a region
+                for each of several ξ; the loss is their mean.
             scores: (n, N), logits instead of cos(ξ, z_i) / τ, of a variant that has its own (`TopDown.score`).
         """
+        if coverage.ndim == 3 and scores is not None:
+            coverage = coverage.amax(dim=1)
+        elif coverage.ndim == 3:
+            count = coverage.shape[1]
+            index = torch.arange(len(prior), device=prior.device) if image_index is None else image_index
+            prior, coverage = prior.flatten(0, 1), coverage.flatten(0, 1)
+            image_index = index.repeat_interleave(count)
         scores = cosines(prior, tokens, image_index) / self.temperature if scores is None else scores
         pointed = scores.log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
@@ -183,7 +226,7 @@ class AlivePriorLoss(nn.Module):
         """
         short = (self.margin - cosines(prior, tokens, image_index).amax(dim=1)).relu()
         if coverage is not None:
-            short = short * (coverage.sum(dim=1) == 0)
+            short = short * (coverage.flatten(1).sum(dim=1) == 0)
         return short.sum() / max(1, len(prior))
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlabs.errors import UserError
@@ -15,10 +16,10 @@ from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens
 from vlabs.models.flair import TextPool
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.hub import Shareable
-from vlabs.models.prior import PriorMap
+from vlabs.models.prior import PriorMap, PriorTokens
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
-from vlabs.models.topdown import Words, similarity
+from vlabs.models.topdown import Words, pick, similarity
 from vlabs.utils.options import Count, Size
 
 
@@ -40,6 +41,7 @@ class VLMOutput:
         text_states: (n, T, D_text), from the text encoder.
         text_mask: (n, T), 0 for padding.
         image_read: (n, N), the fusion's text-to-image attention; None unless requested.
+        prior_reads: (n, M, N), how much of each image token is in the token of each ξ; None without such tokens.
         losses: unweighted losses that the model itself computes, by name: `reconstruction`, if requested.
     """
 
@@ -54,12 +56,21 @@ class VLMOutput:
     text_states: Tensor
     text_mask: Tensor
     image_read: Tensor | None = None
+    prior_reads: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def pairs(self) -> int:
         """n, the number of text-image pairs."""
         return len(self.text_states)
+
+    def of_image(self, values: Tensor) -> Tensor:
+        """Values of the fusion's image tokens, (n, N + M), for the image's own, (n, N): M tokens hand theirs on."""
+        if self.prior_reads is None:
+            return values
+        count = self.prior_reads.shape[2]
+        handed = values[:, None, count:] @ self.prior_reads.to(values.dtype)
+        return values[:, :count] + handed[:, 0]
 
 
 @register
@@ -70,6 +81,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         vision, text, fusion, head: the parts, already built to fit each other (`assemble` does that).
         prior: the map from text to ξ; None without ξ. The encoder need not read it, see `assemble`.
         pool: pools an image's patches for ξ, for retrieval; or None.
+        prior_tokens: the tokens of what ξ points at; None to fuse the image's own tokens only.
     """
 
     spec: dict[str, Any]
@@ -82,6 +94,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         head: nn.Module,
         prior: PriorMap | None = None,
         pool: TextPool | None = None,
+        prior_tokens: PriorTokens | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
@@ -90,8 +103,14 @@ class VisionLanguageModel(nn.Module, Shareable):
         self.head = head
         self.prior = prior
         self.pool = pool
+        self.prior_tokens = prior_tokens
         if vision.topdown is not None and vision.topdown.reads_words:
             vision.topdown.hear(text.width, vision.backbone, vision.start)
+
+    @property
+    def prior_count(self) -> int:
+        """M, the number of ξ per text."""
+        return 1 if self.prior is None else self.prior.count
 
     @property
     def pads_to_fixed_length(self) -> bool:
@@ -208,26 +227,44 @@ class VisionLanguageModel(nn.Module, Shareable):
             # Where ξ steers nothing, what it points at is still worth knowing.
             z = bottom_up.tokens if image_index is None else bottom_up.tokens.index_select(0, image_index)
             seen.token_weights = similarity(prior, z)
+        tokens, reads = seen.tokens, None
+        if self.prior_tokens is not None and prior is not None:
+            reads = self._prior_reads(self.prior_tokens, bottom_up, prior, image_index, seen)
+            tokens = self.prior_tokens(reads, tokens)
         picture = torch.arange(text_states.shape[0], device=text_states.device) % pictures if pictures > 1 else None
         fused = self.fusion(
-            text_states, attention_mask, seen.tokens, picture, pooled_only=not all_features, read_image=read_image
+            text_states, attention_mask, tokens, picture, pooled_only=not all_features, read_image=read_image
         )
         pooled = fused.pooled if pictures == 1 else fused.pooled.unflatten(0, (-1, pictures)).flatten(1)
         losses = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
-        return VLMOutput(
+        output = VLMOutput(
             logits=self.head(pooled),
             pooled_features=pooled,
             text_features=fused.text,
-            image_features=fused.image,
+            image_features=fused.image[:, : seen.tokens.shape[1]],
             prior=prior,
             seen=seen,
             bottom_up=bottom_up,
             image_index=image_index,
             text_states=text_states,
             text_mask=attention_mask,
-            image_read=fused.image_read,
+            prior_reads=reads,
             losses=losses,
         )
+        output.image_read = None if fused.image_read is None else output.of_image(fused.image_read)
+        return output
+
+    def _prior_reads(
+        self, tokens: PriorTokens, bottom_up: BottomUp, prior: Tensor, image_index: Tensor | None, seen: VisionTokens
+    ) -> Tensor:
+        """See `VLMOutput`: of the patches that are kept, and nothing of the mean of the others."""
+        prefix = self.vision.num_prefix_tokens
+        reads = tokens.reads(prior, pick(bottom_up.tokens[:, prefix:], image_index))
+        reads = F.pad(reads, (prefix, 0))
+        if seen.kept is None:
+            return reads
+        reads = reads.gather(2, seen.kept[:, None].expand(len(reads), reads.shape[1], -1))
+        return F.pad(reads / reads.sum(dim=2, keepdim=True).clamp_min(1e-6), (0, 1))
 
 
 def assemble(
@@ -239,6 +276,7 @@ def assemble(
     unused_prior: bool = False,
     prior_count: Size = 1,
     pool_heads: Count = 0,
+    prior_tokens: bool = False,
 ) -> VisionLanguageModel:
     """Build the parts that depend on the encoders' widths, and the whole model.
 
@@ -251,6 +289,7 @@ def assemble(
         prior_count: M, the number of ξ per text; a patch is as similar to them as to the most similar one.
         pool_heads: heads of FLAIR's text-conditioned pooling (`TextPool`), which ranks instead of the similarity of ξ
             and patches; 0 for none.
+        prior_tokens: the fusion also gets a token for each ξ, of what it points at (`PriorTokens`).
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
@@ -268,6 +307,9 @@ def assemble(
         raise UserError(f"model.prior_count={prior_count}: this model/topdown reads no ξ: pass 1, or another one")
     if pool_heads and not has_prior:
         raise UserError(f"model.pool_heads={pool_heads} pools for ξ, which this model/topdown does not have: pass 0")
+    if prior_tokens and not has_prior:
+        raise UserError("model.prior_tokens=true: this model/topdown reads no ξ: pass false, or another one")
     prior = PriorMap(text.width, vision.width, prior_token, prior_count) if has_prior else None
     pool = TextPool(vision.width, pool_heads) if pool_heads else None
-    return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior, pool)
+    pointed = PriorTokens(prior_count, vision.width) if prior_tokens else None
+    return VisionLanguageModel(vision, text, joined, head(in_features=2 * joined.width), prior, pool, pointed)

@@ -139,7 +139,8 @@ class VisionLanguageTask(Task):
             )
         reads = self.region_prior_weight + self.focus_prior_weight > 0
         grid = self.model.vision.grid_size if reads and data.regions_known else None
-        return Wants(grid, stored=None if self.store is None else self.first_passes)
+        stored = None if self.store is None else self.first_passes
+        return Wants(grid, self.model.prior_count, stored=stored)
 
     def setup(self, stage: str) -> None:
         """Choose between the region and the alive loss, by whether the data have regions."""
@@ -229,7 +230,8 @@ class VisionLanguageTask(Task):
 
         Args:
             output: the model's output for n pairs of image and text.
-            coverage: (n, patches), how much of each patch a text is about, only for `pairs`; None without regions.
+            coverage: (n, patches), how much of each patch a text is about, only for `pairs`; (n, M, patches), a region
+                for each of several ξ; None without regions.
             pairs: the pairs that belong together; all by default.
             images: (B, 3, H, W), of which `output.bottom_up` is the first pass; only read by the focus loss.
         """
@@ -253,7 +255,8 @@ class VisionLanguageTask(Task):
         if self.pool_prior_weight and self.model.pool is not None:
             losses["pool_prior"] = self.model.pool.loss(output.bottom_up.cls, patches, whole(prior), image_index)
         if self.focus_prior_loss is not None and self.training and coverage is not None and images is not None:
-            losses["focus_prior"] = self._focus_loss(output, coverage, whole(prior), image_index, images)
+            whole_region = coverage if coverage.ndim == 2 else coverage.amax(dim=1)
+            losses["focus_prior"] = self._focus_loss(output, whole_region, whole(prior), image_index, images)
         return losses
 
     def _focus_loss(

@@ -75,11 +75,11 @@ def _check_answers(logits: Tensor, targets: Tensor) -> None:
 class _People:
     """Where people looked, by question id: the mean of the maps of a question."""
 
-    files: dict[int, list[Path]]
+    files: dict[int | str, list[Path]]
 
     def __call__(self, question_id: int | str) -> np.ndarray | None:
-        found = self.files.get(question_id)  # type: ignore[arg-type]
-        return read_human_maps(question_id, found).mean if found else None  # type: ignore[arg-type]
+        found = self.files.get(question_id)
+        return read_human_maps(question_id, found).mean if found else None
 
 
 class VQATask(VisionLanguageTask):
