@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from conftest import LOOKS, assert_one_line_error, command
 from PIL import Image
 from test_models import make_model
+from test_scenes import asked
 from test_train import metrics_of
 
-from vlabs.data.images import ImageReader, seed_generators
-from vlabs.data.instances import read_instances
+from data_prep.engine.regions import draw_regions
+from vlabs.data.images import ImageReader, decode_region, decode_regions, seed_generators
+from vlabs.data.instances import crop_map, read_instances
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
@@ -145,6 +147,21 @@ def test_the_focus_loss_contrasts_text_image_and_image_through_its_region():
     assert "focus_prior" not in task.eval().pointing_losses(output, coverage, images=images)
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0])])
+def test_each_of_several_priors_is_taught_its_own_region(index):
+    prior, tokens, coverage = torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.rand(2, 3, 5)
+    coverage[1] = 0  # nobody said where it looks
+    loss = RegionPriorLoss()
+    alone = [loss(prior[:, m], tokens, index, coverage[:, m]) for m in range(3)]
+    torch.testing.assert_close(loss(prior, tokens, index, coverage), torch.stack(alone).mean())
+    scores = torch.randn(2, 5)  # of a variant that has one map
+    torch.testing.assert_close(
+        loss(prior, tokens, index, coverage, scores), loss(prior, tokens, index, coverage.amax(dim=1), scores)
+    )
+    alive = AlivePriorLoss(1.0)(prior, tokens, index, coverage)
+    torch.testing.assert_close(alive, AlivePriorLoss(1.0)(prior, tokens, index, coverage.amax(dim=1)))
+
+
 def test_one_text_alone_or_none_gives_finite_losses():
     for n in (0, 1):
         prior, tokens = torch.randn(n, 4, requires_grad=True), torch.randn(1, 6, 4)
@@ -167,6 +184,48 @@ def reader_of(tiny_data, grid=GRID, **options):
     rows = load_split(tiny_data, "train")
     images = ImageReader(rows, data.preprocessing, region_grid=grid, **options)
     return VQADataset(rows, data.preprocessing, images)
+
+
+def test_regions_are_those_of_the_phrases_in_their_order(tiny_data):
+    raw, rows, counts = tiny_data.with_name("raw"), load_split(tiny_data, "train"), set()
+    phrases = {one["question_id"]: one["target_instances"] for _, one, _ in asked(raw, "train")}
+    wanted = {n for of in phrases.values() for phrase in of for n in phrase}
+    masks = read_instances(raw / "annotations.zip", wanted)
+    for row in rows:
+        for question_id, png in zip(row["question_id"], row["region"], strict=True):
+            named = [np.logical_or.reduce([masks[n].mask() for n in phrase]) for phrase in phrases[question_id]]
+            if not named:
+                continue
+            counts.add(len(named))
+            whole = np.logical_or.reduce(named)
+            assert (decode_region(png, "") == whole).all()
+            one, two, three = decode_regions(png, 3, "")
+            assert (one == (named[0] if len(named) > 1 else whole)).all()
+            assert (two == (named[1] if len(named) > 1 else whole)).all()
+            assert (three == whole).all()  # no question of train has a third phrase
+            assert (decode_regions(png, 1, "")[0] == whole).all()
+    assert counts == {1, 2}
+
+
+def test_the_last_region_has_all_further_phrases_and_phrases_may_overlap():
+    boxes = [(0, 0, 4, 4), (2, 2, 4, 4), (6, 0, 2, 2)]
+    png, _ = draw_regions([{"box": box, "phrase": n} for n, box in enumerate(boxes)], 8, 8)
+    plain = [decode_region(draw_regions([{"box": box}], 8, 8)[0], "") for box in boxes]
+    first, others = decode_regions(png, 2, "")
+    assert (first == plain[0]).all()
+    assert (others == np.maximum(plain[1], plain[2])).all()
+    assert (decode_region(png, "") == np.maximum(first, others)).all()
+
+
+def test_coverage_has_the_share_of_each_patch_in_every_phrase(tiny_data):
+    rows = load_split(tiny_data, "train")
+    spec = BatchSpec(0, [Group(0, tuple(range(len(rows[0]["question"]))))])
+    found = reader_of(tiny_data, region_sets=2)[spec].coverage
+    for n, png in enumerate(rows[0]["region"]):
+        for m in range(2):
+            expected = crop_map(decode_regions(png, 2, "")[m], 32, GRID).ravel() if png else np.zeros(GRID[0] * GRID[1])
+            np.testing.assert_allclose(found[n, m].numpy(), expected, atol=1e-6)
+    assert (found[:, 0] != found[:, 1]).any()
 
 
 def test_coverage_is_the_share_of_each_patch_in_the_masks_of_the_targets(tiny_data):

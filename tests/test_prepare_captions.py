@@ -268,7 +268,7 @@ def test_scenes_captions_carry_the_instances_they_are_about(tmp_path: Path) -> N
     assert set(read_manifest(out)["splits"]) == set(SPLITS)
     content_of_json = json.loads((tmp_path / "raw" / "dataset_scenes.json").read_text())
     said = {
-        (image["split"], image["cocoid"], s["sentid"]): (s["raw"], s["target_instances"])
+        (image["split"], image["cocoid"], s["sentid"]): (s["raw"], [target for (target,) in s["target_instances"]])
         for image in content_of_json["images"]
         for s in image["sentences"]
     }

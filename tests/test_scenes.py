@@ -145,11 +145,14 @@ def test_another_seed_gives_other_images(corpus: Path, tmp_path: Path) -> None:
 def test_answers_follow_from_the_instances(corpus: Path, split: str) -> None:
     for question, annotation, found in asked(corpus, split):
         assert solve(question, found) == annotation["multiple_choice_answer"], question
-        assert {*annotation["target_instances"]} <= {instance["id"] for instance in found}
+        targets = [instance for phrase in annotation["target_instances"] for instance in phrase]
+        assert {*targets} <= {instance["id"] for instance in found}
+        if question.startswith("Is the"):
+            assert len(targets) == len(annotation["target_instances"]) >= 2  # each phrase has its own object
         if annotation["multiple_choice_answer"] == "0":
             assert annotation["target_instances"] == []
         if annotation["question_type"] in ("color", "shape", "relation"):
-            target = next(i for i in found if i["id"] == annotation["target_instances"][0])
+            target = next(i for i in found if i["id"] == targets[0])
             assert annotation["multiple_choice_answer"] in target["attributes"].values()
 
 
@@ -233,7 +236,7 @@ def test_systematic_asks_about_pairs_that_training_never_shows_or_mentions(corpu
             assert not any(f"{color} {shape}" in question for color, shape in held_out)
     assert pairs(corpus, "systematic") & held_out
     for question, annotation, found in asked(corpus, "systematic"):
-        target = [i["attributes"] for i in found if i["id"] in annotation["target_instances"][:1]]
+        target = [i["attributes"] for i in found if [i["id"]] in annotation["target_instances"][:1]]
         shown = {(attributes["color"], attributes["shape"]) for attributes in target}
         assert shown <= held_out
         assert shown or any(f"{color} {shape}" in question for color, shape in held_out)
@@ -281,7 +284,7 @@ def test_five_distinct_captions_name_objects_of_the_image(corpus: Path) -> None:
         assert len({sentence["raw"] for sentence in image["sentences"]}) == 5
         for sentence in image["sentences"]:
             assert len(sentence["target_instances"]) >= 2
-            for target in sentence["target_instances"]:
+            for (target,) in sentence["target_instances"]:
                 assert {found[target][key] for key in ("size", "color", "shape")} <= set(sentence["tokens"])
 
 

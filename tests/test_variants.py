@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, normalize
 
+from vlabs.attention import MAPS
+from vlabs.attention.maps import look
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.fusion import CoAttentionFusion
@@ -30,14 +32,16 @@ ALPHA = 0.7
 SWIN = {"window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
 
 
-def make(topdown, prior_count=1, architecture="vit_base_patch16_224", **options):
+def make(topdown, prior_count=1, architecture="vit_base_patch16_224", prior_tokens=False, **options):
     """A model of width 16, with text of width 12; no parameter of the variant is zero, so that all of it counts."""
     torch.manual_seed(0)
     plain = {"embed_dim": 16, "depth": 4, "num_heads": 2, "start": 2, "mlp_ratio": 2}
     vision = AbSViT(architecture, 32, topdown=topdown, **(options or plain))
     text = RobertaEncoder(20, 12, 1, 2, 24)
     fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2, dropout=0.0)
-    model = assemble(vision, text, fusion, RankingHead, prior_count=prior_count).double().eval()
+    model = (
+        assemble(vision, text, fusion, RankingHead, prior_count=prior_count, prior_tokens=prior_tokens).double().eval()
+    )
     for parameter in vision.topdown.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     for decoder in vision.decoders[vision.start - 1 :]:
@@ -287,6 +291,44 @@ def test_each_of_several_priors_reads_the_words_and_a_patch_counts_by_the_most_s
     torch.testing.assert_close(torch.stack(alone).amax(dim=0), out.seen.token_weights)
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@torch.no_grad()
+def test_the_fusion_gets_a_token_of_what_each_prior_points_at(keep):
+    model = make(AbSTopDown(3.0), prior_count=2, prior_tokens=True)
+    images = torch.randn(1, 3, 96, 96, dtype=torch.float64)[:, :, :32, :32]
+    with model.vision.keeping(keep):
+        out = model(images, IDS, MASK, torch.tensor([0, 0]), read_image=True, all_features=True)
+    tokens = out.seen.tokens
+    assert tokens.shape[1] == (5 if keep == 1 else 4)  # [cls], and four patches, or two and the mean of the others
+    rows = []
+    for n in range(2):
+        places = [1, 2, 3, 4] if keep == 1 else [int(place) for place in out.seen.kept[n] if place > 0]
+        read = []
+        for m in range(2):
+            alike = [normalize(out.prior[n, m], dim=0) @ normalize(out.bottom_up.tokens[0, i], dim=0) for i in places]
+            share = (torch.stack(alike) / 0.1).softmax(dim=0)
+            first = tokens[n, 1 : 1 + len(places)]
+            read.append((share[:, None] * first).sum(dim=0) + model.prior_tokens.kind[m])
+        rows.append(torch.cat([tokens[n], torch.stack(read)]))
+    fused = model.fusion(out.text_states, MASK, torch.stack(rows), read_image=True)
+    torch.testing.assert_close(out.logits, model.head(fused.pooled))
+    assert out.image_features.shape[1] == tokens.shape[1]
+    # What the text reads of these tokens, it reads of the patches that they are made of.
+    own = fused.image_read[:, :-2] + torch.einsum("nm,nmi->ni", fused.image_read[:, -2:], out.prior_reads)
+    torch.testing.assert_close(out.image_read, own)
+    torch.testing.assert_close(out.image_read.sum(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+def test_every_map_of_a_model_with_tokens_of_what_priors_point_at_is_over_its_patches():
+    model = make(AbSTopDown(3.0), prior_count=2, prior_tokens=True)
+    _, found = look(model, torch.randn(1, 3, 32, 32), IDS, MASK, list(MAPS))
+    assert found.keys() == MAPS.keys()
+    for values in found.values():
+        assert values.shape == (2, 2, 2)
+        assert torch.isfinite(values).all()
+        assert float(values.sum()) > 0
+
+
 def test_one_of_several_equal_priors_is_that_prior_and_overlap_is_their_mean_cosine():
     one = make(AbSTopDown(3.0), prior_count=1)
     prior = torch.randn(2, 16, dtype=torch.float64)
@@ -303,6 +345,8 @@ def test_a_variant_that_reads_one_prior_refuses_several():
     assert not hasattr(PriorMap(4, 4), "queries")
     with pytest.raises(UserError, match="model.prior_count=2: this model/topdown reads no ξ: pass 1"):
         make(FeedbackOnly(), prior_count=2)
+    with pytest.raises(UserError, match="model.prior_tokens=true: this model/topdown reads no ξ: pass false"):
+        make(FeedbackOnly(), prior_tokens=True)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ class Question(NamedTuple):
     def phrases(self) -> list[tuple[int, ...]]:
         """The targets of each phrase: one each if the question is how they lie, else all in one."""
         apart = self.anchors or self.family == "compare"
-        return [(target,) for target in self.targets] if apart else [self.targets]
+        return [(target,) for target in self.targets] if apart else [self.targets] if self.targets else []
 
     @property
     def balanced(self) -> list[str]:

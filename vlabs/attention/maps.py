@@ -138,7 +138,7 @@ def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, at
     if name == "rollout":
         if not vision.backbone.is_even:
             raise UserError("the map rollout needs an encoder whose blocks all have the same tokens: choose another")
-        rolled = torch.eye(attention[0].shape[-1], device=attention[0].device)
+        rolled = torch.eye(attention[0].shape[-1]).to(attention[0])
         for weights in attention:
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
