@@ -11,7 +11,8 @@ prepared: `train` from train2014, `val` from val2014, `test` from test2015, `tes
 by its name. The answer vocabulary is METER's, in METER's order. Fewer than ten answers to a question count as ten, by
 repeating them in turn. A stopped run continues when it is started again.
 
-The region of a question comes from its `target_instances`, if its annotation names them and COCO's instances are in the
+The region of a question comes from its `target_instances`, if its annotation names them (a list, or a list for each
+phrase of the question, which several ξ are taught one by one) and COCO's instances are in the
 same folder, or from people: `--human-maps vqahat_train --human-maps vqahat_val` takes the mean of a question's maps in
 VQA-HAT (files `QUESTION_NUMBER.png`) instead of its instances.
 """
