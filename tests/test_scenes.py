@@ -147,7 +147,7 @@ def test_answers_follow_from_the_instances(corpus: Path, split: str) -> None:
         assert solve(question, found) == annotation["multiple_choice_answer"], question
         targets = [instance for phrase in annotation["target_instances"] for instance in phrase]
         assert {*targets} <= {instance["id"] for instance in found}
-        if question.startswith("Is the"):
+        if question.startswith("Is the "):
             assert len(targets) == len(annotation["target_instances"]) >= 2  # each phrase has its own object
         if annotation["multiple_choice_answer"] == "0":
             assert annotation["target_instances"] == []
@@ -236,7 +236,8 @@ def test_systematic_asks_about_pairs_that_training_never_shows_or_mentions(corpu
             assert not any(f"{color} {shape}" in question for color, shape in held_out)
     assert pairs(corpus, "systematic") & held_out
     for question, annotation, found in asked(corpus, "systematic"):
-        target = [i["attributes"] for i in found if [i["id"]] in annotation["target_instances"][:1]]
+        asked_about = [instance for phrase in annotation["target_instances"] for instance in phrase][:1]
+        target = [i["attributes"] for i in found if i["id"] in asked_about]
         shown = {(attributes["color"], attributes["shape"]) for attributes in target}
         assert shown <= held_out
         assert shown or any(f"{color} {shape}" in question for color, shape in held_out)
