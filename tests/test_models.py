@@ -72,10 +72,11 @@ def test_wrong_stems_are_refused(options, message):
         AbSViT("vit_base_patch16_224", **{"img_size": 48, "patch_size": 8, "stem": "conv", "embed_dim": 24} | options)
 
 
-def make_model(topdown=None, prior_token="cls", **options) -> VisionLanguageModel:
+def make_model(topdown=None, prior_token="cls", several=None, **options) -> VisionLanguageModel:
     text = RobertaEncoder(30, 32, 2, 2, 64, 20)
     fusion = partial(CoAttentionFusion, width=16, depth=2, num_heads=2)
-    model = assemble(make_vision(topdown, **options), text, fusion, partial(VQAHead, num_answers=5), prior_token)
+    head = partial(VQAHead, num_answers=5)
+    model = assemble(make_vision(topdown, **options), text, fusion, head, prior_token, **(several or {}))
     if topdown is not None:
         for parameter in model.vision.topdown.parameters():  # far from zero, as the feedback is
             torch.nn.init.normal_(parameter, std=0.3)

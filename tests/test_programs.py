@@ -102,11 +102,12 @@ def test_the_command_writes_what_serving_needs_and_onnxruntime_has_the_models_nu
 
 @pytest.mark.parametrize(
     "topdown",
-    [ReleasedTopDown, None, FiLM, QAViT, Codebook, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO],
+    [AbSTopDown, ReleasedTopDown, None, FiLM, QAViT, Codebook, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_every_way_to_steer_has_the_models_numbers(topdown):
-    model = make_model(topdown() if callable(topdown) else topdown).eval()
+    several = {"prior_count": 2, "prior_tokens": True} if topdown is AbSTopDown else None
+    model = make_model(topdown() if callable(topdown) else topdown, several=several).eval()
     size = model.vision.vit.patch_embed.img_size[0]
     call = traced(checkpoint_of(model, size))
     for pairs, tokens in (([0, 1, 1, 2, 0], 7), ([0, 0, 0], 12)):

@@ -101,7 +101,7 @@ class PriorTokens(nn.Module):
     def forward(self, reads: Tensor, tokens: Tensor) -> Tensor:
         """Append M tokens, (n, N + M, D), to tokens (n, N, D) or (1, N, D), by how much of each is read, (n, M, N)."""
         read = reads.to(tokens.dtype) @ tokens + self.kind
-        return torch.cat([tokens.expand(len(read), -1, -1), read], dim=1)
+        return torch.cat([tokens.expand(read.shape[0], -1, -1), read], dim=1)
 
 
 @checked("task.prior_loss")

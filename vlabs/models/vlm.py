@@ -263,7 +263,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         reads = F.pad(reads, (prefix, 0))
         if seen.kept is None:
             return reads
-        reads = reads.gather(2, seen.kept[:, None].expand(len(reads), reads.shape[1], -1))
+        reads = reads.gather(2, seen.kept[:, None].expand(*reads.shape[:2], -1))
         return F.pad(reads / reads.sum(dim=2, keepdim=True).clamp_min(1e-6), (0, 1))
 
 
