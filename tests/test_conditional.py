@@ -164,8 +164,8 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
     (tmp_path / "cut/test.parquet").write_bytes((tmp_path / "two/data/test-00000-of-00002.parquet").read_bytes()[:99])
     whole, box = {"val_image_id": 1}, {"image_id": 1, "instance_bbox": [1, 1, 0, 5]}
     for name, content in {
-        "list": [], "no": [{"condition": "sky"}], "box": [template("sky", box, whole, [])],
-        "gone": [template("sky", whole, {"val_image_id": 2}, [])],
+        "list": [], "no": [{"condition": "sky"}], "box": [template("sky", box, whole, [whole])],
+        "gone": [template("sky", whole, {"val_image_id": 2}, [whole])], "alone": [template("sky", whole, whole, [])],
     }.items():  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     for options, parts in [
@@ -181,6 +181,7 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
         (["task.source=gone.json", "task.pictures=[empty]"], ["000000000001.jpg and 1 more of 2", "val2017"]),
         (["task.source=list.json", "task.pictures=[empty]"], ["has no templates"]),
         (["task.source=no.json", "task.pictures=[empty]"], ["template 0 has no 'reference'"]),
+        (["task.source=alone.json", "task.pictures=[empty]"], ["template 0: its 'gallery' is empty"]),
         (["task.source=box.json", "task.pictures=[empty]"], ["must be [left, top, width, height]"]),
     ]:
         result = in_process("vlabs.evaluate", ["task=conditional", f"ckpt={tiny_run[0]}", *options], tmp_path)

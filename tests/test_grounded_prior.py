@@ -481,7 +481,7 @@ def test_a_model_trains_on_vqa_hats_files(tiny_options, tiny_data, tmp_path, in_
         (["data.rand_augment=rand-m9-n2"], ["task.human_maps=hat", "data.rand_augment=null"]),
         (["task.recompute_activations=true"], ["task.human_maps", "task.recompute_activations"]),
         ([], ["task.human_maps=hat has no map of a training question", "VQA v1"]),
-        (["task.human_maps=nowhere"], ["there is no folder nowhere", "vqahat_val"]),
+        (["task.human_maps=nowhere"], ["task.human_maps=nowhere: there is no folder nowhere", "vqahat_val"]),
     ],
 )
 def test_what_harmonizer_cannot_train_on_is_one_line(options, parts, tiny_options, tmp_path, in_process):

@@ -342,6 +342,7 @@ def test_a_single_bad_image_is_named_in_the_error_and_can_be_mended(tmp_path: Pa
         ({"sentences": [{"sentid": 999}]}, "image 10 has no 'raw'"),
         ({"sentences": [{"raw": 3, "sentid": 999}]}, "'caption' must be text"),
         ({"sentences": [{"raw": "a", "sentid": 999, "target_instances": 3}]}, "'target_instances' must be a list"),
+        ({"sentences": [{"raw": "a", "sentid": 999, "target_instances": [3, [4]]}]}, "pass one list for each phrase"),
         ({"filename": 5}, "'filename' must be text"),
     ],
 )

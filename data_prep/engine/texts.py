@@ -376,6 +376,10 @@ def _targets(where: str, targets: Sequence[Sequence[int | Sequence[int]]]) -> st
     for of_picture in targets:
         if not isinstance(of_picture, Sequence) or isinstance(of_picture, str):
             raise UserError(f"{where}: 'target_instances' must be a list of whole numbers, or one of each phrase")
+        if len({isinstance(one, list | tuple) for one in of_picture}) > 1:
+            raise UserError(
+                f"{where}: 'target_instances' has whole numbers beside lists: pass one list for each phrase"
+            )
         for number, _ in _phrases(of_picture):
             check_value(where, "target_instances", number, int)
     return json.dumps(targets, default=list) if any(targets) else None

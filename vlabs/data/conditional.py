@@ -173,6 +173,8 @@ def _genecis(file: Path, folders: Sequence[Path]) -> Gallery:
         text = get_value(entry, "condition", where, str)
         reference, target = (number(get_value(entry, key, where, dict), where) for key in ("reference", "target"))
         others = [number(one, where) for one in get_objects(entry, "gallery", where)]
+        if not others:
+            raise UserError(f"{where}: its 'gallery' is empty, so its target has nothing to be ranked among")
         gallery.queries.append(Query(n, text, reference, np.array([target, *others]), np.array([target]), ()))
     if not gallery.queries:
         raise UserError(f"{file} has no templates")
@@ -203,11 +205,13 @@ def _genecis(file: Path, folders: Sequence[Path]) -> Gallery:
 def _picture(entry: dict[str, Any], where: str) -> tuple[str, tuple[float, ...]]:
     """The file of an image of GeneCIS, and its box (left, top, width, height) or nothing."""
     if "val_image_id" in entry:
-        return f"{get_value(entry, 'val_image_id', where, int):012d}.jpg", ()
+        if (image_id := get_value(entry, "val_image_id", where, int)) < 0:
+            raise UserError(f"{where}: 'val_image_id' is {image_id}, which is no image of COCO")
+        return f"{image_id:012d}.jpg", ()
     name = str(get_value(entry, "image_id", where, int, str))
     box = get_value(entry, "instance_bbox", where)
     if (
-        not name.isdigit()
+        not name.isdecimal()
         or not isinstance(box, list)
         or len(box) != 4
         or not all(type(one) in (int, float) for one in box)

@@ -135,12 +135,15 @@ class VQATask(VisionLanguageTask):
         wants = super().wants(data)
         if self.human_maps is None:
             return wants
+        try:
+            files = list_hat(self.human_maps)
+        except UserError as error:
+            raise UserError(f"task.human_maps={self.human_maps}: {error}") from None
         if data.rand_augment is not None or data.questions_per_image > 1:
             raise UserError(
                 f"task.human_maps={self.human_maps} needs images as they are, one for each question: pass "
                 "data.rand_augment=null data.questions_per_image=1"
             )
-        files = list_hat(self.human_maps)
         ids = {one for row in data.rows(data.train_split).select_columns(["question_id"])["question_id"] for one in row}
         if not ids & files.keys():
             raise UserError(
