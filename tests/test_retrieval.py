@@ -591,6 +591,31 @@ def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned
     assert again.stdout.replace("renamed.jpg", "0.jpg") == first.stdout
 
 
+def test_search_takes_less_work_and_bfloat16(fine_tuned, tiny_captions, tmp_path, monkeypatch):
+    from vlabs import search
+
+    (tmp_path / "pictures").mkdir()
+    for n, row in enumerate(load_split(tiny_captions, "test")):
+        (tmp_path / f"pictures/{n}.jpg").write_bytes(row["image"])
+    monkeypatch.chdir(tmp_path)
+    searches = []
+    monkeypatch.setattr(
+        Search, "__init__", lambda self, *given, made=Search.__init__: (made(self, *given), searches.append(self))[0]
+    )
+    for options in ([], ["--keep", "0.25"], ["--bf16"]):
+        fixed = ["--ckpt", str(fine_tuned[0]), "--images", "pictures", "--index", "index", "--query", "the red one"]
+        monkeypatch.setattr(sys, "argv", ["search", *fixed, *options])
+        search.main()
+    whole, less, half = searches
+    assert (whole.model.vision.keep, less.model.vision.keep) == (1, 0.25)
+    assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
+    exact = {item.path: item.score for item in whole.find("the red one", None)}
+    assert {item.path: item.score for item in less.find("the red one", None)} != exact
+    near = {item.path: item.score for item in half.find("the red one", None)}
+    assert all(abs(near[path] - score) < 0.1 for path, score in exact.items())
+    assert len(list((tmp_path / "index").iterdir())) == 2  # a share reads the same first passes
+
+
 def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions, tmp_path):
     from vlabs.prediction.search import Search
 

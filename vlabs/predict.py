@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vlabs.attention import MAPS, VIEWS
 from vlabs.errors import run_cli, show
-from vlabs.utils.arguments import Parser, add_out, check_out, number
+from vlabs.utils.arguments import Parser, add_keep, add_out, check_out
 from vlabs.utils.imports import quick_imports
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else normgrad)"
     )
-    parser.add_argument(
-        "--keep", type=number(0, 1), help="share of the patches in the second pass, those most similar to ξ (default: "
-        "the model's own)",
-    )  # fmt: skip
+    add_keep(parser)
     parser.add_argument(
         "--second-look", choices=VIEWS, help="answer again from what the map points at, enlarged (crop) or without the "
         "rest (masked), and join both answers",

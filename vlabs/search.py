@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from vlabs.errors import run_cli, show
-from vlabs.utils.arguments import SEARCH_INDEX, Parser, add_out, check_out, whole
+from vlabs.utils.arguments import SEARCH_INDEX, Parser, add_keep, add_out, check_out, whole
 from vlabs.utils.imports import quick_imports
 
 
@@ -26,6 +26,10 @@ def main() -> None:
     parser.add_argument("--k", type=whole(1), default=32, help="images that ξ may find for the exact ranking (32)")
     parser.add_argument("--first", type=whole(1), default=2000, help="images whose patches ξ is compared with (2000)")
     parser.add_argument("--exact", action="store_true", help="rank all images exactly")
+    add_keep(parser)
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16: faster, less exact; has its own index"
+    )
     parser.add_argument("--index", type=Path, default=SEARCH_INDEX, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole image")
     add_out(parser, "search.png")
@@ -39,6 +43,8 @@ def main() -> None:
 def _search(arguments: argparse.Namespace) -> None:
     # Imported after the options are read, so that --help is fast. timm would import W&B.
     with quick_imports("wandb"):
+        import torch
+
         from vlabs.attention.figures import grid_figure, save_out
         from vlabs.data.preprocessing import check_text
         from vlabs.prediction.predictor import load_any
@@ -50,6 +56,10 @@ def _search(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     pictures = list_pictures(arguments.images)
     checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
+    if arguments.keep is not None:
+        checkpoint.vision.keep = arguments.keep
+    if arguments.bf16:
+        checkpoint.model.to(torch.bfloat16)
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip", arguments.first)
     show(f"{len(search.pictures):,} images, {search.kilobytes:,.0f} kB each in the index")
     rows = []

@@ -57,6 +57,12 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.set_defaults(default_out=default)
 
 
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    """Add `--keep`, the share of the patches in the second pass (see `AbSViT`)."""
+    told = "share of the patches in the second pass, those most similar to ξ (default: the model's own)"
+    parser.add_argument("--keep", type=number(0, 1), help=told)
+
+
 def check_out(arguments: argparse.Namespace) -> None:
     """Raise a UserError, before the work, if the figure of a command cannot be written to its path."""
     if arguments.out is None:
