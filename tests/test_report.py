@@ -1,13 +1,16 @@
 """A sweep from one shared start, and the page about it."""
 
 import json
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import assert_one_line_error, command
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from vlabs.evaluation import report
 from vlabs.evaluation.control import MEASURES
 from vlabs.evaluation.report import OF_CLASSIFIERS, build_report, read_runs
 from vlabs.metrics.robustness import CORRUPTIONS
@@ -72,9 +75,32 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         "Grounding against model/topdown=none",
         "When ξ is another question's",
         "Accuracy against what was seen",
+        "What is asked for",
         "vlabs train -m",
     ):
         assert part in text
+    films = [run.path / "evaluation/asymmetry/metrics.json" for run in runs if "film" in run.variant]
+    ranks = [json.loads(path.read_text())["weights/6/rank"] for path in films]
+    shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=film |" in line)
+    assert f"| {np.mean(ranks):.1f} ± {np.std(ranks, ddof=1):.1f} |" in re.sub(" +", " ", shown)
+
+
+def test_at_equal_cost_a_course_is_read_at_the_least_that_all_have_seen(sweep, monkeypatch):
+    cwd, _ = sweep
+    runs = read_runs(cwd / "sweep")[:2]
+    courses = [
+        pd.DataFrame({"questions": [1.0, 2.0], "minutes": [3.0, 6.0], "macs": [5.0, 10.0], "val": [40.0, 60.0]}),
+        pd.DataFrame({"questions": [1.0, 2.0], "minutes": [2.0, 4.0], "macs": [9.0, 18.0], "val": [30.0, 50.0]}),
+    ]
+    for run, variant in zip(runs, "ab", strict=True):
+        run.variant = variant
+    monkeypatch.setattr(report, "_course", lambda run: courses["ab".index(run.variant)])
+    (section,) = report._at_equal_cost(runs)
+    assert section.cells.columns[2:].tolist() == [
+        "2 thousand questions seen", "4 minutes of training", "10 10¹² multiply-adds of forward passes",
+    ]  # fmt: skip
+    values = section.cells.to_numpy()[:, 2:].astype(float)
+    np.testing.assert_allclose(values, [[60.0, 46.7, 60.0], [50.0, 50.0, 32.2]])
 
 
 def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):

@@ -145,6 +145,26 @@ def several_objects(size: str, dir: str | Path, count: int = 500) -> Path:
     return folder
 
 
+def search_displays(size: Corpus, target: str, other: str, others: int, count: int) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield rendered images of one object among others that are all alike, for visual search.
+
+    Args:
+        size: corpus whose image side and small objects are used.
+        target, other: the object and the others, such as `striped red circle` and `red circle`.
+        others: number of other objects.
+        count: number of images.
+
+    Yields:
+        An image, and the masks (H, W) of its objects, the target first.
+
+    Raises:
+        UserError: a phrase does not name a color and a shape, or the objects find no room.
+    """
+    draw = _of("scenes.displays").draw_display
+    for number in range(count):
+        yield draw(size, target, other, others, f"{target}/{other}/{others}/{number}")
+
+
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
     """Rows of the images in raw class folders, or in a tar file of them, without preparing them first.
 

@@ -12,18 +12,23 @@ import contextlib
 import html
 import io
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
@@ -48,6 +53,13 @@ from vlabs.utils.table import table
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
+_COSTS = {
+    "questions": "thousand questions seen",
+    "minutes": "minutes of training",
+    "macs": "10¹² multiply-adds of forward passes",
+}
+_TOKENS, _WORD = 12, 5  # of a question, and the number of some word, for the count of multiply-adds
+_SCENES = "vlabs.data.embedded.scenes_data"
 ALPHAS = (0, 1, 3, 10, 30)  # strengths of the top-down signal, for variants that have one
 # The evaluations of a classifier, and ImageNet-C's kinds of corruptions.
 OF_CLASSIFIERS = {
@@ -70,17 +82,33 @@ class Run:
         path: its folder.
         variant: the overrides that differ from other runs, without the seed; or `default`.
         summary: content of summary.json.
-        data_dir: the prepared folder of its training data.
+        data: the config of its training data.
     """
 
     path: Path
     variant: str
     summary: dict[str, Any]
-    data_dir: str
+    data: DictConfig
+
+    @property
+    def data_dir(self) -> str:
+        """The prepared folder of its training data."""
+        return str(self.data.dir)
 
     def evaluation(self, name: str) -> Path:
         """The folder of one of its evaluations."""
         return self.path / "evaluation" / name
+
+    @cached_property
+    @torch.inference_mode()
+    def gmac(self) -> float:
+        """Multiply-adds of a question's forward pass, in 1e9, with as many questions per image as in training."""
+        checkpoint, together = load_checkpoint(self.path), int(self.data.questions_per_image)
+        model, side = checkpoint.model, checkpoint.preprocessing.image_size
+        ids = torch.full((together, _TOKENS), _WORD)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, side, side), ids, torch.ones_like(ids), torch.zeros(together, dtype=torch.int64))
+        return float(counter.get_total_flops()) / 2e9 / together
 
 
 def read_runs(sweep: Path) -> list[Run]:
@@ -103,7 +131,7 @@ def read_runs(sweep: Path) -> list[Run]:
         if config is None:
             say_left_out(folder / "config.yaml")
             continue
-        runs.append(Run(folder, "", summary, str(config.data.dir)))
+        runs.append(Run(folder, "", summary, config.data))
     if not runs:
         raise UserError(f"{sweep} holds no finished run (a folder with config.yaml and summary.json)")
     common = set.intersection(*(set(run.summary["overrides"]) for run in runs))
@@ -113,9 +141,17 @@ def read_runs(sweep: Path) -> list[Run]:
     return runs
 
 
-def _wanted(splits: Sequence[str], instances: Path | None, num_texts: int) -> dict[str, list[str]]:
-    """The evaluations of a run on questions: their options by name."""
+def _wanted(
+    splits: Sequence[str], instances: Path | None, num_texts: int, scenes: DictConfig | None
+) -> dict[str, list[str]]:
+    """The evaluations of a run on questions: their options by name; two more if it was trained on scenes."""
     wanted = {split: [f"split={split}"] for split in splits}
+    if scenes is not None:
+        asked = "task.prompt='Is there a PHRASE?'"
+        raw, phrases = (hydra_quoted(f"{scenes.dir}-{what}") for what in ("raw", "phrases"))
+        data = ["data=scenes_phrases", f"data.size={scenes.size}", f"data.dir={phrases}", f"data.raw_dir={raw}"]
+        wanted["conditional"] = ["evaluation@task=conditional", "split=val", asked, *data]
+        wanted["asymmetry"] = ["evaluation@task=asymmetry", asked, f"task.size={scenes.size}"]
     if instances is not None:
         masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
         wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
@@ -168,10 +204,13 @@ def build_report(
     instances = find_instances(instances, runs[0].data_dir)
     base = next((run.variant for run in runs if baseline in run.variant), None)
     runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
-    frame = _evaluated(runs, _wanted(splits, instances, num_texts))
-    sections = [_accuracy(frame, splits), _by_type(frame, "val")]
+    scenes = runs[0].data if runs[0].data.get("_target_") == _SCENES else None
+    frame = _evaluated(runs, _wanted(splits, instances, num_texts, scenes))
+    sections = [_accuracy(frame, splits), *_at_equal_cost(runs), _by_type(frame, "val")]
     if instances is not None:
         sections += [_grounding(frame), _steering(frame), *_strengths(frame)]
+    if scenes is not None:
+        sections.append(_asked_for(frame))
     if base is not None:
         sections += _against(runs, base, splits, instances is not None)
     sections.append(_cost(frame))
@@ -198,6 +237,8 @@ def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFram
                 if key.startswith(f"{strength}/")
             }
         cost = {"parameters": run.summary["parameters"] / 1e6, "minutes": run.summary["fit_seconds"] / 60}
+        if "val" in wanted:
+            cost["gmac"] = run.gmac
         rows.append({"variant": run.variant, **cost, **numbers_of(found, "")})
     return pd.DataFrame(rows)
 
@@ -321,12 +362,54 @@ def _strengths(frame: pd.DataFrame) -> list[Section]:
     return [] if cells.empty else [Section("Strength of feedback", text, cells)]
 
 
+def _asked_for(frame: pd.DataFrame) -> Section:
+    """Conditional retrieval and visual search."""
+    columns = {
+        f"precision at 1: {kind}, {when} pass": f"conditional/{when}/{kind}"
+        for when, kind in (("first", "cls"), ("second", "cls"), ("second", "mean"), ("second", "weighted"))
+    }
+    counts = sorted(int(name.split("/")[1]) for name in frame if re.fullmatch(r"asymmetry/\d+/chance", name))
+    columns |= {f"rank among {n} others": f"asymmetry/weights/{n}/rank" for n in counts}
+    plain, striped = "red square/striped red square", "striped red square/red square"
+    columns["striped among plain"] = f"asymmetry/weights/{striped}/{counts[-1]}/rank"
+    columns["plain among striped"] = f"asymmetry/weights/{plain}/{counts[-1]}/rank"
+    text = (
+        "Conditional retrieval: how often the nearest other image, under a phrase, holds what it names, in percent; at "
+        f"random {frame['conditional/chance'][0]:.1f}. Visual search: the rank of the target by the token weights; at "
+        f"random {', '.join(f'{1 + n / 2:g}' for n in counts)}; the last two columns with {counts[-1]} others."
+    )
+    return Section("What is asked for", text, _over_seeds(frame, columns))
+
+
 def _cost(frame: pd.DataFrame) -> Section:
     cells = _over_seeds(frame, {"minutes": "minutes"})
-    parameters = frame.groupby("variant", sort=False)["parameters"].first()
-    cells.insert(2, "million parameters", [f"{millions:.2f}" for millions in parameters])
-    text = "Minutes of training. They can be compared only if nothing else ran on the machine at the same time."
+    groups = frame.groupby("variant", sort=False)
+    cells.insert(2, "million parameters", [f"{millions:.2f}" for millions in groups["parameters"].first()])
+    if "gmac" in frame:
+        cells.insert(3, "GMAC per question", [f"{gmac:.4f}" for gmac in groups["gmac"].first()])
+    text = (
+        "Minutes of training can be compared only if nothing else ran on the machine at the same time. Multiply-adds "
+        "are those of a forward pass with the questions per image of training."
+    )
     return Section("Cost", text, cells)
+
+
+def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
+    """Accuracy on val when every variant has seen as many questions, minutes or multiply-adds as the least of them."""
+    courses = [(run.variant, course) for run in runs if len(course := _course(run))]
+    if len(courses) < len(runs):
+        return []
+    least = {name: min(course[name].iloc[-1] for _, course in courses) for name in _COSTS}
+    rows = [
+        {
+            "variant": variant,
+            **{name: float(np.interp(most, course[name], course["val"])) for name, most in least.items()},
+        }
+        for variant, course in courses
+    ]
+    columns = {f"{least[name]:.3g} {title}": name for name, title in _COSTS.items()}
+    text = "Official accuracy on val in percent, between two validations by a straight line, from 0 at the start."
+    return [Section("At equal cost", text, _over_seeds(pd.DataFrame(rows), columns))]
 
 
 def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bool) -> list[Section]:
@@ -392,40 +475,42 @@ def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
 
 
 def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
-    """Figure of accuracy on val against questions and minutes, mean and range over seeds; None without data."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots(1, 2, sharey=True)
+    """Figure of accuracy on val against questions, minutes and multiply-adds, mean and range over seeds; None without
+    data."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots(1, len(_COSTS), sharey=True)
     drawn = False
     for name, runs in groups.items():
         courses = [course for run in runs if len(course := _course(run))]
         if not courses:
             continue
         length = min(map(len, courses))
-        together = np.stack([course[:length] for course in courses])  # (runs, validations, 3)
+        together = np.stack([course[:length] for course in courses])  # (runs, points, costs and accuracy)
         mean, drawn = together.mean(axis=0), True
-        for axis, column in zip(axes, (0, 1), strict=True):
-            (line,) = axis.plot(mean[:, column], mean[:, 2], marker="o", markersize=3, label=name)
-            low, high = together[..., 2].min(axis=0), together[..., 2].max(axis=0)
+        for column, axis in enumerate(axes):
+            (line,) = axis.plot(mean[:, column], mean[:, -1], marker="o", markersize=3, label=name)
+            low, high = together[..., -1].min(axis=0), together[..., -1].max(axis=0)
             axis.fill_between(mean[:, column], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if not drawn:
         return None
-    axes[0].set_xlabel("thousand questions seen")
-    axes[1].set_xlabel("minutes of training")
     axes[0].set_ylabel("official accuracy on val, %")
-    for axis in axes:
+    for axis, title in zip(axes, _COSTS.values(), strict=True):
+        axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return save_figure(figure, path)
 
 
-def _course(run: Run) -> np.ndarray:
-    """(validations, 3): thousand texts seen, minutes and accuracy, from metrics.csv; (0, 3) if it has none."""
+def _course(run: Run) -> pd.DataFrame:
+    """A row per validation: `_COSTS` so far, and `val`; none if metrics.csv has none."""
     columns = ("seen/texts", "seen/minutes", "val/vqa_accuracy")
     path = run.path / "metrics.csv"
     rows = [[row.get(column) for column in columns] for row in (read_metrics(path).rows if path.is_file() else [])]
-    course = np.array([row for row in rows if all(row)], dtype=float).reshape(-1, 3)
-    course[:, 0] /= 1000
-    return course
+    seen = np.array([row for row in rows if all(row)], dtype=float).reshape(-1, 3)
+    thousands = seen[:, 0] / 1000
+    return pd.DataFrame(
+        dict(zip([*_COSTS, "val"], [thousands, seen[:, 1], thousands * run.gmac, seen[:, 2]], strict=True))
+    )
 
 
 def _write(
