@@ -3,12 +3,14 @@
     python benchmarks/keep.py --out keep                       # one seed; goes on where it was stopped
     python benchmarks/keep.py --out keep --seeds 0 1 2 --orders s random --shares 0.25
     python benchmarks/keep.py --out pruned --orders s --shares 0.25 --prune 0.5    # and half of these in the fusion
+    python benchmarks/keep.py --out shown --orders s --shares 0.25 --show-rest     # the fusion sees the others, too
 
 Every way of choosing is trained with, alike, for one epoch of the scenes from `init=scenes`, and used at the share that
 it was trained with: `s` by the cosine with ξ, `cls` by what [cls] reads in the first pass, `norm` by the norm of the
 first pass's tokens, `random`. Prints a table, and draws accuracy against GMAC a question to keep.png.
 
 `--prune` leaves more out inside the fusion, by what the text reads after the first pair of layers (PuMer, ACL 2023).
+`--show-rest` gives the fusion z of the patches that the second pass left out, instead of their mean.
 """
 
 from __future__ import annotations
@@ -80,24 +82,46 @@ def prune(share: float) -> None:
     CoAttentionFusion.__init__ = make  # type: ignore[method-assign]
 
 
-def run(order: str, pruned: float, module: str, *arguments: str) -> None:
+def show_rest() -> None:
+    """Give every fusion z of the patches that the second pass left out, in the place of their mean."""
+    attended, joined = AbSViT.attend, CoAttentionFusion.forward
+    others: list[Tensor] = []
+
+    def attend(self: AbSViT, bottom_up: BottomUp, prior: Any, image_index: Any = None, **more: Any) -> Any:
+        seen = attended(self, bottom_up, prior, image_index, **more)
+        z = pick(bottom_up.tokens, image_index).expand(len(seen.tokens), -1, -1)
+        others.clear()
+        if seen.kept is not None:
+            left_out = torch.ones(z.shape[:2], dtype=torch.bool).scatter(1, seen.kept, False)
+            others.append(z[left_out].view(len(z), -1, z.shape[2]))
+        return seen
+
+    def join(self: CoAttentionFusion, text: Tensor, mask: Tensor, image: Tensor, *more: Any, **options: Any) -> Any:
+        return joined(
+            self, text, mask, torch.cat([image[:, :-1], *others], dim=1) if others else image, *more, **options
+        )
+
+    AbSViT.attend, CoAttentionFusion.forward = attend, join  # type: ignore[method-assign,assignment]
+
+
+def run(order: str, pruned: float, rest: bool, module: str, *arguments: str) -> None:
     """`python -m module` in a process that chooses so."""
-    command = [sys.executable, __file__, "--as", order, str(pruned), module, *arguments]
+    command = [sys.executable, __file__, "--as", order, str(pruned), "shown" * rest, module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr}")
 
 
-def measure(out: Path, order: str, share: float, pruned: float, seed: int, more: list[str]) -> float:
+def measure(out: Path, order: str, share: float, pruned: float, rest: bool, seed: int, more: list[str]) -> float:
     """Percent of val's questions, but yes/no, that one training answers right."""
     folder = out / f"{order}-{share:g}-{seed}"
     metrics = folder / "evaluation" / "metrics.json"
     if not metrics.is_file():
         own = [f"model.vision.keep={share}", f"seed={seed}", f"hydra.run.dir={folder}"]
         if (read_summary(folder) or {}).get("status") != "done":
-            run(order, pruned, "vlabs.train", *_TRAINING, *own, *more)
+            run(order, pruned, rest, "vlabs.train", *_TRAINING, *own, *more)
         place = [f"hydra.run.dir={metrics.parent}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
-        run(order, pruned, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
+        run(order, pruned, rest, "vlabs.evaluate", f"ckpt={folder}", "split=val", *place)
     return float(json.loads(metrics.read_text())["not_yes_no"])
 
 
@@ -115,9 +139,11 @@ def count(folder: Path, share: float) -> float:
 
 def main() -> None:
     if sys.argv[1:2] == ["--as"]:
-        _, _, order, pruned, module, *arguments = sys.argv
+        _, _, order, pruned, rest, module, *arguments = sys.argv
         choose_by(order)
         prune(float(pruned))
+        if rest:
+            show_rest()
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__")
         return
@@ -128,12 +154,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--prune", type=float, default=1.0, help="share of the patches that the fusion goes on with")
     parser.add_argument("--train", nargs="+", default=[], help="more overrides of the training, e.g. data.size=medium")
+    parser.add_argument("--show-rest", action="store_true", help="the fusion sees z of the patches that are left out")
     options = parser.parse_args()
     prune(options.prune)  # for the count
+    if options.show_rest:
+        show_rest()
     rows: list[dict[str, Any]] = []
     print(f"{'':10}{'share':>8}{'GMAC':>10}{'accuracy':>10}{'deviation':>11}")
     for order, share in [("s", 1.0), *((order, share) for order in options.orders for share in options.shares)]:
-        found = [measure(options.out, order, share, options.prune, seed, options.train) for seed in options.seeds]
+        found = [
+            measure(options.out, order, share, options.prune, options.show_rest, seed, options.train)
+            for seed in options.seeds
+        ]
         gmac = count(options.out / f"{order}-{share:g}-{options.seeds[0]}", share)
         rows.append({"order": order, "share": share, "gmac": gmac, "accuracy": statistics.mean(found), "all": found})
         deviation = f"{statistics.stdev(found):11.2f}" if len(found) > 1 else ""
