@@ -16,7 +16,7 @@ from test_train import metrics_of
 from data_prep.engine.regions import draw_regions
 from vlabs.data.images import ImageReader, decode_region, decode_regions, seed_generators
 from vlabs.data.instances import crop_map, read_instances
-from vlabs.data.prepared import load_split
+from vlabs.data.prepared import count_regions, load_split
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
@@ -226,6 +226,8 @@ def test_coverage_has_the_share_of_each_patch_in_every_phrase(tiny_data):
             expected = crop_map(decode_regions(png, 2, "")[m], 32, GRID).ravel() if png else np.zeros(GRID[0] * GRID[1])
             np.testing.assert_allclose(found[n, m].numpy(), expected, atol=1e-6)
     assert (found[:, 0] != found[:, 1]).any()
+    with_palette = [png[25] == 3 for row in rows for png in row["region"] if png]
+    assert count_regions(tiny_data, "train", "phrases") == sum(with_palette) > 0
 
 
 def test_coverage_is_the_share_of_each_patch_in_the_masks_of_the_targets(tiny_data):
@@ -322,9 +324,9 @@ def make_task(**options):
     return VQATask(model, Preprocessing(16, ""), {}, Recipe(), **options)
 
 
-def set_up(task, known):
+def set_up(task, known, phrases=0):
     """What Lightning does before training; what the task wants of such data."""
-    data = SimpleNamespace(regions_known=known, val_split="val", answer_types=lambda split: [])
+    data = SimpleNamespace(regions_known=known, phrases_known=phrases, val_split="val", answer_types=lambda split: [])
     task._trainer = SimpleNamespace(datamodule=data, is_global_zero=True)
     wants = task.wants(data)
     task.setup("fit")
@@ -339,6 +341,15 @@ def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
     task = make_task(region_prior_weight=0.5)
     assert set_up(task, known=7).region_grid == (2, 2)
     assert task.region_prior_weight == 0.5
+
+
+def test_several_priors_that_no_region_tells_apart_are_named(capsys, monkeypatch):
+    for priors, phrases, said in ((1, 0, False), (2, 0, True), (2, 3, False)):
+        task = make_task(region_prior_weight=0.5)
+        monkeypatch.setattr(type(task.model), "prior_count", priors)
+        set_up(task, known=7, phrases=phrases)
+        told = "".join(capsys.readouterr())
+        assert (f"model.prior_count={priors}: no region tells the phrases of its text apart" in told) == said
 
 
 def test_the_focus_loss_is_refused_without_regions_or_images():

@@ -109,6 +109,11 @@ def draw_regions(regions: Sequence[Mapping[str, Any]], width: int, height: int) 
     return png.getvalue(), faults
 
 
+def tells_phrases(png: bytes) -> bool:
+    """Whether a drawn region tells its phrases apart: the color type in its header is that of a palette."""
+    return png[25:26] == b"\x03"
+
+
 def _draw(region: Mapping[str, Any], width: int, height: int, faults: list[str]) -> np.ndarray:
     """One region as (H, W) uint8; of several polygons those that can be drawn."""
     if "maps" in region:

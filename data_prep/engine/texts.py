@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from data_prep.engine.regions import tells_phrases
 from vlabs.data.features import CAPTION_FEATURES, VQA_FEATURES, statement_features
 from vlabs.data.instances import list_annotations
 from vlabs.data.prepared import read_answers
@@ -491,8 +492,10 @@ class Rows:
             counts["questions_with_vocabulary_answer"] = sum(map(bool, row["answer_ids"]))
         if self.kind.labels:
             counts["statements_with_label"] = sum(label != KEPT_BACK for label in row["label"])
-        known = zip(*(row[column] for column in self.region_columns), strict=True)
-        return {**counts, f"{texts}_with_region": sum(map(any, known))}
+        known = list(zip(*(row[column] for column in self.region_columns), strict=True))
+        counts[f"{texts}_with_region"] = sum(map(any, known))
+        counts[f"{texts}_with_phrases"] = sum(any(map(tells_phrases, of_text)) for of_text in known)
+        return counts
 
     def summary(self) -> dict[str, Any]:
         """What the manifest says of the whole folder."""

@@ -181,6 +181,11 @@ class PreparedDataModule(LoaderOptions, pl.LightningDataModule):
         """Number of training texts with a region."""
         return sum(count_regions(folder, "train") for folder in self.folders.values())
 
+    @property
+    def phrases_known(self) -> int:
+        """Number of training texts whose region tells its phrases apart."""
+        return sum(count_regions(folder, "train", "phrases") for folder in self.folders.values())
+
     def extent(self) -> dict[str, Any]:
         """How much is trained on, for checkpoints: the number of `images`; for texts also their number and `words`."""
         return {"images": len(self.rows(self.train_split))}

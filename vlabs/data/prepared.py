@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlabs.errors import UserError, one_line
 
@@ -107,10 +107,10 @@ def _read_names(path: Path, what: str, purpose: str) -> list[str]:
     return names
 
 
-def count_regions(directory: str | Path, split: str) -> int:
-    """Number of texts of a split with a region; 0 if there is no such split."""
+def count_regions(directory: str | Path, split: str, of: Literal["region", "phrases"] = "region") -> int:
+    """Number of texts of a split with a region, or a region that tells its phrases apart; 0 without such a split."""
     counts = read_manifest(directory)["splits"].get(split, {})
-    return sum(int(counts.get(f"{texts}_with_region", 0)) for texts in ("questions", "captions", "statements"))
+    return sum(int(counts.get(f"{texts}_with_{of}", 0)) for texts in ("questions", "captions", "statements"))
 
 
 def _read_json(path: Path) -> Any:

@@ -146,7 +146,8 @@ class VisionLanguageTask(Task):
         """Choose between the region and the alive loss, by whether the data have regions."""
         if stage != "fit" or not self.region_prior_weight:
             return
-        known = self.trainer.datamodule.regions_known  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        known, priors = data.regions_known, self.model.prior_count
         if known:
             self.alive_prior_weight *= not self.alive_by_data
         else:
@@ -155,6 +156,9 @@ class VisionLanguageTask(Task):
         if self.trainer.is_global_zero:
             what = f"{known:,} training texts have a region" if known else "the data have no regions"
             say(f"region prior loss: {what}, so its weight is {self.region_prior_weight:g}")
+            if known and priors > 1 and not data.phrases_known:
+                say(f"model.prior_count={priors}: no region tells the phrases of its text apart, so each ξ is taught "
+                    "the whole region; data that name phrases must be prepared again with this version")  # fmt: skip
 
     def first_passes(self) -> FirstPasses:
         """The stored first passes. They are identified by the weights, which a resumed run has only when loaders are
