@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,28 @@ def test_restval_is_training_and_its_images_are_those_of_val2014(tmp_path: Path)
     (folder / "val2014").rmdir()
     (tmp_path / "zips" / "val2014.zip").rename(folder / "val2014.zip")
     assert without_manifest(prepared("coco_captions", folder, tmp_path / "other")) == without_manifest(out)
+
+
+def test_cocos_own_captions_are_read_zipped_or_not(tmp_path: Path) -> None:
+    raw = tmp_path / "mine"
+    for first, subset in enumerate(("train2017", "val2017")):
+        (raw / subset).mkdir(parents=True)
+        Image.new("RGB", (8, 6), "red").save(raw / subset / "1.jpg")
+        (raw / "annotations").mkdir(exist_ok=True)
+        captions = [{"id": 2 * first + n, "image_id": 7 + first, "caption": f"Box {n}."} for n in range(2)]
+        content = {"images": [{"id": 7 + first, "file_name": "1.jpg"}], "annotations": captions}
+        (raw / f"annotations/captions_{subset}.json").write_text(json.dumps(content))
+    out = prepared("coco2017", raw, tmp_path / "out")
+    [row] = load_split(out, "val")
+    assert (row["image_id"], row["caption_id"], row["caption"]) == (8, [2, 3], ["Box 0.", "Box 1."])
+    assert read_manifest(out)["name"] == "mine"  # not COCO's numbers
+    for folder in ("annotations", "train2017", "val2017"):
+        shutil.make_archive(str(raw / folder), "zip", raw, folder)
+        shutil.rmtree(raw / folder)
+    (raw / "annotations.zip").rename(raw / "annotations_trainval2017.zip")
+    assert without_manifest(prepared("coco2017", raw, tmp_path / "zipped")) == without_manifest(out)
+    (raw / "val2017.zip").unlink()
+    assert "val2017.zip (or the folder val2017/)" in error_line(run_raw("coco2017", raw, tmp_path / "no"))
 
 
 def test_scenes_captions_carry_the_instances_they_are_about(tmp_path: Path) -> None:

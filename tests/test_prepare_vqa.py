@@ -502,7 +502,7 @@ def test_own_csv_gives_the_same_as_json_lines(own_images: Path) -> None:
 
     with (own_images / "q.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "question", "answers", "split"])
+        writer.writerow(["image", "question", "answer", "split"])  # or answers, as there
         for row in OWN:
             answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
             writer.writerow([row["image"], row["question"], "|".join(answers), ""])
@@ -515,6 +515,16 @@ def test_own_csv_gives_the_same_as_json_lines(own_images: Path) -> None:
     splits = read_manifest(own_images / "csv")["splits"]
     assert splits["train"]["images"] == 2
     assert splits["val"]["images"] == 1
+
+
+def test_a_table_without_answers_says_that_nothing_can_be_trained_on_it(own_images: Path) -> None:
+    rows = [{name: value for name, value in row.items() if name != "answers"} for row in OWN]
+    done = run_own(write_jsonl(own_images / "q.jsonl", rows), own_images / "out")
+    assert "0 answers in the vocabulary: no question has answers, so nothing can be trained" in done.stdout
+    folders = [f"data.dir={own_images / 'out'}", f"hydra.run.dir={own_images / 'run'}"]
+    line = error_line(run("vlabs.train", "data=vqav2", *folders, "data.image_size=32", "logger=csv"))
+    assert "out has no answers to train on: prepare it again" in line
+    assert not (own_images / "run").exists()
 
 
 def test_own_splits_and_missing_answers(own_images: Path) -> None:

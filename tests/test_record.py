@@ -497,11 +497,13 @@ def test_runs_in_folders_within_folders_are_found(tmp_path, capsys):
     names = ["seed=0/model/topdown=none", "seed=0/model/topdown=film", "10", "9", "9/inner"]
     for name in names:
         (tmp_path / name).mkdir(parents=True)
-        overrides = [f"model/topdown={name[-4:]}", f"seed={len(name)}"]
+        overrides = [f"model/topdown={name[-4:]}", f"seed={len(name)}", "+logger=csv"]
         summary = {"status": "done", "overrides": overrides, "command": "train", "fit_seconds": 1, "parameters": 1}
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
         (tmp_path / name / "config.yaml").write_text("{task: {}, model: {}, trainer: {}, data: {dir: data}}\n")
-    write_table(tmp_path)
+    _, common, columns, *_ = write_table(tmp_path).splitlines()
+    assert common == "all runs: logger=csv"  # which the table does not repeat
+    assert columns.split() == ["run", "status", "model/topdown", "seed", "fit_seconds", "parameters"]
     with open(tmp_path / "runs.csv", newline="") as file:
         found = [row["run"] for row in csv.DictReader(file)]
     assert found == ["9", "10", "seed=0/model/topdown=film", "seed=0/model/topdown=none"]  # none of 9 is another's

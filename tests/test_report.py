@@ -118,6 +118,13 @@ def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
     assert shown == pytest.approx(np.mean(means["film"]) - np.mean(means["none"]), abs=0.051)
 
 
+def test_a_figure_takes_an_image_with_one_question_where_there_is_no_other(sweep, tmp_path, monkeypatch):
+    runs = read_runs(sweep[0] / "sweep")
+    row = dict(report.load_split(runs[0].data_dir, "val")[0])
+    monkeypatch.setattr(report, "load_split", lambda *_: [row | {"question": row["question"][:1]}])
+    assert report._figure({"one": runs[:1]}, tmp_path / "figure.png").is_file()
+
+
 def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):
     cwd, _ = sweep
     build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20)

@@ -348,6 +348,26 @@ def test_a_bad_pair_is_one_line_and_left_out_only_if_told_to(wrong, message, tmp
         prepare_masks("ade20k", raw, tmp_path / "out")
 
 
+def test_folders_of_your_own_images_and_masks_are_read(tmp_path):
+    raw = tmp_path / "raw"
+    for split in ("train", "validation", "test"):
+        (raw / "images" / split).mkdir(parents=True)
+        (raw / "images" / split / "a.jpg").write_bytes(picture())
+    for split in ("train", "validation"):
+        (raw / "masks" / split).mkdir(parents=True)
+        (raw / "masks" / split / "a.png").write_bytes(encoded(labels([0, 1, 255]), "P"))
+    (raw / "classes.txt").write_text("wall\nred box\n")
+    prepare_masks("folders", raw, tmp_path / "out")
+    assert read_manifest(tmp_path / "out")["name"] == "raw"
+    assert json.loads((tmp_path / "out/classes.json").read_text()) == ["wall", "red box"]
+    for split, true in (("train", labels([0, 1, 255])), ("val", labels([0, 1, 255])), ("test", None)):
+        np.testing.assert_array_equal(masks_of(tmp_path / "out", split)["a"], true)
+    (raw / "masks/train/a.png").unlink()
+    (raw / "masks/train/b.png").write_bytes(encoded(labels([0]), "P"))
+    with pytest.raises(UserError, match="masks/train/a.png is missing"):
+        prepare_masks("folders", raw, tmp_path / "other")
+
+
 def test_archives_that_are_not_there_are_one_line(tmp_path):
     for layout, name in (("voc", "VOCtrainval_11-May-2012.tar"), ("cityscapes", "leftImg8bit_trainvaltest.zip")):
         with pytest.raises(UserError, match=name):

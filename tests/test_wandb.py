@@ -110,6 +110,7 @@ def test_a_run_that_goes_on_is_the_same_run_of_the_same_variant(tiny_run, tmp_pa
     known = (tmp_path / "run/wandb/run_id").read_text()
     result = command("vlabs.train", "resume=run", "trainer.max_epochs=3", *less, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "wandb:" not in result.stdout + result.stderr  # only what vlabs says of it
     assert (tmp_path / "run/wandb/run_id").read_text() == known
     first, second = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert first.name.endswith(f"-{known}")

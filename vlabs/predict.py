@@ -57,13 +57,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         from vlabs.prediction.predictor import load, open_image
         from vlabs.utils.device import find_device
 
-    for question in arguments.question:
-        check_text("a --question", question)
-    device = find_device(arguments.device)
-    pictures = [open_image(path) for path in arguments.image]
-    predictor = load(
-        arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
-    )
+        for question in arguments.question:
+            check_text("a --question", question)
+        device = find_device(arguments.device)
+        pictures = [open_image(path) for path in arguments.image]
+        predictor = load(
+            arguments.ckpt, device=device, answers=arguments.answers, tokenizer=arguments.tokenizer, keep=arguments.keep
+        )
     answers = predictor.answer(pictures, arguments.question, map_name=arguments.map, second_look=arguments.second_look)
     say(answers)
     show(f"the model's training: {predictor.checkpoint.training}")

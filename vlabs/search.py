@@ -51,11 +51,11 @@ def _search(arguments: argparse.Namespace) -> None:
         from vlabs.prediction.search import MEANING, Search, list_pictures
         from vlabs.utils.device import find_device
 
-    for query in arguments.query:
-        check_text("a --query", query)
-    device = find_device(arguments.device)
-    pictures = list_pictures(arguments.images)
-    checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
+        for query in arguments.query:
+            check_text("a --query", query)
+        device = find_device(arguments.device)
+        pictures = list_pictures(arguments.images)
+        checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
     if arguments.keep is not None:
         checkpoint.vision.keep = arguments.keep
     if arguments.bf16:

@@ -282,7 +282,8 @@ class Index:
                 f" {count}): lower --min-answer-count"
             )
         write_json(prepared / "answers.json", kept)
-        print(f"{len(kept):,} answers in the vocabulary")
+        none = "" if kept else ": no question has answers, so nothing can be trained on these data"
+        print(f"{len(kept):,} answers in the vocabulary{none}")
 
     def finish(self) -> None:
         """Leave out what is bad, unanswered questions among answered ones included, and close the file.

@@ -9,7 +9,8 @@ The table is JSON lines, a JSON list, CSV or TSV, with a header line. A table of
 
 - `image`: path of an image, relative to the table's folder or to `--image-root`
 - `question`: text in any language, of any length
-- `answers`: a list or a single answer (JSON); answers separated by `|` (CSV). Optional.
+- `answers` (or `answer`): a list or a single answer (JSON); answers separated by `|` (CSV). Optional: without answers
+  nothing can be trained or measured on the questions.
 - `split` (optional): `train`, `val`, `test` or any other name. Rows without one are divided between train and val by
   image, so that no image is in both; the division depends only on the paths of the images.
 - `question_id` (a whole number or a text), `question_type`, `answer_type` (optional). By default: the row's number
@@ -165,6 +166,8 @@ class Table(Reader):
                     f"{' and' if both else ' where the rows before it have'} a '{self.kind.item}': a table holds"
                     " questions or captions, not both"
                 )
+            if "answer" in values:
+                values.setdefault("answers", values["answer"])
             if self.path.suffix.lower() in (".csv", ".tsv"):  # in which all is text
                 if isinstance(answers := values.get("answers"), str):
                     values["answers"] = answers.split("|")

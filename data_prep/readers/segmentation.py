@@ -1,4 +1,4 @@
-"""Prepare images with a class per pixel: PASCAL VOC 2012, Cityscapes, ADE20K, or COCO instances of your own.
+"""Prepare images with a class per pixel: PASCAL VOC 2012, Cityscapes, ADE20K, COCO instances, or your own masks.
 
     vlabs prepare segmentation --layout voc --raw-dir RAW --out-dir data/voc
 
@@ -10,6 +10,8 @@ Download: what the layout names, to RAW; nothing needs unpacking.
     instances    COCO instances, in annotations*.zip or instances_SUBSET.json, and the images of a subset in SUBSET.zip
                  or a folder: a class is a category, pixels without an object are background, and of overlapping
                  objects the smaller one counts
+    folders      your own: images/SPLIT/NAME.jpg (or .png), masks/SPLIT/NAME.png, whose values are 0, 1, …, and
+                 classes.txt with the name of each, one per line; 255 does not count. A split without masks is a test
 
 Label values become 0, 1, … in the order of `classes.json`. Ignored pixels are 255 (65535 with more than 254 classes):
 VOC's borders, all but the 19 classes of Cityscapes, and ADE20K's 0. An image without its mask, a mask of another size
@@ -41,6 +43,7 @@ from vlabs.data.instances import list_annotations, list_categories
 from vlabs.data.prepared import CITYSCAPES, IGNORED
 from vlabs.errors import UserError, one_line, run_cli
 from vlabs.utils.files import write_json
+from vlabs.utils.plain import read_text
 
 _PAIRS_A_UNIT = 256
 _LARGEST_ARCHIVE = 16 * 2**30
@@ -268,8 +271,29 @@ def instances(raw_dir: Path) -> Layout:
     return Layout(("background", *(categories[one] for one in sorted(categories))), labels, splits, files)
 
 
+def folders(raw_dir: Path) -> Layout:
+    """Your own images and masks, in folders of splits."""
+    listed = _find(raw_dir, "classes.txt")
+    classes = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
+    listing = Listing(listed.parent)
+    splits: dict[str, list[Pair]] = {}
+    masks = {name.rpartition(".")[0]: name for name in listing.files if re.fullmatch(r"masks/.+\.png", name)}
+    labeled = {PurePosixPath(name).parts[1] for name in masks}
+    for path in sorted(name for name in listing.files if re.fullmatch(r"images/.+/.+", name)):
+        folder, name = path.split("/", 2)[1:]
+        stem = name.rpartition(".")[0]
+        own = f"masks/{folder}/{stem}"
+        mask = masks.get(own, f"{own}.png") if folder in labeled else None
+        splits.setdefault(split_name(folder, str(raw_dir)), []).append(_pair(stem, listing, path, mask))
+    if not splits:
+        raise UserError(f"{listed.parent} has no images/SPLIT/NAME.jpg beside classes.txt")
+    labels = {n: n for n in range(len(classes))} | {255: IGNORED}
+    places = sorted(path for one in ("images", "masks") for path in (listed.parent / one).glob("*") if path.is_dir())
+    return Layout(classes, labels, {split: _chunks(pairs) for split, pairs in splits.items()}, [listed, *places])
+
+
 LAYOUTS: dict[str, Callable[[Path], Layout]] = {
-    "voc": voc, "cityscapes": cityscapes, "ade20k": ade20k, "instances": instances,
+    "voc": voc, "cityscapes": cityscapes, "ade20k": ade20k, "instances": instances, "folders": folders,
 }  # fmt: skip
 
 
@@ -306,7 +330,9 @@ def prepare_masks(layout: str, raw_dir: Path, out_dir: Path, on_bad: str = "erro
         write_json(folder / "classes.json", list(found.classes))
         return {"layout": layout}
 
-    called = name or name_of_rendered(raw_dir) or (raw_dir.resolve().name if layout == "instances" else layout)
+    called = (
+        name or name_of_rendered(raw_dir) or (raw_dir.resolve().name if layout in ("instances", "folders") else layout)
+    )
     raw_files = [describe_raw(path) for path in found.files]
     folder = Folder("masks", called, MASK_FEATURES, units, raw_files, {"layout": layout}, place=place, finish=finish)
     prepare_units(folder, out_dir, on_bad)

@@ -25,7 +25,7 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class Wants:
-    """What a task needs from its data besides texts and images; see `vlabs.tasks.base.Task.wants`.
+    """What a task or evaluation needs from its data besides texts and images; see `Task.wants`, `Evaluation.wants`.
 
     Attributes:
         region_grid: rows and columns of the grid on which batches give the regions of texts; None for no regions.
@@ -74,7 +74,7 @@ class PreparedDataModule(LoaderOptions, pl.LightningDataModule):
         pictures: number of images that a text is about; 1 for most kinds of data.
         left_open: values of the preprocessing that no option sets. They are those of `by_default`, until a training
             takes them from the checkpoint or encoder that it starts from (`vlabs.training.pictures`).
-        wants: what the task or evaluation needs. Before a training it is asked of the task.
+        wants: what the task or evaluation needs, which is asked of it before it begins.
 
     Raises:
         UserError: the folder has no prepared data of this kind, there is no tokenizer, or an option is out of range.

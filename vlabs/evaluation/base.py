@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.module import PreparedDataModule
+from vlabs.data.module import PreparedDataModule, Wants
 from vlabs.errors import UserError
 from vlabs.evaluation.results import Results, Setting
 from vlabs.runs.trainer import autocast_of
@@ -40,6 +40,14 @@ class Evaluation:
         if "__init__" in vars(cls):
             checked("task")(cls)
 
+    def wants(self, checkpoint: Checkpoint, data: Any) -> Wants:
+        """What it needs from its data besides texts and images; the data module gets it before the measurement.
+
+        Args:
+            checkpoint, data: as in `measure`.
+        """
+        return Wants()
+
     def measure(self, checkpoint: Checkpoint, data: Any, results: Results) -> None:
         """Measure, and add rows, means, tables and figures to `results`, which prints and writes them.
 
@@ -58,6 +66,8 @@ class Evaluation:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")
             results.metrics["blind"] = True
+        if data is not None:
+            data.wants = self.wants(checkpoint, data)
         with contextlib.nullcontext() if self.in_trainer else autocast_of(setting.trainer):
             self.measure(checkpoint, data, results)
         return results.write() if is_rank_zero() else results.metrics

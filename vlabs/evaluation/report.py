@@ -467,9 +467,10 @@ def _mean(of_runs: Sequence[Any]) -> Any:
 
 
 def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
-    """Figure of the first validation image with two questions, as seen by the first run of each variant."""
+    """Figure of the first validation image with two questions (else the first), as seen by a run of each variant."""
     named = [(name, load_checkpoint(runs[0].path)) for name, runs in groups.items()]
-    row = next(row for row in load_split(next(iter(groups.values()))[0].data_dir, "val") if len(row["question"]) > 1)
+    rows = load_split(next(iter(groups.values()))[0].data_dir, "val")
+    row = next((row for row in rows if len(row["question"]) > 1), rows[0])
     image = decode_image(row["image"], f"image {row['image_id']}")
     return save_figure(checkpoints_figure(named, image, row["question"][:2], "fusion"), path)
 

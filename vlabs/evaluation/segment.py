@@ -179,6 +179,11 @@ class ReferEvaluation(Evaluation):
         self.num_pictures = num_pictures
         self.above = list(above)
 
+    def wants(self, checkpoint: Checkpoint, data: CaptionDataModule) -> Wants:
+        """See `Evaluation`; the regions of texts, one value per pixel."""
+        size = checkpoint.preprocessing.image_size
+        return Wants((size, size), regions_in_validation=True)
+
     @torch.inference_mode()
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
         """See `Evaluation`; in percent, with 95% intervals over texts."""
@@ -187,8 +192,6 @@ class ReferEvaluation(Evaluation):
         if not checkpoint.preprocessing.tokenizer:
             raise UserError(f"{checkpoint.path} has no tokenizer: train task=refer")
         model = checkpoint.segmenter.to(results.device)
-        size = checkpoint.preprocessing.image_size
-        data.wants = Wants((size, size), regions_in_validation=True)
         rows = data.rows(results.split)
         shown: list[Segmented] = []
         for batch in results.batches(data.eval_dataloader(results.split)):

@@ -210,7 +210,8 @@ def wandb_logger(
     }
 
     def make(mode: str) -> WandbLogger:
-        settings = wandb.Settings(quiet=True, **waits)
+        # What W&B says of a run offline is one line of ours; online it may have to warn.
+        settings = wandb.Settings(quiet=True, silent=mode == "offline", **waits)
         logger = WandbLogger(
             project=project, save_dir=save_dir, name=name, group=group, id=run_id, mode=mode, resume="allow",
             settings=settings,

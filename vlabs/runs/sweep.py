@@ -28,16 +28,19 @@ def check_table(sweep_dir: Path) -> None:
 def write_table(sweep_dir: Path) -> str:
     """Write SWEEP_DIR/runs.csv, one row per run with its overrides and results, and return it as text.
 
+    The text has one line for what all runs have in common, and columns only for what differs.
+
     Runs may be at any depth in the folder. The row of a failed run has the error. A run with a damaged summary.json is
     left out, which is printed.
     """
-    rows = []
+    rows, overrides = [], []
     for run in find_runs(sweep_dir):
         summary = read_summary(run)
         if summary is None:
             continue
         row: dict[str, Any] = {"run": run.relative_to(sweep_dir).as_posix(), "status": summary["status"]}
-        row |= dict(item.lstrip("+").split("=", 1) for item in summary["overrides"] if "=" in item)
+        overrides.append(dict(item.lstrip("+").split("=", 1) for item in summary["overrides"] if "=" in item))
+        row |= overrides[-1]
         row |= {key: value for key, value in summary.items() if key.startswith("best/")}
         row |= {key: summary.get(key) for key in _SHOWN}
         row["error"] = summary.get("error", "")
@@ -47,10 +50,14 @@ def write_table(sweep_dir: Path) -> str:
         writer = csv.DictWriter(file, fieldnames=header)
         writer.writeheader()
         writer.writerows(rows)
-    cells = [header] + [[_short(row.get(key)) for key in header] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    first = overrides[0] if overrides else {}
+    common = {name: value for name, value in first.items() if all(one.get(name) == value for one in overrides)}
+    shown = [name for name in header if name not in common and (name != "error" or any(row[name] for row in rows))]
+    cells = [shown] + [[_short(row.get(key)) for key in shown] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(shown))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([f"{sweep_dir / 'runs.csv'}:", *lines])
+    said = [" ".join(["all runs:", *(f"{name}={value}" for name, value in common.items())])] if common else []
+    return "\n".join([f"{sweep_dir / 'runs.csv'}:", *said, *lines])
 
 
 def _short(value: Any) -> str:

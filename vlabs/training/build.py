@@ -314,6 +314,8 @@ def _fill_in_sizes(config: DictConfig, data: PreparedDataModule) -> None:
             text.vocab_size = data.preprocessing.vocab_size
         for name in ("num_answers", "num_labels"):
             if head.get(name, 0) is None:
+                if not answers:
+                    raise UserError(f"{data.dir} has no answers to train on: prepare it again, from data with answers")
                 head[name] = answers
             elif answers and name == "num_labels" and head.get(name, answers) != answers:
                 raise UserError(f"model.head.{name}={head[name]}: {data.dir} has {answers}; pass null to take that")

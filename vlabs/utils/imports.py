@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+_COMPILER = ("torch._dynamo", "torch._dynamo.utils")
+"""The compiler of torch, 0.8 s of imports: timm and torchvision take decorators from it, and one from it says whether a
+device can compile."""
+
+
+class _NoCompiler(ModuleType):
+    """In the place of a compiler's module while nothing is compiled: every decorator in it returns the function."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda function=None, *args, **kwargs: function if callable(function) else lambda given: given
 
 
 @contextmanager
 def quick_imports(*unused: str) -> Iterator[None]:
-    """Context manager: import without what only takes time.
+    """Context manager: import libraries and load a model without what only takes time.
 
-    Nothing that is imported becomes garbage, so no garbage is searched for, now or when the process ends.
+    timm and models on `meta` ask for the compiler of torch, which is not imported. Functions that libraries exclude
+    from it meanwhile are not excluded, so this process must not compile. Nothing that is imported becomes garbage, so
+    no garbage is searched for, now or when the process ends.
 
     Args:
         unused: packages that other libraries import if they are there, but that nothing here uses; within the context
             they count as not installed.
     """
-    left_out = [name for name in unused if name not in sys.modules]
+    instead: dict[str, Any] = dict.fromkeys(unused)  # None is Python's own way to refuse an import
+    instead |= {name: _NoCompiler(name) for name in _COMPILER}
+    instead = {name: one for name, one in instead.items() if name not in sys.modules}
     was_enabled = gc.isenabled()
     gc.disable()
-    for name in left_out:
-        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to refuse an import
+    sys.modules.update(instead)
     try:
         yield
     finally:
-        for name in left_out:
+        for name in instead:
             del sys.modules[name]
         gc.freeze()
         if was_enabled:
