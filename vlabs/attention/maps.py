@@ -20,6 +20,8 @@ NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
 NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
 
+_COPIES = 32  # texts that are run at once
+
 UNSTEERED = "normgrad"
 """The default map where no ξ steers."""
 
@@ -185,7 +187,10 @@ def look_and_read(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor], np.ndarray | None]:
-    """As `look`, and the words' relevance: (n, T), see `Look`; None unless the map `relevance` is among the names."""
+    """As `look`, and the relevance of each token of a text, (n, T); None unless the map `relevance` is among the names.
+
+    As a measure of words it is poor, see `words_missed`.
+    """
     has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
     if has_gradient and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a gradient may be of copies only
@@ -228,6 +233,53 @@ def look_and_read(
     return output, {name: maps[name].cpu() for name in names}, words
 
 
+@torch.no_grad()
+def words_missed(
+    model: VisionLanguageModel,
+    image: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    words: Sequence[Sequence[int]],
+    prior: Tensor | None = None,
+    alpha: float | None = None,
+) -> np.ndarray:
+    """How far the best score of a text falls without each of its words: the attention mask leaves out its tokens.
+
+    Args:
+        model, image, alpha: as in `look`.
+        input_ids, attention_mask: of one text, (1, T).
+        words: for each word the positions of its tokens.
+        prior: ξ, (1, D_vision), instead of the text's own.
+
+    Returns:
+        (words,), float64: the change of the logit of the best answer or label, or of the ranking score; negative if it
+        rises.
+    """
+    weight = next(model.parameters())
+    encoded = model.vision.encode(image.to(weight))
+    masks = attention_mask.repeat(len(words) + 1, 1).to(weight.device)
+    for row, places in zip(masks[1:], words, strict=True):
+        row[list(places)] = 0
+    logits = []
+    for some in masks.split(_COPIES):
+        n = len(some)
+        index = torch.arange(len(image), device=weight.device).expand(n, -1)
+        logits.append(
+            model(
+                encoded,
+                input_ids.to(weight.device).expand(n, -1),
+                some,
+                index if len(image) > 1 else index[:, 0],
+                prior=None if prior is None else prior.to(weight).expand(n, *prior.shape[1:]),
+                alpha=alpha,
+            ).logits.double()
+        )
+    scores = torch.cat(logits)
+    if scores.ndim > 1:
+        scores = scores[:, scores[0].argmax()]
+    return (scores[0] - scores[1:]).cpu().numpy()  # type: ignore[no-any-return]
+
+
 def _without_words(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Texts of the same length with no word: what they begin and end with, and then padding."""
     last = attention_mask.sum(dim=1, keepdim=True) - 1
@@ -243,14 +295,12 @@ class Look(NamedTuple):
         maps: (n, p, rows, columns), non-negative, for the p images of each text.
         names: the map that is shown for each text.
         steers: whether ξ of each text is similar to any patch; None if no ξ steers.
-        words: (n, T), how much each token of a text counts, at least 0; None unless the map is `relevance`.
     """
 
     output: VLMOutput
     maps: np.ndarray
     names: list[str]
     steers: list[bool | None]
-    words: np.ndarray | None = None
 
 
 def legend_of(names: Sequence[str], own_range: bool = False) -> str:
@@ -274,10 +324,10 @@ def look_by(
         name: name of the map; the other arguments are those of `look`.
     """
     given = model, image, input_ids, attention_mask
-    output, found, words = look_and_read(*given, [name], prior, alpha)
+    output, found = look(*given, [name], prior, alpha)
     if name == "weights" and not found[name].flatten(1).any(dim=1).all():
         found |= look(*given, [UNSTEERED], prior, alpha)[1]
-    return _chosen(model, output, found, [name, UNSTEERED], len(image))._replace(words=words)
+    return _chosen(model, output, found, [name, UNSTEERED], len(image))
 
 
 def look_of(model: VisionLanguageModel, output: VLMOutput) -> Look:

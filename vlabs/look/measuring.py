@@ -123,7 +123,7 @@ def faithfulness(
     scores = _scores(looker, rows, data)
 
     def scored(item: Asked, pixels: Inputs, taken: list[np.ndarray]) -> list[float]:
-        text, _ = looker.text(item.text)
+        text = looker.text(item.text)
         said = []
         for start in range(0, len(taken), _BATCH):
             given = looker.looks.without(pixels, taken[start : start + _BATCH])
@@ -186,7 +186,7 @@ def _each(
         row = rows[item.row]
         image = decode_image(read_bytes(row), name_of(row))
         pixels = looker.pixels(image)
-        text, _ = looker.text(item.text)
+        text = looker.text(item.text)
         yield item, image.size, pixels, looker.looks.look(pixels, text, maps)
 
 
