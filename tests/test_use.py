@@ -202,6 +202,9 @@ def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, ti
     masked = np.asarray(view_of(image, (0, 0, 60, 60), np.arange(36.0).reshape(6, 6), "masked", (9, 9, 9)))
     assert np.array_equal(masked[40:], np.asarray(image)[40:])
     assert (masked[:20] == 9).all()
+    for size, part in (((1, 90), (1, 30)), ((90, 1), (30, 1)), ((1, 1), (1, 1))):  # windows of less than a pixel
+        for found in (values, np.eye(6)[::-1] * np.arange(6)):
+            assert view_of(Image.new("RGB", size), (0, 0, *size), found, "crop", (9, 9, 9)).size == part
 
     predictor, question = vlabs.load(tiny_run[0]), "What color is the big star?"
     names = list(predictor.preprocessing.names)

@@ -91,7 +91,8 @@ class Looker:
             read = self.images(images=[image], return_tensors="pt")
         except (ValueError, ZeroDivisionError, RuntimeError) as error:  # an image of a few pixels' height, for example
             size = f"{image.width} x {image.height} pixels"
-            raise UserError(f"{self.name} cannot read an image of {size}: {one_line(str(error))[:120]}") from None
+            said = one_line(str(error))[:120]
+            raise UserError(f"{self.name} cannot read an image of {size}: crop it to another shape ({said})") from None
         given = {name: value.to(self.device) for name, value in read.items()}
         if "spatial_shapes" in given:  # leave out the padding
             count = int(given["spatial_shapes"][0].prod())
