@@ -35,19 +35,32 @@ def default_map(model: VisionLanguageModel) -> str:
     return "weights" if topdown is not None and topdown.needs_prior else UNSTEERED
 
 
+def lacking(vision: AbSViT, has_text: bool = True) -> dict[str, str]:
+    """The maps that an image encoder does not have, and what each needs.
+
+    Args:
+        vision: the encoder.
+        has_text: whether a fusion reads it; otherwise it classifies.
+    """
+    found = {} if has_text else dict.fromkeys(("fusion", "contrast"), "a text")
+    if not vision.backbone.is_even:
+        even = "an encoder whose blocks all have the same tokens"
+        found |= dict.fromkeys(("rollout",) if has_text else ("rollout", "relevance"), even)
+    if not vision.backbone.last_is_recorded:
+        found |= dict.fromkeys(("cls", "gradient"), "attention over the whole image in the encoder's last block")
+    return found
+
+
 def maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Which of some maps a model has, and which it does not have, each with the reason."""
     if isinstance(model, AbSViTClassifier):
-        vision, steers = model.encoder, model.encoder.needs_prior
-        lacking = {"fusion": "a text", "contrast": "a text"}
+        needed, steers = lacking(model.encoder, has_text=False), model.encoder.needs_prior
     else:
-        vision, steers, lacking = model.vision, model.prior is not None, {}
+        needed, steers = lacking(model.vision), model.prior is not None
     if not steers:
-        lacking["weights"] = "a ξ"
-    if not vision.backbone.is_even:
-        lacking["rollout"] = "an encoder whose blocks all have the same tokens"
-    return [one for one in names if one not in lacking], [
-        f"{one} is left out: it needs {lacking[one]}" for one in names if one in lacking
+        needed["weights"] = "a ξ"
+    return [one for one in names if one not in needed], [
+        f"{one} is left out: it needs {needed[one]}" for one in names if one in needed
     ]
 
 
@@ -90,7 +103,13 @@ def attention_map(
 
     Returns:
         (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights`.
+
+    Raises:
+        UserError: the encoder does not have the map, see `lacking`.
     """
+    has_text = not isinstance(output, ClassOutput)
+    if needed := lacking(vision, has_text).get(name):
+        raise UserError(f"the map {name} needs {needed}: choose another")
     if name == "fusion":
         if isinstance(output, ClassOutput) or output.image_read is None:
             raise ValueError("the fusion map needs read_image=True")
@@ -108,7 +127,7 @@ def attention_map(
         inner = [x for x in recorded.states if x is not None and x.shape[:2] == output.seen.hidden.shape[:2]]
         values = normgrad(best_score(output.logits), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
-        if recorded is None or not recorded.attention:
+        if recorded is None or not (recorded.attention or recorded.fusion):
             raise ValueError(f"the {name} map needs the recorded attention")
         if name == "relevance":
             more = 0 if output.prior_reads is None else output.prior_reads.shape[1]
@@ -129,8 +148,8 @@ def attention_map(
 def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """A map (n, N) from the attention of every block (n, heads, N, N)."""
 
-    last = attention[-1]
-    attention = [weights[..., : weights.shape[2]] for weights in attention]  # other keys than the tokens are words
+    last, tokens = attention[-1], output.seen.hidden.shape[1]
+    attention = [weights[..., :tokens] for weights in attention]  # other keys than the tokens are words
 
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
@@ -138,15 +157,13 @@ def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, at
     if name == "cls":
         return read(attention[-1]).mean(dim=1)
     if name == "rollout":
-        if not vision.backbone.is_even:
-            raise UserError("the map rollout needs an encoder whose blocks all have the same tokens: choose another")
         rolled = torch.eye(attention[0].shape[-1]).to(attention[0])
         for weights in attention:
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
         return read(rolled)
     gradient = torch.autograd.grad(best_score(output.logits).sum(), last, retain_graph=True)[0]
-    return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, : attention[-1].shape[-1]]
+    return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, :tokens]
 
 
 def look(
