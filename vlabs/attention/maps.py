@@ -29,7 +29,9 @@ UNSTEERED = "normgrad"
 def default_map(model: VisionLanguageModel) -> str:
     """The default map: the token weights if ξ steers the encoder, otherwise `UNSTEERED`.
 
-    Of all maps, these were as faithful as the best on every task that was measured (`docs/looking.md`).
+    The token weights are computed anyway and lie best on what a text is about. They are among the most faithful maps,
+    but where scenes have many objects `cls` is more faithful (`docs/looking.md`). Elsewhere `UNSTEERED` was as faithful
+    as the best for every model that reads a text.
     """
     topdown = model.vision.topdown
     return "weights" if topdown is not None and topdown.needs_prior else UNSTEERED
