@@ -12,6 +12,9 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vlabs.attention import MAPS
+from vlabs.attention.classes import class_maps
+from vlabs.attention.maps import maps_of
 from vlabs.checkpoints.pretrained import vit_from_timm
 from vlabs.errors import UserError
 from vlabs.models import backbones
@@ -363,6 +366,27 @@ def test_parameters_are_those_of_table_2(architecture):
             encoder = AbSViT(architecture, topdown=topdown, num_classes=1000)
         millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
         assert abs(millions - published) <= 0.5 + 0.03 * published
+
+
+@pytest.mark.parametrize("kind", ["clip", "rvt_pooled", "fan", "swin"])
+def test_an_encoder_has_every_map_or_says_what_it_needs(kind):
+    encoder, images = make(kind, num_classes=3)
+    model = AbSViTClassifier(encoder).eval()
+    names, said = maps_of(model, list(MAPS))
+    logits, maps = class_maps(model, images, names)
+    for name in names:
+        assert maps[name].shape == (2, *encoder.grid_size), name
+        assert maps[name].isfinite().all()
+        assert maps[name].max() > 0, name
+    assert {"norm", "normgrad"} <= set(names)
+    assert (len(said) == 3) == (kind == "clip")  # a ξ and a text, which these do not have
+    for name in set(MAPS) - set(names) - {"weights"}:
+        with pytest.raises(UserError, match=f"the map {name} needs .*: choose another"):
+            class_maps(model, images, [name])
+    if kind == "fan":  # its last block computes the row of [cls] alone
+        attention: list[torch.Tensor] = []
+        encoder.encode(images, record=attention)
+        torch.testing.assert_close(maps["cls"].flatten(1), attention[-1][:, :, 0, 1:].mean(dim=1))
 
 
 @pytest.mark.parametrize("kind", ["rvt", "fan", "dinov3", "siglip2", "swin"])

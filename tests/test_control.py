@@ -10,7 +10,7 @@ from PIL import Image
 from test_classify import TINY, objects  # noqa: F401  (a fixture)
 
 from data_prep.scenes.objects import SIZES, draw_several, make_several
-from vlabs.attention.classes import look_for
+from vlabs.attention.classes import class_maps, look_for
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.prepared import load_split
 from vlabs.data.several import open_several, pairs, read_several
@@ -87,6 +87,22 @@ def test_a_class_is_asked_for_by_its_row_of_the_last_layer(run):
     assert (found.norm[0] - found.norm[1]).abs().max() > 0
 
 
+def test_maps_of_a_class_explain_its_own_logit_under_its_own_prior(run):
+    model = load_checkpoint(run).classifier
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels, names = [4, 1], ["norm", "weights", "gradient"]
+    _, maps = class_maps(model, image.expand(2, -1, -1, -1), names, labels, alpha=7.0)
+    found = look_for(model, image, labels, alpha=7.0)
+    torch.testing.assert_close(maps["norm"], found.norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(maps["weights"], found.weights, rtol=1e-4, atol=1e-5)
+    for n, label in enumerate(labels):
+        attention: list[torch.Tensor] = []
+        logits, *_ = model(image, model.class_priors([label]), alpha=7.0, record=attention)
+        gradient = torch.autograd.grad(logits[0, label], attention[-1])[0]
+        plain = (gradient * attention[-1]).clamp(min=0).sum(dim=(0, 1, 2))[1:]
+        torch.testing.assert_close(maps["gradient"][n].flatten(), plain, rtol=1e-3, atol=1e-6)
+
+
 def test_control_is_measured_from_the_command_line(run, tmp_path, in_process):
     make_several("tiny", tmp_path / "several", 8)
     options = ["task=control", f"ckpt={run}", "task.several=several", "trainer.enable_progress_bar=false"]
@@ -131,6 +147,7 @@ def test_the_figure_has_a_row_a_model_and_a_column_a_class(run, objects, tmp_pat
     svg = (tmp_path / "out.svg").read_text()
     for text in ("bottom-up", "solid star", "solid circle", "one", "two"):
         assert f"<!-- {text} -->" in svg
+    assert "(relevance): " in svg
     wrong = command("vlabs.attention", *arguments, "--class", "cat", "--image", "a.png", cwd=tmp_path)
     assert_one_line_error(wrong, "--class cat", "solid_circle")
 

@@ -101,6 +101,11 @@ def test_what_is_no_picture_is_one_line_without_an_address(content, monkeypatch)
     assert "\n" not in str(refused.value)
 
 
+def test_heic_of_a_phone_is_named_and_what_to_do():
+    with pytest.raises(UserError, match="HEIC, which needs another program: save it as JPEG"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "IMG_1.HEIC")
+
+
 def test_whatever_a_decoder_raises_is_one_line(monkeypatch):
     content = saved(Image.new("L", (9, 9)), "PNG")
     for error in (KeyError("a\nb"), struct.error("x"), MemoryError(), RecursionError("deep"), AttributeError("y")):

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tiny_models import save_tiny
 
 from vlabs.attention.gradients import inputs_of
-from vlabs.attention.maps import MAPS, default_map, look, look_by
+from vlabs.attention.maps import MAPS, default_map, look, look_and_read
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
 from vlabs.data.prepared import load_split
@@ -155,10 +155,10 @@ def test_maps_of_gradients_equal_a_plain_computation(tiny_run):
     read = [(g * a).clamp(min=0).mean(dim=1)[0].tolist() for g, a in zip(zeros, kept, strict=False)]
     layers = list(zip(*[iter(read[len(attention) :])] * 4, strict=True))
     patches, words = _plain_relevance((read[: len(attention)], layers), 5, attention[0].shape[-1])
-    found = look_by(model, image, ids, mask, "relevance")
-    np.testing.assert_allclose(found.maps.ravel(), patches[1:], rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose(found.words[0], words, rtol=1e-5, atol=1e-12)
-    assert found.words[0, 4] == 0  # padding
+    _, found, counted = look_and_read(model, image, ids, mask, ["relevance"])
+    np.testing.assert_allclose(found["relevance"].ravel(), patches[1:], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(counted[0], words, rtol=1e-5, atol=1e-12)
+    assert counted[0, 4] == 0  # padding
 
     product = np.ones(len(patches))
     for g, x in zip(zeros[len(kept) :], states, strict=True):
@@ -357,7 +357,8 @@ def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run,
     given = ["task=faithfulness", "task.maps=[norm,weights]", "task.num_texts=4", "task.batch_size=7", *place]
     result = in_process("vlabs.evaluate", given, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert all(f"\n| {name} " in result.stdout for name in ("norm", "weights", "random", "words by relevance"))
+    words = [f"words by {name}" for name in ("leaving one out", "relevance")]
+    assert all(f"\n| {name} " in result.stdout for name in ("norm", "weights", "random", "words at random", *words))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "out/faithfulness.jsonl").read_text().splitlines()]
     assert metrics["norm/gap"] == pytest.approx(np.mean([one["norm"]["gap"] for one in records]))
@@ -380,3 +381,20 @@ def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run,
         deletion, insertion = areas_by_hand(values.flatten().argsort(descending=True).tolist(), score)
         assert record["norm"]["deletion"] == pytest.approx(deletion, abs=1e-6)
         assert record["norm"]["insertion"] == pytest.approx(insertion, abs=1e-6)
+
+        spoken = [places for _, places in checkpoint.preprocessing.words(record["text"])]
+        best = int(checkpoint.model(image, ids, mask).logits[0].argmax())
+
+        def logits(taken):
+            left = mask.clone()  # noqa: B023
+            left[0, [place for word in taken for place in spoken[word]]] = 0  # noqa: B023
+            return checkpoint.model(image, ids, left).logits[0]  # noqa: B023
+
+        def score_of(taken):
+            named = checkpoint.preprocessing.names[logits(taken).argmax()]
+            return 100 * answer_accuracy(named, answers)  # noqa: B023
+
+        without = [float(logits([word])[best]) for word in range(len(spoken))]
+        deletion, insertion = areas_by_hand(np.argsort(without).tolist(), score_of)
+        assert record[words[0]]["deletion"] == pytest.approx(deletion, abs=1e-6)
+        assert record[words[0]]["insertion"] == pytest.approx(insertion, abs=1e-6)

@@ -79,6 +79,15 @@ def test_pope_is_read_as_it_is_downloaded_and_scored_by_precision_and_recall(tin
     right = [yes for yes, line in zip(said, lines, strict=True) if line["label"] == "yes"]
     assert metrics["recall"] == pytest.approx(100 * sum(right) / 3)
     assert metrics["yes"] == pytest.approx(100 * sum(said) / 6)
+    # These data have no vocabulary of answers, and need none for what is right.
+    more = ["task=faithfulness", "task.maps=[norm]", *given[:-1], "hydra.run.dir=faithful"]
+    assert in_process("vlabs.evaluate", [*more, "data.num_workers=0"], tmp_path).returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "faithful/faithfulness.jsonl").read_text().splitlines()]
+    labels = {line["question_id"]: line["label"] for line in lines}
+    assert {row["id"]: row["right"] for row in rows} == {
+        n: 100.0 * (answers[n] == label) for n, label in labels.items()
+    }
+    assert any(row["right"] for row in rows)
     assert yes_no(["yes", "yes", "cat", "no"], ["yes", "no", "yes", "no"]) == {
         "precision": 50, "recall": 50, "f1": 50, "yes": 50
     }  # fmt: skip

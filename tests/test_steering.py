@@ -9,7 +9,7 @@ from conftest import assert_one_line_error, command
 
 from vlabs.attention.maps import attention_map
 from vlabs.checkpoints.checkpoint import load_checkpoint
-from vlabs.data.prepared import load_split, read_answers
+from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.evaluation.grounding import find_targets
 from vlabs.evaluation.judging import Scores
@@ -52,7 +52,7 @@ def test_pairs_are_about_different_parts_and_measured_as_the_model_says(tiny_run
             assert not (pair.masks["own"] & pair.masks["other"]).any()
             assert set(pair.own.targets).isdisjoint(pair.other.targets)
     pairs = images[0]
-    found = list(_measure(checkpoint, Scores(rows, read_answers(tiny_data)), pairs))
+    found = list(_measure(checkpoint, Scores(rows), pairs))
     pair, row = pairs[0], rows[pairs[0].own.row]
     image = preprocessing.image(decode_image(row["image"], "image"))[None]
     ids, mask = preprocessing.pad(preprocessing.token_ids([pair.own.text, pair.other.text]))

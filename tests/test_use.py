@@ -101,11 +101,24 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     assert started.new_words("is it green") == ["green"]
 
 
-def test_the_words_that_counted_are_those_of_the_question(tiny_run):
-    question = "What color is the big star?"
-    answer = vlabs.load(tiny_run[0]).answer(Image.new("RGB", (40, 40), "red"), [question], map_name="relevance")[0]
+def test_the_words_that_counted_are_those_without_which_the_best_score_falls(tiny_run):
+    question, image = "What color is the big star?", Image.new("RGB", (40, 40), "red")
+    predictor = vlabs.load(tiny_run[0])
+    predictor.model.double()  # it has hardly learned, so that scores differ by little
+    _, answer = predictor.answer(image, ["Is it red?", question], map_name="relevance")
     assert "".join(word for word, _ in answer.words).lower() == question.replace(" ", "").lower()
+    ids, mask = predictor.preprocessing.pad(predictor.preprocessing.token_ids([question]))
+    pixels = predictor.preprocessing.image(image)[None].double()
+    with torch.no_grad():
+        whole = predictor.model(pixels, ids, mask).logits[0]
+        falls = []
+        for _, places in predictor.preprocessing.words(question):
+            left = mask.clone()
+            left[0, places] = 0
+            falls.append(max(0.0, float((whole - predictor.model(pixels, ids, left).logits[0])[whole.argmax()])))
+    assert [share for _, share in answer.words] == pytest.approx([fall / sum(falls) for fall in falls], abs=1e-4)
     assert sum(share for _, share in answer.words) == pytest.approx(1)
+    assert predictor.answer(image, [question], map_name="normgrad")[0].words is None
     best = max(answer.words, key=lambda word: word[1])
     assert answer.counted.startswith(f"words that counted: {best[0]} {best[1]:.0%}, ")
     shown = _question(answer)
@@ -189,6 +202,9 @@ def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, ti
     masked = np.asarray(view_of(image, (0, 0, 60, 60), np.arange(36.0).reshape(6, 6), "masked", (9, 9, 9)))
     assert np.array_equal(masked[40:], np.asarray(image)[40:])
     assert (masked[:20] == 9).all()
+    for size, part in (((1, 90), (1, 30)), ((90, 1), (30, 1)), ((1, 1), (1, 1))):  # windows of less than a pixel
+        for found in (values, np.eye(6)[::-1] * np.arange(6)):
+            assert view_of(Image.new("RGB", size), (0, 0, *size), found, "crop", (9, 9, 9)).size == part
 
     predictor, question = vlabs.load(tiny_run[0]), "What color is the big star?"
     names = list(predictor.preprocessing.names)

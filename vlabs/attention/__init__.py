@@ -17,7 +17,7 @@ MAPS: dict[str, str] = {
     "cls": "what the encoder's [cls] reads in its last block",
     "rollout": "what the encoder's [cls] reads through all blocks",
     "gradient": "what the best answer depends on: gradient × attention",
-    "relevance": "what the best answer depends on, followed back through attention, and which words count",
+    "relevance": "what the best answer depends on, followed back through attention",
     "normgrad": "tokens whose change would change the best answer most",
     "contrast": "what the text reads of the image and an empty text does not",
 }

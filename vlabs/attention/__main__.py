@@ -52,7 +52,8 @@ def main() -> None:
     )
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="the figure (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else "
-                        "normgrad; fusion for --figure alpha)")  # fmt: skip
+                        "normgrad; fusion for --figure alpha; relevance for control, as the "
+                        "paper: norm)")  # fmt: skip
     parser.add_argument("--alpha", type=number(0, MOST_ALPHA), action="append", help="for --figure alpha (default 1, 3 "
                         "and 10) and control (default 10)")  # fmt: skip
     parser.add_argument("--data", help="for --figure reconstruction: prepared data (default: its training data)")
@@ -126,14 +127,12 @@ def _control(arguments: argparse.Namespace) -> Figure:
 
     if not arguments.classes or len(arguments.image) > 2 or arguments.question:
         raise UserError("--figure control takes --image once or twice, --class once or more, and no --question")
-    if (arguments.map or "norm") not in ("norm", "weights"):
-        raise UserError(f"--map {arguments.map}: --figure control shows norm or weights")
     alpha = arguments.alpha or [10.0]
     if len(alpha) > 1:
         raise UserError("--figure control takes --alpha once")
     images = [open_image(path) for path in arguments.image]
     checkpoints = [_load(text, ("classes",)) for text in arguments.ckpt]
-    return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "norm")
+    return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "relevance")
 
 
 def _load(text: str, needs: Sequence[str] = ("texts", "one image")) -> tuple[str, Checkpoint]:

@@ -64,13 +64,21 @@ def look_for(model: AbSViTClassifier, image: Tensor, labels: Sequence[int], alph
     )
 
 
-def class_maps(model: AbSViTClassifier, images: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Classify images, and compute maps; those of gradients explain the best class.
+def class_maps(
+    model: AbSViTClassifier,
+    images: Tensor,
+    names: Sequence[str],
+    labels: Sequence[int] | None = None,
+    alpha: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Classify images, and compute maps; those of gradients explain the best class, or the one that is asked for.
 
     Args:
         model: in eval mode.
         images: (n, 3, H, W), normalized; on any device.
         names: names in `vlabs.attention.MAPS` that the model has, see `maps_of`.
+        labels: n classes, each asked for in its image by its own ξ, as in `look_for`; None for the trained ξ.
+        alpha: the strength of the top-down signal instead of the model's own.
 
     Returns:
         Logits (n, K), and the maps (n, rows, columns) by name: non-negative, without gradients, on the CPU.
@@ -80,9 +88,9 @@ def class_maps(model: AbSViTClassifier, images: Tensor, names: Sequence[str]) ->
     if has_gradient:
         images.requires_grad_()  # frozen parameters alone would leave no gradient
     with torch.set_grad_enabled(has_gradient), recording(model.encoder, names) as recorded:
-        logits, _, seen = model(
-            images, reconstruct=False, record=recorded.attention if set(names) & set(NEEDS_ATTENTION) else None
-        )
-        output = ClassOutput(logits, seen)
+        prior = None if labels is None else model.class_priors(labels)
+        record = recorded.attention if set(names) & set(NEEDS_ATTENTION) else None
+        logits, _, seen = model(images, prior, reconstruct=False, alpha=alpha, record=record)
+        output = ClassOutput(logits if labels is None else logits[range(len(labels)), labels][:, None], seen)
         maps = {name: attention_map(output, model.encoder, name, recorded).detach().cpu() for name in names}
     return logits.detach(), maps

@@ -20,6 +20,8 @@ NEEDS_ATTENTION = ("cls", "rollout", "gradient", "relevance")
 NEEDS_GRADIENT = ("gradient", "relevance", "normgrad")
 
 
+_COPIES = 32  # texts that are run at once
+
 UNSTEERED = "normgrad"
 """The default map where no ξ steers."""
 
@@ -27,25 +29,40 @@ UNSTEERED = "normgrad"
 def default_map(model: VisionLanguageModel) -> str:
     """The default map: the token weights if ξ steers the encoder, otherwise `UNSTEERED`.
 
-    Of all maps, these were as faithful as the best on every task that was measured (`docs/looking.md`).
+    The token weights are computed anyway and lie best on what a text is about. They are among the most faithful maps,
+    but where scenes have many objects `cls` is more faithful (`docs/looking.md`). Elsewhere `UNSTEERED` was as faithful
+    as the best for every model that reads a text.
     """
     topdown = model.vision.topdown
     return "weights" if topdown is not None and topdown.needs_prior else UNSTEERED
 
 
+def lacking(vision: AbSViT, has_text: bool = True) -> dict[str, str]:
+    """The maps that an image encoder does not have, and what each needs.
+
+    Args:
+        vision: the encoder.
+        has_text: whether a fusion reads it; otherwise it classifies.
+    """
+    found = {} if has_text else dict.fromkeys(("fusion", "contrast"), "a text")
+    if not vision.backbone.is_even:
+        even = "an encoder whose blocks all have the same tokens"
+        found |= dict.fromkeys(("rollout",) if has_text else ("rollout", "relevance"), even)
+    if not vision.backbone.last_is_recorded:
+        found |= dict.fromkeys(("cls", "gradient"), "attention over the whole image in the encoder's last block")
+    return found
+
+
 def maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Which of some maps a model has, and which it does not have, each with the reason."""
     if isinstance(model, AbSViTClassifier):
-        vision, steers = model.encoder, model.encoder.needs_prior
-        lacking = {"fusion": "a text", "contrast": "a text"}
+        needed, steers = lacking(model.encoder, has_text=False), model.encoder.needs_prior
     else:
-        vision, steers, lacking = model.vision, model.prior is not None, {}
+        needed, steers = lacking(model.vision), model.prior is not None
     if not steers:
-        lacking["weights"] = "a ξ"
-    if not vision.backbone.is_even:
-        lacking["rollout"] = "an encoder whose blocks all have the same tokens"
-    return [one for one in names if one not in lacking], [
-        f"{one} is left out: it needs {lacking[one]}" for one in names if one in lacking
+        needed["weights"] = "a ξ"
+    return [one for one in names if one not in needed], [
+        f"{one} is left out: it needs {needed[one]}" for one in names if one in needed
     ]
 
 
@@ -88,7 +105,13 @@ def attention_map(
 
     Returns:
         (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights`.
+
+    Raises:
+        UserError: the encoder does not have the map, see `lacking`.
     """
+    has_text = not isinstance(output, ClassOutput)
+    if needed := lacking(vision, has_text).get(name):
+        raise UserError(f"the map {name} needs {needed}: choose another")
     if name == "fusion":
         if isinstance(output, ClassOutput) or output.image_read is None:
             raise ValueError("the fusion map needs read_image=True")
@@ -106,7 +129,7 @@ def attention_map(
         inner = [x for x in recorded.states if x is not None and x.shape[:2] == output.seen.hidden.shape[:2]]
         values = normgrad(best_score(output.logits), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
-        if recorded is None or not recorded.attention:
+        if recorded is None or not (recorded.attention or recorded.fusion):
             raise ValueError(f"the {name} map needs the recorded attention")
         if name == "relevance":
             more = 0 if output.prior_reads is None else output.prior_reads.shape[1]
@@ -127,8 +150,8 @@ def attention_map(
 def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """A map (n, N) from the attention of every block (n, heads, N, N)."""
 
-    last = attention[-1]
-    attention = [weights[..., : weights.shape[2]] for weights in attention]  # other keys than the tokens are words
+    last, tokens = attention[-1], output.seen.hidden.shape[1]
+    attention = [weights[..., :tokens] for weights in attention]  # other keys than the tokens are words
 
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
@@ -136,15 +159,13 @@ def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, at
     if name == "cls":
         return read(attention[-1]).mean(dim=1)
     if name == "rollout":
-        if not vision.backbone.is_even:
-            raise UserError("the map rollout needs an encoder whose blocks all have the same tokens: choose another")
         rolled = torch.eye(attention[0].shape[-1]).to(attention[0])
         for weights in attention:
             mixed = (weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2
             rolled = mixed @ rolled
         return read(rolled)
     gradient = torch.autograd.grad(best_score(output.logits).sum(), last, retain_graph=True)[0]
-    return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, : attention[-1].shape[-1]]
+    return (gradient * last).clamp(min=0).sum(dim=(1, 2))[:, :tokens]
 
 
 def look(
@@ -185,7 +206,10 @@ def look_and_read(
     prior: Tensor | None = None,
     alpha: float | None = None,
 ) -> tuple[VLMOutput, dict[str, Tensor], np.ndarray | None]:
-    """As `look`, and the words' relevance: (n, T), see `Look`; None unless the map `relevance` is among the names."""
+    """As `look`, and the relevance of each token of a text, (n, T); None unless the map `relevance` is among the names.
+
+    As a measure of words it is poor, see `words_missed`.
+    """
     has_gradient = not set(names).isdisjoint(NEEDS_GRADIENT)
     if has_gradient and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a gradient may be of copies only
@@ -228,6 +252,53 @@ def look_and_read(
     return output, {name: maps[name].cpu() for name in names}, words
 
 
+@torch.no_grad()
+def words_missed(
+    model: VisionLanguageModel,
+    image: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    words: Sequence[Sequence[int]],
+    prior: Tensor | None = None,
+    alpha: float | None = None,
+) -> np.ndarray:
+    """How far the best score of a text falls without each of its words: the attention mask leaves out its tokens.
+
+    Args:
+        model, image, alpha: as in `look`.
+        input_ids, attention_mask: of one text, (1, T).
+        words: for each word the positions of its tokens.
+        prior: ξ, (1, D_vision), instead of the text's own.
+
+    Returns:
+        (words,), float64: the change of the logit of the best answer or label, or of the ranking score; negative if it
+        rises.
+    """
+    weight = next(model.parameters())
+    encoded = model.vision.encode(image.to(weight))
+    masks = attention_mask.repeat(len(words) + 1, 1).to(weight.device)
+    for row, places in zip(masks[1:], words, strict=True):
+        row[list(places)] = 0
+    logits = []
+    for some in masks.split(_COPIES):
+        n = len(some)
+        index = torch.arange(len(image), device=weight.device).expand(n, -1)
+        logits.append(
+            model(
+                encoded,
+                input_ids.to(weight.device).expand(n, -1),
+                some,
+                index if len(image) > 1 else index[:, 0],
+                prior=None if prior is None else prior.to(weight).expand(n, *prior.shape[1:]),
+                alpha=alpha,
+            ).logits.double()
+        )
+    scores = torch.cat(logits)
+    if scores.ndim > 1:
+        scores = scores[:, scores[0].argmax()]
+    return (scores[0] - scores[1:]).cpu().numpy()  # type: ignore[no-any-return]
+
+
 def _without_words(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Texts of the same length with no word: what they begin and end with, and then padding."""
     last = attention_mask.sum(dim=1, keepdim=True) - 1
@@ -243,14 +314,12 @@ class Look(NamedTuple):
         maps: (n, p, rows, columns), non-negative, for the p images of each text.
         names: the map that is shown for each text.
         steers: whether ξ of each text is similar to any patch; None if no ξ steers.
-        words: (n, T), how much each token of a text counts, at least 0; None unless the map is `relevance`.
     """
 
     output: VLMOutput
     maps: np.ndarray
     names: list[str]
     steers: list[bool | None]
-    words: np.ndarray | None = None
 
 
 def legend_of(names: Sequence[str], own_range: bool = False) -> str:
@@ -274,10 +343,10 @@ def look_by(
         name: name of the map; the other arguments are those of `look`.
     """
     given = model, image, input_ids, attention_mask
-    output, found, words = look_and_read(*given, [name], prior, alpha)
+    output, found = look(*given, [name], prior, alpha)
     if name == "weights" and not found[name].flatten(1).any(dim=1).all():
         found |= look(*given, [UNSTEERED], prior, alpha)[1]
-    return _chosen(model, output, found, [name, UNSTEERED], len(image))._replace(words=words)
+    return _chosen(model, output, found, [name, UNSTEERED], len(image))
 
 
 def look_of(model: VisionLanguageModel, output: VLMOutput) -> Look:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vlabs.attention.classes import look_for
+from vlabs.attention.classes import class_maps, look_for
 from vlabs.attention.figures import LONGEST, Cell, View, as_view, grid_figure
-from vlabs.attention.maps import DEAD, look, look_by
+from vlabs.attention.maps import DEAD, look, look_by, maps_of
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
@@ -121,10 +121,11 @@ def control_figure(
         images: one image, or two that are put side by side.
         classes: class names that all models have.
         alpha: strength of the top-down signal.
-        map_name: `norm`, as in the paper, or `weights`.
+        map_name: a map that the models have, of the class that is asked for; `norm` is the paper's. The bottom-up pass
+            is shown by `norm`.
 
     Raises:
-        UserError: a model does not have a class.
+        UserError: a model does not have a class, or the map.
     """
     rows = []
     for name, checkpoint in checkpoints:
@@ -134,8 +135,11 @@ def control_figure(
         image = images[0] if len(images) == 1 else side_by_side(images, LONGEST)
         view, tensor = seen_of(checkpoint, image)
         labels = [known.index(one) for one in classes]
-        found = look_for(checkpoint.classifier, tensor, labels, alpha)
-        maps = found.weights if map_name == "weights" else found.norm
+        model = checkpoint.classifier
+        if lacking := maps_of(model, [map_name])[1]:
+            raise UserError(f"--map {map_name}: {checkpoint.path} does not have it ({lacking[0]})")
+        found = look_for(model, tensor, labels, alpha)
+        maps = class_maps(model, tensor.expand(len(labels), -1, -1, -1), [map_name], labels, alpha)[1][map_name]
         cells = [Cell(view, title="image")]
         titles = ["bottom-up", *[one.replace("_", " ") for one in classes]]
         for n, title in enumerate(titles):
@@ -143,8 +147,8 @@ def control_figure(
             note = ", ".join(
                 f"{one.replace('_', ' ')} {shares[label]:.0%}" for one, label in zip(classes, labels, strict=True)
             )
-            values = found.bottom_up if n == 0 or maps is None else maps[n - 1]
-            cells.append(Cell(view, values.numpy(), map_name, title, note))
+            values, shown = (found.bottom_up, "norm") if n == 0 else (maps[n - 1], map_name)
+            cells.append(Cell(view, values.numpy(), shown, title, note))
         rows.append((name, cells))
     return grid_figure(rows, own_range=True)
 

@@ -32,6 +32,9 @@ _FORMATS = (
     "TIFF", "WEBP",
 )  # fmt: skip
 
+# How files of phones begin, after the first four bytes.
+_HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
+
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
@@ -63,7 +66,8 @@ def open_picture(content: bytes, at_least: int | None = None) -> Image.Image:
             image.draft("RGB", (at_least, at_least))  # only JPEGs can be decoded at a smaller scale
         pixels = max(image.width * image.height, _of_a_tile(image))
     except UnidentifiedImageError:  # Pillow's message contains a memory address
-        raise UnidentifiedImageError("not an image, or of an unknown format") from None
+        known = "HEIC, which needs another program: save it as JPEG" if content[4:12] in _HEIC else None
+        raise UnidentifiedImageError(known or "not an image, or of an unknown format") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise ValueError(f"it has more than {most:.0f} million pixels: {_remedy(limit)}") from None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlabs.attention import Maps
 from vlabs.attention.classes import class_maps
-from vlabs.attention.maps import look_and_read, maps_of
+from vlabs.attention.maps import look_and_read, maps_of, words_missed
 from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
@@ -36,7 +36,8 @@ from vlabs.utils.options import Seed, Size
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95)
 """Shares of the patches, or words, that are taken away."""
 RANDOM = "random"
-WORDS = "words by relevance", "words at random"
+LEFT_OUT, BY_RELEVANCE, AT_RANDOM = "words by leaving one out", "words by relevance", "words at random"
+WORDS = LEFT_OUT, BY_RELEVANCE, AT_RANDOM
 
 
 def _says(network: nn.Module) -> bool:
@@ -57,7 +58,8 @@ class Sample(NamedTuple):
         id, text: of the results.
         maps: by name, (p, rows, columns), over its p images.
         scored: without patches, which are numbered as in a flat map.
-        words: how much each word counts, (words,), and the scores without words; None without words.
+        words: how much each word counts, (words,), by the name of the measure, and the scores without words; None
+            without words.
         region: (H, W) bool, what the text is about, over what the model sees; None where it is unknown.
     """
 
@@ -65,7 +67,7 @@ class Sample(NamedTuple):
     text: str
     maps: Mapping[str, np.ndarray]
     scored: Scored
-    words: tuple[np.ndarray, Scored] | None = None
+    words: tuple[Mapping[str, np.ndarray], Scored] | None = None
     region: np.ndarray | None = None
 
 
@@ -159,7 +161,10 @@ class FaithfulnessEvaluation(Evaluation):
                 {name: found[name].numpy() for name in self.maps},
                 partial(self._without_patches, model, judge, item, images, ids, mask),
                 (
-                    np.array([counted[0][places].sum() for _, places in words]),
+                    {
+                        LEFT_OUT: words_missed(model, images, ids, mask, [places for _, places in words]),
+                        BY_RELEVANCE: np.array([counted[0][places].sum() for _, places in words]),
+                    },
                     partial(self._without_words, model, judge, item, images, ids, mask, words),
                 ),
                 None if targets is None else crop_mask(
@@ -243,14 +248,18 @@ def take_away(results: Results, samples: Iterable[Sample], seed: int, right: str
         parts = [(orders, count, sample.scored)]
         if sample.words is not None:
             counted, scored = sample.words
-            by_words = {WORDS[0]: ordered(counted, draw), WORDS[1]: draw.permutation(len(counted))}
-            parts.append((by_words, len(counted), scored))
+            words = len(next(iter(counted.values())))
+            by_words = {name: ordered(values, draw) for name, values in counted.items()}
+            parts.append((by_words | {AT_RANDOM: draw.permutation(words)}, words, scored))
         row: dict[str, Any] = {"id": sample.id, "text": sample.text}
         for names, number, score in parts:
+            taken = taken_by(names, number)
+            copies = {places.tobytes(): places for places in map(np.sort, taken)}  # many are the same
             with torch.inference_mode():
-                found = score(taken_by(names, number))
-            curves = np.array(found).reshape(-1, 2, len(SHARES))
-            row.setdefault(right, found[0])
+                found = dict(zip(copies, score(list(copies.values())), strict=True))
+            scores = [found[np.sort(places).tobytes()] for places in taken]
+            curves = np.array(scores).reshape(-1, 2, len(SHARES))
+            row.setdefault(right, scores[0])
             row |= {name: areas(*both) for name, both in zip(names, curves, strict=True)}
         row["agreement"] = {
             f"{one}/{other}": float(

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vlabs.attention import Maps
-from vlabs.attention.maps import look
+from vlabs.attention.maps import lacking, look
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader, decode_region
 from vlabs.data.instances import Instance, count_instances, crop_map, crop_mask, read_instances
@@ -96,6 +96,12 @@ class GroundingEvaluation(Evaluation):
 
     def measure(self, checkpoint: Checkpoint, data: PreparedDataModule, results: Results) -> None:
         """See `Evaluation`; in percent, except rank correlations."""
+        needed = lacking(checkpoint.model.vision)
+        if kept := [name for name in self.maps if name not in needed]:
+            for name in self.maps:
+                if name in needed:
+                    results.say(f"{name} is left out: it needs {needed[name]}")
+            self.maps = kept
         if self.human_maps is not None:
             self._against_people(checkpoint, data, results, self.human_maps)
             return
@@ -109,9 +115,6 @@ class GroundingEvaluation(Evaluation):
         asked = targets.asked
         if not asked:
             raise UserError(f"{where}: no text has a region")
-        if "rollout" in self.maps and len(self.maps) > 1 and not checkpoint.model.vision.backbone.is_even:
-            results.say("rollout is left out: it needs an encoder whose blocks all have the same tokens")
-            self.maps.remove("rollout")
         judge = known_judge(checkpoint, data, targets.rows)
         measured = measure(checkpoint.model, checkpoint.preprocessing, targets, self.maps, judge)
         results.rows = [record for record in results.each(measured, total=len(asked)) if record is not None]

@@ -14,10 +14,10 @@ from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.captions import CaptionDataModule
 from vlabs.data.images import ImageReader
 from vlabs.data.module import PreparedDataModule
-from vlabs.data.prepared import read_answers
 from vlabs.data.statements import StatementDataModule
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
+from vlabs.metrics.vqa import answer_accuracy
 from vlabs.models.vlm import VLMOutput
 
 OTHERS = 15
@@ -38,19 +38,17 @@ class Scores:
     """Scores answers to questions of prepared rows.
 
     Args:
-        rows: prepared rows.
-        answers: the answer vocabulary of the data.
+        rows: prepared rows, with the answers that people gave. A vocabulary is not needed: data to evaluate alone have
+            none.
     """
 
-    def __init__(self, rows: datasets.Dataset, answers: Sequence[str]) -> None:
-        self.rows, self.answers = rows, answers
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows, self.answers = rows, rows.select_columns(["answers"])
 
     def of(self, asked: Asked, answer: str) -> float:
-        """The official accuracy of an answer, in percent."""
-        row = self.rows[asked.row]
-        ids, scores = row["answer_ids"][asked.position], row["answer_scores"][asked.position]
-        by_answer = {self.answers[n]: score for n, score in zip(ids, scores, strict=True)}
-        return 100 * float(by_answer.get(answer, 0.0))
+        """The official accuracy of an answer, in percent; 0 if nobody answered the question."""
+        answers = self.answers[asked.row]["answers"][asked.position]
+        return 100 * answer_accuracy(answer, answers) if answers else 0.0
 
 
 class Judge(Protocol):
@@ -75,8 +73,8 @@ class Judge(Protocol):
 class _Answers:
     unit = "questions"
 
-    def __init__(self, checkpoint: Checkpoint, data: VQADataModule, rows: datasets.Dataset) -> None:
-        self.names, self.scores = checkpoint.preprocessing.names, Scores(rows, read_answers(data.dir))
+    def __init__(self, checkpoint: Checkpoint, rows: datasets.Dataset) -> None:
+        self.names, self.scores = checkpoint.preprocessing.names, Scores(rows)
 
     def right(self, items: Sequence[Asked], output: VLMOutput, ids: Tensor, mask: Tensor) -> list[float]:
         """See `Judge`: the official accuracy of the best answer."""
@@ -142,7 +140,7 @@ def judge_of(checkpoint: Checkpoint, data: PreparedDataModule, rows: datasets.Da
     elif isinstance(data, VQADataModule) and hasattr(head, "probabilities") and not hasattr(head, "pictures"):
         if not _any(rows, "answers", bool):
             raise UserError(f"{where}: the answers are kept back, so nothing is right or wrong")
-        return _Answers(checkpoint, data, rows)
+        return _Answers(checkpoint, rows)
     elif isinstance(data, CaptionDataModule) and hasattr(head, "score"):
         if len(rows) < 2:
             raise UserError(f"{where}: a caption is scored with its own image and others, but there is one image")

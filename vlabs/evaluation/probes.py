@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vlabs.attention.gradients import recording
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
-from vlabs.data.prepared import read_answers
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
@@ -64,7 +63,7 @@ class ProbesEvaluation(Evaluation):
                 f"{data.dir}, split {results.split}: the answers are kept back, so nothing is right or wrong"
             )
         model, preprocessing = checkpoint.model.to(results.device).eval(), checkpoint.preprocessing
-        scores = Scores(rows, read_answers(data.dir))
+        scores = Scores(rows)
         asked = all_texts(rows, self.num_texts)
         reader = ImageReader(rows, preprocessing)
         batches = []

@@ -18,7 +18,6 @@ from vlabs.attention.maps import attention_map
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.images import ImageReader
 from vlabs.data.instances import crop_mask
-from vlabs.data.prepared import read_answers
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
@@ -83,7 +82,7 @@ class SteeringEvaluation(Evaluation):
         trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
         others = [float(alpha) for alpha in self.alphas if alpha != trained]
         strengths = [trained, *others] if trained is not None else [None]
-        rated = Scores(rows, read_answers(data.dir))
+        rated = Scores(rows)
         progress = results.each(total=len(strengths) * questions)
         for alpha in strengths:
             strength = "as trained" if alpha is None else f"α={alpha:g}"

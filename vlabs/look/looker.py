@@ -14,12 +14,10 @@ from vlabs.data.decoding import as_shown
 from vlabs.data.preprocessing import check_text
 from vlabs.errors import UserError, one_line
 from vlabs.look.models import Inputs, Lookable
-from vlabs.prediction.predictor import Answer, AnyImage, open_image
+from vlabs.prediction.predictor import Answer, AnyImage, as_shares, open_image
 
 DEFAULT = "relevance"
 """The map that is shown if none is asked for."""
-Words = list[tuple[str, list[int]]]
-"""The words of a text, each with the positions of its tokens."""
 
 
 class Looker:
@@ -65,14 +63,13 @@ class Looker:
         read = [self.text(text) for text in texts]
         pixels = self.pixels(as_shown(image) if isinstance(image, Image.Image) else open_image(image))
         answers = []
-        for text, (inputs, words) in zip(texts, read, strict=True):
+        for text, inputs in zip(texts, read, strict=True):
             seen = self.looks.look(pixels, inputs, [map_name])
-            found = None
-            if seen.words is not None and words:
-                counted = [(word, float(seen.words[places].sum())) for word, places in words]
-                total = sum(count for _, count in counted) or 1.0
-                found = [(word, count / total) for word, count in counted]
-            answers.append(Answer(text, seen.said.answers[0], [seen.maps[map_name].numpy()], map_name, words=found))
+            words = None
+            if map_name == "relevance":
+                left, without = leave_one_out(text)
+                words = as_shares(left, self.looks.missed(pixels, inputs, [self._tokens(one) for one in without]))
+            answers.append(Answer(text, seen.said.answers[0], [seen.maps[map_name].numpy()], map_name, words=words))
         return answers
 
     def check_map(self, name: str) -> str:
@@ -94,7 +91,8 @@ class Looker:
             read = self.images(images=[image], return_tensors="pt")
         except (ValueError, ZeroDivisionError, RuntimeError) as error:  # an image of a few pixels' height, for example
             size = f"{image.width} x {image.height} pixels"
-            raise UserError(f"{self.name} cannot read an image of {size}: {one_line(str(error))[:120]}") from None
+            said = one_line(str(error))[:120]
+            raise UserError(f"{self.name} cannot read an image of {size}: crop it to another shape ({said})") from None
         given = {name: value.to(self.device) for name, value in read.items()}
         if "spatial_shapes" in given:  # leave out the padding
             count = int(given["spatial_shapes"][0].prod())
@@ -109,24 +107,25 @@ class Looker:
             )
         return given
 
-    def text(self, text: str) -> tuple[Inputs, Words]:
-        """The model's input for one text, and its words, which are unknown (none) for some tokenizers.
+    def text(self, text: str) -> Inputs:
+        """The model's input for one text.
 
         Raises:
             UserError: it is empty, not Unicode, or longer than the model can read.
         """
         check_text("a text", text)
         most = self.looks.positions
-        options: dict[str, Any] = {"truncation": False, "return_offsets_mapping": self.tokenizer.is_fast}
         if (count := self.length(text)) > most:
             shown = text if len(text) <= 40 else f"{text[:40]}…"
             raise UserError(f"the text {shown!r} has {count} tokens, but {self.name} reads at most {most}: shorten it")
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> Inputs:
+        options: dict[str, Any] = {"truncation": False}
         if self.looks.pads:
-            options |= {"padding": "max_length", "max_length": most}
+            options |= {"padding": "max_length", "max_length": self.looks.positions}
         read = self.tokenizer([text], return_tensors="pt", **options)
-        offsets = read["offset_mapping"][0].tolist() if self.tokenizer.is_fast else []
-        inputs = {name: read[name].to(self.device) for name in self.looks.text_inputs if name in read}
-        return inputs, _words(text, offsets)
+        return {name: read[name].to(self.device) for name in self.looks.text_inputs if name in read}
 
     def length(self, text: str) -> int:
         """The number of tokens of a text."""
@@ -154,16 +153,8 @@ class Looker:
         return max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)
 
 
-def _words(text: str, offsets: Sequence[Sequence[int]]) -> Words:
-    """The words and signs of a text, each with the tokens that end in it.
-
-    Args:
-        text: the text.
-        offsets: begin and end of every token in it; equal for tokens that are not of the text.
-    """
-    found = []
-    for word in re.finditer(r"\w+|[^\w\s]", text):
-        places = [n for n, (begin, end) in enumerate(offsets) if begin < end and word.start() < end <= word.end()]
-        if places:
-            found.append((word[0], places))
-    return found
+def leave_one_out(text: str) -> tuple[list[str], list[str]]:
+    """The words and signs of a text, and the text without each of them."""
+    words = list(re.finditer(r"\w+|[^\w\s]", text))
+    without = [" ".join(f"{text[: word.start()]} {text[word.end() :]}".split()) for word in words]
+    return [word[0] for word in words], without

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from vlabs.data.images import name_of, read_bytes
 from vlabs.data.instances import resize_area
-from vlabs.data.prepared import load_split, read_answers
+from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
 from vlabs.errors import UserError
 from vlabs.evaluation import faithfulness as faithful
@@ -53,7 +53,7 @@ def grounding(
             "--instances FILE, COCO's annotations as zip or JSON"
         )
     asked = _readable(looker, targets.asked, results)
-    scores = _scores(looker, targets.rows, data)
+    scores = _scores(looker, targets.rows)
     for item, size, pixels, seen in _each(looker, targets.rows, asked, maps, results):
         mask = _mask(looker, targets, item, size, pixels)
         if mask.any():
@@ -116,14 +116,14 @@ def faithfulness(
     """
     results = _results("faithfulness", looker, split, maps, out)
     rows = load_split(data, split)
-    if looker.looks.answers and _scores(looker, rows, data) is None:
+    if looker.looks.answers and _scores(looker, rows) is None:
         raise UserError(f"{data}, split {split}: {looker.name} answers questions, but the data have no answers")
     targets = find_targets(rows, data, instances, num_texts)
     rows, asked = (rows, all_texts(rows, num_texts)) if targets is None else (targets.rows, targets.asked)
-    scores = _scores(looker, rows, data)
+    scores = _scores(looker, rows)
 
     def scored(item: Asked, pixels: Inputs, taken: list[np.ndarray]) -> list[float]:
-        text, _ = looker.text(item.text)
+        text = looker.text(item.text)
         said = []
         for start in range(0, len(taken), _BATCH):
             given = looker.looks.without(pixels, taken[start : start + _BATCH])
@@ -161,12 +161,12 @@ def _results(name: str, looker: Looker, split: str, maps: Sequence[str], out: Pa
     return Results(name, looker, Setting(split, out, trainer))
 
 
-def _scores(looker: Looker, rows: datasets.Dataset, data: Path) -> Scores | None:
+def _scores(looker: Looker, rows: datasets.Dataset) -> Scores | None:
     """Scores the answers to questions; None if the model does not answer, or the data have no answers."""
     if not looker.looks.answers or "answers" not in rows.column_names:
         return None
     known = any(answers for row in rows.select_columns(["answers"]) for answers in row["answers"])
-    return Scores(rows, read_answers(data)) if known else None
+    return Scores(rows) if known else None
 
 
 def _readable(looker: Looker, asked: Sequence[Asked], results: Results) -> list[Asked]:
@@ -186,7 +186,7 @@ def _each(
         row = rows[item.row]
         image = decode_image(read_bytes(row), name_of(row))
         pixels = looker.pixels(image)
-        text, _ = looker.text(item.text)
+        text = looker.text(item.text)
         yield item, image.size, pixels, looker.looks.look(pixels, text, maps)
 
 

@@ -32,11 +32,14 @@ class Said(NamedTuple):
         score: (B,), what maps explain, in the graph of the images and the text.
         answers: for each image, the best answers with their probabilities; where there are no answers, the name of the
             score with its value.
+        answer: of the first image, the ids of the tokens of the best answer (1, L), or its number (1,); None where
+            there are no answers.
         rows: (L,) bool, the positions of the answer's tokens, where it is generated.
     """
 
     score: Tensor
     answers: list[list[tuple[str, float]]]
+    answer: Tensor | None = None
     rows: Tensor | None = None
 
 
@@ -46,12 +49,10 @@ class Seen(NamedTuple):
     Attributes:
         said: what it says.
         maps: (rows, columns) by name, non-negative, on the CPU.
-        words: (T,), how much each token of the text counts; None without the map `relevance`.
     """
 
     said: Said
     maps: dict[str, Tensor]
-    words: Tensor | None
 
 
 class Lookable(ABC):
@@ -95,16 +96,21 @@ class Lookable(ABC):
         self.positions = int(getattr(model.config, "text_config", model.config).max_position_embeddings)
 
     @abstractmethod
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
-        """Score, or answer, B images with one text (1, T)."""
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
+        """Score, or answer, B images with one text (1, T).
+
+        Args:
+            pixels, text: as the image processor and the tokenizer give them.
+            answer: score this `Said.answer` instead of the best one.
+        """
 
     @abstractmethod
     def layers(self, attention: Sequence[Tensor]) -> list[list[Read]]:
         """The reads of all layers, from what was recorded of `attention`."""
 
     @abstractmethod
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
-        """From the relevances of all tokens, those of the patches (N,) and of the text (T,) for the score."""
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
+        """From the relevances of all tokens, those of the patches (N,) for the score."""
 
     def grid(self, pixels: Inputs) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -123,9 +129,8 @@ class Lookable(ABC):
         with torch.enable_grad(), inputs_of(self.blocks) as states, self.recording() as attention:
             said = self.run(pixels, text)
         maps: dict[str, Tensor] = {}
-        words = None
         if "relevance" in names:
-            maps["relevance"], words = self.counted(relevances(said.score, self.layers(attention)), said, text)
+            maps["relevance"] = self.counted(relevances(said.score, self.layers(attention)), said, text)
         if "normgrad" in names:
             rows, columns = self.grid(pixels)
             places = slice(states[0].shape[1] - rows * columns, None)
@@ -133,7 +138,14 @@ class Lookable(ABC):
         if "similarity" in names:
             maps["similarity"] = self.similarity(pixels, text)
         grids = {name: maps[name].detach().reshape(self.grid(pixels)).cpu() for name in names}
-        return Seen(said, grids, None if words is None else words.detach().cpu())
+        return Seen(said, grids)
+
+    @torch.no_grad()
+    def missed(self, pixels: Inputs, text: Inputs, others: Sequence[Inputs]) -> np.ndarray:
+        """How far the score of the best answer for one image and text falls with each of some other texts, (texts,)."""
+        said = self.run(pixels, text)
+        falls = [float(said.score - self.run(pixels, other, said.answer).score) for other in others]
+        return np.array(falls)
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -207,15 +219,15 @@ class CLIP(_Dual):
 
     meaning = "the cosine similarity of image and text"
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         output = self.model(**pixels, **text)
         cosines = (output.image_embeds * output.text_embeds).sum(dim=1)
         return Said(cosines, [[("similarity", value)] for value in cosines.tolist()])
 
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
-        """See `Lookable`: the rows of the image's [cls] and of the text's last token, which are compared."""
-        return found["image", "image"][0, 0, 1:], found["text", "text"][0, -1]
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
+        """See `Lookable`: the row of the image's [cls]."""
+        return found["image", "image"][0, 0, 1:]
 
     def _alone(self, before: Tensor, after: Tensor) -> Tensor:
         vision = self.model.vision_model
@@ -235,7 +247,7 @@ class SigLIP(_Dual):
         if not model.vision_model.use_head:
             raise UserError("it has no head that pools the image, so it cannot compare image and text")
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         logits = self.model(**pixels, **text).logits_per_image[:, 0]
         return Said(logits, [[("match", value)] for value in logits.sigmoid().tolist()])
@@ -251,9 +263,9 @@ class SigLIP(_Dual):
         """See `Lookable`."""
         return [*super().layers(attention), [Read("pooled", "image", attention[-1][0])]]
 
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
-        """See `Lookable`: the rows of the token that pools the image, and of the text's last token."""
-        return found["pooled", "image"][0, 0], found["text", "text"][0, -1]
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
+        """See `Lookable`: the row of the token that pools the image."""
+        return found["pooled", "image"][0, 0]
 
     def _alone(self, before: Tensor, after: Tensor) -> Tensor:
         return self.model.vision_model.head(after[:, None])  # type: ignore[no-any-return]
@@ -328,15 +340,15 @@ class BLIPMatcher(_BLIP):
 
     meaning = "how probable it is that image and text belong together (softmax)"
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         logits = self.model.itm_head(self.states(pixels, text)[:, 0])
         score = logits[:, 1] - logits[:, 0]
         return Said(score, [[("match", value)] for value in score.sigmoid().tolist()])
 
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
-        """See `Lookable`: the rows of the text's first token."""
-        return found["text", "image"][0, 0, 1:], found["text", "text"][0, 0]
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
+        """See `Lookable`: the row of the text's first token."""
+        return found["text", "image"][0, 0, 1:]
 
 
 class BLIPAnswerer(_BLIP):
@@ -352,17 +364,11 @@ class BLIPAnswerer(_BLIP):
         super().__init__(model, decode)
         self.attention += self._readers(model.text_decoder.bert)
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         states = self.states(pixels, text)
         config, decoder = self.model.config.text_config, self.model.text_decoder
-        begin = torch.full((len(states), 1), self.model.decoder_start_token_id, device=states.device)
-        with torch.no_grad():
-            ids = decoder.generate(
-                input_ids=begin, encoder_hidden_states=states, encoder_attention_mask=torch.ones_like(states[..., 0]),
-                eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, do_sample=False, num_beams=1,
-                max_new_tokens=min(_LONGEST_ANSWER, self.positions - 1),
-            )  # fmt: skip
+        ids = self._generated(states) if answer is None else answer.expand(len(states), -1)
         logits = decoder(input_ids=ids[:, :-1], encoder_hidden_states=states).logits
         chances = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
         own = (ids[:, 1:] != config.sep_token_id) & (ids[:, 1:] != config.pad_token_id)
@@ -370,17 +376,28 @@ class BLIPAnswerer(_BLIP):
         score = (chances * own).sum(dim=1)
         texts = [self.decode(one[1:]) for one in ids]
         answers = [[pair] for pair in zip(texts, score.exp().tolist(), strict=True)]
-        return Said(score, answers, own[0])
+        return Said(score, answers, ids[:1], own[0])
+
+    @torch.no_grad()
+    def _generated(self, states: Tensor) -> Tensor:
+        """The ids of the answers (B, L), from the token that starts them to the one that ends them, and padding."""
+        config = self.model.config.text_config
+        ids: Tensor = self.model.text_decoder.generate(
+            input_ids=torch.full((len(states), 1), self.model.decoder_start_token_id, device=states.device),
+            encoder_hidden_states=states, encoder_attention_mask=torch.ones_like(states[..., 0]),
+            eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id, do_sample=False, num_beams=1,
+            max_new_tokens=min(_LONGEST_ANSWER, self.positions - 1),
+        )  # fmt: skip
+        return ids
 
     def layers(self, attention: Sequence[Tensor]) -> list[list[Read]]:
         """See `Lookable`."""
         begin = len(attention) - 2 * len(self.model.text_decoder.bert.encoder.layer)
         return [*super().layers(attention), *self._reading("answer", "text", attention[begin:])]
 
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
         """See `Lookable`: the mean over the rows of the answer's tokens."""
-        image, words = (found["answer", stream][0, said.rows].mean(dim=0) for stream in ("image", "text"))
-        return image[1:], words
+        return found["answer", "image"][0, said.rows].mean(dim=0)[1:]
 
 
 class _ViLT(Lookable):
@@ -411,10 +428,10 @@ class _ViLT(Lookable):
         """See `Lookable`."""
         return _self("both", attention)
 
-    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> tuple[Tensor, Tensor]:
+    def counted(self, found: Mapping[tuple[str, str], Tensor], said: Said, text: Inputs) -> Tensor:
         """See `Lookable`: the row of the text's [cls]."""
         words = text["input_ids"].shape[1]
-        return found["both", "both"][0, 0, words + 1 :], found["both", "both"][0, 0, :words]
+        return found["both", "both"][0, 0, words + 1 :]
 
 
 class ViLTAnswerer(_ViLT):
@@ -423,7 +440,7 @@ class ViLTAnswerer(_ViLT):
     answers = True
     meaning = "how probable an answer is on its own: several may be right (sigmoid)"
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         logits = self.logits(pixels, text)
         best, ids = logits.topk(min(5, logits.shape[1]), dim=1)
@@ -432,7 +449,8 @@ class ViLTAnswerer(_ViLT):
             [(str(names[i]), value) for i, value in zip(*row, strict=True)]
             for row in zip(ids.tolist(), best.sigmoid().tolist(), strict=True)
         ]
-        return Said(best[:, 0], answers)
+        scored = ids[:1, 0] if answer is None else answer
+        return Said(best[:, 0] if answer is None else logits[:, scored[0]], answers, scored)
 
 
 class ViLTMatcher(_ViLT):
@@ -440,7 +458,7 @@ class ViLTMatcher(_ViLT):
 
     meaning = "the ranking score (its sigmoid): only its order means something"
 
-    def run(self, pixels: Inputs, text: Inputs) -> Said:
+    def run(self, pixels: Inputs, text: Inputs, answer: Tensor | None = None) -> Said:
         """See `Lookable`."""
         score = self.logits(pixels, text)[:, 0]
         return Said(score, [[("score", value)] for value in score.sigmoid().tolist()])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlabs.attention import VIEWS
-from vlabs.attention.maps import DEAD, MAPS, default_map, look_by
+from vlabs.attention.maps import DEAD, MAPS, default_map, look_by, words_missed
 from vlabs.checkpoints.abilities import Ability, check_able, pictures_per_text
 from vlabs.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_tensors, rebuild
 from vlabs.checkpoints.released import ReleasedVLM, find_state, load_released, pictures_of, task_of
@@ -52,7 +52,8 @@ class Answer:
         map_name: the name of that map: `normgrad` if ξ is similar to no patch, so that all its weights are 0.
         steers: whether ξ is similar to any patch of the images; None if no ξ steers.
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
-        words: the words of the question with their shares of its relevance; None unless the map is `relevance`.
+        words: the words of the question, each with its share of how far the best score falls without it (`as_shares`);
+            None unless the map is `relevance`.
         before: the best answers of the first look; None without a second one.
     """
 
@@ -72,8 +73,9 @@ class Answer:
 
     @property
     def counted(self) -> str:
-        """The five words that counted most, in words; empty where that is not known."""
-        best = sorted(self.words or [], key=lambda word: -word[1])[:5]
+        """The five words that counted most, in words; empty where that is not known, or without any of them the best
+        score does not fall."""
+        best = [word for word in sorted(self.words or [], key=lambda word: -word[1])[:5] if word[1] > 0]
         return f"words that counted: {', '.join(f'{word} {share:.0%}' for word, share in best)}" if best else ""
 
     @property
@@ -196,6 +198,12 @@ class Predictor:
             with torch.inference_mode():
                 second = self.model(again, input_ids, attention_mask, prior=prior, alpha=alpha).logits.float()
             best = self._best(head.probabilities(join(logits, second, probabilities)), top)
+        words = [
+            self._words(question, images, input_ids[n : n + 1], attention_mask[n : n + 1], prior, alpha)
+            if map_name == "relevance"
+            else None
+            for n, question in enumerate(questions)
+        ]
         return [
             Answer(
                 question,
@@ -204,7 +212,7 @@ class Predictor:
                 look.names[n],
                 look.steers[n],
                 self.checkpoint.new_words(question),
-                None if look.words is None else self._shares(question, look.words[n]),
+                words[n],
                 before[n] if second_look is not None else None,
             )
             for n, question in enumerate(questions)
@@ -219,17 +227,25 @@ class Predictor:
             for row, of_row in zip(ids.tolist(), best.tolist(), strict=True)
         ]
 
-    def _shares(self, question: str, weights: np.ndarray) -> list[tuple[str, float]]:
-        """The words of a question, each with its share of the weights (T,) of all words' tokens."""
-        words = [(word, float(weights[places].sum())) for word, places in self.preprocessing.words(question)]
-        total = sum(weight for _, weight in words) or 1.0
-        return [(word, weight / total) for word, weight in words]
+    def _words(
+        self, question: str, images: Tensor, ids: Tensor, mask: Tensor, prior: Tensor | None, alpha: float | None
+    ) -> list[tuple[str, float]]:
+        words = self.preprocessing.words(question)
+        own = None if prior is None else prior[:1]  # all questions have the same other ξ
+        falls = words_missed(self.model, images, ids, mask, [places for _, places in words], own, alpha)
+        return as_shares([word for word, _ in words], falls)
 
     def _check_alpha(self, alpha: float) -> None:
         if self.alpha is None:
             raise UserError("alpha is the strength of the top-down signal, which this model does not have")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
             raise UserError(f"alpha must be a number, not {alpha!r}")
+
+
+def as_shares(words: Sequence[str], falls: Sequence[float] | np.ndarray) -> list[tuple[str, float]]:
+    """Words with their shares of how far a score falls without each; 0 for words without which it does not fall."""
+    lost = np.maximum(falls, 0.0)
+    return [(word, float(one)) for word, one in zip(words, lost / (lost.sum() or 1.0), strict=True)]
 
 
 def open_image(path: str | Path) -> Image.Image:

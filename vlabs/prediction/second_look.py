@@ -27,8 +27,9 @@ def view_of(image: Image.Image, box: Box, values: np.ndarray, kind: str, color: 
     if kind == "crop":
         row, column, side = best_window(values)
         across, down = (right - left) / columns, (bottom - top) / rows
-        edges = left + column * across, top + row * down, left + (column + side) * across, top + (row + side) * down
-        return image.crop(tuple(round(edge) for edge in edges))  # type: ignore[arg-type]
+        x, width = _within(left + column * across, side * across, image.width)
+        y, height = _within(top + row * down, side * down, image.height)
+        return image.crop((x, y, x + width, y + height))
     width, height = max(1, round(right - left)), max(1, round(bottom - top))
     smooth = Image.fromarray(values.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     shown = np.asarray(smooth)
@@ -37,6 +38,12 @@ def view_of(image: Image.Image, box: Box, values: np.ndarray, kind: str, color: 
     masked.paste(image.crop((round(left), round(top), round(left) + width, round(top) + height)),
                  (round(left), round(top)), kept)  # fmt: skip
     return masked
+
+
+def _within(start: float, length: float, most: int) -> tuple[int, int]:
+    """Whole pixels, at least one, of a stretch of an image's side."""
+    first = min(round(start), most - 1)
+    return first, max(1, round(start + length) - first)
 
 
 def best_window(values: np.ndarray) -> tuple[int, int, int]:

@@ -67,6 +67,11 @@ class Backbone(ABC):
     takes_some = False
 
     @property
+    def last_is_recorded(self) -> bool:
+        """Whether the last block's attention is over the whole image, so that it is recorded."""
+        return True
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.widths)

@@ -55,6 +55,11 @@ class Swin(Backbone):
         if any(side % 2 for start in self.merges for side in self.grids[start - 1]):
             raise ValueError("its grid is merged two by two, and has an odd side: choose a multiple of 32 px")
 
+    @property
+    def last_is_recorded(self) -> bool:
+        """See `Backbone`: whether the last window is the whole image."""
+        return bool(self.blocks[-1].window_size == self.grids[-1])
+
     def embed(self, images: Tensor) -> Tensor:
         """Patches, normed."""
         embedded: Tensor = self.network.patch_embed(images)
