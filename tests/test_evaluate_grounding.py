@@ -193,7 +193,7 @@ def test_a_text_has_the_same_maps_alone_as_beside_others(tiny_run):
     [
         (["task.maps=[norm,heat]"], ["heat", "fusion"]),
         (["task.instances=nowhere.zip"], ["nowhere.zip"]),
-        (["task=grounds"], ["grounds", "choose one of classify, conditional, control, "]),
+        (["task=grounds"], ["grounds", "choose one of asymmetry, classify, conditional, control, "]),
         (["task=faithfulness", "task.maps=[heat]"], ["heat", "relevance"]),
     ],
 )

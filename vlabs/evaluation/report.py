@@ -142,16 +142,17 @@ def read_runs(sweep: Path) -> list[Run]:
 
 
 def _wanted(
-    splits: Sequence[str], instances: Path | None, num_texts: int, scenes: DictConfig | None
+    splits: Sequence[str], instances: Path | None, num_texts: int, scenes: str | None, out: Path
 ) -> dict[str, list[str]]:
-    """The evaluations of a run on questions: their options by name; two more if it was trained on scenes."""
+    """The evaluations of a run on questions: their options by name; two more if it was trained on scenes of a size,
+    with phrases that are prepared in the folder of the report."""
     wanted = {split: [f"split={split}"] for split in splits}
-    if scenes is not None:
-        asked = "task.prompt='Is there a PHRASE?'"
-        raw, phrases = (hydra_quoted(f"{scenes.dir}-{what}") for what in ("raw", "phrases"))
-        data = ["data=scenes_phrases", f"data.size={scenes.size}", f"data.dir={phrases}", f"data.raw_dir={raw}"]
+    if scenes is not None and instances is not None and (instances.parent / "scenes.json").is_file():
+        asked, raw, phrases = "task.prompt='Is there a PHRASE?'", instances.parent, out.absolute() / "phrases"
+        data = ["data=scenes_phrases", f"data.size={scenes}"]
+        data += [f"data.dir={hydra_quoted(phrases)}", f"data.raw_dir={hydra_quoted(raw)}"]
         wanted["conditional"] = ["evaluation@task=conditional", "split=val", asked, *data]
-        wanted["asymmetry"] = ["evaluation@task=asymmetry", asked, f"task.size={scenes.size}"]
+        wanted["asymmetry"] = ["evaluation@task=asymmetry", asked, f"task.size={scenes}"]
     if instances is not None:
         masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
         wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
@@ -204,12 +205,13 @@ def build_report(
     instances = find_instances(instances, runs[0].data_dir)
     base = next((run.variant for run in runs if baseline in run.variant), None)
     runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
-    scenes = runs[0].data if runs[0].data.get("_target_") == _SCENES else None
-    frame = _evaluated(runs, _wanted(splits, instances, num_texts, scenes))
+    scenes = runs[0].data.size if runs[0].data.get("_target_") == _SCENES else None
+    wanted = _wanted(splits, instances, num_texts, scenes, out)
+    frame = _evaluated(runs, wanted)
     sections = [_accuracy(frame, splits), *_at_equal_cost(runs), _by_type(frame, "val")]
     if instances is not None:
         sections += [_grounding(frame), _steering(frame), *_strengths(frame)]
-    if scenes is not None:
+    if "asymmetry" in wanted:
         sections.append(_asked_for(frame))
     if base is not None:
         sections += _against(runs, base, splits, instances is not None)

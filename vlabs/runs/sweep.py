@@ -50,7 +50,7 @@ def write_table(sweep_dir: Path) -> str:
         writer = csv.DictWriter(file, fieldnames=header)
         writer.writeheader()
         writer.writerows(rows)
-    first = overrides[0] if overrides else {}
+    first = overrides[0] if len(overrides) > 1 else {}
     common = {name: value for name, value in first.items() if all(one.get(name) == value for one in overrides)}
     shown = [name for name in header if name not in common and (name != "error" or any(row[name] for row in rows))]
     cells = [shown] + [[_short(row.get(key)) for key in shown] for row in rows]
