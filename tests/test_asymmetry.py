@@ -91,6 +91,8 @@ def test_the_model_is_asked_for_the_target(tiny_run, tmp_path, in_process, monke
         ("task.pairs=[red circle]", ["task.pairs", "each item a list"]),
         ("task.pairs=[[red circle,red blob]]", ["'red blob' must name a color and a shape"]),
         ("task.maps=[rollout]", ["task.maps", "rollout", "weights, norm, fusion"]),
+        ("task.others=[]", ["task.others=[]", "at least one"]),
+        ("task.maps=[]", ["task.maps=[]", "at least one"]),
         ("task.others=[0]", ["task.others", "at least 1"]),
     ],
 )

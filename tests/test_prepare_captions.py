@@ -164,7 +164,7 @@ def test_manifest_says_what_it_is_and_counts(flickr: tuple[Raw, Path, Path]) -> 
     assert (manifest["kind"], manifest["name"]) == ("captions", "flickr30k")
     assert set(manifest["splits"]) == {"train", "val", "test"}
     train = manifest["splits"]["train"]
-    assert set(train) == {"images", "captions", "captions_with_region", "captions_with_phrases", "sha256"}
+    assert set(train) == {"images", "captions", "captions_with_region", "sha256"}
     assert (train["images"], train["captions"]) == (6, sum(len(e["sentids"]) for e in raw.entries[:6]))
     assert manifest["options"] == {"vocab_size": 300, "on_bad": "error", "shard_size": 3}
     assert "vocabulary" not in manifest

@@ -356,7 +356,7 @@ def test_folders_of_your_own_images_and_masks_are_read(tmp_path):
     for split in ("train", "validation"):
         (raw / "masks" / split).mkdir(parents=True)
         (raw / "masks" / split / "a.png").write_bytes(encoded(labels([0, 1, 255]), "P"))
-    (raw / "classes.txt").write_text("wall\nred box\n")
+    (raw / "classes.txt").write_bytes(b"\xef\xbb\xbfwall\r\nred box\r\n")  # as Windows' Notepad writes it
     prepare_masks("folders", raw, tmp_path / "out")
     assert read_manifest(tmp_path / "out")["name"] == "raw"
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["wall", "red box"]

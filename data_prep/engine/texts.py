@@ -495,7 +495,8 @@ class Rows:
             counts["statements_with_label"] = sum(label != KEPT_BACK for label in row["label"])
         known = list(zip(*(row[column] for column in self.region_columns), strict=True))
         counts[f"{texts}_with_region"] = sum(map(any, known))
-        counts[f"{texts}_with_phrases"] = sum(any(map(tells_phrases, of_text)) for of_text in known)
+        if phrases := sum(any(map(tells_phrases, of_text)) for of_text in known):
+            counts[f"{texts}_with_phrases"] = phrases
         return counts
 
     def summary(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class AsymmetryEvaluation(Evaluation):
         maps: maps to measure.
 
     Raises:
-        UserError: the prompt has no place for the phrase, a pair is not two phrases, or a map is unknown.
+        UserError: the prompt has no place for the phrase, a list is empty, a pair is not two phrases, or a map is
+            unknown.
     """
 
     name = "asymmetry"
@@ -53,6 +54,8 @@ class AsymmetryEvaluation(Evaluation):
     ) -> None:
         if "PHRASE" not in prompt:
             raise UserError(f"task.prompt={prompt} must say where the phrase goes, such as 'is there a PHRASE?'")
+        if empty := [name for name, given in (("pairs", pairs), ("others", others), ("maps", maps)) if not given]:
+            raise UserError(f"task.{empty[0]}=[]: nothing is measured: name at least one")
         if wrong := [pair for pair in pairs if len(pair) != 2 or pair[0] == pair[1]]:
             raise UserError(f"task.pairs: {wrong[0]} must be two different phrases, such as [red circle, red square]")
         if unknown := [name for name in maps if name not in MAPS]:

@@ -24,7 +24,7 @@ _MOST_ALIASES = 20
 
 
 def read_text(path: Path) -> str:
-    """The text of a small file.
+    """The text of a small file, without the byte order mark that some editors write first.
 
     Raises:
         UserError: it does not exist, is not a regular file, is larger than `LARGEST`, or is not UTF-8.
@@ -34,7 +34,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path} does not exist or is not a regular file")
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path} is larger than {LARGEST >> 20} MiB, which is too large for its kind")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
