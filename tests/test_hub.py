@@ -12,6 +12,7 @@ from hub_server import hub_server
 from PIL import Image
 
 import vlabs
+from vlabs.checkpoints.card import model_card
 from vlabs.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from vlabs.errors import UserError
 
@@ -27,8 +28,9 @@ def folder(tiny_run, tmp_path_factory):
     """The model of a run as a folder, with metrics in its card."""
     cwd = tmp_path_factory.mktemp("folder")
     (cwd / "metrics.json").write_text(json.dumps({"overall": 31.25, "split": "val", "data": "scenes", "images": 12}))
+    Image.new("RGB", (9, 7), "red").save(cwd / "figure.jpg", comment=b"private")
     result = command("vlabs.export", "--ckpt", tiny_run[0], "--out", "model", "--licence", "cc-by-4.0",
-                     "--metrics", "metrics.json", cwd=cwd)  # fmt: skip
+                     "--metrics", "metrics.json", "--picture", "figure.jpg", cwd=cwd)  # fmt: skip
     assert result.returncode == 0, result.stderr
     return cwd / "model"
 
@@ -42,7 +44,7 @@ def test_a_folder_answers_as_the_run_does_and_can_be_evaluated_and_started_from(
 ):
     assert answers_of(folder) == answers_of(tiny_run[0])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "picture.png", "preprocessing.json", "tokenizer.json",
     ]  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] != ["model.partial"]
     started = command("vlabs.train", *tiny_options, "logger=csv", f"init={folder}", "hydra.run.dir=run", cwd=tmp_path)
@@ -65,9 +67,29 @@ def test_the_card_is_filled_from_the_run(folder, tiny_run):
     assert summary["command"] in card.text
     assert f"{summary['best/val/vqa_accuracy']:.2f}" in card.text
     assert "vqa on scenes (320 questions, 40 images)" in card.text
+    assert "![An example](picture.png)" in card.text
+    assert Image.open(folder / "picture.png").size == (9, 7)
+    assert b"private" not in (folder / "picture.png").read_bytes()
+    assert "## Limits\n\nIt was trained on vqa on scenes" in card.text
     # Where the data lay on the machine that trained it is nobody's business.
     everything = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".md"))
     assert str(tiny_run[0].parent.parent) not in everything.replace(summary["command"], "")
+
+
+def test_the_card_names_the_weights_that_training_started_from(tmp_path):
+    checkpoint = load_checkpoint("scenes")
+    parts = "{vision: {weights: /mine/vit.pth}, text: {name_or_path: user/text}}"
+    for config, base, said in (
+        (f"model: {parts}", ["user/text"], ["vision started from: `vit.pth`", "text started from: `user/text`"]),
+        (f"{{init: user/model, model: {parts}}}", ["user/model"], ["model started from: `user/model`"]),
+        ("{init: null, model: {vision: {weights: null}}}", None, []),
+        ("[damaged", None, []),
+    ):
+        (tmp_path / "config.yaml").write_text(config)
+        card = model_card(checkpoint, tmp_path, "x")
+        assert card.data.base_model == base
+        assert all(f"- {one}" in card.text for one in said)
+        assert card.text.count("started from") == len(said)
 
 
 def test_a_model_goes_to_the_hub_and_comes_back(hub, tiny_run, tmp_path):
@@ -169,6 +191,7 @@ def test_wrong_options_of_the_export_are_one_line(tiny_run, folder, tmp_path):
         (["--out", "model.ckpt"], ["--out model.ckpt", ".safetensors"]),
         (["--out", folder], ["already exists"]),
         (["--out", "x", "--metrics", "nowhere"], ["--metrics", "nowhere"]),
+        (["--out", "x", "--picture", "nowhere.png"], ["image nowhere.png", "No such file"]),
         (["--to-hub", "name"], ["--to-hub name", "user/name"]),
         (["--out", "x.safetensors", "--format", "onnx"], ["--out FOLDER"]),
     ):

@@ -30,6 +30,7 @@ def main() -> None:
         "--metrics", type=Path, action="append", default=[],
         help="for the card: a metrics.json of `vlabs evaluate`, or its folder; may be given several times",
     )  # fmt: skip
+    parser.add_argument("--picture", type=Path, help="for the card: an image, such as a figure of `vlabs predict`")
     parser.add_argument("--format", choices=("onnx", "torch"), help="with --out FOLDER: programs instead of weights")
     _export(parser.read())
 
@@ -38,7 +39,9 @@ def _export(arguments: argparse.Namespace) -> None:
     # Imported after the options are read, so that --help is fast.
     from vlabs.checkpoints.checkpoint import export_safetensors
     from vlabs.checkpoints.share import export_folder, push_to_hub
+    from vlabs.prediction.predictor import open_image
 
+    of_card = (arguments.license, arguments.metrics, open_image(arguments.picture) if arguments.picture else None)
     is_file = arguments.out is not None and arguments.out.endswith(".safetensors")
     if arguments.format is not None:
         if arguments.out is None or is_file:
@@ -47,17 +50,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
         print(export_programs(arguments.ckpt, arguments.out, arguments.format, arguments.overwrite))
     elif arguments.to_hub is not None:
-        print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, arguments.license, arguments.metrics))
+        print(push_to_hub(arguments.ckpt, arguments.to_hub, arguments.private, *of_card))
     elif is_file:
         print(export_safetensors(arguments.ckpt, arguments.out, arguments.overwrite))
     elif Path(arguments.out).suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"--out {arguments.out}: name a .safetensors file, or a folder")
     else:
-        print(
-            export_folder(
-                arguments.ckpt, arguments.out, None, arguments.license, arguments.metrics, arguments.overwrite
-            )
-        )
+        print(export_folder(arguments.ckpt, arguments.out, None, *of_card, overwrite=arguments.overwrite))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import HfApi
+from PIL import Image
 
 from vlabs.checkpoints.card import model_card
 from vlabs.checkpoints.checkpoint import find_checkpoint, load_checkpoint
@@ -16,6 +18,7 @@ from vlabs.errors import UserError, one_line
 from vlabs.models.hub import CONFIG, FILES
 from vlabs.utils.files import new_folder
 
+PICTURE = "picture.png"
 PROGRAMS = "programs.json"
 _PROGRAM = (".onnx", ".data", ".pt2")
 
@@ -26,6 +29,7 @@ def export_folder(
     name: str | None = None,
     license: str | None = None,
     metrics: Sequence[Path] = (),
+    picture: Image.Image | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a folder that `vlabs.load`, `ckpt=`, `init=` and `from_pretrained` read, completely or not at all.
@@ -35,6 +39,7 @@ def export_folder(
         out: the new folder.
         name: the name by which the card loads it; None for the folder's name.
         license, metrics: see `model_card`.
+        picture: an image that the card shows; its metadata are not stored.
         overwrite: whether `out` may be an earlier export.
 
     Raises:
@@ -44,13 +49,16 @@ def export_folder(
     with new_folder(out, "--out", replaces=is_export, overwrite=overwrite) as partial:
         checkpoint = load_checkpoint(ckpt)
         checkpoint.network._save_pretrained(partial)  # type: ignore[operator]
-        model_card(checkpoint, run_of(ckpt), name or str(out), license, metrics).save(partial / "README.md")
+        if picture:
+            Image.fromarray(np.asarray(picture)).save(partial / PICTURE)  # without its metadata
+        card = model_card(checkpoint, run_of(ckpt), name or str(out), license, metrics, PICTURE if picture else None)
+        card.save(partial / "README.md")
     return out
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an export of vlabs (weights or programs) and nothing else."""
-    known = (*FILES, PROGRAMS)
+    known = (*FILES, PICTURE, PROGRAMS)
     if not folder.is_dir() or any(one.name not in known and one.suffix not in _PROGRAM for one in folder.iterdir()):
         return False
     for name, entry in ((CONFIG, "architecture"), (PROGRAMS, "programs")):
@@ -66,6 +74,7 @@ def push_to_hub(
     private: bool = False,
     license: str | None = None,
     metrics: Sequence[Path] = (),
+    picture: Image.Image | None = None,
     token: str | None = None,
 ) -> str:
     """Upload a model to the hub in one commit; files of the same name are replaced.
@@ -74,7 +83,7 @@ def push_to_hub(
         name: `user/name`.
         private: whether a new repository is private.
         token: access token of the hub; None for that of `hf auth login`.
-        ckpt, license, metrics: see `export_folder`.
+        ckpt, license, metrics, picture: see `export_folder`.
 
     Returns:
         The address of the commit.
@@ -85,7 +94,7 @@ def push_to_hub(
     if name.count("/") != 1:
         raise UserError(f"--to-hub {name}: name it as user/name")
     with tempfile.TemporaryDirectory() as folder:
-        made = export_folder(ckpt, Path(folder) / "model", name, license, metrics)
+        made = export_folder(ckpt, Path(folder) / "model", name, license, metrics, picture)
         api = HfApi(token=token)
         try:
             api.create_repo(name, private=private, exist_ok=True)
