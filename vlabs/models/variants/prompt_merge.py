@@ -72,7 +72,10 @@ class PromptMerge(TopDown):
         """
         last = max(getattr(backbone, "merges", {0: None})) + 1
         if last == 1:
-            raise UserError("model/topdown=prompt_merge reads words where a Swin merges tokens: choose a Swin")
+            raise UserError(
+                "model/topdown=prompt_merge reads words where a Swin merges tokens: choose a Swin, such as "
+                "model/vision=swin_b"
+            )
         if start != last:
             raise UserError(f"model/topdown=prompt_merge begins at the last stage: pass model.vision.start={last}")
 
