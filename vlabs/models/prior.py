@@ -212,7 +212,7 @@ class AlivePriorLoss(nn.Module):
         margin: the required cosine, in [0, 1].
     """
 
-    def __init__(self, margin: Share = 0.3) -> None:
+    def __init__(self, margin: Share = 0.1) -> None:
         super().__init__()
         self.margin = margin
 

@@ -70,7 +70,7 @@ class VisionLanguageTask(Task):
         region_prior_weight: NonNegative = 1.0,
         region_prior_temperature: Positive = 0.1,
         alive_prior_weight: NonNegative | None = None,
-        alive_prior_margin: Share = 0.3,
+        alive_prior_margin: Share = 0.1,
         token_prior_weight: NonNegative = 0.0,
         token_prior_temperature: Positive = 0.1,
         overlap_prior_weight: NonNegative = 0.1,
