@@ -36,6 +36,7 @@ from vlabs.models.variants.film import FiLM
 from vlabs.models.variants.qa_vit import QAViT
 from vlabs.models.variants.sentence_attention import SentenceAttention
 from vlabs.models.vlm import VisionLanguageModel, assemble
+from vlabs.utils.flops import flop_counter
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Ledger:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count FLOPs too, which takes time: not where seconds are read."""
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             self._counter, self._count = counter, 0
             yield
             self._counter = None

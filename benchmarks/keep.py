@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.evaluation.report import gmac
 from vlabs.models.absvit import AbSViT, BottomUp
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.topdown import pick
@@ -40,7 +40,7 @@ _TRAINING = (
     "experiment=scenes_vqa", "init=scenes", "trainer.max_epochs=1", "logger=csv", "callbacks.predictions=null",
     "callbacks.grounding=null", "trainer.enable_progress_bar=false",
 )  # fmt: skip
-_QUESTIONS, _TOKENS = 4, 12  # of an image, of a question, for the count
+_QUESTIONS = 4  # of an image, for the count
 
 
 def choose_by(order: str) -> None:
@@ -125,16 +125,14 @@ def measure(out: Path, order: str, share: float, pruned: float, rest: bool, seed
     return float(json.loads(metrics.read_text())["not_yes_no"])
 
 
-@torch.inference_mode()
-def count(folder: Path, share: float) -> float:
-    """GMAC of a question, several of which share an image."""
-    checkpoint = load_checkpoint(folder)
-    model, side = checkpoint.model, checkpoint.preprocessing.image_size
-    ids = torch.full((_QUESTIONS, _TOKENS), 5)
-    with model.vision.keeping(share), FlopCounterMode(display=False) as counter:
-        index = torch.zeros(_QUESTIONS, dtype=torch.int64)
-        model(torch.zeros(1, 3, side, side), ids, torch.ones_like(ids), index)
-    return float(counter.get_total_flops()) / 2e9 / _QUESTIONS
+def check_alike(options: argparse.Namespace) -> None:
+    """Exit if the folder holds runs under other options than orders, shares and seeds, which name a run's folder."""
+    record = options.out / "options.json"
+    own = {name: getattr(options, name) for name in ("prune", "show_rest", "train")}
+    if record.is_file() and json.loads(record.read_text()) != own:
+        sys.exit(f"error: --out {options.out} holds runs with {record.read_text().strip()}: name another folder")
+    options.out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(own))
 
 
 def main() -> None:
@@ -156,6 +154,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", default=[], help="more overrides of the training, e.g. data.size=medium")
     parser.add_argument("--show-rest", action="store_true", help="the fusion sees z of the patches that are left out")
     options = parser.parse_args()
+    check_alike(options)
     prune(options.prune)  # for the count
     if options.show_rest:
         show_rest()
@@ -166,10 +165,11 @@ def main() -> None:
             measure(options.out, order, share, options.prune, options.show_rest, seed, options.train)
             for seed in options.seeds
         ]
-        gmac = count(options.out / f"{order}-{share:g}-{options.seeds[0]}", share)
-        rows.append({"order": order, "share": share, "gmac": gmac, "accuracy": statistics.mean(found), "all": found})
+        checkpoint = load_checkpoint(options.out / f"{order}-{share:g}-{options.seeds[0]}")
+        work = gmac(checkpoint.model, checkpoint.preprocessing.image_size, _QUESTIONS)
+        rows.append({"order": order, "share": share, "gmac": work, "accuracy": statistics.mean(found), "all": found})
         deviation = f"{statistics.stdev(found):11.2f}" if len(found) > 1 else ""
-        print(f"{order:10}{share:8g}{gmac:10.4f}{statistics.mean(found):10.2f}{deviation}", flush=True)
+        print(f"{order:10}{share:8g}{work:10.4f}{statistics.mean(found):10.2f}{deviation}", flush=True)
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
     for order in options.orders:

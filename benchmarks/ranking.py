@@ -28,12 +28,12 @@ import torch
 from common import ALPHA, PRIOR_TOKEN, SIZES, Ledger, draw_texts, gmac, make_model
 from released_ranking import ReleasedRanking
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.shortlist import Similarity, shortlist, similarities
 from vlabs.ranking.texts import EncodedTexts, encode_texts, score_texts
+from vlabs.utils.flops import flop_counter
 
 CAPTION_LENGTH = 40  # the released code pads captions to this many tokens
 MEAN_LENGTH, SHORTEST = 16, 6
@@ -330,11 +330,11 @@ def _rate_of(model: VisionLanguageModel, options: Options, device: torch.device)
     captions = draw_captions(min(FLICKR30K[1], options.pairs), size.vocabulary)
     count = -(-options.pairs // len(captions))
     images = torch.randn(count, 3, size.pixels, size.pixels, dtype=options.torch_dtype, device=device)
-    with FlopCounterMode(display=False) as counter:  # the warm-up: every length that comes has been seen
+    with flop_counter() as counter:  # the warm-up: every length that comes has been seen
         rank(model, images[:1], captions, options)
     rates, _, pairs = rank(model, images, captions, options)
     # Every image after the first costs the same; its texts are encoded once for all.
-    with FlopCounterMode(display=False) as text_counter:
+    with flop_counter() as text_counter:
         our_texts(model, captions, options.text_batch_size)
     per_pair = (counter.get_total_flops() - text_counter.get_total_flops()) / len(captions)
     minutes = 60 * rates.hours(*FLICKR30K, FLICKR30K[0] * FLICKR30K[1])
@@ -347,7 +347,7 @@ def _released_rate(options: Options, device: torch.device) -> dict[str, Any]:
     captions = draw_captions(min(2000, options.pairs), size.vocabulary)
     image = torch.randn(1, 3, size.pixels, size.pixels, device=device)
     first = captions[: options.rival_batch_size]
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:  # the warm-up
+    with torch.inference_mode(), flop_counter() as counter:  # the warm-up
         rival.scores(image, first, options.rival_batch_size)
     started = time.perf_counter()
     with torch.inference_mode():

@@ -31,13 +31,13 @@ import torch
 from common import ALPHA, PRIOR_TOKEN, SIZES, Ledger, draw_texts, gmac, make_model
 from released_training import ReleasedTraining
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.vqa import VQABatch
 from vlabs.models.heads import VQAHead
 from vlabs.tasks.optim import PARTS, Recipe
 from vlabs.tasks.vqa import VQATask
+from vlabs.utils.flops import flop_counter
 
 # Tokens of VQA v2's questions with RoBERTa's vocabulary, <s> and </s> included.
 MEAN_LENGTH, SHORTEST, LONGEST, DEVIATION = 9.2, 5, 25, 0.27
@@ -118,7 +118,7 @@ class Side:
 
     def warm_up(self) -> Tensor:
         """The loss of a first step, whose arithmetic is counted."""
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             loss = self.step()
         self.flops = counter.get_total_flops()
         return loss

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 import train_step
 from common import SIZES, VARIANTS, gmac
-from torch.utils.flop_counter import FlopCounterMode
 
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.topdown import AbSTopDown, TopDown
+from vlabs.utils.flops import flop_counter
 
 PLAIN = "none"
 # Encoders at 224 px with their patch, and of the paper's Table 2: parameters and GMAC, plain and with AbS.
@@ -61,7 +61,7 @@ def cost(architecture: str, patch_size: int, topdown: TopDown | None) -> tuple[f
     with torch.device("meta"):
         encoder = AbSViT(architecture, 224, patch_size, topdown, num_classes=1000).eval().requires_grad_(False)
         parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             AbSViTClassifier(encoder).requires_grad_(False)(torch.zeros(1, 3, 224, 224), reconstruct=False)
     return parameters, gmac(counter.get_total_flops())
 

@@ -17,6 +17,8 @@ from test_ranking import random_model
 
 from vlabs.checkpoints.released import ReleasedVLM, load_released
 from vlabs.data.sampling import BatchSpec, Group
+from vlabs.models.absvit import AbSViT
+from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.topdown import AbSTopDown, ReleasedTopDown
 from vlabs.runs.groups import choices
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import common  # type: ignore[import-not-found]  # noqa: E402
 import gpu  # type: ignore[import-not-found]  # noqa: E402
+import keep  # type: ignore[import-not-found]  # noqa: E402
 import loader  # type: ignore[import-not-found]  # noqa: E402
 import ranking  # type: ignore[import-not-found]  # noqa: E402
 import train_step  # type: ignore[import-not-found]  # noqa: E402
@@ -44,6 +47,34 @@ def test_the_released_arithmetic_gives_our_scores(topdown: str, prior_token: str
     ours = ranking.our_scores(model, image, captions, text_batch=3, batch_size=2)
     assert ours.std() > 0.01
     torch.testing.assert_close(rival.scores(image, captions, batch_size=4), ours, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_fusion_that_is_shown_the_rest_has_the_second_pass_of_what_is_kept_and_z_of_all_others(monkeypatch) -> None:
+    for place, name in ((AbSViT, "attend"), (CoAttentionFusion, "forward")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # so that both come back afterwards
+    model = random_model(AbSTopDown(), "cls")
+    given: list[torch.Tensor] = []
+    model.fusion.image_map.register_forward_pre_hook(lambda _, of: given.append(of[0]))
+    images, index = torch.randn(2, 3, 32, 32), torch.tensor([1, 0, 1])
+    ids = torch.randint(5, 400, (3, 6))
+    for shown in (False, True):
+        if shown:
+            keep.show_rest()
+        for share in (0.5, 1.0):
+            with model.vision.keeping(share):
+                output = model(images, ids, torch.ones_like(ids), index)
+    seen = output.seen.tokens
+    few, whole, both, again = given
+    assert (few.shape, whole.shape, both.shape) == ((3, 4, 32), (3, 5, 32), (3, 5, 32))  # [cls], two patches, a mean
+    assert torch.equal(again, whole)
+    assert torch.equal(whole, seen)
+    assert torch.equal(both[:, :3], few[:, :3])
+    z = output.bottom_up.tokens[index]
+    with model.vision.keeping(0.5):
+        kept = model.vision.choose(output.bottom_up, output.prior, index).places
+    for tokens, of_image, places in zip(both, z, kept.tolist(), strict=True):
+        assert torch.equal(tokens[3:], of_image[[n for n in range(5) if n not in places]])
 
 
 @torch.no_grad()

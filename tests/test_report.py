@@ -2,18 +2,26 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import assert_one_line_error, command
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from torch import nn
 
 from vlabs.evaluation import report
 from vlabs.evaluation.control import MEASURES
 from vlabs.evaluation.report import OF_CLASSIFIERS, build_report, read_runs
 from vlabs.metrics.robustness import CORRUPTIONS
+from vlabs.models.absvit import AbSViT
+from vlabs.models.fusion import CoAttentionFusion, Fused
+from vlabs.models.heads import VQAHead
+from vlabs.models.text import RobertaEncoder
+from vlabs.models.vlm import assemble
 from vlabs.runs.groups import config_dir
 
 
@@ -83,6 +91,38 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     ranks = [json.loads(path.read_text())["weights/6/rank"] for path in films]
     shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=film |" in line)
     assert f"| {np.mean(ranks):.1f} ± {np.std(ranks, ddof=1):.1f} |" in re.sub(" +", " ", shown)
+
+
+class Joined(nn.Module):
+    """A fusion that is two maps."""
+
+    def __init__(self, text_dim, image_dim, width):
+        super().__init__()
+        self.text_map, self.image_map = nn.Linear(text_dim, width), nn.Linear(image_dim, width)
+
+    def forward(self, text, mask, image, picture, **options):
+        text, image = self.text_map(text), self.image_map(image)
+        return Fused(torch.cat([text[:, 0], image[:, 0]], dim=1), text, image)
+
+
+def test_multiply_adds_per_question_are_those_of_every_product_of_matrices_with_the_image_shared():
+    width, hidden, fused, answers, tokens, words = 8, 32, 16, 5, 5, 12
+    model = assemble(
+        AbSViT("vit_tiny_patch16_224", 32, 16, embed_dim=width, depth=1, num_heads=2),
+        RobertaEncoder(30, 24, 1, 2, 48, 20), partial(CoAttentionFusion, width=fused, depth=1, num_heads=2),
+        partial(VQAHead, num_answers=answers), "cls",
+    )  # fmt: skip
+    model.fusion = Joined(24, width, fused)
+
+    def block(n, d, inner):  # q, k, v and the output; attention; the feed-forward layer
+        return n * 4 * d * d + 2 * n * n * d + 2 * n * d * inner
+
+    of_image = 4 * (3 * 16 * 16) * width + block(tokens, width, hidden)
+    of_text = block(words, 24, 48) + words * 24 * fused
+    rest = tokens * width * fused + (2 * fused) ** 2 + 2 * fused * answers
+    for questions in (1, 4):
+        work = of_image / questions + of_text + rest
+        assert report.gmac(model, 32, questions) == pytest.approx(work / 1e9, rel=1e-12)
 
 
 def test_at_equal_cost_a_course_is_read_at_the_least_that_all_have_seen(sweep, monkeypatch):

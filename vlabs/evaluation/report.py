@@ -28,7 +28,6 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from scipy import stats
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
@@ -44,11 +43,13 @@ from vlabs.evaluation.grounding import find_instances
 from vlabs.evaluation.robustness import ATTACKS
 from vlabs.metrics.bootstrap import paired_bootstrap
 from vlabs.metrics.robustness import CORRUPTIONS
+from vlabs.models.vlm import VisionLanguageModel
 from vlabs.runs.config import hydra_quoted
 from vlabs.runs.groups import config_dir
 from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.files import write_text
+from vlabs.utils.flops import flop_counter
 from vlabs.utils.table import table
 
 SPLITS = ("val", "distractors", "systematic", "productive")
@@ -100,15 +101,24 @@ class Run:
         return self.path / "evaluation" / name
 
     @cached_property
-    @torch.inference_mode()
     def gmac(self) -> float:
         """Multiply-adds of a question's forward pass, in 1e9, with as many questions per image as in training."""
-        checkpoint, together = load_checkpoint(self.path), int(self.data.questions_per_image)
-        model, side = checkpoint.model, checkpoint.preprocessing.image_size
-        ids = torch.full((together, _TOKENS), _WORD)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, side, side), ids, torch.ones_like(ids), torch.zeros(together, dtype=torch.int64))
-        return float(counter.get_total_flops()) / 2e9 / together
+        checkpoint = load_checkpoint(self.path)
+        return gmac(checkpoint.model, checkpoint.preprocessing.image_size, int(self.data.questions_per_image))
+
+
+@torch.inference_mode()
+def gmac(model: VisionLanguageModel, side: int, questions: int) -> float:
+    """Multiply-adds of a forward pass per question of 12 tokens, in 1e9.
+
+    Args:
+        side: side of the image in pixels.
+        questions: number of questions that share the image, and its first pass.
+    """
+    ids = torch.full((questions, _TOKENS), _WORD)
+    with flop_counter() as counter:
+        model(torch.zeros(1, 3, side, side), ids, torch.ones_like(ids), torch.zeros(questions, dtype=torch.int64))
+    return float(counter.get_total_flops()) / 2e9 / questions
 
 
 def read_runs(sweep: Path) -> list[Run]:
