@@ -90,8 +90,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     check(config)
     evaluation: Evaluation = instantiate(config.task, _convert_="all")
     checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, needs=evaluation.needs)
-    if config.keep is not None:
-        checkpoint.vision.keep = config.keep
+    checkpoint.use_share(config.keep)
     data: PreparedDataModule | None = None
     if not evaluation.brings_data:
         if config.data.dir is None:
@@ -102,7 +101,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     if is_rank_zero():
         for name in ("config.yaml", "metrics.json"):  # overwrite an old evaluation only now that all checks have passed
             (out_dir / name).unlink(missing_ok=True)
-    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer))
+    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer, config.keep))
     if not is_rank_zero():
         return metrics  # only rank zero writes
     save_config(config, out_dir / "config.yaml")

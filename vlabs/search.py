@@ -56,8 +56,7 @@ def _search(arguments: argparse.Namespace) -> None:
         device = find_device(arguments.device)
         pictures = list_pictures(arguments.images)
         checkpoint = load_any(arguments.ckpt, tokenizer=arguments.tokenizer, needs=("texts", "ranks"))
-    if arguments.keep is not None:
-        checkpoint.vision.keep = arguments.keep
+    checkpoint.use_share(arguments.keep)
     if arguments.bf16:
         checkpoint.model.to(torch.bfloat16)
     search = Search(checkpoint, pictures, arguments.index, device, arguments.on_bad == "skip", arguments.first)

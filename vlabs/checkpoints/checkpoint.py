@@ -12,6 +12,7 @@ import mmap
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 import vlabs.models  # noqa: F401  (fills the registry)
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.words import words_in
-from vlabs.errors import UserError, one_line, printable
+from vlabs.errors import UserError, one_line, printable, show
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import LabelHead, PretrainHead, RankingHead, VQAHead
 from vlabs.models.hub import CONFIG, FILES, WEIGHTS, read_header, read_weights
@@ -92,6 +93,27 @@ class Checkpoint:
     def training(self) -> str:
         """What it was trained on, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
         return trainings_in_words(history_of(self.task, self.data))
+
+    def use_share(self, keep: float | None) -> None:
+        """Set the share of the patches in the second pass (see `AbSViT`), and say so if it was never trained with it.
+
+        Args:
+            keep: the share; None for the model's own.
+
+        Raises:
+            UserError: this is no share that the encoder can keep.
+        """
+        if keep is None:
+            return
+        self.vision.keep = keep
+        shares = self.vision.shares
+        if not min(shares) <= keep <= max(shares):
+            trained = " and ".join(f"{share:g}" for share in sorted({*shares}))
+            show(
+                f"keep={keep:g}: the model was trained with {trained}, and may be worse with this; to train it with "
+                f"several: model.vision.keep=[{keep:g},{','.join(f'{share:g}' for share in sorted({*shares}))}]",
+                file=sys.stderr,
+            )
 
     def new_words(self, text: str) -> list[str]:
         """The words of a text that occur in no text of its training data; empty if these are unknown."""

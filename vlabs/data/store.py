@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlabs.errors import UserError
-from vlabs.utils.files import replacing
+from vlabs.utils.files import remove_leftovers, replacing, size
 
 _SHARD = 128 * 2**20  # approximate bytes per shard; a killed process loses at most this much
 
@@ -66,6 +67,8 @@ class TensorStore:
             with safetensors.safe_open(path, "pt") as file:
                 said = file.metadata() or {}
                 keys = json.loads(said["keys"])
+                if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                    raise ValueError("its keys are no list of names")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it") from None
@@ -79,15 +82,19 @@ class TensorStore:
         self.places |= {key: (path.name, n) for n, key in enumerate(keys)}
 
     def check_room(self, pictures: int) -> None:
-        """Raise a UserError if the disk has no room for this number of additional images."""
+        """Raise a UserError if this number of additional images cannot be written to the folder, or is too much."""
         place = self.folder
         while not place.exists():
             place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{place} is a file, and no folder for first passes: name another folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"{place} cannot be written to: name another folder")
         need, free = pictures * self.bytes_each, shutil.disk_usage(place).free
         if need > free:
             raise UserError(
-                f"{self.folder} would take {need / 1e9:.1f} GB for {pictures:,} images ({self.bytes_each / 1e3:,.0f} "
-                f"kB each), but the disk has {free / 1e9:.1f} GB: name a folder on another disk"
+                f"{self.folder} would take {size(need)} for {pictures:,} images ({self.bytes_each / 1e3:,.0f} kB "
+                f"each), but the disk has {size(free)}: name a folder on another disk"
             )
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
@@ -103,6 +110,7 @@ class TensorStore:
         """Write the tensors that are not in a file yet."""
         if not self.waiting:
             return
+        remove_leftovers(self.folder)
         path = self.folder / f"{secrets.token_hex(8)}.safetensors"
         rows = list(self.waiting.values())
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -30,6 +30,8 @@ class Evaluation:
     """The kind of data that it reads."""
     may_be_blind: ClassVar[bool] = False
     """Whether it can be measured with `data.blind`."""
+    keeps_all: ClassVar[bool] = False
+    """Whether it reads all patches after the second pass, whatever share of them the model keeps."""
     brings_data: bool = False
     """Whether it has data of its own; `data` is then not read."""
     in_trainer: bool = False
@@ -66,6 +68,10 @@ class Evaluation:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")
             results.metrics["blind"] = True
+        if checkpoint.vision.keep < 1 and not self.keeps_all:
+            results.metrics["keep"] = checkpoint.vision.keep
+        elif self.keeps_all and setting.keep not in (None, 1):
+            raise UserError(f"keep={setting.keep:g}: task={self.name} reads all patches: leave it out")
         if data is not None:
             data.wants = self.wants(checkpoint, data)
         with contextlib.nullcontext() if self.in_trainer else autocast_of(setting.trainer):

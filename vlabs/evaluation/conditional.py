@@ -52,6 +52,7 @@ class ConditionalEvaluation(Evaluation):
     name = "conditional"
     needs = ("texts", "one image")
     reads = CaptionDataModule
+    keeps_all = True
 
     def __init__(
         self,

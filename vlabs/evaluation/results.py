@@ -37,11 +37,13 @@ class Setting:
         split: split of the data.
         out_dir: folder of the results.
         trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
+        keep: share of the patches in the second pass that was asked for; None for the model's own.
     """
 
     split: str
     out_dir: Path
     trainer: DictConfig
+    keep: float | None = None
 
     @property
     def shows_progress(self) -> bool:

@@ -106,8 +106,8 @@ class VQAEvaluation(Evaluation):
         place = {name: n for n, name in enumerate(names)}
         places, loaders = [], []
         for member in members:
-            if checkpoint.vision.keep != max(checkpoint.vision.shares):  # keep= is of all members
-                member.vision.keep = checkpoint.vision.keep
+            if member is not checkpoint:  # keep= is of all members
+                member.use_share(results.setting.keep)
             member.model.to(results.device).eval()
             places.append(torch.tensor([place[name] for name in member.preprocessing.names], device=results.device))
             own = copy.copy(data)

@@ -311,7 +311,7 @@ class AbSViT(nn.Module):
     def check_keep(self, *shares: Any) -> None:
         """Raise a UserError unless these are shares of the patches that this encoder can keep."""
         if not shares:
-            raise UserError("keep=[] must be a share of the patches, or several")
+            raise UserError("model.vision.keep=[] must be a share of the patches, or several: pass 1 for all of them")
         for share in shares:
             check_type("keep", share, Part)
             if share < 1 and self.needs_all:

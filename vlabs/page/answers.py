@@ -47,6 +47,7 @@ class Page:
     Attributes:
         maps: the available maps.
         most_alpha: the largest allowed α.
+        least_kept: the smallest allowed share of the patches.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Page:
         self.limits = uploads.limits
         self.maps = [name for name in MAPS if name != "weights" or predictor.model.prior is not None]
         self.most_alpha = 2 * (predictor.alpha or 1)
+        self.least_kept = min(LEAST_KEPT, predictor.model.vision.keep)
         self._lock = threading.Lock()
 
     def ask(
@@ -104,7 +106,7 @@ class Page:
         if alpha is not None:
             alpha = _number(alpha, "α", 0, self.most_alpha)
         if keep is not None:
-            keep = _number(keep, "the share of the patches", LEAST_KEPT, 1)
+            keep = _number(keep, "the share of the patches", self.least_kept, 1)
         second = None if second_look in (None, NO_VIEW) else second_look
         if second is not None and (not isinstance(second, str) or second not in VIEWS):
             raise UserError(f"a second look is one of {', '.join((NO_VIEW, *VIEWS))}")

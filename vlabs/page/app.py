@@ -17,7 +17,7 @@ from vlabs.attention import LOOK_MAPS, MAPS, VIEWS
 from vlabs.attention.maps import default_map
 from vlabs.errors import printable
 from vlabs.page.about import About
-from vlabs.page.answers import LEAST_KEPT, NO_VIEW, Page
+from vlabs.page.answers import NO_VIEW, Page
 from vlabs.page.connection import Connection
 from vlabs.page.hosts import Hosts, in_address, is_loopback
 from vlabs.page.line import Line
@@ -180,7 +180,7 @@ def _how(page: Page) -> list[Any]:
                 info="The answer of the model if it is told to look for something else.",
             ),
             gr.Slider(
-                LEAST_KEPT, 1, value=model.vision.keep, label="Share of the patches in the second pass",
+                page.least_kept, 1, value=model.vision.keep, label="Share of the patches in the second pass",
                 visible=not model.vision.needs_all, elem_id="keep", info="Those most similar to ξ; fewer are faster.",
             ),
             gr.Radio(

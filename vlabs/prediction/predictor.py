@@ -351,6 +351,5 @@ def load(
     """
     device = find_device(device)
     checkpoint = load_any(path, answers=answers, tokenizer=tokenizer)
-    if keep is not None:
-        checkpoint.vision.keep = keep
+    checkpoint.use_share(keep)
     return Predictor(checkpoint, device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from vlabs.ranking.texts import EncodedTexts, encode_texts
 from vlabs.utils.archives import walk
 from vlabs.utils.arguments import SEARCH_INDEX
 from vlabs.utils.files import content_sha256
+
+T = TypeVar("T")
 
 CACHE = SEARCH_INDEX
 MEANING = "an image's part of 100% for all that were compared (softmax): which fits best, not whether one fits"
@@ -81,17 +84,22 @@ class Search:
         self.model = checkpoint.model.to(device)
         self.preprocessing = checkpoint.preprocessing
         self.device = device
-        self.pictures = list(pictures)
         self.first = first
-        if skip_bad:
-            self.pictures = [path for path in self.pictures if _decodes(path)]
+        self.passes = FirstPasses(index_dir, self.model.vision, self.preprocessing, torch.int8)
+        keys = {path: key for path in pictures if (key := _read(content_sha256, path, skip_bad)) is not None}
+        missing = {key: path for path, key in keys.items() if key not in self.passes}
+        if missing:
+            read = ((key, _read(self._tensor, path, skip_bad)) for key, path in missing.items())
+            self.passes.fill(read, len(missing))
+        self.pictures, self.keys = [], []
+        for path, key in keys.items():
+            if key in self.passes:
+                self.pictures.append(path)
+                self.keys.append(key)
+            elif path != missing[key]:
+                show(f"left out: {path} is the same as {missing[key]}")
         if not self.pictures:
             raise UserError("--images holds no image")
-        self.passes = FirstPasses(index_dir, self.model.vision, self.preprocessing, torch.int8)
-        self.keys = [content_sha256(path) for path in self.pictures]
-        missing = {key: path for key, path in zip(self.keys, self.pictures, strict=True) if key not in self.passes}
-        if missing:
-            self.passes.fill(((key, self._tensor(path)) for key, path in missing.items()), len(missing))
         # All of them lie together, which is little: the tokens are some hundred times as much.
         has_prior = self.model.prior is not None
         self.nearest = Nearest(self.passes.store.read(self.keys, ["cls"])["cls"]) if has_prior else None
@@ -182,10 +190,12 @@ def list_pictures(folder: str | Path) -> list[Path]:
     return pictures
 
 
-def _decodes(path: Path) -> bool:
+def _read(read: Callable[[Path], T], path: Path, skip_bad: bool) -> T | None:
+    """What is read from an image file; of a bad one that may be left out, a line that names it, and None."""
     try:
-        open_image(path)
+        return read(path)
     except UserError as error:
+        if not skip_bad:
+            raise
         show(f"left out: {error}")
-        return False
-    return True
+        return None

@@ -74,9 +74,12 @@ class FirstPasses:
     def __contains__(self, key: str) -> bool:
         return key in self.store
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that are not stored yet, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self.store]
+    def missing(self, keys: Iterable[str], rank: int = 0, world: int = 1) -> list[str]:
+        """A process's part of the keys that are not stored yet, each once.
+
+        The parts have all of them whatever each process has seen of what the others write: all keys are shared out.
+        """
+        return [key for key in list(dict.fromkeys(keys))[rank::world] if key not in self.store]
 
     @torch.inference_mode()
     def fill(self, pictures: Iterable[tuple[str, Tensor | None]], count: int) -> None:

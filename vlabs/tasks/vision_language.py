@@ -130,6 +130,8 @@ class VisionLanguageTask(Task):
         """
         if self.focus_prior_weight and not data.regions_known:
             raise UserError(f"task.focus_prior_weight needs regions, which {data.dir} does not have: pass 0")
+        if self.store == "":
+            raise UserError("task.store= is empty: name a folder, or pass task.store=null")
         if self.store is not None and self.focus_prior_weight:
             raise UserError("task.focus_prior_weight encodes images again, which task.store does not read: drop one")
         if self.store is not None and data.rand_augment is not None:
@@ -184,7 +186,7 @@ class VisionLanguageTask(Task):
             rows = data.rows(split)
             reader = ImageReader(rows, self.preprocessing, on_bad=data.on_bad, pictures=data.pictures, blind=data.blind)
             every = {reader.key(row, place): (row, place) for row in range(len(rows)) for place in range(data.pictures)}
-            mine = [place for key, place in every.items() if key not in stored][rank::world]
+            mine = [every[key] for key in stored.missing(every, rank, world)]
             if mine:
                 stored.fill(eval_loader(_Pictures(reader), mine, data), len(mine))
         self.trainer.strategy.barrier()

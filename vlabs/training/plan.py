@@ -16,7 +16,8 @@ from omegaconf import DictConfig, open_dict
 
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.base import Task
-from vlabs.training.words import checkpoint_bytes, duration, size
+from vlabs.training.words import checkpoint_bytes, duration
+from vlabs.utils.files import size
 from vlabs.utils.ranks import say
 
 # Numbers of batches: warm-up, measured, and validation.

@@ -13,6 +13,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.data.texts import TextDataModule
 from vlabs.runs.groups import choices
 from vlabs.tasks.base import Task
+from vlabs.utils.files import size
 from vlabs.utils.ranks import say
 
 _SMALL = 5_000_000  # parameters; too few to learn photographs from scratch
@@ -64,11 +65,6 @@ def checkpoint_bytes(task: Task) -> int:
     everything = sum(p.numel() for p in task.parameters())
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     return 4 * everything + 2 * (4 * everything + 8 * trained)
-
-
-def size(count: float) -> str:
-    """Bytes in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -60,7 +60,15 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 def add_keep(parser: argparse.ArgumentParser) -> None:
     """Add `--keep`, the share of the patches in the second pass (see `AbSViT`)."""
     told = "share of the patches in the second pass, those most similar to ξ (default: the model's own)"
-    parser.add_argument("--keep", type=number(0, 1), help=told)
+    parser.add_argument("--keep", type=_share, help=told)
+
+
+def _share(text: str) -> float:
+    """An argparse type: a share that is not nothing."""
+    value = number(0, 1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be a number above 0, up to 1")
+    return value
 
 
 def check_out(arguments: argparse.Namespace) -> None:

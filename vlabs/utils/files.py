@@ -50,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A hash, because the name itself may already have the greatest allowed length.
         key = hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:12]
-        _remove_leftovers(path.parent, f".vlabs-{key}-*")
+        remove_leftovers(path.parent, key)
         partial = path.with_name(f".vlabs-{key}-{secrets.token_hex(4)}")
         file = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         try:
@@ -315,9 +315,16 @@ def _remove_folder(path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove files of killed processes: those that are not locked any more."""
-    for path in folder.glob(pattern):
+def size(count: float) -> str:
+    """Bytes in kB, MB or GB, whichever reads best."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def remove_leftovers(folder: Path, key: str = "*") -> None:
+    """Remove what `replacing` of killed processes left in a folder, of one file or of any: what is not locked."""
+    for path in folder.glob(f".vlabs-{key}-*"):
         with contextlib.suppress(OSError):
             file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:
