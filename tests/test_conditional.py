@@ -191,6 +191,7 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        (["keep=0.5"], ["keep=0.5: task=conditional reads all patches: leave it out"]),
         (["task.prompt=a photo"], ["task.prompt=a photo", "PHRASE"]),
         (["data=scenes_captions", "data.size=tiny"], ["no caption is that of two images", "--phrases"]),
     ],

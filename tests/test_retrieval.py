@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -29,7 +30,8 @@ from vlabs.evaluation.retrieval import FilledScores
 from vlabs.metrics.retrieval import retrieval_ranks
 from vlabs.models.flair import TextPool
 from vlabs.models.prior import PriorLoss
-from vlabs.prediction.search import Search
+from vlabs.prediction import search as searching
+from vlabs.prediction.search import Search, list_pictures
 from vlabs.ranking.scores import ScoreMatrix
 from vlabs.ranking.shortlist import Similarity, best_both_ways, share_kept, shortlist, similarities
 from vlabs.ranking.texts import encode_priors
@@ -591,7 +593,9 @@ def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned
     assert again.stdout.replace("renamed.jpg", "0.jpg") == first.stdout
 
 
-def test_search_takes_less_work_and_bfloat16(fine_tuned, tiny_captions, tmp_path, monkeypatch):
+def test_search_takes_less_work_and_bfloat16_and_decodes_nothing_twice(
+    fine_tuned, tiny_captions, tmp_path, monkeypatch, capsys
+):
     from vlabs import search
 
     (tmp_path / "pictures").mkdir()
@@ -614,6 +618,18 @@ def test_search_takes_less_work_and_bfloat16(fine_tuned, tiny_captions, tmp_path
     near = {item.path: item.score for item in half.find("the red one", None)}
     assert all(abs(near[path] - score) < 0.1 for path, score in exact.items())
     assert len(list((tmp_path / "index").iterdir())) == 2  # a share reads the same first passes
+
+    opened, opens = [], searching.open_image
+    monkeypatch.setattr(searching, "open_image", lambda path: (opened.append(path), opens(path))[1])
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "pictures" / name).write_bytes(b"no image")
+    capsys.readouterr()
+    given = [whole.checkpoint, list_pictures("pictures"), Path("index"), "cpu"]
+    assert Search(*given, True).pictures == whole.pictures
+    assert [path.name for path in opened] == ["b.jpg"]  # what the index has is not decoded again
+    said = capsys.readouterr().out
+    assert "left out: pictures/b.jpg is not a whole image" in said
+    assert "left out: pictures/a.jpg is the same as pictures/b.jpg" in said
 
 
 def test_search_without_shortlist_is_the_exact_ranking(fine_tuned, tiny_captions, tmp_path):

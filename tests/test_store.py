@@ -69,8 +69,8 @@ def test_a_shard_of_something_else_or_half_a_shard_is_named(tmp_path):
     store.add("b", {name: tensor * float("nan") for name, tensor in made(0).items()})
     with pytest.raises(UserError, match="not finite"):
         store.read(["b"])
+    (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="a.txt is a file, and no folder for first passes: name another folder"):
-        (tmp_path / "a.txt").touch()
         TensorStore(tmp_path / "a.txt" / "store", "one", LAYOUT).check_room(1)
     (shard,) = tmp_path.glob("*.safetensors")
     held = safetensors.torch.load_file(shard)

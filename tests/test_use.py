@@ -101,6 +101,22 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     assert started.new_words("is it green") == ["green"]
 
 
+def test_a_share_of_the_patches_that_training_never_met_is_said(tiny_run, capsys):
+    checkpoint = load_checkpoint(tiny_run[0])
+    for shares, keep, said in (
+        ([1.0], 0.25, "trained with 1, "), ([0.25], 1, "trained with 0.25, "), ([0.5, 0.25, 1], 0.1, "0.25 and 0.5 "),
+        ([0.25, 1], 0.5, ""), ([0.25, 1], None, ""), ([1.0], 1, ""),
+    ):  # fmt: skip
+        checkpoint.vision.shares, checkpoint.vision.keep = shares, max(shares)
+        checkpoint.use_share(keep)
+        assert checkpoint.vision.keep == (max(shares) if keep is None else keep)
+        note = capsys.readouterr().err
+        assert said in note
+        assert (note == "") is (said == "")
+    with pytest.raises(UserError, match=r"keep=0 must be a number in \(0, 1\]"):
+        checkpoint.use_share(0)
+
+
 def test_the_words_that_counted_are_those_without_which_the_best_score_falls(tiny_run):
     question, image = "What color is the big star?", Image.new("RGB", (40, 40), "red")
     predictor = vlabs.load(tiny_run[0])
