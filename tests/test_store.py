@@ -213,10 +213,11 @@ def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_optio
     [
         (["task.freeze=[]"], "task.freeze=[vision]"),
         (["task.store="], "task.store=null"),
+        (["task.store_gb=1e-6"], "task.store_gb=1e-06"),
         (["data.rand_augment=rand-m9-n2"], "data.rand_augment=null"),
     ],
 )
-def test_what_has_no_one_first_pass_cannot_be_stored(options, part, tiny_options, tmp_path, in_process):
+def test_what_has_no_one_first_pass_or_no_room_cannot_be_stored(options, part, tiny_options, tmp_path, in_process):
     result = in_process("vlabs.train", [*tiny_options, *FROZEN, *options, "hydra.run.dir=run"], tmp_path)
     assert_one_line_error(result, "task.store", part)
     assert not (tmp_path / "store").exists()

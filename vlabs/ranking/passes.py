@@ -16,6 +16,7 @@ from vlabs.data.preprocessing import PICTURE_OPTIONS, Preprocessing
 from vlabs.data.store import TensorStore
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, StoredPass
+from vlabs.utils.files import size
 
 _AT_ONCE = 16  # pictures that are encoded together
 
@@ -80,6 +81,16 @@ class FirstPasses:
         The parts have all of them whatever each process has seen of what the others write: all keys are shared out.
         """
         return [key for key in list(dict.fromkeys(keys))[rank::world] if key not in self.store]
+
+    def check_size(self, images: int, most: float) -> None:
+        """Raise a UserError if, with this many additional images, the folder of all stores held more than `most` GB."""
+        folder = self.store.folder.parent
+        total = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) + images * self.store.bytes_each
+        if total > most * 1e9:
+            raise UserError(
+                f"{folder} would hold {size(total)} of first passes, more than task.store_gb={most:g}: remove folders "
+                "in it that are no longer needed, or raise task.store_gb"
+            )
 
     @torch.inference_mode()
     def fill(self, pictures: Iterable[tuple[str, Tensor | None]], count: int) -> None:

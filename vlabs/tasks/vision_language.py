@@ -52,6 +52,7 @@ class VisionLanguageTask(Task):
         focus_prior_floor: share of the brightness that is left outside the region.
         store: folder for the first passes of a frozen image encoder (`task.freeze=[vision]`), so that each image is
             read and encoded only once.
+        store_gb: largest size of that folder in GB, counting what other runs have stored there.
     """
 
     of_all_ranks = ("prior", "prior_bottom_up")
@@ -78,6 +79,7 @@ class VisionLanguageTask(Task):
         focus_prior_weight: NonNegative = 0.0,
         focus_prior_floor: Share = 0.5,
         store: str | None = None,
+        store_gb: Positive = 100.0,
         freeze: Sequence[str] = (),
         recompute_activations: bool = False,
         compile: bool = False,
@@ -108,6 +110,7 @@ class VisionLanguageTask(Task):
         self.dead = MeanMetric()
         self.has_warned = False
         self.store = store
+        self.store_gb = store_gb
         self.stored: FirstPasses | None = None
         self._freeze_idle_prior()
         if model.pool is not None and not self.pool_prior_weight:
@@ -186,6 +189,7 @@ class VisionLanguageTask(Task):
             rows = data.rows(split)
             reader = ImageReader(rows, self.preprocessing, on_bad=data.on_bad, pictures=data.pictures, blind=data.blind)
             every = {reader.key(row, place): (row, place) for row in range(len(rows)) for place in range(data.pictures)}
+            stored.check_size(len(stored.missing(every)), self.store_gb)
             mine = [every[key] for key in stored.missing(every, rank, world)]
             if mine:
                 stored.fill(eval_loader(_Pictures(reader), mine, data), len(mine))
