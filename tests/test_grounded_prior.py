@@ -499,4 +499,6 @@ def test_what_harmonizer_cannot_train_on_is_one_line(options, parts, tiny_option
     (tmp_path / "hat").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "hat/999999999_1.png")
     given = [*tiny_options, "task.human_maps=hat", "data.questions_per_image=1", "data.rand_augment=null", *options]
-    assert_one_line_error(in_process("vlabs.train", [*given, "hydra.run.dir=run"], tmp_path), *parts)
+    result = in_process("vlabs.train", [*given, "hydra.run.dir=run"], tmp_path)
+    assert_one_line_error(result, *parts)
+    assert "train: vqa" not in result.stdout + result.stderr  # nothing has begun

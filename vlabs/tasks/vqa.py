@@ -82,6 +82,10 @@ class _People:
         return read_human_maps(question_id, found).mean if found else None
 
 
+def _training_ids(data: VQADataModule) -> set[Any]:
+    return {one for row in data.rows(data.train_split).select_columns(["question_id"])["question_id"] for one in row}
+
+
 class VQATask(VisionLanguageTask):
     """VQA fine-tuning. Logs `val/vqa_accuracy`, also per answer type.
 
@@ -144,18 +148,20 @@ class VQATask(VisionLanguageTask):
                 f"task.human_maps={self.human_maps} needs images as they are, one for each question: pass "
                 "data.rand_augment=null data.questions_per_image=1"
             )
-        ids = {one for row in data.rows(data.train_split).select_columns(["question_id"])["question_id"] for one in row}
-        if not ids & files.keys():
+        if not _training_ids(data) & files.keys():
             raise UserError(
                 f"task.human_maps={self.human_maps} has no map of a training question of {data.dir}: VQA-HAT numbers "
                 "questions as VQA v1 does; vlabs prepare vqav2 reads the files of VQA v1 too"
             )
-        say(f"harmonizer loss: people looked for {len(ids & files.keys()):,} of {len(ids):,} training questions")
         return replace(wants, human_map=_People(files))
 
     def setup(self, stage: str) -> None:
         """See `VisionLanguageTask`; also make an accuracy for each answer type of the validation split."""
         super().setup(stage)
+        if stage == "fit" and self.human_maps is not None:
+            ids = _training_ids(self.trainer.datamodule)  # type: ignore[attr-defined]
+            known = len(ids & list_hat(self.human_maps).keys())
+            say(f"harmonizer loss: people looked for {known:,} of {len(ids):,} training questions")
         if stage in ("fit", "validate"):
             data: VQADataModule = self.trainer.datamodule  # type: ignore[attr-defined]
             for answer_type in data.answer_types(data.val_split):

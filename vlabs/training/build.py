@@ -223,6 +223,7 @@ def _make_task(config: DictConfig, model: Any, data: PreparedDataModule, history
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
     identity = data.identity | data.extent() | {"history": history}
     task: Task = make_task(model=model, preprocessing=data.preprocessing, data=identity)
+    task.wants(data)  # checks the data; Lightning asks again when the run begins
     return task
 
 
