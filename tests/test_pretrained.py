@@ -47,6 +47,19 @@ def timm_file(tmp_path):
     return path, vit.eval()
 
 
+def test_commands_without_the_compiler_build_the_text_encoders_of_transformers():
+    """In a process of its own, because in this one the compiler may be imported already."""
+    sizes = "vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8"
+    code = (
+        "import sys; from vlabs.utils.imports import quick_imports\n"
+        "with quick_imports('wandb'):\n"
+        f"    from vlabs.models.text import OtherEncoder; OtherEncoder('bert', {sizes})\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @torch.no_grad()
 def test_a_timm_file_loads_whole(timm_file):
     path, vit = timm_file

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,16 @@ device can compile."""
 
 
 class _NoCompiler(ModuleType):
-    """In the place of a compiler's module while nothing is compiled: every decorator in it returns the function."""
+    """In the place of a compiler's module while nothing is compiled: every decorator in it returns the function.
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    Modules below it are the real ones: the language models of transformers take a class from one.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any] | list[str]:
+        if name == "__path__":
+            import torch
+
+            return [str(Path(torch.__path__[0]).joinpath(*self.__name__.split(".")[1:]))]
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda function=None, *args, **kwargs: function if callable(function) else lambda given: given
