@@ -346,6 +346,7 @@ def test_maps_are_measured_as_a_plain_loop_measures_them(folders, lookers, tiny_
         ("CLIPModel", {"projection_dim": 20}, [], ["projection.weight is (", "but its config.json asks for (20, "]),
         ("CLIPModel", None, ["--out", "look.gif"], ["look.gif", ".png or .svg"]),
         ("CLIPModel", None, ["--results", "there"], ["--results", "--data"]),
+        ("CLIPModel", None, ["--num-texts", "5"], ["--num-texts is for --data"]),
         ("ViltForQuestionAnswering", None, ["--map", "similarity"], ["no map similarity", "relevance, normgrad"]),
         ("CLIPModel", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, [],
          ["is a GPT2LMHeadModel", "CLIPModel", "ViltForQuestionAnswering"]),
@@ -395,6 +396,11 @@ def test_names_on_the_hub_and_data_without_regions_are_one_line(folders, tiny_da
     assert_one_line_error(result, "openai/clip-vit-base-patch32", "HF_HUB_OFFLINE", "--model DIR")
     result = in_process("vlabs.cli", [*given, "--model", folders["CLIPModel"], "--data", tiny_data], tmp_path)
     assert_one_line_error(result, "--data is instead of --image")
+    options = ["look", "--model", folders["CLIPModel"], "--data", tiny_data]
+    for more in (["--human-maps", "hat", "--measure", "faithfulness"], ["--human-maps", "hat", "--seed", "0"]):
+        result = in_process("vlabs.cli", [*options, *more], tmp_path)
+        assert_one_line_error(result, "--human-maps is a measure of its own", more[2])
+    assert_one_line_error(in_process("vlabs.cli", [*options, "--seed", "0"], tmp_path), "--seed is for")
     other = ["predict", "--ckpt", folders["CLIPModel"], "--image", "photo.png", "--question", "a cat"]
     assert_one_line_error(in_process("vlabs.cli", other, tmp_path), "of a model of transformers", "vlabs look --model")
     (tmp_path / "kept").mkdir()

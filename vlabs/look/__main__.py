@@ -33,17 +33,17 @@ def main() -> None:
     parser.add_argument("--map", choices=LOOK_MAPS, action="append", help="the map (default relevance); with --data, "
                         "may be given several times (default: all of the model)")  # fmt: skip
     parser.add_argument("--data", type=Path, help="instead of an image: a prepared folder to measure the maps on")
-    parser.add_argument("--split", default="val", help="with --data: the split (default %(default)s)")
-    parser.add_argument("--measure", choices=MEASURES, default="grounding", help="with --data: "
+    parser.add_argument("--split", help="with --data: the split (default val)")
+    parser.add_argument("--measure", choices=MEASURES, help="with --data: "
                         + "; ".join(f"{name}: {what}" for name, what in MEASURES.items())
-                        + " (default %(default)s)")  # fmt: skip
-    parser.add_argument("--num-texts", type=whole(2), default=200, help="with --data: texts that are measured, evenly "
-                        "spread (default %(default)s)")  # fmt: skip
+                        + " (default grounding)")  # fmt: skip
+    parser.add_argument("--num-texts", type=whole(2), help="with --data: texts that are measured, evenly spread "
+                        "(default 200)")  # fmt: skip
     parser.add_argument("--instances", help="with --data: COCO's instances, where the data have no regions")
     parser.add_argument("--human-maps", help="with --data: folder of VQA-HAT's or AiR-D's maps, which the maps are "
                         "compared with instead")  # fmt: skip
-    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="with --measure faithfulness: of the "
-                        "random order (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), help="with --measure faithfulness: of the random order "
+                        "(default 0)")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     add_out(parser, "look.png")
     parser.add_argument("--results", type=Path, help="with --data: folder for the results (default: look-grounding, "
@@ -58,8 +58,8 @@ def main() -> None:
 def _draw(arguments: argparse.Namespace) -> None:
     if arguments.image is None or not arguments.text:
         raise UserError("give --image and --text to draw a map, or --data to measure maps")
-    if any(one is not None for one in (arguments.results, arguments.instances, arguments.human_maps)):
-        raise UserError("--results, --instances and --human-maps are for --data: leave them out")
+    if given := _given(arguments, "split", "measure", "num_texts", "instances", "human_maps", "seed", "results"):
+        raise UserError(f"{given[0]} is for --data: leave it out")
     if len(arguments.map or []) > 1:
         raise UserError("--map is given once for an image, or several times with --data")
     check_out(arguments)
@@ -80,11 +80,23 @@ def _draw(arguments: argparse.Namespace) -> None:
     print(save_out(answers_figure([as_view(image, looker.box(image.size))], answers), arguments))
 
 
+def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """Which of some options are given, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+
+
 def _measure(arguments: argparse.Namespace) -> None:
     if arguments.image is not None or arguments.text:
         raise UserError("--data is instead of --image and --text: give one or the other")
     if arguments.out is not None:
         raise UserError("--out is for the figure of an image; with --data, --results names a folder")
+    if arguments.human_maps is not None and (given := _given(arguments, "measure", "instances", "seed")):
+        raise UserError(f"--human-maps is a measure of its own, which {given[0]} is not for: leave one of them out")
+    for name, value in (("split", "val"), ("measure", "grounding"), ("num_texts", 200)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.seed is not None and arguments.measure != "faithfulness":
+        raise UserError("--seed is for --measure faithfulness: leave it out")
     out = _claimed(arguments)
     try:
         _measure_into(arguments, out)
@@ -121,7 +133,7 @@ def _measure_into(arguments: argparse.Namespace, out: Path) -> None:
     elif arguments.measure == "grounding":
         results = grounding(*measured, arguments.instances, out)
     else:
-        results = faithfulness(*measured, arguments.instances, out, arguments.seed)
+        results = faithfulness(*measured, arguments.instances, out, arguments.seed or 0)
     results.write()
 
 
