@@ -11,11 +11,12 @@ from PIL import Image
 import vlabs
 from vlabs.attention import __main__ as program
 from vlabs.attention.figures import as_view, overlay
+from vlabs.attention.maps import look_by
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.decoding import as_shown
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing
-from vlabs.errors import run_cli
+from vlabs.errors import UserError, run_cli
 
 
 @pytest.fixture
@@ -129,6 +130,14 @@ def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(t
         "this question does not steer: its ξ is not similar to any patch; the map is normgrad",
     ]
     assert not alive.new_words
+
+
+def test_token_weights_of_a_model_without_a_prior_are_not_drawn(tiny_run):
+    model = load_checkpoint(tiny_run[0]).model
+    model.prior = None
+    given = torch.zeros(1, 3, 32, 32), torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(UserError, match="weights needs a ξ"):
+        look_by(model, *given, "weights")
 
 
 def test_the_first_top_down_signal_is_what_the_first_block_is_given(tiny_run):

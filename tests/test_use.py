@@ -118,11 +118,12 @@ def test_a_share_of_the_patches_that_training_never_met_is_said(tiny_run, capsys
 
 
 def test_the_words_that_counted_are_those_without_which_the_best_score_falls(tiny_run):
-    question, image = "What color is the big star?", Image.new("RGB", (40, 40), "red")
+    question, image = "What color is the big star? ", Image.new("RGB", (40, 40), "red")
     predictor = vlabs.load(tiny_run[0])
     predictor.model.double()  # it has hardly learned, so that scores differ by little
     _, answer = predictor.answer(image, ["Is it red?", question], map_name="relevance")
     assert "".join(word for word, _ in answer.words).lower() == question.replace(" ", "").lower()
+    assert all(word for word, _ in answer.words)  # the space at the end is none
     ids, mask = predictor.preprocessing.pad(predictor.preprocessing.token_ids([question]))
     pixels = predictor.preprocessing.image(image)[None].double()
     with torch.no_grad():
@@ -137,6 +138,7 @@ def test_the_words_that_counted_are_those_without_which_the_best_score_falls(tin
     assert predictor.answer(image, [question], map_name="normgrad")[0].words is None
     best = max(answer.words, key=lambda word: word[1])
     assert answer.counted.startswith(f"words that counted: {best[0]} {best[1]:.0%}, ")
+    assert " 0%" not in answer.counted
     shown = _question(answer)
     assert shown.count("class='word'") == len(answer.words)
     assert f"style='--share:1.00' title='{best[1]:.0%}'>{best[0]}<" in shown
@@ -236,9 +238,9 @@ def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, ti
             name: (np.log(one[name] / (1 - one[name])) + np.log(other[name] / (1 - other[name]))) / 2 for name in names
         }
         most = max(one.values())
+        assert {name for name, _ in found.answers} == {name for name in names if one[name] >= most / 2}
         for name, share in found.answers:
-            expected = 1 / (1 + np.exp(-logit[name])) if one[name] >= most / 2 else 0
-            assert share == pytest.approx(expected, abs=1e-5), name
+            assert share == pytest.approx(1 / (1 + np.exp(-logit[name])), abs=1e-5), name
 
     given = [f"ckpt={tiny_run[0]}", f"data.dir={tiny_data}", "task.view=crop", "hydra.run.dir=out", "split=val"]
     result = in_process("vlabs.evaluate", given, tmp_path)

@@ -341,7 +341,12 @@ def look_by(
 
     Args:
         name: name of the map; the other arguments are those of `look`.
+
+    Raises:
+        UserError: the model does not have the map.
     """
+    if name == "weights" and model.prior is None and not model.vision.reads_words:
+        raise UserError("the map weights needs a ξ, which this model does not have: choose another")
     given = model, image, input_ids, attention_mask
     output, found = look(*given, [name], prior, alpha)
     if name == "weights" and not found[name].flatten(1).any(dim=1).all():

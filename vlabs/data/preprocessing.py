@@ -197,7 +197,8 @@ class Preprocessing:
             if word is not None:
                 places.setdefault(word, []).append(place)
         ends = [(encoding.offsets[of[0]][0], encoding.offsets[of[-1]][1]) for of in places.values()]
-        return [(text[start:end].strip(), of) for (start, end), of in zip(ends, places.values(), strict=True)]
+        words = [(text[start:end].strip(), of) for (start, end), of in zip(ends, places.values(), strict=True)]
+        return [(word, of) for word, of in words if word]  # spaces at the end may be a token
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Pad token ids to one length: `input_ids` and `attention_mask`, both int64 (n, T)."""

@@ -54,7 +54,8 @@ class Answer:
         new_words: words of the question that no training text had; empty if the checkpoint does not know.
         words: the words of the question, each with its share of how far the best score falls without it (`as_shares`);
             None unless the map is `relevance`.
-        before: the best answers of the first look; None without a second one.
+        before: the best answers of the first look; None without a second one. After it, `answers` has those alone that
+            were joined.
     """
 
     question: str
@@ -73,9 +74,9 @@ class Answer:
 
     @property
     def counted(self) -> str:
-        """The five words that counted most, in words; empty where that is not known, or without any of them the best
-        score does not fall."""
-        best = [word for word in sorted(self.words or [], key=lambda word: -word[1])[:5] if word[1] > 0]
+        """The five words that counted most, in words, of those with at least half a percent; empty where that is not
+        known, or without any of them the best score does not fall."""
+        best = [word for word in sorted(self.words or [], key=lambda word: -word[1])[:5] if word[1] >= 0.005]
         return f"words that counted: {', '.join(f'{word} {share:.0%}' for word, share in best)}" if best else ""
 
     @property
@@ -197,7 +198,10 @@ class Predictor:
             again = torch.stack([self.preprocessing.image(view) for view in views]).to(images)
             with torch.inference_mode():
                 second = self.model(again, input_ids, attention_mask, prior=prior, alpha=alpha).logits.float()
-            best = self._best(head.probabilities(join(logits, second, probabilities)), top)
+            joined = join(logits, second, probabilities)
+            kept = joined.isfinite().sum(dim=1).tolist()
+            ranked = self._best(head.probabilities(joined), top)
+            best = [of_row[:count] for of_row, count in zip(ranked, kept, strict=True)]
         words = [
             self._words(question, images, input_ids[n : n + 1], attention_mask[n : n + 1], prior, alpha)
             if map_name == "relevance"
