@@ -178,7 +178,7 @@ def compare(folder: Path, options: Options) -> dict[str, Any]:
         f"{os.getloadavg()[0]:.1f}\n"
     )
     for name, median in medians.items():
-        print(f"{name:8}{median:10.1f} questions/s a core")
+        print(f"{name:8}{median:10.1f} questions/s per core")
     need = options.gpu_rate
     if need:
         workers = {k: -(-need // medians[f"k={k}"]) for k in (1, 4)}

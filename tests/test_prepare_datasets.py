@@ -108,7 +108,7 @@ def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, 
             yield row
 
     monkeypatch.setattr(hub, "tqdm", stopped)
-    with pytest.raises(UserError, match="connection lost.*goes on from there"):
+    with pytest.raises(UserError, match="connection lost.*continues from there"):
         write_table(source, tmp_path / "parts")
     with (tmp_path / "parts/rows.jsonl").open("ab") as file:
         file.write(b'{"row": ["tra')  # half a line, as of a machine that went down

@@ -41,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "images/s a core" in done.stdout
+    assert "images/s per core" in done.stdout
     assert "not yes/no" in done.stdout
     return folder
 

@@ -90,7 +90,7 @@ def test_what_the_data_leave_open_is_taken_and_what_they_say_stays(tiny_data):
     )
     assert (data.preprocessing.mean, data.preprocessing.std) == ((0.1, 0.2, 0.3), HALF)
     data = VQADataModule(tiny_data, image_size=32, **NULLS)
-    assert choose(data, None).endswith("bicubic (the default: the encoder begins new)")
+    assert choose(data, None).endswith("bicubic (the default: no pre-trained encoder)")
     assert (data.preprocessing.mean, data.preprocessing.std) == (IMAGE_MEAN, IMAGE_STD)
     # The config of a run of old has no such options: it was CLIP's.
     choose(data := VQADataModule(tiny_data, image_size=32), shown)
@@ -169,7 +169,7 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
     from vlabs.training import build
 
     run, result = tiny_run
-    line = "images: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: the encoder begins new)"
+    line = "images: mean 0.5 0.51 0.52, std 0.18 0.17 0.18 (the config); bicubic (the default: no pre-trained encoder)"
     assert line in result.stdout
     said = []
     monkeypatch.setattr(build, "say", said.append)

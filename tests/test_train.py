@@ -146,6 +146,7 @@ def test_a_frozen_encoder_keeps_its_weights(tiny_run, tiny_options, tmp_path):
         "callbacks.predictions.every_n_validations=0", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert "M trained; frozen: vision, text\n" in result.stdout
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
     before = load_checkpoint(run / "checkpoints/best.ckpt").model.state_dict()
     after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]

@@ -68,7 +68,7 @@ def start_or_go_on(partial: Path, identity: Any) -> Path:
     work = partial / WORK / "pipeline"
     inputs, said = work / "inputs.json", json.dumps(identity, indent=1)
     if inputs.is_file() and inputs.read_text(encoding="utf-8") == said:
-        print(f"going on in {partial}")
+        print(f"continuing in {partial}")
         return work
     if inputs.is_file():
         print(f"{partial} was made from other files or options: starting anew")

@@ -71,7 +71,7 @@ def rows_of(name: str, split: str, stream: Any, start: int = 0) -> Iterator[tupl
     except Exception as error:  # whatever the network and the dataset's own files can do
         raise UserError(
             f"--dataset {name}, {split}: reading stopped ({one_line(str(error)) or type(error).__name__}): run it"
-            " again, it goes on from there"
+            " again, it continues from there"
         ) from None
 
 

@@ -56,7 +56,7 @@ class Options:
             nothing to captions.
         vocab_size: size of the tokenizer trained on the train questions or captions; 0 for none.
         on_bad: `error`, or `skip` to leave out what cannot be used.
-        shard_size: images a file.
+        shard_size: images per file.
         num_workers: processes; has no influence on what is written.
         name: what the dataset is called; what the raw data say if empty.
     """
@@ -90,7 +90,7 @@ def check_vocab_size(size: int) -> None:
 
 
 def prepare(raw: Reader, out_dir: Path, options: Options) -> None:
-    """Make the prepared folder, or go on making it where an earlier run stopped.
+    """Make the prepared folder, or continue where an earlier run stopped.
 
     Raises:
         UserError: the raw data is bad, the folder exists and holds something else, or it cannot be written.
@@ -125,7 +125,7 @@ def prepare_in(
         return run.describe(raw_files)
     except (OSError, sqlite3.OperationalError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "full" in str(error)
-        hint = "; free some space and run again, it goes on where it stopped" if full else ""
+        hint = "; free some space and run again, it continues where it stopped" if full else ""
         raise UserError(f"cannot make {partial}: {error}{hint}") from error
 
 
@@ -279,8 +279,8 @@ def _build_in_pool(tasks: Iterable[ShardTask], num_workers: int, arguments: tupl
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: run again with a smaller --num-workers; it"
-                " goes on where it stopped"
+                "a worker process was killed, perhaps because memory ran out: run again with a smaller --num-workers;"
+                " it continues where it stopped"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -58,7 +58,7 @@ def json_files(folder: Path, archives: str = "*.zip") -> list[JsonFile]:
 
 
 def count_others(names: Iterable[str]) -> str:
-    """What is said of files that are no images: how many of each suffix; empty without any."""
+    """A message about files that are not images: how many of each suffix; empty without any."""
     counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
     return ", ".join(f"{count:,} of {suffix}" for suffix, count in counts.most_common())
 
@@ -166,7 +166,7 @@ class ImageStore:
     Attributes:
         locations: the folders and archives.
         other_suffix: tried where an image is not there under its own name.
-        other_folders: tried then in place of the first folder of its name; an empty one is none.
+        other_folders: tried then instead of the first folder of its name; an empty one is none.
     """
 
     locations: tuple[Path, ...]

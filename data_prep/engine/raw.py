@@ -104,7 +104,7 @@ class Reader:
         return found
 
     def lines(self, splits: Mapping[str, Path]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-        """Yield what files of JSON lines hold, one a split: the split, the place, its number from 1, and the object.
+        """Yield what files of JSON lines hold, one per split: the split, the place, its number from 1, and the object.
 
         Raises:
             UserError: a file is not as it should be, or empty.

@@ -43,7 +43,7 @@ def text_parser(name: str, doc: str | None, min_answer_count: int | None) -> arg
     parser.add_argument("--vocab-size", type=int, default=8192, help=what)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--num-workers", type=int, default=cores, help="processes (default: all cores)")
-    parser.add_argument("--shard-size", type=int, default=512, help="images a file (default %(default)s)")
+    parser.add_argument("--shard-size", type=int, default=512, help="images per file (default %(default)s)")
     return parser
 
 

@@ -117,7 +117,7 @@ def is_empty(value: Any) -> bool:
 
 
 def missing_column(where: str, row: dict[str, Any], *names: str) -> UserError:
-    """What is said of a row that has none of some columns."""
+    """The message about a row that has none of some columns."""
     what = "' or '".join(names)
     if any(name in row for name in names):
         return UserError(f"{where}: '{what}' is empty")

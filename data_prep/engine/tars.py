@@ -151,7 +151,7 @@ def _check_end(file: Any, offset: int, end: int, path: Path, last: str) -> None:
         raise UserError(f"{path} is cut off or damaged after {last}: download it again")
     while block := file.read(2**20):
         if block.strip(b"\0"):
-            raise UserError(f"{path} goes on after its end, behind {last}: unpack it with `tar --ignore-zeros`")
+            raise UserError(f"{path} continues after its end, behind {last}: unpack it with `tar --ignore-zeros`")
 
 
 def read_packed(path: Path, most: int) -> Iterator[tuple[str, bytes]]:

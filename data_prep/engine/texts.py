@@ -215,7 +215,7 @@ class Index:
             self._count_answer(text)
 
     def replace_regions(self, regions: Mapping[int, Regions]) -> int:
-        """Give texts these regions, by their ids in any split, in place of others; return how many were found."""
+        """Give texts these regions, by their ids in any split, instead of others; return how many were found."""
         splits = [split for (split,) in self.connection.execute("SELECT DISTINCT split FROM items")]
         update = "UPDATE items SET regions = ? WHERE split = ? AND item_id = ?"
         found = 0

@@ -1,7 +1,7 @@
 """Prepared folders of images: units of work that are read one by one, each kept as soon as it is done.
 
-A unit gives rows; what is bad in it is noted in their place. Memory follows a batch of rows, and a run that was stopped
-goes on with the next unit.
+A unit gives rows; bad items are noted instead of rows. Memory follows a batch of rows, and a run that was stopped
+continues with the next unit.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Folder:
         kind, name: of the dataset, for its manifest.
         features: of a prepared row.
         units: what is read, in order.
-        raw_files: what the manifest says of what it is read from; a run goes on where these are the same.
+        raw_files: the raw files as the manifest lists them; a run that was stopped continues if they are the same.
         options: those that what is written depends on.
         part: the columns of the rows that units give; those of `features` if not given.
         place: turns the batches of all units, each with its split, into those of prepared rows; it may read twice.
@@ -80,7 +80,7 @@ class Folder:
 
 
 def prepare_units(folder: Folder, out_dir: str | Path, on_bad: str = "error") -> None:
-    """Write a prepared folder. A run that was stopped goes on where it was.
+    """Write a prepared folder. A run that was stopped continues where it was.
 
     Args:
         on_bad: `error`, or `skip` to leave out what cannot be used.

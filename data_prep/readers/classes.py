@@ -73,7 +73,7 @@ def prepare_classes(
 
     Args:
         units: what to read.
-        raw_files: what they are read from; by their names, sizes and times it is known whether a run goes on.
+        raw_files: what they are read from; a run that was stopped continues if names, sizes and times are the same.
         name: of the dataset.
         classes: all class names in the order of their labels; those that occur, sorted, if not given.
         on_bad: see `prepare_units`.
@@ -147,7 +147,7 @@ def folder_units(raw_dir: Path) -> tuple[list[Unit], list[Path]]:
     if not units:
         for path in (one for one in there if one.name.lower().endswith(PACKED)):
             check_not_packed(path)
-        raise UserError(f"--raw-dir {raw_dir} holds no class folders: there must be train/CLASS/PICTURE or train.tar")
+        raise UserError(f"--raw-dir {raw_dir} holds no class folders: there must be train/CLASS/IMAGE or train.tar")
     return units, files
 
 

@@ -60,7 +60,7 @@ class Entities:
         files: names in the zip file, or paths, by folder (`Sentences` or `Annotations`) and image id.
 
     Attributes:
-        tables: the files that have to be the same for a preparation to go on.
+        tables: the files that have to be the same for a preparation to continue.
         options: what the options have to say of files outside a zip file, for the same reason.
     """
 

@@ -90,7 +90,7 @@ class KarpathyCaptions(Reader):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See `Reader`."""
         super().add_options(parser)
-        what = f"take {cls.what_phrases_are} as captions, in place of the sentences"
+        what = f"take {cls.what_phrases_are} as captions, instead of the sentences"
         parser.add_argument("--phrases", action="store_true", help=what)
 
     def fill(self, index: Index) -> None:

@@ -401,7 +401,7 @@ def _value(row: Any, path: str) -> Any:
 def _entries(
     where: str, row: dict[str, Any], columns: dict[str, str], split: str | None, images: Path, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """The lines of the table that a row of the dataset makes: one a question or caption."""
+    """The lines of the table that a row of the dataset makes: one per question or caption."""
     values = {one: _value(row, column) for one, column in columns.items()}
     try:
         content = hub.picture_of(where, values.pop("image"), folder)

@@ -5,7 +5,7 @@
 
 The first writes the raw formats that the real datasets are downloaded in, so that the same preparation reads both:
 
-    v2_Questions_<Split>_mscoco.zip, v2_Annotations_<Split>_mscoco.zip    VQA v2, ten answers a question
+    v2_Questions_<Split>_mscoco.zip, v2_Annotations_<Split>_mscoco.zip    VQA v2, ten answers per question
     <subset>.zip                                                          the images
     dataset_scenes.json                                                   Karpathy's captions, five an image
     annotations.zip                                                       COCO instances with visible masks
@@ -197,7 +197,7 @@ def _write_corpus(size: str, images: dict[str, int], folder: Path, seed: int, wo
     }
     (folder / "scenes.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(format_table(blind))
-    print(f"{len(tasks)} images in {seconds:.1f} s: {len(tasks) / seconds / workers:.0f} images/s a core")
+    print(f"{len(tasks)} images in {seconds:.1f} s: {len(tasks) / seconds / workers:.0f} images/s per core")
 
 
 def _write_split(

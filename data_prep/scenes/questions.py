@@ -87,7 +87,7 @@ class Description(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question one could ask about a scene. Objects are given by their index in the scene."""
+    """A possible question about a scene. Objects are given by their index in the scene."""
 
     kind: str  # the question_type of the annotation
     family: str  # of templates; answers are balanced in each

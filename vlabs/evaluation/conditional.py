@@ -1,4 +1,4 @@
-"""Evaluation of conditional retrieval: does a phrase make images alike that hold what it names?"""
+"""Evaluation of conditional retrieval: are images that show what a phrase names similar under it?"""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _features(
         features[f"{when}/cls"] = vision.backbone.pool(tokens)
         features[f"{when}/mean"] = tokens[:, prefix:].mean(dim=1)
         if weights is not None:
-            share = weights[:, prefix:, None] + 1e-6  # a prior that is like no patch asks for all alike
+            share = weights[:, prefix:, None] + 1e-6  # a prior that is like no patch asks for all equally
             features[f"{when}/weighted"] = (share * tokens[:, prefix:]).sum(dim=1) / share.sum(dim=1)
     return features
 

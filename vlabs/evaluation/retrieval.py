@@ -1,7 +1,7 @@
 """Evaluation of retrieval: all images of a split against all captions, through the whole network.
 
 `exact` scores every pair; `shortlist` scores those that ξ finds promising. Both keep their scores on disk, and a run
-that was stopped goes on.
+that was stopped continues.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class CaptionedImages:
 
 
 class RetrievalEvaluation(Evaluation):
-    """Ranks a split in both directions: recalls, a line a query, and a figure of some with their best images.
+    """Ranks a split in both directions: recalls, one line per query, and a figure of some with their best images.
 
     Args:
         ranker: the options of the group `ranker`, see `vlabs.runs.values.Ranker`.
@@ -229,7 +229,7 @@ class RetrievalEvaluation(Evaluation):
             raise UserError(f"ranker={name} compares images with the prior ξ, which a plain ViT does not have")
 
     def measure(self, checkpoint: Checkpoint, data: CaptionDataModule, results: Results) -> None:
-        """See `Evaluation`. Scores are kept on disk, and a run that was stopped goes on."""
+        """See `Evaluation`. Scores are kept on disk, and a run that was stopped continues."""
         self.check_model(checkpoint.model)
         ranker, workers, setting = self.ranker, data.workers, results.setting
         captioned = CaptionedImages(data, setting.split, self.images)

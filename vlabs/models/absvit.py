@@ -739,7 +739,7 @@ def _conv_stem(
     backbone = ConvStem(
         in_chans, depth, channels, stride=(2,) * depth, padding=1, norm_layer=partial(LayerNormAct2d, act_layer=nn.GELU)
     )
-    # The last two are of pictures of any size, by timm's `dynamic_img_size`.
+    # The last two are for images of any size, by timm's `dynamic_img_size`.
     return HybridEmbed(
         backbone, img_size, feature_ratio=stride, in_chans=in_chans, embed_dim=embed_dim, proj=False,
         strict_img_size=strict_img_size, output_fmt=output_fmt,

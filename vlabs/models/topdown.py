@@ -100,7 +100,7 @@ class Signal:
         return x
 
     def at(self, kept: Kept, prepare: Callable[[Kept], list[Tensor]] | None = None) -> Signal:
-        """The signal of the kept tokens; itself where every token is treated alike."""
+        """The signal of the kept tokens; itself where every token is treated the same."""
         return self
 
 
@@ -288,7 +288,7 @@ class TopDown(nn.Module):
         return True
 
     def build(self, backbone: Backbone, start: int) -> None:
-        """Make layers of one's own, for the blocks of the second pass.
+        """Make the variant's own layers, for the blocks of the second pass.
 
         Args:
             backbone: the encoder; only its sizes are to be read, because its weights may not be loaded yet.

@@ -18,7 +18,7 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, StoredPass
 from vlabs.utils.files import size
 
-_AT_ONCE = 16  # pictures that are encoded together
+_AT_ONCE = 16  # images that are encoded together
 
 
 class FirstPasses:

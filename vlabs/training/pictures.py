@@ -133,7 +133,7 @@ def choose(data: PreparedDataModule, shown: Shown | None) -> str:
     parts = {
         source: list(taken),
         "the config": given,
-        "the default" if shown else "the default: the encoder begins new": [
+        "the default" if shown else "the default: no pre-trained encoder": [
             name for name in data.left_open if name not in taken
         ],
     }

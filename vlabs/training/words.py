@@ -22,7 +22,6 @@ _SMALL = 5_000_000  # parameters; too few to learn photographs from scratch
 def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
     """What is trained, on which data, from which weights; what is frozen, and what will be written."""
     everything = sum(p.numel() for p in task.parameters())
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     own = {name: value for name, value in task.data.items() if name != "history"}
     history = task.data.get("history", [])
     parts = (getattr(task.model, name, None) for name in ("vision", "encoder", "text"))
@@ -31,7 +30,7 @@ def beginning(task: Task, data: PreparedDataModule, folder: str | Path) -> str:
     side = data.preprocessing.image_size
     lines = [
         f"train: {trainings_in_words([{'task': task.name, 'data': own}])}, images of {side} px, from {source}",
-        f"  {everything / 1e6:.1f} M parameters, {_trained(trained, everything)}",
+        f"  {everything / 1e6:.1f} M parameters, {_trained(task)}",
         f"  to {folder}: about {size(checkpoint_bytes(task))} of checkpoints (best, last, and the last one before)",
     ]
     is_drawn = str(own.get("name")).startswith(("scenes", "objects-"))
@@ -56,8 +55,17 @@ def _new_words(task: Task, data: PreparedDataModule, history: list[dict[str, Any
     return [f"  note: earlier training never had {len(new):,} of the {len(own.split()):,} words of these texts: {most}"]
 
 
-def _trained(trained: int, everything: int) -> str:
-    return "all trained" if trained == everything else f"{trained / 1e6:.1f} M trained and the others frozen"
+def _trained(task: Task) -> str:
+    """How much is trained, and which parts are not, by their names in `task.freeze`."""
+    groups: dict[str, set[bool]] = {}
+    for name, parameter in task.named_parameters():
+        groups.setdefault(task.lr_group(name), set()).add(parameter.requires_grad)
+    frozen = [name if len(kinds) == 1 else f"part of {name}" for name, kinds in groups.items() if False in kinds]
+    if not frozen:
+        return "all trained"
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    adapters = f" (with adapters in {', '.join(task.lora.parts)})" if task.lora is not None else ""
+    return f"{trained / 1e6:.1f} M trained{adapters}; frozen: {', '.join(frozen)}"
 
 
 def checkpoint_bytes(task: Task) -> int:

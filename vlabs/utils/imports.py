@@ -16,7 +16,7 @@ device can compile."""
 
 
 class _NoCompiler(ModuleType):
-    """In the place of a compiler's module while nothing is compiled: every decorator in it returns the function.
+    """Stands for a compiler's module while nothing is compiled: every decorator in it returns the function.
 
     Modules below it are the real ones: the language models of transformers take a class from one.
     """

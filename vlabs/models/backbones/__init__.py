@@ -134,7 +134,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
     if family.endswith(".swin_transformer"):
         if embed_layer is not None:
             raise UserError(f"{architecture} has a stem of its own: leave stem out")
-        # METER's: windows grow with the picture, so that in the last stage there is one.
+        # METER's: windows grow with the image, so that in the last stage there is one.
         given.setdefault("window_size", max(1, given.get("img_size", 224) // 32))
     if embed_layer is not None:
         given["embed_layer"] = embed_layer

@@ -93,7 +93,7 @@ class FANNetwork(nn.Module):
         img_size, patch_size: sides in pixels; the patch's is 8 or 16.
         embed_dim, depth, num_heads, mlp_ratio: of the blocks.
         cls_depth: blocks of class attention after them.
-        drop_path_rate: of every block alike.
+        drop_path_rate: the same for every block.
         num_classes: of the head; 0 for none.
     """
 

@@ -231,7 +231,7 @@ class RVT(Backbone):
         return whole_weight(block.attn.qkv)
 
     def make_decoders(self) -> nn.ModuleList:
-        """One a block; those of the first block of a stage also undo the pooling."""
+        """One per block; those of the first block of a stage also undo the pooling."""
         return nn.ModuleList(
             PooledDecoder(width, self.widths[index - 1]) if index in self.network.starts else FeedbackDecoder(width)
             for index, width in enumerate(self.widths)
@@ -245,7 +245,7 @@ class RVT(Backbone):
         return to_tokens(decoder.unpool(to_map(tokens, self.network.grids[index])))
 
     def spread(self, index: int, values: Tensor) -> Tensor:
-        """What is said of a token is said of the four that it was pooled from."""
+        """What holds for a token holds for the four that it was pooled from."""
         for start in reversed(self.network.starts):
             if index < start:
                 values = to_tokens(F.interpolate(to_map(values, self.network.grids[start]), scale_factor=2))

@@ -139,7 +139,7 @@ class Swin(Backbone):
         return whole_weight(self.blocks[index].attn.qkv)
 
     def make_decoders(self) -> nn.ModuleList:
-        """One a block; those of the first block of a stage also undo the merging."""
+        """One per block; those of the first block of a stage also undo the merging."""
         return nn.ModuleList(
             PooledDecoder(width, self.widths[index - 1]) if index in self.merges else FeedbackDecoder(width)
             for index, width in enumerate(self.widths)
@@ -153,7 +153,7 @@ class Swin(Backbone):
         return to_tokens(decoder.unpool(to_map(tokens, self.grids[index])))
 
     def spread(self, index: int, values: Tensor) -> Tensor:
-        """What is said of a token is said of the four that it was merged from."""
+        """What holds for a token holds for the four that it was merged from."""
         for start in reversed(self.merges):
             if index < start:
                 values = to_tokens(F.interpolate(to_map(values, self.grids[start]), scale_factor=2))
