@@ -96,6 +96,7 @@ class Task(pl.LightningModule):
         self.preprocessing = preprocessing
         self.data = data
         self.recipe = recipe
+        self.freezes = tuple(dict.fromkeys(freeze))  # for the first lines of a run
         self.frozen = self._freeze(freeze)
         self.lora = lora if lora is not None and lora.rank else None
         if self.lora is not None:

@@ -56,16 +56,15 @@ def _new_words(task: Task, data: PreparedDataModule, history: list[dict[str, Any
 
 
 def _trained(task: Task) -> str:
-    """How much is trained, and which parts are not, by their names in `task.freeze`."""
-    groups: dict[str, set[bool]] = {}
-    for name, parameter in task.named_parameters():
-        groups.setdefault(task.lr_group(name), set()).add(parameter.requires_grad)
-    frozen = [name if len(kinds) == 1 else f"part of {name}" for name, kinds in groups.items() if False in kinds]
-    if not frozen:
-        return "all trained"
+    """How much is trained, and why the rest is not."""
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    adapters = f" (with adapters in {', '.join(task.lora.parts)})" if task.lora is not None else ""
-    return f"{trained / 1e6:.1f} M trained{adapters}; frozen: {', '.join(frozen)}"
+    reasons = [f"frozen: {', '.join(task.freezes)}"] if task.freezes else []
+    if task.lora is not None:
+        reasons.append(f"adapters alone in: {', '.join(task.lora.parts)}")
+    if not reasons:
+        idle = not all(p.requires_grad for p in task.parameters())
+        return f"{trained / 1e6:.1f} M trained; this task does not use the others" if idle else "all trained"
+    return f"{trained / 1e6:.1f} M trained; {'; '.join(reasons)}"
 
 
 def checkpoint_bytes(task: Task) -> int:
