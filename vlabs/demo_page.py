@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--index", type=Path, default=SEARCH_INDEX, help="folder of the search index (default %(default)s)"
     )
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda or mps; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.read()

@@ -41,7 +41,7 @@ def main() -> None:
         "--second-look", choices=VIEWS, help="answer again from what the map points at, enlarged (crop) or without the "
         "rest (masked), and join both answers",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda or mps; the GPU if there is one")
     parser.add_argument("--answers", help="for a released file: the prepared folder with its answer vocabulary")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.read()

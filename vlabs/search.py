@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--index", type=Path, default=SEARCH_INDEX, help="folder of the index (default %(default)s)")
     parser.add_argument("--on-bad", choices=("error", "skip"), default="error", help="files that are no whole image")
     add_out(parser, "search.png")
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda or mps; the GPU if there is one")
     parser.add_argument("--tokenizer", help="for a released file: its RoBERTa, a hub name or a local folder")
     arguments = parser.read()
     check_out(arguments)

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="the image")
     parser.add_argument("--text", action="append", default=[], help="what to segment; may be given several times")
     add_out(parser, "segments.png")
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda or mps; the GPU if there is one")
     arguments = parser.read()
     check_out(arguments)
     _segment(arguments)

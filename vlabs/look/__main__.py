@@ -44,7 +44,7 @@ def main() -> None:
                         "compared with instead")  # fmt: skip
     parser.add_argument("--seed", type=whole(0, MOST_SEED), help="with --measure faithfulness: of the random order "
                         "(default 0)")  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda or mps; the GPU if there is one")
     add_out(parser, "look.png")
     parser.add_argument("--results", type=Path, help="with --data: folder for the results (default: look-grounding, "
                         "or with a number if that exists)")  # fmt: skip
