@@ -7,7 +7,7 @@
 
 Every way of choosing is trained with, alike, for one epoch of the scenes from `init=scenes`, and used at the share that
 it was trained with: `s` by the cosine with ξ, `cls` by what [cls] reads in the first pass, `norm` by the norm of the
-first pass's tokens, `random`. Prints a table, and draws accuracy against GMAC a question to keep.png.
+first pass's tokens, `random`. Prints a table, and draws accuracy against GMAC per question to keep.png.
 
 `--prune` leaves more out inside the fusion, by what the text reads after the first pair of layers (PuMer, ACL 2023).
 `--show-rest` gives the fusion z of the patches that the second pass left out, instead of their mean.
@@ -175,7 +175,7 @@ def main() -> None:
     for order in options.orders:
         shown = sorted((row["gmac"], row["accuracy"]) for row in rows if row["order"] == order or row["share"] == 1)
         axis.plot(*zip(*shown, strict=True), marker="o", label=order)
-    axis.set_xlabel("GMAC a question")
+    axis.set_xlabel("GMAC per question")
     axis.set_ylabel("accuracy, not yes/no (%)")
     axis.legend(frameon=False)
     figure.savefig(options.out / "keep.png", dpi=150)
