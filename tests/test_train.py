@@ -77,7 +77,7 @@ def test_a_run_says_what_it_begins_with_every_epoch_and_what_came_out(tiny_run):
     for said in (
         "train: vqa on scenes (320 questions, 40 images), images of 32 px, from scratch",
         "M parameters, all trained",
-        "MB of checkpoints",
+        "kB of checkpoints",
         "epoch 1/2: train/loss ",
         "epoch 2/2: ",
         f"done: {run}",
