@@ -66,9 +66,8 @@ def test_an_evaluation_runs_under_the_precision_that_is_asked_for(tmp_path):
     def dtype(precision):
         options = {"accelerator": "cpu", "precision": precision, "enable_progress_bar": False, "devices": 2}
         trainer = OmegaConf.create({"_target_": "pytorch_lightning.Trainer"} | options)
-        vision, data = SimpleNamespace(keep=0.25), SimpleNamespace(blind=False)
-        checkpoint = SimpleNamespace(path=Path("run"), vision=vision)
-        found = Product().run(checkpoint, data, Setting("val", tmp_path, trainer))
+        checkpoint = SimpleNamespace(path=Path("run"), keep=0.25)
+        found = Product().run(checkpoint, SimpleNamespace(blind=False), Setting("val", tmp_path, trainer))
         assert found["keep"] == 0.25
         return found["dtype"]
 

@@ -239,7 +239,7 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert 0 < len(list(partial.glob(".vlabs-work/pipeline/records/*.json"))) < 100
     resumed = run("data_prep.coco_captions", *options, "--out-dir", out)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on" in resumed.stdout
+    assert "continuing in" in resumed.stdout
     assert not partial.exists()
     whole = run("data_prep.coco_captions", *options, "--out-dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -350,7 +350,7 @@ def test_a_single_bad_image_is_named_in_the_error_and_can_be_mended(tmp_path: Pa
     (folder / name).write_bytes(raw.images[name])
     done = run_raw("flickr30k", folder, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "going on" in done.stdout
+    assert "continuing in" in done.stdout
     assert read_manifest(tmp_path / "out")["splits"]["train"]["images"] == 6
 
 

@@ -319,7 +319,7 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert 0 < len(finished) < 200
     resumed = run("data_prep.vqav2", *options, "--out-dir", out)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on" in resumed.stdout
+    assert "continuing in" in resumed.stdout
     assert not partial.exists()
     whole = run("data_prep.vqav2", *options, "--out-dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -362,7 +362,7 @@ def test_truncated_image_is_named_and_can_be_mended_or_dropped(tmp_path: Path) -
 
     (folder / name).write_bytes(good)
     mended = run_vqav2(folder, out, "--shard-size", 5)
-    assert "going on" in mended.stdout
+    assert "continuing in" in mended.stdout
     assert load_split(out, "train")[4]["image"] == good
     assert read_manifest(out)["dropped"] == {}
 

@@ -654,7 +654,7 @@ def test_more_classes_than_a_byte_holds_are_measured_written_and_drawn(tmp_path)
             right = torch.from_numpy(np.minimum(truth, 299).astype(np.int64))
             return SimpleNamespace(logits=F.one_hot(right, 300).permute(2, 0, 1)[None].float())
 
-    checkpoint = SimpleNamespace(segmenter=Right(), preprocessing=data.preprocessing, data={}, path="x")
+    checkpoint = SimpleNamespace(segmenter=Right(), preprocessing=data.preprocessing, data={}, path="x", keep=1)
     (tmp_path / "ev").mkdir()
     trainer = OmegaConf.create(
         {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}

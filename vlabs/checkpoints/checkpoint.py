@@ -90,6 +90,11 @@ class Checkpoint:
         return next(one for one in self.network.modules() if isinstance(one, AbSViT))
 
     @property
+    def keep(self) -> float:
+        """Share of the patches in the second pass; 1 for a network of your own that has none."""
+        return next((float(one.keep) for one in self.network.modules() if isinstance(one, AbSViT)), 1.0)
+
+    @property
     def training(self) -> str:
         """What it was trained on, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
         return trainings_in_words(history_of(self.task, self.data))

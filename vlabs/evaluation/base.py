@@ -68,8 +68,8 @@ class Evaluation:
                 raise UserError(f"data.blind=true: task={self.name} is about images: leave it out")
             results.say("data.blind=true: every image is one of a single color, so this is what the texts give")
             results.metrics["blind"] = True
-        if checkpoint.vision.keep < 1 and not self.keeps_all:
-            results.metrics["keep"] = checkpoint.vision.keep
+        if checkpoint.keep < 1 and not self.keeps_all:
+            results.metrics["keep"] = checkpoint.keep
         elif self.keeps_all and setting.keep not in (None, 1):
             raise UserError(f"keep={setting.keep:g}: task={self.name} reads all patches: leave it out")
         if data is not None:

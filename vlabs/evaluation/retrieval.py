@@ -239,7 +239,7 @@ class RetrievalEvaluation(Evaluation):
             "split": setting.split,
             "images": len(captioned.rows),
             "precision": str(setting.trainer.precision),
-            "keep": checkpoint.vision.keep,
+            "keep": checkpoint.keep,
         }
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         folder = Path(ranker["scores"]) if ranker["scores"] is not None else Path("outputs/scores") / key
