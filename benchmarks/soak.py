@@ -7,7 +7,7 @@ checkpoint after every step) go on for a while, each until something is done to 
 checkpoint is written; SIGTERM; Ctrl-C to all its processes, as a terminal sends it; a full disk; and when it has
 stopped, a cut metrics.csv or summary.json, or another place.
 
-- One goes on as it was: it must end with the weights, the average and the optimiser's state, bit for bit, of a run that
+- One goes on as it was: it must end with the weights, the average and the optimizer's state, bit for bit, of a run that
   nothing stopped, and with no step logged twice.
 - The other goes on with another batch size and accumulation every time: every question must come once an epoch, and
   its rate must go on where it was and end at 0.

@@ -105,12 +105,12 @@ class Side:
             return self.loss()
 
     def update(self) -> None:
-        """The optimiser's part."""
+        """The optimizer's part."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def step(self) -> Tensor:
-        """Forward, backward, optimiser."""
+        """Forward, backward, optimizer."""
         loss = self.forward()
         loss.backward()  # type: ignore[no-untyped-call]
         self.update()
@@ -251,7 +251,7 @@ def compare(options: Options) -> dict[str, Any]:
 
 
 def parts(options: Options) -> dict[str, Any]:
-    """Where the time of our step goes: forward and backward of every part, and the optimiser; k = 4, on a CPU.
+    """Where the time of our step goes: forward and backward of every part, and the optimizer; k = 4, on a CPU.
 
     Autograd goes through the parts in the reverse order of the forward pass: in the backward pass a part's time begins
     when the gradient of its output is there, and ends when that of the part before it is.
@@ -281,7 +281,7 @@ def parts(options: Options) -> dict[str, Any]:
             loss = side.forward()
         with ledger.part("head and losses, backward"):
             loss.backward()  # type: ignore[no-untyped-call]
-        with ledger.part("optimiser"):
+        with ledger.part("optimizer"):
             side.update()
 
     with ledger.counting():

@@ -162,6 +162,8 @@ def test_an_option_that_is_not_there_is_answered_with_the_one_that_was_meant(in_
 
 def test_help_explains_the_options_of_what_is_chosen(in_process, tmp_path):
     said = in_process("vlabs.train", ["--help", "model=photo", "task.recipe.warmup=0.3"], tmp_path).stdout
+    assert "callbacks=      [default]*" in said
+    assert "hydra/launcher= basic*, slurm" in said
     assert "vlabs train -m" in said
     assert "photo*" in said
     assert "data/base" not in said

@@ -36,7 +36,7 @@ from vlabs.demo_page import _QUESTIONS, _searches
 from vlabs.errors import UserError
 from vlabs.look import load
 from vlabs.page.about import about
-from vlabs.page.answers import Page, example_pictures
+from vlabs.page.answers import Page, example_pictures, questions_beside
 from vlabs.page.decoder import Decoder, decode
 from vlabs.page.hosts import Hosts
 from vlabs.page.line import Line
@@ -861,8 +861,18 @@ def test_a_full_line_takes_no_more():
     asyncio.run(run())
 
 
+def test_an_example_of_ones_own_has_the_questions_of_the_text_beside_it(tmp_path):
+    assert questions_beside(tmp_path / "street.jpg") == ""
+    (tmp_path / "street.txt").write_text("Is it open?\nWhat is left of it?\n", encoding="utf-8-sig")
+    assert questions_beside(tmp_path / "street.jpg") == "Is it open?\nWhat is left of it?"
+
+
 def test_wrong_options_are_one_line(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "street.jpg").write_bytes(CONTENTS[0])
+    (tmp_path / "own" / "street.txt").write_bytes(b"\xff")
     for arguments, parts in (
+        (["--pictures", "own"], ["own/street.txt", "UTF-8"]),
         (["--images", "."], ["--search-ckpt"]),
         (["--pictures", "nowhere"], ["--pictures nowhere"]),
         (["--max-megapixels", 0], ["--max-megapixels"]),

@@ -54,7 +54,11 @@ def main() -> None:
                         "not whole images (default %(default)s)")  # fmt: skip
     parser.add_argument("--look", metavar="MODEL", help="a CLIP, SigLIP, BLIP or ViLT of transformers, for the tab "
                         "Look: name on the hub, or a local folder")  # fmt: skip
-    parser.add_argument("--pictures", type=Path, help="folder of example images")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        help="folder of example images; a text file of the same name has questions, one per line",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to bind to (default %(default)s: only this machine)"
     )
@@ -95,7 +99,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     from vlabs.checkpoints.checkpoint import packaged_starts
     from vlabs.look import load as load_looker
     from vlabs.page.about import about
-    from vlabs.page.answers import Page, example_pictures
+    from vlabs.page.answers import Page, example_pictures, questions_beside
     from vlabs.page.decoder import Decoder
     from vlabs.prediction.predictor import load
 
@@ -105,10 +109,11 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     looker = None if arguments.look is None else load_looker(arguments.look, device=arguments.device)
     embedded = arguments.ckpt in packaged_starts()
     searches = _searches(arguments, embedded)
-    pictures = example_pictures(arguments.pictures) if embedded or arguments.pictures is not None else []
-    known = _QUESTIONS if embedded and arguments.pictures is None else ()
-    examples = [(path, known[n] if n < len(known) else "") for n, path in enumerate(pictures)]
-    examples = examples[: len(known)] if known else examples
+    examples: list[tuple[Path, str]] = []
+    if arguments.pictures is not None:
+        examples = [(path, questions_beside(path)) for path in example_pictures(arguments.pictures)]
+    elif embedded:
+        examples = list(zip(example_pictures(), _QUESTIONS, strict=False))
     for one in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(one) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(one, _end)

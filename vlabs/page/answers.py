@@ -23,6 +23,7 @@ from vlabs.page.decoder import Decoder
 from vlabs.page.uploads import Uploads
 from vlabs.prediction.predictor import Answer, Predictor
 from vlabs.prediction.search import MEANING, Search
+from vlabs.utils.plain import read_text
 
 if TYPE_CHECKING:
     from vlabs.look.looker import Looker
@@ -295,3 +296,9 @@ def example_pictures(folder: Path | None = None) -> list[Path]:
     folder = folder or Path(__file__).parent / "pictures"
     suffixes = (".jpg", ".jpeg", ".png", ".webp")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())[:24]
+
+
+def questions_beside(picture: Path) -> str:
+    """The questions of an example image, one per line: those in `NAME.txt` beside it; empty if there is none."""
+    file = picture.with_suffix(".txt")
+    return read_text(file).strip() if file.exists() else ""

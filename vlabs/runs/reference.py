@@ -311,7 +311,10 @@ def _module(name: str) -> griffe.Module | None:
 
 
 def _groups(chosen: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The groups of a program, with all their choices."""
+    """The groups of a program, with all their choices. Of Hydra's own, only the launcher is a choice to make."""
+    if "experiment" in chosen:  # a program that trains
+        yield "callbacks", ["[default]*", *(f"[default,{one}]" for one in choices("callbacks") if one != "default")]
+        yield "hydra/launcher", ["basic", *choices("hydra/launcher")]
     for name in sorted(name for name in chosen if not name.startswith("hydra/")):
         group = name.partition("@")[0]
         names = choices(group)
