@@ -14,8 +14,9 @@ from test_classify import TINY, objects  # noqa: F401  (a fixture)
 import vlabs
 from data_prep.scenes.objects import make_several
 from vlabs.checkpoints.abilities import Ability, check_able
-from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results, Setting
@@ -76,6 +77,14 @@ def test_an_evaluation_runs_under_the_precision_that_is_asked_for(tmp_path):
     for refused in ("bf16-true", "64-true"):
         with pytest.raises(UserError, match=f"trainer.precision={refused}: .* 32-true, bf16-mixed and 16-mixed"):
             dtype(refused)
+
+
+def test_a_network_of_ones_own_has_no_share_of_patches():
+    checkpoint = Checkpoint(torch.nn.Linear(1, 1), Preprocessing(8, ""), "mine", {}, Path("run"))
+    checkpoint.use_share(None)
+    assert checkpoint.keep == 1
+    with pytest.raises(UserError, match="keep=0.5: a Linear has no second pass"):
+        checkpoint.use_share(0.5)
 
 
 OWN = '''

@@ -194,6 +194,8 @@ def test_wrong_options_of_the_export_are_one_line(tiny_run, folder, tmp_path):
         (["--out", "x", "--picture", "nowhere.png"], ["image nowhere.png", "No such file"]),
         (["--to-hub", "name"], ["--to-hub name", "user/name"]),
         (["--out", "x.safetensors", "--format", "onnx"], ["--out FOLDER"]),
+        (["--out", "x.safetensors", "--license", "mit"], ["--license", "--out FOLDER"]),
+        (["--out", "x", "--format", "onnx", "--metrics", "m"], ["--metrics", "without --format"]),
     ):
         assert_one_line_error(command("vlabs.export", "--ckpt", tiny_run[0], *arguments, cwd=tmp_path), *parts)
     assert not list(tmp_path.iterdir())

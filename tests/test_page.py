@@ -871,8 +871,11 @@ def test_wrong_options_are_one_line(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "street.jpg").write_bytes(CONTENTS[0])
     (tmp_path / "own" / "street.txt").write_bytes(b"\xff")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "street.jpg").write_bytes(CONTENTS[0][:-500])
     for arguments, parts in (
         (["--pictures", "own"], ["own/street.txt", "UTF-8"]),
+        (["--pictures", "cut"], ["cut/street.jpg", "not a whole image"]),
         (["--images", "."], ["--search-ckpt"]),
         (["--pictures", "nowhere"], ["--pictures nowhere"]),
         (["--max-megapixels", 0], ["--max-megapixels"]),

@@ -101,7 +101,7 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     from vlabs.page.about import about
     from vlabs.page.answers import Page, example_pictures, questions_beside
     from vlabs.page.decoder import Decoder
-    from vlabs.prediction.predictor import load
+    from vlabs.prediction.predictor import load, open_image
 
     predictor = load(arguments.ckpt, device=arguments.device, answers=arguments.answers, tokenizer=arguments.tokenizer)
     if predictor.pictures != 1:
@@ -112,6 +112,8 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
     examples: list[tuple[Path, str]] = []
     if arguments.pictures is not None:
         examples = [(path, questions_beside(path)) for path in example_pictures(arguments.pictures)]
+        for path, _ in examples:
+            open_image(path)  # so that a damaged one is reported now
     elif embedded:
         examples = list(zip(example_pictures(), _QUESTIONS, strict=False))
     for one in (signal.SIGTERM, signal.SIGHUP):

@@ -41,8 +41,13 @@ def _export(arguments: argparse.Namespace) -> None:
     from vlabs.checkpoints.share import export_folder, push_to_hub
     from vlabs.prediction.predictor import open_image
 
-    of_card = (arguments.license, arguments.metrics, open_image(arguments.picture) if arguments.picture else None)
     is_file = arguments.out is not None and arguments.out.endswith(".safetensors")
+    given = [name for name in ("license", "metrics", "picture") if getattr(arguments, name)]
+    if given and (is_file or arguments.format is not None):
+        raise UserError(
+            f"--{given[0]} is for the card of a folder: pass --out FOLDER without --format, or leave it out"
+        )
+    of_card = (arguments.license, arguments.metrics, open_image(arguments.picture) if arguments.picture else None)
     if arguments.format is not None:
         if arguments.out is None or is_file:
             raise UserError("--format writes several files: pass --out FOLDER")

@@ -106,10 +106,12 @@ class Checkpoint:
             keep: the share; None for the model's own.
 
         Raises:
-            UserError: this is no share that the encoder can keep.
+            UserError: this is no share that the encoder can keep, or the network has no second pass.
         """
         if keep is None:
             return
+        if not any(isinstance(one, AbSViT) for one in self.network.modules()):
+            raise UserError(f"keep={keep:g}: a {type(self.network).__name__} has no second pass: leave it out")
         self.vision.keep = keep
         shares = self.vision.shares
         if not min(shares) <= keep <= max(shares):
