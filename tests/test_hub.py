@@ -70,7 +70,7 @@ def test_the_card_is_filled_from_the_run(folder, tiny_run):
     assert "![An example](picture.png)" in card.text
     assert Image.open(folder / "picture.png").size == (9, 7)
     assert b"private" not in (folder / "picture.png").read_bytes()
-    assert "## Limits\n\nIt was trained on vqa on scenes" in card.text
+    assert "## Limits\n\nIts training: vqa on scenes" in card.text
     # Where the data lay on the machine that trained it is nobody's business.
     everything = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".md"))
     assert str(tiny_run[0].parent.parent) not in everything.replace(summary["command"], "")

@@ -265,7 +265,7 @@ def test_a_card_says_what_a_model_was_trained_on_and_does_not_know(predictor, tm
     file = tmp_path / "checkpoints" / "best.safetensors"
     file.write_bytes(predictor.checkpoint.path.read_bytes())
     run = about(vlabs.load(file).checkpoint, file)
-    assert run.limits.startswith(f"It was trained on {packaged.training}")
+    assert run.limits.startswith(f"Its training: {packaged.training}")
     assert "It sees an image as 64 × 64 pixels" in run.limits
     assert run.training == packaged.training
     assert run.training in run.card

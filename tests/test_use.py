@@ -13,7 +13,7 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 import vlabs
-from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors, load_checkpoint
+from vlabs.checkpoints.checkpoint import Checkpoint, export_safetensors, history_of, load_checkpoint, trainings_in_words
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.errors import UserError
@@ -91,6 +91,10 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     data = {"name": "rooms", "questions": 12000, "images": 900, "words": "is it red", "history": [naming]}
     known = Checkpoint(torch.nn.Identity(), Preprocessing(32, ""), "vqa", data, Path("x"))
     assert known.training == "naming on coco and own (9 images), then vqa on rooms (12,000 questions, 900 images)"
+    twice = trainings_in_words([*history_of("vqa", data), *history_of("vqa", {**data, "history": []})])
+    assert twice == f"{known.training}, twice"
+    longer = trainings_in_words(history_of("vqa", data) + history_of("vqa", {"name": "rooms", "questions": 7}))
+    assert longer == f"{known.training.removesuffix(')')}; then 7 questions)"
     assert known.new_words("IS the cat's 猫犬 red-hot? It is a cat.") == ["cat's", "hot", "the", "犬"]
     for damaged in ({"words": None}, {"words": 7}, {"words": ["is"]}):
         older = Checkpoint(known.network, known.preprocessing, "vqa", data | damaged, known.path)

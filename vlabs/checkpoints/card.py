@@ -155,8 +155,8 @@ def _limits(checkpoint: Checkpoint) -> str:
         f"It always chooses among {names:,} {'answers' if checkpoint.task == 'vqa' else 'names'}. " if names else ""
     )
     return (
-        f"It was trained on {checkpoint.training}; how good it is on other images and texts was not measured unless "
-        f"a table says so. {chosen}It sees an image as {side} × {side} pixels, so that small things are lost."
+        f"Its training: {checkpoint.training}. How good it is on other images and texts was not measured unless a "
+        f"table says so. {chosen}It sees an image as {side} × {side} pixels, so that small things are lost."
     )
 
 

@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -489,16 +491,29 @@ def words_of(history: list[dict[str, Any]]) -> set[str] | None:
 
 
 def trainings_in_words(history: list[dict[str, Any]]) -> str:
-    """Describe the trainings of `history_of`, e.g. `vqa on scenes (160,000 questions, 20,000 images)`."""
+    """Describe the trainings of `history_of`, e.g. `vqa on scenes (160,000 questions, 20,000 images)`.
+
+    Trainings that follow each other with one task and one dataset are named once, with the amount of each.
+    """
     steps = []
-    for one in history:
-        data = one["data"]
-        sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
-        names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
-        counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
-        counted = f" ({', '.join(counts)})" if counts else ""
-        steps.append(f"{one['task']} on {' and '.join(names)}{counted}")
+    for name, trainings in groupby(map(_in_words, history), key=itemgetter(0)):
+        amounts = [amount for _, amount in trainings]
+        if len(set(amounts)) > 1:
+            counted, often = "; then ".join(amount or "an unknown amount" for amount in amounts), ""
+        else:
+            often = {1: "", 2: ", twice"}.get(len(amounts), f", {len(amounts)} times")
+            counted = amounts[0]
+        steps.append(name + (f" ({counted})" if counted else "") + often)
     return printable(", then ".join(steps))
+
+
+def _in_words(training: dict[str, Any]) -> tuple[str, str]:
+    """A training's task and data, and their amount."""
+    data = training["data"]
+    sets = data["sets"] if isinstance(data.get("sets"), list) else [data]
+    names = dict.fromkeys(str(part.get("name") or "?") for part in sets if isinstance(part, dict))
+    counts = [f"{data[name]:,} {name}" for name in _COUNTED if type(data.get(name)) is int]
+    return f"{training['task']} on {' and '.join(names)}", ", ".join(counts)
 
 
 def export_safetensors(checkpoint: str | Path, out: str | Path, overwrite: bool = False) -> Path:

@@ -343,10 +343,8 @@ def _report(results: Results, checkpoint: Checkpoint, data: CaptionedImages, sco
         "trained_on": trained_on,
         "zero_shot": None if not known and not seen else not seen,
     }
-    trainings = ", then ".join(f"{item['name']} ({item['task']})" for item in trained_on)
-    results.say(
-        f"{data.name} {data.split}, {images:,} images, {captions:,} captions, {ranker}\ntrained on: {trainings}"
-    )
+    results.say(f"{data.name} {data.split}, {images:,} images, {captions:,} captions, {ranker}")
+    results.say(f"the model's training: {checkpoint.training}")
     results.say(
         "not zero-shot: the model was trained on this dataset"
         if seen

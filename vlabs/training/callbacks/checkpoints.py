@@ -218,7 +218,9 @@ class KeepLast(pl.callbacks.Checkpoint):
         finally:
             self.saving = False
         self.saved_at = time.monotonic()
+        self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked is not None, all=False)
         if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
             self.save_asked = False
-            say(f"saved {self.path} because of a signal; continue with resume={self.path.parent.parent}")
-        self.stops = trainer.strategy.reduce_boolean_decision(self.stop_asked is not None, all=False)
+            # A run that stops says how to resume it in its last line; one that goes on may be killed without a word.
+            way_on = "" if self.stops else f"; continue with resume={self.path.parent.parent}"
+            say(f"saved {self.path} because of a signal{way_on}")
