@@ -158,6 +158,26 @@ def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
     assert shown == pytest.approx(np.mean(means["film"]) - np.mean(means["none"]), abs=0.051)
 
 
+def test_a_report_says_once_what_all_runs_have_and_compares_other_tasks_by_their_validation(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text(json.dumps({"format": 1, "kind": "captions", "splits": {}}))
+    for topdown, best in (("none", 50.0), ("absvit", 60.0)):
+        for seed in range(2):
+            run = tmp_path / f"sweep/{topdown}-{seed}"
+            run.mkdir(parents=True)
+            overrides = ["task=size", "data=sized", f"model/topdown={topdown}", f"seed={seed}"]
+            found = {"best/val/close": best + seed, "fit_seconds": 60.0, "parameters": 10}
+            summary = {"status": "done", "command": "train", "overrides": overrides, **found}
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "config.yaml").write_text(f"data: {{dir: {tmp_path / 'data'}}}\n")
+    text = build_report(tmp_path / "sweep", tmp_path / "out", "model/topdown=none")[0].read_text()
+    assert text.count("task=size") == 1
+    assert "All runs: `task=size data=sized`" in text
+    table = text.split("## Validation")[1].split("## Cost")[0].replace(" ", "")
+    assert "|variant|seeds|val/close|" in table
+    assert "|model/topdown=absvit|2|60.5±0.7|" in table
+
+
 def test_a_figure_takes_an_image_with_one_question_where_there_is_no_other(sweep, tmp_path, monkeypatch):
     runs = read_runs(sweep[0] / "sweep")
     row = dict(report.load_split(runs[0].data_dir, "val")[0])

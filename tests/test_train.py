@@ -21,7 +21,7 @@ from vlabs.models.vlm import VisionLanguageModel
 from vlabs.runs.environment import write_environment
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
-from vlabs.training.words import beginning
+from vlabs.training.words import EpochLine, beginning, ending
 
 
 def metrics_of(run):
@@ -96,6 +96,17 @@ def test_a_small_model_from_scratch_is_said_to_be_small_for_photographs_and_not_
 
     assert "pass experiment=photo_vqa" in said("vqav2")
     assert not any("photo" in said(name) for name in ("scenes", "objects-small"))
+
+
+def test_a_run_names_the_evaluation_of_the_user_s_own_config_folder(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/size.yaml").touch()
+    for name, own, said in (
+        ("size", [], "next: vlabs train init=run ..."),
+        ("size", ["elsewhere", str(tmp_path)], f"next: vlabs evaluate --config-dir {tmp_path} task=size ckpt=run"),
+        ("vqa", [str(tmp_path)], "next: vlabs evaluate ckpt=run"),
+    ):
+        assert ending(SimpleNamespace(name=name), "run", EpochLine(), own).splitlines()[-1].strip() == said
 
 
 def test_every_loss_accuracy_rate_norm_and_speed_is_logged(tiny_run):

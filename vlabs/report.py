@@ -16,7 +16,7 @@ from vlabs.utils.arguments import Parser, whole
 def main() -> None:
     """Entry point of `vlabs report`."""
     parser = Parser("report", __doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path, help="folder of a sweep of VQA runs, or of classifiers")
+    parser.add_argument("sweep", type=Path, help="folder of a sweep, or of runs")
     parser.add_argument("--out", type=Path, help="where the report goes (default: SWEEP/report)")
     parser.add_argument("--baseline", default="model/topdown=none", help="what to compare with (default %(default)s)")
     parser.add_argument(

@@ -3,7 +3,7 @@
 Each run is evaluated on the splits of its data, and for grounding. Finished evaluations are not repeated, so a report
 that was stopped continues. Runs that differ only in their seed are one row, mean ± standard deviation; each variant is
 compared with the baseline by a paired bootstrap over questions. For classifiers the report has robustness and control
-instead.
+instead, and for other tasks the best validation of each run.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from tqdm import tqdm
 
 from vlabs.attention.figures import save_figure
 from vlabs.attention.pictures import checkpoints_figure
+from vlabs.checkpoints.abilities import ABILITIES
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
+from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError, show
 from vlabs.evaluate import evaluate_checkpoint, numbers_of
 from vlabs.evaluation.control import LAYOUTS
@@ -144,11 +146,16 @@ def read_runs(sweep: Path) -> list[Run]:
         runs.append(Run(folder, "", summary, config.data))
     if not runs:
         raise UserError(f"{sweep} holds no finished run (a folder with config.yaml and summary.json)")
-    common = set.intersection(*(set(run.summary["overrides"]) for run in runs))
+    common = _of_all(runs)
     for run in runs:
         own = [item for item in run.summary["overrides"] if item not in common and not item.startswith("seed=")]
         run.variant = " ".join(own) or "default"
     return runs
+
+
+def _of_all(runs: Sequence[Run]) -> list[str]:
+    """The overrides that all runs have in common, in the order of the first."""
+    return [item for item in runs[0].summary["overrides"] if all(item in run.summary["overrides"] for run in runs)]
 
 
 def _wanted(
@@ -211,6 +218,8 @@ def build_report(
     if manifest["kind"] == ClassDataModule.kind:
         frame = _evaluated(runs, OF_CLASSIFIERS)
         return _write(sweep, runs, [_robustness(frame), *_control(frame), _cost(frame)], {}, out)
+    if manifest["kind"] != VQADataModule.kind or not ABILITIES["answers"].has(load_checkpoint(runs[0].path).network):
+        return _write(sweep, runs, [*_validations(runs), _cost(_evaluated(runs, {}))], {}, out)
     splits = [name for name in SPLITS if name in manifest["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
     base = next((run.variant for run in runs if baseline in run.variant), None)
@@ -329,6 +338,16 @@ def _control(frame: pd.DataFrame) -> list[Section]:
 def _accuracy(frame: pd.DataFrame, splits: Sequence[str]) -> Section:
     text = "Official VQA accuracy in percent, mean ± standard deviation over seeds."
     return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}))
+
+
+def _validations(runs: Sequence[Run]) -> list[Section]:
+    """The best validation of each variant, for tasks that the report does not evaluate; empty if none has one."""
+    found = [{key: value for key, value in run.summary.items() if key.startswith("best/")} for run in runs]
+    names = dict.fromkeys(key for best in found for key, value in best.items() if value is not None)
+    frame = pd.DataFrame([{"variant": run.variant, **best} for run, best in zip(runs, found, strict=True)])
+    text = "The best validation of each run, mean ± standard deviation over seeds."
+    cells = _over_seeds(frame, {name.removeprefix("best/"): name for name in names})
+    return [Section("Validation", text, cells)] if names else []
 
 
 def _by_type(frame: pd.DataFrame, split: str) -> Section:
@@ -532,6 +551,9 @@ def _write(
     title = f"{sweep.name}: {len(runs)} runs, {len(_by_variant(runs))} variants"
     commands = "\n".join(dict.fromkeys(run.summary["command"] for run in runs))
     page, site = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
+    if len(runs) > 1 and (common := " ".join(_of_all(runs))):
+        page.append(f"All runs: `{common}`")
+        site.append(f"<p>All runs: <code>{html.escape(common)}</code></p>")
     for section in sections:
         page += [f"## {section.title}", section.text, table(section.cells.columns, section.cells.to_numpy())]
         site += [f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"]

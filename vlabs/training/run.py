@@ -167,7 +167,7 @@ def fit(training: Training, record: Record) -> dict[str, Any]:
     for logger in trainer.loggers:
         logger.finalize("success")
     summary = record.end("done", **found)
-    say(ending(task, record.folder, training.line))
+    say(ending(task, record.folder, training.line, _own_folders()))
     return summary
 
 
@@ -211,9 +211,14 @@ def _record(hydra: Any, run_dir: Path, config: DictConfig) -> Record:
         command = shlex.join(["vlabs", "train", f"resume={config.resume}", *given])
         given = changing(given, _changed(config, _own_config(run_dir)))
     else:
-        folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-        same_as = next((found for path in folders if (found := read_summary(Path(path)))), None)
+        same_as = next((found for path in _own_folders() if (found := read_summary(Path(path)))), None)
     return Record(run_dir, command, given, before, same_as, hydra.runtime.choices.get("model/topdown"))
+
+
+def _own_folders() -> list[str]:
+    """The folders of `--config-dir`; none for a training that is not Hydra's."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return [source.path for source in sources if source.provider == "command-line"]
 
 
 def _end(record: Record, status: str, error: str) -> None:

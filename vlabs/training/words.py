@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,14 +125,22 @@ class EpochLine(pl.Callback):
         self.best, self.epoch, self.step = state_dict["best"], state_dict["epoch"], state_dict["step"]
 
 
-def ending(task: Task, folder: str | Path, line: EpochLine) -> str:
-    """The best value and its epoch, where the run is, and what to do next."""
+def ending(task: Task, folder: str | Path, line: EpochLine, own: Sequence[str] = ()) -> str:
+    """The best value and its epoch, where the run is, and what to do next.
+
+    Args:
+        task: the task.
+        folder: the run folder.
+        line: the line of its epochs.
+        own: folders of the user's own configs (`--config-dir`).
+    """
     lines = [f"done: {folder}"]
     if line.best is not None:
         lines.append(f"  best {task.monitor}: {line.best:.4g} in epoch {line.epoch} (step {line.step:,})")
-    if task.name in choices("evaluation"):
+    theirs = next((f" --config-dir {one}" for one in own if Path(one, "evaluation", f"{task.name}.yaml").is_file()), "")
+    if theirs or task.name in choices("evaluation"):
         chosen = "" if task.name == "vqa" else f" task={task.name}"
-        lines.append(f"  next: vlabs evaluate{chosen} ckpt={folder}")
+        lines.append(f"  next: vlabs evaluate{theirs}{chosen} ckpt={folder}")
     else:
         lines.append(f"  next: vlabs train init={folder} ...")
     return "\n".join(lines)
