@@ -171,6 +171,7 @@ def relevances(score: Tensor, layers: Sequence[Sequence[Read]]) -> dict[tuple[st
     for layer in layers:
         before = dict(found)
         for s, q, *_ in layer:
+            # `counted` gives Ā in the order of the reads.
             read = _padded(next(counted)[..., : sizes[q]], sizes[s], sizes[q])
             more = {c: read @ (found if s == q else before)[q, c] for c in sizes}
             if s != q:

@@ -277,6 +277,7 @@ def words_missed(
     weight = next(model.parameters())
     encoded = model.vision.encode(image.to(weight))
     masks = attention_mask.repeat(len(words) + 1, 1).to(weight.device)
+    # Row 0 keeps all words.
     for row, places in zip(masks[1:], words, strict=True):
         row[list(places)] = 0
     logits = []
@@ -295,6 +296,7 @@ def words_missed(
         )
     scores = torch.cat(logits)
     if scores.ndim > 1:
+        # The best answer to the whole text, also where a word's absence changes the answer.
         scores = scores[:, scores[0].argmax()]
     return (scores[0] - scores[1:]).cpu().numpy()  # type: ignore[no-any-return]
 
@@ -302,6 +304,7 @@ def words_missed(
 def _without_words(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Texts of the same length with no word: what they begin and end with, and then padding."""
     last = attention_mask.sum(dim=1, keepdim=True) - 1
+    # The last token moves to place 1, behind the first; all else is masked.
     ids = input_ids.scatter(1, torch.ones_like(last), input_ids.gather(1, last))
     return ids, attention_mask * (torch.arange(ids.shape[1], device=ids.device) < 2)
 
@@ -373,5 +376,6 @@ def _chosen(
     maps = {one: values.unflatten(0, (n, pictures)).numpy() for one, values in found.items()}
     steered = model.vision.steers(output.seen)
     steers = [None] * n if steered is None else steered.unflatten(0, (n, pictures)).any(dim=1).tolist()
+    # False and True as indices: the first name or the second.
     names = [wanted[wanted[0] == "weights" and not of_text.any()] for of_text in maps[wanted[0]]]
     return Look(output, np.stack([maps[one][text] for text, one in enumerate(names)]), names, steers)

@@ -199,6 +199,7 @@ def _move_answers(
     for name in VQAHead.last_layer:
         if both and name in state and state[name].shape[1:] == own[name].shape[1:] and len(state[name]) == len(known):
             to, of = (list(rows) for rows in zip(*both, strict=True))
+            # Answers that the source does not have keep the fresh rows.
             moved[name] = own[name].clone()
             moved[name][to] = state[name][of].to(own[name].dtype)
     return moved

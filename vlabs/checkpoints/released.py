@@ -326,7 +326,7 @@ def _clip(state: State, name: str, heads: int | None) -> tuple[AbSViT, State]:
     """METER's CLIP ViT, and the checkpoint with its weights under timm's names."""
     prefix = "vit_model.visual."
     width, _, patch, _ = _need(state, f"{prefix}conv1.weight", name)
-    side = math.isqrt(_need(state, f"{prefix}positional_embedding", name)[0] - 1)
+    side = math.isqrt(_need(state, f"{prefix}positional_embedding", name)[0] - 1)  # without [cls]
     blocks = f"{prefix}transformer.resblocks."
     vision = AbSViT(
         "vit_base_patch16_clip_quickgelu_224",
@@ -348,6 +348,8 @@ def _swin(state: State, name: str) -> tuple[AbSViT, State]:
     tables = [
         _need(state, f"{prefix}layers.{stage}.blocks.0.attn.relative_position_bias_table", name) for stage in stages
     ]
+    # A window of w × w has (2w - 1)² offsets. The last of s stages has one window, and each stage before twice the
+    # side.
     window = (math.isqrt(tables[0][0]) + 1) // 2
     vision = AbSViT(
         "swin_base_patch4_window12_384",

@@ -116,6 +116,7 @@ def size_of(content: bytes) -> tuple[int, int]:
         ValueError: it cannot be decoded.
     """
     with _opened(content) as image:
+        # Orientations 5 to 8 swap width and height.
         return image.size[::-1] if _orientation(image) > 4 else image.size
 
 

@@ -155,6 +155,7 @@ class ImageReader:
         size = self.preprocessing.image_size
         pictures = len(self.suffixes)
         keys: list[str] = []
+        # Images are written into their place. What is left out is overwritten by the next, and the rest is cut off.
         images, count = torch.empty(0 if self.stored else len(spec.groups) * pictures, 3, size, size), 0
         with self._generators_kept():
             for group in spec.groups:
@@ -210,6 +211,7 @@ class ImageReader:
         assert self.region_grid is not None
         if self.move is None:
             return crop_map(region, size, self.region_grid, mode)
+        # In the order of the image: first resized and cropped, then moved, with the same seed.
         square = Image.fromarray(np.round(255 * crop_map(region, size, crop_mode=mode)).astype(np.uint8))
         seed_generators(*key)
         return crop_map(np.asarray(self.move(square), dtype=np.float64) / 255, size, self.region_grid)
@@ -301,6 +303,7 @@ def decode_regions(png: bytes, count: int, name: str) -> np.ndarray:
     whole = decode_region(png, name)
     maps = np.repeat(whole[None], count, axis=0)
     if count > 1 and (bits := read_palette(png)) is not None:
+        # Bit k of an index of the palette says that the k-th phrase covers the pixel.
         phrases = [bits & 1 << phrase > 0 for phrase in range(8)]
         phrases = [phrase for phrase in phrases if phrase.any()]
         for n in range(min(count, len(phrases))):

@@ -145,6 +145,7 @@ def decode_run_lengths(counts: str | Iterable[int], height: int, width: int) -> 
     if runs.sum() != height * width:
         raise ValueError(f"the run lengths add up to {runs.sum()} pixels, but the image has {height}x{width}")
     values = np.arange(len(runs)) % 2 == 1
+    # Column by column, so rows of the transposed mask.
     return values.repeat(runs).reshape(width, height).T
 
 
@@ -303,6 +304,7 @@ def _overlaps(old: int, new: int, first: int = 0, step: int = 1, count: int | No
         step: new pixels per cell.
         count: number of cells; None for one per new pixel.
     """
+    # Both grids in units of 1 / (old · new) of the length, where all edges are whole numbers.
     new_edges = (first + step * np.arange((new if count is None else count) + 1)) * old
     old_edges = np.arange(old + 1) * new
     ends = np.minimum(new_edges[1:, None], old_edges[None, 1:])

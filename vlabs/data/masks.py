@@ -143,6 +143,7 @@ class MaskDataset(PictureDataset):
         stored = read_labels(row["mask"])
         mask = stored.astype(np.uint16)
         if stored.dtype == np.uint8:
+            # The usual value for no class; in 16 bits 255 may be a class.
             mask[stored == 255] = IGNORED
         return image, mask
 
@@ -170,6 +171,7 @@ class MaskDataset(PictureDataset):
         if rng.random() < a.photometric:
             picture = self.distort(picture)
         tensor = self.preprocessing.normalize(picture)
+        # An image smaller than the crop is filled up after it is normalized: with the mean color, which does not count.
         missing = columns - pixels.shape[1], rows - pixels.shape[0]
         padding = (0, missing[0], 0, missing[1])
         labels = torch.from_numpy(np.ascontiguousarray(mask).astype(np.int64))

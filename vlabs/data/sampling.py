@@ -165,6 +165,7 @@ class GroupSampler(EpochSampler):
             # Fewer groups than processes: repeat some, because a rank without a batch would block the others.
             group_order = np.resize(group_order, world)
         for step in range(self.first, steps):
+            # In training the last step takes all that is left, see `batches_of`.
             end = len(group_order) if self.shuffle and step == steps - 1 else (step + 1) * per_step
             groups = []
             for index in group_order[step * per_step : end][self.rank :: world]:
@@ -183,6 +184,7 @@ class GroupSampler(EpochSampler):
         for number, part in enumerate(self.before):
             group_order, starts, ends, order = self._plan(texts, part, number)
             given = np.zeros(len(starts), dtype=bool)
+            # `given` counts batches of one process, and a step has groups for all.
             given[group_order[: part["given"] * _per_step(part)]] = True
             texts = np.sort(order[~np.repeat(given, ends - starts)])
         return self._plan(texts, self.how, len(self.before))
@@ -202,6 +204,7 @@ class GroupSampler(EpochSampler):
         """
         rng = np.random.default_rng((how["seed"], self.epoch, number) if number else (how["seed"], self.epoch))
         rows = self.rows[texts]
+        # By row, and at random within a row (the last key of lexsort is the first to sort by).
         order = np.lexsort((rng.random(len(rows)), rows)) if self.shuffle else np.arange(len(rows))
         # `order` keeps rows together, so a group is a run of texts of one row.
         starts = np.flatnonzero(_starts_a_group(rows, how["texts_per_image"]))
@@ -222,6 +225,7 @@ def _per_step(how: dict[str, int]) -> int:
 
 def _starts_a_group(rows: np.ndarray, per_image: int) -> np.ndarray:
     """Whether a group starts at each text, if each row is divided into groups of `per_image` texts."""
+    # Rows ascend, so searchsorted gives where each begins, and the difference is the place in it.
     return np.asarray((np.arange(len(rows)) - np.searchsorted(rows, rows)) % per_image == 0)
 
 

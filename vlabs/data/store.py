@@ -46,7 +46,7 @@ class TensorStore:
         self.bytes_each = sum(
             one.nbytes
             for shape, dtype in layout.values()
-            for one in _packed("", torch.empty(shape, device="meta"), dtype).values()
+            for one in _packed("", torch.empty(shape, device="meta"), dtype).values()  # sizes without memory
         )
         self.shards: dict[str, dict[str, Tensor]] = {}
         self.places: dict[str, tuple[str, int]] = {}

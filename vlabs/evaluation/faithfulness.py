@@ -258,7 +258,7 @@ def take_away(results: Results, samples: Iterable[Sample], seed: int, right: str
             with torch.inference_mode():
                 found = dict(zip(copies, score(list(copies.values())), strict=True))
             scores = [found[np.sort(places).tobytes()] for places in taken]
-            curves = np.array(scores).reshape(-1, 2, len(SHARES))
+            curves = np.array(scores).reshape(-1, 2, len(SHARES))  # (orders, deletion and insertion, shares)
             row.setdefault(right, scores[0])
             row |= {name: areas(*both) for name, both in zip(names, curves, strict=True)}
         row["agreement"] = {
@@ -331,6 +331,7 @@ def areas(deletion: Sequence[float], insertion: Sequence[float]) -> dict[str, fl
 
 def ordered(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Places from the largest value to the smallest; equal ones in random order."""
+    # A stable sort of shuffled values leaves equal ones in random order.
     shuffled = draw.permutation(len(values))
     ordered: np.ndarray = shuffled[np.argsort(-values[shuffled], kind="stable")]
     return ordered

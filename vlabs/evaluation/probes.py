@@ -154,7 +154,7 @@ def sinks(model: VisionLanguageModel, images: Tensor, ids: Tensor, mask: Tensor)
         norms = x.norm(dim=2)
         last = norms > norms.mean(dim=1, keepdim=True) + OUTLYING * norms.std(dim=1, keepdim=True)
         _add(found, str(block), read, last)
-    for layer, read in enumerate(recorded.fusion[1::4], start=1):
+    for layer, read in enumerate(recorded.fusion[1::4], start=1):  # text to image, of each pair of layers
         if last is not None and read.shape[3] == last.shape[1]:
             _add(found, f"fusion {layer}", read, last)
     return found
@@ -227,6 +227,7 @@ def without_head(of: HeadMeans, head: int) -> Iterator[None]:
 
     def replace(call: int, x: Tensor) -> Tensor:
         x = x.clone()
+        # A model calls the block once per pass, so the number of the call says which pass it is.
         x[..., of.heads[head]] = of.means[call % len(of.means)][of.heads[head]].to(x)
         return x
 

@@ -116,7 +116,7 @@ def best_iou(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Args and raises: as `energy_inside`.
     """
     hits, chosen, is_threshold = _thresholds(*_flat_pair(attention, mask))
-    overlaps = hits / (chosen + hits[..., -1:] - hits)
+    overlaps = hits / (chosen + hits[..., -1:] - hits)  # |A ∩ B| / (|A| + |B| - |A ∩ B|)
     return np.asarray(np.where(is_threshold, overlaps, 0).max(axis=-1))
 
 

@@ -60,6 +60,7 @@ def retrieval_ranks(scores: Rows, image_of_caption: np.ndarray) -> Ranks:
         UserError: an image without caption, or scores that are not finite.
     """
     images, captions = scores.shape
+    # The captions of every image: sorted by image, and cut where the next one begins.
     own_of_image = np.split(
         np.argsort(image_of_caption, kind="stable"), np.bincount(image_of_caption, minlength=images).cumsum()[:-1]
     )
@@ -77,6 +78,7 @@ def retrieval_ranks(scores: Rows, image_of_caption: np.ndarray) -> Ranks:
         row = scores[image]
         better += row >= own_scores
         best = row[own].max()
+        # Only captions of other images count against it, those of the same score too.
         text[image] = 1 + (row >= best).sum() - (row[own] >= best).sum()
     return Ranks(better, text)
 

@@ -186,6 +186,7 @@ def normalize_answer(answer: str) -> str:
     comma_between_digits = _COMMA_BETWEEN_DIGITS.search(answer) is not None
     text = answer
     for mark in _PUNCTUATION:
+        # As the official code does: tested in the whole answer, not at each mark.
         beside_space = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if beside_space or comma_between_digits else " ")
     text = _PERIOD.sub("", text, count=_MOST_PERIODS)
@@ -195,6 +196,8 @@ def normalize_answer(answer: str) -> str:
 
 def match_accuracy(matches: int, total: int) -> float:
     """Return the official accuracy, in [0, 1], of an answer that `matches` of `total` human answers agree with."""
+    # Mean over leaving each person out: min(1, agreeing among the rest / 3). Exact, where the official code adds
+    # floats.
     left_out_agrees = min(1.0, (matches - 1) / 3)
     left_out_differs = min(1.0, matches / 3)
     return (matches * left_out_agrees + (total - matches) * left_out_differs) / total

@@ -205,6 +205,7 @@ class AbSViT(nn.Module):
                 raise UserError(f"{architecture} learns no positions of patches: leave sincos_positions out")
             with torch.no_grad():
                 positions = build_sincos2d_pos_embed(list(self.grid_size), self.width, temperature=100.0)
+                # [cls] and registers come first and have no place: theirs stay noise.
                 self.vit.pos_embed[:, -len(positions) :] = positions  # type: ignore[index,operator]
         self.topdown = topdown
         self.recompute = False
@@ -216,6 +217,7 @@ class AbSViT(nn.Module):
         for index, decoder in enumerate(self.decoders):
             if index < start - 1:
                 self.decoders[index] = nn.Identity()  # it keeps the names of the others
+            # B_l = 0: the second pass starts as the first. A_l stays random, or B_l would get no gradient.
             elif topdown is not None and not topdown.bias_again:
                 nn.init.zeros_(decoder.linear2.weight)  # type: ignore[union-attr,arg-type]
         if not self.backbone.takes_some:
@@ -347,9 +349,11 @@ class AbSViT(nn.Module):
             if known is not None:
                 return self._known(stored, known, read)
             assert stored is not None
+            # What is stored lies before `enter`, so the loop begins with it.
             hidden, begin = stored, self.start - 1
         else:
             hidden = backbone.embed(images)
+        # Both are replaced when the loop reaches the second pass's first block.
         embedded = first_qkv = hidden
         positions = backbone.positions()
         forget(record)
@@ -360,6 +364,7 @@ class AbSViT(nn.Module):
             qkv = None
             if index == self.start - 1:
                 embedded, first_qkv = before, (qkv := backbone.qkv(index, hidden))
+            # Explicit attention is slow, so where only `read` needs it, it is that of the last block alone.
             taken = last if record is None and index == backbone.depth - 1 else record
             hidden = self._run(index, hidden, positions, None, qkv, taken)
             if index + 1 in layers and index + 1 < backbone.depth:
@@ -370,7 +375,7 @@ class AbSViT(nn.Module):
         prepared = self._prepared(tokens)
         read = None
         if last is not None:
-            attention = (record or last)[-1].detach().mean(dim=1)
+            attention = (record or last)[-1].detach().mean(dim=1)  # (B, N, N): each row is what one token reads
             read = attention[:, 0] if backbone.has_cls else attention.mean(dim=1)
         return BottomUp(tokens, hidden, embedded, first_qkv, prepared, backbone.pool(tokens), kept, read)
 
@@ -399,6 +404,7 @@ class AbSViT(nn.Module):
         best = order[:, prefix:].topk(count, dim=1).indices
         best = best.topk(count, dim=1, largest=False).values + prefix  # sorted; ONNX has no sort
         places = torch.cat([torch.arange(prefix, device=best.device).expand(best.shape[0], -1), best], dim=1)
+        # Cosines may be negative, and all of them: the floor keeps this a mean.
         rest = order.clamp(min=1e-3).scatter(1, places, 0.0)
         return Kept(places, rest / rest.sum(dim=1, keepdim=True))
 
@@ -512,6 +518,8 @@ class AbSViT(nn.Module):
 
         prepare: Callable[[Kept], list[Tensor]] | None = None
         if topdown.prepares_tokens and not bottom_up.prepared:
+            # n (M + 1) tokens against B N, whichever are fewer: C_l is linear and takes every token by itself, so it
+            # may come before or after the choice of tokens.
             if kept is not None and len(kept.places) * (kept.places.shape[1] + 1) < bottom_up.tokens[..., 0].numel():
                 prepare = prepare_kept
             else:  # once, for all texts of these images
@@ -522,6 +530,7 @@ class AbSViT(nn.Module):
         else:
             signal = topdown.signal(tokens, prior, bottom_up.prepared, image_index, self.feedback, **given)
         self._spread(signal)
+        # Of all tokens, also where few are kept: maps and losses are about the whole image.
         weights = signal.similarity
         if kept is not None:
             signal = signal.at(kept, prepare)
@@ -529,9 +538,11 @@ class AbSViT(nn.Module):
         hidden = take(bottom_up.embedded, image_index, kept)
         reconstruction = hidden.new_zeros(()) if reconstruct and self.reconstructs else None
         prefix = self.num_prefix_tokens
+        # Positions are of patches alone, counted from 0.
         patches = None if kept is None else Kept(kept.places[:, prefix:] - prefix, kept.rest[:, prefix:])
         positions = backbone.positions(patches)
         forget(record)
+        # q, k, v of a mean token are not the mean of q, k, v, because the norm comes first.
         known = None if kept is not None or topdown.changes_first else bottom_up.first_qkv
         # Blocks before the first of this pass are as they were.
         outputs = [pick(one, image_index) for one in bottom_up.layers[: len({n for n in layers if n <= first})]]
@@ -540,6 +551,7 @@ class AbSViT(nn.Module):
             before, hidden = hidden, backbone.enter(index, hidden, partial(signal.merge, block))
             entered, hidden = hidden, signal.enter(block, hidden)
             qkv = None
+            # `is`: a variant that changes nothing at this place returns the same tensor.
             if known is not None and index == first and hidden is entered:
                 qkv = pick(known, image_index)
             output = self._run(index, hidden, positions, Steering(signal, block, topdown.bias_again), qkv, record)
@@ -547,7 +559,9 @@ class AbSViT(nn.Module):
             if reconstruction is not None:
                 decoder = self.decoders[index]
                 decoded = decoder.linear(output.detach())  # type: ignore[operator]
+                # The input may still be one image's, (1, N, D), where the output is that of n priors.
                 reconstruction = reconstruction + F.mse_loss(decoded, hidden.detach().expand_as(decoded))
+                # Tokens were merged before this block: its decoder must undo that as well.
                 if entered is not before:
                     undone = backbone.back(index, hidden.detach(), decoder)
                     reconstruction = reconstruction + F.mse_loss(undone, before.detach())
@@ -611,6 +625,7 @@ class AbSViT(nn.Module):
             # One for all tokens becomes other ones where a token is undone into several.
             tokens = tokens.expand(*tokens.shape[:-2], self.backbone.num_tokens, -1)
         decoded: list[Tensor] = []
+        # From the last block down: A_L acts first.
         for index in range(self.backbone.depth - 1, self.start - 2, -1):
             decoder = self.decoders[index]
             tokens = decoder.linear(tokens)  # type: ignore[operator]
@@ -627,6 +642,7 @@ class AbSViT(nn.Module):
         whole = self.topdown is not None and self.topdown.qkv_signal
         weight_of = self.backbone.qkv_weight if whole else self.backbone.value_weight
         # Of many tokens it is cheaper to multiply the two maps first; a product of maps costs as much as D tokens.
+        # An export is for any number of tokens, and cannot decide by it.
         many = torch.compiler.is_exporting() or tokens[..., 0].numel() > 2 * self.width
         signals = []
         for index, decoded in enumerate(self._chain(tokens), self.start - 1):
@@ -735,7 +751,7 @@ def _conv_stem(
     depth = stride.bit_length() - 1
     if stride != 2**depth or depth < 1:
         raise UserError(f"stem 'conv' halves the image: patch size {stride} must be a power of 2, at least 2")
-    channels = tuple(max(8, embed_dim >> (depth - 1 - layer)) for layer in range(depth))
+    channels = tuple(max(8, embed_dim >> (depth - 1 - layer)) for layer in range(depth))  # …, D/4, D/2, D
     backbone = ConvStem(
         in_chans, depth, channels, stride=(2,) * depth, padding=1, norm_layer=partial(LayerNormAct2d, act_layer=nn.GELU)
     )

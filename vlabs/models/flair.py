@@ -46,7 +46,7 @@ class TextPool(nn.Module):
             prior: ξ, (n, D).
         """
         z = self.norm(patches)
-        asked = self.query(prior).expand(len(patches), -1, -1)
+        asked = self.query(prior).expand(len(patches), -1, -1)  # (B, n, D)
         pooled, _ = self.attention(asked, z, z, need_weights=False)
         return F.cosine_similarity(pooled, prior, dim=2)
 
@@ -64,6 +64,7 @@ class TextPool(nn.Module):
         if not n:
             return prior.sum() + 0 * (patches.sum() + torch.stack([one.sum() for one in self.parameters()]).sum())
         index = torch.arange(n, device=prior.device) if image_index is None else image_index
-        sign = 2.0 * (torch.arange(len(patches), device=prior.device)[:, None] == index) - 1
+        sign = 2.0 * (torch.arange(len(patches), device=prior.device)[:, None] == index) - 1  # (B, n)
+        # (2, B, n): of the pooled patches, and of [cls].
         like = torch.stack([self(patches, prior), F.normalize(cls, dim=1) @ F.normalize(prior, dim=1).T]).float()
         return -F.logsigmoid(sign * (self.log_scale.exp() * like + self.bias)).sum() / (2 * n)

@@ -102,6 +102,7 @@ class FusionAttention(nn.Module):
         heads = (self.num_heads, -1)
         k, v = (layer(context).unflatten(-1, heads) for layer in (self.key, self.value))  # (n, T, heads, d)
         k = k / k.shape[-1] ** 0.5
+        # (n, heads · T, D) both: a head's keys and values in the space of x, one head after the other.
         keys = torch.einsum("nthd,hde->nhte", k, self.query.weight.unflatten(0, heads)).flatten(1, 2)
         values = torch.einsum("nthd,ehd->nhte", v, self.out.weight.unflatten(1, heads)).flatten(1, 2)
         bias = torch.einsum("nthd,hd->nht", k, self.query.bias.unflatten(0, heads))
@@ -232,11 +233,14 @@ class CoAttentionFusion(nn.Module):
             first_only = pooled_only and index == last
             if read_image and index == last and record is None:
                 image_read = _read_weights(text_layer, text, mask, image)
+            # One assignment: both layers read the other stream as it was before either of them.
             text, image = (
                 self._run(text_layer, text, image, mask, None, first_only),
+                # A pooler of the mean reads all tokens, so all are computed.
                 self._run(image_layer, image, text, None, mask, first_only and self.image_pool == "first"),
             )
         if read_image and record is not None:
+            # The last pair recorded text to text, text to image, image to image, image to text.
             image_read = record[-3].mean(dim=1)[:, 0]
         read = image[:, 0] if self.image_pool == "first" else image.mean(dim=1)
         pooled = torch.cat([torch.tanh(self.text_pooler(text[:, 0])), torch.tanh(self.image_pooler(read))], dim=-1)

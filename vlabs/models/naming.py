@@ -48,6 +48,7 @@ class WordHead(nn.Module):
         spoken = ~torch.isin(input_ids, self.unspoken)  # type: ignore[arg-type]
         text, word = spoken.nonzero()[:, 0], place[spoken]
         target = tokens.new_zeros(len(tokens) * len(words), tokens.shape[1], dtype=torch.float32)
+        # A row per pair of image and word; of several texts with the word, the largest share counts.
         row = image_index[text] * len(words) + word
         target.scatter_reduce_(0, row[:, None].expand(-1, tokens.shape[1]), coverage[text], "amax")
         target = target.view(len(tokens), len(words), -1).transpose(1, 2)
@@ -76,6 +77,6 @@ class WordHead(nn.Module):
         right = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, input_ids, True)
         right[:, self.unspoken] = False  # type: ignore[index]
         count = right.sum(dim=1)
-        place = logits.argsort(dim=1, descending=True).argsort(dim=1)
+        place = logits.argsort(dim=1, descending=True).argsort(dim=1)  # the rank of every word, from 0
         found = (right & (place < count[:, None])).sum(dim=1)
         return found / count.clamp_min(1)

@@ -57,7 +57,7 @@ class PriorMap(nn.Module):
         """
         if hasattr(self, "queries"):
             scores = text_states @ self.queries.T / text_states.shape[-1] ** 0.5
-            read = scores.masked_fill(attention_mask[..., None] == 0, float("-inf")).softmax(dim=1)
+            read = scores.masked_fill(attention_mask[..., None] == 0, float("-inf")).softmax(dim=1)  # (n, T, M)
             state = read.transpose(1, 2) @ text_states
         elif self.token == "cls":
             state = text_states[:, 0]
@@ -190,6 +190,7 @@ class RegionPriorLoss(nn.Module):
         if coverage.ndim == 3 and scores is not None:
             coverage = coverage.amax(dim=1)
         elif coverage.ndim == 3:
+            # Each ξ and its own region become a text of their own: n · M texts.
             count = coverage.shape[1]
             index = torch.arange(len(prior), device=prior.device) if image_index is None else image_index
             prior, coverage = prior.flatten(0, 1), coverage.flatten(0, 1)
@@ -197,6 +198,7 @@ class RegionPriorLoss(nn.Module):
         scores = cosines(prior, tokens, image_index) / self.temperature if scores is None else scores
         pointed = scores.log_softmax(dim=1)
         size = coverage.sum(dim=1, keepdim=True)
+        # Without a region the target is 0 everywhere, and with it this text's loss.
         target = coverage / size.clamp_min(1e-6)
         return -(target * pointed).sum() / max(1, len(prior))
 
@@ -260,12 +262,12 @@ class TokenPriorLoss(nn.Module):
         index = torch.arange(n, device=prior.device) if image_index is None else image_index
         prior, tokens = F.normalize(prior.float(), dim=-1), F.normalize(tokens.float(), dim=-1)
         alike = torch.einsum("nmd,bid->nmbi", prior.view(n, -1, prior.shape[-1]), tokens).amax(dim=1)
-        logits = (alike / self.temperature).logsumexp(dim=-1)
+        logits = (alike / self.temperature).logsumexp(dim=-1)  # (n, B), of (n, B, N)
         to_image = F.cross_entropy(logits, index)
         # Each text against those of other images: the texts of one image are neither right nor wrong for one another.
         own = index[:, None] == torch.arange(len(tokens), device=index.device)
         # No infinity: where all texts are of one image, its gradient would be NaN.
-        others = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).logsumexp(dim=0)[index]
+        others = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).logsumexp(dim=0)[index]  # (n,)
         chosen = logits.gather(1, index[:, None])[:, 0]
         to_text = (torch.logaddexp(chosen, others) - chosen).mean()
         return (to_image + to_text) / 2
@@ -301,7 +303,7 @@ class FocusPriorLoss(nn.Module):
         """
         heat = F.interpolate(coverage.view(-1, 1, *grid).to(images), images.shape[-2:], mode="bilinear")
         share = self.floor + (1 - self.floor) * heat
-        black = -(images.new_tensor(mean) / images.new_tensor(std))[:, None, None]
+        black = -(images.new_tensor(mean) / images.new_tensor(std))[:, None, None]  # 0, normalized
         return black + share * (images - black)
 
     def forward(self, prior: Tensor, cls: Tensor, focused: Tensor, image_ids: Tensor) -> Tensor:
@@ -322,5 +324,5 @@ def overlap(prior: Tensor) -> Tensor:
     prior = F.normalize(prior.float(), dim=-1)
     cosine = (prior @ prior.transpose(1, 2)).relu()
     count = prior.shape[1]
-    off = cosine.sum(dim=(1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(dim=1)
+    off = cosine.sum(dim=(1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(dim=1)  # without m = m'
     return off.sum() / max(1, len(prior)) / (count * (count - 1))

@@ -43,7 +43,7 @@ def register(cls: type[ModuleT]) -> type[ModuleT]:
         original_init(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        arguments = dict(list(bound.arguments.items())[1:])
+        arguments = dict(list(bound.arguments.items())[1:])  # without self
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name))
@@ -180,6 +180,7 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
     """
     _class_of(spec)
     _check_numbers(spec)
+    # A file may ask for any architecture: only shapes are built, and no more of them than its weights justify.
     with torch.device("meta"), no_more_parameters_than(4 * len(weights) + 100):
         model = build(spec)
     if left_over:
@@ -190,6 +191,7 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
 
 def is_finite(value: Tensor) -> bool:
     """Whether all values of a float tensor are finite."""
+    # The sum is cheaper and nearly always enough, but it may overflow where every value is finite.
     return math.isfinite(value.float().sum()) or bool(value.float().isfinite().all())
 
 

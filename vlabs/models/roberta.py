@@ -67,7 +67,7 @@ class RobertaEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed token ids (n, T), all of the first token type, to states (n, T, D)."""
         is_text = (input_ids != self.pad).int()
-        places = is_text.cumsum(dim=1) * is_text + self.pad
+        places = is_text.cumsum(dim=1) * is_text + self.pad  # pad + 1, pad + 2, …, and pad for padding
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         return F.dropout(self.LayerNorm(embedded + self.position_embeddings(places)), self.dropout, self.training)
 

@@ -182,14 +182,18 @@ class TopDownSignal(Signal):
             prepare: computes the directions of the kept tokens, (n, M + 1, D), if there are none of all tokens.
         """
         scale = take(self.scale, None, kept)
+        # One direction per prior, for all tokens: nothing but scales to choose.
         if prepare is None and self.directions[0].shape[1] == 1:
             return replace(self, scale=scale)
+        # The last token has the mean of w_i · C_l z_i, which is not the mean of w_i times that of C_l z_i. So each w_i
+        # goes into the weights of the mean, and the mean's own scale is 1.
         scale = torch.cat([scale[:, :-1], torch.ones_like(scale[:, -1:])], dim=1)
         scaled = replace(kept, rest=kept.rest * self.scale[..., 0])
         if prepare is not None:
             directions = prepare(scaled)
         else:
             directions = [take(one, self.image_index, scaled) for one in self.directions]
+        # `take` has already chosen the image of each prior.
         return replace(self, scale=scale, directions=directions, image_index=None)
 
 
@@ -240,6 +244,7 @@ def take(per_image: Tensor, image_index: Tensor | None, kept: Kept | None) -> Te
     if image_index is None:
         of = per_image.expand(places.shape[0], -1, -1).gather(1, places[..., None].expand(-1, -1, width))
     else:
+        # Rows of (B · N, D): the tokens of all images, one image after the other.
         place = image_index[:, None] * per_image.shape[1] + places
         of = per_image.flatten(0, 1).index_select(0, place.flatten()).view(*places.shape, width)
     rest = kept.rest.unsqueeze(1).to(per_image.dtype) @ pick(per_image, image_index)
@@ -372,6 +377,7 @@ def cosines(prior: Tensor, tokens: Tensor, image_index: Tensor | None) -> Tensor
 
     Of several priors per text, (n, M, D), the largest.
     """
+    # Normalized before each text picks its image: B images rather than n. In float32, because patches are ranked by it.
     return _cosine(prior.float(), pick(F.normalize(tokens.float(), dim=-1), image_index))
 
 
@@ -556,4 +562,5 @@ class ReleasedTopDown(TopDown):
         """See `TopDown`."""
         weights = similarity(prior, tokens)
         scale = (self.alpha if alpha is None else alpha) * weights * torch.einsum("nd,nid->ni", prior, tokens)
+        # The directions are (n, 1, D): C_l ξ, the same for all tokens.
         return TopDownSignal(scale.unsqueeze(-1), feedback(prior.unsqueeze(1)), None, weights)

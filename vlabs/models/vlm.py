@@ -69,7 +69,7 @@ class VLMOutput:
         if self.prior_reads is None:
             return values
         count = self.prior_reads.shape[2]
-        handed = values[:, None, count:] @ self.prior_reads.to(values.dtype)
+        handed = values[:, None, count:] @ self.prior_reads.to(values.dtype)  # (n, 1, M) · (n, M, N)
         return values[:, :count] + handed[:, 0]
 
 
@@ -231,10 +231,12 @@ class VisionLanguageModel(nn.Module, Shareable):
         if self.prior_tokens is not None and prior is not None:
             reads = self._prior_reads(self.prior_tokens, bottom_up, prior, image_index, seen)
             tokens = self.prior_tokens(reads, tokens)
+        # The p pairs of a text are adjacent: 0, 1, …, p - 1, 0, 1, …
         picture = torch.arange(text_states.shape[0], device=text_states.device) % pictures if pictures > 1 else None
         fused = self.fusion(
             text_states, attention_mask, tokens, picture, pooled_only=not all_features, read_image=read_image
         )
+        # (n, 2D) of pairs to (texts, p · 2D).
         pooled = fused.pooled if pictures == 1 else fused.pooled.unflatten(0, (-1, pictures)).flatten(1)
         losses = {} if seen.reconstruction is None else {"reconstruction": seen.reconstruction}
         output = VLMOutput(
@@ -264,6 +266,7 @@ class VisionLanguageModel(nn.Module, Shareable):
         if seen.kept is None:
             return reads
         reads = reads.gather(2, seen.kept[:, None].expand(*reads.shape[:2], -1))
+        # A distribution over the kept patches again; the last token, the mean of the others, gets 0.
         return F.pad(reads / reads.sum(dim=2, keepdim=True).clamp_min(1e-6), (0, 1))
 
 

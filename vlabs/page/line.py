@@ -117,6 +117,7 @@ class Line:
     def _is_last(self, heard: str, session: str, tell: Callable[[Message], None]) -> bool:
         """Whether a session has no request left; its listener is then removed."""
         with self._changed:
+            # Heard, so it may leave the queue; see `_finish`.
             self._jobs.pop(heard, None)
             if self.knows(session):
                 return False

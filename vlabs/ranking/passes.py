@@ -51,6 +51,7 @@ class FirstPasses:
         self.vision = vision
         with torch.set_grad_enabled(training), _evaluating(vision):
             side = preprocessing.image_size
+            # One empty image shows the shapes, and by `requires_grad` what still depends on trained weights.
             probe = vision.encode(torch.zeros(1, 3, side, side).to(next(vision.parameters())))
         layout = {"embedded": (probe.embedded.shape[1:], dtype)} if vision.looks_twice else {}
         if not probe.tokens.requires_grad:
@@ -146,6 +147,7 @@ def _digest(vision: AbSViT, training: bool) -> str:
     for name, value in sorted(vision.state_dict().items()):
         if name.startswith("vit.") and name not in trained:
             digest.update(name.encode())
+            # As bytes, because numpy has no bfloat16.
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -160,4 +162,4 @@ def _evaluating(vision: AbSViT) -> Iterator[None]:
             yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            module.training = mode  # `train(mode)` would set the modules inside too

@@ -43,10 +43,12 @@ class ScoreMatrix:
             else:
                 with replacing(self.path) as partial:
                     matrix = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+                    # Row by row: a whole matrix of NaN may not fit in memory.
                     for row in matrix:
                         row[:] = np.nan
                     matrix.flush()
                     del matrix
+                    # Before the matrix is renamed to its place: it is never there without its identity.
                     write_json(header, identity)
         self.values: np.ndarray = self._open(shape)
 

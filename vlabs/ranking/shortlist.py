@@ -30,6 +30,7 @@ def best_both_ways(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
         block = block.cpu()
         rows = torch.arange(first, first + len(block))[:, None].expand_as(block)
         first += len(block)
+        # Of every column, the best so far compete with this block; `place` has the rows that they come from.
         together = block if best is None else torch.cat([best, block])
         rows = rows if place is None else torch.cat([place, rows])
         best, order = together.topk(min(k, len(together)), dim=0)
@@ -63,6 +64,7 @@ def similarities(cls: Tensor, patches: Tensor, prior: Tensor, pool: TextPool | N
         pooled = pool(patches.to(pool.bias), raw.to(pool.bias))
         return F.normalize(cls.float(), dim=1) @ prior, pooled.float()
     lengths = torch.linalg.vector_norm(patches, dim=2, keepdim=True).clamp(min=1e-12)
+    # (n, P, m). Divided after the product, so that no normalized copy of all patches is made.
     like = patches @ prior / lengths
     return F.normalize(cls.float(), dim=1) @ prior, (like / _TEMPERATURE).logsumexp(dim=1)
 
@@ -76,6 +78,7 @@ class Similarity:
 
     def __init__(self, cls: np.ndarray, patches: np.ndarray) -> None:
         self.parts = cls, patches
+        # A sample, because the matrices may be larger than memory.
         some = np.linspace(0, len(cls) - 1, num=min(len(cls), 256), dtype=int)
         self.deviations = [max(float(part[some].std()), 1e-6) for part in self.parts]
 
@@ -125,6 +128,7 @@ def share_kept(wanted: list[np.ndarray], exact: np.ndarray, k: int = 10, images_
     starts = range(0, len(exact), images_at_once)
     texts, images = best_both_ways((torch.from_numpy(exact[n : n + images_at_once].copy()) for n in starts), k)
     width = exact.shape[1]
+    # A pair as one number, image · M + caption, so that `np.isin` can compare.
     listed = np.concatenate([image * width + captions for image, captions in enumerate(wanted)])
     of_images = np.arange(len(texts))[:, None] * width + texts.numpy()
     of_texts = images.numpy() * width + np.arange(width)

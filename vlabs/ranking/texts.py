@@ -37,6 +37,7 @@ class EncodedTexts:
         lengths = self.lengths[which]
         offset = torch.arange(int(lengths.max()), device=lengths.device)
         mask = offset < lengths[:, None]
+        # Past the end of a text lies the next one; the mask sets that to 0.
         position = (self.starts[which][:, None] + offset).clamp(max=len(self.states) - 1)
         return self.states[position] * mask.unsqueeze(-1), mask
 
@@ -60,6 +61,7 @@ def encode_texts(
             states[n] = encoded[row, : length[row]]
             if prior is not None:
                 priors[n] = prior[row]
+    # Starts are the sums of the lengths before.
     ends = torch.tensor(lengths, device=states[0].device)
     return EncodedTexts(
         torch.cat(states), ends.cumsum(0) - ends, ends, torch.stack(priors) if model.prior is not None else None

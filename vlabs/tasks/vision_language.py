@@ -154,6 +154,7 @@ class VisionLanguageTask(Task):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         known, priors = data.regions_known, self.model.prior_count
         if known:
+            # By default the alive loss is for data without regions, which keep ξ alive themselves.
             self.alive_prior_weight *= not self.alive_by_data
         else:
             self.region_prior_weight = 0.0
@@ -276,6 +277,7 @@ class VisionLanguageTask(Task):
         assert loss is not None
         known = coverage.sum(dim=1).nonzero()[:, 0]
         index = known if image_index is None else image_index[known]
+        # Without a region all three inputs of the loss are empty, and it is 0.
         cls = focused = output.bottom_up.cls[index]
         if len(known):
             seen = loss.mask(images[index], coverage[known], vision.grid_size, shown.mean, shown.std)

@@ -171,6 +171,7 @@ class _Bounded:
         if self.without_quote > _LONGEST_TEXT:
             raise UserError(f"{self.name} has a text or a number of more than {_LONGEST_TEXT >> 20} MiB")
         if self._is_odd(plain):
+            # Between quotes every second part is a text; a chunk that begins within one begins with its rest.
             outside = b'""'.join(plain.split(b'"')[began::2])
             if wrong := self._is_odd(outside):
                 raise UserError(f"{self.name} {wrong}")

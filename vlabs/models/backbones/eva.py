@@ -57,6 +57,8 @@ class RotaryViT(TimmViT):
         if rotations.ndim == 2:
             return take(rotations[None], None, kept).unsqueeze(1)
         depth, heads = rotations.shape[:2]
+        # One token per patch, (1, N, depth · heads · 2d), so that `take` can choose. The mean token gets the mean
+        # rotation.
         of_patches = take(rotations.permute(2, 0, 1, 3).flatten(1)[None], None, kept)
         return of_patches.unflatten(2, (depth, heads, -1)).permute(2, 0, 3, 1, 4)
 

@@ -194,7 +194,7 @@ class FAN(Backbone):
         if steer is not None:
             q, k, v = steer(q, k, v, self._bias(index))
         if index >= self.first_cls:
-            q = q[:, :1]
+            q = q[:, :1]  # [cls] alone asks
         q, k, v = (split_heads(t, block.attn.num_heads) for t in (q, k, v))
         mixed = block.attn.proj(mix(q, k, v, record=record))
         if index < self.first_cls:
@@ -233,6 +233,7 @@ class FAN(Backbone):
 
     def value_weight(self, index: int) -> Tensor:
         """See `Backbone`."""
+        # The last map is that of k and v together, or of v alone: W_v is its last D rows.
         return whole_weight(self._maps(index)[-1])[-self.widths[index] :]
 
     def back(self, index: int, tokens: Tensor, decoder: nn.Module) -> Tensor:

@@ -202,7 +202,9 @@ class RVT(Backbone):
         if attn.att_mask is None:
             mixed = mix(q, k, v, record=record)
         else:
+            # Scores are multiplied, not biased, by place, which fused attention cannot do.
             scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 * attn.att_mask.sigmoid()
+            # q and k may be those of one image, and v those of n priors.
             weights = scores.softmax(dim=-1).expand(v.shape[0], -1, -1, -1)
             if record is not None:
                 record.append(weights)
@@ -246,6 +248,7 @@ class RVT(Backbone):
 
     def spread(self, index: int, values: Tensor) -> Tensor:
         """What holds for a token holds for the four that it was pooled from."""
+        # As in Swin: up through the poolings, until the grid is the block's own.
         for start in reversed(self.network.starts):
             if index < start:
                 values = to_tokens(F.interpolate(to_map(values, self.network.grids[start]), scale_factor=2))
@@ -262,6 +265,7 @@ class RVT(Backbone):
             if stage is None:
                 return name
             of, number = int(stage[1]), int(stage[2])
+            # A stage too many gets a name that no weight has, so that the loader reports it.
             return f"blocks.{(offsets[of] if of < len(offsets) else 1000 * of) + number}.{name[stage.end() :]}"
 
         converted = {renamed(name): value for name, value in state.items()}
@@ -280,5 +284,6 @@ class RVT(Backbone):
         for _ in range(2):
             maps = value.unflatten(2, (side, side))  # (heads, places, side, side)
             maps = F.interpolate(maps, (wanted, wanted), mode="bicubic", antialias=True, align_corners=False)
+            # Transposed: the second turn resamples the other place, and transposes back.
             value = maps.flatten(2).transpose(1, 2)
         return value

@@ -71,6 +71,7 @@ class Swin(Backbone):
             return x
         merging = self.merges[index]
         rows, columns = self.grids[index]
+        # (n, rows, 2, columns, 2, D) to (n, rows · columns, 4D); the four in timm's order, down before right.
         four = x.unflatten(1, (rows, 2, columns, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
         merged: Tensor = merging.reduction(merging.norm(four if merge is None else merge(four)))
         return merged
@@ -107,15 +108,18 @@ class Swin(Backbone):
 
         def windows(tokens: Tensor) -> Tensor:
             laid = torch.roll(tokens.unflatten(1, grid), (-shift[0], -shift[1]), (1, 2))
+            # Filled up to whole windows, on the right and below; F.pad counts axes from the last.
             parts = window_partition(F.pad(laid, (0, 0, 0, -grid[1] % window[1], 0, -grid[0] % window[0])), window)
             return split_heads(parts.flatten(1, 2), attn.num_heads)
 
         q, k, v = (windows(tokens.expand(n, -1, -1)) for tokens in (q, k, v))
         bias = attn._get_rel_pos_bias()
         if block.attn_mask is not None:
+            # (windows, T, T): keeps apart what the shift has rolled together. The windows of an image are adjacent.
             bias = bias + block.attn_mask.repeat(n, 1, 1)[:, None]
         mixed = mix(q, k, v, dropout_of(attn.attn_drop), record if one_window else None, bias)
         mixed = attn.proj_drop(attn.proj(mixed)).unflatten(1, window)
+        # Undo all three in reverse order: windows, filling, shift.
         padded = [side + -side % of for side, of in zip(grid, window, strict=True)]
         laid = window_reverse(mixed, window, *padded)[:, : grid[0], : grid[1]]
         return torch.roll(laid, shift, (1, 2)).flatten(1, 2)
@@ -154,6 +158,7 @@ class Swin(Backbone):
 
     def spread(self, index: int, values: Tensor) -> Tensor:
         """What holds for a token holds for the four that it was merged from."""
+        # From the output's grid up through the merges, until the grid is the block's own.
         for start in reversed(self.merges):
             if index < start:
                 values = to_tokens(F.interpolate(to_map(values, self.grids[start]), scale_factor=2))

@@ -60,6 +60,7 @@ class JoinedSignal(Signal):
         """See `Signal`."""
         joined = [(k, self.keys[block]), (v, self.values[block])]
         k, v = (torch.cat([of.expand(words.shape[0], -1, -1), words], dim=1) for of, words in joined)
+        # `scores` is asked next, of the same block, and fills up to this number.
         self.num_tokens = q.shape[1]
         return q, k, v
 
@@ -70,6 +71,7 @@ class JoinedSignal(Signal):
     def project(self, block: int, mixed: Tensor, out: Tensor) -> Tensor:
         """See `Signal`."""
         layer = self.layers[block]
+        # W'_o a, as W_o a (with its bias) and the change from it.
         more: Tensor = out + layer.change(mixed)
         return out + torch.tanh(self.alpha * layer.gate) * more
 
@@ -110,6 +112,7 @@ class QAViT(TopDown):
         alpha = self.alpha if alpha is None else alpha
         layers: list[JoinedLayer] = list(self.layers)[self.first :]  # type: ignore[assignment]
         read = [project(block, layer.map(words.states)).chunk(3, dim=-1) for block, layer in enumerate(layers)]
+        # exp(score + log α) = α · exp(score): α times the words' part before the softmax divides by the sum.
         share = words.bias() + (math.log(alpha) if alpha > 0 else -math.inf)
         keys, values = [key for _, key, _ in read], [value for _, _, value in read]
         return JoinedSignal(layers, keys, values, share, alpha, similarity(prior, tokens))

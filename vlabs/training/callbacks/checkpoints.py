@@ -41,6 +41,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)
                 except RuntimeError as error:  # closing the incomplete archive raises an error that hides the cause
                     raise error.__context__ or error from None
+                # On the disk before it gets its name: after a power failure the name must not be that of an empty file.
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == "last.ckpt" and path.is_file():
@@ -113,6 +114,7 @@ class KeepLast(pl.callbacks.Checkpoint):
         """
         self._listen(signal.SIGUSR1, self._ask_save)
         for number in _STOPS:
+            # Until the first step there is nothing that could be saved.
             self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,6 +126,7 @@ class KeepLast(pl.callbacks.Checkpoint):
     def _listen(self, number: int, handler: Any) -> None:
         is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # run by nohup
         if threading.current_thread() is threading.main_thread() and not is_ignored:
+            # The first handler found is the one to restore: this is called twice for the same signal.
             self.handlers.setdefault(number, signal.getsignal(number))
             signal.signal(number, handler)
 
