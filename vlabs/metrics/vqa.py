@@ -196,8 +196,7 @@ def normalize_answer(answer: str) -> str:
 
 def match_accuracy(matches: int, total: int) -> float:
     """Return the official accuracy, in [0, 1], of an answer that `matches` of `total` human answers agree with."""
-    # Mean over leaving each person out: min(1, agreeing among the rest / 3). Exact, where the official code adds
-    # floats.
+    # The mean over leaving each person out of min(1, how many of the rest agree / 3).
     left_out_agrees = min(1.0, (matches - 1) / 3)
     left_out_differs = min(1.0, matches / 3)
     return (matches * left_out_agrees + (total - matches) * left_out_differs) / total

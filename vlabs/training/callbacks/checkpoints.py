@@ -114,7 +114,7 @@ class KeepLast(pl.callbacks.Checkpoint):
         """
         self._listen(signal.SIGUSR1, self._ask_save)
         for number in _STOPS:
-            # Until the first step there is nothing that could be saved.
+            # Until the first step there is nothing new to save.
             self._listen(number, self._stop_now)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
