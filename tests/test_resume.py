@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -347,17 +348,19 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, who
 
 
 def test_ctrl_c_in_a_terminal_saves_says_so_and_ends_a_sweep(long_options, tmp_path):
-    options = [*long_options, "trainer.max_epochs=50", "seed=0,1", "hydra.sweep.dir=sweep", "-m"]
+    options = [*long_options, "trainer.max_epochs=50", "seed=0,1", "hydra.sweep.dir='sweep (1)'", "-m"]
     process = start(options, tmp_path, start_new_session=True)
-    wait_for_step(process, tmp_path / "sweep/0/checkpoints/last.ckpt", 3)
+    run = tmp_path / "sweep (1)/0"
+    wait_for_step(process, run / "checkpoints/last.ckpt", 3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to loader processes too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT, output
     assert "saved" in output
     assert output.count("resume=") == 1, output
     assert "Traceback" not in output
-    assert json.loads((tmp_path / "sweep/0/summary.json").read_text())["status"] == "stopped"
-    assert not (tmp_path / "sweep/1").exists()
+    assert shlex.split(output.split("continue with ")[1]) == [f"resume={run}"]  # may be pasted into a shell
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "sweep (1)/1").exists()
 
 
 def test_sigterm_to_one_process_saves_and_stops_all(long_options, tmp_path):

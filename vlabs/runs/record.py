@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlabs.errors import UserError
-from vlabs.utils.files import is_marked, locked, mark, reason_of, unmark, write_json
+from vlabs.utils.files import is_marked, locked, mark, reason_of, typed, unmark, write_json
 from vlabs.utils.plain import parse_config, parse_json, read_text
 from vlabs.utils.ranks import is_rank_zero
 
@@ -108,7 +108,7 @@ def way_on(run: Path) -> str:
     """How to continue a run that was stopped."""
     last = run / "checkpoints" / "last.ckpt"
     kept = any(path.is_file() for path in (last, last.with_name("last.ckpt.previous")))
-    return f"continue with resume={run}" if kept else "start it again, because it has no checkpoint yet"
+    return f"continue with {typed('resume', run)}" if kept else "start it again, because it has no checkpoint yet"
 
 
 @contextmanager
@@ -159,8 +159,8 @@ def _make_room(folder: Path) -> None:
     summary = read_summary(folder)
     if checkpoints or not is_marked(folder, "run") or (summary is not None and summary["status"] == "done"):
         raise UserError(
-            f"hydra.run.dir={folder} already has {', '.join(found)}: continue that run with resume={folder}, or name a "
-            "new folder"
+            f"hydra.run.dir={folder} already has {', '.join(found)}: continue that run with "
+            f"{typed('resume', folder)}, or name a new folder"
         )
     _remove(folder)
 

@@ -14,7 +14,7 @@ from vlabs.data.module import PreparedDataModule
 from vlabs.data.texts import TextDataModule
 from vlabs.runs.groups import choices
 from vlabs.tasks.base import Task
-from vlabs.utils.files import size
+from vlabs.utils.files import size, typed
 from vlabs.utils.ranks import say
 
 _SMALL = 5_000_000  # parameters; too few to learn photographs from scratch
@@ -140,7 +140,7 @@ def ending(task: Task, folder: str | Path, line: EpochLine, own: Sequence[str] =
     theirs = next((f" --config-dir {one}" for one in own if Path(one, "evaluation", f"{task.name}.yaml").is_file()), "")
     if theirs or task.name in choices("evaluation"):
         chosen = "" if task.name == "vqa" else f" task={task.name}"
-        lines.append(f"  next: vlabs evaluate{theirs}{chosen} ckpt={folder}")
+        lines.append(f"  next: vlabs evaluate{theirs}{chosen} {typed('ckpt', folder)}")
     else:
-        lines.append(f"  next: vlabs train init={folder} ...")
+        lines.append(f"  next: vlabs train {typed('init', folder)} ...")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,11 @@ WORK = ".vlabs-work"
 """The sub-folder of `new_folder` for temporary files, which is removed at the end."""
 _LOCK = ".vlabs-lock"
 _PARTIAL = ".vlabs-partial"
+
+
+def typed(option: str, path: str | Path) -> str:
+    """An option with a path as a shell takes it, quoted where the path has spaces or parentheses."""
+    return shlex.quote(f"{option}={path}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vlabs.runs.record import resumable
 from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
-from vlabs.utils.files import replacing
+from vlabs.utils.files import replacing, typed
 from vlabs.utils.ranks import is_rank_zero, say
 
 
@@ -225,5 +225,5 @@ class KeepLast(pl.callbacks.Checkpoint):
         if trainer.strategy.reduce_boolean_decision(self.save_asked, all=False):
             self.save_asked = False
             # A run that stops says how to resume it in its last line; one that goes on may be killed without a word.
-            way_on = "" if self.stops else f"; continue with resume={self.path.parent.parent}"
+            way_on = "" if self.stops else f"; continue with {typed('resume', self.path.parent.parent)}"
             say(f"saved {self.path} because of a signal{way_on}")

@@ -12,6 +12,7 @@ from torch import nn
 from vlabs.errors import UserError
 from vlabs.tasks.base import Task
 from vlabs.training.lightning_state import gradient_scaler
+from vlabs.utils.files import typed
 from vlabs.utils.ranks import say
 
 
@@ -59,7 +60,7 @@ class FiniteGradients(pl.Callback):
         what = f"the gradient is not finite at step {trainer.global_step} (texts {named})"
         if self.bad_steps > self.max_bad_steps:
             go_on = (
-                f"{self.checkpoint} is from before it: continue with resume={self.checkpoint.parent.parent}"
+                f"{self.checkpoint} is from before it: continue with {typed('resume', self.checkpoint.parent.parent)}"
                 if self.checkpoint.is_file()
                 else "there is no checkpoint yet"
             )
