@@ -87,6 +87,11 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
         "vlabs train -m",
     ):
         assert part in text
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles[:2] == ["## Summary", "## Accuracy against what was seen"]  # the table and the picture come first
+    head = next(line for line in text.splitlines() if line.startswith("| variant"))
+    for column in ("val", "minutes of training", "multiply-adds", "precision at 1", "rank among 6", "pointing", "GMAC"):
+        assert column in head
     films = [run.path / "evaluation/asymmetry/metrics.json" for run in runs if "film" in run.variant]
     ranks = [json.loads(path.read_text())["weights/6/rank"] for path in films]
     shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=film |" in line)

@@ -235,10 +235,10 @@ def build_report(
     if base is not None:
         sections += _against(runs, base, splits, instances is not None)
     sections.append(_cost(frame))
-    figures = {"where they look (fusion attention)": _figure(_by_variant(runs), out / "attention.png")}
+    figures = {"Where they look (fusion attention)": _figure(_by_variant(runs), out / "attention.png")}
     if curves := _curves(_by_variant(runs), out / "curves.png"):
-        figures = {"accuracy against what was seen": curves} | figures
-    return _write(sweep, runs, sections, figures, out)
+        figures = {"Accuracy against what was seen": curves} | figures
+    return _write(sweep, runs, [_summary(sections), *sections], figures, out)
 
 
 def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFrame:
@@ -273,11 +273,12 @@ def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 @dataclass
 class Section:
-    """A table of strings with one row per variant, its title and an explanation."""
+    """A table of strings with one row per variant, its title, an explanation, and its columns that the summary has."""
 
     title: str
     text: str
     cells: pd.DataFrame
+    main: Sequence[str] = ()
 
 
 def _half_interval(values: pd.Series) -> float:
@@ -335,9 +336,17 @@ def _control(frame: pd.DataFrame) -> list[Section]:
     return sections
 
 
+def _summary(sections: Sequence[Section]) -> Section:
+    """The main columns of all sections."""
+    tables = [section.cells.set_index("variant")[list(section.main)] for section in sections]
+    cells = pd.concat([sections[0].cells.set_index("variant")[["seeds"]], *tables], axis=1).reset_index()
+    text = "What to compare first; each column is explained in its section below."
+    return Section("Summary", text, cells.fillna("–"))
+
+
 def _accuracy(frame: pd.DataFrame, splits: Sequence[str]) -> Section:
     text = "Official VQA accuracy in percent, mean ± standard deviation over seeds."
-    return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}))
+    return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}), ["val"])
 
 
 def _validations(runs: Sequence[Run]) -> list[Section]:
@@ -367,7 +376,7 @@ def _grounding(frame: pd.DataFrame) -> Section:
         f"Energy, pointing and average precision for the objects of a question, in percent; a uniform map scores"
         f" {frame['grounding/area'][0]:.1f}, and so do the token weights of variants that have none."
     )
-    return Section("Grounding (val)", text, _over_seeds(frame, columns))
+    return Section("Grounding (val)", text, _over_seeds(frame, columns), ["weights pointing"])
 
 
 def _steering(frame: pd.DataFrame) -> Section:
@@ -409,7 +418,8 @@ def _asked_for(frame: pd.DataFrame) -> Section:
         f"random {frame['conditional/chance'][0]:.1f}. Visual search: the rank of the target by the token weights; at "
         f"random {', '.join(f'{1 + n / 2:g}' for n in counts)}; the last two columns with {counts[-1]} others."
     )
-    return Section("What is asked for", text, _over_seeds(frame, columns))
+    main = ["precision at 1: cls, second pass", f"rank among {counts[-1]} others"]
+    return Section("What is asked for", text, _over_seeds(frame, columns), main)
 
 
 def _cost(frame: pd.DataFrame) -> Section:
@@ -422,7 +432,7 @@ def _cost(frame: pd.DataFrame) -> Section:
         "Minutes of training can be compared only if nothing else ran on the machine at the same time. Multiply-adds "
         "are those of a forward pass with the questions per image of training."
     )
-    return Section("Cost", text, cells)
+    return Section("Cost", text, cells, [name for name in cells if name.startswith("GMAC")])
 
 
 def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
@@ -440,7 +450,7 @@ def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
     ]
     columns = {f"{least[name]:.3g} {title}": name for name, title in _COSTS.items()}
     text = "Official accuracy on val in percent, between two validations by a straight line, from 0 at the start."
-    return [Section("At equal cost", text, _over_seeds(pd.DataFrame(rows), columns))]
+    return [Section("At equal cost", text, _over_seeds(pd.DataFrame(rows), columns), list(columns))]
 
 
 def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bool) -> list[Section]:
@@ -554,15 +564,14 @@ def _write(
     if len(runs) > 1 and (common := " ".join(_of_all(runs))):
         page.append(f"All runs: `{common}`")
         site.append(f"<p>All runs: <code>{html.escape(common)}</code></p>")
-    for section in sections:
+    for number, section in enumerate(sections):
         page += [f"## {section.title}", section.text, table(section.cells.columns, section.cells.to_numpy())]
         site += [f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"]
         with pd.option_context("display.max_colwidth", None):
             site.append(section.cells.to_html(index=False, border=0))
-    for name, figure in figures.items():
-        heading = name[0].upper() + name[1:]
-        page += [f"## {heading}", f"![{name}]({figure.name})"]
-        site.append(f"<h2>{heading}</h2><img src='{figure.name}' alt='{name}'>")
+        for name, figure in figures.items() if number == 0 else ():
+            page += [f"## {name}", f"![{name}]({figure.name})"]
+            site.append(f"<h2>{name}</h2><img src='{figure.name}' alt='{name}'>")
     page.append(f"## Commands\n\n```\n{commands}\n```")
     site.append(f"<h2>Commands</h2><pre>{html.escape(commands)}</pre>")
     head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
