@@ -83,6 +83,21 @@ def test_a_timm_file_of_another_size_is_named(timm_file):
         vit_from_timm(str(timm_file[0]), "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL | {"depth": 3})
 
 
+def test_the_encoder_of_a_larger_model_is_found_by_its_names(timm_file, tmp_path):
+    state = timm_file[1].state_dict()
+    make = partial(vit_from_timm, architecture="vit_base_patch16_224", img_size=32, patch_size=8, **SMALL)
+    named = {f"model.backbone.{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(named | {"head.weight": torch.zeros(2, 2)}, tmp_path / "lightning.safetensors")
+    encoder = make(str(tmp_path / "lightning.safetensors"))
+    assert torch.equal(encoder.vit.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
+    assert encoder.origin.endswith("(the part model.backbone; 1 tensors of others left out)")
+    torch.save({"teacher": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "dino.pth")
+    assert "(the part teacher.module)" in make(str(tmp_path / "dino.pth")).origin
+    torch.save({"teacher": state, "student": state}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"both.pth has the encoder 2 times, in student, teacher: save one"):
+        make(str(tmp_path / "both.pth"))
+
+
 @torch.no_grad()
 def test_the_last_blocks_can_be_left_out_as_meter_does(timm_file):
     path, vit = timm_file
@@ -97,6 +112,10 @@ def test_a_file_needs_its_architecture_and_must_be_there(timm_file):
         vit_from_timm(str(timm_file[0]))
     with pytest.raises(UserError, match="does not exist"):
         vit_from_timm("nowhere.safetensors", "vit_base_patch16_224")
+    with pytest.raises(UserError, match=r"pass model\.vision\.weights=vit_small_patch14_dinov2\.lvd142m$"):
+        vit_from_timm("timm/vit_small_patch14_dinov2.lvd142m")
+    with pytest.raises(UserError, match=r"near it: vit_small_patch14_dinov2, "):
+        vit_from_timm(None, "vit_small_patch14_dinov")
 
 
 @torch.no_grad()
@@ -173,6 +192,10 @@ def test_other_text_encoders_give_transformers_outputs_and_come_back_from_a_chec
     again = build(json.loads(json.dumps(encoder.spec))).eval()
     again.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(again(ids, mask)[there], expected[there])
+    # In a larger model.
+    state = {f"0.auto_model.{key}": value for key, value in source.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    torch.testing.assert_close(text_from_pretrained(str(tmp_path)).eval()(ids, mask)[there], expected[there])
     # Recomputed activations give the same gradients.
     encoder.train(), again.train()
     for module in (*encoder.modules(), *again.modules()):
@@ -229,6 +252,10 @@ def test_a_folder_of_timms_says_its_architecture_whatever_the_config_says(timm_f
     encoder = vit_from_timm(str(folder), "vit_large_patch14_dinov2", img_size=48)
     assert (encoder.width, encoder.grid_size, encoder.backbone.depth) == (24, (6, 6), 2)
     assert encoder.origin == f"30 of 30 tensors of vit_base_patch16_224 from {folder} (positions resampled)"
+    # A file in it is read as any other file.
+    file = str(folder / "model.safetensors")
+    encoder = vit_from_timm(file, "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL)
+    assert encoder.origin == f"30 of 30 tensors of vit_base_patch16_224 from {file}"
     # One block of two: what is left out is said.
     encoder = vit_from_timm(str(folder), img_size=32, depth=1)
     assert "18 of 30 tensors" in encoder.origin
@@ -395,6 +422,8 @@ def test_a_missing_shard_and_weights_of_another_kind_are_one_line_that_says_what
     with pytest.raises(UserError, match="float8_e4m3fn: save it as float32"):
         text_from_pretrained(str(text_folder))
     (text_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="git lfs pull"):
+        vit_from_timm(str(text_folder / "model.safetensors"), "vit_small_patch16_224")
     with pytest.raises(UserError, match="git lfs pull"):
         text_from_pretrained(str(text_folder))
     safetensors.torch.save_file({"a": torch.tensor([float("nan")])}, text_folder / "model.safetensors")

@@ -344,12 +344,9 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # a damaged file makes the reader fail with any kind of error
-        raise UserError(f"{path} is not a whole safetensors file: {one_line(str(error))}") from None
     content: dict[str, Any] = {"state_dict": read_weights(path)}
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
     if "vlabs" in metadata:
         content["vlabs"] = parse_json(metadata["vlabs"], f"{path}: its header")
     elif path.name == WEIGHTS and os.path.lexists(path.parent / CONFIG):

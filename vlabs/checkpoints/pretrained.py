@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ _ROBERTA_SIZES = inspect.signature(RobertaEncoder.__init__).parameters.keys() - 
 _INDEX, _SHARDS, _PICKLED = "model.safetensors.index.json", "model-*-of-*.safetensors", "pytorch_model.bin"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WORDS = re.compile(r"(?<![^.])embeddings\.(word|tok)_embeddings\.weight$")
 _LISTED = 3  # largest number of names of one kind in a message
 
 
@@ -143,7 +145,11 @@ def _located(weights: str) -> Path:
         raise UserError(f"model.vision.weights={weights} does not exist")
     architecture = weights.split(".")[0]
     if architecture not in timm.list_models():
-        raise UserError(f"model.vision.weights={weights} is not a tag of timm, and there is no such file or folder")
+        tag = weights.rpartition("timm/")[2]  # as the hub names it
+        instead = f": pass model.vision.weights={tag}" if tag.split(".")[0] in timm.list_models() else ""
+        raise UserError(
+            f"model.vision.weights={weights} is not a tag of timm, and there is no such file or folder{instead}"
+        )
     if weights != architecture and weights not in (known := timm.list_pretrained(f"{architecture}*")):
         raise UserError(f"timm has no weights '{weights}': choose one of {', '.join(known) or 'another model'}")
     config = timm.get_pretrained_cfg(weights)
@@ -158,7 +164,7 @@ def _find_weights(weights: str) -> _Source:
         return _Source(weights, read_folder(path, weights), weights.split(".")[0])
     if path.is_dir():
         return _of_folder(path)
-    return _Source(weights, _in_full(find_state(read_tensors(path), weights), weights))
+    return _Source(weights, _in_full(_read_file(path, weights), weights))
 
 
 def _of_folder(folder: Path) -> _Source:
@@ -198,31 +204,67 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     """
     own = encoder.vit.state_dict()
     failed = ""
+    state, prefix = _without_prefix(source.state, own, source.label)
+    notes = [f"the part {prefix.removesuffix('.')}"] if prefix else []
+    notes += [f"{others} tensors of others left out"] if (others := len(source.state) - len(state)) else []
     try:
-        converted = encoder.backbone.convert(dict(source.state))
+        converted = encoder.backbone.convert(dict(state))
     except Exception as error:  # tensors of other shapes make timm fail with any kind of error
-        converted, failed = dict(source.state), one_line(str(error)) or type(error).__name__
+        converted, failed = dict(state), one_line(str(error)) or type(error).__name__
     converted = _without_head(converted, own)
     if isinstance(getattr(encoder.vit, "attn_pool", None), AttentiveProbe):  # new, whatever the weights pool by
         own, converted = ({k: v for k, v in of.items() if not k.startswith("attn_pool.")} for of in (own, converted))
     own = {key: value for key, value in own.items() if ".norm1.pool." not in key}  # new too (`model.vision.tap`)
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
-    others = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
+    reshaped = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
     missing = [key for key in own if key not in kept and not _is_of_head(key)]
     unknown = [key for key in kept if key not in own]
-    if failed or others or missing or unknown:
-        said = [f"{len(others)} of its tensors have another shape ({_both(others[0], kept, own)})"] if others else []
+    if failed or reshaped or missing or unknown:
+        said = (
+            [f"{len(reshaped)} of its tensors have another shape ({_both(reshaped[0], kept, own)})"] if reshaped else []
+        )
         said += [f"it has no {_listed(missing)}"] if missing else []
         said += [f"the encoder has no {_listed(unknown)}"] if unknown else []
         raise UserError(f"{source.label} does not fit {name}: {'; '.join(said) or failed}")
     encoder.vit.load_state_dict(kept, strict=False)
-    notes = []
     if left := {_block_of(key) for key in converted.keys() - kept.keys()}:
         notes.append(f"the last {len(left)} of {max(left) + 1} blocks left out")
-    changed = {key for key in kept if key in source.state and source.state[key].shape != kept[key].shape}
+    changed = {key for key in kept if key in state and state[key].shape != kept[key].shape}
     if what := sorted({"patches" if key.startswith("patch_embed.") else "positions" for key in changed}):
         notes.append(f"{' and '.join(what)} resampled")
     return f"{len(kept)} of {len(converted)} tensors of {name} from {source.label}{_in_brackets(notes)}"
+
+
+def _without_prefix(state: State, own: Iterable[str], label: str) -> tuple[State, str]:
+    """The tensors of an encoder that is a part of a larger model or wrapped, by its own names, and their prefix.
+
+    Args:
+        state: tensors of a file.
+        own: names of the encoder's tensors.
+        label: the file, for messages.
+
+    Returns:
+        `state` and "" if most of these names are there without a prefix, or with none.
+
+    Raises:
+        UserError: there are several such parts.
+    """
+    names = set(own)
+    found: Counter[str] = Counter()
+    for key in state:
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        found.update(key[:start] for start in starts if key[start:] in names)
+    most = max(found.values(), default=0)
+    parts = [prefix for prefix, count in found.items() if count == most]
+    if 2 * most < len(names) or "" in parts:
+        return state, ""
+    if len(parts) > 1:
+        raise UserError(
+            f"{label} has the encoder {len(parts)} times, in {_listed(sorted(one[:-1] for one in parts))}: save one of "
+            "them as safetensors, and name that file"
+        )
+    (prefix,) = parts
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, prefix
 
 
 def _without_head(state: State, own: State) -> State:
@@ -289,7 +331,8 @@ def text_from_pretrained(name_or_path: str) -> TextEncoder:
     state = read_folder(folder, name_or_path)
     spec: dict[str, Any] = {"class": "RobertaEncoder"} if kind == "roberta" else {"class": "OtherEncoder"}
     part = "roberta" if kind == "roberta" else "encoder"
-    prefix = "model." if kind == "modernbert" else f"{kind.partition('-')[0]}."
+    words = [key for key in state if _WORDS.search(key)]
+    prefix = _WORDS.sub("", words[0]) if len(words) == 1 else ""  # of a model that the encoder is a part of
     try:
         # For values that its config leaves out, use transformers' defaults, not ours.
         known = AutoConfig.for_model(kind, **{name: config[name] for name in config.keys() & OPTIONS}).to_dict()
@@ -384,11 +427,12 @@ def read_folder(folder: Path, name: str) -> State:
     file = _weights_of(folder)
     if file is None:
         raise _not_whole(folder, name, [WEIGHTS])
-    if file == _INDEX:
-        state = _read_shards(folder, name)
-    else:
-        state = read_weights(folder / file) if file == WEIGHTS else find_state(read_tensors(folder / file), name)
-    return _in_full(state, name)
+    return _in_full(_read_shards(folder, name) if file == _INDEX else _read_file(folder / file, name), name)
+
+
+def _read_file(file: Path, name: str) -> State:
+    """The tensors of a file, whatever config lies beside it."""
+    return read_weights(file) if file.name == WEIGHTS else find_state(read_tensors(file), name)
 
 
 def _read_shards(folder: Path, name: str) -> State:

@@ -196,14 +196,20 @@ def _existing(path: Path) -> Path:
 
 
 def find_state(content: dict[str, Any], name: str) -> State:
-    """The tensors of a checkpoint, wherever the released scripts put them, without a DataParallel prefix."""
+    """The tensors of a checkpoint, wherever the released scripts put them, without a DataParallel prefix.
+
+    If they are in several dictionaries (DINO's teacher and student), those are their prefixes.
+    """
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        parts = {name: part for name, part in content.items() if isinstance(part, dict)}
+        content = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{name} has no tensors by name, so it is not a checkpoint of the released code")
+        raise UserError(f"{name} has no tensors by name, so it is not a checkpoint")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state

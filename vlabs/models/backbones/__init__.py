@@ -6,6 +6,7 @@ A new family is a subclass of `Backbone` and a line in `OWN` here (or in `TIMM`,
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -126,7 +127,9 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{architecture} cannot be built with {given}: {error}") from None
     if architecture not in timm.list_models():
-        near = ", ".join([*timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8], *sorted(OWN)])
+        known = get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.8)
+        known = known or timm.list_models(f"{architecture.split('_')[0]}*patch16_224*")[:8]
+        near = ", ".join([*known, *sorted(OWN)])
         raise UserError(f"timm has no model '{architecture}', and vlabs none (near it: {near})")
     family = timm.model_entrypoint(architecture).__module__
     if not family.endswith((".vision_transformer", ".eva", ".swin_transformer")):
