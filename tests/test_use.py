@@ -96,6 +96,9 @@ def test_a_model_knows_the_words_of_all_its_trainings_or_says_nothing():
     longer = trainings_in_words(history_of("vqa", data) + history_of("vqa", {"name": "rooms", "questions": 7}))
     assert longer == f"{known.training.removesuffix(')')}; then 7 questions)"
     assert known.new_words("IS the cat's 猫犬 red-hot? It is a cat.") == ["cat's", "hot", "the", "犬"]
+    # Words are the same however accents and apostrophes are written, by a phone or a Mac.
+    written = Checkpoint(known.network, known.preprocessing, "vqa", {"words": "what's café"}, known.path)
+    assert written.new_words("What’s a cafe\u0301?") == ["a"]
     for damaged in ({"words": None}, {"words": 7}, {"words": ["is"]}):
         older = Checkpoint(known.network, known.preprocessing, "vqa", data | damaged, known.path)
         assert older.new_words("What is a zebra?") == []
