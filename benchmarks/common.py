@@ -91,7 +91,7 @@ def make_model(
     Args:
         head: called with `in_features`.
         start, keep: of the image encoder, see `AbSViT`.
-        sizes: in the place of some of `Size`.
+        sizes: instead of some of `Size`.
     """
     torch.manual_seed(0)
     s = replace(SIZES[size], **sizes)

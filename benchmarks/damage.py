@@ -2,9 +2,9 @@
 
     python benchmarks/damage.py
 
-For each change the archive is read as a preparation reads it, and every picture is decoded. Prints how often it
-was refused, a picture was named as bad, all was as before, or something differs unnoticed: in tar files, which
-have no checksum of what is in them, a picture of other colors or a caption of other letters; never a name.
+For each change the archive is read as a preparation reads it, and every image is decoded. Prints how often it
+was refused, an image was named as bad, all was as before, or something differs unnoticed: in tar files, which
+have no checksum of what is in them, an image of other colors or a caption of other letters; never a name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make_tar(path: Path) -> None:
 
 
 def pictures_of(path: Path) -> dict[str, object]:
-    """By name what a preparation keeps of each picture, or why it is bad."""
+    """By name what a preparation keeps of each image, or why it is bad."""
     found: dict[str, object] = {}
     for number, image in NamedImages((path,)).locate(enumerate(NAMES)):
         try:

@@ -2,7 +2,7 @@
 
     python benchmarks/feedback_start.py --weights FILE --architecture vit_small_patch14_dinov2 --patch-size 14
 
-ξ is random, and so are the pictures unless some are named.
+ξ is random, and so are the images unless some are named.
 """
 
 from __future__ import annotations

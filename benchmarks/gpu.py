@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                           results in outputs/gpu.json, and a table
     python benchmarks/gpu.py --device cpu --size mini  the same steps on a CPU, in a minute or two: do they run?
 
-A step that is in the results already is not run again; one that fails is said, and the others go on.
+A step that is in the results already is not run again; one that fails is said, and the others continue.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parity(options: Options) -> dict[str, Any]:
 
 
 def resume(options: Options) -> dict[str, Any]:
-    """A run that is stopped in mid-epoch and goes on, beside one that is not: how far their weights are apart."""
+    """A run that is stopped in mid-epoch and continues, beside one that is not: how far their weights are apart."""
     chosen = ["task=vqa", "data=scenes", "data.size=tiny", "data.num_workers=0", "logger=csv", "trainer.max_epochs=4"]
     chosen += [f"trainer.accelerator={'gpu' if options.device == 'cuda' else 'cpu'}", "trainer.deterministic=true"]
     chosen += [

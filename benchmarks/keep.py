@@ -1,6 +1,6 @@
 """What it costs in accuracy to look twice at a share of the patches, by how these are chosen, against the arithmetic.
 
-    python benchmarks/keep.py --out keep                       # one seed; goes on where it was stopped
+    python benchmarks/keep.py --out keep                       # one seed; continues where it was stopped
     python benchmarks/keep.py --out keep --seeds 0 1 2 --orders s random --shares 0.25
     python benchmarks/keep.py --out pruned --orders s --shares 0.25 --prune 0.5    # and half of these in the fusion
     python benchmarks/keep.py --out shown --orders s --shares 0.25 --show-rest     # the fusion sees the others, too
@@ -60,7 +60,7 @@ def choose_by(order: str) -> None:
 
 
 def prune(share: float) -> None:
-    """Let every fusion of this process go on, after its first pair of layers, with [cls] and the patches read most."""
+    """Let every fusion of this process read, after its first pair of layers, only [cls] and the patches read most."""
     if share == 1:
         return
     made = CoAttentionFusion.__init__
@@ -83,7 +83,7 @@ def prune(share: float) -> None:
 
 
 def show_rest() -> None:
-    """Give every fusion z of the patches that the second pass left out, in the place of their mean."""
+    """Give every fusion z of the patches that the second pass left out, instead of their mean."""
     attended, joined = AbSViT.attend, CoAttentionFusion.forward
     others: list[Tensor] = []
 
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.25, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--prune", type=float, default=1.0, help="share of the patches that the fusion goes on with")
+    parser.add_argument("--prune", type=float, default=1.0, help="share of the patches that the fusion keeps")
     parser.add_argument("--train", nargs="+", default=[], help="more overrides of the training, e.g. data.size=medium")
     parser.add_argument("--show-rest", action="store_true", help="the fusion sees z of the patches that are left out")
     options = parser.parse_args()

@@ -43,7 +43,7 @@ AUGMENT = "rand-m9-n2"
 
 
 def make_picture(seed: int) -> bytes:
-    """A JPEG of smooth and rough patches, about 160 KB as COCO's pictures have on average."""
+    """A JPEG of smooth and rough patches, about 160 KB as COCO's images have on average."""
     rng = np.random.default_rng(seed)
     canvas = np.zeros((HEIGHT, WIDTH, 3), np.float32)
     for cells, strength in ((4, 90.0), (16, 60.0), (64, 35.0), (160, 22.0)):
@@ -60,7 +60,7 @@ def make_picture(seed: int) -> bytes:
 
 
 def make_data(folder: Path, images: int) -> Path:
-    """A prepared folder of made-up pictures, each with five questions."""
+    """A prepared folder of made-up images, each with five questions."""
     words = [
         "what",
         "is",
@@ -268,7 +268,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=int, default=200, help="pictures that are made")
+    add("--images", type=int, default=200, help="images that are made")
     add("--image-size", type=int, default=224)
     add("--batch-size", type=int, default=32, help="questions a batch")
     add("--batches", type=int, default=4, help="batches a repetition")

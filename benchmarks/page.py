@@ -1,10 +1,10 @@
 """What the web page does for a visitor and under load: python benchmarks/page.py
 
 For a visitor, in a headless Chromium (without one this part is left out) with the model that comes with vlabs: from
-asking for the page to the first answer on it, a picture uploaded and two questions typed in between, and from a click
+asking for the page to the first answer on it, an image uploaded and two questions typed in between, and from a click
 to the answer after that (median).
 
-Under load: 300 requests of 20 clients, each with its own picture, question, α and map, while three others post past the
+Under load: 300 requests of 20 clients, each with its own image, question, α and map, while three others post past the
 line, go away, send nonsense, ask for files and break uploads off. `lost` and `wrong` are of the 300, compared with the
 model itself; memory is of the server and what it has started, after the first third and at the end. A page has no other
 side to be compared with, so these are seconds and megabytes; the machine's cores are printed beside them.

@@ -1,4 +1,4 @@
-"""The pictures of the page in the docs: python benchmarks/screenshots.py
+"""The images of the page in the docs: python benchmarks/screenshots.py
 
 Starts the page with the models that come with vlabs, and writes `page.png` (a desktop, light) and `page_phone.png` (a
 phone's width, dark) to docs/, or to a folder that is named. It wants a Chromium, as the tests of the page do.
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def shoot(browser: Any, address: str, folder: Path) -> list[Path]:
-    """Write the pictures of a page that is served at an address."""
+    """Write the images of a page that is served at an address."""
     desktop = open_page(browser, address, 1200, 1040)
     phone = open_page(browser, address, 390, 844, color_scheme="dark")  # where the page goes to what it says
     for page in (desktop, phone):

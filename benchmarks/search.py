@@ -1,11 +1,11 @@
-"""Seconds of a query over a folder of pictures: with stored first passes, and with pictures that are read anew.
+"""Seconds of a query over a folder of images: with stored first passes, and with images that are read anew.
 
-    python benchmarks/search.py                                # base size, 1,000 pictures, k = 32
+    python benchmarks/search.py                                # base size, 1,000 images, k = 32
     python benchmarks/search.py --keep 0.25 --start 7          # with less arithmetic in the second pass
     python benchmarks/search.py --nearest 100000               # what FAISS finds of the nearest of made-up [cls]
 
-Weights are random, and of the pictures (JPEGs of 640 x 480) a few are encoded, under many names. The other side does
-what `vlabs search` did before there was a store: it ranks by [cls], and decodes and encodes the k pictures at every
+Weights are random, and of the images (JPEGs of 640 x 480) a few are encoded, under many names. The other side does
+what `vlabs search` did before there was a store: it ranks by [cls], and decodes and encodes the k images at every
 query, one at a time. The sides take turns in one process. See docs/benchmarks.md.
 """
 
@@ -37,12 +37,12 @@ from vlabs.ranking.passes import FirstPasses
 from vlabs.ranking.texts import encode_texts, score_texts
 from vlabs.utils.files import content_sha256
 
-ENCODED = 16  # pictures that are really encoded, before there is anything to measure
+ENCODED = 16  # images that are really encoded, before there is anything to measure
 QUERY = "A large red square left of a small circle, and nothing else."
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEGs of which every `ENCODED`-th is the same picture in another file."""
+    """JPEGs of which every `ENCODED`-th is the same image in another file."""
     draw = np.random.default_rng(0)
     contents = []
     for _ in range(min(ENCODED, count)):
@@ -57,7 +57,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def fill(passes: FirstPasses, paths: list[Path], checkpoint: Checkpoint) -> None:
-    """Encode the pictures that differ, and store their passes for all."""
+    """Encode the images that differ, and store their passes for all."""
     images = [checkpoint.preprocessing.image(open_image(path))[None] for path in paths[:ENCODED]]
     with torch.inference_mode():
         bottom_up = passes.vision.encode(torch.cat(images).to(next(passes.vision.parameters())))
@@ -89,7 +89,7 @@ def seconds_of_decoders(search: Search, k: int) -> float:
 
 @torch.inference_mode()
 def anew(search: Search, k: int) -> list[float]:
-    """A query as it was before: [cls] alone, and k pictures decoded, encoded and scored, one at a time."""
+    """A query as it was before: [cls] alone, and k images decoded, encoded and scored, one at a time."""
     texts = encode_texts(search.model, search.preprocessing, [QUERY])
     assert texts.prior is not None
     assert search.nearest is not None

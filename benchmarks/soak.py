@@ -3,14 +3,14 @@
     python benchmarks/soak.py            20 rounds; the last line is JSON with `same`
 
 In every round two small runs on the embedded corpus (dropout, augmentation, two loader processes, a moving average, a
-checkpoint after every step) go on for a while, each until something is done to it: SIGKILL, half of the time while a
+checkpoint after every step) continue for a while, each until something is done to it: SIGKILL, half of the time while a
 checkpoint is written; SIGTERM; Ctrl-C to all its processes, as a terminal sends it; a full disk; and when it has
 stopped, a cut metrics.csv or summary.json, or another place.
 
-- One goes on as it was: it must end with the weights, the average and the optimizer's state, bit for bit, of a run that
-  nothing stopped, and with no step logged twice.
-- The other goes on with another batch size and accumulation every time: every question must come once an epoch, and
-  its rate must go on where it was and end at 0.
+- One continues as it was: it must end with the weights, the average and the optimizer's state, bit for bit, of a run
+  that nothing stopped, and with no step logged twice.
+- The other continues with another batch size and accumulation every time: every question must come once an epoch, and
+  its rate must continue where it was and end at 0.
 
 A run that is refused, or that does not stop with the status that it should, fails the soak.
 """
@@ -91,7 +91,7 @@ class Run:
         return 0
 
     def start(self, *options: str, file_bytes: int | None = None) -> None:
-        """Begin it, or go on with it, in a process group of its own."""
+        """Begin it, or continue with it, in a process group of its own."""
         self.read()
         began = self.step > 0
         self.seen = [one for one in self.seen if one[1] < self.step]
@@ -129,7 +129,7 @@ class Run:
             sys.exit(f"error: {self.name} showed a traceback:\n{said.decode()}")
 
     def stop(self, way: str, draw: random.Random) -> bool:
-        """Let it go on a little and stop it; False where it ended before."""
+        """Let it continue a little and stop it; False where it ended before."""
         assert self.process is not None
         since, writing = self.step, self.last.parent
         until = time.perf_counter() + 60
@@ -168,7 +168,7 @@ class Run:
 
 
 def round_of(run: Run, draw: random.Random, options: list[str]) -> str:
-    """Let a run go on, stop it and do something to it; what that was, or `` if it ended before."""
+    """Let a run continue, stop it and do something to it; what that was, or `` if it ended before."""
     way, mishap = draw.choice(WAYS), draw.choice(MISHAPS)
     if way == "full disk":
         size = run.last.stat().st_size if run.last.is_file() else 10_000

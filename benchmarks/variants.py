@@ -57,7 +57,7 @@ def measure(variant: str, options: argparse.Namespace, k: int) -> tuple[int, flo
 
 
 def cost(architecture: str, patch_size: int, topdown: TopDown | None) -> tuple[float, float]:
-    """Millions of parameters, and GMAC of classifying one picture at 224 px."""
+    """Millions of parameters, and GMAC of classifying one image at 224 px."""
     with torch.device("meta"):
         encoder = AbSViT(architecture, 224, patch_size, topdown, num_classes=1000).eval().requires_grad_(False)
         parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6

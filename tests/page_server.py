@@ -73,18 +73,18 @@ def open_page(browser, address, width=1280, height=860, **options):
     )
     page.goto(address)
     page.wait_for_selector("#ask")
-    page.wait_for_selector("#answers .card")  # of the first picture to begin with
+    page.wait_for_selector("#answers .card")  # of the first image to begin with
     return page
 
 
 def give_picture(page, path):
-    """Upload a picture as somebody who chose a file."""
+    """Upload an image as somebody who chose a file."""
     with page.expect_response(lambda response: "/upload" in response.url):
         page.set_input_files("#picture input[type=file]", str(path))
 
 
 def upload(client, content):
-    """Upload a picture as a program does; returns its name."""
+    """Upload an image as a program does; returns its name."""
     answer = client.post("/gradio_api/upload", files={"files": ("picture.jpg", content)})
     answer.raise_for_status()
     return answer.json()[0]

@@ -21,7 +21,7 @@ from vlabs.errors import UserError, run_cli
 
 @pytest.fixture
 def run(tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """Run `vlabs attention` in this process, in a folder with two pictures."""
+    """Run `vlabs attention` in this process, in a folder with two images."""
     for name, row in zip(("a.jpg", "b.jpg"), load_split(tiny_data, "val"), strict=False):
         (tmp_path / name).write_bytes(row["image"])
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_one_scale_makes_equal_values_look_equal():
 
 @pytest.mark.parametrize("crop", [1.0, 0.5])
 @pytest.mark.parametrize("size", [(4000, 1000), (300, 900), (40, 30), (150, 1000), (640, 640)])
-def test_a_map_lies_where_the_model_saw_it_in_the_whole_picture(size, crop):
+def test_a_map_lies_where_the_model_saw_it_in_the_whole_image(size, crop):
     # The right lower quarter of what the model sees is white; its map, taken from its input, has to lie there.
     preprocessing = Preprocessing(32, "", crop=crop)
     left, top, right, bottom = preprocessing.box(size)

@@ -197,7 +197,7 @@ def test_pooled_patches_are_refused_where_there_is_no_place_for_them_and_new_bes
 def plain_second_pass(encoder, images, prior):
     """Whole top-down tokens, decoded block by block, and qkv of the signal: nothing is factored.
 
-    Where not all patches are kept, pictures go through the second pass one by one, each with its own tokens.
+    Where not all patches are kept, images go through the second pass one by one, each with its own tokens.
     """
     backbone, variant, record = encoder.backbone, encoder.topdown, []
     states = [backbone.embed(images)]

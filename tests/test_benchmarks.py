@@ -250,7 +250,7 @@ def test_training_throughput_of_a_gpu_is_measured_by_code_that_runs_on_a_cpu() -
     assert all(0 < row["share_of_peak"] < 1 for row in rows)
 
 
-def test_the_figures_of_a_gpu_begin_with_parity_and_go_on_where_they_stopped(tmp_path, monkeypatch, capsys) -> None:
+def test_the_figures_of_a_gpu_begin_with_parity_and_continue_where_they_stopped(tmp_path, monkeypatch, capsys) -> None:
     options = gpu.parse(["--device", "cpu", "--size", "mini", "--out", str(tmp_path / "gpu.json")])
     found = gpu.parity(options)
     assert 0 < found["float32"] < 5e-6 < found["bfloat16_relative"] < 0.5
@@ -277,7 +277,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(loader.make_data(tmp_path_factory.mktemp("loader"), 6))
 
 
-def test_both_loaders_give_the_same_questions_and_nearly_the_same_pictures(pictures: Path) -> None:
+def test_both_loaders_give_the_same_questions_and_nearly_the_same_images(pictures: Path) -> None:
     options = loader.parse(["--image-size", "64", "--batch-size", "5"])
     ours = loader.our_loader(pictures, options, 1).train_dataloader().dataset
     ours.images.augment = None

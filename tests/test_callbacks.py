@@ -21,7 +21,7 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-def test_a_run_stops_early_on_the_tasks_own_metric_or_one_of_ones_own(tiny_options, in_process, tmp_path):
+def test_a_run_stops_early_on_the_tasks_own_metric_or_one_of_your_own(tiny_options, in_process, tmp_path):
     options = [*tiny_options, *QUICK, "callbacks=[default,early_stopping]", "trainer.max_epochs=6"]
     often = ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=1000"]
     result = in_process("vlabs.train", [*options, *often, "hydra.run.dir=run"], tmp_path)
@@ -40,7 +40,7 @@ def test_the_best_checkpoint_holds_the_average_that_was_validated(tiny_options, 
         torch.testing.assert_close(best["state_dict"][name], value, msg=name)
     apart = [(value - last["current_model_state"][name]).abs().max() for name, value in last["state_dict"].items()]
     assert max(apart) > 0
-    # A run goes on from both: one epoch more moves the average, and still keeps it apart from what is trained.
+    # A run continues from both: one epoch more moves the average, and still keeps it apart from what is trained.
     resumed = in_process("vlabs.train", ["resume=run", "trainer.max_epochs=2"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     again = read(tmp_path / "run/checkpoints/last.ckpt")

@@ -1,4 +1,4 @@
-"""Pictures with one class: their preparation from raw files, batches, the task, and the command line."""
+"""Images with one class: their preparation from raw files, batches, the task, and the command line."""
 
 import io
 import itertools
@@ -68,7 +68,7 @@ def write_tar(path, files):
 
 
 def contents(folder, split):
-    """Class and bytes of every picture of a prepared split."""
+    """Class and bytes of every image of a prepared split."""
     names = read_classes(folder)
     return sorted((names[row["label"]], read_bytes(row)) for row in load_split(folder, split))
 
@@ -109,7 +109,7 @@ def make_raw(folder, form):
 
 
 @pytest.mark.parametrize("form", ["tar", "folder", "table"])
-def test_pictures_are_read_where_they_lie(form, tmp_path):
+def test_images_are_read_where_they_lie(form, tmp_path):
     units, files = make_raw(tmp_path / "raw", form)
     prepare_classes(units, files, tmp_path / "prepared", "mine")
     for split in ("train", "val"):
@@ -117,7 +117,7 @@ def test_pictures_are_read_where_they_lie(form, tmp_path):
     assert read_classes(tmp_path / "prepared") == ["cat", "dog"]
 
 
-def test_a_data_set_of_datasets_is_read_with_its_labels(tmp_path):
+def test_a_dataset_of_datasets_is_read_with_its_labels(tmp_path):
     rows = {"image": [{"bytes": content, "path": None} for _, content in EXPECTED], "label": [1, 1, 0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(str(tmp_path / "hub"))
@@ -130,7 +130,7 @@ def test_a_data_set_of_datasets_is_read_with_its_labels(tmp_path):
 
 
 def make_imagenet(raw):
-    """ImageNet's three files with two classes and three validation pictures."""
+    """ImageNet's three files with two classes and three validation images."""
     raw.mkdir()
     inner = {}
     for wnid, color in (("n01440764", "red"), ("n01443537", "blue")):
@@ -168,7 +168,7 @@ def test_imagenet_is_read_inside_its_tar_files(tmp_path):
     assert contents(tmp_path / "prepared", "val") == sorted((c, picture("green", (30 + n, 30))) for c, n in of_val)
 
 
-def test_a_preparation_that_was_stopped_goes_on(tmp_path):
+def test_a_preparation_that_was_stopped_continues(tmp_path):
     read = []
 
     def unit(name, stops=False):
@@ -209,7 +209,7 @@ def test_bad_raw_files_are_one_line_and_leave_nothing(tmp_path):
     refused("missing image: t.csv, line 2: nowhere.jpg", "--table", "t.csv")
 
 
-def test_a_picture_that_is_gone_or_damaged_is_named(tmp_path):
+def test_an_image_that_is_gone_or_damaged_is_named(tmp_path):
     units, files = make_raw(tmp_path / "raw", "folder")
     prepare_classes(units, files, tmp_path / "prepared", "mine")
     (tmp_path / "raw/train/cat/1.jpg").write_bytes(PICTURES["cat/1.jpg"][:-5])
@@ -267,7 +267,7 @@ def test_augmentation_and_mixing_are_a_function_of_where_the_training_is(objects
     assert torch.equal(first.targets, again.targets)
     assert not torch.equal(first.images, dataset[spec._replace(epoch=3)].images)
     torch.testing.assert_close(first.targets.sum(dim=1), torch.ones(8))
-    assert (first.targets > 0.1 / 15 + 1e-6).sum() > 8  # some pictures are of two classes
+    assert (first.targets > 0.1 / 15 + 1e-6).sum() > 8  # some images are of two classes
 
 
 def test_without_augmentation_a_batch_is_what_evaluation_sees(objects):
@@ -282,7 +282,7 @@ def test_without_augmentation_a_batch_is_what_evaluation_sees(objects):
     assert torch.equal(batch.targets, F.one_hot(batch.labels, 15).float())
 
 
-def test_pictures_are_mixed_in_pairs(objects):
+def test_images_are_mixed_in_pairs(objects):
     preprocessing = ClassDataModule(objects, image_size=16).preprocessing
     assert isinstance(preprocessing, Preprocessing)
     with pytest.raises(UserError, match="must be even"):
@@ -555,7 +555,7 @@ def test_a_task_refuses_data_of_another_kind(objects, tiny_data, in_process, tmp
         {"sets": {}},
     ],
 )
-def test_options_that_pictures_without_texts_do_not_use_are_refused(option, objects):
+def test_options_that_images_without_texts_do_not_use_are_refused(option, objects):
     name = next(iter(option))
     with pytest.raises(UserError, match=rf"data\.{name}=.* do not use it; choose one of aug.*num_workers"):
         check_values({"data": {"_target_": "vlabs.data.classes.ClassDataModule", "dir": str(objects), **option}})

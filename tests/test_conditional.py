@@ -52,7 +52,7 @@ def test_precision_at_1_is_that_of_a_plain_loop(tiny_run, tmp_path, in_process):
 
 
 def pictures(count, size=(40, 30)):
-    """Different pictures of noise, as PNG."""
+    """Different images of noise, as PNG."""
     draw = np.random.default_rng(0)
     for _ in range(count):
         file = io.BytesIO()
@@ -61,7 +61,7 @@ def pictures(count, size=(40, 30)):
 
 
 def embedded(run, shown, text):
-    """[cls] of the second pass of pictures under a text, one after another."""
+    """[cls] of the second pass of images under a text, one after another."""
     checkpoint = load_checkpoint(run)
     ids, mask = checkpoint.preprocessing.pad(checkpoint.preprocessing.token_ids([text]))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Classifiers that are asked for one class of a picture: pictures of several objects, measures, and the figure."""
+"""Classifiers that are asked for one class of an image: images of several objects, measures, and the figure."""
 
 import json
 
@@ -29,7 +29,7 @@ def run(objects, tmp_path_factory):  # noqa: F811
     return cwd / "run"
 
 
-def test_pictures_of_several_objects_are_a_function_of_the_seed_and_do_not_overlap():
+def test_images_of_several_objects_are_a_function_of_the_seed_and_do_not_overlap():
     counts = set()
     for number in range(12):
         jpeg, labels, masks = draw_several("small", number, 0)
@@ -131,7 +131,7 @@ def test_control_is_measured_from_the_command_line(run, tmp_path, in_process):
     assert metrics["several/chosen/after"] == pytest.approx(100 * np.mean(chosen))
     low, high = metrics["several/norm_energy/after_interval"]
     assert low <= metrics["several/norm_energy/after"] <= high
-    # Before anything is asked, one of a picture's classes is the best of them, whichever is asked for.
+    # Before anything is asked, one of an image's classes is the best of them, whichever is asked for.
     assert metrics["pairs/chosen/before"] == 50
     assert metrics["pairs/area"] == 25
 
@@ -152,7 +152,7 @@ def test_the_figure_has_a_row_a_model_and_a_column_a_class(run, objects, tmp_pat
     assert_one_line_error(wrong, "--class cat", "solid_circle")
 
 
-def test_pictures_that_cannot_be_used_are_named_and_nothing_is_written(run, tmp_path, in_process):
+def test_images_that_cannot_be_used_are_named_and_nothing_is_written(run, tmp_path, in_process):
     options = ["task=control", f"ckpt={run}", "task.num_images=2", "trainer.enable_progress_bar=false"]
     wrong_size, cut_off = tmp_path / "wrong_size", tmp_path / "cut_off"
     make_several("tiny", wrong_size, 2)

@@ -58,7 +58,7 @@ def encode(pixels, kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_a_truncated_picture_is_refused_or_whole(kind, picture):
+def test_a_truncated_image_is_refused_or_whole(kind, picture):
     whole = np.asarray(decode_image(picture[kind], "whole"))
     refused = 0
     for part in cuts(picture[kind]):
@@ -71,12 +71,12 @@ def test_a_truncated_picture_is_refused_or_whole(kind, picture):
 
 @FEW
 @given(data=st.binary(max_size=200))
-def test_bytes_that_are_no_picture_are_refused(data):
+def test_bytes_that_are_no_image_are_refused(data):
     with pytest.raises(UserError, match="picture 7"):
         decode_image(data, "picture 7")
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
     header = b"\x00\x00\x00\rIHDR" + (60000).to_bytes(4, "big") + (60000).to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
     import zlib
 
@@ -174,7 +174,7 @@ def test_a_truncated_json_file_is_refused(tmp_path):
 
 @FEW
 @given(content=JSON)
-def test_any_json_in_the_place_of_a_data_sets_files_is_refused_or_read(content, tmp_path):
+def test_any_json_in_the_place_of_a_datasets_files_is_refused_or_read(content, tmp_path):
     for name in ("manifest.json", "answers.json"):
         (tmp_path / name).write_text(json.dumps(content))
     for read in (read_manifest, read_answers, lambda folder: load_split(folder, "train")):

@@ -62,7 +62,7 @@ def test_resizing_gives_the_square_that_torchvision_gives_but_for_rounding(shape
     assert abs(difference.mean()) < 0.01
 
 
-def test_a_very_long_picture_takes_no_more_memory_than_its_square():
+def test_a_very_long_image_takes_no_more_memory_than_its_square():
     assert Preprocessing(224, "").resize(Image.new("RGB", (1, 100_000))).size == (224, 224)
 
 
@@ -120,7 +120,7 @@ def test_a_loader_with_workers_gives_what_one_without_gives(tiny_data):
 
 
 def jpeg(width, height, kind="JPEG"):
-    """A smooth picture."""
+    """A smooth image."""
     pixels = np.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -135,7 +135,7 @@ def test_a_jpeg_is_decoded_no_smaller_than_is_needed(at_least, size):
     assert decode_image(jpeg(640, 480, "PNG"), "picture", at_least).size == (640, 480)
 
 
-def test_pictures_are_decoded_smaller_in_training_alone(tiny_data):
+def test_images_are_decoded_smaller_in_training_alone(tiny_data):
     data = VQADataModule(tiny_data, image_size=16, num_workers=0)
     assert data.train_dataloader().dataset.images.at_least == 16
     assert data.val_dataloader().dataset.images.at_least is None
@@ -144,14 +144,14 @@ def test_pictures_are_decoded_smaller_in_training_alone(tiny_data):
 
 
 @pytest.mark.parametrize("shape", [(240, 320), (241, 318), (100, 60), (224, 224), (40, 400)])
-def test_resizing_for_training_moves_a_picture_by_less_than_a_pixel(shape):
+def test_resizing_for_training_moves_an_image_by_less_than_a_pixel(shape):
     smooth = np.random.default_rng(0).uniform(0, 255, (8, 8, 3)).astype(np.uint8)
     picture = Image.fromarray(smooth).resize(shape[::-1], Image.Resampling.BICUBIC)
     preprocessing = Preprocessing(image_size=96, tokenizer="")
     exact, quick = (np.asarray(resize(picture), dtype=int)
                     for resize in (preprocessing.resize, preprocessing.resize_for_training))  # fmt: skip
     assert quick.shape == exact.shape == (96, 96, 3)
-    # One pixel of the picture is so many of the result; the exact one moved by them bounds the difference.
+    # One pixel of the image is so many of the result; the exact one moved by them bounds the difference.
     pixel = max(1, round(96 / min(shape)))
     moved = [np.abs(np.roll(exact, (y, x), (0, 1)) - exact)[8:-8, 8:-8].mean() for y, x in ((0, pixel), (pixel, 0))]
     assert np.abs(quick - exact)[8:-8, 8:-8].mean() < max(moved)

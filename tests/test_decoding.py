@@ -1,4 +1,4 @@
-"""Pictures are opened in one place: bounded before they are decoded, of formats that start no program."""
+"""Images are opened in one place: bounded before they are decoded, of formats that start no program."""
 
 import io
 import struct
@@ -73,7 +73,7 @@ def test_a_variable_says_how_many_pixels_are_allowed(monkeypatch, bomb):
             decode_image(bomb, "picture")
 
 
-def test_a_tile_larger_than_its_picture_is_measured_too():
+def test_a_tile_larger_than_its_image_is_measured_too():
     def tiff(tile):
         tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: 8}
         entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -93,7 +93,7 @@ def test_a_jpeg_that_is_drawn_a_thousand_times_is_refused():
 
 
 @pytest.mark.parametrize("content", [EPS, b"%PDF-1.4", b"", b"\x00\x00\x01\xba" + bytes(50), b"\xff\xd8\xff"])
-def test_what_is_no_picture_is_one_line_without_an_address(content, monkeypatch):
+def test_what_is_no_image_is_one_line_without_an_address(content, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", None)  # of Ghostscript
     with pytest.raises(UserError, match="picture 7 is not a whole image") as refused:
         decode_image(content, "picture 7")
@@ -124,7 +124,7 @@ def test_formats_that_people_have_are_decoded():
     assert decode_image(pair, "MPO").size == (40, 30)
 
 
-def test_what_is_no_picture_by_its_name_is_not_searched(tmp_path):
+def test_what_is_no_image_by_its_name_is_not_searched(tmp_path):
     for name in ("a.jpg", "b.PNG", "c.tif", "d.pdf", "e.mpg", "f.eps", "g.txt", "h.ps", "i.h5"):
         (tmp_path / name).touch()
     assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.PNG", "c.tif"]

@@ -1,4 +1,4 @@
-"""`make demo`, at the tiny size: every step, the picture and the numbers it prints."""
+"""`make demo`, at the tiny size: every step, the image and the numbers it prints."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 from vlabs.demo import three_questions
 
 
-def test_demo_leaves_run_metrics_and_picture(tiny_options, tiny_data, tmp_path):
+def test_demo_leaves_run_metrics_and_image(tiny_options, tiny_data, tmp_path):
     options = [option for option in tiny_options if not option.startswith("task=")]
     options += ["callbacks.predictions.every_n_validations=0", "init=null"]  # a model of another size than the start
     result = command("vlabs.demo", "--out", "demo", *options, cwd=tmp_path)

@@ -79,7 +79,7 @@ def test_an_evaluation_runs_under_the_precision_that_is_asked_for(tmp_path):
             dtype(refused)
 
 
-def test_a_network_of_ones_own_has_no_share_of_patches():
+def test_a_network_of_your_own_has_no_share_of_patches():
     checkpoint = Checkpoint(torch.nn.Linear(1, 1), Preprocessing(8, ""), "mine", {}, Path("run"))
     checkpoint.use_share(None)
     assert checkpoint.keep == 1
@@ -163,7 +163,7 @@ def found(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_task_of_ones_own_with_answers_is_grounded_steered_scored_and_predicted(
+def test_a_task_of_your_own_with_answers_is_grounded_steered_scored_and_predicted(
     trained, tiny_options, tiny_data, tmp_path
 ):
     train, evaluate = trained
@@ -187,7 +187,7 @@ def test_a_task_of_ones_own_with_answers_is_grounded_steered_scored_and_predicte
         assert_one_line_error(evaluate(task, "margin"), "was trained for the task 'margin': the model", lacking)
 
 
-def test_a_task_of_ones_own_on_classes_is_asked_for_them(trained, objects, tmp_path):  # noqa: F811
+def test_a_task_of_your_own_on_classes_is_asked_for_them(trained, objects, tmp_path):  # noqa: F811
     train, evaluate = trained
     make_several("tiny", tmp_path / "several", 4)
     train("breed", [*TINY, f"data.dir={objects}"])

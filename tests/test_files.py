@@ -1,4 +1,4 @@
-"""What vlabs writes is whole or not there, and never in the place of something of the user's."""
+"""What vlabs writes is whole or not there, and never over something of the user's."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def test_a_folder_of_the_users_is_refused_and_kept(place, tmp_path):
     assert (tmp_path / place / "thesis").read_text() == "of the user"
 
 
-def test_work_that_was_stopped_goes_on_where_it_may_and_is_removed_where_not(tmp_path):
+def test_work_that_was_stopped_continues_where_it_may_and_is_removed_where_not(tmp_path):
     killed = (
         "import os\nwith new_folder(sys.argv[1], '--out') as partial:\n    (partial / 'half').touch()\n    os._exit(9)"
     )

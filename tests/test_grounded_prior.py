@@ -83,7 +83,7 @@ def test_token_loss_compares_soft_maxima_with_other_images_alone():
     torch.testing.assert_close(TokenPriorLoss(0.1)(prior, tokens, index), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_token_loss_asks_for_one_patch_and_not_for_the_whole_picture():
+def test_token_loss_asks_for_one_patch_and_not_for_the_whole_image():
     """An image of which one patch is what the text says beats one that is a little like it everywhere."""
     prior = torch.eye(3)[:2]
     half = F.normalize(torch.tensor([0.4, 0.0, 1.0]), dim=0).expand(4, 3)
@@ -247,8 +247,8 @@ def test_without_a_grid_nothing_is_read_of_regions(tiny_data):
     assert batch.coverage is None
 
 
-def test_a_region_moves_with_its_picture(tiny_data):
-    """A picture that is white where its region is, augmented as any picture, stays bright (or dark) where that says."""
+def test_a_region_moves_with_its_image(tiny_data):
+    """An image that is white where its region is, augmented as any image, stays bright (or dark) where that says."""
     black_beyond_the_edge = replace(VQADataModule(tiny_data, image_size=32).preprocessing, mean=(0.0, 0.0, 0.0))
     images = ImageReader(load_split(tiny_data, "train"), black_beyond_the_edge, "rand-m9-n2", region_grid=GRID)
     region = np.zeros((32, 32), dtype=np.uint8)
@@ -268,7 +268,7 @@ def test_a_region_moves_with_its_picture(tiny_data):
     assert moved > 10
 
 
-def test_augmentation_leaves_the_same_pictures_with_and_without_regions(tiny_data):
+def test_augmentation_leaves_the_same_images_with_and_without_regions(tiny_data):
     plan = BatchSpec(3, [Group(0, (0, 1)), Group(4, (0,))])
     with_regions = reader_of(tiny_data, rand_augment="rand-m9-n2")[plan]
     without = reader_of(tiny_data, grid=None, rand_augment="rand-m9-n2")[plan]

@@ -302,7 +302,7 @@ def test_run_lengths_go_down_the_columns() -> None:
 
 def test_compressed_run_lengths_are_the_same_mask() -> None:
     np.testing.assert_array_equal(decode_run_lengths(SQUARE_STRING, 5, 5), SQUARE)
-    # 42 = 10 + 32 * 1: characters 48 + 32 + 10 = 'Z' (goes on) and '1'.
+    # 42 = 10 + 32 * 1: characters 48 + 32 + 10 = 'Z' (continues) and '1'.
     np.testing.assert_array_equal(decode_run_lengths("Z11", 1, 43), [[False] * 42 + [True]])
     # Runs 1, 2, 2, 1: the last is -1 to the run two before, five bits 11111, 48 + 31 = 'O'.
     np.testing.assert_array_equal(decode_run_lengths("122O", 2, 3), [[False, True, False], [True, False, True]])
@@ -351,7 +351,7 @@ def test_a_polygon_needs_three_corners(polygon: list[float]) -> None:
         fill_polygons([polygon], 5, 5)
 
 
-def test_a_polygon_far_out_of_the_picture_is_refused() -> None:
+def test_a_polygon_far_out_of_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="1e\\+09"):
         fill_polygons([[0, 0, 1e9, 0, 0, 4]], 5, 5)
 
@@ -457,7 +457,7 @@ def test_resizing_by_area_gives_means_over_areas() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (97, 64), (480, 641), (375, 500), (333, 128), (31, 50), (20, 20)])
 @pytest.mark.parametrize("image_size", [32, 224])
 @pytest.mark.parametrize("mode", CROP_MODES)
-def test_a_mask_stays_on_its_object_in_the_models_picture(size: tuple[int, int], image_size: int, mode: str) -> None:
+def test_a_mask_stays_on_its_object_in_the_models_image(size: tuple[int, int], image_size: int, mode: str) -> None:
     height, width = size
     rows, columns = np.mgrid[:height, :width]
     side = min(size)

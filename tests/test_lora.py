@@ -87,7 +87,7 @@ def test_what_is_loaded_is_merged_and_predicts(run, tmp_path):
     assert "lora" not in str(sorted(read_tensors(tmp_path / "model.safetensors")["state_dict"]))
 
 
-def test_a_run_with_adapters_goes_on(run):
+def test_a_run_with_adapters_continues(run):
     result = command("vlabs.train", "resume=run", "trainer.max_epochs=3", cwd=run)
     assert result.returncode == 0, result.stderr
     assert "lora_A" in str(list(torch.load(run / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]))

@@ -74,7 +74,7 @@ def test_the_outputs_are_meters(vision, text, task, tmp_path):
 
 
 @pytest.mark.parametrize(("vision", "mean"), [("clip", 0.48145466), ("swin", 0.485)])
-def test_pictures_are_seen_at_the_size_and_with_the_mean_that_meter_trained_with(vision, mean, pairs, tmp_path):
+def test_images_are_seen_at_the_size_and_with_the_mean_that_meter_trained_with(vision, mean, pairs, tmp_path):
     path = write(make(vision, task="nlvr2", vocabulary=pairs[1], size=64), tmp_path / "meter.ckpt")
     checkpoint = load_any(path, tokenizer=str(pairs[0] / "tokenizer"), needs=("answers", "two images"))
     assert (checkpoint.preprocessing.image_size, checkpoint.preprocessing.mean[0]) == (64, mean)

@@ -48,7 +48,7 @@ def make_vision(topdown=None, **options) -> AbSViT:
     return encoder.eval()
 
 
-def test_a_convolutional_stem_gives_the_same_grid_and_reads_every_picture_alone():
+def test_a_convolutional_stem_gives_the_same_grid_and_reads_every_image_alone():
     torch.manual_seed(0)
     encoder = AbSViT("vit_base_patch16_224", img_size=32, patch_size=8, stem="conv", embed_dim=24, depth=1, num_heads=2)
     assert encoder.grid_size == (4, 4)
@@ -57,7 +57,7 @@ def test_a_convolutional_stem_gives_the_same_grid_and_reads_every_picture_alone(
     images = torch.randn(3, 3, 32, 32)
     together, alone = encoder.eval().encode(images).tokens, again.eval().encode(images[1:2]).tokens
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
-    # What lies far away in the picture does not reach a patch through the stem: three 3x3 convolutions see 15 pixels.
+    # What lies far away in the image does not reach a patch through the stem: three 3x3 convolutions see 15 pixels.
     images.requires_grad_()
     encoder.vit.patch_embed(images)[0, 0].sum().backward()
     seen = images.grad[0].abs().sum(0) > 0

@@ -285,7 +285,7 @@ def test_what_comes_with_vlabs_is_small_has_a_card_and_saw_no_shipped_corpus():
         assert all(folder.startswith("data/start") for folder in folders)
 
 
-def test_the_start_answers_points_and_goes_on_with_another_variant_and_other_answers(tiny_data, tmp_path):
+def test_the_start_answers_points_and_continues_with_another_variant_and_other_answers(tiny_data, tmp_path):
     """The shipped weights are worth what their card says, on scenes that they were not trained on."""
     result = command(
         "vlabs.evaluate", "ckpt=scenes", f"data.dir={tiny_data}", "split=val", "hydra.run.dir=a", cwd=tmp_path
@@ -309,5 +309,5 @@ def test_the_start_answers_points_and_goes_on_with_another_variant_and_other_ans
     assert "starts/scenes.safetensors" in result.stdout
     assert "  new (" not in result.stdout
     assert "the rows of the 17 answers that both have" in result.stdout
-    # One step at a rate that is still warming up changes little: it goes on from what it knew.
+    # One step at a rate that is still warming up changes little: it continues from what it knew.
     assert json.loads((tmp_path / "c/summary.json").read_text())["metrics"]["val/vqa_accuracy/other"] > 20

@@ -260,9 +260,7 @@ def test_a_value_that_cannot_be_read_is_named_with_its_quotes(in_process, tmp_pa
 ODD = 'it\'s größe #1 (x) [a]{b},lr=0.1 "q" $b %d'
 
 
-def test_a_run_in_an_odd_folder_is_evaluated_started_from_and_gone_on_with(
-    tiny_data, tiny_options, tmp_path, in_process
-):
+def test_a_run_in_an_odd_folder_is_evaluated_started_from_and_resumed(tiny_data, tiny_options, tmp_path, in_process):
     shutil.copytree(tiny_data, tmp_path / f"data {ODD}")
     (tmp_path / "of task=1").symlink_to(tiny_data.parent / "raw")
     options = [*tiny_options, f"data.dir=data {ODD}", "logger=csv", "callbacks.predictions=null"]

@@ -67,7 +67,7 @@ def test_a_dictionary_is_checked_by_what_it_holds():
         check_type("lr", {"head": -1}, dict[str, NonNegative])
 
 
-def test_tasks_and_data_of_ones_own_are_checked_by_their_annotations():
+def test_tasks_and_data_of_your_own_are_checked_by_their_annotations():
     class MyTask(Task):
         def __init__(self, strength: Share = 0.5) -> None:
             raise AssertionError("made")

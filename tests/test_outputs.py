@@ -1,4 +1,4 @@
-"""What commands write: where a user says, in the place of nothing, in folders that are new and say what they are of."""
+"""What commands write: where a user says, over nothing else, in folders that are new and say what they are of."""
 
 import re
 import shutil
@@ -296,14 +296,14 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_what_is_no_picture_by_its_name_is_left_out_and_counted(pictures, capsys):
+def test_what_is_no_image_by_its_name_is_left_out_and_counted(pictures, capsys):
     assert [path.name for path in list_pictures(pictures)] == ["a.JPG", "b.png"]
     said = capsys.readouterr().out
     assert "left out: 5 files that are no images by their names" in said
     assert "1 .pdf" in said
 
 
-def test_the_page_leaves_out_broken_pictures_when_told(pictures, tmp_path_factory, capsys, monkeypatch):
+def test_the_page_leaves_out_broken_images_when_told(pictures, tmp_path_factory, capsys, monkeypatch):
     from argparse import Namespace
 
     from vlabs.demo_page import _searches

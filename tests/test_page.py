@@ -119,7 +119,7 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     said = page.inner_text("#answers .error")
     assert "not an image of a known format" in said
     assert "\n" not in said
-    # One of the pictures to begin with replaces it, and is answered by that click.
+    # One of the images to begin with replaces it, and is answered by that click.
     page.click("#examples button:nth-child(2)")
     page.wait_for_selector("#answers .card")
     assert page.input_value("#questions textarea").splitlines() == QUESTIONS
@@ -129,7 +129,7 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     assert [card.query_selector(".text").inner_text() for card in cards] == [best(predictor, q) for q in QUESTIONS]
     maps = [card.query_selector("img").get_attribute("src") for card in cards]
     assert maps[0] != maps[1]
-    # Another question's ξ, and a picture of one's own: the cards below are what the model says under it.
+    # Another question's ξ, and an image of your own: the cards below are what the model says under it.
     page.click("#picture button[aria-label='Remove Image']")
     give_picture(page, PICTURES[1])
     other = "What shape is the blue object?"
@@ -164,7 +164,7 @@ def test_a_browser_asks_searches_and_sees_what_a_wrong_prior_does(server, predic
     assert page.elsewhere == []
 
 
-def test_the_first_picture_is_answered_before_anybody_asks_and_what_was_asked_in_a_tab_can_be_had_again(
+def test_the_first_image_is_answered_before_anybody_asks_and_what_was_asked_in_a_tab_can_be_had_again(
     server, predictor, browser
 ):
     asked = []
@@ -243,7 +243,7 @@ def test_on_a_phone_nothing_is_wider_than_it_and_all_can_be_read_in_light_and_da
         page.close()
 
 
-def test_the_pictures_of_the_docs_are_made_by_a_command_and_small(server, browser, tmp_path):
+def test_the_images_of_the_docs_are_made_by_a_command_and_small(server, browser, tmp_path):
     sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
     from screenshots import shoot
 
@@ -303,7 +303,7 @@ def test_no_request_is_lost_or_mixed_up_while_others_go_past_the_line_break_off_
     assert not [key for key in counts if key.split()[1].startswith("5")]
 
 
-def test_only_pictures_that_were_uploaded_are_read_and_others_are_not_told_apart(server, client, tmp_path):
+def test_only_images_that_were_uploaded_are_read_and_others_are_not_told_apart(server, client, tmp_path):
     secret = tmp_path / "secret.jpg"
     Image.new("RGB", (9, 9), "red").save(secret)
     number = function_of(client, "ask")
@@ -633,19 +633,19 @@ def of_many_scans(scans, side):
     ],
     ids=["pixels", "bomb", "png without pixels", "truncated", "pdf", "eps", "empty"],
 )
-def test_pictures_that_are_too_large_or_none_are_one_line(content, message):
+def test_images_that_are_too_large_or_none_are_one_line(content, message):
     with pytest.raises(UserError, match=message):
         decode(content, 1)
 
 
-def test_a_picture_is_turned_as_its_camera_says():
+def test_an_image_is_turned_as_its_camera_says():
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20), "red").save(file, "JPEG", exif=exif)
     assert decode(file.getvalue(), 30).size == (20, 40)
 
 
-def test_a_picture_that_takes_too_long_is_given_up_and_the_next_is_decoded():
+def test_an_image_that_takes_too_long_is_given_up_and_the_next_is_decoded():
     decoder = Decoder(megapixels=30, seconds=1)
     decoder.decode(CONTENTS[0])
     first = decoder._process.pid
@@ -861,7 +861,7 @@ def test_a_full_line_takes_no_more():
     asyncio.run(run())
 
 
-def test_an_example_of_ones_own_has_the_questions_of_the_text_beside_it(tmp_path):
+def test_an_example_of_your_own_has_the_questions_of_the_text_beside_it(tmp_path):
     assert questions_beside(tmp_path / "street.jpg") == ""
     (tmp_path / "street.txt").write_text("Is it open?\nWhat is left of it?\n", encoding="utf-8-sig")
     assert questions_beside(tmp_path / "street.jpg") == "Is it open?\nWhat is left of it?"
@@ -904,7 +904,7 @@ def test_a_photograph_is_shown_whole_and_at_its_own_size_with_what_the_model_was
     Image.new("RGB", (1200, 800), "red").save(file, "JPEG")
     said = in_page.ask(in_page.uploads.take(file.getvalue()), "Is the zebra red?", "fusion", None, "")
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r"base64,([\w+/=]*)", said)]
-    assert sizes == [(1024, 683)] * 2  # the picture, and the map over it
+    assert sizes == [(1024, 683)] * 2  # the image, and the map over it
     assert "its training never had: zebra" in said
     assert "need not sum to 100%" in said
     assert in_page.predictor.checkpoint.training.endswith("vqa on scenes (160,000 questions, 20,000 images)")

@@ -102,7 +102,7 @@ def test_one_works_in_a_folder_at_a_time_and_leaves_what_is_the_users(kind, raw,
         assert read_manifest(tmp_path / "out")["name"] == name
 
 
-def test_a_data_set_of_the_hub_is_read_within_the_folder_of_the_work_and_goes_on_there(raw, tmp_path, monkeypatch):
+def test_a_dataset_of_the_hub_is_read_within_the_folder_of_the_work_and_continues_there(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw").symlink_to(raw)
     arguments = [*MADE["own dataset"][1], "--out-dir", "out"]

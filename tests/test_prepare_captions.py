@@ -219,7 +219,7 @@ def test_finished_folder_is_left_alone(flickr: tuple[Raw, Path, Path]) -> None:
     assert content(out) == before
 
 
-def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
     zipped = Raw("coco", ["train", "restval", "val", "test"] * 100).zipped(tmp_path / "raw")
     out, partial = tmp_path / "out", tmp_path / "out.vlabs-partial"
     options = ["--raw-dir", zipped, "--vocab-size", 0, "--shard-size", 4, "--num-workers", 2]
@@ -420,7 +420,7 @@ def test_a_folder_of_the_other_kind_is_refused_with_the_command_to_make_one(
         check_kind(tmp_path, "captions")
 
 
-# --- tables of one's own -------------------------------------------------------------------------------------------
+# --- tables of your own -------------------------------------------------------------------------------------------
 
 OWN: list[dict[str, Any]] = [
     {"image": "a.jpg", "caption": "Ein Zebra, \"gestreift\""},

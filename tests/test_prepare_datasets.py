@@ -1,4 +1,4 @@
-"""Data sets of `datasets` as prepared folders: whatever their columns are called, streamed, and gone on with."""
+"""Datasets of `datasets` as prepared folders: whatever their columns are called, streamed, and resumed."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def png(color):
 
 
 def vqa_rows(colors):
-    """As VQA v2 lies on the hub: a row a question, its picture with each, answers as a list of dictionaries."""
+    """As VQA v2 lies on the hub: a row a question, its image with each, answers as a list of dictionaries."""
     rows = [
         {
             "picture": {"bytes": png(color), "path": None},
@@ -61,7 +61,7 @@ def test_questions_with_columns_of_other_names_are_prepared_and_trained_on(vqa_f
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["out"]
     train, val = load_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "val")
-    # A picture of several questions is one row.
+    # An image of several questions is one row.
     assert [len(train), len(val)] == [4, 2]
     asked = {
         question: answers for row in train for question, answers in zip(row["question"], row["answers"], strict=True)
@@ -92,7 +92,7 @@ def test_a_list_of_captions_in_a_row_is_as_many_captions_and_one_split_is_divide
     assert captions == sorted(text for color in COLORS for text in (f"A {color} square.", f"All {color}"))
 
 
-def test_a_stream_that_was_cut_off_goes_on_after_the_last_whole_row(vqa_folder, tmp_path, monkeypatch):
+def test_a_stream_that_was_cut_off_continues_after_the_last_whole_row(vqa_folder, tmp_path, monkeypatch):
     from data_prep.engine import hub
 
     source = Source(str(vqa_folder), {"image": "picture", "question": "asked", "answers": "people.answer"})
@@ -147,12 +147,12 @@ def test_what_does_not_fit_is_one_line(options, parts, vqa_folder, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_a_data_set_that_is_not_there_says_what_to_download(tmp_path):
+def test_a_dataset_that_is_not_there_says_what_to_download(tmp_path):
     result = command("data_prep.own", "--dataset", "nobody/nothing", "--out-dir", "out", cwd=tmp_path)
     assert_one_line_error(result, "nobody/nothing cannot be had", "hf download nobody/nothing --repo-type dataset")
 
 
-def test_options_of_a_data_set_are_not_of_a_table(tmp_path):
+def test_options_of_a_dataset_are_not_of_a_table(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"image": "a.png", "caption": "b"}) + "\n")
     result = command("data_prep.own", "--table", "t.jsonl", "--columns", "a=b", "--out-dir", "out", cwd=tmp_path)
     assert_one_line_error(result, "--columns", "--table")

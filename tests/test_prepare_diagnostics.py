@@ -181,7 +181,7 @@ def test_bad_questions_of_gqa_are_named(gqa_raw, tmp_path, change, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_box_outside_its_picture_is_named_and_gqa_without_questions_too(gqa_raw, tmp_path):
+def test_a_box_outside_its_image_is_named_and_gqa_without_questions_too(gqa_raw, tmp_path):
     with zipfile.ZipFile(gqa_raw / "sceneGraphs.zip", "w") as archive:
         graphs = {"2354786": graph(**{"101": (400, 8, 16, 10)})}
         archive.writestr("val_sceneGraphs.json", json.dumps(graphs))
@@ -288,7 +288,7 @@ def test_what_is_told_apart_is_winogrounds_definition():
 
 
 def test_pairs_are_measured_with_a_model_of_captions(tmp_path, winoground_raw, in_process):
-    """The scores are those of the model for each picture and caption by themselves."""
+    """The scores are those of the model for each image and caption by themselves."""
     import torch
 
     from vlabs.checkpoints.checkpoint import load_checkpoint
@@ -318,7 +318,7 @@ def test_pairs_are_measured_with_a_model_of_captions(tmp_path, winoground_raw, i
             score = float(checkpoint.model.head.score(output.pooled_features))
             line = next(line for line in lines if line["example"] == name)
             assert line["scores"][place] == pytest.approx(score, abs=1e-5)
-    # An example that lacks a picture is not taken for one of a picture and two captions.
+    # An example that lacks an image is not taken for one of an image and two captions.
     with zipfile.ZipFile(winoground_raw / "images.zip", "w") as archive:
         for n, side in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
             archive.writestr(f"images/ex_{n}_img_{side}.png", picture(10 * n + side, "PNG"))

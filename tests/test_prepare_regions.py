@@ -1,4 +1,4 @@
-"""What part of the picture a text is about: drawn to the pixel, and read from every source as it is downloaded."""
+"""What part of the image a text is about: drawn to the pixel, and read from every source as it is downloaded."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_several_regions_are_joined() -> None:
     assert (pixels(joined) == boxes((0, 0, 2, 2), (1, 1, 3, 3), (8, 4, 12, 8))).all()
 
 
-def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture() -> None:
+def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_image() -> None:
     lengths = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT + 1, 2, 96 - HEIGHT - 3]}
     assert (pixels(drawn([{"segmentation": lengths}])) == boxes((1, 1, 2, 3))).all()
     with pytest.raises(ValueError, match=r"a mask of size \[8, 12\], and the image has \[12, 8\]"):
@@ -114,7 +114,7 @@ def test_run_lengths_go_down_the_columns_and_must_have_the_size_of_the_picture()
         draw_regions([{"segmentation": {"size": [HEIGHT, WIDTH], "counts": [2, 3]}}], WIDTH, HEIGHT)
 
 
-def test_a_box_for_a_picture_of_another_size_is_refused() -> None:
+def test_a_box_for_an_image_of_another_size_is_refused() -> None:
     box = {"box": [0, 0, 2, 2], "size": [HEIGHT, WIDTH]}
     assert (pixels(drawn([box])) == boxes((0, 0, 2, 2))).all()
     with pytest.raises(ValueError, match=r"a box in \[8, 12\], and the image has \[16, 24\]"):
@@ -150,7 +150,7 @@ def test_a_map_is_the_mean_with_its_brightest_white_whatever_its_size(tmp_path: 
     first = gray_file(tmp_path / "1.png", [[0, 100, 40], [0, 0, 0]])
     second = gray_file(tmp_path / "2.png", [[0, 100, 0], [20, 0, 0]])
     maps = {"maps": [[str(first), None], [str(second), None]]}
-    # Means 0 100 20 / 10 0 0, times 2.55; the map keeps its own size, of the same aspect as the picture.
+    # Means 0 100 20 / 10 0 0, times 2.55; the map keeps its own size, of the same aspect as the image.
     assert pixels(drawn([maps])).tolist() == [[0, 255, 51], [26, 0, 0]]
 
 
@@ -330,7 +330,7 @@ def test_sentences_without_annotation_and_phrases_without_entities_are_named(tmp
         prepare(Flickr30k(raw), tmp_path / "out", NO_TOKENIZER)
 
 
-def test_boxes_of_a_picture_of_another_size_are_bad_items(tmp_path: Path) -> None:
+def test_boxes_of_an_image_of_another_size_are_bad_items(tmp_path: Path) -> None:
     raw = flickr(tmp_path, {**entities_files(), "flickr30k-images/1000.jpg": picture(2 * WIDTH, 2 * HEIGHT)})
     with pytest.raises(UserError, match="unusable region: 2"):
         prepare(Flickr30k(raw), tmp_path / "out", NO_TOKENIZER)
@@ -361,7 +361,7 @@ REFS = [
     ref(3, "testA", 6, ["right"]),
     ref(4, "val", 5, ["all"]),
 ]
-# Rectangles as polygons, by annotation id; the last is outside of its picture.
+# Rectangles as polygons, by annotation id; the last is outside of its image.
 RECTANGLES = {71: (0, 0, 3, 4), 72: (5, 5, 6, 6), 73: (2, 2, 12, 8), 74: (0, 0, 12, 8), 75: (40, 40, 50, 50)}
 
 
@@ -463,7 +463,7 @@ def test_bad_expressions_are_named(tmp_path: Path, content: bytes, message: str)
         prepare(raw, tmp_path / "out", NO_TOKENIZER)
 
 
-def test_a_region_outside_the_picture_is_noted_and_its_text_kept(tmp_path: Path) -> None:
+def test_a_region_outside_the_image_is_noted_and_its_text_kept(tmp_path: Path) -> None:
     content = pickle.dumps([*REFS, ref(5, "train", 5, ["far away"])])
     raw = RefCoco(refcoco(tmp_path, content=content), "refcoco", "unc")
     prepare(raw, tmp_path / "out", NO_TOKENIZER)
@@ -551,7 +551,7 @@ def test_without_human_maps_the_options_say_nothing_of_them(tmp_path: Path) -> N
     assert VQAv2(vqa(tmp_path)).options == {}
 
 
-def test_a_stopped_run_does_not_go_on_with_other_maps(
+def test_a_stopped_run_does_not_continue_with_other_maps(
     tmp_path: Path, human_maps: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = vqa(tmp_path / "raw")
@@ -589,7 +589,7 @@ def test_wrong_folders_of_human_maps_are_named(tmp_path: Path, human_maps: tuple
 
 
 def table(folder: Path, rows: list[dict[str, Any]], item: str = "caption") -> Path:
-    """A table of rows of one picture, and the picture."""
+    """A table of rows of one image, and the image."""
     write(folder, {"photos/1.jpg": picture()})
     path = folder / "table.jsonl"
     lines = [

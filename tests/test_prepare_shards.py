@@ -30,7 +30,7 @@ def add(archive, name, content):
 
 
 def write_shards(folder, shards=3, samples=10, extra=()):
-    """As img2dataset leaves them: a picture, its text, and what else is known of it."""
+    """As img2dataset leaves them: an image, its text, and what else is known of it."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
@@ -54,7 +54,7 @@ def prepared(tmp_path_factory):
     return cwd / "out"
 
 
-def test_every_sample_is_there_once_with_its_own_picture(prepared):
+def test_every_sample_is_there_once_with_its_own_image(prepared):
     rows = [row for split in ("train", "val") for row in load_split(prepared, split)]
     assert sorted(row["image_id"] for row in rows) == list(range(30))
     assert sorted(id_ for row in rows for id_ in row["caption_id"]) == list(range(30))

@@ -298,7 +298,7 @@ def test_number_of_workers_changes_nothing(example: tuple[Raw, Path, Path], tmp_
     assert content(other) == content(out)
 
 
-def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
     zipped = Raw(images=400, splits=("train", "val")).zipped(tmp_path / "raw")
     out, partial = tmp_path / "out", tmp_path / "out.vlabs-partial"
     options = ["--raw-dir", zipped, "--min-answer-count", 1, "--vocab-size", 0, "--shard-size", 4, "--num-workers", 2]
@@ -571,7 +571,7 @@ def test_few_answers_of_a_question_are_as_good_as_ten_of_the_same(number: int) -
 
 
 @pytest.mark.parametrize("said", ["test-dev2015", "test2015"])
-def test_the_pictures_of_test_dev_are_those_of_test_whatever_its_file_says(tmp_path: Path, said: str) -> None:
+def test_the_images_of_test_dev_are_those_of_test_whatever_its_file_says(tmp_path: Path, said: str) -> None:
     raw = Raw(images=2, splits=("test",))
     test = raw.json.pop("v2_OpenEnded_mscoco_test2015_questions.json")
     raw.json["v2_OpenEnded_mscoco_test-dev2015_questions.json"] = {**test, "data_subtype": said}
@@ -618,7 +618,7 @@ def test_what_was_to_be_done_about_bad_items_does_not_matter_where_there_are_non
     assert "is there already" in again.stdout
 
 
-def test_prepare_lists_every_data_set_with_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_lists_every_dataset_with_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
     from data_prep.__main__ import commands
 
     known = commands()

@@ -105,7 +105,7 @@ def test_what_is_transparent_is_white(mode):
      b"II*\0\x08\0\0\0\xff\xff" + b"x" * 90, picture(size=(90, 90))[:-40], picture(form="JPEG")[:-9]],
     ids=["empty", "html", "png", "qoi", "tiff", "cut png", "cut jpeg"],
 )  # fmt: skip
-def test_what_is_no_picture_is_one_line_without_an_address(content):
+def test_what_is_no_image_is_one_line_without_an_address(content):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         decode(content)
     said = str(raised.value)
@@ -114,7 +114,7 @@ def test_what_is_no_picture_is_one_line_without_an_address(content):
     assert "0x" not in said
 
 
-def test_a_large_text_beside_a_picture_does_not_matter():
+def test_a_large_text_beside_an_image_does_not_matter():
     about = PngImagePlugin.PngInfo()
     about.add_text("prompt", "x" * 3_000_000)
     assert decode(picture(pnginfo=about)).size == (12, 8)
@@ -138,7 +138,7 @@ def test_labels_keep_their_values_and_masks_their_own_pixels():
     assert read_gray(saved(drawn)).tolist() == [[1, 0]]
 
 
-def test_boxes_are_of_the_upright_picture(tmp_path):
+def test_boxes_are_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "phone.JPG").write_bytes(picture(size=(12, 8), form="JPEG", exif=exif))
@@ -219,7 +219,7 @@ def test_a_walk_follows_links_once_and_leaves_clutter_out(tmp_path):
     ["photos/caf\u00e9.png", "photos/cafe\u0301.png", "photos\\caf\u00e9.png", "Archive/photos/cafe\u0301.png"],
 )
 @pytest.mark.parametrize("place", ["folder", "zip", "tar"])
-def test_a_picture_is_found_in_whatever_spelling(wanted, stored, place, tmp_path):
+def test_an_image_is_found_in_whatever_spelling(wanted, stored, place, tmp_path):
     content = picture()
     if place == "folder":
         location = tmp_path / "images"
@@ -262,7 +262,7 @@ def test_names_that_are_no_utf8_are_read_in_folders_and_tar_files(tmp_path):
             assert file.read(row["size"]) == picture()
 
 
-def test_a_picture_that_is_named_twice_is_one_picture(tmp_path):
+def test_an_image_that_is_named_twice_is_one_image(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.png").write_bytes(picture(size=(8 + n, 8)))
     rows = [{"image": f"{start}{n}.png", "caption": f"text {start}"} for n in range(4) for start in ("", "./", "x/../")]
@@ -365,7 +365,7 @@ def test_a_damaged_byte_of_a_zip_file_is_noticed(tmp_path, data):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_pictures_in_zip_files_of_other_compression_are_read(method, tmp_path):
+def test_images_in_zip_files_of_other_compression_are_read(method, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.writestr("x/1.png", picture())
     ((_, image),) = NamedImages((tmp_path / "a.zip",)).locate([(1, "1.png")])
@@ -706,7 +706,7 @@ def test_pickles_of_python_2_are_utf8_and_what_is_in_them_many_times_is_refused(
 
 @pytest.mark.parametrize("bad", [{"label": -1}, {"label": None}, {"image": None}])
 @pytest.mark.parametrize("names", [None, ["no", "yes"]])
-def test_rows_without_a_picture_or_a_class_are_named_and_can_be_left_out(bad, names, tmp_path):
+def test_rows_without_an_image_or_a_class_are_named_and_can_be_left_out(bad, names, tmp_path):
     rows = [{"image": {"bytes": picture(), "path": None}, "label": n % 2} for n in range(4)]
     rows[1] |= bad
     label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
@@ -745,7 +745,7 @@ def test_a_name_says_what_is_clutter():
     assert not any(map(is_clutter, ("a.png", "./a.png", "a.b/c.png", "../a.png")))
 
 
-def test_a_picture_that_is_given_in_memory_is_turned_too():
+def test_an_image_that_is_given_in_memory_is_turned_too():
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(io.BytesIO(picture(form="JPEG", exif=exif))) as image:

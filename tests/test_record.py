@@ -1,4 +1,4 @@
-"""A run's folder is its own, its record is over all of its parts, and what it needs to go on lies in it."""
+"""A run's folder is its own, its record is over all of its parts, and what it needs to continue lies in it."""
 
 import csv
 import json
@@ -79,7 +79,7 @@ def test_a_run_keeps_whole_paths_and_what_was_asked_for(trained):
     assert header["architecture"]["head"]["num_answers"] > 1
 
 
-def test_a_finished_run_that_goes_on_stays_as_it_is(run, tmp_path, in_process):
+def test_a_finished_run_that_continues_stays_as_it_is(run, tmp_path, in_process):
     before = contents(run)
     result = in_process("vlabs.train", [f"resume={run}", "trainer.max_epochs=2"], tmp_path)
     assert result.returncode == 0, result.stderr
@@ -467,7 +467,7 @@ def test_a_full_disk_at_the_end_loses_no_result(run, tmp_path, in_process, monke
     assert set(wanted["metrics"]) <= set(found["metrics"])
 
 
-def test_the_table_of_a_sweep_knows_of_a_run_that_went_on(run, tmp_path, in_process):
+def test_the_table_of_a_sweep_knows_of_a_run_that_was_resumed(run, tmp_path, in_process):
     sweep = tmp_path / "sweep"
     (sweep / "a").mkdir(parents=True)
     run.rename(sweep / "a/0")
@@ -544,7 +544,7 @@ def test_of_each_override_the_last_counts(old, given, wanted):
     assert merged(old, given) == wanted
 
 
-def test_minutes_are_of_training_also_after_going_on_in_mid_epoch(monkeypatch):
+def test_minutes_are_of_training_also_after_resuming_in_mid_epoch(monkeypatch):
     now = 1e6  # seconds that the machine is up
     monkeypatch.setattr("vlabs.training.callbacks.speed.time.perf_counter", lambda: now)
     logged = {}
@@ -578,7 +578,7 @@ def test_the_wandb_run_is_known_where_its_file_is_damaged(content, tmp_path):
     assert _run_id(tmp_path) == "def456"
 
 
-def test_a_start_that_was_stopped_goes_on(run, monkeypatch):
+def test_a_start_that_was_stopped_continues(run, monkeypatch):
     edit(run / "summary.json", status="stopped")
     calls = []
     monkeypatch.setattr(

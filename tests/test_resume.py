@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged go on, and end as if nothing had been."""
+"""Runs that are killed, stopped or damaged continue, and end as if nothing had been."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def differences(ours, theirs, name=""):
     ],
     ids=str,
 )
-def test_a_run_goes_on_the_same_from_every_checkpoint_that_it_ever_wrote(options, validations, tmp_path):
+def test_a_run_continues_the_same_from_every_checkpoint_that_it_ever_wrote(options, validations, tmp_path):
     """So however often it is stopped, by induction: each checkpoint leads to the next, alike in all that it holds."""
     paths, validated = fit(tmp_path / "whole", options)
     assert [step for step, _ in validated] == validations
@@ -321,7 +321,7 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(step, long
     assert len(logged) == len(set(logged))
 
 
-def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(long_options, whole, tmp_path):
+def test_sigterm_saves_and_stops_and_sigusr1_saves_and_continues(long_options, whole, tmp_path):
     options = [option for option in long_options if not option.startswith("checkpoints.every_n_steps")]
     process = start([*options, "checkpoints.every_n_steps=null", "trainer.max_epochs=2"], tmp_path, warm_python())
     metrics, last = tmp_path / "run/metrics.csv", tmp_path / "run/checkpoints/last.ckpt"
@@ -501,7 +501,7 @@ def test_at_no_time_is_there_no_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("given", [0, 3])
-def test_a_loader_goes_on_with_the_next_batch_of_the_same_epoch(given, workers, tiny_data):
+def test_a_loader_continues_with_the_next_batch_of_the_same_epoch(given, workers, tiny_data):
     data = VQADataModule(tiny_data, image_size=16, batch_size=32, num_workers=workers)
     whole, part, resumed = (data.train_dataloader() for _ in range(3))
     for loader in (whole, part):

@@ -276,7 +276,7 @@ def test_the_shortlist_is_the_union_of_both_directions_best():
         assert [part.tolist() for part in found] == [row.nonzero()[:, 0].tolist() for row in wanted]
 
 
-def test_pictures_are_compared_with_texts_as_a_whole_and_patch_by_patch():
+def test_images_are_compared_with_texts_as_a_whole_and_patch_by_patch():
     torch.manual_seed(0)
     cls, patches, prior = torch.randn(9, 5), torch.randn(9, 4, 5), torch.randn(20, 5)
     by_cls, by_patches = similarities(cls, patches, prior)
@@ -543,7 +543,7 @@ def test_a_shortlist_of_everything_is_exact_and_says_what_it_kept(fine_tuned, tm
     )
 
 
-def test_a_ranking_that_was_killed_goes_on_where_it_was(fine_tuned, tmp_path):
+def test_a_ranking_that_was_killed_continues_where_it_was(fine_tuned, tmp_path):
     _, folder, _ = rank(fine_tuned[0], tmp_path)
     whole = np.load(folder / "exact.npy")
     broken = np.lib.format.open_memmap(folder / "exact.npy", mode="r+")
@@ -575,7 +575,7 @@ def test_the_figure_shows_queries_with_their_best_images(fine_tuned, tmp_path):
 # Search
 
 
-def test_search_ranks_ones_own_pictures_and_keeps_an_index_by_content(fine_tuned, tiny_captions, tmp_path):
+def test_search_ranks_your_own_images_and_keeps_an_index_by_content(fine_tuned, tiny_captions, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n, row in enumerate(load_split(tiny_captions, "test")):

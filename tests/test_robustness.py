@@ -69,7 +69,7 @@ def test_fgsm_is_one_step_and_all_stays_valid(linear):
     torch.testing.assert_close(one, (pixels + 0.5 / 255 * away).clamp(0, 1), rtol=0, atol=1e-9)
 
 
-def test_corruptions_are_a_function_of_the_picture_and_grow_with_severity(objects, run):  # noqa: F811
+def test_corruptions_are_a_function_of_the_image_and_grow_with_severity(objects, run):  # noqa: F811
     pytest.importorskip("imagecorruptions")
     rows, preprocessing = load_split(objects, "val"), load_checkpoint(run).preprocessing
     spec = BatchSpec(0, [Group(n, (0,)) for n in range(4)])

@@ -128,7 +128,7 @@ def test_a_text_encoder_in_a_checkpoint_has_options_of_an_architecture_alone(opt
         build(spec | {option: "x/y"})
 
 
-def test_a_class_of_ones_own_may_be_annotated_with_what_is_not_imported():
+def test_a_class_of_your_own_may_be_annotated_with_what_is_not_imported():
     @register
     class Mine(torch.nn.Module):
         def __init__(self, size: NotThere = 3, name: str = "a"):  # noqa: F821
@@ -754,7 +754,7 @@ def test_a_run_folder_of_others_has_a_card(file, content, tiny_run, tmp_path):
         assert read_summary(run) is None
 
 
-# Data sets
+# Datasets
 
 
 def png():
@@ -764,7 +764,7 @@ def png():
 
 
 @pytest.mark.parametrize("kind", ["absolute", "up", "device", "link", "pipe"])
-def test_a_row_of_a_data_set_names_no_picture_outside_of_it(kind, tmp_path):
+def test_a_row_of_a_dataset_names_no_image_outside_of_it(kind, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     (tmp_path / "secret.png").write_bytes(png())
@@ -780,19 +780,19 @@ def test_a_row_of_a_data_set_names_no_picture_outside_of_it(kind, tmp_path):
     assert write_table(Source(str(folder), {}), tmp_path / "out2").is_file()
 
 
-def test_a_picture_of_a_data_set_starts_no_program(tmp_path, monkeypatch):
+def test_an_image_of_a_dataset_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     rows = {"photos": [[{"bytes": eps, "path": "a.jpg"}]], "question": ["What?"]}
     features = {"photos": datasets.List(datasets.Image()), "question": datasets.Value("string")}
     datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(UserError):  # a list is no picture, and nothing was decoded to see that
+    with pytest.raises(UserError):  # a list is no image, and nothing was decoded to see that
         write_table(Source(str(tmp_path / "set"), {"image": "photos"}), tmp_path / "out")
 
 
 @pytest.mark.parametrize("elsewhere", ["http://example.org/a.parquet", "hf://datasets/a/b/c.parquet", "/etc/hostname",
                                        "../a.jsonl", "a/../../b.jsonl"])  # fmt: skip
-def test_the_card_of_a_local_data_set_leads_nowhere_else(elsewhere, tmp_path):
+def test_the_card_of_a_local_dataset_leads_nowhere_else(elsewhere, tmp_path):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {elsewhere}\n---\n")
     with pytest.raises(UserError, match=r"README\.md says that the dataset's files are elsewhere"):
         check_sources(tmp_path)

@@ -1,4 +1,4 @@
-"""Segmentation: the head, pictures of any size, data sets as downloaded, both tasks, and what must be refused."""
+"""Segmentation: the head, images of any size, datasets as downloaded, both tasks, and what must be refused."""
 
 import io
 import json
@@ -130,7 +130,7 @@ def test_a_sliding_window_is_the_mean_of_its_windows():
 
 
 @torch.no_grad()
-def test_a_text_steers_and_each_of_a_pictures_texts_is_segmented_alone():
+def test_a_text_steers_and_each_of_an_images_texts_is_segmented_alone():
     model = make_segmenter(text=RobertaEncoder(30, 32, 2, 2, 64, 20))
     torch.nn.init.normal_(model.decoder.head.classifier[1].weight, std=1.0)
     images, ids = torch.randn(2, 3, 16, 16), torch.randint(5, 30, (3, 6))
@@ -401,7 +401,7 @@ def test_scenes_have_the_shape_of_every_pixel(scenes, tiny_data):
         assert set(np.unique(mask)) - {0} == {classes.index(one["attributes"]["shape"]) for one in of}
 
 
-def test_training_pictures_and_masks_are_changed_alike_and_padding_does_not_count(scenes):
+def test_training_images_and_masks_are_changed_alike_and_padding_does_not_count(scenes):
     rows = load_split(scenes, "train")
     preprocessing = Preprocessing(64, "", names=tuple(read_classes(scenes)), mean=(0, 0, 0), std=(1, 1, 1))
     plain = MaskAugmentation(scale=(1, 1), crop=(32, 32), hflip=1.0, photometric=0.0)
@@ -440,7 +440,7 @@ def run(scenes, tmp_path_factory):
     return cwd
 
 
-def test_segmentation_trains_shows_pictures_and_is_evaluated_over_the_whole_set(run, scenes):
+def test_segmentation_trains_shows_images_and_is_evaluated_over_the_whole_set(run, scenes):
     assert list((run / "run/figures").glob("segments_step*.png"))
     for name, options in (("whole", []), ("slide", ["task.window=24"])):
         result = command("vlabs.evaluate", "task=segment", "ckpt=run", "split=val", f"data.dir={scenes}",
@@ -465,7 +465,7 @@ def test_segmentation_trains_shows_pictures_and_is_evaluated_over_the_whole_set(
     assert json.loads((run / "slide/metrics.json").read_text())["miou"] != metrics["miou"]
 
 
-def test_a_picture_of_ones_own_is_segmented(run, tmp_path):
+def test_an_image_of_your_own_is_segmented(run, tmp_path):
     Image.new("RGB", (53, 31), "red").save(tmp_path / "own.png")
     result = command("vlabs.segment", "--ckpt", run / "run", "--image", "own.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""How pictures are read: as what a run starts from was shown them, unless the data or an experiment says otherwise."""
+"""How images are read: as what a run starts from was shown them, unless the data or an experiment says otherwise."""
 
 import json
 
@@ -42,7 +42,7 @@ def config_of(*overrides):
         ("rvt_small", None, None),
     ],
 )  # fmt: skip
-def test_timm_says_how_pictures_were_shown_to_an_encoder(name, mean, crop):
+def test_timm_says_how_images_were_shown_to_an_encoder(name, mean, crop):
     shown = shown_to_encoder(config_of("model=base", f"model/vision={name}").model.vision)
     assert (shown and shown.values["mean"]) == mean
     assert (shown and shown.values["crop"]) == crop
@@ -82,7 +82,7 @@ def test_what_the_data_leave_open_is_taken_and_what_they_say_stays(tiny_data):
     shown = Shown("its encoder", {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop": 0.9})
     data = VQADataModule(tiny_data, image_size=32, **NULLS)
     assert choose(data, shown) == "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear (its encoder)"
-    assert data.preprocessing.crop == 1  # whoever is asked about a picture sees the whole shorter side
+    assert data.preprocessing.crop == 1  # whoever is asked about an image sees the whole shorter side
     data = VQADataModule(tiny_data, image_size=32, **NULLS | {"image_mean": [0.1, 0.2, 0.3]})
     line = choose(data, shown)
     assert line.endswith(
@@ -131,13 +131,13 @@ def test_classes_are_cropped_as_the_encoder_was_and_masks_are_resized_by_their_o
         ({"mean": [0.5] * 3}, "x/config.json has only one of mean and deviation"),
     ],
 )
-def test_values_that_no_picture_is_read_by_are_one_line_unless_the_user_says_others(values, message, tiny_data):
+def test_values_that_no_image_is_read_by_are_one_line_unless_the_user_says_others(values, message, tiny_data):
     with pytest.raises(UserError, match=message):
         choose(VQADataModule(tiny_data, image_size=32, **NULLS), Shown("x/config.json", values))
     choose(VQADataModule(tiny_data, image_size=32), Shown("x/config.json", values))
 
 
-def test_a_checkpoint_says_how_its_pictures_were_shown_also_one_of_old():
+def test_a_checkpoint_says_how_its_images_were_shown_also_one_of_old():
     made = Preprocessing(32, "", mean=HALF, std=HALF, interpolation="bilinear", crop=0.9)
     plain = json.loads(json.dumps(made.to_plain()))
     assert Preprocessing.from_plain(plain) == made
@@ -150,7 +150,7 @@ def test_a_checkpoint_says_how_its_pictures_were_shown_also_one_of_old():
 
 
 @pytest.mark.parametrize("name", ["resize", "resize_for_training"])
-def test_pictures_are_resized_as_it_is_said(name):
+def test_images_are_resized_as_it_is_said(name):
     picture = Image.effect_noise((64, 48), 90).convert("RGB")
     edge = Image.new("RGB", (64, 16))
     edge.paste((255, 0, 0), (0, 0, 16, 16))
@@ -185,7 +185,7 @@ def test_a_run_says_it_keeps_it_and_hands_it_on(tiny_run, tiny_options, tmp_path
 @pytest.mark.parametrize(
     "option", ["data.image_mean=[0.5,0.5,0.5]", "data.image_size=64", "data.interpolation=bilinear"]
 )
-def test_an_evaluation_reads_pictures_as_the_model_was_trained_to(option, tiny_run, tmp_path, in_process):
+def test_an_evaluation_reads_images_as_the_model_was_trained_to(option, tiny_run, tmp_path, in_process):
     result = in_process("vlabs.evaluate", [f"ckpt={tiny_run[0]}", option], tmp_path)
     assert_one_line_error(result, option, "as in the model's training")
 

@@ -1,4 +1,4 @@
-"""Statements with a label: SNLI-VE and NLVR2 from their raw layouts, the embedded ones, two pictures a sentence."""
+"""Statements with a label: SNLI-VE and NLVR2 from their raw layouts, the embedded ones, two images a sentence."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def write_lines(path, lines):
 
 
 def nlvr2_line(identifier, sentence, label, **more):
-    """A line as in nlvr2/data of the data set's repository."""
+    """A line as in nlvr2/data of the dataset's repository."""
     line = {"validation": {"77": label}, "sentence": sentence, "left_url": "https://a/1.jpg", "writer": "103"}
     line |= {"label": label, "right_url": "https://a/2.jpg", "synset": "beer bottle", "query": "some beer bottles2"}
     return line | {"identifier": identifier, "extra_validations": {"56": label}} | more
@@ -73,7 +73,7 @@ def add_to_tar(path, names):
 
 @pytest.fixture
 def nlvr2_raw(tmp_path):
-    """Training pictures in folders, dev's in a zip file as they are downloaded, test1's in a tar file."""
+    """Training images in folders, dev's in a zip file as they are downloaded, test1's in a tar file."""
     raw = tmp_path / "nlvr2-raw"
     of_train = [nlvr2_line("train-7-0-0", "A dog.", "True", directory=3), nlvr2_line("train-7-1-0", "A dog.", "False")]
     write_lines(raw / "train.json", of_train)
@@ -115,7 +115,7 @@ def test_nlvr2_is_read_as_it_is_downloaded(nlvr2_raw, tmp_path):
     assert (test["image"], test["label"]) == (jpeg(30), [-1])
 
 
-def test_a_pair_that_lacks_a_picture_is_named_and_can_be_left_out(nlvr2_raw, tmp_path):
+def test_a_pair_that_lacks_an_image_is_named_and_can_be_left_out(nlvr2_raw, tmp_path):
     (nlvr2_raw / "images/train/3/train-7-1-img1.png").unlink()
     with pytest.raises(UserError, match=r"missing image: 1.*train-7-1-img1.png \(image_2\)"):
         prepare(NLVR2(nlvr2_raw), tmp_path / "out", Options(vocab_size=0))
@@ -124,7 +124,7 @@ def test_a_pair_that_lacks_a_picture_is_named_and_can_be_left_out(nlvr2_raw, tmp
     assert read_manifest(tmp_path / "out")["splits"]["train"]["statements"] == 1
 
 
-def test_a_second_picture_that_was_mended_is_read_again(nlvr2_raw, tmp_path):
+def test_a_second_image_that_was_mended_is_read_again(nlvr2_raw, tmp_path):
     whole = nlvr2_raw / "images/train/3/train-7-1-img1.png"
     content = whole.read_bytes()
     whole.write_bytes(content[: len(content) // 2])
@@ -218,7 +218,7 @@ def test_files_that_cannot_be_read_are_named(snli_ve_raw, nlvr2_raw, tmp_path):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """Both layouts, raw and prepared, of 60 training pictures."""
+    """Both layouts, raw and prepared, of 60 training images."""
     folder = tmp_path_factory.mktemp("layouts")
     for name, raw_class in (("snli_ve", SNLIVE), ("nlvr2", NLVR2)):
         make_scenes("tiny", folder / f"{name}-raw", num_workers=1, train_images=60, layout=name)
@@ -227,7 +227,7 @@ def layouts(tmp_path_factory):
 
 
 def attributes_of(raw):
-    """What the objects of every picture are, and where, read back from the instances."""
+    """What the objects of every image are, and where, read back from the instances."""
     found = defaultdict(dict)
     with zipfile.ZipFile(raw / "annotations.zip") as archive:
         for name in archive.namelist():
@@ -334,7 +334,7 @@ def test_a_layout_is_a_function_of_size_seed_and_images(layouts, tmp_path):
         make_scenes("tiny", tmp_path / "other", layout="gqa")
 
 
-def test_each_picture_of_a_pair_has_its_own_region(layouts):
+def test_each_image_of_a_pair_has_its_own_region(layouts):
     boxes = {}
     with zipfile.ZipFile(layouts / "nlvr2-raw/annotations.zip") as archive:
         for instance in json.loads(archive.read("annotations/instances_dev.json"))["annotations"]:
@@ -364,7 +364,7 @@ def build(task, folder, *overrides):
         return build_task(compose("train", [*options, *TINY, *overrides]))
 
 
-def test_two_pictures_are_two_passes_under_one_prior_joined_before_the_head(layouts):
+def test_two_images_are_two_passes_under_one_prior_joined_before_the_head(layouts):
     task, data = build("nlvr2", layouts / "nlvr2")
     model = task.model.eval()
     with torch.no_grad():
@@ -377,7 +377,7 @@ def test_two_pictures_are_two_passes_under_one_prior_joined_before_the_head(layo
     assert torch.allclose(one.logits, output.logits[:1], atol=1e-5)
     pooled = []
     for side in (0, 1):
-        images = batch.images[batch.image_index[:, side]]  # a picture a sentence, nothing shared
+        images = batch.images[batch.image_index[:, side]]  # an image a sentence, nothing shared
         text = model.text(batch.input_ids, batch.attention_mask)
         seen = model.vision.attend(
             model.vision.encode(images), model.prior_of(text, batch.input_ids, batch.attention_mask)
@@ -392,7 +392,7 @@ def test_two_pictures_are_two_passes_under_one_prior_joined_before_the_head(layo
     assert output.pooled_features.shape == (len(batch.keys), 4 * model.fusion.width)
 
 
-def test_the_pictures_of_a_statement_are_no_wrong_choices_for_its_prior(layouts):
+def test_the_images_of_a_statement_are_no_wrong_choices_for_its_prior(layouts):
     task, data = build("nlvr2", layouts / "nlvr2", "task.prior_weight=1.0")
     task.train()
     batch = next(iter(data.train_dataloader()))
@@ -403,7 +403,7 @@ def test_the_pictures_of_a_statement_are_no_wrong_choices_for_its_prior(layouts)
     assert torch.equal(seen["prior"][::2], seen["prior"][1::2])
 
 
-def test_regions_of_both_pictures_are_learnt(layouts):
+def test_regions_of_both_images_are_learnt(layouts):
     task, data = build("nlvr2", layouts / "nlvr2")
     task.train()
     data.wants = Wants(task.model.vision.grid_size)
@@ -414,7 +414,7 @@ def test_regions_of_both_pictures_are_learnt(layouts):
     known = torch.tensor([batch.coverage[n].sum() for n in range(len(batch.coverage))]) > 0
     assert known[::2].any()
     assert known[1::2].any()
-    expected = task.region_prior_loss(  # of each picture under its statement's prior, one at a time
+    expected = task.region_prior_loss(  # of each image under its statement's prior, one at a time
         seen := task(batch).prior,
         task.model.vision.encode(batch.images).tokens[:, 1:],
         batch.image_index.flatten(),
@@ -424,7 +424,7 @@ def test_regions_of_both_pictures_are_learnt(layouts):
     assert torch.allclose(losses.others["region_prior"], expected, atol=1e-5)
 
 
-def test_patches_of_both_pictures_are_taken_away_together(layouts, tmp_path):
+def test_patches_of_both_images_are_taken_away_together(layouts, tmp_path):
     task, data = build("nlvr2", layouts / "nlvr2")
     checkpoint = Checkpoint(task.model.eval(), data.preprocessing, "nlvr2", {}, tmp_path)
     trainer = OmegaConf.create({"accelerator": "cpu", "enable_progress_bar": False})
@@ -456,7 +456,7 @@ def test_patches_of_both_pictures_are_taken_away_together(layouts, tmp_path):
         FaithfulnessEvaluation(["norm"]).measure(checkpoint, hypotheses, results)
 
 
-def test_a_second_picture_starts_as_the_first(layouts, tiny_run, tmp_path):
+def test_a_second_image_starts_as_the_first(layouts, tiny_run, tmp_path):
     fresh, _ = build("nlvr2", layouts / "nlvr2")
     types = fresh.model.fusion.token_type.weight
     assert torch.equal(types[1], types[2])
@@ -465,7 +465,7 @@ def test_a_second_picture_starts_as_the_first(layouts, tiny_run, tmp_path):
     assert torch.equal(fresh.model.fusion.token_type.weight[:2], source.fusion.token_type.weight)
     assert torch.equal(fresh.model.fusion.token_type.weight[2], source.fusion.token_type.weight[1])
     assert any("a second image's is the first's" in line for line in found.derived)
-    # And back: a model of one picture takes the first's.
+    # And back: a model of one image takes the first's.
     state = {f"model.{name}": value for name, value in fresh.model.state_dict().items()}
     header = header_of(fresh.model, fresh.preprocessing, "nlvr2", {})
     torch.save({"vlabs": header, "state_dict": state}, tmp_path / "pairs.ckpt")
@@ -495,7 +495,7 @@ def test_statements_without_a_label_are_not_trained_on_and_not_scored(layouts, t
     assert len(losses.right["snli_ve"]) == known.sum()
 
 
-def test_consistency_is_the_data_sets_own():
+def test_consistency_is_the_datasets_own():
     identifiers = [f"test1-{s}-{pair}-{n}" for s in range(30) for pair in range(4) for n in range(2)]
     right = (np.random.default_rng(0).random(len(identifiers)) < 0.8).tolist()
     sentences = {}
@@ -576,7 +576,7 @@ def test_what_does_not_fit_is_one_line(layouts, tmp_path, in_process):
     assert_one_line_error(in_process("vlabs.train", wrong, tmp_path), "nowhere", "no manifest.json")
 
 
-def test_a_picture_of_a_pair_that_rots_later_is_named(layouts):
+def test_an_image_of_a_pair_that_rots_later_is_named(layouts):
     rows = load_split(layouts / "nlvr2", "dev").select(range(2)).to_list()
     rows[1]["image_2"] = rows[1]["image_2"][:200]
     _, data = build("nlvr2", layouts / "nlvr2", "data.on_bad=skip")
@@ -593,7 +593,7 @@ def test_a_picture_of_a_pair_that_rots_later_is_named(layouts):
     assert (len(read.images), read.image_index, read.skipped) == (2, [0, 0], [rows[1]["image_id"]])
 
 
-def test_augmentation_moves_each_picture_of_a_pair_by_itself_and_its_region_with_it(layouts):
+def test_augmentation_moves_each_image_of_a_pair_by_itself_and_its_region_with_it(layouts):
     data = StatementDataModule(layouts / "nlvr2", image_size=32, num_workers=0, rand_augment="rand-m9-n2")
     data.wants = Wants((4, 4))
     plain = StatementDataModule(layouts / "nlvr2", image_size=32, num_workers=0)

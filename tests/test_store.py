@@ -1,4 +1,4 @@
-"""First passes on disk: what they hold, what comes of them, and a training that reads no picture."""
+"""First passes on disk: what they hold, what comes of them, and a training that reads no image."""
 
 import json
 from functools import partial
@@ -121,7 +121,7 @@ def test_a_pass_that_was_stored_is_the_pass(make, stored, tmp_path):
 
 
 @pytest.mark.parametrize("start", [1, 2])
-def test_blocks_that_are_trained_go_on_from_what_is_stored(start, tmp_path):
+def test_blocks_that_are_trained_continue_from_what_is_stored(start, tmp_path):
     torch.manual_seed(0)
     vision = AbSViT(**TINY, num_heads=2, topdown=AbSTopDown(), start=start).eval()
     with pytest.raises(UserError, match=r"pass task\.freeze=\[vision\]"):
@@ -161,7 +161,7 @@ class _Known:
         return StoredPass(torch.tensor([[self.keys.index(key)] for key in keys]), None)
 
 
-def test_a_reader_of_what_is_stored_takes_no_picture_and_leaves_out_what_is_missing(tiny_data):
+def test_a_reader_of_what_is_stored_takes_no_image_and_leaves_out_what_is_missing(tiny_data):
     rows = load_split(tiny_data, "val")
     plain = ImageReader(rows, Preprocessing(32, ""))
     reader = ImageReader(rows, Preprocessing(32, ""), stored=_Known(plain.key(4), plain.key(2)), on_bad="skip")
@@ -186,7 +186,7 @@ FROZEN = [
 ]  # fmt: skip
 
 
-def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_options, tmp_path, in_process, monkeypatch):
+def test_a_training_from_a_store_is_the_training_and_reads_no_image(tiny_options, tmp_path, in_process, monkeypatch):
     def train(name, *options):
         result = in_process("vlabs.train", [*tiny_options, *FROZEN, f"hydra.run.dir={name}", *options], tmp_path)
         assert result.returncode == 0, result.stderr
@@ -202,7 +202,7 @@ def test_a_training_from_a_store_is_the_training_and_reads_no_picture(tiny_optio
     assert again["val/vqa_loss"] == pytest.approx(plain["val/vqa_loss"], rel=1e-3)
     one, other = (load_checkpoint(tmp_path / name).model.state_dict() for name in ("first", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    # A run that goes on knows its passes by the weights that it goes on with.
+    # A run that continues knows its passes by the weights that it continues with.
     resumed = in_process("vlabs.train", ["resume=again", "trainer.max_epochs=3"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert len(list((tmp_path / "store").iterdir())) == 1

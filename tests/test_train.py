@@ -1,4 +1,4 @@
-"""The training command: what a run folder holds, going on, starting from weights, sweeps."""
+"""The training command: what a run folder holds, resuming, starting from weights, sweeps."""
 
 import csv
 import hashlib
@@ -51,7 +51,7 @@ def test_a_run_folder_names_code_packages_device_and_data(tiny_run, tiny_data):
     assert found["device"]
 
 
-def test_going_on_with_other_packages_or_data_is_said_and_the_first_are_kept(tmp_path):
+def test_resuming_with_other_packages_or_data_is_said_and_the_first_are_kept(tmp_path):
     def environment(torch_version, data):
         return {
             "code": "a", "python": "3.12", "device": "CPU", "packages": {"torch": torch_version},

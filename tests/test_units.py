@@ -1,4 +1,4 @@
-"""Prepared folders of pictures from files as people have them: what is bad is named, counted and left out alone."""
+"""Prepared folders of images from files as people have them: what is bad is named, counted and left out alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dropped(folder: Path) -> dict[str, int]:
     return found
 
 
-def test_an_empty_file_is_no_picture_of_a_class_folder_or_tar(tmp_path: Path) -> None:
+def test_an_empty_file_is_no_image_of_a_class_folder_or_tar(tmp_path: Path) -> None:
     put(tmp_path / "raw/train/cat/1.png")
     put(tmp_path / "raw/train/cat/2.png", b"")
     (tmp_path / "raw/val").mkdir()
@@ -64,7 +64,7 @@ def test_minus_one_is_no_class_in_a_table_either(tmp_path: Path) -> None:
     assert read_classes(tmp_path / "out") == ["0", "2", "10"]
 
 
-def test_a_path_in_a_data_set_that_leads_nowhere_is_a_bad_row_and_one_that_leads_out_is_refused(tmp_path: Path) -> None:
+def test_a_path_in_a_dataset_that_leads_nowhere_is_a_bad_row_and_one_that_leads_out_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "set/pics/1.png")
     put(tmp_path / "out.png")
 
@@ -83,7 +83,7 @@ def test_a_path_in_a_data_set_that_leads_nowhere_is_a_bad_row_and_one_that_leads
             prepare_classes(units, files, tmp_path / "none", "set", names, "skip")
 
 
-def test_a_picture_is_one_by_whatever_path_a_table_names_it(tmp_path: Path) -> None:
+def test_an_image_is_one_by_whatever_path_a_table_names_it(tmp_path: Path) -> None:
     for name in "abc":
         put(tmp_path / f"in/{name}.png", png({"a": "red", "b": "blue", "c": "green"}[name]))
     paths = [form.format(one) for one in "abc" for form in ("{}.png", "./{}.png", "../in/{}.png", "..\\in\\{}.png")]
@@ -98,7 +98,7 @@ def test_a_picture_is_one_by_whatever_path_a_table_names_it(tmp_path: Path) -> N
     }
 
 
-def test_a_degenerate_shape_takes_neither_its_object_nor_its_picture_along(tmp_path: Path) -> None:
+def test_a_degenerate_shape_takes_neither_its_object_nor_its_image_along(tmp_path: Path) -> None:
     good = [2, 2, 10, 2, 10, 8, 2, 8]
     of_split: dict[str, list[Any]] = {
         # No area in the file, a polygon in a line beside a good one; two corners; no shape; outside.

@@ -67,7 +67,7 @@ def test_a_split_without_answers_gives_a_submission_with_each_question_once(tiny
     assert all(set(entry) == {"question_id", "answer"} for entry in submission)
 
 
-def test_predict_prints_five_answers_a_question_and_leaves_the_picture(tiny_run, tmp_path):
+def test_predict_prints_five_answers_a_question_and_leaves_the_image(tiny_run, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "street.png")
     result = command(
         "vlabs.predict", "--ckpt", tiny_run[0], "--image", "street.png",

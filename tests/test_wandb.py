@@ -104,7 +104,7 @@ def test_wandb_that_cannot_be_reached_means_a_run_recorded_offline(tiny_options,
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
 
 
-def test_a_run_that_goes_on_is_the_same_run_of_the_same_variant(tiny_run, tmp_path):
+def test_a_run_that_continues_is_the_same_run_of_the_same_variant(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     less = [f"callbacks.{name}.every_n_validations=0" for name in ("predictions", "grounding")]
     known = (tmp_path / "run/wandb/run_id").read_text()

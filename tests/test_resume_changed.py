@@ -1,4 +1,4 @@
-"""A run that goes on under other options: every text once, rates where the training is, and a line that says it."""
+"""A run that continues under other options: every text once, rates where the training is, and a line that says it."""
 
 from types import SimpleNamespace
 
@@ -111,7 +111,7 @@ def factor(share):
     ids=str,
 )
 @pytest.mark.parametrize("stop_at", [11, 16])
-def test_with_another_size_of_steps_every_text_comes_once_and_the_rates_go_on(change, said, stop_at, tmp_path, capsys):
+def test_with_another_size_of_steps_every_text_comes_once_and_rates_continue(change, said, stop_at, tmp_path, capsys):
     first, last = fit(tmp_path / "a", stop_at=stop_at)  # of 32 steps, 8 an epoch
     then, _ = fit(tmp_path / "b", start_from=last, **change)
     assert epochs_of(first, then) == [list(range(TEXTS))] * 4
@@ -149,7 +149,7 @@ def test_back_and_forth_in_one_epoch_no_text_is_lost_or_comes_twice(tmp_path):
     assert epochs_of(*models) == [list(range(TEXTS))] * 2
 
 
-def test_under_a_limit_of_batches_the_epoch_goes_on_by_its_share(tmp_path):
+def test_under_a_limit_of_batches_the_epoch_continues_by_its_share(tmp_path):
     first, last = fit(tmp_path / "a", stop_at=6, limit_train_batches=4, max_epochs=3)
     then, _ = fit(tmp_path / "b", start_from=last, limit_train_batches=8, batch_size=1, max_epochs=3)
     epochs = [[row for epoch, row in [*first.seen, *then.seen] if epoch == number] for number in range(3)]
@@ -188,7 +188,7 @@ def test_a_training_that_steps_end_validates_at_its_end_and_does_nothing_more_wh
     assert (again.seen, again.validated) == ([], [])
 
 
-def test_a_rate_of_the_config_is_the_rate_of_the_run_that_goes_on(tmp_path, capsys):
+def test_a_rate_of_the_config_is_the_rate_of_the_run_that_continues(tmp_path, capsys):
     _, last = fit(tmp_path / "a", stop_at=16)
     then, _ = fit(tmp_path / "b", start_from=last, lr=0.1)
     assert then.rates[16] == pytest.approx(0.1 * factor(0.5))
@@ -205,7 +205,7 @@ def test_other_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 11])
-def test_a_moving_average_goes_on_bit_for_bit(stop_at, tmp_path):
+def test_a_moving_average_continues_bit_for_bit(stop_at, tmp_path):
     whole, end = fit(tmp_path / "whole", ema=True, max_epochs=2)
     _, last = fit(tmp_path / "a", ema=True, max_epochs=2, stop_at=stop_at, limit_val_batches=0)
     then, end_again = fit(tmp_path / "b", ema=True, max_epochs=2, start_from=last)
@@ -255,7 +255,7 @@ def test_however_often_the_options_change_in_an_epoch_every_text_comes_once(hows
         assert twice == 0
 
 
-def test_pictures_that_came_do_not_come_again_under_another_batch_size():
+def test_images_that_came_do_not_come_again_under_another_batch_size():
     first, then = ImageSampler(50, 4, True, seed=1), ImageSampler(50, 7, True, seed=2)
     for sampler in (first, then):
         sampler.set_epoch(2)
