@@ -169,6 +169,7 @@ def test_help_explains_the_options_of_what_is_chosen(in_process, tmp_path):
     assert "data/base" not in said
     line = next(line for line in said.splitlines() if "task.recipe.warmup=" in line)
     assert line.split()[:2] == ["task.recipe.warmup=0.3", "Share"]
+    assert said.count("checkpoints.every_n_steps=") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,6 @@
 """Render the embedded corpus: scenes of several objects, with questions, captions and instance masks.
 
-Download: nothing. See `corpus.py`.
+Download: nothing, the images are rendered.
 """
 
 from data_prep.scenes.corpus import main

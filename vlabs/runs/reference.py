@@ -172,9 +172,11 @@ def sections(config: DictConfig) -> Iterator[Section]:
     """The options of a composed config, the program's own first."""
     content: Any = OmegaConf.to_container(config, resolve=False)
     content.pop("hydra", None)
-    yield Section("", "", dict(_known("vlabs.runs.values.ProgramOptions", content)))
+    own = dict(_known("vlabs.runs.values.ProgramOptions", content))
+    yield Section("", "", own)
     for name in ("task", "data", "model", *content):
-        if isinstance(part := content.pop(name, None), dict):
+        is_listed = any(one.startswith(f"{name}.") for one in own)
+        if isinstance(part := content.pop(name, None), dict) and not is_listed:
             yield from _sections(name, part, "vlabs.runs.values.Ranker" if name == "ranker" else "")
 
 
