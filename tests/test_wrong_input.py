@@ -109,6 +109,13 @@ def test_a_file_that_is_no_checkpoint_is_named(name, tiny_run, tmp_path):
         load(path)
 
 
+def test_an_index_of_shards_is_no_weights(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(UserError, match="is JSON, not weights: name the weights, or the folder"):
+        load(path)
+
+
 def test_a_checkpoint_of_another_task_is_named():
     with pytest.raises(UserError, match="trained for the task 'retrieval': the model has no head with `probabilities`"):
         load("scenes_search")

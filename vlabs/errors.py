@@ -129,7 +129,10 @@ def foreseen(error: BaseException) -> str | None:
     if "UnicodeError" in kinds:
         return f"a text is not UTF-8 ({text}): write it in UTF-8"
     if "ModuleNotFoundError" in kinds and (missing := re.search(r"No module named '(?!vlabs|data_prep)(.+?)'", text)):
-        return f"the package {missing[1]} is missing: pip install it, or correct the name"
+        return (
+            f"the package {missing[1]} is missing: pip install it, run in the folder of {missing[1].split('.')[0]}.py "
+            "if it is yours, or correct the name"
+        )
     if "BrokenProcessPool" in kinds:
         return f"a process died ({text}): if memory ran out, pass a smaller --num-workers"
     for start, sentence in _LIBRARIES:

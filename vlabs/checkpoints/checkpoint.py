@@ -359,7 +359,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"
+            start = file.read(4)
+            if start.startswith(b"{"):
+                raise UserError(f"{path} is JSON, not weights: name the weights, or the folder that they are in")
+            is_archive = start == b"PK\x03\x04"
             if is_archive:
                 _check_archive(path)
             else:
