@@ -33,7 +33,7 @@ def sweep(tiny_options, tiny_data, tmp_path_factory):
     quoted = ",".join(f"'{option}'" for option in [*start, "model/topdown=none"])
     options = [o for o in start if not o.startswith("task=")]
     result = command(
-        "vlabs.train", "-m", *options, "model/topdown=none,film", "seed=0,1", "init=start", f"init_by=[{quoted}]",
+        "vlabs.train", "-m", *options, "model/topdown=none,qa_vit", "seed=0,1", "init=start", f"init_by=[{quoted}]",
         "hydra.sweep.dir=sweep", cwd=cwd,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -66,14 +66,14 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     text = (cwd / "report/report.md").read_text()
     assert {file.name for file in files} == {"report.md", "report.html", "attention.png", "curves.png"}
     runs = read_runs(cwd / "sweep")
-    assert {run.variant for run in runs} == {"model/topdown=none", "model/topdown=film"}
+    assert {run.variant for run in runs} == {f"model/topdown={name}" for name in ("none", "qa_vit")}
     found = [
         json.loads((run.path / "evaluation/val/metrics.json").read_text())["overall"]
         for run in runs
-        if "film" in run.variant
+        if "qa_vit" in run.variant
     ]
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "topdown=film |" in line]
-    assert rows[0][1:4] == ["model/topdown=film", "2", f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}"]
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "topdown=qa_vit |" in line]
+    assert rows[0][1:4] == ["model/topdown=qa_vit", "2", f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}"]
     for part in (
         "distractors",
         "systematic",
@@ -92,9 +92,12 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     head = next(line for line in text.splitlines() if line.startswith("| variant"))
     for column in ("val", "minutes of training", "multiply-adds", "precision at 1", "rank among 6", "pointing", "GMAC"):
         assert column in head
-    films = [run.path / "evaluation/asymmetry/metrics.json" for run in runs if "film" in run.variant]
-    ranks = [json.loads(path.read_text())["weights/6/rank"] for path in films]
-    shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=film |" in line)
+    other = text.split("## When ξ is another question's")[1].split("## ")[0]
+    words = next(line for line in other.splitlines() if "topdown=qa_vit |" in line)
+    assert {cell.strip() for cell in words.split("|")[3:-1]} == {"–"}  # all words steer it, not ξ
+    theirs = [run.path / "evaluation/asymmetry/metrics.json" for run in runs if "qa_vit" in run.variant]
+    ranks = [json.loads(path.read_text())["weights/6/rank"] for path in theirs]
+    shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=qa_vit |" in line)
     assert f"| {np.mean(ranks):.1f} ± {np.std(ranks, ddof=1):.1f} |" in re.sub(" +", " ", shown)
 
 
@@ -151,16 +154,16 @@ def test_at_equal_cost_a_course_is_read_at_the_least_that_all_have_seen(sweep, m
 def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):
     cwd, _ = sweep
     build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20, tiny_data.parent / "raw/annotations.zip")
-    means = {"none": [], "film": []}
+    means = {"none": [], "qa_vit": []}
     for run in read_runs(cwd / "sweep"):
         metrics = json.loads((run.path / "evaluation/grounding/metrics.json").read_text())
         means[run.variant.removeprefix("model/topdown=")].append(metrics["fusion/energy"])
     text = (cwd / "report/report.md").read_text()
     lines = text[text.index("## Grounding against") :].splitlines()
     header, row = ([cell.strip() for cell in line.split("|")] for line in (lines[4], lines[6]))
-    assert row[1] == "model/topdown=film"
+    assert row[1] == "model/topdown=qa_vit"
     shown = float(row[header.index("fusion energy")].split()[0])
-    assert shown == pytest.approx(np.mean(means["film"]) - np.mean(means["none"]), abs=0.051)
+    assert shown == pytest.approx(np.mean(means["qa_vit"]) - np.mean(means["none"]), abs=0.051)
 
 
 def test_a_report_says_once_what_all_runs_have_and_compares_other_tasks_by_their_validation(tmp_path):

@@ -47,6 +47,10 @@ ABILITIES = {
         _head_has("probabilities"),
         "has no head with `probabilities` of answers or labels (task=vqa, snli_ve or nlvr2 trains one)",
     ),
+    "one prior": Ability(
+        lambda network: isinstance(network, VisionLanguageModel) and not network.vision.reads_words,
+        "is steered by all words, not by one ξ that could be replaced",
+    ),
     "ranks": Ability(
         _head_has("score"),
         "has no head with a `score` of a text and an image (task=retrieval or pretrain trains one)",

@@ -102,11 +102,21 @@ class Run:
         """The folder of one of its evaluations."""
         return self.path / "evaluation" / name
 
-    @cached_property
+    @property
     def gmac(self) -> float:
         """Multiply-adds of a question's forward pass, in 1e9, with as many questions per image as in training."""
+        return self._of_model[0]
+
+    @property
+    def has_one_prior(self) -> bool:
+        """Whether ξ steers alone, so that another one can take its place."""
+        return self._of_model[1]
+
+    @cached_property
+    def _of_model(self) -> tuple[float, bool]:
         checkpoint = load_checkpoint(self.path)
-        return gmac(checkpoint.model, checkpoint.preprocessing.image_size, int(self.data.questions_per_image))
+        cost = gmac(checkpoint.model, checkpoint.preprocessing.image_size, int(self.data.questions_per_image))
+        return cost, ABILITIES["one prior"].has(checkpoint.network)
 
 
 @torch.inference_mode()
@@ -229,7 +239,7 @@ def build_report(
     frame = _evaluated(runs, wanted)
     sections = [_accuracy(frame, splits), *_at_equal_cost(runs), _by_type(frame, "val")]
     if instances is not None:
-        sections += [_grounding(frame), _steering(frame), *_strengths(frame)]
+        sections += [_grounding(frame), *_steering(frame), *_strengths(frame)]
     if "asymmetry" in wanted:
         sections.append(_asked_for(frame))
     if base is not None:
@@ -248,8 +258,9 @@ def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFram
     """
     rows = []
     for run in tqdm(runs, desc="evaluating", unit="run"):
-        evaluate_run(run, wanted)
-        found = {name: json.loads((run.evaluation(name) / "metrics.json").read_text()) for name in wanted}
+        able = {name: options for name, options in wanted.items() if name != "steering" or run.has_one_prior}
+        evaluate_run(run, able)
+        found = {name: json.loads((run.evaluation(name) / "metrics.json").read_text()) for name in able}
         steering = found.get("steering", {})
         for strength in [key.split("/")[0] for key in steering if key.endswith("/own/accuracy")][:1]:
             found["trained"] = {
@@ -379,18 +390,21 @@ def _grounding(frame: pd.DataFrame) -> Section:
     return Section("Grounding (val)", text, _over_seeds(frame, columns), ["weights pointing"])
 
 
-def _steering(frame: pd.DataFrame) -> Section:
+def _steering(frame: pd.DataFrame) -> list[Section]:
+    """What another question's ξ does, to variants that ξ alone steers; empty if it steers none."""
+    if "steering/questions" not in frame:
+        return []
     columns = {
         f"{title} ξ: {column}": f"trained/{whose}/{column}"
         for title, whose in (("own", "own"), ("other's", "other"))
         for column in ("accuracy", "answers_other", "fusion/own", "fusion/other")
     }
     text = (
-        f"{frame['steering/questions'][0]} questions of val under their own ξ and under that of a question about"
+        f"{frame['steering/questions'].max():.0f} questions of val under their own ξ and under that of a question about"
         " another object of the same image, in percent: accuracy; how often the answer is the other question's, over"
         " pairs of the same type with different answers; and the fusion map's energy on the own and the other object."
     )
-    return Section("When ξ is another question's", text, _over_seeds(frame, columns))
+    return [Section("When ξ is another question's", text, _over_seeds(frame, columns))]
 
 
 def _strengths(frame: pd.DataFrame) -> list[Section]:
@@ -522,7 +536,7 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
     figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(_COSTS), sharey=True)
     drawn = False
-    for name, runs in groups.items():
+    for number, (name, runs) in enumerate(groups.items()):
         courses = [course for run in runs if len(course := _course(run))]
         if not courses:
             continue
@@ -530,7 +544,8 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
         together = np.stack([course[:length] for course in courses])  # (runs, points, costs and accuracy)
         mean, drawn = together.mean(axis=0), True
         for column, axis in enumerate(axes):
-            (line,) = axis.plot(mean[:, column], mean[:, -1], marker="o", markersize=3, label=name)
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}  # 30 that differ
+            (line,) = axis.plot(mean[:, column], mean[:, -1], marker="o", markersize=3, label=name, **style)
             low, high = together[..., -1].min(axis=0), together[..., -1].max(axis=0)
             axis.fill_between(mean[:, column], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if not drawn:

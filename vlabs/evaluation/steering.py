@@ -48,7 +48,7 @@ class SteeringEvaluation(Evaluation):
     """
 
     name = "steering"
-    needs = ("texts", "one image", "answers")
+    needs = ("texts", "one image", "answers", "one prior")
     reads = VQADataModule
 
     def __init__(self, alphas: Sequence[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
@@ -64,10 +64,8 @@ class SteeringEvaluation(Evaluation):
         on the question's own object and on its partner's, `MAP/own` and `MAP/other`.
 
         Raises:
-            UserError: ξ does not steer the model, or the questions have no regions, no public answers, or no partners.
+            UserError: the questions have no regions, no public answers, or no partners.
         """
-        if checkpoint.model.vision.reads_words:
-            raise UserError(f"task=steering steers by another question's ξ, and all words steer {checkpoint.path}")
         rows = data.rows(results.split)
         where = f"{data.dir}, split {results.split}"
         targets = find_targets(rows, data.dir, self.instances, None)
