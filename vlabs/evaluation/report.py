@@ -432,7 +432,7 @@ def _asked_for(frame: pd.DataFrame) -> Section:
         f"random {frame['conditional/chance'][0]:.1f}. Visual search: the rank of the target by the token weights; at "
         f"random {', '.join(f'{1 + n / 2:g}' for n in counts)}; the last two columns with {counts[-1]} others."
     )
-    main = ["precision at 1: cls, second pass", f"rank among {counts[-1]} others"]
+    main = [*(f"precision at 1: {kind}, second pass" for kind in ("cls", "mean")), f"rank among {counts[-1]} others"]
     return Section("What is asked for", text, _over_seeds(frame, columns), main)
 
 
