@@ -96,6 +96,23 @@ def test_a_fault_of_vlabs_own_has_its_traceback(error, capsys):
     assert "a bug in vlabs" in said
 
 
+@pytest.mark.parametrize("way", ["from another", "in the handling of another", "as the only one"])
+def test_a_dead_loader_process_is_named_by_whatever_library_hears_of_it(way):
+    def library():  # as inspect.getfullargspec and others do with any error
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        except RuntimeError as died:
+            if way == "from another":
+                raise TypeError("unsupported callable") from died
+            if way == "as the only one":
+                raise UserError("it cannot be built") from None
+            raise TypeError("unsupported callable")  # noqa: B904
+
+    with pytest.raises((TypeError, UserError)) as heard:
+        library()
+    assert "a loader process died (DataLoader worker (pid 7)" in foreseen(heard.value)
+
+
 @pytest.mark.parametrize("debug", ["", "0", "1"])
 def test_a_traceback_of_a_users_error_is_shown_if_asked_for(debug, capsys, monkeypatch):
     monkeypatch.setenv("VLABS_DEBUG", debug)

@@ -63,16 +63,21 @@ def exit_with(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error, and those that it was raised from or while they were handled; the first one is last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
 def fail(error: BaseException, sentence: str | None) -> NoReturn:
     """Explain an error, and exit with a status that is not 0.
 
     Args:
         sentence: the result of `foreseen`; None for a bug of vlabs, which is shown with its traceback.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    if any(isinstance(one, BrokenPipeError) for one in chain) and _has_no_reader():
+    if any(isinstance(one, BrokenPipeError) for one in chain_of(error)) and _has_no_reader():
         # Nobody reads the output any more, as in `vlabs predict ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)
@@ -115,10 +120,11 @@ def foreseen(error: BaseException) -> str | None:
     kinds = {kind.__name__ for kind in type(error).__mro__} | _bases(name)
     # Errors of libraries are recognized by the library's name, so that none has to be imported.
     modules = [kind.__module__ for kind in type(error).__mro__]
+    # A signal handler of torch raises it wherever the process is, even in a library that makes another error of it.
+    if died := next((one for one in map(str, chain_of(error)) if _LOADER.search(one)), ""):
+        return f"a loader process died ({died}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "UserError" in kinds:
         return text
-    if "DataLoader worker" in text or "DataLoader timed out" in text:
-        return f"a loader process died ({text}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
         return (
             f"memory ran out ({text}): process less at a time (train: a smaller data.batch_size, with "
@@ -146,6 +152,7 @@ def foreseen(error: BaseException) -> str | None:
 
 
 _LOGGERS = ("pytorch_lightning.loggers", "lightning_fabric.loggers")
+_LOADER = re.compile(r"DataLoader (worker \(pid|timed out)")
 _MEMORY = re.compile(r"out of memory|n't allocate memory|not enough memory|annot allocate memory", re.I)
 _CUDA = re.compile(r"CUDA error|NVIDIA driver|CUDA driver|cuDNN error|NCCL|not compiled with CUDA")
 _DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 shows which)"
