@@ -14,7 +14,7 @@ from vlabs.data.preprocessing import PICTURE_OPTIONS
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs import reference
-from vlabs.runs.groups import config_dir
+from vlabs.runs.groups import choices, config_dir
 from vlabs.tasks.base import Task
 from vlabs.utils.options import (
     Count,
@@ -136,7 +136,7 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
     signatures = []
     for kind in pkgutil.resolve_name(target).__mro__:
         declared = inspect.signature(kind.__init__).parameters
-        of_this = vars(kind)["__annotations__"] if "__dataclass_fields__" in vars(kind) else declared
+        of_this = vars(kind).get("__annotations__", {}) if "__dataclass_fields__" in vars(kind) else declared
         signatures.append({name: one for name, one in declared.items() if name in of_this})
     own = next(one for one in signatures if {*options} & {*one})
     compared = 0
@@ -149,6 +149,14 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
             assert default == value, f"{name}: {default} in the signature, {value} in {file}.yaml"
             compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("task", [name for name in choices("task")])
+def test_the_signature_of_a_task_names_all_its_options(task):
+    config = OmegaConf.load(Path(config_dir(), f"task/{task}.yaml"))
+    parameters = inspect.signature(pkgutil.resolve_name(config.task._target_)).parameters
+    assert {name for name in config.task if name != "_target_"} <= {*parameters}
+    assert all(one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) for one in parameters.values())
 
 
 def test_an_option_that_is_not_there_is_answered_with_the_one_that_was_meant(in_process, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -24,7 +24,7 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
 from vlabs.models.lora import LoRA, add_adapters
 from vlabs.tasks.optim import PARTS, Recipe
-from vlabs.utils.options import checked
+from vlabs.utils.options import check_type, checked, options_of
 from vlabs.utils.ranks import is_distributed, say
 
 
@@ -48,10 +48,10 @@ class Losses:
 _STEPS_OF_A_TIMED_SCHEDULE = 1_000_000  # any number will do: a timed schedule only uses the share that has passed
 
 
-@checked("task")
+@dataclass(eq=False, repr=False)
 class Task(pl.LightningModule):
     """A subclass defines the losses and the samples of a batch (`losses`, `sample_ids`), the data that it reads and the
-    metric that it is monitored by; see `docs/add_a_task.md`.
+    metric that it is monitored by; see `docs/add_a_task.md`. The options of a task are its fields.
 
     Args:
         model: the model to train, registered (`vlabs.models.registry`) and with `recompute_activations` and
@@ -65,50 +65,60 @@ class Task(pl.LightningModule):
         recompute_activations: recompute activations in the backward pass: less memory, a third more time.
         compile: compile the encoders and the fusion with `torch.compile`: minutes at the start, then faster steps.
         lora: low-rank adapters in the encoders, whose own weights are then frozen.
+
+    Raises:
+        UserError: an option is out of range, or two exclude each other.
     """
 
-    name: str
-    monitor: str
+    model: Any
+    preprocessing: Preprocessing
+    data: dict[str, Any]
+    recipe: Recipe
+    _: KW_ONLY
+    freeze: Sequence[str] = ()  # type: ignore[assignment]  # a method of Lightning, as `compile` of torch; see below
+    recompute_activations: bool = False
+    compile: bool = False  # type: ignore[assignment]
+    lora: LoRA | None = None
+
+    name: ClassVar[str]
+    monitor: ClassVar[str]
     """The metric by which the best checkpoint is chosen; higher is better."""
-    reads: type[PreparedDataModule]
+    reads: ClassVar[type[PreparedDataModule]]
     """The kind of data that it trains on."""
-    of_all_ranks: tuple[str, ...] = ()
+    of_all_ranks: ClassVar[tuple[str, ...]] = ()
     """Names of other losses that every rank computes over the samples of all ranks."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
+        if "__init__" in vars(cls):  # written by hand
             checked("task")(cls)
 
-    def __init__(
-        self,
-        model: Any,
-        preprocessing: Preprocessing,
-        data: dict[str, Any],
-        recipe: Recipe,
-        freeze: Sequence[str] = (),
-        recompute_activations: bool = False,
-        compile: bool = False,
-        lora: LoRA | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.preprocessing = preprocessing
-        self.data = data
-        self.recipe = recipe
+    def __new__(cls, *args: Any, **kwargs: Any) -> Task:
+        """A task that modules may be assigned to."""
+        task = super().__new__(cls)
+        pl.LightningModule.__init__(task)
+        return task
+
+    def __post_init__(self) -> None:
+        hints = options_of(type(self))
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not one.default:
+                check_type(f"task.{one.name}", value, hints.get(one.name, Any))
+        # On the made task these are the methods again.
+        freeze, compile = self.__dict__.pop("freeze", ()), self.__dict__.pop("compile", False)
         self.freezes = tuple(dict.fromkeys(freeze))  # for the first lines of a run
         self.frozen = self._freeze(freeze)
-        self.lora = lora if lora is not None and lora.rank else None
+        self.lora = self.lora if self.lora is not None and self.lora.rank else None
         if self.lora is not None:
             if both := [prefix for prefix in freeze if prefix.split(".")[0] in self.lora.parts]:
                 raise UserError(
                     f"task.freeze names '{both[0]}', which gets adapters: leave it out, or pass task.lora.parts"
                 )
-            add_adapters(model, self.lora)
-        if recompute_activations:
-            model.recompute_activations()
+            add_adapters(self.model, self.lora)
+        if self.recompute_activations:
+            self.model.recompute_activations()
         if compile:
-            model.compile_parts()
+            self.model.compile_parts()
         self.train()  # Lightning does not change the modes of modules, so frozen parts must be in eval mode here
 
     def _freeze(self, chosen: Sequence[str]) -> list[nn.Module]:
@@ -310,6 +320,9 @@ class Task(pl.LightningModule):
         checkpoint["vlabs"] = header_of(self.model, self.preprocessing, self.name, self.data)
         if self.lora is not None:
             checkpoint["vlabs"]["lora"] = asdict(self.lora) | {"scale": self.lora.scale, "parts": list(self.lora.parts)}
+
+
+del Task.freeze, Task.compile  # the defaults, which would hide the methods
 
 
 class _AllGather(torch.autograd.Function):

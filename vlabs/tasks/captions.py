@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from vlabs.utils.options import Count, Positive, Seed
 from vlabs.utils.ranks import rank_and_world
 
 
+@dataclass(eq=False, repr=False)
 class CaptionTask(VisionLanguageTask):
     """A task on image-caption pairs.
 
@@ -37,22 +39,16 @@ class CaptionTask(VisionLanguageTask):
 
     reads = CaptionDataModule
 
-    def __init__(
-        self,
-        *args: Any,
-        negatives: Literal["dataset", "batch", "hard"] = "dataset",
-        hard_temperature: Positive = 0.1,
-        ranking_images: Count = 100,
-        seed: Seed = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if negatives == "hard" and self.model.prior is None:
+    _: KW_ONLY
+    negatives: Literal["dataset", "batch", "hard"] = "dataset"
+    hard_temperature: Positive = 0.1
+    ranking_images: Count = 100
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives == "hard" and self.model.prior is None:
             raise UserError("task.negatives=hard draws by the prior ξ, which model/topdown=none does not have")
-        self.negatives = negatives
-        self.hard_temperature = hard_temperature
-        self.ranking_images = ranking_images
-        self.seed = seed
 
     def sample_ids(self, batch: CaptionBatch) -> list[Any]:
         """The captions' ids."""

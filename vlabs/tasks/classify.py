@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from timm.loss import SoftTargetCrossEntropy
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from vlabs.data.classes import ClassBatch, ClassDataModule
-from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
 from vlabs.models.diversity import attention_diversity
 from vlabs.tasks.base import Losses, Task
-from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative
 
 
+@dataclass(eq=False, repr=False)
 class ClassifyTask(Task):
     """Cross-entropy with soft targets, and the variational loss that trains the feedback decoders.
 
@@ -42,30 +41,24 @@ class ClassifyTask(Task):
     monitor = "val/accuracy"
     reads = ClassDataModule
 
-    def __init__(
-        self,
-        model: AbSViTClassifier,
-        preprocessing: Preprocessing,
-        data: dict[str, Any],
-        recipe: Recipe,
-        passes: Literal["both", "second"] = "both",
-        reconstruction_weight: NonNegative = 0.1,
-        diversity_weight: NonNegative = 0.0,
-        freeze: Sequence[str] = (),
-        recompute_activations: bool = False,
-        compile: bool = False,
-    ) -> None:
+    model: AbSViTClassifier
+    _: KW_ONLY
+    passes: Literal["both", "second"] = "both"
+    reconstruction_weight: NonNegative = 0.1
+    diversity_weight: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        model = self.model
         if not isinstance(model, AbSViTClassifier):
             raise UserError("task=classify trains a classifier: leave model out, or pass model=classifier")
-        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile)
-        self.reconstruction_weight = reconstruction_weight if model.encoder.reconstructs else 0.0
-        if diversity_weight and (recompute_activations or compile):
+        if self.diversity_weight and (self.recompute_activations or self.compile):
             raise UserError(
                 "task.diversity_weight reads the attention of every block, which task.recompute_activations and "
                 "task.compile do not keep: leave them out"
             )
-        self.diversity_weight = diversity_weight
-        self.passes = passes
+        super().__post_init__()
+        if not model.encoder.reconstructs:
+            self.reconstruction_weight = 0.0
         self.criterion = SoftTargetCrossEntropy()
         self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})
         if not model.encoder.needs_prior:

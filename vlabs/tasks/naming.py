@@ -7,30 +7,28 @@ without text encoder and fusion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.data.module import Wants
-from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.naming import WordHead
 from vlabs.models.vlm import VisionLanguageModel
-from vlabs.tasks.base import Losses
-from vlabs.tasks.optim import Recipe
-from vlabs.tasks.vision_language import VisionLanguageTask
+from vlabs.tasks.base import Losses, Task
 
 
-class NamingTask(VisionLanguageTask):
+@dataclass(eq=False, repr=False)
+class NamingTask(Task):
     """Bottom-up pre-training of the ViT on captions with regions; logs `val/word_precision`.
 
     All other parts of the model keep their weights. A run that starts from the checkpoint takes only trained parts, so
     the checkpoint is a start for every task and every top-down variant.
 
     Args:
-        model, preprocessing, data, recipe, recompute_activations, compile: as in `VisionLanguageTask`.
+        model, preprocessing, data, recipe, recompute_activations, compile: as in `Task`.
         freeze: further parameters to freeze.
     """
 
@@ -38,31 +36,14 @@ class NamingTask(VisionLanguageTask):
     monitor = "val/word_precision"
     reads = CaptionDataModule
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        preprocessing: Preprocessing,
-        data: dict[str, Any],
-        recipe: Recipe,
-        freeze: Sequence[str] = (),
-        recompute_activations: bool = False,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            preprocessing,
-            data,
-            recipe,
-            reconstruction_weight=0.0,
-            prior_weight=0.0,
-            freeze=freeze,
-            recompute_activations=recompute_activations,
-            compile=compile,
-        )
-        for name, parameter in model.named_parameters():
+    model: VisionLanguageModel
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, parameter in self.model.named_parameters():
             if not name.startswith("vision.vit."):
                 parameter.requires_grad_(False)
-        self.head = WordHead(model.vision.width, preprocessing.vocab_size)
+        self.head = WordHead(self.model.vision.width, self.preprocessing.vocab_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record that only the ViT is trained, unless earlier runs trained other parts: `init=` then takes only it."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from vlabs.tasks.negatives import draw_false
 from vlabs.utils.options import OpenShare
 
 
+@dataclass(eq=False, repr=False)
 class PretrainTask(CaptionTask):
     """Masked language modeling (MLM) and image-text matching (ITM), with the other losses of `VisionLanguageTask`.
 
@@ -35,10 +35,14 @@ class PretrainTask(CaptionTask):
     name = "pretrain"
     monitor = "val/match_accuracy"
 
-    def __init__(self, *args: Any, mlm_probability: OpenShare = 0.15, whole_words: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    _: KW_ONLY
+    mlm_probability: OpenShare = 0.15
+    whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         assert isinstance(self.model.head, PretrainHead)
-        self.masker = TokenMasker(self.preprocessing.tokenizer, mlm_probability, whole_words)
+        self.masker = TokenMasker(self.preprocessing.tokenizer, self.mlm_probability, self.whole_words)
 
     def wants(self, data: CaptionDataModule) -> Wants:
         """See `VisionLanguageTask`; also false images, if they are drawn from the dataset as in METER."""

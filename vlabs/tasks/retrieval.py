@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from vlabs.tasks.negatives import draw_false
 from vlabs.utils.options import Pairs, Size
 
 
+@dataclass(eq=False, repr=False)
 class RetrievalTask(CaptionTask):
     """Cross-entropy over the ranking scores of one true and m false captions per image.
 
@@ -33,10 +33,13 @@ class RetrievalTask(CaptionTask):
     name = "retrieval"
     monitor = "val/ir@1"
 
-    def __init__(self, *args: Any, num_false: Size = 15, ranking_images: Pairs = 100, **kwargs: Any) -> None:
-        super().__init__(*args, ranking_images=ranking_images, **kwargs)
+    _: KW_ONLY
+    num_false: Size = 15
+    ranking_images: Pairs = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         assert isinstance(self.model.head, RankingHead)
-        self.num_false = num_false
         self.model.head.match.requires_grad_(False)  # kept from pre-training; this task does not use it
 
     def wants(self, data: CaptionDataModule) -> Wants:

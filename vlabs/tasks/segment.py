@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -14,15 +15,14 @@ from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.data.masks import MaskBatch, MaskDataModule, WholePicture, stacked
 from vlabs.data.module import Wants
 from vlabs.data.prepared import IGNORED
-from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.metrics.segmentation import mean_iou, region_iou
 from vlabs.models.segmentation import Segmenter, Segments
 from vlabs.tasks.base import Losses, Task
-from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative
 
 
+@dataclass(eq=False, repr=False)
 class SegmentationTask(Task):
     """The base of both tasks: pixel cross-entropy of two heads, and the choice of trained parts.
 
@@ -34,30 +34,26 @@ class SegmentationTask(Task):
         reconstruction_weight: weight of the reconstruction loss of the feedback decoders.
     """
 
-    def __init__(
-        self,
-        model: Segmenter,
-        preprocessing: Preprocessing,
-        data: dict[str, Any],
-        recipe: Recipe,
-        transfer: Literal["end_to_end", "linear", "top_down"] = "end_to_end",
-        auxiliary_weight: NonNegative = 0.4,
-        reconstruction_weight: NonNegative = 0.0,
-        freeze: Sequence[str] = (),
-        recompute_activations: bool = False,
-        compile: bool = False,
-    ) -> None:
+    model: Segmenter
+    _: KW_ONLY
+    transfer: Literal["end_to_end", "linear", "top_down"] = "end_to_end"
+    auxiliary_weight: NonNegative = 0.4
+    reconstruction_weight: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        model = self.model
         if not isinstance(model, Segmenter):
             raise UserError(f"task={self.name} trains a segmenter: leave model out, or pass model=segmenter")
         reads = ("text",) if model.text is not None else ()
-        frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[transfer]
-        super().__init__(model, preprocessing, data, recipe, (*frozen, *freeze), recompute_activations, compile)
-        self.auxiliary_weight = auxiliary_weight
-        if model.decoder.auxiliary is None or not self.auxiliary_weight:
+        frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[self.transfer]
+        self.freeze = (*frozen, *self.freeze)
+        super().__post_init__()
+        if model.decoder.auxiliary is None:
             self.auxiliary_weight = 0.0
-            if model.decoder.auxiliary is not None:
-                model.decoder.auxiliary.requires_grad_(False)
-        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
+        elif not self.auxiliary_weight:
+            model.decoder.auxiliary.requires_grad_(False)
+        if not model.vision.reconstructs:
+            self.reconstruction_weight = 0.0
         if model.prompt is not None and not model.vision.needs_prior:
             model.prompt.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
@@ -90,6 +86,7 @@ def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     return total / (masks != IGNORED).sum().clamp_min(1)
 
 
+@dataclass(eq=False, repr=False)
 class SegmentTask(SegmentationTask):
     """Semantic segmentation; logs `val/miou` and `val/pixel_accuracy` over the validation split, in percent."""
 
@@ -97,8 +94,8 @@ class SegmentTask(SegmentationTask):
     monitor = "val/miou"
     reads = MaskDataModule
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model.text is not None:
             raise UserError("task=segment has no texts: pass model.prior=trained, or task=refer")
         classes = len(self.preprocessing.names)
@@ -137,6 +134,7 @@ def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
 
 
+@dataclass(eq=False, repr=False)
 class ReferTask(SegmentationTask):
     """Segment what a text names: two classes per pixel. Logs `val/iou`, the mean over texts, in percent.
 
@@ -147,8 +145,8 @@ class ReferTask(SegmentationTask):
     monitor = "val/iou"
     reads = CaptionDataModule
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model.decoder.num_classes != 2:
             raise UserError(f"model.decoder.num_classes={self.model.decoder.num_classes}: task=refer has two classes")
         self.iou = MeanMetric()

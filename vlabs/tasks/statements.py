@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from vlabs.tasks.base import Losses
 from vlabs.tasks.vision_language import VisionLanguageTask
 
 
+@dataclass(eq=False, repr=False)
 class StatementTask(VisionLanguageTask):
     """Cross-entropy of the label of a statement about one image or a pair; both images are seen under the same ξ.
 
@@ -25,8 +27,8 @@ class StatementTask(VisionLanguageTask):
     pictures: ClassVar[int] = 1
     """Number of images per statement."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pictures > 1 and self.token_prior_weight:
             # The token loss would treat the two images of a pair as negatives of each other.
             raise UserError(
@@ -83,6 +85,7 @@ class StatementTask(VisionLanguageTask):
         return {"keys": batch.keys, "labels": batch.labels.tolist(), "probabilities": probabilities.tolist()}
 
 
+@dataclass(eq=False, repr=False)
 class SNLIVETask(StatementTask):
     """Visual entailment: does an image entail a hypothesis, contradict it, or neither?"""
 
@@ -90,6 +93,7 @@ class SNLIVETask(StatementTask):
     monitor = "val/snli_ve_accuracy"
 
 
+@dataclass(eq=False, repr=False)
 class NLVR2Task(StatementTask):
     """Is a sentence true of a pair of images? Both are seen under its ξ; the second has its own token type."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,17 @@ from torchmetrics import MeanMetric
 from vlabs.data.images import ImageReader
 from vlabs.data.loading import eval_loader
 from vlabs.data.module import Wants
-from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
-from vlabs.models.lora import LoRA
 from vlabs.models.prior import AlivePriorLoss, FocusPriorLoss, PriorLoss, RegionPriorLoss, TokenPriorLoss, overlap
 from vlabs.models.topdown import whole
 from vlabs.models.vlm import VisionLanguageModel, VLMOutput
 from vlabs.ranking.passes import FirstPasses
 from vlabs.tasks.base import Task, gather
-from vlabs.tasks.optim import Recipe
 from vlabs.utils.options import NonNegative, Positive, Share
 from vlabs.utils.ranks import is_distributed, rank_and_world, say
 
 
+@dataclass(eq=False, repr=False)
 class VisionLanguageTask(Task):
     """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
 
@@ -55,62 +53,52 @@ class VisionLanguageTask(Task):
         store_gb: largest size of that folder in GB, counting what other runs have stored there.
     """
 
-    of_all_ranks = ("prior", "prior_bottom_up")
     model: VisionLanguageModel
+    _: KW_ONLY
+    reconstruction_weight: NonNegative = 0.3
+    prior_weight: NonNegative = 0.1
+    prior_bottom_up_weight: NonNegative = 0.0
+    prior_loss: PriorLoss | None = field(default_factory=PriorLoss)
+    region_prior_weight: NonNegative = 1.0
+    region_prior_temperature: Positive = 0.1
+    alive_prior_weight: NonNegative | None = None
+    alive_prior_margin: Share = 0.1
+    token_prior_weight: NonNegative = 0.0
+    token_prior_temperature: Positive = 0.1
+    overlap_prior_weight: NonNegative = 0.1
+    pool_prior_weight: NonNegative = 1.0
+    focus_prior_weight: NonNegative = 0.0
+    focus_prior_floor: Share = 0.5
+    store: str | None = None
+    store_gb: Positive = 100.0
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        preprocessing: Preprocessing,
-        data: dict[str, Any],
-        recipe: Recipe,
-        reconstruction_weight: NonNegative = 0.3,
-        prior_weight: NonNegative = 0.1,
-        prior_bottom_up_weight: NonNegative = 0.0,
-        prior_loss: PriorLoss | None = None,
-        region_prior_weight: NonNegative = 1.0,
-        region_prior_temperature: Positive = 0.1,
-        alive_prior_weight: NonNegative | None = None,
-        alive_prior_margin: Share = 0.1,
-        token_prior_weight: NonNegative = 0.0,
-        token_prior_temperature: Positive = 0.1,
-        overlap_prior_weight: NonNegative = 0.1,
-        pool_prior_weight: NonNegative = 1.0,
-        focus_prior_weight: NonNegative = 0.0,
-        focus_prior_floor: Share = 0.5,
-        store: str | None = None,
-        store_gb: Positive = 100.0,
-        freeze: Sequence[str] = (),
-        recompute_activations: bool = False,
-        compile: bool = False,
-        lora: LoRA | None = None,
-    ) -> None:
-        super().__init__(model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora)
-        has_prior = model.prior is not None
-        self.reconstruction_weight = reconstruction_weight if model.vision.reconstructs else 0.0
-        # If ξ steers nothing, there is no second pass to compare it with.
-        self.prior_weight = prior_weight if model.vision.needs_prior else 0.0
-        self.prior_bottom_up_weight = prior_bottom_up_weight if has_prior else 0.0
-        uses_prior_loss = self.prior_weight > 0 or self.prior_bottom_up_weight > 0
-        self.prior_loss = (prior_loss or PriorLoss()) if uses_prior_loss else None
-        if self.prior_loss is not None and "feedback" in freeze:
+    of_all_ranks = ("prior", "prior_bottom_up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model = self.model
+        if not model.vision.reconstructs:
+            self.reconstruction_weight = 0.0
+        self.alive_by_data = self.alive_prior_weight is None
+        if self.alive_prior_weight is None:
+            self.alive_prior_weight = 1.0
+        if not model.vision.needs_prior:  # if ξ steers nothing, there is no second pass to compare it with
+            self.prior_weight = self.alive_prior_weight = 0.0
+        if model.prior is None:
+            self.prior_bottom_up_weight = self.region_prior_weight = self.token_prior_weight = 0.0
+            self.focus_prior_weight = 0.0
+        if model.pool is None:
+            self.pool_prior_weight = 0.0
+        if self.prior_weight + self.prior_bottom_up_weight == 0:
+            self.prior_loss = None
+        elif "feedback" in self.freezes and self.prior_loss is not None:
             self.prior_loss.requires_grad_(False)
-        self.region_prior_weight = region_prior_weight if has_prior else 0.0
-        self.alive_by_data = alive_prior_weight is None
-        alive_prior_weight = 1.0 if alive_prior_weight is None else alive_prior_weight
-        self.alive_prior_weight = alive_prior_weight if model.vision.needs_prior else 0.0
-        self.token_prior_weight = token_prior_weight if has_prior else 0.0
-        self.overlap_prior_weight = overlap_prior_weight
-        self.pool_prior_weight = pool_prior_weight if model.pool is not None else 0.0
-        self.focus_prior_weight = focus_prior_weight if has_prior else 0.0
-        self.focus_prior_loss = FocusPriorLoss(focus_prior_floor) if self.focus_prior_weight else None
-        self.region_prior_loss = RegionPriorLoss(region_prior_temperature)
-        self.alive_prior_loss = AlivePriorLoss(alive_prior_margin)
-        self.token_prior_loss = TokenPriorLoss(token_prior_temperature)
+        self.focus_prior_loss = FocusPriorLoss(self.focus_prior_floor) if self.focus_prior_weight else None
+        self.region_prior_loss = RegionPriorLoss(self.region_prior_temperature)
+        self.alive_prior_loss = AlivePriorLoss(self.alive_prior_margin)
+        self.token_prior_loss = TokenPriorLoss(self.token_prior_temperature)
         self.dead = MeanMetric()
         self.has_warned = False
-        self.store = store
-        self.store_gb = store_gb
         self.stored: FirstPasses | None = None
         self._freeze_idle_prior()
         if model.pool is not None and not self.pool_prior_weight:
@@ -155,7 +143,8 @@ class VisionLanguageTask(Task):
         known, priors = data.regions_known, self.model.prior_count
         if known:
             # By default the alive loss is for data without regions, which keep ξ alive themselves.
-            self.alive_prior_weight *= not self.alive_by_data
+            if self.alive_by_data:
+                self.alive_prior_weight = 0.0
         else:
             self.region_prior_weight = 0.0
             self._freeze_idle_prior()

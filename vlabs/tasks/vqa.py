@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def _training_ids(data: VQADataModule) -> set[Any]:
     return {one for row in data.rows(data.train_split).select_columns(["question_id"])["question_id"] for one in row}
 
 
+@dataclass(eq=False, repr=False)
 class VQATask(VisionLanguageTask):
     """VQA fine-tuning. Logs `val/vqa_accuracy`, also per answer type.
 
@@ -104,27 +105,22 @@ class VQATask(VisionLanguageTask):
     monitor = "val/vqa_accuracy"
     reads = VQADataModule
 
-    def __init__(
-        self,
-        *args: Any,
-        label_smoothing: ShareBelowOne = 0.0,
-        human_maps: str | None = None,
-        harmonizer_weight: NonNegative = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if human_maps is not None and (kwargs.get("recompute_activations") or kwargs.get("compile") or self.store):
+    _: KW_ONLY
+    label_smoothing: ShareBelowOne = 0.0
+    human_maps: str | None = None
+    harmonizer_weight: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        if self.human_maps is not None and (self.recompute_activations or self.compile or self.store):
             raise UserError(
                 "task.human_maps needs gradients of gradients by the pixels, which task.recompute_activations, "
                 "task.compile and task.store do not have: leave them out"
             )
-        self.human_maps = human_maps
-        self.harmonizer_weight = harmonizer_weight
-        if label_smoothing and not self.model.head.softmax:
+        super().__post_init__()
+        if self.label_smoothing and not self.model.head.softmax:
             raise UserError(
                 "task.label_smoothing needs a head with one right answer: pass model.head.softmax=true, or leave it out"
             )
-        self.label_smoothing = label_smoothing
         self.accuracy = MeanMetric()
         # A list, because answer types may have names that a ModuleDict does not allow.
         self.answer_types: list[str] = []

@@ -100,16 +100,21 @@ def options_of(kind: Any) -> dict[str, Any]:
 
 def defaults_of(kind: Any) -> dict[str, Any]:
     """The defaults of the arguments in `options_of`, by name, those that have one."""
-    signatures = [inspect.signature(maker) for maker in _makers(kind) if not typing.is_typeddict(maker)]
-    given = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
-    return {name: default for name, default in given.items() if default is not inspect.Parameter.empty}
+    given: dict[str, Any] = {}
+    for maker in _makers(kind):
+        if dataclasses.is_dataclass(maker):
+            given |= {one.name: one.default for one in dataclasses.fields(maker)}
+        elif not typing.is_typeddict(maker):
+            given |= {name: one.default for name, one in inspect.signature(maker).parameters.items()}
+    none = inspect.Parameter.empty, dataclasses.MISSING
+    return {name: default for name, default in given.items() if default not in none}
 
 
 def _makers(kind: Any) -> Iterator[Any]:
     """What declares the arguments of a class or function; later ones replace earlier ones of the same name."""
     made = kind if inspect.isclass(kind) else annotations_of(kind).get("return", kind)
     for one in reversed(made.__mro__) if inspect.isclass(made) else ():
-        if one.__module__.startswith(("vlabs.", "pytorch_lightning.")):
+        if one.__module__.startswith(("vlabs.", "pytorch_lightning.")) or "__dataclass_fields__" in vars(one):
             for other in vars(one).get("hands_on", ()):
                 yield from _makers(other)
             is_record = hasattr(one, "_fields") or typing.is_typeddict(one) or "__dataclass_fields__" in vars(one)
