@@ -16,6 +16,7 @@ from vlabs.errors import UserError
 from vlabs.runs import reference
 from vlabs.runs.groups import choices, config_dir
 from vlabs.tasks.base import Task
+from vlabs.tasks.vqa import VQATask
 from vlabs.utils.options import (
     Count,
     NonNegative,
@@ -25,6 +26,7 @@ from vlabs.utils.options import (
     Share,
     ShareBelowOne,
     Size,
+    check_names,
     check_type,
     checked,
 )
@@ -151,7 +153,7 @@ def test_a_constructor_has_the_defaults_of_its_config(file, target):
     assert compared
 
 
-@pytest.mark.parametrize("task", [name for name in choices("task")])
+@pytest.mark.parametrize("task", choices("task"))
 def test_the_signature_of_a_task_names_all_its_options(task):
     config = OmegaConf.load(Path(config_dir(), f"task/{task}.yaml"))
     parameters = inspect.signature(pkgutil.resolve_name(config.task._target_)).parameters
@@ -164,8 +166,21 @@ def test_an_option_that_is_not_there_is_answered_with_the_one_that_was_meant(in_
         ("image_size=32", "did you mean data.image_size?"),
         ("data.img_size=32", "did you mean data.image_size?"),
         ("task.prior_wieght=1", "did you mean task.prior_weight?"),
+        ("+task.region_prior=1", "did you mean task.region_prior_weight?"),
+        ("+task.prior_loss.norm=1", "choose from temperature, learnable, directions, normalize"),
+        ("+callbacks.speed.every=1", "there is no option callbacks.speed.every"),
     ):
-        assert_one_line_error(in_process("vlabs.train", [given], tmp_path), given.partition("=")[0], meant)
+        assert_one_line_error(in_process("vlabs.train", [given], tmp_path), given.partition("=")[0].strip("+"), meant)
+
+
+def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
+    class Own(VQATask):
+        def __init__(self, *args, gamma=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    check_names("task", ["_target_", "gamma", "label_smoothing", "freeze"], Own)
+    with pytest.raises(UserError, match=r"no option task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"):
+        check_names("task", ["gama"], Own)
 
 
 def test_help_explains_the_options_of_what_is_chosen(in_process, tmp_path):

@@ -16,6 +16,7 @@ from vlabs.utils.options import (
     Size,
     annotations_of,
     as_given,
+    check_names,
     check_type,
     defaults_of,
     options_of,
@@ -122,8 +123,11 @@ def check_values(config: Any, path: str = "") -> None:
             hint = hints.get(name, Any)
             if hint is not Any and not (value is None and name in _FILLED_IN):
                 check_type(inner, value, hint)
-        if check_options := getattr(_found(target), "check_options", None):  # of data
+        found = _found(target)
+        if check_options := getattr(found, "check_options", None):  # of data
             check_options({name: value for name, value in config.items() if not name.startswith("_") and name != "dir"})
+        elif found is not None:
+            check_names(path, config, found)
 
 
 def hints_of(target: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from vlabs.training.callbacks.resume import GoOn
 from vlabs.training.pictures import as_before, choose, shown_to_checkpoint, shown_to_encoder
 from vlabs.training.start import Last, make_start
 from vlabs.training.words import EpochLine
-from vlabs.utils.options import as_given
+from vlabs.utils.options import as_given, check_names
 from vlabs.utils.ranks import is_rank_zero, say
 
 
@@ -221,6 +221,7 @@ def _new_model(config: DictConfig, data: PreparedDataModule) -> Any:
 def _make_task(config: DictConfig, model: Any, data: PreparedDataModule, history: list[dict[str, Any]]) -> Task:
     # Partial, because Hydra would turn a dataclass among the arguments into a config.
     make_task = instantiate(config.task, _partial_=True, _convert_="all")
+    check_names("task", config.task, make_task.func)  # which may be the user's own class
     identity = data.identity | data.extent() | {"history": history}
     task: Task = make_task(model=model, preprocessing=data.preprocessing, data=identity)
     task.wants(data)  # checks the data; Lightning asks again when the run begins

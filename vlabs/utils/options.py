@@ -8,12 +8,13 @@ against the same annotations before anything is made, and `vlabs.runs.reference`
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -123,6 +124,48 @@ def _makers(kind: Any) -> Iterator[Any]:
     yield from [] if inspect.isclass(kind) else [kind]
 
 
+def check_names(path: str, names: Collection[str], maker: Any) -> None:
+    """Check the names of arguments; nothing is checked where a class or function takes any.
+
+    Args:
+        path: the section of a config that has them.
+        names: of the arguments; those that begin with `_` are Hydra's.
+        maker: the class or function that gets them.
+
+    Raises:
+        UserError: it has no such argument.
+    """
+    known = _accepted(maker)
+    if known is None:
+        return
+    for name in names:
+        if name not in known and not name.startswith("_"):
+            # Without a default, an argument that the config does not have is not an option: vlabs passes it.
+            choices = [one for one in known if one in names or known[one].default is not inspect.Parameter.empty]
+            near = difflib.get_close_matches(name, choices, 1, 0.7)
+            meant = f" (did you mean {path}.{near[0]}?)" if near else ""
+            has = f"choose from {', '.join(choices)}" if choices else f"{path} has none"
+            raise UserError(f"there is no option {path}.{name}{meant}: {has}")
+
+
+def _accepted(maker: Any) -> dict[str, inspect.Parameter] | None:
+    """The arguments of a class or function, with those that a constructor passes on to its base; None if any may be
+    passed.
+    """
+    makers = [maker]
+    if inspect.isclass(maker):
+        makers = [vars(one)["__init__"] for one in maker.__mro__[:-1] if "__init__" in vars(one)]
+    known: dict[str, inspect.Parameter] = {}
+    for one in makers:
+        parameters = dict(inspect.signature(one).parameters)
+        parameters.pop("self", None)
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        known = {name: one for name, one in parameters.items() if one.kind in named} | known
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+            return known
+    return None if makers else known
+
+
 def check_type(path: str, value: Any, hint: Any) -> None:
     """Raise a UserError unless the value of an option fits its annotation. Values that are not plain data always fit.
 
@@ -139,7 +182,7 @@ def check_type(path: str, value: Any, hint: Any) -> None:
         if get_origin(kind) in (dict, Mapping):
             known, rest = {}, get_args(kind)[1]
         elif _is_ours(kind):
-            known, rest = options_of(kind), None
+            known, rest = {name: one for name, one in options_of(kind).items() if name != "return"}, None
         else:
             continue
         for name, item in value.items():
