@@ -27,7 +27,6 @@ class CaptionTask(VisionLanguageTask):
     """A task on image-caption pairs.
 
     Args:
-        args, kwargs: of `VisionLanguageTask`.
         negatives: where false partners come from. `dataset` draws any image or caption of the data, as METER does;
             `batch` draws captions of other images in the batches of all ranks; `hard` draws them by the similarity of ξ
             and the first pass's [cls].

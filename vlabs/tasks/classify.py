@@ -26,7 +26,6 @@ class ClassifyTask(Task):
     reconstruction loss. Logs `val/accuracy` of the second pass, and `val/accuracy_bottom_up`, in percent.
 
     Args:
-        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
         passes: which passes are trained: `both` (mean of their losses, as in the released code) or `second` (as in the
             paper). Without feedback there is only one pass.
         reconstruction_weight: weight of the variational loss of the feedback decoders.

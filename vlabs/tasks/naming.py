@@ -26,10 +26,6 @@ class NamingTask(Task):
 
     All other parts of the model keep their weights. A run that starts from the checkpoint takes only trained parts, so
     the checkpoint is a start for every task and every top-down variant.
-
-    Args:
-        model, preprocessing, data, recipe, recompute_activations, compile: as in `Task`.
-        freeze: further parameters to freeze.
     """
 
     name = "naming"

@@ -27,7 +27,6 @@ class PretrainTask(CaptionTask):
     `negatives` chooses the false partner. The prior loss is over the pairs that match.
 
     Args:
-        args, kwargs: of `CaptionTask`.
         mlm_probability: share of the tokens that are masked.
         whole_words: mask whole words.
     """

@@ -24,7 +24,6 @@ class RetrievalTask(CaptionTask):
     """Cross-entropy over the ranking scores of one true and m false captions per image.
 
     Args:
-        args, kwargs: of `CaptionTask`.
         num_false: largest number of false captions per image; a small batch may have fewer.
         ranking_images: images of the validation split that are ranked against all their captions after each validation,
             by which the best checkpoint is chosen.

@@ -27,7 +27,6 @@ class SegmentationTask(Task):
     """The base of both tasks: pixel cross-entropy of two heads, and the choice of trained parts.
 
     Args:
-        model, preprocessing, data, recipe, freeze, recompute_activations, compile: as in `Task`.
         transfer: what is trained: `end_to_end` everything; `linear` everything but the encoder; `top_down` the head,
             and in the encoder only the feedback decoders and ξ.
         auxiliary_weight: weight of the auxiliary head's loss.

@@ -28,7 +28,6 @@ class VisionLanguageTask(Task):
     """Total loss = task loss + w_rec · reconstruction + w_prior · prior (paper, Eq. 14).
 
     Args:
-        model, preprocessing, data, recipe, freeze, recompute_activations, compile, lora: as in `Task`.
         reconstruction_weight: weight of the reconstruction loss of the feedback decoders (w_rec of Eq. 14).
         prior_weight: weight of the prior loss between ξ and the second pass's [cls] (w_prior of Eq. 14).
         prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls]; `ranker=shortlist` needs

@@ -93,7 +93,6 @@ class VQATask(VisionLanguageTask):
     This is the official accuracy in percent, because an answer's target is its official accuracy.
 
     Args:
-        args, kwargs: of `VisionLanguageTask`.
         label_smoothing: share of the target that is spread over all answers, for a head with one right answer
             (`model.head.softmax=true`).
         human_maps: folder of VQA-HAT's maps of training questions: the harmonizer loss draws the gradient of the right
