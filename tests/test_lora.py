@@ -4,20 +4,18 @@ import pytest
 import torch
 from conftest import assert_one_line_error, command
 from test_backbones import make
+from test_classify import make_task
+from test_segment import make_segmenter
 
 import vlabs
 from vlabs.checkpoints.checkpoint import read_tensors
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA, add_adapters, merge_adapters
 from vlabs.models.registry import build
 from vlabs.models.topdown import AbSTopDown, AbSTopDownQKV
-
-
-class Encoders:
-    """An image encoder alone, as `add_adapters` sees a model."""
-
-    def __init__(self, vision):
-        self.vision = vision
+from vlabs.tasks.optim import Recipe
+from vlabs.tasks.segment import SegmentTask
 
 
 @pytest.mark.parametrize("topdown", [AbSTopDown, AbSTopDownQKV])
@@ -26,8 +24,8 @@ class Encoders:
 def test_both_passes_are_those_of_the_merged_weights(kind, topdown):
     encoder, images = make(kind, topdown())
     plain = build(encoder.spec).eval()
-    lora = LoRA(rank=2, alpha=3.0, parts=("vision",))
-    add_adapters(Encoders(encoder), lora)
+    lora = LoRA(rank=2, alpha=3.0)
+    add_adapters(encoder.vit, lora)
     trained = [name for name, _ in encoder.named_parameters() if "lora_" in name]
     for name in trained:
         torch.nn.init.normal_(encoder.get_parameter(name), std=0.3)
@@ -93,6 +91,22 @@ def test_a_run_with_adapters_continues(run):
     assert "lora_A" in str(list(torch.load(run / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]))
 
 
+def test_a_new_head_is_trained_whole_and_the_encoder_by_adapters_in_tasks_without_texts():
+    for task, heads in ((make_task(AbSTopDown(1.0), lora=LoRA(rank=2)), {"head"}), (segmentation_task(), {"decoder"})):
+        vit = next(encoder for encoder in task.encoders().values())
+        inside = {name for name, one in vit.named_parameters() if one.requires_grad and "lora_" not in name}
+        assert {name.split(".")[0] for name in inside} <= heads
+        assert task.lora.parts == ("vision",)
+        trained = {name for name, one in task.named_parameters() if one.requires_grad}
+        for part in ("lora_A", "decoders.0.linear.weight", "prompt", *(f"{head}." for head in heads)):
+            assert any(part in name for name in trained), part
+        assert not any("head" in name for name in trained if "lora_" in name)
+
+
+def segmentation_task():
+    return SegmentTask(make_segmenter(), Preprocessing(16, "", names=("a", "b", "c")), {}, Recipe(), lora=LoRA(rank=2))
+
+
 def test_wrong_options_are_one_line(tiny_options, tmp_path, in_process):
     for options, parts in (
         (["task.lora.rank=-1"], ["task.lora.rank=-1"]),
@@ -102,3 +116,5 @@ def test_wrong_options_are_one_line(tiny_options, tmp_path, in_process):
         assert_one_line_error(in_process("vlabs.train", [*tiny_options, "logger=csv", *options], tmp_path), *parts)
     with pytest.raises(UserError, match="dropout"):
         LoRA(rank=1, dropout=1.5)
+    with pytest.raises(UserError, match=r"parts=\['text'\]: this model has vision"):
+        make_task(None, lora=LoRA(rank=1, parts=("text",)))

@@ -179,7 +179,7 @@ def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
             super().__init__(*args, **kwargs)
 
     check_names("task", ["_target_", "gamma", "label_smoothing", "freeze"], Own)
-    with pytest.raises(UserError, match=r"no option task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"):
+    with pytest.raises(UserError, match=r"task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"):
         check_names("task", ["gama"], Own)
 
 

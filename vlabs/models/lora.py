@@ -6,8 +6,9 @@ inserts them. They are added to W when a trained model is loaded, so only traini
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class LoRA:
         rank: rank of the adapters; 0 for none.
         alpha: scale: the adapters count alpha / rank.
         dropout: dropout on the input of an adapter. The feedback reads W_v + B A of the blocks, which has no dropout.
-        parts: encoders whose linear layers get an adapter. All else in them is frozen; the fusion, the head, the
-            feedback decoders and the map to ξ are trained.
+        parts: encoders whose linear layers get an adapter, those of them that the model has. All else in them is
+            frozen; the fusion, the head, the feedback decoders and the map to ξ are trained.
 
     Raises:
         UserError: an option is out of range.
@@ -46,8 +47,12 @@ class LoRA:
         return self.alpha / self.rank
 
 
-def add_adapters(model: Any, lora: LoRA) -> None:
-    """Insert adapters into the encoders of a vision-language model, in place; initially they change nothing.
+def add_adapters(network: nn.Module, lora: LoRA, new: Collection[str] = ()) -> None:
+    """Insert adapters into the linear layers of an encoder, in place, and freeze all else in it; initially they change
+    nothing.
+
+    Args:
+        new: names of parameters of a head that is trained from scratch, which stays as it is.
 
     Raises:
         UserError: peft is not installed.
@@ -56,17 +61,18 @@ def add_adapters(model: Any, lora: LoRA) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("task.lora needs the package peft: pip install 'vlabs[lora]'") from None
-    for part in lora.parts:
-        network = model.vision.vit if part == "vision" else model.text
-        layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=layers,
-            bias="none",
-        )
-        inject_adapter_in_model(config, network)
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    trained = [one for name, one in network.named_parameters() if name in new and one.requires_grad]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=[name for name in linear if f"{name}.weight" not in new],
+        bias="none",
+    )
+    inject_adapter_in_model(config, network)
+    for one in trained:
+        one.requires_grad_(True)
 
 
 def whole_weight(layer: nn.Module) -> Tensor:

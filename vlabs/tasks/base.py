@@ -108,18 +108,33 @@ class Task(pl.LightningModule):
         freeze, compile = self.__dict__.pop("freeze", ()), self.__dict__.pop("compile", False)
         self.freezes = tuple(dict.fromkeys(freeze))  # for the first lines of a run
         self.frozen = self._freeze(freeze)
-        self.lora = self.lora if self.lora is not None and self.lora.rank else None
-        if self.lora is not None:
-            if both := [prefix for prefix in freeze if prefix.split(".")[0] in self.lora.parts]:
-                raise UserError(
-                    f"task.freeze names '{both[0]}', which gets adapters: leave it out, or pass task.lora.parts"
-                )
-            add_adapters(self.model, self.lora)
+        self.lora = self._adapt(self.lora, freeze) if self.lora is not None and self.lora.rank else None
         if self.recompute_activations:
             self.model.recompute_activations()
         if compile:
             self.model.compile_parts()
         self.train()  # Lightning does not change the modes of modules, so frozen parts must be in eval mode here
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoders that adapters are added to, by the names of `task.lora.parts`."""
+        found = {"vision": self.model.vision.vit, "text": self.model.text}
+        return {part: encoder for part, encoder in found.items() if encoder is not None}
+
+    def _adapt(self, lora: LoRA, freeze: Sequence[str]) -> LoRA:
+        """Add adapters; return them with the parts that the model has."""
+        encoders, names = self.encoders(), {module: name for name, module in self.named_modules()}
+        parts = tuple(part for part in lora.parts if part in encoders)
+        if both := [prefix for prefix in freeze if prefix.split(".")[0] in parts]:
+            raise UserError(
+                f"task.freeze names '{both[0]}', which gets adapters: leave it out, or pass task.lora.parts"
+            )
+        if not parts:
+            raise UserError(f"task.lora.parts={list(lora.parts)}: this model has {', '.join(encoders)}")
+        for part in parts:
+            encoder, place = encoders[part], names[encoders[part]]
+            new = [name for name, _ in encoder.named_parameters() if self.lr_group(f"{place}.{name}") == "head"]
+            add_adapters(encoder, lora, new)
+        return replace(lora, parts=parts)
 
     def _freeze(self, chosen: Sequence[str]) -> list[nn.Module]:
         """Freeze the parameters that `freeze` names; return the modules all of whose parameters are frozen."""

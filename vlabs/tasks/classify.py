@@ -63,6 +63,10 @@ class ClassifyTask(Task):
         if not model.encoder.needs_prior:
             model.prompt.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
+    def encoders(self) -> dict[str, nn.Module]:
+        """See `Task`; the classifier reads no text."""
+        return {"vision": self.model.encoder.vit}
+
     def lr_group(self, name: str) -> str:
         """The encoder's blocks are `vision`, its linear classifier `head`, ξ and the decoders `feedback`."""
         if name == "model.prompt" or name.startswith(("model.encoder.decoders.", "model.encoder.topdown.")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlabs.data.captions import CaptionBatch, CaptionDataModule
 from vlabs.data.module import Wants
@@ -40,6 +40,10 @@ class NamingTask(Task):
             if not name.startswith("vision.vit."):
                 parameter.requires_grad_(False)
         self.head = WordHead(self.model.vision.width, self.preprocessing.vocab_size)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """See `Task`; the text encoder is not trained."""
+        return {"vision": self.model.vision.vit}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record that only the ViT is trained, unless earlier runs trained other parts: `init=` then takes only it."""

@@ -43,6 +43,11 @@ class SegmentationTask(Task):
         model = self.model
         if not isinstance(model, Segmenter):
             raise UserError(f"task={self.name} trains a segmenter: leave model out, or pass model=segmenter")
+        if self.transfer != "end_to_end" and self.lora is not None and self.lora.rank:
+            raise UserError(
+                f"task.transfer={self.transfer} leaves the encoder as it is: pass task.transfer=end_to_end with "
+                "task.lora.rank, or task.lora.rank=0"
+            )
         reads = ("text",) if model.text is not None else ()
         frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[self.transfer]
         self.freeze = (*frozen, *self.freeze)
