@@ -107,6 +107,22 @@ def test_a_map_lies_where_the_model_saw_it_in_the_whole_image(size, crop):
     assert all(edge.min() > 180 for edge in outside)  # pale
 
 
+def test_many_models_are_several_rows_of_a_figure(tiny_run):
+    from PIL import Image
+
+    from vlabs.attention.pictures import checkpoints_figure
+    from vlabs.checkpoints.checkpoint import load_checkpoint
+
+    named = [(f"model {n}", load_checkpoint(tiny_run[0])) for n in range(8)]
+    figure = checkpoints_figure(named, Image.new("RGB", (40, 40), "red"), ["What is it?", "Is it red?"], "fusion")
+    drawn = [[axis.get_title() for axis in part.axes if axis.get_visible()] for part in figure.subfigs[:-1]]
+    first = ["image", *(f"model {n}" for n in range(5))]
+    assert drawn == [first, ["model 5", "model 6", "model 7"]] * 2
+    assert [part._suptitle and part._suptitle.get_text() for part in figure.subfigs[:-1]] == [
+        "What is it?", None, "Is it red?", None,
+    ]  # fmt: skip
+
+
 def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(tiny_run, tiny_data, monkeypatch):
     predictor = vlabs.load(tiny_run[0])
     picture = Image.open(io.BytesIO(load_split(tiny_data, "val")[0]["image"]))

@@ -251,3 +251,10 @@ def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
     for options in OF_CLASSIFIERS.values():
         with initialize_config_dir(config_dir(), version_base="1.3"):
             instantiate(compose("evaluate", ["ckpt=any", *options]).task, _convert_="all")
+
+
+def test_a_legend_names_options_by_their_last_part_where_these_differ():
+    assert (
+        report._short("model/topdown=absvit task.region_prior_weight=1.0") == "topdown=absvit region_prior_weight=1.0"
+    )
+    assert report._short("model.vision.depth=2 model.fusion.depth=4") == "model.vision.depth=2 model.fusion.depth=4"

@@ -28,6 +28,10 @@ def seen_of(checkpoint: Checkpoint, image: Image.Image) -> tuple[View, Tensor]:
     return as_view(image, preprocessing.box(image.size)), preprocessing.image(image)[None]
 
 
+_ABREAST = 6
+"""Models in a row of a figure of many, with the image in the first."""
+
+
 def questions_figure(
     checkpoint: Checkpoint, images: Sequence[Image.Image], texts: Sequence[str], map_name: str
 ) -> Figure:
@@ -98,14 +102,18 @@ def side_by_side_figure(
 def checkpoints_figure(
     checkpoints: Sequence[tuple[str, Checkpoint]], image: Image.Image, texts: Sequence[str], map_name: str
 ) -> Figure:
-    """One image seen by several models, a row per text (paper, Fig. 5); each map within its own range."""
+    """One image seen by several models, in a row per text (paper, Fig. 5) or, of many models, in several; each map
+    within its own range.
+    """
     view, _ = seen_of(checkpoints[0][1], image)
     rows: list[tuple[str, list[Cell]]] = [(text, [Cell(view, title="image")]) for text in texts]
     for name, checkpoint in checkpoints:
         cells = _cells(checkpoint, *seen_of(checkpoint, image), texts, map_name)
         for (_, row), cell in zip(rows, cells, strict=True):
             row.append(cell._replace(title=name))
-    return grid_figure(rows, own_range=True)
+    starts = range(0, len(checkpoints) + 1, _ABREAST)
+    lines = [(text if not start else "", row[start : start + _ABREAST]) for text, row in rows for start in starts]
+    return grid_figure(lines, own_range=True)
 
 
 def control_figure(

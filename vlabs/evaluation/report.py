@@ -12,6 +12,7 @@ import contextlib
 import html
 import io
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -533,7 +534,7 @@ def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
 def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
     """Figure of accuracy on val against questions, minutes and multiply-adds, mean and range over seeds; None without
     data."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13, 4 + 0.2 * math.ceil(len(groups) / 3)), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(_COSTS), sharey=True)
     drawn = False
     for number, (name, runs) in enumerate(groups.items()):
@@ -545,7 +546,7 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
         mean, drawn = together.mean(axis=0), True
         for column, axis in enumerate(axes):
             style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}  # 30 that differ
-            (line,) = axis.plot(mean[:, column], mean[:, -1], marker="o", markersize=3, label=name, **style)
+            (line,) = axis.plot(mean[:, column], mean[:, -1], marker="o", markersize=3, label=_short(name), **style)
             low, high = together[..., -1].min(axis=0), together[..., -1].max(axis=0)
             axis.fill_between(mean[:, column], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if not drawn:
@@ -556,6 +557,13 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return save_figure(figure, path)
+
+
+def _short(name: str) -> str:
+    """The name of a variant, with its options by the last part of their names if these differ."""
+    short = re.sub(r"[\w.]+[./](?=\w+=)", "", name)
+    options = re.findall(r"\w+(?==)", short)
+    return short if len({*options}) == len(options) else name
 
 
 def _course(run: Run) -> pd.DataFrame:
