@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, DebertaV2Config, ModernBertConfig, RobertaConfig, RobertaModel
 
+from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.pretrained import report, text_from_pretrained, vit_from_timm
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
@@ -326,7 +327,7 @@ def test_a_file_of_another_architecture_is_one_line_that_names_both(change, part
     assert "\n" not in str(caught.value)
 
 
-def test_the_line_of_a_start_names_what_is_pre_trained_and_what_is_new(timm_file):
+def test_the_line_of_a_start_names_what_is_pre_trained_and_what_is_new(timm_file, monkeypatch):
     vision = vit_from_timm(
         str(timm_file[0]),
         "vit_base_patch16_224",
@@ -342,6 +343,17 @@ def test_the_line_of_a_start_names_what_is_pre_trained_and_what_is_new(timm_file
     assert report(model) == f"{of_file}; new: feedback, head, decoder, prior"
     fresh = vit_from_timm(None, "vit_base_patch16_224", img_size=32, patch_size=8, **SMALL)
     assert report(AbSViTClassifier(fresh)) is None
+    # A checkpoint in init= that lacks pre-trained parts leaves them as they are: they are not new.
+    classifier = AbSViTClassifier(vision)
+    content = {
+        "vlabs": {"task": "classify", "data": {}, "preprocessing": {}},
+        "state_dict": {"model.prompt": classifier.prompt.detach()},
+    }
+    monkeypatch.setattr("vlabs.checkpoints.initialize.read_source", lambda source: (source, content))
+    started = initialize(classifier, "run")
+    assert report(classifier, starts=True) == of_file
+    assert {name.split(".")[1] for name in started.kept} == {"vit"}
+    assert {*started.new} == {name for name in classifier.state_dict() if "decoders" in name or "vit.head." in name}
 
 
 # Several files, and files that are missing

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
+from vlabs.checkpoints.pretrained import is_pretrained
 from vlabs.checkpoints.released import find_state, load_released, of_steervit, pictures_of, task_of
 from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError
@@ -33,6 +34,7 @@ class Initialized:
         resampled: interpolated to another resolution or patch size.
         left_out: in the checkpoint, but this model has no parameter of this name and shape.
         new: in this model, but not in the checkpoint; they keep their fresh values.
+        kept: not in the checkpoint either; they keep their pre-trained values.
         derived: computed from others.
         bias_again: the `bias_again` that the checkpoint's decoders need, if the config has another one; otherwise None.
         history: the trainings of these weights, oldest first: task and identity of the data.
@@ -43,6 +45,7 @@ class Initialized:
     resampled: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     derived: list[str] = field(default_factory=list)
     bias_again: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -53,6 +56,7 @@ class Initialized:
         for what, names in (
             ("resampled", self.resampled),
             ("left out", self.left_out),
+            ("pre-trained, not in it", self.kept),
             ("new", self.new),
             ("derived from others", self.derived),
         ):
@@ -153,7 +157,8 @@ def initialize(
             result.resampled.append(name)
         else:
             result.left_out.append(name)
-    result.new = [name for name in own if name not in chosen]
+    for name in (name for name in own if name not in chosen):
+        (result.kept if is_pretrained(model, name) else result.new).append(name)
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)

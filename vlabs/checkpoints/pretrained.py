@@ -361,8 +361,22 @@ def _today(name: str) -> str:
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
-def report(model: nn.Module) -> str | None:
-    """Say which parts of a new model are pre-trained, with how many weights, and which are new; None if all are new."""
+def is_pretrained(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of a new model, by name, has pre-trained weights."""
+    part, _, inner = name.partition(".")
+    if getattr(getattr(model, part), "origin", None) is None:
+        return False
+    is_image_encoder = isinstance(getattr(model, part), AbSViT)
+    return not is_image_encoder or inner.startswith("vit.") and not _is_of_head(inner.removeprefix("vit."))
+
+
+def report(model: nn.Module, starts: bool = False) -> str | None:
+    """Say which parts of a new model are pre-trained, with how many weights, and which are new; None if all are new.
+
+    Args:
+        model: the model.
+        starts: it starts from a checkpoint, which says what is new.
+    """
     old, new = [], []
     for name, part in model.named_children():
         inner = {key for key, _ in part.named_parameters()}
@@ -376,7 +390,7 @@ def report(model: nn.Module) -> str | None:
     new += ["prior"] if "prompt" in dict(model.named_parameters(recurse=False)) else []
     if not old:
         return None
-    return "pre-trained: " + "; ".join([*old, *([f"new: {', '.join(new)}"] if new else [])])
+    return "pre-trained: " + "; ".join([*old, *([f"new: {', '.join(new)}"] if new and not starts else [])])
 
 
 # Folders of weights

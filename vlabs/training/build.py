@@ -145,7 +145,7 @@ def build_task(config: DictConfig, resumed: Last | None = None) -> tuple[Task, P
             _take_tokenizer(data, header)
     say(choose(data, shown))
     model = _new_model(config, data)
-    if said := report(model):
+    if said := report(model, config.init is not None):
         say(said)
     history: list[dict[str, Any]] = []
     if config.init is not None:
