@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -178,6 +179,12 @@ def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
         def __init__(self, *args, gamma=1.0, **kwargs):
             super().__init__(*args, **kwargs)
 
+    @dataclass
+    class Compared(VQATask):
+        gamma: float = 1.0
+
+    with pytest.raises(UserError, match=r"Compared cannot be a module: write @dataclass\(eq=False"):
+        Compared(None, None, {}, None)
     check_names("task", ["_target_", "gamma", "label_smoothing", "freeze"], Own)
     with pytest.raises(UserError, match=r"task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"):
         check_names("task", ["gama"], Own)
