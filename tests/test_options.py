@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 from annotated_types import MinLen
 from conftest import assert_one_line_error
 from omegaconf import OmegaConf
 
-from vlabs.data.preprocessing import PICTURE_OPTIONS
+from vlabs.data.preprocessing import PICTURE_OPTIONS, Preprocessing
 from vlabs.data.vqa import VQADataModule
 from vlabs.errors import UserError
 from vlabs.runs import reference
 from vlabs.runs.groups import choices, config_dir
 from vlabs.tasks.base import Task
+from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
 from vlabs.utils.options import (
     Count,
@@ -179,15 +181,30 @@ def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
         def __init__(self, *args, gamma=1.0, **kwargs):
             super().__init__(*args, **kwargs)
 
-    @dataclass
-    class Compared(VQATask):
-        gamma: float = 1.0
-
-    with pytest.raises(UserError, match=r"Compared cannot be a module: write @dataclass\(eq=False"):
-        Compared(None, None, {}, None)
     check_names("task", ["_target_", "gamma", "label_smoothing", "freeze"], Own)
-    with pytest.raises(UserError, match=r"task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"):
+    with pytest.raises(
+        UserError, match=r"no option task.gama \(did you mean task.gamma\?\): choose from .*freeze, .*gamma"
+    ):
         check_names("task", ["gama"], Own)
+
+    class Bare(VQATask):
+        gamma: float = 2.0
+
+    with pytest.raises(UserError, match="task.gamma is declared in Bare, which is no dataclass: write @dataclass"):
+        check_names("task", ["gamma"], Bare)
+
+
+def test_a_task_with_a_plain_dataclass_is_compared_and_hashed_as_a_module():
+    @dataclass(kw_only=True)
+    class Plain(Task):
+        gamma: float = 2.0
+
+    model = torch.nn.ModuleDict({"vision": torch.nn.Linear(1, 1)})
+    fits = Preprocessing(image_size=32, tokenizer="")
+    one, other = (Plain(model, fits, {}, Recipe(lr={"vision": 1e-3})) for _ in range(2))
+    assert len({one, other}) == 2
+    assert one != other
+    assert set(one.modules()) >= {one, model}
 
 
 def test_help_explains_the_options_of_what_is_chosen(in_process, tmp_path):

@@ -33,7 +33,7 @@ from vlabs.errors import UserError, fail, fault, foreseen, run_cli
 from vlabs.runs.folders import remove_empty, will_make
 from vlabs.runs.groups import choices, config_dir
 from vlabs.runs.trusted import check_config
-from vlabs.runs.values import check_values
+from vlabs.runs.values import check_values, may_be_new
 from vlabs.utils.files import replacing
 from vlabs.utils.plugins import import_modules
 
@@ -270,10 +270,8 @@ def _sentence(error: BaseException) -> str | None:
             valid = sorted(str(name) for name in parent) if OmegaConf.is_dict(parent) else []
             if valid:
                 where = key.rsplit(".", 1)[0] if "." in key else "the config"
-                return (
-                    f"there is no option '{key}'{_nearest(key, parent)}: {where} has {', '.join(valid)} (a new one "
-                    f"takes a plus: +{key}=...)"
-                )
+                plus = f" (a new one takes a plus: +{key}=...)" if may_be_new(key, parent) else ""
+                return f"there is no option '{key}'{_nearest(key, parent)}: {where} has {', '.join(valid)}{plus}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: pass {error.full_key}=..."
     if isinstance(error, InterpolationKeyError):

@@ -130,6 +130,18 @@ def check_values(config: Any, path: str = "") -> None:
             check_names(path, config, found)
 
 
+def may_be_new(name: str, section: Mapping[str, Any]) -> bool:
+    """Whether an option (`task.gamma`) that its section of a config does not have may be added to it: False if the
+    class of the section is known not to take it.
+    """
+    try:
+        if (found := _found(section.get("_target_"))) is not None:
+            check_names("", [name.rpartition(".")[2]], found)
+    except UserError:
+        return False
+    return True
+
+
 def hints_of(target: Any) -> dict[str, Any]:
     """The annotations of the arguments of a class or function, by name, with those that it passes on.
 

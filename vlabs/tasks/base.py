@@ -95,8 +95,8 @@ class Task(pl.LightningModule):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Task:
         """A task that modules may be assigned to."""
-        if cls.__hash__ is None:
-            raise UserError(f"{cls.__name__} cannot be a module: write @dataclass(eq=False, repr=False, kw_only=True)")
+        if cls.__hash__ is None:  # a subclass with a plain `@dataclass`; torch and Lightning need modules as keys
+            cls.__eq__, cls.__hash__ = Task.__eq__, Task.__hash__  # type: ignore[method-assign]
         task = super().__new__(cls)
         pl.LightningModule.__init__(task)
         return task

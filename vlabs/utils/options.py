@@ -142,6 +142,11 @@ def check_names(path: str, names: Collection[str], maker: Any) -> None:
         if name not in known and not name.startswith("_"):
             # Without a default, an argument that the config does not have is not an option: vlabs passes it.
             choices = [one for one in known if one in names or known[one].default is not inspect.Parameter.empty]
+            if any(name in inspect.get_annotations(one) for one in getattr(maker, "__mro__", ())):
+                raise UserError(
+                    f"{path}.{name} is declared in {maker.__name__}, which is no dataclass: write "
+                    "@dataclass(eq=False, repr=False, kw_only=True) above it"
+                )
             near = difflib.get_close_matches(name, choices, 1, 0.7)
             meant = f" (did you mean {path}.{near[0]}?)" if near else ""
             has = f"choose from {', '.join(choices)}" if choices else f"{path} has none"
