@@ -116,5 +116,6 @@ def test_wrong_options_are_one_line(tiny_options, tmp_path, in_process):
         assert_one_line_error(in_process("vlabs.train", [*tiny_options, "logger=csv", *options], tmp_path), *parts)
     with pytest.raises(UserError, match="dropout"):
         LoRA(rank=1, dropout=1.5)
+    assert make_task(None, lora={"rank": 3}).lora == LoRA(rank=3, parts=("vision",))  # +task.lora.rank=3
     with pytest.raises(UserError, match=r"parts=\['text'\]: this model has vision"):
         make_task(None, lora=LoRA(rank=1, parts=("text",)))

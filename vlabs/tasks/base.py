@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -110,6 +110,8 @@ class Task(pl.LightningModule):
         freeze, compile = self.__dict__.pop("freeze", ()), self.__dict__.pop("compile", False)
         self.freezes = tuple(dict.fromkeys(freeze))  # for the first lines of a run
         self.frozen = self._freeze(freeze)
+        if isinstance(self.lora, Mapping):  # of a config that does not name the class
+            self.lora = LoRA(**self.lora)
         self.lora = self._adapt(self.lora, freeze) if self.lora is not None and self.lora.rank else None
         if self.recompute_activations:
             self.model.recompute_activations()
