@@ -194,6 +194,13 @@ def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
         check_names("task", ["gamma"], Bare)
 
 
+def test_a_wrong_option_is_told_of_the_plus_only_where_it_may_be_added(in_process, tmp_path):
+    refused = in_process("vlabs.train", ["task.nonsense=3", "logger=csv"], tmp_path)
+    assert_one_line_error(refused, "no option 'task.nonsense'", "label_smoothing")
+    assert "plus" not in refused.stderr
+    assert "+callbacks.bset=" in in_process("vlabs.train", ["callbacks.bset=3", "logger=csv"], tmp_path).stderr
+
+
 def test_a_task_with_a_plain_dataclass_is_compared_and_hashed_as_a_module():
     @dataclass(kw_only=True)
     class Plain(Task):
