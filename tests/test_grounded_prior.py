@@ -333,6 +333,11 @@ def set_up(task, known, phrases=0):
     return wants
 
 
+def test_the_prior_loss_of_null_is_that_of_the_paper():
+    assert make_task(prior_loss=None).prior_loss is not None
+    assert make_task(prior_loss=None, prior_weight=0.0).prior_loss is None
+
+
 def test_the_weight_is_off_where_the_data_have_no_regions(capsys):
     task = make_task(region_prior_weight=0.5)
     assert set_up(task, known=0).region_grid is None

@@ -192,6 +192,8 @@ def test_a_task_of_ones_own_takes_the_options_of_its_bases_and_no_others():
 
     with pytest.raises(UserError, match="task.gamma is declared in Bare, which is no dataclass: write @dataclass"):
         check_names("task", ["gamma"], Bare)
+    with pytest.raises(UserError, match="no option task.monitor"):  # declared, but no field
+        check_names("task", ["monitor"], Bare)
 
 
 def test_a_wrong_option_is_told_of_the_plus_only_where_it_may_be_added(in_process, tmp_path):

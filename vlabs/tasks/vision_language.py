@@ -90,8 +90,10 @@ class VisionLanguageTask(Task):
             self.pool_prior_weight = 0.0
         if self.prior_weight + self.prior_bottom_up_weight == 0:
             self.prior_loss = None
-        elif "feedback" in self.freezes and self.prior_loss is not None:
-            self.prior_loss.requires_grad_(False)
+        else:
+            self.prior_loss = self.prior_loss or PriorLoss()
+            if "feedback" in self.freezes:
+                self.prior_loss.requires_grad_(False)
         self.focus_prior_loss = FocusPriorLoss(self.focus_prior_floor) if self.focus_prior_weight else None
         self.region_prior_loss = RegionPriorLoss(self.region_prior_temperature)
         self.alive_prior_loss = AlivePriorLoss(self.alive_prior_margin)

@@ -142,15 +142,25 @@ def check_names(path: str, names: Collection[str], maker: Any) -> None:
         if name not in known and not name.startswith("_"):
             # Without a default, an argument that the config does not have is not an option: vlabs passes it.
             choices = [one for one in known if one in names or known[one].default is not inspect.Parameter.empty]
-            if any(name in inspect.get_annotations(one) for one in getattr(maker, "__mro__", ())):
+            if (plain := _without_decorator(maker, name)) is not None:
                 raise UserError(
-                    f"{path}.{name} is declared in {maker.__name__}, which is no dataclass: write "
+                    f"{path}.{name} is declared in {plain.__name__}, which is no dataclass: write "
                     "@dataclass(eq=False, repr=False, kw_only=True) above it"
                 )
             near = difflib.get_close_matches(name, choices, 1, 0.7)
             meant = f" (did you mean {path}.{near[0]}?)" if near else ""
             has = f"choose from {', '.join(choices)}" if choices else f"{path} has none"
             raise UserError(f"there is no option {path}.{name}{meant}: {has}")
+
+
+def _without_decorator(maker: Any, name: str) -> type | None:
+    """The subclass of a dataclass that declares a field but is no dataclass itself."""
+    for one in getattr(maker, "__mro__", ()) if dataclasses.is_dataclass(maker) else ():
+        if "__dataclass_fields__" in vars(one):
+            return None
+        if name in inspect.get_annotations(one):
+            return one
+    return None
 
 
 def _accepted(maker: Any) -> dict[str, inspect.Parameter] | None:
