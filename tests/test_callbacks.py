@@ -73,12 +73,15 @@ def test_the_average_soon_forgets_what_training_began_with():
     [
         ("callbacks=[default,ema_]", "there is no callbacks=ema_: choose one of default, early_stopping, ema"),
         ("+callbacks.mine.patience=3", "callbacks.mine names no class"),
+        ("logger=csv +logger.project=mine", "there is no option logger.project: logger has none here"),
+        ("+task._=1", "there is no option task._: choose from recipe, "),
+        ("task.zz=1", "there is no option 'task.zz': task has alive_prior_margin, "),
         ("predictions.num_images=1", "there is no option 'predictions'"),
         ("data=trained_on", "data.dir must be given"),
     ],
 )
 def test_wrong_choices_are_one_line(override, message, in_process, tmp_path):
-    assert_one_line_error(in_process("vlabs.train", [override, "hydra.run.dir=run"], tmp_path), message)
+    assert_one_line_error(in_process("vlabs.train", [*override.split(), "hydra.run.dir=run"], tmp_path), message)
 
 
 def test_one_script_has_all_commands(tmp_path):

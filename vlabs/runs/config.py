@@ -35,6 +35,7 @@ from vlabs.runs.groups import choices, config_dir
 from vlabs.runs.trusted import check_config
 from vlabs.runs.values import check_values, may_be_new
 from vlabs.utils.files import replacing
+from vlabs.utils.options import HYDRAS
 from vlabs.utils.plugins import import_modules
 
 
@@ -267,7 +268,7 @@ def _sentence(error: BaseException) -> str | None:
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
             parent = cause.parent_node
             key = cause.full_key or str(cause.key)
-            valid = sorted(str(name) for name in parent) if OmegaConf.is_dict(parent) else []
+            valid = sorted({str(name) for name in parent} - {*HYDRAS}) if OmegaConf.is_dict(parent) else []
             if valid:
                 where = key.rsplit(".", 1)[0] if "." in key else "the config"
                 plus = f" (a new one takes a plus: +{key}=...)" if may_be_new(key, parent) else ""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pkgutil
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from vlabs.errors import UserError
 from vlabs.utils.options import (
+    HYDRAS,
     Count,
     Part,
     Positive,
@@ -123,9 +125,13 @@ def check_values(config: Any, path: str = "") -> None:
             hint = hints.get(name, Any)
             if hint is not Any and not (value is None and name in _FILLED_IN):
                 check_type(inner, value, hint)
+        if target is None and re.fullmatch(r"callbacks\.[^.]+", path):
+            raise UserError(f"{path} names no class: pass +{path}._target_=..., or null for none")
+        if target is None and "_target_" in config and len(config) > 1:
+            raise UserError(f"there is no option {path}.{[*config][-1]}: {path} has none here")
         found = _found(target)
         if check_options := getattr(found, "check_options", None):  # of data
-            check_options({name: value for name, value in config.items() if not name.startswith("_") and name != "dir"})
+            check_options({name: value for name, value in config.items() if name not in (*HYDRAS, "dir")})
         elif found is not None:
             check_names(path, config, found)
 

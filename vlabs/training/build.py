@@ -244,8 +244,6 @@ def chosen_callbacks(config: DictConfig, trainer: DictConfig) -> list[Callback]:
     for name, options in ((str(name), options) for name, options in config.items()):
         if options is None:
             continue
-        if "_target_" not in options:
-            raise UserError(f"callbacks.{name} names no class: pass +callbacks.{name}._target_=..., or null for none")
         callback = instantiate(options, _convert_="all")
         if not isinstance(callback, Callback):
             raise UserError(f"callbacks.{name}: {options._target_} is not a callback of Lightning's")

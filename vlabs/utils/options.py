@@ -42,6 +42,8 @@ Crop = Annotated[float, Ge(0.05), Le(1)]
 """The share of the shorter side of an image that is seen."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
+HYDRAS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+"""Names in a config that are not arguments, but Hydra's."""
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _Maker = TypeVar("_Maker")
@@ -129,7 +131,7 @@ def check_names(path: str, names: Collection[str], maker: Any) -> None:
 
     Args:
         path: the section of a config that has them.
-        names: of the arguments; those that begin with `_` are Hydra's.
+        names: of the arguments, and Hydra's own such as `_target_`.
         maker: the class or function that gets them.
 
     Raises:
@@ -139,7 +141,7 @@ def check_names(path: str, names: Collection[str], maker: Any) -> None:
     if known is None:
         return
     for name in names:
-        if name not in known and not name.startswith("_"):
+        if name not in known and name not in HYDRAS:
             # Without a default, an argument that the config does not have is not an option: vlabs passes it.
             choices = [one for one in known if one in names or known[one].default is not inspect.Parameter.empty]
             if (plain := _without_decorator(maker, name)) is not None:
