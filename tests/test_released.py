@@ -40,6 +40,9 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE)
 
 
+OF_STEERVIT = "vision_model.trunk.blocks.1.gated_cross_attn"
+
+
 def steervit_state(width=16, text=12, depth=4, inner=8):
     """A state dict as SteerViT saves it, of words before the blocks 1 and 3, with all of its encoders."""
     torch.manual_seed(0)
@@ -110,11 +113,21 @@ def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
     ("change", "message"),
     [
         ({"vision_model.trunk.blocks.2.gated_cross_attn.attn_gate": torch.zeros(1)}, r"before the blocks \[1, 2, 3\]"),
-        ({"vision_model.trunk.blocks.1.gated_cross_attn.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
+        ({f"{OF_STEERVIT}.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
+        ({"connector.mlp.2.bias": None}, r"connector.mlp.2.bias of SteerViT is missing"),
+        ({f"{OF_STEERVIT}.attn_gate": None}, r"before block 1 lacks attn_gate, unlike SteerViT's"),
+        ({f"{OF_STEERVIT}.cross_attn.to_out.weight": None}, r"before block 1 lacks cross_attn.to_out.weight"),
+        ({f"{OF_STEERVIT}.cross_attn.bias": torch.zeros(8)}, r"before block 1 has cross_attn.bias"),
+        (
+            {f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.zeros(1, 16)},
+            r"of the shape \(8, 16\) and to_kv of \(1, 16\)",
+        ),
+        ({f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.tensor(1.0)}, r"to_kv of \(\): download it"),
     ],
 )
-def test_other_kinds_of_steervit_are_refused(change, message, tmp_path):
-    torch.save({"state_dict": steervit_state()[0] | change}, tmp_path / "steervit.pth")
+def test_other_kinds_of_steervit_and_damaged_ones_are_refused(change, message, tmp_path):
+    state = {key: value for key, value in (steervit_state()[0] | change).items() if value is not None}
+    torch.save({"state_dict": state}, tmp_path / "steervit.pth")
     with pytest.raises(UserError, match=message):
         read_source(tmp_path / "steervit.pth")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,9 @@ _STEERVIT_NAMES = [
     (r"^connector\.mlp\.", "vision.topdown.connector."),
     (r"^lin_seg_head\.", "vision.topdown.head."),
 ]
+_STEERVIT_LAYER = {"attn_gate", "cross_attn.norm.weight", "cross_attn.norm.bias"} | {
+    f"cross_attn.to_{part}.weight" for part in ("q", "kv", "out")
+}
 
 
 def of_steervit(state: State, name: str) -> State | None:
@@ -298,16 +302,24 @@ def of_steervit(state: State, name: str) -> State | None:
     Keys and values are one map there. The model has `points=head`, and `start` where the first of those layers is.
 
     Raises:
-        UserError: its layers are not before every second block, or have feed-forward layers.
+        UserError: its layers are not before every second block, have feed-forward layers, or are not whole.
     """
     if "connector.mlp.0.weight" not in state:
         return None
-    found = [re.match(r"vision_model\.trunk\.blocks\.(\d+)\.gated_cross_attn\.(\w+)", key) for key in state]
-    layers = sorted({int(match[1]) for match in found if match})
-    if any(match and match[2].startswith("ff") for match in found):
+    found: dict[int, set[str]] = defaultdict(set)
+    for key in state:
+        if match := re.match(r"vision_model\.trunk\.blocks\.(\d+)\.gated_cross_attn\.(.+)", key):
+            found[int(match[1])].add(match[2])
+    layers = sorted(found)
+    if any(part.startswith("ff") for parts in found.values() for part in parts):
         raise UserError(f"{name}: its cross-attention has feed-forward layers (use_ffn), which vlabs' does not have")
     if not layers or layers != list(range(layers[0], layers[-1] + 1, 2)):
         raise UserError(f"{name}: it reads words before the blocks {layers}, and vlabs before every second one")
+    connector = [f"connector.mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
+    if lacking := [key for key in connector if key not in state]:
+        raise UserError(f"{name}: {lacking[0]} of SteerViT is missing: download it again")
+    for block, parts in found.items():
+        _check_steervit_layer(state, block, parts, name)
     converted: State = {}
     for key, value in state.items():
         ours = key
@@ -319,6 +331,18 @@ def of_steervit(state: State, name: str) -> State | None:
         else:
             converted[ours] = value.reshape(()) if ours.endswith(".gate") and value.numel() == 1 else value
     return converted
+
+
+def _check_steervit_layer(state: State, block: int, parts: set[str], name: str) -> None:
+    """Raise a UserError unless a layer is whole; what it lacked would be left as new, and a new gate is shut."""
+    before = f"{name}: its cross-attention before block {block}"
+    if wrong := sorted(parts ^ _STEERVIT_LAYER):
+        what = "has" if wrong[0] in parts else "lacks"
+        raise UserError(f"{before} {what} {wrong[0]}, unlike SteerViT's: download it again")
+    of = f"vision_model.trunk.blocks.{block}.gated_cross_attn.cross_attn"
+    queries, both = (tuple(state[f"{of}.{part}.weight"].shape) for part in ("to_q", "to_kv"))
+    if len(queries) != 2 or both != (2 * queries[0], queries[1]):
+        raise UserError(f"{before} has to_q of the shape {queries} and to_kv of {both}: download it again")
 
 
 def task_of(state: State) -> str | None:
