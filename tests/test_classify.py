@@ -32,6 +32,7 @@ from vlabs.data.preprocessing import Preprocessing, decode_image
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.diversity import attention_diversity
 from vlabs.models.topdown import AbSTopDown
 from vlabs.runs.values import check_values
 from vlabs.tasks.classify import ClassifyTask
@@ -383,6 +384,17 @@ def test_the_diversity_of_attention_is_that_of_a_plain_loop_over_rows_of_the_las
     losses.others["diversity"].backward()
     assert task.model.encoder.vit.blocks[0].attn.qkv.weight.grad.any()
     assert "diversity" not in task.eval().losses(batch).others
+
+
+def test_blocks_that_compare_no_rows_have_no_part_in_diversity_and_an_encoder_of_none_is_refused():
+    peaked = (10 * torch.randn(2, 3, 5, 5)).softmax(dim=-1)
+    alone = peaked[:, :, :1]  # [cls] alone reads, as in FAN's last blocks
+    assert attention_diversity([peaked]) > 0
+    torch.testing.assert_close(attention_diversity([peaked, alone]), attention_diversity([peaked]))
+    windows = {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 3}
+    swin = AbSViT("swin_tiny_patch4_window7_224", 32, 4, num_classes=4, **windows)
+    with pytest.raises(UserError, match=r"task.diversity_weight=1 reads attention over the whole image, .*: pass 0"):
+        ClassifyTask(AbSViTClassifier(swin), Preprocessing(32, ""), {}, Recipe(), diversity_weight=1.0)
 
 
 def test_without_feedback_there_is_one_pass_and_no_xi_is_trained():

@@ -18,13 +18,13 @@ def attention_diversity(attention: Sequence[Tensor]) -> Tensor:
 
     Of every block: the attention A is averaged over the heads, and ā is the mean of its N rows. Entries of both that
     are at most 2 / N count as 0. The loss is the mean of cos(ā, A_i) over rows, images and blocks: it is small if
-    tokens read different ones.
+    tokens read different ones. Blocks in which [cls] alone reads (FAN's last two) have nothing to compare.
 
     Args:
         attention: (n, heads, N, keys) of each block, as `AbSViT.encode` and `attend` record it.
     """
     alike = []
-    for weights in attention:
+    for weights in (one for one in attention if one.shape[2] > 1):
         rows = weights.mean(dim=1).float()
         mean = rows.mean(dim=1, keepdim=True)
         least = 2 / rows.shape[1]

@@ -55,6 +55,11 @@ class ClassifyTask(Task):
                 "task.diversity_weight reads the attention of every block, which task.recompute_activations and "
                 "task.compile do not keep: leave them out"
             )
+        if self.diversity_weight and not model.encoder.backbone.last_is_recorded:
+            raise UserError(
+                f"task.diversity_weight={self.diversity_weight:g} reads attention over the whole image, which no block "
+                "of this encoder has: pass 0, or another model/vision"
+            )
         super().__post_init__()
         if not model.encoder.reconstructs:
             self.reconstruction_weight = 0.0
