@@ -114,6 +114,16 @@ def test_every_way_to_steer_has_the_models_numbers(topdown):
         assert_same_numbers(call, model, size, pairs, tokens)
 
 
+@pytest.mark.parametrize("topdown", [AbSTopDown, None], ids=["kept by xi", "kept by cls"])
+def test_a_model_that_keeps_some_patches_has_its_numbers(topdown):
+    model = make_model(topdown and topdown()).eval()
+    model.vision.keep = 0.5
+    size = model.vision.vit.patch_embed.img_size[0]
+    call = traced(checkpoint_of(model, size))
+    for pairs, tokens in (([0, 1, 1, 2, 0], 7), ([0, 0, 0], 12)):
+        assert_same_numbers(call, model, size, pairs, tokens)
+
+
 @pytest.mark.parametrize("kind", ["eva02_fused", "siglip2", "rvt_pooled", "fan", "swin"])
 @torch.no_grad()
 def test_classifiers_of_all_kinds_of_encoders_have_their_numbers(kind):

@@ -58,8 +58,11 @@ class FirstPass(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        out = self.encoder.encode(images)
-        return (*(getattr(out, name) for name in _IMAGES), *out.prepared)
+        out, topdown = self.encoder.encode(images), self.encoder.topdown
+        prepared = out.prepared
+        if topdown is not None and not prepared:  # where few patches are kept, `encode` leaves it to the second pass
+            prepared = topdown.prepare(out.tokens, self.encoder.feedback)
+        return (*(getattr(out, name) for name in _of_images(self.encoder)), *prepared)
 
 
 class SecondPass(nn.Module):
@@ -84,7 +87,9 @@ class SecondPass(nn.Module):
         if p > 1:
             states, attention_mask = (t.repeat_interleave(p, dim=0) for t in (states, attention_mask))
             prior = None if prior is None else prior.repeat_interleave(p, dim=0)
-        out = self.model.join(_bottom_up(images), prior, states, attention_mask, image_index.flatten(), p)
+        out = self.model.join(
+            _bottom_up(self.model.vision, images), prior, states, attention_mask, image_index.flatten(), p
+        )
         weights = out.seen.token_weights
         return out.logits, torch.zeros_like(out.seen.tokens[..., 0]) if weights is None else weights, out.seen.tokens
 
@@ -98,7 +103,8 @@ class ClassifierSecondPass(nn.Module):
 
     def forward(self, images: list[Tensor], prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        encoder, bottom_up = self.model.encoder, _bottom_up(images)
+        encoder = self.model.encoder
+        bottom_up = _bottom_up(encoder, images)
         seen = encoder.attend(bottom_up, prior)
         weights = seen.token_weights
         classify = encoder.backbone.classify
@@ -106,9 +112,15 @@ class ClassifierSecondPass(nn.Module):
         return classify(seen.tokens), classify(bottom_up.tokens), none if weights is None else weights
 
 
-def _bottom_up(images: Sequence[Tensor]) -> BottomUp:
-    known = dict(zip(_IMAGES, images, strict=False))
-    return BottomUp(prepared=list(images[len(_IMAGES) :]), **known)  # type: ignore[arg-type]
+def _of_images(encoder: AbSViT) -> list[str]:
+    """What the second pass reads of images, beside the variant's own part."""
+    return [*_IMAGES, "read"] if encoder.keep < 1 and encoder.keeps_what_is_read else [*_IMAGES]
+
+
+def _bottom_up(encoder: AbSViT, images: Sequence[Tensor]) -> BottomUp:
+    names = _of_images(encoder)
+    known = dict(zip(names, images, strict=False))
+    return BottomUp(prepared=list(images[len(names) :]), **known)  # type: ignore[arg-type]
 
 
 def export_programs(ckpt: str | Path, out: str | Path, form: str = "onnx", overwrite: bool = False) -> Path:
@@ -181,7 +193,7 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     text, first, second = TextPass(model), FirstPass(model.vision), SecondPass(model, pictures)
     with torch.no_grad():
         texts, seen = list(text(ids, mask)), list(first(images))
-    made, names = ["text_states", "prior"][: len(texts)], _names(seen)
+    made, names = ["text_states", "prior"][: len(texts)], _names(model.vision, seen)
     words = {0: of_text, 1: tokens}
     shapes = [{0: of_image}] * len(seen), [words, {0: of_text}][: len(texts)], words, {0: of_text}
     given, gives = [*names, *made, "attention_mask", "image_index"], ["logits", "token_weights", "seen_tokens"]
@@ -198,7 +210,7 @@ def _parts_of_classifier(checkpoint: Checkpoint) -> dict[str, Part]:
     first, second = FirstPass(model.encoder), ClassifierSecondPass(model)
     with torch.no_grad():
         seen = list(first(images))
-    of_image, names = Dim("images"), _names(seen)
+    of_image, names = Dim("images"), _names(model.encoder, seen)
     prior = model.prompt.detach().expand(len(images), -1).contiguous()
     gives = ["logits", "bottom_up_logits", "token_weights"]
     shapes = [{0: of_image}] * len(seen), {0: of_image}
@@ -219,8 +231,9 @@ def example_inputs(checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor]:
     return images, ids, mask
 
 
-def _names(seen: Sequence[Tensor]) -> list[str]:
-    return [*_IMAGES, *(f"prepared_{n}" for n in range(len(seen) - len(_IMAGES)))]
+def _names(encoder: AbSViT, seen: Sequence[Tensor]) -> list[str]:
+    names = _of_images(encoder)
+    return [*names, *(f"prepared_{n}" for n in range(len(seen) - len(names)))]
 
 
 def trace(part: Part) -> torch.export.ExportedProgram:
