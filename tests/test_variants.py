@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, layer_norm, normalize
 from vlabs.attention import MAPS
 from vlabs.attention.maps import look
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.absvit import AbSViT, AbSViTClassifier, StoredPass
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
 from vlabs.models.prior import PriorMap, overlap
@@ -247,6 +247,29 @@ def test_weights_belong_to_a_block_whatever_the_start(name):
         for model in (early, late)
     ]
     assert blocks == ([{0, 2}, {1, 3}] if name == "cross_attention" else [{0, 1, 2, 3}, {1, 2, 3}])
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "qa_vit"])
+@torch.no_grad()
+def test_blocks_below_the_first_that_words_steer_run_once_an_image(name, monkeypatch):
+    model = make(ALL[name][0]()).train()
+    ran, block = [], model.vision.backbone.block
+
+    def counted(index, *arguments):
+        out = block(index, *arguments)
+        ran.append((index, len(out)))
+        return out
+
+    monkeypatch.setattr(model.vision.backbone, "block", counted)
+    texts, index = (IDS.repeat(3, 1), MASK.repeat(3, 1)), torch.tensor([0, 0, 0, 1, 1, 1])
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64), *texts, index)
+    first_pass, second_pass = [(0, 2), (1, 2), (2, 2), (3, 2)], [(1, 6), (2, 6), (3, 6)]
+    assert ran == first_pass + second_pass
+    # As a ranking does: from what is stored of images, none of them is encoded again.
+    encoded = model.vision.encode(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    ran.clear()
+    model(StoredPass(encoded.embedded, encoded.tokens), *texts, index)
+    assert ran == second_pass
 
 
 @torch.no_grad()
