@@ -192,6 +192,12 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
     ("options", "parts"),
     [
         (["keep=0.5"], ["keep=0.5: task=conditional reads all patches: leave it out"]),
+        (
+            ["task.pictures=[val2017]"],
+            ["task.pictures=[val2017]", "of a task.source=FILE.json"],
+        ),
+        (["task.pictures=[val2017]", "task.source=core"], ["task.pictures=[val2017]", "leave them out"]),
+        (["task.source=core", "task.images=9"], ["task.images=9: task.source=core", "leave task.images out"]),
         (["task.prompt=a photo"], ["task.prompt=a photo", "PHRASE"]),
         (["data=scenes_captions", "data.size=tiny"], ["no caption is that of two images", "--phrases"]),
     ],

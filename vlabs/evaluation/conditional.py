@@ -46,7 +46,7 @@ class ConditionalEvaluation(Evaluation):
         pictures: folders with the images of GeneCIS: COCO's val2017, or Visual Genome's.
 
     Raises:
-        UserError: the prompt has no place for the phrase.
+        UserError: the prompt has no place for the phrase, or two options exclude each other.
     """
 
     name = "conditional"
@@ -65,6 +65,13 @@ class ConditionalEvaluation(Evaluation):
     ) -> None:
         if "PHRASE" not in prompt:
             raise UserError(f"task.prompt={prompt} must say where the phrase goes, such as 'is there a PHRASE?'")
+        if pictures and (source is None or not source.lower().endswith(".json")):
+            raise UserError(
+                f"task.pictures=[{','.join(pictures)}] are folders with the images of GeneCIS, so of a "
+                "task.source=FILE.json: pass one, or leave them out"
+            )
+        if source is not None and images is not None:
+            raise UserError(f"task.images={images}: task.source={source} is measured whole: leave task.images out")
         self.prompt, self.phrases, self.images, self.batch_size = prompt, phrases, images, batch_size
         self.source, self.pictures = source, list(pictures)
         self.brings_data = source is not None
