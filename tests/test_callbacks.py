@@ -74,6 +74,7 @@ def test_the_average_soon_forgets_what_training_began_with():
         ("callbacks=[default,ema_]", "there is no callbacks=ema_: choose one of default, early_stopping, ema"),
         ("+callbacks.mine.patience=3", "callbacks.mine names no class"),
         ("logger=csv +logger.project=mine", "there is no option logger.project: logger has none here"),
+        ("-m seed=0,1 --cfg job", "leave out -m"),
         ("+task._=1", "there is no option task._: choose from recipe, "),
         ("task.zz=1", "there is no option 'task.zz': task has alive_prior_margin, "),
         ("predictions.num_images=1", "there is no option 'predictions'"),

@@ -281,6 +281,8 @@ def _sentence(error: BaseException) -> str | None:
         return _unread(error.override)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return _wrong_group(str(error))
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --run"):
+        return "--cfg and --info print one config, not a sweep's: leave out -m"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sentence = foreseen(error)
         return _of_the_trainer(sentence) if sentence and sentence.startswith("trainer: ") else sentence
