@@ -115,6 +115,11 @@ def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
         ({"vision_model.trunk.blocks.2.gated_cross_attn.attn_gate": torch.zeros(1)}, r"before the blocks \[1, 2, 3\]"),
         ({f"{OF_STEERVIT}.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
         ({"connector.mlp.2.bias": None}, r"connector.mlp.2.bias of SteerViT is missing"),
+        ({"lin_seg_head.bias": None}, r"lin_seg_head.bias of SteerViT is missing"),
+        (
+            {key: None for key in steervit_state()[0] if "blocks.3.gated_cross_attn" in key},
+            r"before the blocks \[1\], and vlabs before every second one",
+        ),
         ({f"{OF_STEERVIT}.attn_gate": None}, r"before block 1 lacks attn_gate, unlike SteerViT's"),
         ({f"{OF_STEERVIT}.cross_attn.to_out.weight": None}, r"before block 1 lacks cross_attn.to_out.weight"),
         ({f"{OF_STEERVIT}.cross_attn.bias": torch.zeros(8)}, r"before block 1 has cross_attn.bias"),

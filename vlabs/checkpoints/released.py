@@ -313,10 +313,11 @@ def of_steervit(state: State, name: str) -> State | None:
     layers = sorted(found)
     if any(part.startswith("ff") for parts in found.values() for part in parts):
         raise UserError(f"{name}: its cross-attention has feed-forward layers (use_ffn), which vlabs' does not have")
-    if not layers or layers != list(range(layers[0], layers[-1] + 1, 2)):
+    blocks = [int(match[1]) for key in state if (match := re.match(r"vision_model\.trunk\.blocks\.(\d+)\.", key))]
+    if not layers or layers != list(range(layers[0], max(blocks) + 1, 2)):
         raise UserError(f"{name}: it reads words before the blocks {layers}, and vlabs before every second one")
-    connector = [f"connector.mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
-    if lacking := [key for key in connector if key not in state]:
+    maps = ["connector.mlp.0", "connector.mlp.2", *["lin_seg_head"] * any("lin_seg_head." in key for key in state)]
+    if lacking := [key for one in maps for key in (f"{one}.weight", f"{one}.bias") if key not in state]:
         raise UserError(f"{name}: {lacking[0]} of SteerViT is missing: download it again")
     for block, parts in found.items():
         _check_steervit_layer(state, block, parts, name)
