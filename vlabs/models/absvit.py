@@ -46,12 +46,12 @@ class NetworkOptions(TypedDict, total=False):
     Attributes:
         embed_dim: width D of the tokens.
         depth: number of blocks.
-        num_heads: attention heads of every block.
+        num_heads: attention heads of every block; of a Swin a list, those of every stage.
     """
 
     embed_dim: Size | None
     depth: Size | None
-    num_heads: Size | None
+    num_heads: Size | Sequence[Size] | None
 
 
 @dataclass

@@ -124,7 +124,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
     if architecture in OWN:
         try:
             return OWN[architecture](**given)
-        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{architecture} cannot be built with {given}: {error}") from None
     if architecture not in timm.list_models():
         known = get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.8)
@@ -147,7 +147,7 @@ def create(architecture: str, embed_layer: Callable[..., nn.Module] | None = Non
         network = timm.create_model(architecture, pretrained=False, **given)
         if probes:
             network.attn_pool = AttentiveProbe(network.embed_dim)
-    except (TypeError, AssertionError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"timm cannot build {architecture} with {given}: {error}") from None
     return of(network, architecture)
 
