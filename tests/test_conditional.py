@@ -198,6 +198,7 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
         ),
         (["task.pictures=[val2017]", "task.source=core"], ["task.pictures=[val2017]", "leave them out"]),
         (["task.source=core", "task.images=9"], ["task.images=9: task.source=core", "leave task.images out"]),
+        (["task.source=core", "task.phrases=9"], ["task.phrases=9: task.source=core", "leave task.phrases out"]),
         (["task.prompt=a photo"], ["task.prompt=a photo", "PHRASE"]),
         (["data=scenes_captions", "data.size=tiny"], ["no caption is that of two images", "--phrases"]),
     ],

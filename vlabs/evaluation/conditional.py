@@ -22,10 +22,11 @@ from vlabs.models.absvit import BottomUp
 from vlabs.models.topdown import Words, similarity
 from vlabs.models.vlm import VisionLanguageModel
 from vlabs.ranking.texts import EncodedTexts, encode_texts
-from vlabs.utils.options import Size
+from vlabs.utils.options import Size, as_given
 
 FEATURES = "cls", "mean", "weighted"
 PASSES = "first", "second"
+PHRASES = 50
 
 
 class ConditionalEvaluation(Evaluation):
@@ -57,7 +58,7 @@ class ConditionalEvaluation(Evaluation):
     def __init__(
         self,
         prompt: str = "PHRASE",
-        phrases: Size | None = 50,
+        phrases: Size | None = PHRASES,
         images: Size | None = None,
         batch_size: Size = 128,
         source: str | None = None,
@@ -70,8 +71,10 @@ class ConditionalEvaluation(Evaluation):
                 f"task.pictures=[{','.join(pictures)}] are folders with the images of GeneCIS, so of a "
                 "task.source=FILE.json: pass one, or leave them out"
             )
-        if source is not None and images is not None:
-            raise UserError(f"task.images={images}: task.source={source} is measured whole: leave task.images out")
+        for option, given, usual in (("images", images, None), ("phrases", phrases, PHRASES)):
+            if source is not None and given != usual:
+                shown = as_given(given)
+                raise UserError(f"task.{option}={shown}: task.source={source} is measured whole: leave task.{option} out")
         self.prompt, self.phrases, self.images, self.batch_size = prompt, phrases, images, batch_size
         self.source, self.pictures = source, list(pictures)
         self.brings_data = source is not None
