@@ -18,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 TOLD = (
     "ablations", "benchmarks", "comparison", "faq", "glossary", "index", "install", "notebook", "options", "results",
     "results_classification", "results_photographs", "results_scenes", "security", "steering",
-    "topdown_study_appendix",
 )  # fmt: skip
 DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in TOLD)
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/starts").glob("*.md")]
