@@ -73,8 +73,9 @@ class ConditionalEvaluation(Evaluation):
             )
         for option, given, usual in (("images", images, None), ("phrases", phrases, PHRASES)):
             if source is not None and given != usual:
-                shown = as_given(given)
-                raise UserError(f"task.{option}={shown}: task.source={source} is measured whole: leave task.{option} out")
+                raise UserError(
+                    f"task.{option}={as_given(given)}: task.source={source} is measured whole: leave task.{option} out"
+                )
         self.prompt, self.phrases, self.images, self.batch_size = prompt, phrases, images, batch_size
         self.source, self.pictures = source, list(pictures)
         self.brings_data = source is not None
