@@ -434,6 +434,7 @@ def test_a_scale_by_place_is_resampled_smoothly():
         ("rvt_huge", {}, "near it: .*rvt_base"),
         ("swin_tiny_patch4_window7_224", {"patch_size": 4, "stem": "conv"}, "a stem of its own"),
         ("swin_tiny_patch4_window7_224", {"patch_size": 4, "img_size": 80}, "has an odd side"),
+        ("swin_tiny_patch4_window7_224", {"patch_size": 4, "depths": [1, 1], "num_heads": [2]}, "timm cannot build"),
         ("vit_base_patch16_siglip_224", {"global_pool": "token", "depth": 1}, "timm cannot build"),
     ],
 )  # fmt: skip
