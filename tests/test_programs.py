@@ -15,8 +15,10 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.topdown import AbSTopDown, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO, ReleasedTopDown
 from vlabs.models.variants.codebook import Codebook
+from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.variants.film import FiLM
 from vlabs.models.variants.qa_vit import QAViT
+from vlabs.models.variants.sentence_attention import SentenceAttention
 
 
 def run_onnx(folder):
@@ -102,9 +104,12 @@ def test_the_command_writes_what_serving_needs_and_onnxruntime_has_the_models_nu
 
 @pytest.mark.parametrize(
     "topdown",
-    [AbSTopDown, ReleasedTopDown, None, FiLM, QAViT, Codebook, AbSTopDownQKV, FeedbackOnly, MaskAttention, PerceiverIO],
+    [
+        AbSTopDown, ReleasedTopDown, None, FiLM, QAViT, Codebook, AbSTopDownQKV, FeedbackOnly, MaskAttention,
+        PerceiverIO, CrossAttention, SentenceAttention,
+    ],
     ids=lambda one: getattr(one, "__name__", str(one)),
-)
+)  # fmt: skip
 def test_every_way_to_steer_has_the_models_numbers(topdown):
     several = {"prior_count": 2, "prior_tokens": True} if topdown is AbSTopDown else None
     model = make_model(topdown() if callable(topdown) else topdown, several=several).eval()
