@@ -357,7 +357,7 @@ VQA_DATA = "vlabs.data.vqa.VQADataModule"
         ),
         (
             {"x": {"_target_": "pytorch_lightning.callbacks.LearningRateMonitor", "logging_interval": "day"}},
-            "x.logging_interval=day must be one of step, epoch or null",
+            "x.logging_interval=day must be one of step, epoch, or null",
         ),
         (
             {"data": {"_target_": VQA_DATA, "num_workers": 10**9}},

@@ -245,7 +245,9 @@ def in_words(hint: Any) -> str:
     if origin is Annotated:
         return in_words(inner[0]) + _limits(inner[0], inner[1:])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(one) for one in inner)).replace("1 or null", "1, or null")
+        first, *others = dict.fromkeys(in_words(one) for one in inner)
+        # "a list, each item a word, or null": after a comma, "or" alone would belong to the item.
+        return functools.reduce(lambda said, one: f"{said}{',' * (',' in said)} or {one}", others, first)
     if origin is Literal:
         return f"one of {', '.join(map(as_given, inner))}"
     if origin is tuple and inner[-1] is not ...:
