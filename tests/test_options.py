@@ -45,7 +45,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "options.md"
         (Seed, [0, 2**32 - 1], [-1, 2**32], "a whole number from 0 to 4294967295"),
         (Share, [0, 0.5, 1], [-0.1, 1.1, "half"], "a number in [0, 1]"),
         (ShareBelowOne, [0.0], [1], "a number in [0, 1)"),
-        (Part | list[Part], [1, [0.5, 1]], [0, [0.5, 2]], "a number in (0, 1], or a list, each item a number in (0, 1]"),
+        (
+            Part | list[Part],
+            [1, [0.5, 1]],
+            [0, [0.5, 2]],
+            "a number in (0, 1], or a list, each item a number in (0, 1]",
+        ),
         (Positive, [1e-9, 7], [0, None], "a number above 0"),
         (tuple[Size, Size], [[2, 3]], [2, [2], [0, 3]], "a list of 2, each a whole number, at least 1"),
         (Literal["a", "b"], ["a"], ["c", None], "one of a, b"),

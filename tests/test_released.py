@@ -116,6 +116,7 @@ def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
         ({f"{OF_STEERVIT}.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
         ({"connector.mlp.2.bias": None}, r"connector.mlp.2.bias of SteerViT is missing"),
         ({"lin_seg_head.bias": None}, r"lin_seg_head.bias of SteerViT is missing"),
+        ({key: None for key in steervit_state()[0] if "cross_attn" in key}, r"all cross-attention layers of SteerViT"),
         (
             {key: None for key in steervit_state()[0] if "blocks.3.gated_cross_attn" in key},
             r"before the blocks \[1\], and vlabs before every second one",

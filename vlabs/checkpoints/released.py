@@ -314,7 +314,9 @@ def of_steervit(state: State, name: str) -> State | None:
     if any(part.startswith("ff") for parts in found.values() for part in parts):
         raise UserError(f"{name}: its cross-attention has feed-forward layers (use_ffn), which vlabs' does not have")
     blocks = [int(match[1]) for key in state if (match := re.match(r"vision_model\.trunk\.blocks\.(\d+)\.", key))]
-    if not layers or layers != list(range(layers[0], max(blocks) + 1, 2)):
+    if not layers:
+        raise UserError(f"{name}: all cross-attention layers of SteerViT are missing: download it again")
+    if layers != list(range(layers[0], max(blocks) + 1, 2)):
         raise UserError(f"{name}: it reads words before the blocks {layers}, and vlabs before every second one")
     maps = ["connector.mlp.0", "connector.mlp.2", *["lin_seg_head"] * any("lin_seg_head." in key for key in state)]
     if lacking := [key for one in maps for key in (f"{one}.weight", f"{one}.bias") if key not in state]:
