@@ -11,6 +11,7 @@ import torch
 from conftest import assert_one_line_error, command
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from vlabs.evaluation import report
@@ -99,6 +100,28 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     ranks = [json.loads(path.read_text())["weights/6/rank"] for path in theirs]
     shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=qa_vit |" in line)
     assert f"| {np.mean(ranks):.1f} ± {np.std(ranks, ddof=1):.1f} |" in re.sub(" +", " ", shown)
+
+
+def test_a_map_that_an_encoder_does_not_have_is_a_dash_and_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "evaluate_checkpoint", None)
+    data = OmegaConf.create({"dir": "data"})
+    runs = [report.Run(tmp_path / name, name, {}, data) for name in ("swin", "vit", "base")]
+    for run in runs:
+        folder = run.evaluation("grounding")
+        folder.mkdir(parents=True)
+        names = [name for name in report.GROUNDING_MAPS if run.variant != "swin" or name != "rollout"]
+        maps = {name: {"energy": 0.5, "pointing": 1.0} for name in names}
+        lines = [json.dumps({"id": n, "text": "?", "maps": maps}) for n in range(3)]
+        (folder / "grounding.jsonl").write_text("\n".join(lines))
+        (folder / "metrics.json").write_text(json.dumps({f"{name}/energy": 50.0 for name in names}))
+        OmegaConf.save({"task": {"maps": list(report.GROUNDING_MAPS)}, "data": {}}, folder / "config.yaml")
+        report.evaluate_run(run, {"grounding": []})
+    table = report._against(runs, "base", [], True)[-1].cells.set_index("variant")
+    assert list(table.loc["swin", ["rollout energy", "rollout pointing"]]) == ["–", "–"]
+    assert table.loc["swin", "weights energy"] == table.loc["vit", "rollout energy"] == "+0.0 [+0.0, +0.0]"
+    below = report._against(runs[:2], "swin", [], True)[-1].cells
+    assert "rollout energy" not in below
+    assert "weights energy" in below
 
 
 class Joined(nn.Module):

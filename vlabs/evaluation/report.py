@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 from tqdm import tqdm
 
@@ -197,9 +197,10 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
     """
     for name, options in wanted.items():
         out = run.evaluation(name)
-        done = read_json(out / "metrics.json")
-        # A report of an older version may have measured fewer maps.
-        if done and (name != "grounding" or all(f"{one}/energy" in done for one in GROUNDING_MAPS)):
+        # A report of an older version may have asked for fewer maps. What was asked for may not be there: a Swin has
+        # no rollout.
+        asked = OmegaConf.select(read_config(out) or OmegaConf.create(), "task.maps") or ()
+        if read_json(out / "metrics.json") and (name != "grounding" or {*GROUNDING_MAPS} <= {*asked}):
             continue
         fixed = [f"ckpt={hydra_quoted(run.path)}", f"data.dir={hydra_quoted(run.data_dir)}", "data.num_workers=0"]
         with initialize_config_dir(config_dir(), version_base="1.3"):
@@ -475,7 +476,10 @@ def _against(runs: Sequence[Run], base: str, splits: Sequence[str], grounded: bo
     def compare(read: Callable[[Sequence[Run]], Mapping[str, pd.Series]]) -> pd.DataFrame:
         theirs = read(groups[base])
         ours = {name: read(of_variant) for name, of_variant in groups.items() if name != base}
-        rows = [[name, *(_difference(of[one], theirs[one]) for one in theirs)] for name, of in ours.items()]
+        rows = [
+            [name, *(_difference(of[one], theirs[one]) if one in of else "–" for one in theirs)]
+            for name, of in ours.items()
+        ]
         return pd.DataFrame(rows, columns=["variant", *theirs])
 
     text = (
@@ -514,7 +518,7 @@ def _per_text(runs: Sequence[Run]) -> dict[str, pd.Series]:
         frames.append(frame.set_index(frame["id"].astype(str)).drop(columns=["id", "text"]))
     found = 100 * _mean(frames)
     columns = [f"{name} {measure}" for name in GROUNDING_MAPS for measure in ("energy", "pointing")]
-    return {column: found[f"maps {column}"] for column in columns}
+    return {column: found[f"maps {column}"] for column in columns if f"maps {column}" in found}
 
 
 def _mean(of_runs: Sequence[Any]) -> Any:
