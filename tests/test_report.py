@@ -161,7 +161,7 @@ def test_at_equal_cost_a_course_is_read_at_the_least_that_all_have_seen(sweep, m
     runs = read_runs(cwd / "sweep")[:2]
     courses = [
         pd.DataFrame({"questions": [1.0, 2.0], "minutes": [3.0, 6.0], "macs": [5.0, 10.0], "val": [40.0, 60.0]}),
-        pd.DataFrame({"questions": [1.0, 2.0], "minutes": [2.0, 4.0], "macs": [9.0, 18.0], "val": [30.0, 50.0]}),
+        pd.DataFrame({"questions": [1.0, 2.0], "minutes": [2.0, 4.0], "macs": [11.0, 18.0], "val": [30.0, 50.0]}),
     ]
     for run, variant in zip(runs, "ab", strict=True):
         run.variant = variant
@@ -170,8 +170,8 @@ def test_at_equal_cost_a_course_is_read_at_the_least_that_all_have_seen(sweep, m
     assert section.cells.columns[2:].tolist() == [
         "2 thousand questions seen", "4 minutes of training", "10 10¹² multiply-adds of forward passes",
     ]  # fmt: skip
-    values = section.cells.to_numpy()[:, 2:].astype(float)
-    np.testing.assert_allclose(values, [[60.0, 46.7, 60.0], [50.0, 50.0, 32.2]])
+    # Nothing is known of the second before its first validation, at 11.
+    assert section.cells.to_numpy()[:, 2:].tolist() == [["60.0", "46.7", "60.0"], ["50.0", "50.0", "–"]]
 
 
 def test_the_difference_of_grounding_is_that_of_the_means(sweep, tiny_data):

@@ -460,12 +460,15 @@ def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
     rows = [
         {
             "variant": variant,
-            **{name: float(np.interp(most, course[name], course["val"])) for name, most in least.items()},
+            **{name: float(np.interp(most, course[name], course["val"], left=np.nan)) for name, most in least.items()},
         }
         for variant, course in courses
     ]
     columns = {f"{least[name]:.3g} {title}": name for name, title in _COSTS.items()}
-    text = "Official accuracy on val in percent, between two validations by a straight line, from 0 at the start."
+    text = (
+        "Official accuracy on val in percent, between two validations by a straight line; – where a run was first "
+        "validated later."
+    )
     return [Section("At equal cost", text, _over_seeds(pd.DataFrame(rows), columns), list(columns))]
 
 
