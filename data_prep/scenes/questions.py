@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from data_prep.scenes.render import FILLS, SceneObject, SceneSize
 
 MARGIN = 0.15  # of the image side: how far apart two centers are before one is "left of" the other
+NEAR = 0.2  # in `relations`, how far apart they are at most: of two far apart, the place of either one tells the answer
 MAX_TRAIN_WORDS = 10  # longer questions are the productive split's
 QUOTA = {"yes/no": 2, "number": 1, "color": 2, "shape": 1, "relation": 2}  # questions of each type an image
 RELATIONS: dict[str, Callable[[SceneObject, SceneObject], float]] = {  # how far the first is in that direction
@@ -96,7 +98,6 @@ class Question(NamedTuple):
     asked: tuple[int, ...]  # the objects the answer speaks of
     anchors: tuple[int, ...] = ()  # objects that only say which are meant
     mentions: tuple[Description, ...] = ()
-    places: tuple[str, ...] = ()  # where its objects lie, one by one
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -111,10 +112,10 @@ class Question(NamedTuple):
 
     @property
     def balanced(self) -> list[str]:
-        """What its answer must not follow from: its wording, family, words about an object beside it, places."""
+        """What its answer must not follow from: its wording, family, words about an object beside it."""
         beside = self.mentions if self.anchors or len(self.mentions) > 1 else ()
         words = {value for description in beside for value in description if value}
-        return [self.text, self.family, *(f"{self.family}/{word}" for word in sorted(words)), *self.places]
+        return [self.text, self.family, *(f"{self.family}/{word}" for word in sorted(words))]
 
 
 class Caption(NamedTuple):
@@ -140,7 +141,7 @@ def possible_questions(objects: Sequence[SceneObject], size: SceneSize, split: s
     if split == "productive":
         questions = list(_chains(objects, rng))
     elif split == "relations":
-        questions = list(_compares(objects, rng, tuple(RELATIONS)))
+        questions = list(_compares(objects, rng, tuple(RELATIONS), NEAR))
     else:
         questions = [*_exists(objects, size, split, rng), *_counts(objects, size, split, rng)]
         questions += [*_attributes(objects, rng), *_relations(objects, rng), *_compares(objects, rng)]
@@ -268,26 +269,19 @@ def _relation_questions(
 
 
 def _compares(
-    objects: Sequence[SceneObject], rng: Random, relations: Sequence[str] | None = None
+    objects: Sequence[SceneObject], rng: Random, relations: Sequence[str] = (), most: float = math.inf
 ) -> Iterator[Question]:
-    """How any two objects lie, in one of the directions; in all `relations`, if given, with the objects' places."""
+    """How any two objects lie that are less than `most` apart: in one of the directions, or in all `relations`."""
     all_names = [_names(index, objects) for index in range(len(objects))]
     for first, second in _pairs(len(objects)):
         names, others = all_names[first], all_names[second]
         for relation in relations or (rng.choice(list(RELATIONS)),):
             offset = RELATIONS[relation](objects[first], objects[second])
-            if names and others and abs(offset) >= MARGIN:
+            if names and others and MARGIN <= abs(offset) < most:
                 name, other = rng.choice(names), rng.choice(others)
                 text = _say("compare", rng, name, f"{relation} the {other.noun}")
                 answer = "yes" if offset > 0 else "no"
-                places = _places(relation, objects[first], objects[second]) if relations else ()
-                yield Question("yes/no", "compare", text, answer, (first, second), (), (name, other), places)
-
-
-def _places(relation: str, first: SceneObject, second: SceneObject) -> tuple[str, ...]:
-    """Which third of the image, along the relation's axis, each object lies in."""
-    along = "x" if relation in ("left of", "right of") else "y"
-    return tuple(f"{relation}/{n}/{int(3 * getattr(item, along))}" for n, item in enumerate((first, second)))
+                yield Question("yes/no", "compare", text, answer, (first, second), (), (name, other))
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -337,8 +331,7 @@ class Balance:
     def choose(self, questions: Sequence[Question], rng: Random) -> list[Question]:
         """The questions of one image: its quota of each type, then whatever is left, as far as the balance allows.
 
-        At least one is chosen: where none is within the slack, the one that is needed most. Of questions that are
-        balanced by places, there may be none.
+        At least one is chosen: where none is within the slack, the one that is needed most.
         """
         shuffled = rng.sample(questions, len(questions))
         pool = sorted(shuffled, key=lambda question: sum(self._excesses(question)))
@@ -346,7 +339,7 @@ class Balance:
         for kind, quota in QUOTA.items():
             self._take([question for question in pool if question.kind == kind], quota, chosen)
         self._take([question for question in pool if question not in chosen], sum(QUOTA.values()) - len(chosen), chosen)
-        if not chosen and not pool[0].places:
+        if not chosen:
             self._add(pool[0], chosen)
         rng.shuffle(chosen)
         return chosen
