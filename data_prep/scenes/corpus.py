@@ -11,12 +11,14 @@ The first writes the raw formats that the real datasets are downloaded in, so th
     annotations.zip                                                       COCO instances with visible masks
     scenes.json                                                           what the corpus holds
 
-Beside train, val and test there are three splits that measure generalization: `distractors` has more objects than
+Beside train, val and test there are four splits that measure generalization: `distractors` has more objects than
 training ever shows, `systematic` asks about color-shape pairs that the others never show or mention, and `productive`
-asks longer questions. `relations` asks only how two objects lie, and neither the words nor the place of one object says
-which answer is more frequent. All answers are public. Every question and caption has one key more than the originals,
-`target_instances`: the COCO annotation ids of the objects that each of its phrases is about. The other two write
-scenes of their own in the layouts of NLVR2 and SNLI-VE, see `data_prep.scenes.layouts`.
+asks longer questions. `relations` asks only how two near objects lie: the words say nothing about the answer, and the
+place of one object little, though an object at the border has others at one side only. All answers are public.
+
+Every question and caption has one key more than the originals, `target_instances`: the COCO annotation ids of the
+objects that each of its phrases is about. The other two layouts write scenes of their own in the files of NLVR2 and
+SNLI-VE, see `data_prep.scenes.layouts`.
 """
 
 from __future__ import annotations
