@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from vlabs.errors import UserError
 from vlabs.evaluation import report
 from vlabs.evaluation.control import MEASURES
 from vlabs.evaluation.report import OF_CLASSIFIERS, build_report, read_runs
@@ -100,6 +102,56 @@ def test_the_report_compares_variants_over_seeds(sweep, tiny_data):
     ranks = [json.loads(path.read_text())["weights/6/rank"] for path in theirs]
     shown = next(line for line in text.split("## What is asked for")[1].splitlines() if "topdown=qa_vit |" in line)
     assert f"| {np.mean(ranks):.1f} ± {np.std(ranks, ddof=1):.1f} |" in re.sub(" +", " ", shown)
+
+
+def some_runs(*variants):
+    """Runs of variants, which have `task=vqa` in common."""
+    runs = [report.Run(Path(name), name, {"overrides": ["task=vqa", *name.split(" ")]}, None) for name in variants]
+    return [run for run in runs for _ in range(2)]
+
+
+STUDY = some_runs(
+    "model/topdown=absvit_qkv", "model/topdown=absvit", "model/topdown=none task.weight=1.0",
+    "model/topdown=none task.weight=0.0", "model/topdown=film task.prompt=is it",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("named", "base"),
+    [
+        ("model/topdown=absvit", "model/topdown=absvit"),
+        ("task=vqa model/topdown=absvit", "model/topdown=absvit"),
+        ("task.weight=1.0 model/topdown=none", "model/topdown=none task.weight=1.0"),
+        ("task.weight=1.0", "model/topdown=none task.weight=1.0"),
+        ("task.prompt=is it", "model/topdown=film task.prompt=is it"),
+        (None, "model/topdown=none task.weight=0.0"),
+    ],
+)
+def test_the_baseline_is_the_variant_that_has_all_overrides_that_are_named(named, base):
+    assert report.find_baseline(STUDY, named) == base
+
+
+def test_that_several_variants_fit_where_none_is_named_is_said(capsys):
+    assert report.find_baseline(some_runs("default", "task.weight=0.5"), None) is None
+    report.find_baseline(STUDY, None)
+    none = "model/topdown=none task.weight"
+    assert capsys.readouterr().err == (
+        f"compared with {none}=0.0; --baseline names another one of {none}=0.0; {none}=1.0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "part"),
+    [
+        ("model/topdown=nope", "no variant of these runs: name one by its overrides: model/topdown=absvit; "),
+        ("topdown=absvit", "no variant"),
+        ("model/topdown=none", "several variants .*: model/topdown=none task.weight=0.0; model/topdown=none task.we"),
+        ("task=vqa", "several variants"),
+    ],
+)
+def test_a_baseline_that_is_no_variant_or_several_is_one_line(named, part):
+    with pytest.raises(UserError, match=f"--baseline '{named}' fits {part}"):
+        report.find_baseline(STUDY, named)
 
 
 def test_a_map_that_an_encoder_does_not_have_is_a_dash_and_is_not_measured_again(tmp_path, monkeypatch):

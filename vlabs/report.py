@@ -18,7 +18,9 @@ def main() -> None:
     parser = Parser("report", __doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="folder of a sweep, or of runs")
     parser.add_argument("--out", type=Path, help="where the report goes (default: SWEEP/report)")
-    parser.add_argument("--baseline", default="model/topdown=none", help="what to compare with (default %(default)s)")
+    parser.add_argument(
+        "--baseline", metavar="OVERRIDES", help="the variant to compare with (default: the one of model/topdown=none)"
+    )
     parser.add_argument(
         "--grounding-texts", type=whole(1), default=500, help="questions measured (default %(default)s)"
     )

@@ -57,6 +57,7 @@ from vlabs.utils.table import table
 
 SPLITS = ("val", "distractors", "systematic", "productive")
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
+_BETWEEN = re.compile(r"\s+(?=[+~]{0,2}[\w./@]+=)")  # overrides, whose values may have spaces
 _COSTS = {
     "questions": "thousand questions seen",
     "minutes": "minutes of training",
@@ -64,6 +65,7 @@ _COSTS = {
 }
 _TOKENS, _WORD = 12, 5  # of a question, and the number of some word, for the count of multiply-adds
 _SCENES = "vlabs.data.embedded.scenes_data"
+BASELINE = "model/topdown=none"  # what other variants are compared with, where nothing else is named
 ALPHAS = (0, 1, 3, 10, 30)  # strengths of the top-down signal, for variants that have one
 # The evaluations of a classifier, and ImageNet-C's kinds of corruptions.
 OF_CLASSIFIERS = {
@@ -209,23 +211,61 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
             evaluate_checkpoint(config, out)
 
 
+def find_baseline(runs: Sequence[Run], named: str | None) -> str | None:
+    """The variant to compare with: the one with exactly these overrides, else the only one that has them all.
+
+    Overrides that all runs have in common, and seeds, may be among them or not.
+
+    Args:
+        runs: the runs of a sweep.
+        named: overrides, separated by spaces, or `default`; None for `BASELINE`. If several variants have this, it is
+            the one with the fewest other overrides, by name the first, which is said; if none has it, None.
+
+    Raises:
+        UserError: no variant has the overrides that are named, or several have and none has no others.
+    """
+    asked = set(_BETWEEN.split((named or BASELINE).strip()))
+    more = {}
+    for run in runs:
+        own, every = set(_BETWEEN.split(run.variant)), set(run.summary["overrides"])
+        if asked <= own | every:
+            more[run.variant] = len(own - asked)
+    fitting = sorted(more, key=lambda variant: (more[variant], variant))
+    if fitting and (len(fitting) == 1 or not more[fitting[0]]):
+        return fitting[0]
+    if named is not None:
+        those = fitting or sorted({run.variant for run in runs})
+        raise UserError(
+            f"--baseline '{named}' fits {'several variants' if fitting else 'no variant'} of these runs: name one by "
+            f"its overrides: {'; '.join(those)}"
+        )
+    if fitting:
+        those = "; ".join(fitting)
+        show(f"compared with {fitting[0]}; --baseline names another one of {those}", file=sys.stderr)
+    return fitting[0] if fitting else None
+
+
 def build_report(
-    sweep: Path, out: Path, baseline: str, num_texts: int = 500, instances: Path | None = None
+    sweep: Path, out: Path, baseline: str | None = None, num_texts: int = 500, instances: Path | None = None
 ) -> list[Path]:
     """Evaluate what is missing, and write report.md, report.html and the figures.
 
     Args:
         sweep: the sweep's folder.
         out: folder of the report.
-        baseline: the variant to compare with, named by a part of its overrides.
+        baseline: the variant to compare with, see `find_baseline`.
         num_texts: number of questions for grounding.
         instances: COCO's instances; None for `annotations.zip` of the raw data beside the prepared data. Without
             either, the report has no grounding.
 
     Returns:
         Paths of the written files.
+
+    Raises:
+        UserError: there are no runs, or the baseline is none of them.
     """
     runs = read_runs(sweep)
+    base = find_baseline(runs, baseline)
     manifest = read_manifest(runs[0].data_dir)
     if manifest["kind"] == ClassDataModule.kind:
         frame = _evaluated(runs, OF_CLASSIFIERS)
@@ -234,7 +274,6 @@ def build_report(
         return _write(sweep, runs, [*_validations(runs), _cost(_evaluated(runs, {}))], {}, out)
     splits = [name for name in SPLITS if name in manifest["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
-    base = next((run.variant for run in runs if baseline in run.variant), None)
     runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
     scenes = runs[0].data.size if runs[0].data.get("_target_") == _SCENES else None
     wanted = _wanted(splits, instances, num_texts, scenes, out)
