@@ -261,6 +261,19 @@ def test_a_report_says_once_what_all_runs_have_and_compares_other_tasks_by_their
     assert "|model/topdown=absvit|2|60.5±0.7|" in table
 
 
+def test_runs_of_different_kinds_are_named_before_any_work(tmp_path):
+    for name, kind in (("a", "captions"), ("b", "captions"), ("c", "classes")):
+        (tmp_path / f"data/{name}").mkdir(parents=True)
+        (tmp_path / f"sweep/{name}").mkdir(parents=True)
+        (tmp_path / f"data/{name}/manifest.json").write_text(json.dumps({"format": 1, "kind": kind, "splits": {}}))
+        summary = {"status": "done", "command": "train", "overrides": [], "fit_seconds": 1.0, "parameters": 1}
+        (tmp_path / f"sweep/{name}/summary.json").write_text(json.dumps(summary))
+        (tmp_path / f"sweep/{name}/config.yaml").write_text(f"data: {{dir: {tmp_path / 'data' / name}}}\n")
+    with pytest.raises(UserError, match=r"sweep/a \(a model of captions\) and .*sweep/c \(a model of classes\): name"):
+        build_report(tmp_path / "sweep", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_figure_takes_an_image_with_one_question_where_there_is_no_other(sweep, tmp_path, monkeypatch):
     runs = read_runs(sweep[0] / "sweep")
     row = dict(report.load_split(runs[0].data_dir, "val")[0])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -108,18 +108,34 @@ class Run:
     @property
     def gmac(self) -> float:
         """Multiply-adds of a question's forward pass, in 1e9, with as many questions per image as in training."""
-        return self._of_model[0]
+        return self._of_model.gmac
 
     @property
     def has_one_prior(self) -> bool:
         """Whether ξ steers alone, so that another one can take its place."""
-        return self._of_model[1]
+        return self._of_model.has_one_prior
 
     @cached_property
-    def _of_model(self) -> tuple[float, bool]:
+    def kind(self) -> str:
+        """The kind of its data, and `answers` if it answers questions: how it is evaluated."""
+        kind = str(read_manifest(self.data_dir)["kind"])
+        return "answers" if kind == VQADataModule.kind and self._of_model.answers else kind
+
+    @cached_property
+    def _of_model(self) -> _Model:
         checkpoint = load_checkpoint(self.path)
+        if not ABILITIES["answers"].has(checkpoint.network):
+            return _Model(False, math.nan, False)
         cost = gmac(checkpoint.model, checkpoint.preprocessing.image_size, int(self.data.questions_per_image))
-        return cost, ABILITIES["one prior"].has(checkpoint.network)
+        return _Model(True, cost, ABILITIES["one prior"].has(checkpoint.network))
+
+
+class _Model(NamedTuple):
+    """What a report needs to know of a model."""
+
+    answers: bool
+    gmac: float
+    has_one_prior: bool
 
 
 @torch.inference_mode()
@@ -240,8 +256,7 @@ def find_baseline(runs: Sequence[Run], named: str | None) -> str | None:
             f"its overrides: {'; '.join(those)}"
         )
     if fitting:
-        those = "; ".join(fitting)
-        show(f"compared with {fitting[0]}; --baseline names another one of {those}", file=sys.stderr)
+        show(f"compared with {fitting[0]}; --baseline names another one of {'; '.join(fitting)}", file=sys.stderr)
     return fitting[0] if fitting else None
 
 
@@ -262,17 +277,17 @@ def build_report(
         Paths of the written files.
 
     Raises:
-        UserError: there are no runs, or the baseline is none of them.
+        UserError: there are no runs, they are not all of a kind, or the baseline is none of them.
     """
     runs = read_runs(sweep)
     base = find_baseline(runs, baseline)
-    manifest = read_manifest(runs[0].data_dir)
-    if manifest["kind"] == ClassDataModule.kind:
+    kind = _kind(runs)
+    if kind == ClassDataModule.kind:
         frame = _evaluated(runs, OF_CLASSIFIERS)
         return _write(sweep, runs, [_robustness(frame), *_control(frame), _cost(frame)], {}, out)
-    if manifest["kind"] != VQADataModule.kind or not ABILITIES["answers"].has(load_checkpoint(runs[0].path).network):
+    if kind != "answers":
         return _write(sweep, runs, [*_validations(runs), _cost(_evaluated(runs, {}))], {}, out)
-    splits = [name for name in SPLITS if name in manifest["splits"]]
+    splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
     instances = find_instances(instances, runs[0].data_dir)
     runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
     scenes = runs[0].data.size if runs[0].data.get("_target_") == _SCENES else None
@@ -290,6 +305,19 @@ def build_report(
     if curves := _curves(_by_variant(runs), out / "curves.png"):
         figures = {"Accuracy against what was seen": curves} | figures
     return _write(sweep, runs, [_summary(sections), *sections], figures, out)
+
+
+def _kind(runs: Sequence[Run]) -> str:
+    """The kind of all runs, see `Run.kind`.
+
+    Raises:
+        UserError: a run is of another kind than the first.
+    """
+    for run in runs:
+        if run.kind != runs[0].kind:
+            both = " and ".join(f"{one.path} (a model of {one.kind})" for one in (runs[0], run))
+            raise UserError(f"a report is about runs of one kind, not {both}: name a folder with runs of one kind")
+    return runs[0].kind
 
 
 def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFrame:
