@@ -98,10 +98,8 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
         # Partial, because Hydra would turn a dataclass among the arguments into a config.
         data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
         _check_kind(data, evaluation.reads)
-    if is_rank_zero():
-        for name in ("config.yaml", "metrics.json"):  # overwrite an old evaluation only now that all checks have passed
-            (out_dir / name).unlink(missing_ok=True)
-    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer, config.keep))
+    old = [out_dir / name for name in ("config.yaml", "metrics.json")]
+    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer, config.keep, old))
     if not is_rank_zero():
         return metrics  # only rank zero writes
     save_config(config, out_dir / "config.yaml")

@@ -23,6 +23,7 @@ from vlabs.errors import show
 from vlabs.metrics.bootstrap import bootstrap_interval
 from vlabs.runs.trainer import device_of
 from vlabs.utils.files import write_json, write_text
+from vlabs.utils.ranks import is_rank_zero
 from vlabs.utils.table import table
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Setting:
         out_dir: folder of the results.
         trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
         keep: share of the patches in the second pass that was asked for; None for the model's own.
+        old: files that say that an older evaluation in `out_dir` is whole. They stay until a new file is written.
     """
 
     split: str
     out_dir: Path
     trainer: DictConfig
     keep: float | None = None
+    old: Sequence[Path] = ()
 
     @property
     def shows_progress(self) -> bool:
@@ -142,16 +145,27 @@ class Results:
         """Add a table to the printed text."""
         self.say(table(header, rows))
 
+    def begin(self) -> None:
+        """Remove what says that an older evaluation is whole; to be called before a file is written without `Results`.
+
+        Later than this, bad input cannot be found without a loss.
+        """
+        for path in self.setting.old if is_rank_zero() else ():
+            path.unlink(missing_ok=True)
+
     def figure(self, name: str, figure: Figure) -> None:
         """Save a figure as `figures/NAME.png`."""
+        self.begin()
         self.file(save_figure(figure, self.setting.out_dir / "figures" / f"{name}.png"))
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
+        self.begin()
         self.file(write_text(self.setting.out_dir / name, text))
 
     def json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
+        self.begin()
         self.file(write_json(self.setting.out_dir / name, content))
 
     def file(self, path: Path) -> None:
