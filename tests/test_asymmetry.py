@@ -37,7 +37,9 @@ def test_a_display_is_a_function_of_its_seed_and_has_the_target_first():
 @pytest.mark.parametrize(
     ("phrases", "others", "part"),
     [
-        (("red blob", "red circle"), 1, "'red blob' must name a color and a shape"),
+        (("red blob", "red circle"), 1, "'red blob' must name a color and a shape, .* but 'blob' is none"),
+        (("small red circle", "red circle"), 1, "but 'small' is none"),
+        (("red blue circle", "red circle"), 1, "but 'blue' is a second color"),
         (("red", "red circle"), 1, "'red' must name a color and a shape"),
         (("red circle", "red square"), 60, "61 objects find no room"),
     ],
@@ -83,6 +85,27 @@ def test_the_model_is_asked_for_the_target(tiny_run, tmp_path, in_process, monke
     assert [text for text in asked if "there" in text] == ["is there a red circle?"] * 2 + ["is there a blue star?"] * 2
 
 
+RED, BLUE = ["red circle", "red square"], ["blue star", "red star"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"pairs": [RED, ["small red circle", "red star"]]}, "'small' is none"),
+        ({"pairs": [[1, 2]]}, "'1' must name a color and a shape"),
+        ({"pairs": [[" ", ""]]}, "' ' must name a color and a shape"),
+        ({"pairs": [["red circle", "circle solid red"]]}, "both name the same object"),
+        ({"pairs": [RED, BLUE, RED[::-1]]}, "[red square, red circle] is there twice"),
+        ({"others": [3, 3]}, "task.others=[3, 3] must be a list, .* none twice"),
+        ({"maps": ["norm", "norm"]}, "task.maps=.* none twice"),
+        ({"others": [1, 60]}, "61 objects find no room"),
+    ],
+)
+def test_what_cannot_be_drawn_or_would_be_measured_twice_is_refused_before_anything_is_loaded(options, part):
+    with pytest.raises(UserError, match=part.replace("[", r"\[")):
+        asymmetry.AsymmetryEvaluation(**{"pairs": [RED], **options})
+
+
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
@@ -91,8 +114,8 @@ def test_the_model_is_asked_for_the_target(tiny_run, tmp_path, in_process, monke
         ("task.pairs=[red circle]", ["task.pairs", "each item a list"]),
         ("task.pairs=[[red circle,red blob]]", ["'red blob' must name a color and a shape"]),
         ("task.maps=[rollout]", ["task.maps", "rollout", "weights, norm, fusion"]),
-        ("task.others=[]", ["task.others=[]", "at least one"]),
-        ("task.maps=[]", ["task.maps=[]", "at least one"]),
+        ("task.others=[]", ["task.others=[]", "at least 1 of them"]),
+        ("task.maps=[]", ["task.maps=[]", "at least 1 of them"]),
         ("task.others=[0]", ["task.others", "at least 1"]),
     ],
 )

@@ -22,6 +22,7 @@ from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
 from vlabs.utils.options import (
     Count,
+    Distinct,
     NonNegative,
     Part,
     Positive,
@@ -29,6 +30,7 @@ from vlabs.utils.options import (
     Share,
     ShareBelowOne,
     Size,
+    Some,
     check_names,
     check_type,
     checked,
@@ -60,6 +62,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "options.md"
             [[], [0]],
             "a list, each item a whole number, at least 1; at least 1 of them",
         ),
+        (Distinct[Size], [[], [1, 2]], [[1, 1], [0]], "a list, each item a whole number, at least 1; none twice"),
+        (Some[str], [["a"]], [[], ["a", "a"]], "a list, each item text; at least 1 of them, none twice"),
         (dict[str, NonNegative], [{"x": 0}], [1], "a group of options"),
     ],
 )
@@ -70,6 +74,15 @@ def test_a_value_is_taken_where_its_annotation_allows_it(hint, good, bad, words)
         with pytest.raises(UserError, match="x.y=") as refused:
             check_type("x.y", value, hint)
         assert str(refused.value).endswith(f"must be {words}")
+
+
+def test_a_number_is_text_where_the_annotation_has_text():
+    @checked("x")
+    def made(names: Some[str], name: str | None = None, sizes: Size | list[Size] = 1):
+        return names, name, sizes
+
+    assert made([1, "a"], 2.5, [3]) == (["1", "a"], "2.5", [3])
+    assert made(["a"], None, 4) == (["a"], None, 4)
 
 
 def test_a_dictionary_is_checked_by_what_it_holds():

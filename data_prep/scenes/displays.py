@@ -21,10 +21,18 @@ def read_phrase(phrase: str) -> dict[str, str]:
         UserError: it does not name a color and a shape, or says something else.
     """
     kinds = {"fill": FILLS, "color": tuple(COLORS), "shape": SHAPES}
-    found = {kind: word for word in phrase.split() for kind, words in kinds.items() if word in words}
-    if len(found) < len(phrase.split()) or not {"color", "shape"} <= found.keys():
-        known = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in kinds.items())
-        raise UserError(f"task.pairs: '{phrase}' must name a color and a shape, and may name a fill ({known})")
+    known = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in kinds.items())
+    wanted = f"task.pairs: '{phrase}' must name a color and a shape, and may name a fill"
+    found: dict[str, str] = {}
+    for word in phrase.split():
+        kind = next((kind for kind, words in kinds.items() if word in words), None)
+        if kind is None:
+            raise UserError(f"{wanted}, but '{word}' is none ({known})")
+        if kind in found:
+            raise UserError(f"{wanted}, but '{word}' is a second {kind} ({known})")
+        found[kind] = word
+    if not {"color", "shape"} <= found.keys():
+        raise UserError(f"{wanted} ({known})")
     return {"fill": "solid"} | found
 
 

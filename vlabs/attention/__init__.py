@@ -1,15 +1,14 @@
 """Where a model looks: maps, and figures of them."""
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import MinLen
+from vlabs.utils.options import Some
 
 MapName = Literal[
     "fusion", "weights", "norm", "cls", "rollout", "gradient", "relevance", "normgrad", "contrast"
 ]  # fmt: skip
-Maps = Annotated[Sequence[MapName], MinLen(1)]
-"""At least one map, as an option."""
+Maps = Some[MapName]
+"""Different maps, at least one, as an option."""
 MAPS: dict[str, str] = {
     "fusion": "what the text reads of the image",
     "weights": "what is similar to the prior ξ",

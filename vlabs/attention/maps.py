@@ -66,6 +66,18 @@ def maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str])
     ]
 
 
+def some_maps_of(model: VisionLanguageModel | AbSViTClassifier, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """As `maps_of`.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    found, left_out = maps_of(model, names)
+    if not found:
+        raise UserError(f"task.maps: {left_out[0]}: nothing is measured: name another map")
+    return found, left_out
+
+
 class ClassOutput(NamedTuple):
     """What maps need of a classifier's output for n images: logits (n, K), and the second pass."""
 

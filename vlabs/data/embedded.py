@@ -165,6 +165,16 @@ def search_displays(size: Corpus, target: str, other: str, others: int, count: i
         yield draw(size, target, other, others, f"{target}/{other}/{others}/{number}")
 
 
+def search_object(phrase: str) -> dict[str, str]:
+    """Color, fill and shape of an object of `search_displays`.
+
+    Raises:
+        UserError: the phrase does not name a color and a shape, or says something else.
+    """
+    found: dict[str, str] = _of("scenes.displays").read_phrase(phrase)
+    return found
+
+
 def raw_classes(path: str | Path, classes: Sequence[str]) -> datasets.Dataset:
     """Rows of the images in raw class folders, or in a tar file of them, without preparing them first.
 

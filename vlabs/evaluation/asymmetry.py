@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from vlabs.attention.maps import attention_map, maps_of
+from vlabs.attention.maps import attention_map, some_maps_of
 from vlabs.checkpoints.checkpoint import Checkpoint
-from vlabs.data.embedded import Corpus, search_displays
+from vlabs.data.embedded import Corpus, search_displays, search_object
 from vlabs.data.instances import crop_mask
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
-from vlabs.evaluation.steering import MAPS
 from vlabs.metrics.grounding import to_pixels
-from vlabs.utils.options import Size
+from vlabs.utils.options import Size, Some
 
 
 class AsymmetryEvaluation(Evaluation):
@@ -35,8 +35,8 @@ class AsymmetryEvaluation(Evaluation):
         maps: maps to measure.
 
     Raises:
-        UserError: the prompt has no place for the phrase, a list is empty, a pair is not two phrases, or a map is
-            unknown.
+        UserError: the prompt has no place for the phrase, a pair is not two different objects or is there twice, or so
+            many objects find no room.
     """
 
     name = "asymmetry"
@@ -45,21 +45,18 @@ class AsymmetryEvaluation(Evaluation):
 
     def __init__(
         self,
-        pairs: Sequence[Sequence[str]],
+        pairs: Some[Sequence[str]],
         prompt: str = "PHRASE",
-        others: Sequence[Size] = (1, 3, 6),
+        others: Some[Size] = (1, 3, 6),
         images: Size = 50,
         size: Corpus = "small",
-        maps: Sequence[str] = ("weights", "fusion"),
+        maps: Some[Literal["weights", "norm", "fusion"]] = ("weights", "fusion"),
     ) -> None:
         if "PHRASE" not in prompt:
             raise UserError(f"task.prompt={prompt} must say where the phrase goes, such as 'is there a PHRASE?'")
-        if empty := [name for name, given in (("pairs", pairs), ("others", others), ("maps", maps)) if not given]:
-            raise UserError(f"task.{empty[0]}=[]: nothing is measured: name at least one")
-        if wrong := [pair for pair in pairs if len(pair) != 2 or pair[0] == pair[1]]:
-            raise UserError(f"task.pairs: {wrong[0]} must be two different phrases, such as [red circle, red square]")
-        if unknown := [name for name in maps if name not in MAPS]:
-            raise UserError(f"task.maps: there is no map {unknown[0]}; choose from {', '.join(MAPS)}")
+        _check_pairs(pairs)
+        one, other = pairs[0]
+        next(search_displays(size, one, other, max(others), 1))  # fails if there is no room
         self.prompt, self.pairs, self.others, self.images = prompt, pairs, others, images
         self.size, self.maps = size, list(maps)
 
@@ -67,7 +64,7 @@ class AsymmetryEvaluation(Evaluation):
         """See `Evaluation`. Metrics: `MAP/N/rank` and `MAP/N/first`, the percentage of rank 1, over all targets among N
         others; `N/chance`, the rank at random; and `MAP/TARGET/OTHER/N/rank` of each."""
         model = checkpoint.model.to(results.device).eval()
-        maps, left_out = maps_of(model, self.maps)
+        maps, left_out = some_maps_of(model, self.maps)
         for reason in left_out:
             results.say(reason)
         searches = [both for one, other in self.pairs for both in ((one, other), (other, one))]
@@ -114,6 +111,21 @@ class AsymmetryEvaluation(Evaluation):
             first = [results.mean(f"{name}/{count}/first", 100.0 * (of == 1)) for count, of in by_count.items()]
             rows += [["all, percent of rank 1", *first], ["at random", *(f"{1 + count / 2:g}" for count in by_count)]]
             results.table([name, *(f"{count} others" for count in self.others)], rows)
+
+
+def _check_pairs(pairs: Sequence[Sequence[str]]) -> None:
+    """Raise a UserError unless each pair is two different objects, and no two pairs are the same."""
+    known: list[list[dict[str, str]]] = []
+    for pair in pairs:
+        given = f"task.pairs: [{', '.join(pair)}]"
+        if len(pair) != 2:
+            raise UserError(f"{given} must be two different phrases, such as [red circle, red square]")
+        one, other = (search_object(phrase) for phrase in pair)
+        if one == other:
+            raise UserError(f"{given} must be two different phrases, but both name the same object")
+        if [one, other] in known:
+            raise UserError(f"{given} is there twice: every pair is searched both ways, leave one out")
+        known += [[one, other], [other, one]]
 
 
 def rank_of_first(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlabs.attention import Maps
 from vlabs.attention.classes import class_maps
-from vlabs.attention.maps import look_and_read, maps_of, words_missed
+from vlabs.attention.maps import look_and_read, some_maps_of, words_missed
 from vlabs.checkpoints.abilities import Ability
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
@@ -119,9 +119,7 @@ class FaithfulnessEvaluation(Evaluation):
                 the maps.
         """
         network: Any = checkpoint.network.to(results.device).eval()
-        self.maps, left_out = maps_of(network, self.maps)
-        if not self.maps:
-            raise UserError(f"task.maps: {left_out[0]}")
+        self.maps, left_out = some_maps_of(network, self.maps)
         for line in left_out:
             results.say(line)
         rows = data.rows(results.split)

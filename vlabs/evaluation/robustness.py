@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
 from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
-from vlabs.utils.options import Seed, Severity, Size
+from vlabs.utils.options import Distinct, Seed, Severity, Size, Some
 
 ATTACKS: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
 
@@ -51,11 +51,11 @@ class RobustnessEvaluation(Evaluation):
 
     def __init__(
         self,
-        corruptions: str | Sequence[str] = "all",
-        severities: Sequence[Severity] = SEVERITIES,
+        corruptions: str | Distinct[str] = "all",
+        severities: Some[Severity] = SEVERITIES,
         imagenet_c: str | None = None,
         sets: Mapping[str, str] | None = None,
-        attacks: Sequence[Literal["fgsm", "pgd"]] = ATTACKS,
+        attacks: Distinct[Literal["fgsm", "pgd"]] = ATTACKS,
         num_images: Size | None = None,
         seed: Seed = 0,
     ) -> None:

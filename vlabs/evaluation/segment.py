@@ -28,7 +28,7 @@ from vlabs.evaluation.results import Results
 from vlabs.metrics.segmentation import class_iou, mean_iou
 from vlabs.tasks.segment import at_size, region_masks, segment_texts
 from vlabs.utils.files import new_folder
-from vlabs.utils.options import Count, Percent, Size
+from vlabs.utils.options import Count, Distinct, Percent, Size
 
 # The raw label value of each class, for datasets with an evaluation server.
 _RAW_LABELS = {
@@ -83,6 +83,8 @@ class SegmentEvaluation(Evaluation):
         hidden = not any(data.rows(results.split)[:1]["mask"])
         predictions = results.setting.out_dir / "predictions" if self.predictions or hidden else None
         count = 0
+        if predictions is not None:
+            results.begin()
         with _writer(predictions, data, len(classes)) as write:
             for batch in results.batches(data.eval_dataloader(results.split)):
                 for images, pictures in stacked(batch):
@@ -175,7 +177,7 @@ class ReferEvaluation(Evaluation):
     needs = ("segments texts",)
     reads = CaptionDataModule
 
-    def __init__(self, num_pictures: Count = 6, above: Sequence[Percent] = (50, 70, 90)) -> None:
+    def __init__(self, num_pictures: Count = 6, above: Distinct[Percent] = (50, 70, 90)) -> None:
         self.num_pictures = num_pictures
         self.above = list(above)
 

@@ -6,7 +6,7 @@ object, the encoder is steered. If the answer stays right, the feedback is not u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlabs.evaluation.grounding import Targets, find_targets
 from vlabs.evaluation.judging import Asked, Scores
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import energy_inside, to_pixels
-from vlabs.utils.options import Size, Strength
+from vlabs.utils.options import Distinct, Size, Strength
 
 MAPS = ("weights", "norm", "fusion")
 """The maps that are measured."""
@@ -51,7 +51,7 @@ class SteeringEvaluation(Evaluation):
     needs = ("texts", "one image", "answers", "one prior")
     reads = VQADataModule
 
-    def __init__(self, alphas: Sequence[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
+    def __init__(self, alphas: Distinct[Strength], num_texts: Size | None = None, instances: str | None = None) -> None:
         self.alphas = list(alphas)
         self.num_texts = num_texts
         self.instances = instances

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
@@ -22,6 +21,7 @@ from vlabs.prediction.predictor import Predictor, load_any
 from vlabs.runs.trainer import make_trainer
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
+from vlabs.utils.options import Distinct
 
 
 class VQAEvaluation(Evaluation):
@@ -41,7 +41,7 @@ class VQAEvaluation(Evaluation):
     reads = VQADataModule
     may_be_blind = True
 
-    def __init__(self, view: Literal["crop", "masked"] | None = None, ensemble: Sequence[str] = ()) -> None:
+    def __init__(self, view: Literal["crop", "masked"] | None = None, ensemble: Distinct[str] = ()) -> None:
         if view is not None and ensemble:
             raise UserError(f"task.view={view}: an ensemble looks once: leave task.view or task.ensemble out")
         self.view, self.ensemble = view, list(ensemble)

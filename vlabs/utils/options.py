@@ -42,6 +42,18 @@ Crop = Annotated[float, Ge(0.05), Le(1)]
 """The share of the shorter side of an image that is seen."""
 OpenShare = Annotated[float, Gt(0), Lt(1)]
 Part = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoneTwice:
+    """A limit of lists, for `Annotated`: no two items are equal."""
+
+
+_Item = TypeVar("_Item")
+Distinct = Annotated[Sequence[_Item], NoneTwice()]
+"""A list in which an item twice would only be measured twice."""
+Some = Annotated[Sequence[_Item], MinLen(1), NoneTwice()]
+"""The same, of at least one item."""
 HYDRAS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 """Names in a config that are not arguments, but Hydra's."""
 
@@ -62,12 +74,13 @@ def checked(section: str) -> Callable[[_Maker], _Maker]:
 
         @functools.wraps(call)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind_partial(*args, **kwargs).arguments
+            bound = signature.bind_partial(*args, **kwargs)
             hints = annotations_of(call)
-            for name, value in given.items():
+            for name, value in bound.arguments.items():
                 if value is not signature.parameters[name].default:
                     check_type(f"{section}.{name}", value, hints.get(name, Any))
-            return call(*args, **kwargs)
+                    bound.arguments[name] = _with_text(value, hints.get(name, Any))
+            return call(*bound.args, **bound.kwargs)
 
         if not inspect.isclass(maker):
             return guarded
@@ -239,6 +252,19 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _with_text(value: Any, hint: Any) -> Any:
+    """A value that fits an annotation, with its numbers as text where this has text: a name may look like a number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _with_text(value, inner[0])
+    if origin in (typing.Union, types.UnionType):
+        fitting = [one for one in inner if fits(value, one)]
+        return _with_text(value, min(fitting, key=lambda one: one is str, default=Any))
+    if origin in (list, Sequence) and isinstance(value, list):
+        return [_with_text(item, inner[0]) for item in value]
+    return str(value) if hint is str and isinstance(value, int | float) else value
+
+
 def in_words(hint: Any) -> str:
     """The values that an annotation allows, in words: `a whole number, at least 1, or null`."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -285,12 +311,16 @@ def _is_within(value: Any, limit: Any) -> bool:
             return bool(value < most)
         case MinLen(least):
             return len(value) >= least
+        case NoneTwice():
+            return all(item not in value[:n] for n, item in enumerate(value))
     return True
 
 
 def _limits(kind: type, limits: Sequence[Any]) -> str:
-    if isinstance(limits[0], MinLen):
-        return f"; at least {limits[0].min_length} of them"
+    of_list = [f"at least {one.min_length} of them" for one in limits if isinstance(one, MinLen)]
+    of_list += ["none twice" for one in limits if isinstance(one, NoneTwice)]
+    if of_list:
+        return f"; {', '.join(of_list)}"
     least = next((one for one in limits if isinstance(one, Ge | Gt)), None)
     most = next((one for one in limits if isinstance(one, Le | Lt)), None)
     if most is not None and isinstance(least, Ge) and kind is int:
