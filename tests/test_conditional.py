@@ -12,8 +12,11 @@ from conftest import assert_one_line_error
 from PIL import Image, ImageOps
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.conditional import read_benchmark
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import decode_image
+from vlabs.errors import UserError
+from vlabs.evaluation.prompt import with_phrase
 
 
 def test_precision_at_1_is_that_of_a_plain_loop(tiny_run, tmp_path, in_process):
@@ -165,7 +168,8 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
     whole, box = {"val_image_id": 1}, {"image_id": 1, "instance_bbox": [1, 1, 0, 5]}
     for name, content in {
         "list": [], "no": [{"condition": "sky"}], "box": [template("sky", box, whole, [whole])],
-        "gone": [template("sky", whole, {"val_image_id": 2}, [whole])], "alone": [template("sky", whole, whole, [])],
+        "gone": [template("sky", whole, {"val_image_id": 2}, [{"val_image_id": 3}])],
+        "alone": [template("sky", whole, whole, [])],
     }.items():  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     for options, parts in [
@@ -178,7 +182,7 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
         (["task.source=cut"], ["cut/test.parquet cannot be read as parquet"]),
         (["task.source=nowhere.json"], ["task.source=nowhere.json", "no such file"]),
         (["task.source=gone.json"], ["pass task.pictures=[FOLDER,...]"]),
-        (["task.source=gone.json", "task.pictures=[empty]"], ["000000000001.jpg and 1 more of 2", "val2017"]),
+        (["task.source=gone.json", "task.pictures=[empty]"], ["000000000001.jpg and 2 more of 3", "val2017"]),
         (["task.source=list.json", "task.pictures=[empty]"], ["has no templates"]),
         (["task.source=no.json", "task.pictures=[empty]"], ["template 0 has no 'reference'"]),
         (["task.source=alone.json", "task.pictures=[empty]"], ["template 0: its 'gallery' is empty"]),
@@ -188,9 +192,84 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
         assert_one_line_error(result, *parts)
 
 
+def boxed(number, *box):
+    return {"image_id": number, "instance_bbox": list(box)}
+
+
+@pytest.mark.parametrize(
+    ("entry", "part"),
+    [
+        ((" ", 1, 2, [3]), "its 'condition' is empty"),
+        (("sky", 1, 1, [3]), "1.jpg is its 'reference' and in its 'target'"),
+        (("sky", 1, 2, [3, 2]), "2.jpg is its 'target' and in its 'gallery'"),
+        (("sky", 1, 2, [3, 1]), "1.jpg is its 'reference' and in its 'gallery'"),
+        (("sky", 1, 2, [3, 4, 3]), "3.jpg is its 'gallery' and in its 'gallery'"),
+    ],
+)
+def test_an_image_that_a_template_has_twice_is_named(entry, part, tmp_path):
+    whole = [{"val_image_id": n} for n in range(5)]
+    for n in range(5):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{n:012d}.jpg")
+    text, reference, target, gallery = entry
+    fine = template("sky", whole[1], whole[2], [whole[3]])
+    wrong = template(text, whole[reference], whole[target], [whole[n] for n in gallery])
+    (tmp_path / "t.json").write_text(json.dumps([fine, wrong]))
+    with pytest.raises(UserError, match=f"t.json: template 1: .*{part}"):
+        read_benchmark(tmp_path / "t.json", [tmp_path])
+
+
+def test_other_boxes_of_an_image_are_other_images_and_a_box_outside_of_it_is_named(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "1.jpg")
+    seen, outside = [boxed(1, 0, 0, 9, 9), boxed(1, 5, 5, 9, 9), boxed(1, -3, -3, 9, 9)], boxed(1, -30, -30, 5, 5)
+    (tmp_path / "t.json").write_text(json.dumps([template("sky", *seen[:2], [seen[2], outside])]))
+    gallery = read_benchmark(tmp_path / "t.json", [tmp_path])
+    assert [gallery.read(n).size for n in range(3)] == [(15, 15)] * 3
+    with pytest.raises(UserError, match=r"1.jpg: the box \[-30, -30, 5, 5\] is not in the image, which is 40 x 30"):
+        gallery.read(3)
+
+
+def test_rows_of_core_that_are_there_twice_are_named(tmp_path):
+    write_core(tmp_path / "rows", [*CORE, CORE[5]])
+    with pytest.raises(UserError, match="row 2 of row group 1: street/cup/4 is .*00001.*row 1 of row group 0 too"):
+        read_benchmark(tmp_path / "rows", [])
+    write_core(tmp_path / "shards", CORE)
+    shard = tmp_path / "shards/data/test-00000-of-00002.parquet"
+    (shard.parent / "test-copy.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(UserError, match="test-copy.parquet, row 0 of row group 0: bath/duck/1 is .*test-00000"):
+        read_benchmark(tmp_path / "shards", [])
+
+
+def test_several_splits_of_core_without_test_are_named(tmp_path):
+    write_core(tmp_path, CORE)
+    for shard, name in zip(sorted((tmp_path / "data").iterdir()), ("train-0", "validation-0"), strict=True):
+        shard.rename(shard.with_name(f"{name}.parquet"))
+    with pytest.raises(UserError, match="parquet files of train and val, and none of test"):
+        read_benchmark(tmp_path, [])
+
+
+def test_a_phrase_that_the_model_does_not_read_to_its_end_is_named(tiny_run):
+    preprocessing = load_checkpoint(tiny_run[0]).preprocessing
+    assert with_phrase("a PHRASE", "red circle", preprocessing, "x") == "a red circle"
+    long = "very " * 300
+    assert with_phrase(f"PHRASE {long}", "red circle", preprocessing, "x").startswith("red circle very")
+    for prompt, phrase in ((f"{long}PHRASE", "red circle"), ("PHRASE", f"{long}red circle")):
+        with pytest.raises(UserError, match=f"x: the model reads {preprocessing.max_length} tokens, .* a shorter one"):
+            with_phrase(prompt, phrase, preprocessing, "x")
+
+
+def test_questions_are_answered_with_data_that_are_phrases(tiny_run, tmp_path, in_process):
+    result = in_process("vlabs.evaluate", ["task=conditional", f"ckpt={tiny_run[0]}"], tmp_path)
+    assert_one_line_error(result, "holds questions", "measured on captions that are phrases (data=scenes_phrases, ")
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        (["task.source=''"], ["task.source='' names nothing"]),
+        (
+            ["task.phrases=2", f"task.prompt={'very ' * 300}PHRASE"],
+            ["split val, ", "does not see the end of the phrase"],
+        ),
         (["keep=0.5"], ["keep=0.5: task=conditional reads all patches: leave it out"]),
         (
             ["task.pictures=[val2017]"],

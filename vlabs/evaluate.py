@@ -97,7 +97,7 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
             config.data.dir = _dir_of(checkpoint)
         # Partial, because Hydra would turn a dataclass among the arguments into a config.
         data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
-        _check_kind(data, evaluation.reads)
+        _check_kind(data, evaluation)
     old = [out_dir / name for name in ("config.yaml", "metrics.json")]
     metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer, config.keep, old))
     if not is_rank_zero():
@@ -132,9 +132,10 @@ def _dir_of(checkpoint: Checkpoint) -> str:
     return str(directory)
 
 
-def _check_kind(data: Any, wanted: type[PreparedDataModule]) -> None:
-    if not isinstance(data, wanted):
-        raise UserError(f"{data.dir} holds {data.holds}, but this task is measured on {wanted.holds}")
+def _check_kind(data: Any, evaluation: Evaluation) -> None:
+    if not isinstance(data, evaluation.reads):
+        wanted = evaluation.measured_on or evaluation.reads.holds
+        raise UserError(f"{data.dir} holds {data.holds}, but this task is measured on {wanted}")
 
 
 def main() -> None:

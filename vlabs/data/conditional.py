@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,16 +87,27 @@ def _core(folder: Path) -> Gallery:
         raise UserError(f"task.source={folder}: there is no such folder, and it is no JSON file of GeneCIS")
     files = [path for path in walk(folder) if path.suffix.lower() == ".parquet"]
     files = [path for path in files if path.name.startswith("test")] or files
+    splits = sorted({found[0] for path in files if (found := re.match("train|val|dev", path.name))})
+    if len(splits) > 1:
+        raise UserError(
+            f"task.source={folder} has parquet files of {' and '.join(splits)}, and none of test: name a folder with "
+            "those of one split"
+        )
     if not files:
         raise UserError(f"task.source={folder} has no parquet files: download CORE (the dataset, not its code)")
     places: list[tuple[Path, int, int]] = []
     rows: list[dict[str, str]] = []
+    known: dict[tuple[str, str, str], str] = {}
     for path in files:
         for group in range(_parquet(path).num_row_groups):
             part = _group(path, group, ["image_id", "scene", "object", "prompt"]).to_pylist()
             for n, row in enumerate(part):
+                where = f"{path}, row {n} of row group {group}"
                 for name, value in row.items():
-                    check_value(f"{path}, row {len(rows)}", name, value, str)
+                    check_value(where, name, value, str)
+                same_row = (row["scene"], row["object"], row["image_id"])
+                if (before := known.setdefault(same_row, where)) != where:
+                    raise UserError(f"{where}: {'/'.join(same_row)} is {before} too: leave one out")
                 rows.append(row)
                 places.append((path, group, n))
     last: dict[tuple[Path, int], pa.Table] = {}
@@ -167,14 +179,27 @@ def _genecis(file: Path, folders: Sequence[Path]) -> Gallery:
     def number(entry: dict[str, Any], where: str) -> int:
         return found.setdefault(_picture(entry, where), len(found))
 
+    def named(number: int) -> str:
+        name, box = list(found)[number]
+        return f"{name}, box {list(box)}," if box else name
+
     gallery = Gallery(0, lambda n: None, ranks=(1, 2, 3))
     for n, entry in enumerate(JsonFile(file).entries(floats=True)):
         where = f"{file}: template {n}"
         text = get_value(entry, "condition", where, str)
+        if not text.strip():
+            raise UserError(f"{where}: its 'condition' is empty")
         reference, target = (number(get_value(entry, key, where, dict), where) for key in ("reference", "target"))
         others = [number(one, where) for one in get_objects(entry, "gallery", where)]
         if not others:
             raise UserError(f"{where}: its 'gallery' is empty, so its target has nothing to be ranked among")
+        shown = {reference: "reference"}
+        for one, name in [(target, "target"), *((one, "gallery") for one in others)]:
+            if one in shown:
+                raise UserError(
+                    f"{where}: {named(one)} is its '{shown[one]}' and in its '{name}': each must be another"
+                )
+            shown[one] = name
         gallery.queries.append(Query(n, text, reference, np.array([target, *others]), np.array([target]), ()))
     if not gallery.queries:
         raise UserError(f"{file} has no templates")
@@ -223,11 +248,13 @@ def _picture(entry: dict[str, Any], where: str) -> tuple[str, tuple[float, ...]]
 
 def _part(image: Image.Image, box: Sequence[float], name: str) -> Image.Image:
     """What GeneCIS shows of an image: a box that begins 0.7 of its size before, made square with black."""
+    if box[0] + box[2] <= 0 or box[1] + box[3] <= 0 or box[0] >= image.width or box[1] >= image.height:
+        raise UserError(f"{name}: the box {list(box)} is not in the image, which is {image.width} x {image.height}")
     left, top = (max(0.0, start - _DILATION * size) for start, size in zip(box[:2], box[2:], strict=True))
     right = min(image.width, left + (1 + _DILATION) * box[2])
     bottom = min(image.height, top + (1 + _DILATION) * box[3])
     if round(right) <= round(left) or round(bottom) <= round(top):
-        raise UserError(f"{name}: the box {list(box)} is not in the image, which is {image.width} x {image.height}")
+        raise UserError(f"{name}: the box {list(box)} is too small to be seen")
     part = image.crop(tuple(round(one) for one in (left, top, right, bottom)))  # type: ignore[arg-type]
     side = max(part.size)
     square = Image.new("RGB", (side, side))

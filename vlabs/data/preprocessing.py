@@ -189,6 +189,11 @@ class Preprocessing:
         except TypeError:  # raised for a lone surrogate
             raise UserError("a text has a character that is not valid Unicode (a lone surrogate): retype it") from None
 
+    def characters_read(self, text: str) -> int:
+        """How many characters of a text the model reads: all, unless the text is cut to `max_length` tokens."""
+        encoding = self._tokenizer.encode(text)
+        return max((end for _, end in encoding.offsets), default=0) if encoding.overflowing else len(text)
+
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of a text, as the tokenizer cuts them, each with the positions of its tokens in `token_ids`."""
         encoding = self._tokenizer.encode(text)

@@ -14,6 +14,7 @@ from vlabs.data.embedded import Corpus, search_displays, search_object
 from vlabs.data.instances import crop_mask
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.prompt import check_prompt, with_phrase
 from vlabs.evaluation.results import Results
 from vlabs.metrics.grounding import to_pixels
 from vlabs.utils.options import Size, Some
@@ -52,8 +53,7 @@ class AsymmetryEvaluation(Evaluation):
         size: Corpus = "small",
         maps: Some[Literal["weights", "norm", "fusion"]] = ("weights", "fusion"),
     ) -> None:
-        if "PHRASE" not in prompt:
-            raise UserError(f"task.prompt={prompt} must say where the phrase goes, such as 'is there a PHRASE?'")
+        check_prompt(prompt)
         _check_pairs(pairs)
         one, other = pairs[0]
         next(search_displays(size, one, other, max(others), 1))  # fails if there is no room
@@ -69,20 +69,21 @@ class AsymmetryEvaluation(Evaluation):
             results.say(reason)
         searches = [both for one, other in self.pairs for both in ((one, other), (other, one))]
         asked = [(target, other, count) for target, other in searches for count in self.others]
+        texts = {one: with_phrase(self.prompt, one, checkpoint.preprocessing, "task.pairs") for one, _ in searches}
         for target, other, count in results.each(asked, "search"):
             about = {"target": target, "other": other, "others": count}
-            ranks = self._ranks(checkpoint, results.device, maps, **about)
+            ranks = self._ranks(checkpoint, results.device, maps, texts[target], **about)
             results.rows += [{"id": n, **about, **row} for n, row in enumerate(ranks)]
         self._report(results, searches, maps)
 
     @torch.no_grad()
     def _ranks(
-        self, checkpoint: Checkpoint, device: str, maps: Sequence[str], target: str, other: str, others: int
+        self, checkpoint: Checkpoint, device: str, maps: Sequence[str], text: str, target: str, other: str, others: int
     ) -> Iterator[dict[str, float]]:
         """Yield the target's rank by each map, image by image."""
         preprocessing, model = checkpoint.preprocessing, checkpoint.model
         images, masks = zip(*search_displays(self.size, target, other, others, self.images), strict=True)
-        ids, mask = preprocessing.pad(preprocessing.token_ids([self.prompt.replace("PHRASE", target)] * len(images)))
+        ids, mask = preprocessing.pad(preprocessing.token_ids([text] * len(images)))
         pixels = torch.stack([preprocessing.image(image) for image in images])
         output = model(pixels.to(device), ids.to(device), mask.to(device), read_image=True)
         found = {name: attention_map(output, model.vision, name).cpu().numpy() for name in maps}

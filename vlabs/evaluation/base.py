@@ -28,6 +28,8 @@ class Evaluation:
     """The required abilities of a model: names in `vlabs.checkpoints.abilities.ABILITIES`, or other abilities."""
     reads: ClassVar[type[PreparedDataModule]] = PreparedDataModule
     """The kind of data that it reads."""
+    measured_on: ClassVar[str] = ""
+    """Which data of this kind it is measured on, in words, where that is not all of them."""
     may_be_blind: ClassVar[bool] = False
     """Whether it can be measured with `data.blind`."""
     keeps_all: ClassVar[bool] = False

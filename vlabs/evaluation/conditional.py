@@ -17,6 +17,7 @@ from vlabs.data.conditional import Gallery, Query, read_benchmark
 from vlabs.data.images import ImageReader
 from vlabs.errors import UserError
 from vlabs.evaluation.base import Evaluation
+from vlabs.evaluation.prompt import check_prompt, with_phrase
 from vlabs.evaluation.results import Results
 from vlabs.models.absvit import BottomUp
 from vlabs.models.topdown import Words, similarity
@@ -53,6 +54,7 @@ class ConditionalEvaluation(Evaluation):
     name = "conditional"
     needs = ("texts", "one image")
     reads = CaptionDataModule
+    measured_on = "captions that are phrases (data=scenes_phrases, or made by vlabs prepare coco_captions --phrases)"
     keeps_all = True
 
     def __init__(
@@ -64,8 +66,11 @@ class ConditionalEvaluation(Evaluation):
         source: str | None = None,
         pictures: Sequence[str] = (),
     ) -> None:
-        if "PHRASE" not in prompt:
-            raise UserError(f"task.prompt={prompt} must say where the phrase goes, such as 'is there a PHRASE?'")
+        check_prompt(prompt)
+        if source is not None and not source.strip():
+            raise UserError(
+                "task.source='' names nothing: name CORE's folder or one of GeneCIS's files, or leave it out"
+            )
         if pictures and (source is None or not source.lower().endswith(".json")):
             raise UserError(
                 f"task.pictures=[{','.join(pictures)}] are folders with the images of GeneCIS, so of a "
@@ -100,7 +105,11 @@ class ConditionalEvaluation(Evaluation):
         queries: dict[str, list[Query]] = defaultdict(list)
         for query in gallery.queries:
             queries[query.text].append(query)
-        texts = encode_texts(model, preprocessing, [self.prompt.replace("PHRASE", text) for text in queries])
+        named = f"{data.dir}, split {results.split}" if data is not None else f"task.source={self.source}"
+        asked_for = [
+            with_phrase(self.prompt, text, preprocessing, f"{named}, {asked[0].id}") for text, asked in queries.items()
+        ]
+        texts = encode_texts(model, preprocessing, asked_for)
         needed = [np.unique(np.concatenate([[*q.gallery, q.reference] for q in asked])) for asked in queries.values()]
         features = self._embedded(model, gallery, texts, needed, results)
         starts = np.cumsum([0, *map(len, needed)])
