@@ -16,7 +16,9 @@ from vlabs.data.corruptions import CorruptedDataset
 from vlabs.data.images import read_bytes
 from vlabs.data.prepared import load_split, read_classes
 from vlabs.data.sampling import BatchSpec, Group
+from vlabs.errors import UserError
 from vlabs.evaluate import numbers_of
+from vlabs.evaluation.robustness import RobustnessEvaluation
 from vlabs.metrics.robustness import ALEXNET_ERRORS, CORRUPTIONS, fgsm, mean_corruption_error, pgd
 
 
@@ -138,3 +140,9 @@ def test_without_the_library_it_is_said_what_to_install(objects, run, monkeypatc
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     result = in_process("vlabs.evaluate", ["task=robustness", f"ckpt={run}"], tmp_path)
     assert_one_line_error(result, "pip install 'vlabs[robustness]'")
+
+
+@pytest.mark.parametrize("option", [{"severities": [1, 1]}, {"corruptions": ["fog", "fog"]}, {"attacks": ["pgd"] * 2}])
+def test_nothing_is_measured_twice(option):
+    with pytest.raises(UserError, match=f"task.{next(iter(option))}=.* none twice"):
+        RobustnessEvaluation(**option)
