@@ -331,6 +331,7 @@ def test_patches_pooled_for_a_text_and_their_loss_are_flairs_recipe_written_out(
     fresh = TextPool(8, 4)
     assert float(fresh.log_scale.exp()) == pytest.approx(10)
     assert float(fresh.bias) == -10
+    assert torch.equal(similarities(cls, patches, prior, fresh)[1], similarities(cls, patches, prior)[1])
     with pytest.raises(UserError, match="model.pool_heads=3 must divide the width 8"):
         TextPool(8, 3)
 

@@ -38,6 +38,11 @@ class TextPool(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it was never trained, and ranks at random: these biases begin at zero."""
+        return not bool(self.attention.in_proj_bias.any())
+
     def forward(self, patches: Tensor, prior: Tensor) -> Tensor:
         """Cosines (B, n) of B images, each as n texts see it, and these texts.
 

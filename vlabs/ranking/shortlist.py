@@ -45,8 +45,8 @@ _TEMPERATURE = 0.1  # at which patches are counted, by how like ξ they are
 def similarities(cls: Tensor, patches: Tensor, prior: Tensor, pool: TextPool | None = None) -> tuple[Tensor, Tensor]:
     """Similarities of n images and m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
 
-    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches; of a model with a `pool`, the cosine of ξ and the
-    patches that it pools for ξ. Their sum, each divided by its standard deviation, finds more of the exact best than
+    The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches; of a model with a `pool` that is trained, the
+    cosine of ξ and the patches that it pools for ξ. Their sum, each divided by its standard deviation, finds more of the exact best than
     either.
 
     Args:
@@ -60,7 +60,7 @@ def similarities(cls: Tensor, patches: Tensor, prior: Tensor, pool: TextPool | N
     """
     raw, prior = prior, F.normalize(prior.float(), dim=1).T
     patches = patches.float()
-    if pool is not None:
+    if pool is not None and not pool.is_new:
         pooled = pool(patches.to(pool.bias), raw.to(pool.bias))
         return F.normalize(cls.float(), dim=1) @ prior, pooled.float()
     lengths = torch.linalg.vector_norm(patches, dim=2, keepdim=True).clamp(min=1e-12)
