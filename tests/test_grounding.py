@@ -203,7 +203,9 @@ def test_maps_of_any_size_are_compared_on_the_same_grid() -> None:
 def test_human_maps_are_read_by_question(tmp_path: Path) -> None:
     for name, value in {"7_2": 102, "7_1": 51, "12_1": 255, "7_10": 204}.items():
         Image.new("L", (6, 4), value).save(tmp_path / f"{name}.png")
-    (tmp_path / "readme.txt").write_text("maps")
+    (tmp_path / "12_1.png").rename(tmp_path / "12_1.PNG")
+    for ignored in ("readme.txt", "._7_1.png"):
+        (tmp_path / ignored).write_text("maps")
     first, second = read_hat(tmp_path)
     assert (first.question_id, second.question_id) == (7, 12)
     assert first.maps.shape == (3, 4, 6)
@@ -229,6 +231,10 @@ def test_unreadable_human_maps_are_named(tmp_path: Path) -> None:
     Image.new("L", (4, 6)).save(tmp_path / "5_2.png")
     with pytest.raises(UserError, match="differ in size"):
         list(read_hat(tmp_path))
+    for odd in ("abc.png", "5_3.jpg"):
+        (tmp_path / odd).touch()
+    with pytest.raises(UserError, match=r"2 images are not called as maps are .* such as 5_3\.jpg: rename them"):
+        read_hat(tmp_path)
 
 
 # --- how sure ------------------------------------------------------------------------------------------------------

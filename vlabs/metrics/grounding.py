@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from vlabs.data.decoding import read_gray
+from vlabs.data.decoding import known_suffixes, read_gray
 from vlabs.data.instances import resize_area
 from vlabs.errors import UserError
 from vlabs.utils.archives import read_regular
 
 HAT_GRID = (14, 14)
-_HAT_NAME = re.compile(r"(\d+)_(\d+)\.png")  # of VQA-HAT
-_AIR_NAME = re.compile(r"(\d+)\.png")  # of AiR-D
+_HAT_NAME = re.compile(r"(\d+)_(\d+)\.png", re.IGNORECASE)  # of VQA-HAT
+_AIR_NAME = re.compile(r"(\d+)\.png", re.IGNORECASE)  # of AiR-D
 
 
 def to_pixels(patches: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -165,7 +165,7 @@ class HumanMaps(NamedTuple):
 def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> Iterator[HumanMaps]:
     """Read the human attention maps of VQA-HAT as they are downloaded.
 
-    Files are `{question_id}_{n}.png`, up to three per question; files with other names are ignored.
+    Files are `{question_id}_{n}.png`, up to three per question; hidden files and those that are no images are ignored.
 
     Args:
         folder: `vqahat_train` or `vqahat_val`.
@@ -175,8 +175,8 @@ def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> 
         One record per question, by question id.
 
     Raises:
-        UserError: there is no such folder, it holds no maps, a file is not an image, or the maps of a question differ
-            in size.
+        UserError: there is no such folder, it holds no maps or images that are called otherwise, a file is not an
+            image, or the maps of a question differ in size.
     """
     found = list_hat(folder)
     wanted = sorted((one for one in found if question_ids is None or one in question_ids), key=lambda one: int(one))
@@ -196,13 +196,21 @@ def list_hat(folder: str | Path) -> dict[int | str, list[Path]]:
             "such as aggregated_maps/fixmaps"
         )
     found: defaultdict[int | str, list[tuple[int, Path]]] = defaultdict(list)
+    others: list[str] = []
     for path in folder.iterdir():
         if match := _HAT_NAME.fullmatch(path.name):
             found[int(match[1])].append((int(match[2]), path))
         elif match := _AIR_NAME.fullmatch(path.name):
             found[match[1]].append((0, path))
+        elif path.suffix.lower() in known_suffixes() and not path.name.startswith("."):
+            others.append(path.name)
     if not found:
         raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png) or AiR-D (00126851.png)")
+    if others:
+        raise UserError(
+            f"{folder}: {len(others)} images are not called as maps are (2773461_1.png, or 00126851.png), such as "
+            f"{min(others)}: rename them, or move them away"
+        )
     return {question_id: [path for _, path in sorted(paths)] for question_id, paths in found.items()}
 
 
