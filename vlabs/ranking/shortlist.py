@@ -46,8 +46,8 @@ def similarities(cls: Tensor, patches: Tensor, prior: Tensor, pool: TextPool | N
     """Similarities of n images and m texts: the cosine of ξ and the bottom-up [cls], and of ξ and the patches.
 
     The latter is `logsumexp_i(cos(ξ, z_i) / 0.1)` over the patches; of a model with a `pool` that is trained, the
-    cosine of ξ and the patches that it pools for ξ. Their sum, each divided by its standard deviation, finds more of the exact best than
-    either.
+    cosine of ξ and the patches that it pools for ξ. Their sum, each divided by its standard deviation, finds more of
+    the exact best than either.
 
     Args:
         cls: (n, D).
