@@ -21,12 +21,13 @@ from vlabs.data.preprocessing import Preprocessing
 from vlabs.data.sampling import BatchSpec, Group
 from vlabs.data.vqa import VQABatch, VQADataModule, VQADataset
 from vlabs.errors import UserError
+from vlabs.metrics.grounding import list_hat
 from vlabs.models.harmonizer import harmonizer_loss
 from vlabs.models.prior import AlivePriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.topdown import AbSTopDown, similarity
 from vlabs.models.vlm import assemble
 from vlabs.tasks.optim import Recipe
-from vlabs.tasks.vqa import VQATask
+from vlabs.tasks.vqa import People, VQATask
 
 GRID = (4, 4)
 
@@ -367,9 +368,59 @@ def test_the_focus_loss_is_refused_without_regions_or_images():
         task.wants(SimpleNamespace(regions_known=1))
 
 
+def make_control(several=None, **options):
+    """A task whose model feeds ξ to nothing."""
+    model = make_model(None, several={"unused_prior": True, **(several or {})})
+    return VQATask(model, Preprocessing(16, ""), {}, Recipe(), **options)
+
+
 def test_a_model_without_xi_asks_for_no_regions():
-    task = VQATask(make_model(None), Preprocessing(16, ""), {}, Recipe(), region_prior_weight=1.0)
+    task = make_control({"unused_prior": False}, region_prior_weight=1.0)
     assert set_up(task, known=7).region_grid is None
+
+
+@pytest.mark.parametrize(
+    ("several", "options", "trained"),
+    [
+        ({}, {}, False),
+        ({}, {"focus_prior_weight": 1.0}, True),
+        ({}, {"token_prior_weight": 1.0}, True),
+        ({}, {"prior_bottom_up_weight": 1.0}, True),
+        ({"prior_count": 2}, {}, True),  # kept apart
+        ({"pool_heads": 2}, {}, True),
+        ({"pool_heads": 2}, {"pool_prior_weight": 0.0}, False),
+        ({"prior_tokens": True}, {}, True),  # the fusion reads them
+    ],
+)
+def test_xi_is_frozen_only_where_no_loss_and_no_part_reads_it(several, options, trained):
+    task = make_control(several, region_prior_weight=0.0, **options)
+    assert task.model.prior.project.bias.requires_grad == trained
+
+
+def test_the_focus_loss_of_no_xi_is_refused():
+    with pytest.raises(UserError, match="task.focus_prior_weight=1 teaches ξ, which this model/topdown does not have"):
+        make_control({"unused_prior": False}, focus_prior_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, []),
+        ({"overlap_prior_weight": 5.0}, ["task.overlap_prior_weight=5 has no effect: a text has one ξ"]),
+        ({"token_prior_weight": 1.0}, ["task.token_prior_weight=1 has no effect: this model/topdown has no ξ"]),
+        (
+            {"prior_weight": 0.5, "pool_prior_weight": 2.0},
+            ["task.prior_weight=0.5 has", "task.pool_prior_weight=2 has"],
+        ),
+        ({"overlap_prior_weight": 0.0, "harmonizer_weight": 0.0}, []),
+        ({"harmonizer_weight": 3.0}, ["task.harmonizer_weight=3 has no effect: there are no maps (task.human_maps)"]),
+    ],
+)
+def test_a_weight_without_effect_is_said_unless_it_is_the_default(options, said, capsys):
+    set_up(make_control({"unused_prior": False}, **options), known=7)
+    told = "".join(capsys.readouterr())
+    assert told.count("has no effect") == len(said)
+    assert all(one in told for one in said)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +493,27 @@ def test_the_harmonizer_loss_is_its_recipe_on_a_pyramid_of_five_levels():
     flat = torch.zeros(1, 8, 8, requires_grad=True)
     harmonizer_loss(flat, torch.rand(1, 8, 8)).backward()
     assert torch.isfinite(flat.grad).all()
+
+
+def test_a_map_on_which_nobody_looked_anywhere_is_named(tmp_path):
+    (tmp_path / "hat").mkdir()
+    for name, value in {"7_1": 0, "7_2": 90, "8_1": 0}.items():
+        Image.new("L", (6, 4), value).save(tmp_path / f"hat/{name}.png")
+    Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 255).save(tmp_path / "hat/8_2.png")
+    looked = People(list_hat(tmp_path / "hat"))
+    assert looked(9) is None
+    assert looked(8).max() == 0.5
+    with pytest.raises(UserError, match=r"7_2.png: the map of question 7 is the same everywhere"):
+        looked(7)
+
+
+def test_a_map_that_is_the_same_everywhere_draws_nothing():
+    assert float(harmonizer_loss(torch.rand(1, 8, 8), torch.full((1, 8, 8), 0.5))) == 0
+
+
+def test_no_weight_needs_no_second_backward_pass():
+    task = make_task(human_maps="nowhere", harmonizer_weight=0.0, recompute_activations=True)
+    assert set_up(task, known=0).human_map is None
 
 
 def test_training_draws_the_gradient_of_the_right_answers_to_where_people_looked(monkeypatch):

@@ -15,13 +15,14 @@ def harmonizer_loss(saliency: Tensor, human: Tensor) -> Tensor:
 
     Both maps are standardized, and what is below their mean is cut off; the human one is scaled to the largest value of
     the other. Of both a pyramid of five levels is made, each of half the side. The loss is the mean over levels of the
-    mean squared difference; a text without a human map (all zeros) adds zero.
+    mean squared difference; a text without a human map (zeros, or the same
+    everywhere) adds zero.
 
     Args:
         saliency: (n, H, W), the gradient of the score by the pixels, mean over the channels.
         human: (n, H, W), how much people looked at each pixel; zeros where nobody was asked.
     """
-    known = (human.flatten(1).amax(dim=1) > 0).to(saliency.dtype)
+    known = (human.flatten(1).amax(dim=1) > human.flatten(1).amin(dim=1)).to(saliency.dtype)
     saliency, human = _standardized(saliency), _standardized(human)
     largest = saliency.detach().amax(dim=(1, 2), keepdim=True)
     human = human / (human.amax(dim=(1, 2), keepdim=True) + 1e-6) * (largest + 1e-6)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+import re
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,17 @@ class VisionLanguageTask(Task):
         model = self.model
         if not model.vision.reconstructs:
             self.reconstruction_weight = 0.0
+        if model.prior is None:
+            self.prior_bottom_up_weight = 0.0  # of every variant in configs of retrieval
+        if self.focus_prior_weight and model.prior is None:
+            raise UserError(
+                f"task.focus_prior_weight={self.focus_prior_weight:g} teaches ξ, which this model/topdown does not "
+                "have: pass 0, or model.unused_prior=true"
+            )
         self.alive_by_data = self.alive_prior_weight is None
+        self.without_effect = self._drop_idle_weights()
         if self.alive_prior_weight is None:
             self.alive_prior_weight = 1.0
-        if not model.vision.needs_prior:  # if ξ steers nothing, there is no second pass to compare it with
-            self.prior_weight = self.alive_prior_weight = 0.0
-        if model.prior is None:
-            self.prior_bottom_up_weight = self.region_prior_weight = self.token_prior_weight = 0.0
-            self.focus_prior_weight = 0.0
-        if model.pool is None:
-            self.pool_prior_weight = 0.0
         if self.prior_weight + self.prior_bottom_up_weight == 0:
             self.prior_loss = None
         else:
@@ -105,12 +107,36 @@ class VisionLanguageTask(Task):
         if model.pool is not None and not self.pool_prior_weight:
             model.pool.requires_grad_(False)
 
+    def _drop_idle_weights(self) -> list[str]:
+        """Set the weights of losses that this model does not have to 0; return what to say of those that were asked
+        for, which are those that are not the default.
+        """
+        model = self.model
+        idle = {
+            "ξ steers nothing in this model/topdown": [] if model.vision.needs_prior else ["prior", "alive_prior"],
+            "this model/topdown has no ξ": [] if model.prior is not None else ["region_prior", "token_prior"],
+            "there is no pool (model.pool_heads=0)": [] if model.pool is not None else ["pool_prior"],
+            "a text has one ξ (model.prior_count=1)": [] if model.prior_count > 1 else ["overlap_prior"],
+        }
+        defaults = {one.name: one.default for one in fields(self)}
+        told = []
+        for why, losses in idle.items():
+            for name in (f"{loss}_weight" for loss in losses):
+                weight = getattr(self, name)
+                if weight and weight != defaults[name]:
+                    told.append(f"task.{name}={weight:g} has no effect: {why}")
+                setattr(self, name, 0.0)
+        return told
+
     def _freeze_idle_prior(self) -> None:
-        """Freeze ξ if it neither steers nor has a loss: DDP would wait for its gradients."""
-        weights = self.prior_bottom_up_weight, self.region_prior_weight, self.token_prior_weight, self.pool_prior_weight
-        taught = sum(weights) > 0
-        if self.model.prior is not None and not self.model.vision.needs_prior and not taught:
-            self.model.prior.requires_grad_(False)
+        """Freeze ξ if nothing reads it, neither a part of the model nor a loss: DDP would wait for its gradients."""
+        model = self.model
+        weights = [
+            getattr(self, one.name) for one in fields(self) if re.fullmatch(r"(.+_)?prior_(.+_)?weight", one.name)
+        ]
+        is_read = model.vision.needs_prior or model.prior_tokens is not None or any(weights)
+        if model.prior is not None and not is_read:
+            model.prior.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
         """The regions of texts on the grid of patches, if a loss reads them and the data have regions, and the stored
@@ -137,8 +163,14 @@ class VisionLanguageTask(Task):
         return Wants(grid, self.model.prior_count, stored=stored)
 
     def setup(self, stage: str) -> None:
-        """Choose between the region and the alive loss, by whether the data have regions."""
-        if stage != "fit" or not self.region_prior_weight:
+        """Choose between the region and the alive loss, by whether the data have regions; say what has no effect."""
+        if stage != "fit":
+            return
+        for one in self.without_effect:
+            say(one)
+        if self.model.pool is not None and not self.pool_prior_weight:
+            say("task.pool_prior_weight=0: the pool of model.pool_heads is not trained; if new, nothing ranks by it")
+        if not self.region_prior_weight:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         known, priors = data.regions_known, self.model.prior_count

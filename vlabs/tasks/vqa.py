@@ -72,14 +72,28 @@ def _check_answers(logits: Tensor, targets: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _People:
-    """Where people looked, by question id: the mean of the maps of a question."""
+class People:
+    """Where people looked, by question id: the mean of the maps of a question.
+
+    Raises:
+        UserError: that mean is the same everywhere, or a file cannot be read.
+    """
 
     files: dict[int | str, list[Path]]
 
     def __call__(self, question_id: int | str) -> np.ndarray | None:
+        """The map of a question, (H, W); None if nobody was asked."""
         found = self.files.get(question_id)
-        return read_human_maps(question_id, found).mean if found else None
+        if not found:
+            return None
+        looked = read_human_maps(question_id, found).mean
+        if looked.min() == looked.max():
+            names = ", ".join(str(path) for path in found)
+            raise UserError(
+                f"{names}: the map of question {question_id} is the same everywhere, as if nobody had looked: "
+                "download it again, or delete it to train without a map of this question"
+            )
+        return looked
 
 
 def _training_ids(data: VQADataModule) -> set[Any]:
@@ -110,7 +124,11 @@ class VQATask(VisionLanguageTask):
     harmonizer_weight: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        if self.human_maps is not None and (self.recompute_activations or self.compile or self.store):
+        if (
+            self.human_maps is not None
+            and self.harmonizer_weight
+            and (self.recompute_activations or self.compile or self.store)
+        ):
             raise UserError(
                 "task.human_maps needs gradients of gradients by the pixels, which task.recompute_activations, "
                 "task.compile and task.store do not have: leave them out"
@@ -120,6 +138,12 @@ class VQATask(VisionLanguageTask):
             raise UserError(
                 "task.label_smoothing needs a head with one right answer: pass model.head.softmax=true, or leave it out"
             )
+        if self.human_maps is None and self.harmonizer_weight not in (0, VQATask.harmonizer_weight):
+            self.without_effect.append(
+                f"task.harmonizer_weight={self.harmonizer_weight:g} has no effect: there are no maps (task.human_maps)"
+            )
+        if not self.harmonizer_weight:
+            self.human_maps = None
         self.accuracy = MeanMetric()
         # A list, because answer types may have names that a ModuleDict does not allow.
         self.answer_types: list[str] = []
@@ -148,7 +172,7 @@ class VQATask(VisionLanguageTask):
                 f"task.human_maps={self.human_maps} has no map of a training question of {data.dir}: VQA-HAT numbers "
                 "questions as VQA v1 does; vlabs prepare vqav2 reads the files of VQA v1 too"
             )
-        return replace(wants, human_map=_People(files))
+        return replace(wants, human_map=People(files))
 
     def setup(self, stage: str) -> None:
         """See `VisionLanguageTask`; also make an accuracy for each answer type of the validation split."""
