@@ -21,6 +21,7 @@ from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.heads import RankingHead
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.variants.film import FiLM
 from vlabs.models.vlm import assemble
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,16 +68,20 @@ def steervit_state(width=16, text=12, depth=4, inner=8):
     return state, trunk, roberta
 
 
+def steervit_model(steer=None, start=2, width=16, depth=4, text=12):
+    steer = steer or CrossAttention(num_heads=2, head_dim=4, points="head")
+    plain = {"embed_dim": width, "depth": depth, "num_heads": 2, "mlp_ratio": 2}
+    vision = AbSViT("vit_base_patch16_224", 32, topdown=steer, start=start, **plain)
+    fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2)
+    return assemble(vision, RobertaEncoder(20, text, 1, 2, 24), fusion, RankingHead).eval()
+
+
 @torch.no_grad()
 def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
     state, trunk, _ = steervit_state()
     config = {"vision_encoder": {"cross_attn_layers": [1, 3], "use_ffn": False}, "text_encoder": "roberta-large"}
     torch.save({"config": config, "state_dict": state}, tmp_path / "steervit.pth")
-    plain = {"embed_dim": 16, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
-    steer = CrossAttention(num_heads=2, head_dim=4, points="head")
-    vision = AbSViT("vit_base_patch16_224", 32, topdown=steer, start=2, **plain)
-    fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2)
-    model = assemble(vision, RobertaEncoder(20, 12, 1, 2, 24), fusion, RankingHead).eval()
+    model = steervit_model()
     found = initialize(model, tmp_path / "steervit.pth")
     assert all(name.startswith(("fusion.", "head.", "prior.")) for name in found.new)
     assert all(name.startswith(("vision.vit.head.", "text.roberta.pooler.")) for name in found.left_out)
@@ -124,11 +129,14 @@ def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
         ({f"{OF_STEERVIT}.attn_gate": None}, r"before block 1 lacks attn_gate, unlike SteerViT's"),
         ({f"{OF_STEERVIT}.cross_attn.to_out.weight": None}, r"before block 1 lacks cross_attn.to_out.weight"),
         ({f"{OF_STEERVIT}.cross_attn.bias": torch.zeros(8)}, r"before block 1 has cross_attn.bias"),
-        (
-            {f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.zeros(1, 16)},
-            r"of the shape \(8, 16\) and to_kv of \(1, 16\)",
-        ),
-        ({f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.tensor(1.0)}, r"to_kv of \(\): download it"),
+        ({f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.zeros(1, 16)}, r"to_kv.weight has the shape \(1, 16\), not"),
+        ({f"{OF_STEERVIT}.cross_attn.to_kv.weight": torch.tensor(1.0)}, r"shape \(\), not \(16, 16\): download it"),
+        ({f"{OF_STEERVIT}.cross_attn.to_q.weight": torch.zeros(8)}, r"to_q.weight has the shape \(8,\), not \(0, 16\)"),
+        ({f"{OF_STEERVIT}.cross_attn.to_out.weight": torch.zeros(64, 5)}, r"to_out.weight has the shape \(64, 5\)"),
+        ({f"{OF_STEERVIT}.cross_attn.norm.weight": torch.zeros(5)}, r"norm.weight has the shape \(5,\), not \(16,\)"),
+        ({f"{OF_STEERVIT}.attn_gate": torch.zeros(3)}, r"blocks.1.*attn_gate has the shape \(3,\), not \(1,\)"),
+        ({"lin_seg_head.weight": torch.zeros(2, 16)}, r"lin_seg_head.weight has the shape \(2, 16\), not \(1, 16\)"),
+        ({"connector.mlp.2.weight": torch.zeros(16)}, r"connector.mlp.2.weight has the shape \(16,\)"),
     ],
 )
 def test_other_kinds_of_steervit_and_damaged_ones_are_refused(change, message, tmp_path):
@@ -136,6 +144,36 @@ def test_other_kinds_of_steervit_and_damaged_ones_are_refused(change, message, t
     torch.save({"state_dict": state}, tmp_path / "steervit.pth")
     with pytest.raises(UserError, match=message):
         read_source(tmp_path / "steervit.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start": 1}, "pass model.vision.start=2$"),
+        ({"start": 3}, "pass model.vision.start=2$"),
+        ({"steer": CrossAttention(num_heads=2, points="head")}, "pass model.vision.topdown.head_dim=4$"),
+        (
+            {"steer": CrossAttention(num_heads=3, points="head")},
+            "pass a model.vision.topdown.num_heads that divides 8$",
+        ),
+        ({"steer": CrossAttention(num_heads=2, head_dim=4)}, "pass model.vision.topdown.points=head$"),
+        ({"steer": FiLM()}, "pass model/topdown=cross_attention$"),
+        ({"width": 8}, "choose a model/vision of width 16, not 8$"),
+        ({"depth": 6}, "choose a model/vision with 4 or 5 blocks, not 6$"),
+        ({"text": 8}, "choose a model/text of width 12, not 8$"),
+    ],
+)
+def test_a_model_that_steervits_layers_do_not_fit_is_told_what_to_pass(options, said, tmp_path):
+    torch.save({"state_dict": steervit_state()[0]}, tmp_path / "steervit.pth")
+    with pytest.raises(UserError, match=f"is of SteerViT, and its .* does not fit: {said}"):
+        initialize(steervit_model(**options), tmp_path / "steervit.pth")
+
+
+def test_a_gate_that_is_not_finite_is_said_to_be_so(tmp_path):
+    state = steervit_state()[0] | {f"{OF_STEERVIT}.attn_gate": torch.tensor([float("nan")])}
+    torch.save({"state_dict": state}, tmp_path / "steervit.pth")
+    with pytest.raises(UserError, match=r"layers.1.gate are not finite: they are damaged"):
+        initialize(steervit_model(), tmp_path / "steervit.pth")
 
 
 @pytest.mark.parametrize("alpha", [1, 10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.heads import RankingHead, VQAHead
 from vlabs.models.registry import is_finite
 from vlabs.models.segmentation import Segmenter
+from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.vlm import VisionLanguageModel
 
 _LISTED = 20  # largest number of names of one kind in a report
@@ -84,6 +86,7 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
         task = task_of(state)
         if (steered := of_steervit(state, f"init={source}")) is not None:
             header = {
+                "released": "steervit",
                 "task": "refer",
                 "data": {"name": "SteerViT's"},
                 "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
@@ -112,7 +115,8 @@ def initialize(
             source, at any index; an answer that the source does not have keeps its fresh weights.
 
     Raises:
-        UserError: the checkpoint does not exist, or none of its parameters fits.
+        UserError: the checkpoint does not exist, or none of its parameters fits; it is of SteerViT, and not all of its
+            layers fit.
     """
     path, content = read_source(source)
     encoders = {"encoder.": "vision."} if hasattr(model, "vision") else {"vision.": "encoder."}
@@ -137,8 +141,8 @@ def initialize(
             f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
         ]
     for name, value in state.items():
-        if name in own and own[name].is_floating_point() and not (value.is_floating_point() and is_finite(value)):
-            raise UserError(f"init={source}: the weights {name} are {value.dtype} or not finite: they are damaged")
+        if name in own and own[name].is_floating_point() and (fault := _fault(value)):
+            raise UserError(f"init={source}: the weights {name} are {fault}: they are damaged")
         if name in own and own[name].shape == value.shape:
             chosen[name] = value
             result.loaded.append(name)
@@ -159,6 +163,8 @@ def initialize(
             result.left_out.append(name)
     for name in (name for name in own if name not in chosen):
         (result.kept if is_pretrained(model, name) else result.new).append(name)
+    if content["vlabs"].get("released") == "steervit":
+        _check_steering(result, _vision(model), state, f"init={source}")
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)
@@ -168,6 +174,53 @@ def initialize(
         head.start_from_matching()
         result.derived.append("head.rank, the matching head's row of the pairs that match")
     return result
+
+
+def _fault(value: Tensor) -> str:
+    """What is wrong with float weights; empty if nothing is."""
+    if not value.is_floating_point():
+        return f"{value.dtype}"
+    return "" if is_finite(value) else "not finite"
+
+
+_STEERING = re.compile(r"(vision|encoder)\.topdown\.")
+
+
+def _check_steering(result: Initialized, vision: AbSViT, state: dict[str, Tensor], name: str) -> None:
+    """Raise a UserError unless all layers of SteerViT are in the model, and none of the model's is new: a new gate is
+    shut, so the text would steer nothing. Only a head that the file does not have may be new.
+    """
+    new = [one for one in result.new if _STEERING.match(one) and ".topdown.head." not in one]
+    if wrong := [one for one in result.left_out if _STEERING.match(one)] + new:
+        raise UserError(f"{name} is of SteerViT, and its {wrong[0]} does not fit: {_mended(vision, state)}")
+
+
+def _mended(vision: AbSViT, state: dict[str, Tensor]) -> str:
+    """What to pass so that the layers of a file of SteerViT fit."""
+    topdown = vision.topdown
+    if not isinstance(topdown, CrossAttention):
+        return "pass model/topdown=cross_attention"
+    layers = sorted(
+        int(found[1]) for one in state if (found := re.fullmatch(r"vision\.topdown\.layers\.(\d+)\.gate", one))
+    )
+    width, text = state["vision.topdown.connector.2.weight"].shape
+    inner = len(state[f"vision.topdown.layers.{layers[0]}.q.weight"])
+    if vision.width != width:
+        return f"choose a model/vision of width {width}, not {vision.width}"
+    if vision.start != layers[0] + 1:
+        return f"pass model.vision.start={layers[0] + 1}"
+    if (own := len(vision.backbone.widths)) not in (layers[-1] + 1, layers[-1] + 2):
+        return f"choose a model/vision with {layers[-1] + 1} or {layers[-1] + 2} blocks, not {own}"
+    if (read := int(topdown.state_dict()["connector.0.weight"].shape[1])) != text:
+        return f"choose a model/text of width {text}, not {read}"
+    if "vision.topdown.head.weight" in state and not topdown.scores_patches:
+        return "pass model.vision.topdown.points=head"
+    heads = topdown.num_heads
+    return (
+        f"pass model.vision.topdown.head_dim={inner // heads}"
+        if inner % heads == 0
+        else (f"pass a model.vision.topdown.num_heads that divides {inner}")
+    )
 
 
 def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:

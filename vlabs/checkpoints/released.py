@@ -299,10 +299,12 @@ _STEERVIT_LAYER = {"attn_gate", "cross_attn.norm.weight", "cross_attn.norm.bias"
 def of_steervit(state: State, name: str) -> State | None:
     """The tensors of a file of SteerViT under the names of a model with `CrossAttention`; None for other files.
 
-    Keys and values are one map there. The model has `points=head`, and `start` where the first of those layers is.
+    Keys and values are one map there. The model has `points=head`, and as `start` the first block that reads words,
+    counted from 1; `initialize` refuses others.
 
     Raises:
-        UserError: its layers are not before every second block, have feed-forward layers, or are not whole.
+        UserError: its layers are not before every second block, have feed-forward layers, or are not whole, or their
+            shapes do not fit each other.
     """
     if "connector.mlp.0.weight" not in state:
         return None
@@ -323,6 +325,7 @@ def of_steervit(state: State, name: str) -> State | None:
         raise UserError(f"{name}: {lacking[0]} of SteerViT is missing: download it again")
     for block, parts in found.items():
         _check_steervit_layer(state, block, parts, name)
+    _check_steervit_shapes(state, layers, name)
     converted: State = {}
     for key, value in state.items():
         ours = key
@@ -342,10 +345,33 @@ def _check_steervit_layer(state: State, block: int, parts: set[str], name: str) 
     if wrong := sorted(parts ^ _STEERVIT_LAYER):
         what = "has" if wrong[0] in parts else "lacks"
         raise UserError(f"{before} {what} {wrong[0]}, unlike SteerViT's: download it again")
-    of = f"vision_model.trunk.blocks.{block}.gated_cross_attn.cross_attn"
-    queries, both = (tuple(state[f"{of}.{part}.weight"].shape) for part in ("to_q", "to_kv"))
-    if len(queries) != 2 or both != (2 * queries[0], queries[1]):
-        raise UserError(f"{before} has to_q of the shape {queries} and to_kv of {both}: download it again")
+
+
+def _check_steervit_shapes(state: State, blocks: list[int], name: str) -> None:
+    """Raise a UserError for a tensor of the layers before `blocks`, or of the maps, whose shape is not by the widths
+    that the file itself has: of text, tokens and attention.
+    """
+    shape = state["connector.mlp.2.weight"].shape
+    width, text = shape if len(shape) == 2 else (0, 0)
+    wanted: dict[str, tuple[int, ...]] = {
+        "connector.mlp.2.weight": (width, text),
+        "connector.mlp.2.bias": (width,),
+        "connector.mlp.0.weight": (text, text),
+        "connector.mlp.0.bias": (text,),
+    }
+    if "lin_seg_head.weight" in state:
+        wanted |= {"lin_seg_head.weight": (1, width), "lin_seg_head.bias": (1,)}
+    for block in blocks:
+        of = f"vision_model.trunk.blocks.{block}.gated_cross_attn"
+        inner = state[f"{of}.cross_attn.to_q.weight"].numel() // max(1, width)
+        wanted |= {f"{of}.cross_attn.norm.{part}": (width,) for part in ("weight", "bias")}
+        shapes = {"q": (inner, width), "kv": (2 * inner, width), "out": (width, inner)}
+        wanted |= {f"{of}.cross_attn.to_{part}.weight": one for part, one in shapes.items()}
+        if (gate := state[f"{of}.attn_gate"]).numel() != 1:
+            raise UserError(f"{name}: {of}.attn_gate has the shape {tuple(gate.shape)}, not (1,): download it again")
+    for key, expected in wanted.items():
+        if (found := tuple(state[key].shape)) != expected:
+            raise UserError(f"{name}: {key} has the shape {found}, not {expected}: download it again")
 
 
 def task_of(state: State) -> str | None:
