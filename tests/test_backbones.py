@@ -183,6 +183,9 @@ def test_pooled_patches_are_refused_where_there_is_no_place_for_them_and_new_bes
     for kind in ("eva02", "swin"):
         with pytest.raises(UserError, match="model.vision.tap=4 pools the patches of a plain ViT, an RVT or a FAN"):
             make(kind, tap=4)
+    for count in (1, 9):  # of 2 x 2 patches
+        with pytest.raises(UserError, match=f"model.vision.tap={count}: .* pass 0, or 2 to 8"):
+            make("cls", tap=count)
     with pytest.raises(UserError, match=r"keep=0.5: model.vision.tap=4 pools patches by their places"):
         make("cls", AbSTopDown(), tap=4, keep=0.5)
     with pytest.raises(UserError, match="model.vision.tap=4 needs images of one size"):

@@ -93,13 +93,19 @@ def pool_tokens(backbone: Backbone, count: int) -> None:
     """Give every block of patches a `TokenPool` before the norm of its attention.
 
     Raises:
-        UserError: the encoder has no such blocks.
+        UserError: the encoder has no such blocks, or `count` is 1, which pools nothing, or reaches far beyond its grid.
     """
     blocks: Any = getattr(backbone.network, "blocks", ())
     if backbone.place_of(0) is None or not all(isinstance(block.norm1, nn.LayerNorm) for block in blocks):
         raise UserError(
             f"model.vision.tap={count} pools the patches of a plain ViT, an RVT or a FAN, which this encoder is not: "
             "pass 0"
+        )
+    side = max(backbone.place_of(0)[1])  # type: ignore[index]
+    if not 2 <= count <= 4 * side:
+        raise UserError(
+            f"model.vision.tap={count}: {side} patches in a row are pooled with neighborhoods up to {4 * side}, and 1 "
+            f"pools nothing: pass 0, or 2 to {4 * side}"
         )
     for index, block in enumerate(blocks):
         place = backbone.place_of(index)
