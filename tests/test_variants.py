@@ -198,6 +198,10 @@ def test_a_swin_reads_the_words_where_it_merges_tokens():
         torch.testing.assert_close(out.seen.tokens[n], expected[0], rtol=0, atol=1e-11)
     with pytest.raises(UserError, match="pass model.vision.start=2"):
         make(PromptMerge(), architecture="swin_tiny_patch4_window7_224", patch_size=8, **SWIN)
+    with pytest.raises(
+        UserError, match=r"model.vision.topdown.num_heads=7 must divide the width 32 of the four tokens"
+    ):
+        make(PromptMerge(num_heads=7), architecture="swin_tiny_patch4_window7_224", patch_size=8, start=2, **SWIN)
 
 
 ALL = VARIANTS | {

@@ -80,8 +80,17 @@ class PromptMerge(TopDown):
             raise UserError(f"model/topdown=prompt_merge begins at the last stage: pass model.vision.start={last}")
 
     def hear(self, text_dim: int, backbone: Backbone, start: int) -> None:
-        """See `TopDown`."""
+        """See `TopDown`.
+
+        Raises:
+            UserError: the heads do not divide the width of the merged tokens.
+        """
         width = 4 * backbone.widths[start - 2]
+        if width % self.num_heads:
+            raise UserError(
+                f"model.vision.topdown.num_heads={self.num_heads} must divide the width {width} of the four tokens "
+                "that are merged"
+            )
         self.attention = nn.MultiheadAttention(width, self.num_heads, kdim=text_dim, vdim=text_dim, batch_first=True)
 
     def read(
