@@ -27,6 +27,7 @@ def picture(tmp_path) -> Path:
     ("override", "parts"),
     [
         ("model/topdown=absvitt", ["model/topdown=absvitt", "absvit, absvit_qkv, absvit_released, codebook"]),
+        ("model/topdown=absvit_released task=classify", ["absvit_released", "task=classify does not have", "absvit"]),
         ("data=vqa2", ["vqa2", "scenes", "vqav2"]),
         ("trainer.max_epoch=3", ["trainer.max_epoch", "max_epochs"]),
         ("optimiser=sgd", ["optimiser", "seed"]),

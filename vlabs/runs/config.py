@@ -223,6 +223,7 @@ def check(config: DictConfig) -> None:
     content = OmegaConf.to_container(config)
     if HydraConfig.initialized():
         _check_new(content, HydraConfig.get().overrides.task)
+        _check_variant(content, HydraConfig.get().runtime.choices)
     check_values(content)
     from vlabs.runs.trainer import check_options  # here, because it imports Lightning, which --help does not need
 
@@ -237,6 +238,15 @@ def _check_new(content: Any, overrides: Sequence[str]) -> None:
             groups = [group for group, part in content.items() if isinstance(part, dict) and name in part]
             of = f": pass {groups[0]}.{name}=..." if groups else ", and nothing uses it: leave it out"
             raise UserError(f"there is no option '{name}'{of}")
+
+
+def _check_variant(content: Any, chosen: Mapping[str, str]) -> None:
+    """Raise a UserError where a variant sets losses of ξ (`conf/task/base/losses.yaml`) that the task does not have."""
+    if chosen.get("model/topdown") == "absvit_released" and "region_prior_temperature" not in content["task"]:
+        raise UserError(
+            f"model/topdown=absvit_released is the released vision-language code, and sets losses of ξ that "
+            f"task={chosen.get('task')} does not have: choose another variant, such as absvit"
+        )
 
 
 @functools.cache
