@@ -15,8 +15,8 @@ def harmonizer_loss(saliency: Tensor, human: Tensor) -> Tensor:
 
     Both maps are standardized, and what is below their mean is cut off; the human one is scaled to the largest value of
     the other. Of both a pyramid of five levels is made, each of half the side. The loss is the mean over levels of the
-    mean squared difference; a text without a human map (zeros, or the same
-    everywhere) adds zero.
+    mean squared difference; a text without a human map (zeros, or the same everywhere) adds
+    zero.
 
     Args:
         saliency: (n, H, W), the gradient of the score by the pixels, mean over the channels.

@@ -31,8 +31,8 @@ class VisionLanguageTask(Task):
     Args:
         reconstruction_weight: weight of the reconstruction loss of the feedback decoders (w_rec of Eq. 14).
         prior_weight: weight of the prior loss between ξ and the second pass's [cls] (w_prior of Eq. 14).
-        prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls]; `ranker=shortlist` needs
-            it.
+        prior_bottom_up_weight: weight of the prior loss between ξ and the first pass's [cls], which
+            `ranker=shortlist` compares.
         prior_loss: form of the prior loss.
         region_prior_weight: weight of the region loss, which pulls ξ to the patches that a text is about; it has no
             effect if the data have no regions.
