@@ -231,6 +231,10 @@ def test_unreadable_human_maps_are_named(tmp_path: Path) -> None:
     Image.new("L", (4, 6)).save(tmp_path / "5_2.png")
     with pytest.raises(UserError, match="differ in size"):
         list(read_hat(tmp_path))
+    (tmp_path / "5_01.PNG").touch()
+    with pytest.raises(UserError, match=r"5_0?1\.(png|PNG) are the same map of a question: move one"):
+        read_hat(tmp_path)
+    (tmp_path / "5_01.PNG").unlink()
     for odd in ("abc.png", "5_3.jpg"):
         (tmp_path / odd).touch()
     with pytest.raises(UserError, match=r"2 images are not called as maps are .* such as 5_3\.jpg: rename them"):

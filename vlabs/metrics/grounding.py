@@ -175,8 +175,8 @@ def read_hat(folder: str | Path, question_ids: Container[int] | None = None) -> 
         One record per question, by question id.
 
     Raises:
-        UserError: there is no such folder, it holds no maps or images that are called otherwise, a file is not an
-            image, or the maps of a question differ in size.
+        UserError: there is no such folder, it holds no maps, images that are called otherwise or a map
+            twice, a file is not an image, or the maps of a question differ in size.
     """
     found = list_hat(folder)
     wanted = sorted((one for one in found if question_ids is None or one in question_ids), key=lambda one: int(one))
@@ -195,15 +195,18 @@ def list_hat(folder: str | Path) -> dict[int | str, list[Path]]:
             f"there is no folder {folder}: name the one with the maps of VQA-HAT, such as vqahat_val, or of AiR-D, "
             "such as aggregated_maps/fixmaps"
         )
-    found: defaultdict[int | str, list[tuple[int, Path]]] = defaultdict(list)
+    found: defaultdict[int | str, dict[int, Path]] = defaultdict(dict)
     others: list[str] = []
     for path in folder.iterdir():
+        same = path
         if match := _HAT_NAME.fullmatch(path.name):
-            found[int(match[1])].append((int(match[2]), path))
+            same = found[int(match[1])].setdefault(int(match[2]), path)
         elif match := _AIR_NAME.fullmatch(path.name):
-            found[match[1]].append((0, path))
+            same = found[match[1]].setdefault(0, path)
         elif path.suffix.lower() in known_suffixes() and not path.name.startswith("."):
             others.append(path.name)
+        if same != path:
+            raise UserError(f"{same} and {path.name} are the same map of a question: move one of them away")
     if not found:
         raise UserError(f"{folder} holds no maps of VQA-HAT (files such as 2773461_1.png) or AiR-D (00126851.png)")
     if others:
@@ -211,7 +214,7 @@ def list_hat(folder: str | Path) -> dict[int | str, list[Path]]:
             f"{folder}: {len(others)} images are not called as maps are (2773461_1.png, or 00126851.png), such as "
             f"{min(others)}: rename them, or move them away"
         )
-    return {question_id: [path for _, path in sorted(paths)] for question_id, paths in found.items()}
+    return {question_id: [path for _, path in sorted(paths.items())] for question_id, paths in found.items()}
 
 
 def read_human_maps(question_id: int | str, paths: list[Path]) -> HumanMaps:
