@@ -230,7 +230,8 @@ class AbSViT(nn.Module):
         if topdown is not None:
             if topdown.plain and type(self.backbone) is not backbones.ViT:
                 raise UserError(
-                    f"{type(topdown).__name__} changes the blocks of a plain ViT, which {architecture} is not"
+                    f"{type(topdown).__name__} changes the blocks of a plain ViT, which {architecture} is not: choose "
+                    "another model/topdown, or a ViT as model.vision.architecture"
                 )
             topdown.build(self.backbone, start)
             if topdown.scores_patches:

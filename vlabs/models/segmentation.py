@@ -133,7 +133,9 @@ class Segmenter(nn.Module, Shareable):
     ) -> None:
         super().__init__()
         if not vision.backbone.is_even:
-            raise UserError("segmentation reads maps of one stride from every block: choose a ViT")
+            raise UserError(
+                "segmentation reads maps of one stride from every block: choose a ViT as model.vision.architecture"
+            )
         if not layers or min(layers) < 1 or max(layers) > vision.backbone.depth:
             raise UserError(f"model.layers={list(layers)} must be among the {vision.backbone.depth} blocks, from 1")
         vision.needs_all = "segmentation maps every patch"
