@@ -1,7 +1,9 @@
 """What commands write: where a user says, over nothing else, in folders that are new and say what they are of."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -245,6 +247,35 @@ def test_a_wrong_evaluation_takes_nothing_from_the_one_that_it_would_overwrite(
     assert (tmp_path / "out/metrics.json").read_bytes() == before
     again = in_process("vlabs.evaluate", [*options, "hydra.run.dir=out", "overwrite=true"], tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_evaluation_at_once_and_leaves_nothing_half_written(
+    number, tiny_run, tiny_data, tmp_path, in_process, monkeypatch
+):
+    begun = []
+
+    def ended(*_):
+        begun.append(1)
+        if not (child := os.fork()):  # such as a loader process: it ends without a word
+            os.kill(os.getpid(), number)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+        os.kill(os.getpid(), number)
+        return []
+
+    monkeypatch.setattr("vlabs.tasks.vqa.VQATask.predict_step", ended)
+    options = [f"ckpt={tiny_run[0]}", f"data.dir={tiny_data}", "data.num_workers=0", "data.eval_batch_size=2"]
+    before = signal.signal(number, signal.SIG_DFL)  # which nohup and others may have changed
+    try:
+        result = in_process("vlabs.evaluate", [*options, "hydra.run.dir=out"], tmp_path)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert result.returncode == 128 + number, result.stderr
+    assert result.stderr.count(f"stopped: {number.name}") == len(begun) == 1
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # --- demo, make clean -------------------------------------------------------------------------------------------------

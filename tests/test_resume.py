@@ -264,7 +264,7 @@ def test_a_signal_anywhere_in_an_epoch_loses_nothing(place, options, step, numbe
 
 def test_the_end_of_the_terminal_is_a_stop_unless_nohup_says_otherwise(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("vlabs.training.callbacks.checkpoints._write_to_no_terminal", lambda: said.append(1))
+    monkeypatch.setattr("vlabs.training.callbacks.checkpoints.write_to_no_terminal", lambda: said.append(1))
     with pytest.raises(Stopped) as stopped:
         fit(tmp_path / "stopped", {}, signal_in=("training", 1, 1), number=signal.SIGHUP)
     assert stopped.value.signal == signal.SIGHUP

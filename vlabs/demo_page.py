@@ -18,7 +18,7 @@ import signal
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlabs.errors import UserError, one_line, printable, run_cli
 from vlabs.page.hosts import Hosts
@@ -116,9 +116,6 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
             open_image(path)  # so that a damaged one is reported now
     elif embedded:
         examples = list(zip(example_pictures(), _QUESTIONS, strict=False))
-    for one in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(one, _end)
     model = about(predictor.checkpoint, arguments.ckpt)
     searcher = next((search.checkpoint for search in searches.values()), None)
     decoder = Decoder(limits.megapixels, limits.seconds)
@@ -138,11 +135,6 @@ def _serve(arguments: argparse.Namespace, limits: Limits, listener: socket.socke
 
     at_end.callback(_finish)
     serve(page, blocks, listener, arguments.host, arguments.allow_host, ready)
-
-
-def _end(number: int, frame: Any) -> None:
-    """End like Ctrl-C, with all clean-up."""
-    raise SystemExit(128 + number)
 
 
 def _finish() -> None:

@@ -13,7 +13,10 @@ import errno
 import os
 import re
 import select
+import signal
+import stat
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -89,7 +92,7 @@ def fail(error: BaseException, sentence: str | None) -> NoReturn:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command. Every error becomes one line and exit status 1; Ctrl-C is status 130."""
+    """Run a command. Every error becomes one line and exit status 1; Ctrl-C is status 130, SIGTERM 143, SIGHUP 129."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a stream of another kind
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -99,7 +102,8 @@ def run_cli(main: Callable[[], None]) -> None:
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
         try:
-            main()
+            with _ended_by_signals():
+                main()
         finally:
             if sys.stdout is not None:  # it may be closed
                 sys.stdout.flush()
@@ -108,6 +112,43 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         fail(error, foreseen(error))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP unless it is ignored (nohup), end a command as Ctrl-C does, with all clean-up.
+
+    Lightning does not end an evaluation for SIGTERM unless there was a handler before.
+    """
+    process, known = os.getpid(), []
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() != process:  # forked from it, such as a loader process: nothing to clean up
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if number == signal.SIGHUP:
+            write_to_no_terminal()
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nstopped: {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        known = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    for number in known:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in known:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def write_to_no_terminal() -> None:
+    """Redirect output to /dev/null if the terminal is gone, because writing to it would raise an error."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def foreseen(error: BaseException) -> str | None:

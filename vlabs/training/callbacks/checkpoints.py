@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import stat
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from vlabs.errors import write_to_no_terminal
 from vlabs.runs.record import resumable
 from vlabs.training.lightning_state import between_steps, can_go_on, epoch_is_over, validation_follows
 from vlabs.utils.files import replacing, typed
@@ -73,14 +72,6 @@ class Stopped(SIGTERMException):
 
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def _write_to_no_terminal() -> None:
-    """Redirect output to /dev/null if the terminal is gone, because writing to it would raise an error."""
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class KeepLast(pl.callbacks.Checkpoint):
@@ -141,7 +132,7 @@ class KeepLast(pl.callbacks.Checkpoint):
 
     def _stop_now(self, number: int, *_: Any) -> None:
         if number == signal.SIGHUP:
-            _write_to_no_terminal()
+            write_to_no_terminal()
         raise Stopped(number)
 
     def _ask_stop(self, number: int, *_: Any) -> None:
@@ -152,7 +143,7 @@ class KeepLast(pl.callbacks.Checkpoint):
                 # Not `print`: the signal may have interrupted a `print`, which is not reentrant.
                 os.write(2, b"\nCtrl-C: the run stops when this step is saved; a second one stops it at once\n")
         if number == signal.SIGHUP:
-            _write_to_no_terminal()
+            write_to_no_terminal()
         self.save_asked, self.stop_asked = True, number
 
     def on_train_batch_end(
