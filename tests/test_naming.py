@@ -22,6 +22,8 @@ from vlabs.models.heads import VQAHead
 from vlabs.models.naming import WordHead
 from vlabs.models.registry import build
 from vlabs.models.topdown import AbSTopDown
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.variants.qa_vit import QAViT
 
 # Two images of three patches; `<s> a b </s>`, `<s> b </s> <pad>` of the first, `<s> c </s> <pad>` of the second.
 IDS = torch.tensor([[0, 4, 5, 2], [0, 5, 2, 1], [0, 6, 2, 1]])
@@ -311,3 +313,18 @@ def test_the_start_answers_points_and_continues_with_another_variant_and_other_a
     assert "the rows of the 17 answers that both have" in result.stdout
     # One step at a rate that is still warming up changes little: it continues from what it knew.
     assert json.loads((tmp_path / "c/summary.json").read_text())["metrics"]["val/vqa_accuracy/other"] > 20
+
+
+def test_layers_of_a_variant_start_those_of_the_same_variant_alone(tmp_path):
+    source = make_model(QAViT())
+    for layer in source.vision.topdown.layers:
+        layer.gate.data.fill_(0.5)
+    path = saved(source, (), tmp_path / "a.ckpt")
+    for topdown in (QAViT(), CrossAttention(num_heads=2)):  # whose gates have the same names
+        target = make_model(topdown)
+        fresh = {name: float(value) for name, value in target.state_dict().items() if name.endswith(".gate")}
+        result = initialize(target, path)
+        is_same = isinstance(topdown, QAViT)
+        wanted = dict.fromkeys(fresh, 0.5) if is_same else fresh
+        assert {name: float(target.state_dict()[name]) for name in fresh} == wanted != {}
+        assert (fresh.keys() <= {*result.loaded}) == is_same

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,12 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
+def _variant(architecture: Mapping[str, Any]) -> Any:
+    """The class of the top-down variant that a spec names, or None."""
+    encoder = architecture.get("vision", architecture.get("encoder")) or {}
+    return (encoder.get("topdown") or {}).get("class")
+
+
 def initialize(
     model: VisionLanguageModel | AbSViTClassifier | Segmenter, source: str | Path, answers: Sequence[str] = ()
 ) -> Initialized:
@@ -140,6 +146,11 @@ def initialize(
         result.derived += [
             f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
         ]
+    if not content["vlabs"].get("released") and _variant(content["vlabs"]["architecture"]) != _variant(model.spec):
+        # Layers of another variant may have the same names and shapes, such as a gate, and mean something else.
+        variants = tuple(name for name in state if name.startswith(("vision.topdown.", "encoder.topdown.")))
+        result.left_out += variants
+        state = {name: value for name, value in state.items() if name not in variants}
     for name, value in state.items():
         if name in own and own[name].is_floating_point() and (fault := _fault(value)):
             raise UserError(f"init={source}: the weights {name} are {fault}: they are damaged")

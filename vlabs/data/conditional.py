@@ -127,6 +127,8 @@ def _core(folder: Path) -> Gallery:
     scenes, same, alike = defaultdict(list), defaultdict(list), defaultdict(list)
     prompts: dict[tuple[str, str], str] = {}
     for n, row in enumerate(rows):
+        if not row["prompt"].strip():
+            raise UserError(f"{folder}: the prompt of image {row['image_id']} is empty")
         scene, key = row["scene"], (row["scene"], row["object"])
         if prompts.setdefault(key, row["prompt"]) != row["prompt"]:
             raise UserError(f"{folder}: {key[1]} in {scene} has two prompts: '{prompts[key]}' and '{row['prompt']}'")
@@ -184,6 +186,7 @@ def _genecis(file: Path, folders: Sequence[Path]) -> Gallery:
         return f"{name}, box {list(box)}," if box else name
 
     gallery = Gallery(0, lambda n: None, ranks=(1, 2, 3))
+    repeated: list[str] = []
     for n, entry in enumerate(JsonFile(file).entries(floats=True)):
         where = f"{file}: template {n}"
         text = get_value(entry, "condition", where, str)
@@ -193,16 +196,20 @@ def _genecis(file: Path, folders: Sequence[Path]) -> Gallery:
         others = [number(one, where) for one in get_objects(entry, "gallery", where)]
         if not others:
             raise UserError(f"{where}: its 'gallery' is empty, so its target has nothing to be ranked among")
-        shown = {reference: "reference"}
-        for one, name in [(target, "target"), *((one, "gallery") for one in others)]:
-            if one in shown:
-                raise UserError(
-                    f"{where}: {named(one)} is its '{shown[one]}' and in its '{name}': each must be another"
-                )
-            shown[one] = name
-        gallery.queries.append(Query(n, text, reference, np.array([target, *others]), np.array([target]), ()))
+        if reference == target:
+            raise UserError(f"{where}: {named(target)} is its 'reference' and its 'target', so nothing is searched for")
+        once = [one for one in dict.fromkeys(others) if one not in (reference, target)]
+        if len(once) < len(others):
+            repeated.append(where)
+        if not once:
+            raise UserError(f"{where}: its 'gallery' has no image but its 'reference' and 'target'")
+        gallery.queries.append(Query(n, text, reference, np.array([target, *once]), np.array([target]), ()))
     if not gallery.queries:
         raise UserError(f"{file} has no templates")
+    if repeated:
+        gallery.notes.append(
+            f"{len(repeated):,} templates have an image twice, which is ranked once; the first is {repeated[0]}"
+        )
     paths: list[Path | None] = []
     for name, _ in found:
         paths.append(next((folder / name for folder in folders if (folder / name).is_file()), None))
