@@ -146,7 +146,8 @@ def initialize(
         result.derived += [
             f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
         ]
-    if not content["vlabs"].get("released") and _variant(content["vlabs"]["architecture"]) != _variant(model.spec):
+    theirs = content["vlabs"].get("architecture")  # files of others have none
+    if theirs and _variant(theirs) != _variant(model.spec):
         # Layers of another variant may have the same names and shapes, such as a gate, and mean something else.
         variants = tuple(name for name in state if name.startswith(("vision.topdown.", "encoder.topdown.")))
         result.left_out += variants
