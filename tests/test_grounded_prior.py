@@ -1,6 +1,7 @@
 """ξ learns to point: the losses on patches, what a batch says of regions, and the control that is fed to nothing."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,8 @@ from vlabs.metrics.grounding import list_hat
 from vlabs.models.harmonizer import harmonizer_loss
 from vlabs.models.prior import AlivePriorLoss, RegionPriorLoss, TokenPriorLoss
 from vlabs.models.topdown import AbSTopDown, similarity
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.variants.qa_vit import QAViT
 from vlabs.models.vlm import assemble
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import People, VQATask
@@ -395,6 +398,33 @@ def test_a_model_without_xi_asks_for_no_regions():
 def test_xi_is_frozen_only_where_no_loss_and_no_part_reads_it(several, options, trained):
     task = make_control(several, region_prior_weight=0.0, **options)
     assert task.model.prior.project.bias.requires_grad == trained
+
+
+@pytest.mark.parametrize(
+    ("topdown", "options", "prior", "head"),
+    [
+        (AbSTopDown, {}, True, None),
+        (CrossAttention, {}, False, None),
+        (CrossAttention, {"prior_weight": 1.0}, True, None),
+        (CrossAttention, {"region_prior_weight": 1.0}, True, None),
+        (QAViT, {}, False, None),
+        (partial(CrossAttention, points="head"), {}, False, False),
+        (partial(CrossAttention, points="head"), {"prior_weight": 1.0}, True, False),
+        (partial(CrossAttention, points="head"), {"region_prior_weight": 1.0}, False, True),
+    ],
+)
+def test_what_no_gradient_reaches_is_frozen_where_all_words_steer(topdown, options, prior, head):
+    model = make_model(topdown())
+    off = {"prior_weight": 0.0, "region_prior_weight": 0.0, "alive_prior_weight": 0.0}
+    VQATask(model, Preprocessing(16, ""), {}, Recipe(), **(off | options))
+    assert {one.requires_grad for one in model.prior.parameters()} == {prior}
+    if head is not None:
+        assert {one.requires_grad for one in model.vision.topdown.head.parameters()} == {head}
+    # What is said of the variant is so: the answers' gradient reaches ξ, or does not.
+    model.requires_grad_(True)
+    ids = torch.randint(5, 30, (2, 6))
+    model(torch.randn(2, 3, 16, 16), ids, torch.ones_like(ids)).logits.sum().backward()
+    assert any(one.grad is not None for one in model.prior.parameters()) == model.vision.topdown.learns_prior
 
 
 def test_the_focus_loss_of_no_xi_is_refused():

@@ -260,8 +260,10 @@ class TopDown(nn.Module):
         reads_words: it reads all states of the text: `hear` and `read` are then called, and ξ is only the map.
         by_similarity: ξ steers by its similarity to patches, so one that is similar to none steers nothing.
         takes_several: there may be several ξ per text, (n, M, D): it reads them by `similarity` only.
+        learns_prior: gradients reach ξ through what it steers. If not, ξ is only the map, and learns from losses on it.
         second_pass: it changes what the blocks do, so the image goes through them again. If not, it has `reweigh`.
-        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss.
+        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss; its
+            layer is `head`, which learns from that loss alone.
         plain: it changes norms, scores or output maps, so blocks must be those of a timm `VisionTransformer`.
         changes_first: it changes norms or merged tokens, so q, k and v of its first block are not those that are known.
         qkv_signal: the signal is for q, k and v.
@@ -276,6 +278,7 @@ class TopDown(nn.Module):
     reads_words = False
     by_similarity = True
     takes_several = True
+    learns_prior = True
     second_pass = True
     scores_patches = False
     plain = False

@@ -129,14 +129,20 @@ class VisionLanguageTask(Task):
         return told
 
     def _freeze_idle_prior(self) -> None:
-        """Freeze ξ if nothing reads it, neither a part of the model nor a loss: DDP would wait for its gradients."""
-        model = self.model
-        weights = [
-            getattr(self, one.name) for one in fields(self) if re.fullmatch(r"(.+_)?prior_(.+_)?weight", one.name)
-        ]
-        is_read = model.vision.needs_prior or model.prior_tokens is not None or any(weights)
-        if model.prior is not None and not is_read:
+        """Freeze ξ, and what points instead of it, if nothing reads them, neither a part of the model nor a loss: DDP
+        would wait for their gradients.
+        """
+        model, topdown = self.model, self.model.vision.topdown
+        names = {one.name for one in fields(self) if re.fullmatch(r"(.+_)?prior_(.+_)?weight", one.name)}
+        head = getattr(topdown, "head", None) if topdown is not None and topdown.scores_patches else None
+        if head is not None:
+            names.discard("region_prior_weight")  # it teaches the head
+        weights = [getattr(self, name) for name in names]
+        steers = model.vision.needs_prior and topdown is not None and topdown.learns_prior
+        if model.prior is not None and not (steers or model.prior_tokens is not None or any(weights)):
             model.prior.requires_grad_(False)
+        if head is not None and not self.region_prior_weight:
+            head.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
         """The regions of texts on the grid of patches, if a loss reads them and the data have regions, and the stored

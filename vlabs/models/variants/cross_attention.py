@@ -89,6 +89,7 @@ class CrossAttention(TopDown):
     needs_decoders = False
     reads_words = True
     by_similarity = False
+    learns_prior = False
 
     def __init__(
         self,

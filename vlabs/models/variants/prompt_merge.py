@@ -57,6 +57,7 @@ class PromptMerge(TopDown):
     needs_decoders = False
     reads_words = True
     by_similarity = False
+    learns_prior = False
     changes_first = True
 
     def __init__(self, alpha: float = 1.0, num_heads: Size = 8) -> None:

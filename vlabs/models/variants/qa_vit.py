@@ -94,6 +94,7 @@ class QAViT(TopDown):
     needs_decoders = False
     reads_words = True
     by_similarity = False
+    learns_prior = False
     plain = True
 
     def __init__(self, alpha: NonNegative = 1.0) -> None:
