@@ -256,6 +256,11 @@ class AbSViT(nn.Module):
         return self.topdown is not None and self.topdown.needs_prior
 
     @property
+    def learns_prior(self) -> bool:
+        """Whether gradients reach ξ through what it steers (see `TopDown`)."""
+        return self.topdown is not None and self.topdown.needs_prior and self.topdown.learns_prior
+
+    @property
     def reads_words(self) -> bool:
         """Whether all words steer, and ξ only says where to look."""
         return self.topdown is not None and self.topdown.reads_words

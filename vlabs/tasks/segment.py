@@ -58,13 +58,9 @@ class SegmentationTask(Task):
             model.decoder.auxiliary.requires_grad_(False)
         if not model.vision.reconstructs:
             self.reconstruction_weight = 0.0
-        topdown = model.vision.topdown
-        if not (model.vision.needs_prior and topdown is not None and topdown.learns_prior):
-            # Nothing trains it, and DDP would wait for its gradient.
-            if model.prompt is not None:
-                model.prompt.requires_grad_(False)
-            if model.prior is not None:
-                model.prior.requires_grad_(False)
+        for one in (model.prompt, model.prior):
+            if one is not None and not model.vision.learns_prior:
+                one.requires_grad_(False)  # nothing trains it, and DDP would wait for its gradient
 
     def lr_group(self, name: str) -> str:
         """The head's parameters are in the group `head`; ξ and the feedback decoders in `feedback`."""

@@ -138,8 +138,8 @@ class VisionLanguageTask(Task):
         if head is not None:
             names.discard("region_prior_weight")  # it teaches the head
         weights = [getattr(self, name) for name in names]
-        steers = model.vision.needs_prior and topdown is not None and topdown.learns_prior
-        if model.prior is not None and not (steers or model.prior_tokens is not None or any(weights)):
+        is_read = model.vision.learns_prior or model.prior_tokens is not None or any(weights)
+        if model.prior is not None and not is_read:
             model.prior.requires_grad_(False)
         if head is not None and not self.region_prior_weight:
             head.requires_grad_(False)
