@@ -10,10 +10,15 @@ from test_models import make_model
 from test_segment import make_segmenter
 from torch import nn
 
+from vlabs.checkpoints.pretrained import is_pretrained
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
 from vlabs.models.topdown import AbSTopDown
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.variants.film import FiLM
+from vlabs.models.variants.qa_vit import QAViT
+from vlabs.models.variants.sentence_attention import SentenceAttention
 from vlabs.runs.groups import config_dir
 from vlabs.tasks.optim import Recipe
 from vlabs.tasks.segment import SegmentTask
@@ -107,15 +112,42 @@ def test_adapters_and_frozen_parts_are_of_different_encoders():
     assert all(".lora_" in name for name in names)
 
 
-@pytest.mark.parametrize(("freeze", "silent"), [(["feedback"], True), (["vision"], False), (["feedback"], False)])
-def test_feedback_that_is_frozen_at_nothing_is_said(freeze, silent, capsys):
-    task = vqa_task(freeze=freeze)
-    if silent:
-        for decoder in task.model.vision.decoders:
-            nn.init.zeros_(decoder.linear2.weight)
-    task.on_fit_start()
-    said = "".join(capsys.readouterr())
-    assert ("begins at zero" in said) == silent
+@pytest.mark.parametrize(
+    ("topdown", "begins_at_zero"),
+    [
+        (AbSTopDown(bias_again=False), True), (AbSTopDown(), False), (FiLM(), True), (CrossAttention(), True),
+        (SentenceAttention(), True), (QAViT(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_feedback_that_is_frozen_at_nothing_is_said(topdown, begins_at_zero, capsys):
+    for freeze, learned in ((["feedback"], False), (["vision"], False), (["feedback"], True)):
+        task = VQATask(make_model(topdown, fresh=not learned), *common(), freeze=freeze)
+        if learned:
+            for one in task.model.vision.zero_parameters()[:1]:
+                nn.init.ones_(one)
+        task.on_fit_start()
+        said = "begins at zero" in "".join(capsys.readouterr())
+        assert said == (begins_at_zero and freeze == ["feedback"] and not learned)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_head_that_points_and_that_nothing_trains_is_said(weight, capsys):
+    task = VQATask(make_model(CrossAttention(points="head"), fresh=True), *common(), region_prior_weight=weight)
+    for said in (not weight, False):
+        task.on_fit_start()
+        assert ("points=head: the head is new and nothing trains it" in "".join(capsys.readouterr())) == said
+        nn.init.ones_(task.model.vision.topdown.head.weight)  # as of a run that it starts from
+
+
+def test_pools_of_patches_are_new_and_trained_beside_a_frozen_encoder():
+    pools = [f"vision.vit.blocks.{block}.norm1.pool" for block in range(2)]
+    for options in ({"freeze": ["vision"]}, {"lora": LoRA(rank=2)}):
+        task = VQATask(make_model(None, tap=2), *common(), **options)
+        assert all(value.requires_grad for pool in pools for value in task.model.get_submodule(pool).parameters())
+        names = [name for name, value in task.named_parameters() if value.requires_grad and ".lora_" not in name]
+        assert {task.lr_group(name) for name in names if ".vit." in name} == {"head"}
+    assert not is_pretrained(task.model, f"{pools[0]}.choose.0.weight")
 
 
 def test_the_recipe_of_photographs_keeps_its_encoders_and_stores_what_they_see():

@@ -38,11 +38,11 @@ from vlabs.tasks.optim import Recipe
 from vlabs.tasks.vqa import VQATask
 
 
-def make_vision(topdown=None, **options) -> AbSViT:
+def make_vision(topdown=None, fresh=False, **options) -> AbSViT:
     torch.manual_seed(0)
     options = {"embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2} | options
     encoder = AbSViT("vit_base_patch16_224", img_size=16, patch_size=8, topdown=topdown, **options)
-    for decoder in encoder.decoders[encoder.start - 1 :]:  # far from zero, so that the feedback matters
+    for decoder in [] if fresh else encoder.decoders[encoder.start - 1 :]:  # far from zero, so that they matter
         torch.nn.init.normal_(decoder.linear.weight, std=0.3)
         torch.nn.init.normal_(decoder.linear2.weight, std=0.3)
     return encoder.eval()
@@ -72,12 +72,12 @@ def test_wrong_stems_are_refused(options, message):
         AbSViT("vit_base_patch16_224", **{"img_size": 48, "patch_size": 8, "stem": "conv", "embed_dim": 24} | options)
 
 
-def make_model(topdown=None, prior_token="cls", several=None, **options) -> VisionLanguageModel:
+def make_model(topdown=None, prior_token="cls", several=None, fresh=False, **options) -> VisionLanguageModel:
     text = RobertaEncoder(30, 32, 2, 2, 64, 20)
     fusion = partial(CoAttentionFusion, width=16, depth=2, num_heads=2)
     head = partial(VQAHead, num_answers=5)
-    model = assemble(make_vision(topdown, **options), text, fusion, head, prior_token, **(several or {}))
-    if topdown is not None:
+    model = assemble(make_vision(topdown, fresh, **options), text, fusion, head, prior_token, **(several or {}))
+    if topdown is not None and not fresh:
         for parameter in model.vision.topdown.parameters():  # far from zero, as the feedback is
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from vlabs.data.prepared import load_split
 from vlabs.data.preprocessing import check_text
@@ -68,6 +69,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), ["memory ran out"]),
         (MemoryError(), ["memory ran out", "data.batch_size"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ["loader process", "num_workers"]),
+        (RuntimeError("Too many open files. Communication with the workers"), ["ulimit -n", "fewer loader"]),
         (passed_on(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")), ["not UTF-8"]),
         (json.JSONDecodeError("Expecting value", "", 0), ["damaged", "VLABS_DEBUG=1"]),
         (ModuleNotFoundError("No module named 'tensorboard'"), ["package tensorboard", "pip install"]),
@@ -111,6 +113,17 @@ def test_a_dead_loader_process_is_named_by_whatever_library_hears_of_it(way):
     with pytest.raises((TypeError, UserError)) as heard:
         library()
     assert "a loader process died (DataLoader worker (pid 7)" in foreseen(heard.value)
+
+
+def test_a_loader_process_that_dies_while_a_batch_is_received_is_named_too(monkeypatch):
+    def breaks_off(*_):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    batches = iter(DataLoader(torch.zeros(4, 1000), batch_size=2, num_workers=1))
+    monkeypatch.setattr("multiprocessing.reduction.recv_handle", breaks_off)
+    with pytest.raises(ConnectionResetError) as heard:
+        next(batches)
+    assert "a loader process died (Connection reset by peer)" in foreseen(heard.value)
 
 
 @pytest.mark.parametrize("debug", ["", "0", "1"])

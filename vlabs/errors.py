@@ -163,7 +163,11 @@ def foreseen(error: BaseException) -> str | None:
     modules = [kind.__module__ for kind in type(error).__mro__]
     # A signal handler of torch raises it wherever the process is, even in a library that makes another error of it.
     if died := next((one for one in map(str, chain_of(error)) if _LOADER.search(one)), ""):
-        return f"a loader process died ({died}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
+        return _LOADER_DIED.format(died)
+    if kinds & {"ConnectionError", "EOFError", "FileNotFoundError"} and _while_receiving_a_batch(error):
+        return _LOADER_DIED.format(_of_the_system(error, text))
+    if text.startswith("Too many open files"):  # as torch says it of loader processes
+        return f"too many open files: {_REMEDY[errno.EMFILE]}"
     if "UserError" in kinds:
         return text
     if "MemoryError" in kinds or "OutOfMemoryError" in kinds or _MEMORY.search(text):
@@ -194,6 +198,7 @@ def foreseen(error: BaseException) -> str | None:
 
 _LOGGERS = ("pytorch_lightning.loggers", "lightning_fabric.loggers")
 _LOADER = re.compile(r"DataLoader (worker \(pid|timed out)")
+_LOADER_DIED = "a loader process died ({}): if memory or /dev/shm ran out, pass a smaller data.num_workers"
 _MEMORY = re.compile(r"out of memory|n't allocate memory|not enough memory|annot allocate memory", re.I)
 _CUDA = re.compile(r"CUDA error|NVIDIA driver|CUDA driver|cuDNN error|NCCL|not compiled with CUDA")
 _DAMAGED = "a file is damaged or of another kind ({}): make it again, or name another (VLABS_DEBUG=1 shows which)"
@@ -251,6 +256,14 @@ def _said(message: str) -> tuple[str, str]:
 def _bases(name: str) -> set[str]:
     kind = getattr(builtins, name, None)
     return {base.__name__ for base in kind.__mro__} if isinstance(kind, type) else {name}
+
+
+def _while_receiving_a_batch(error: BaseException) -> bool:
+    """Whether an error was raised while a batch came from a loader process, which can break off before torch knows that
+    the process died.
+    """
+    frames = set(_frames(error))
+    return "torch.utils.data.dataloader" in frames and any(one.startswith("multiprocessing.") for one in frames)
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:

@@ -24,6 +24,7 @@ from vlabs.errors import UserError, one_line
 from vlabs.models import backbones
 from vlabs.models.absvit import AbSViT
 from vlabs.models.backbones.vit import AttentiveProbe
+from vlabs.models.diversity import is_of_pool
 from vlabs.models.hub import CONFIG, WEIGHTS, read_weights
 from vlabs.models.registry import is_finite, no_more_parameters_than, restore
 from vlabs.models.text import OPTIONS, OTHER_TYPES, RobertaEncoder, TextEncoder
@@ -214,7 +215,7 @@ def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str
     converted = _without_head(converted, own)
     if isinstance(getattr(encoder.vit, "attn_pool", None), AttentiveProbe):  # new, whatever the weights pool by
         own, converted = ({k: v for k, v in of.items() if not k.startswith("attn_pool.")} for of in (own, converted))
-    own = {key: value for key, value in own.items() if ".norm1.pool." not in key}  # new too (`model.vision.tap`)
+    own = {key: value for key, value in own.items() if not is_of_pool(key)}  # new too
     kept = {key: value for key, value in converted.items() if depth is None or _block_of(key) < depth}
     reshaped = [key for key in own if key in kept and _kind(kept[key]) != _kind(own[key])]
     missing = [key for key in own if key not in kept and not _is_of_head(key)]
@@ -367,7 +368,8 @@ def is_pretrained(model: nn.Module, name: str) -> bool:
     if getattr(getattr(model, part), "origin", None) is None:
         return False
     is_image_encoder = isinstance(getattr(model, part), AbSViT)
-    return not is_image_encoder or inner.startswith("vit.") and not _is_of_head(inner.removeprefix("vit."))
+    is_new = _is_of_head(inner.removeprefix("vit.")) or is_of_pool(inner)
+    return not is_image_encoder or inner.startswith("vit.") and not is_new
 
 
 def report(model: nn.Module, starts: bool = False) -> str | None:
@@ -387,6 +389,7 @@ def report(model: nn.Module, starts: bool = False) -> str | None:
         if isinstance(part, AbSViT):
             new += ["feedback"] if any(not key.startswith("vit.") for key in inner) else []
             new += ["head"] if any(_is_of_head(key.removeprefix("vit.")) for key in inner) else []
+            new += ["tap"] if any(map(is_of_pool, inner)) else []
     new += ["prior"] if "prompt" in dict(model.named_parameters(recurse=False)) else []
     if not old:
         return None

@@ -275,11 +275,11 @@ class AbSViT(nn.Module):
         """Whether there are feedback decoders, which the reconstruction loss trains."""
         return len(self.decoders) > 0
 
-    @property
-    def is_silent(self) -> bool:
-        """Whether there are feedback decoders whose output is still zero."""
+    def zero_parameters(self) -> list[nn.Parameter]:
+        """What begins at zero in the decoders or in the variant's layers: while it is zero, nothing is steered."""
         decoders: Any = self.decoders[self.start - 1 :]
-        return self.reconstructs and not any(decoder.linear2.weight.any() for decoder in decoders)
+        own = [] if self.topdown is None else self.topdown.zero_parameters()
+        return [decoder.linear2.weight for decoder in decoders] + own
 
     @property
     def num_prefix_tokens(self) -> int:

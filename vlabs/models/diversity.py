@@ -67,6 +67,11 @@ class TokenPool(nn.Module):
         return pooled
 
 
+def is_of_pool(name: str) -> bool:
+    """Whether a parameter, by name, is of a `TokenPool`, which no pre-trained encoder has."""
+    return ".norm1.pool." in f".{name}"
+
+
 class PooledNorm(nn.LayerNorm):
     """The norm before a block's attention, of pooled patches; what the block adds to is not pooled.
 

@@ -10,6 +10,7 @@ A variant with feedback defines the scalars `w_i` and the directions `C_l ·`. I
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -262,12 +263,14 @@ class TopDown(nn.Module):
         takes_several: there may be several ξ per text, (n, M, D): it reads them by `similarity` only.
         learns_prior: gradients reach ξ through what it steers. If not, ξ is only the map, and learns from losses on it.
         second_pass: it changes what the blocks do, so the image goes through them again. If not, it has `reweigh`.
-        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss; its
-            layer is `head`, which learns from that loss alone.
+        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss, by a
+            layer named `head`.
         plain: it changes norms, scores or output maps, so blocks must be those of a timm `VisionTransformer`.
         changes_first: it changes norms or merged tokens, so q, k and v of its first block are not those that are known.
         qkv_signal: the signal is for q, k and v.
         prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
+        begins_at_zero: names of the parameters of its layers, as a pattern, that begin at zero and steer nothing until
+            they are learned; empty if there are none.
         bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
             without a signal the second pass differs from the first. If False, `W_v td` is added; new decoders give
             zero, so a new encoder's second pass equals its first.
@@ -285,8 +288,20 @@ class TopDown(nn.Module):
     changes_first = False
     qkv_signal = False
     prepares_tokens = False
+    begins_at_zero = ""
     bias_again = True
     spec: dict[str, Any]
+
+    def zero_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `begins_at_zero` names."""
+        pattern = self.begins_at_zero
+        return [one for name, one in self.named_parameters() if pattern and re.fullmatch(pattern, name)]
+
+    @property
+    def pointer(self) -> nn.Module | None:
+        """The layer of `score`, if there is one; only the region loss trains it."""
+        head: nn.Module | None = self.head if self.scores_patches else None  # type: ignore[assignment]
+        return head
 
     def add_bias_again(self, again: bool) -> bool:
         """Set `bias_again` as other weights need it; returns whether it changed."""

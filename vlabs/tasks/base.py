@@ -22,6 +22,7 @@ from vlabs.data.module import PreparedDataModule, Wants
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT
+from vlabs.models.diversity import is_of_pool
 from vlabs.models.lora import LoRA, add_adapters
 from vlabs.tasks.optim import PARTS, Recipe
 from vlabs.utils.options import check_type, checked, options_of
@@ -192,14 +193,15 @@ class Task(pl.LightningModule):
     def lr_group(self, name: str) -> str:
         """The group of a parameter, which chooses its learning rate in `task.recipe.lr`.
 
-        Parameters that a task adds to the model, and adapters, are new like a head, so they belong to `head`. A group
-        that is not one of `vlabs.tasks.optim.PARTS` needs its own learning rate, `+task.recipe.lr.GROUP=...`.
+        Parameters that a task adds to the model, adapters and those of `model.vision.tap` are new like a head, so they
+        belong to `head`. A group that is not one of `vlabs.tasks.optim.PARTS` needs its own learning rate,
+        `+task.recipe.lr.GROUP=...`.
 
         Args:
             name: name of the parameter, as in `named_parameters()`.
         """
         part, _, rest = name.removeprefix("model.").partition(".")
-        if ".lora_" in rest:
+        if ".lora_" in rest or is_of_pool(rest):
             return "head"
         if part in ("prior", "prior_loss", "focus_prior_loss") or rest.startswith(
             ("decoders.", "modulations.", "topdown.")
@@ -209,12 +211,18 @@ class Task(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Print a note if the feedback can never learn."""
-        encoders = [one for one in self.model.modules() if isinstance(one, AbSViT)]
-        if any(one.is_silent and one.decoders in self.frozen for one in encoders):
-            say(
-                "task.freeze names the feedback, which is new and begins at zero, so the second pass equals the first: "
-                "leave it out, start from a run that has feedback (init=RUN), or pass model/topdown=none"
-            )
+        for encoder in (one for one in self.model.modules() if isinstance(one, AbSViT)):
+            if _stays_zero(encoder.zero_parameters()):
+                say(
+                    "task.freeze names the feedback, which is new and begins at zero, so the second pass equals the "
+                    "first: leave it out, start from a run that has feedback (init=RUN), or pass model/topdown=none"
+                )
+            pointer = None if encoder.topdown is None else encoder.topdown.pointer
+            if pointer is not None and _stays_zero([*pointer.parameters()]):
+                say(
+                    "model.vision.topdown.points=head: the head is new and nothing trains it, so its map is uniform: "
+                    "pass points=prior, a region loss with data that have regions, or start from a run (init=RUN)"
+                )
 
     def shorten_validation(self) -> None:
         """Leave out what is done once per validation; called before a few steps that measure a training's cost."""
@@ -342,6 +350,11 @@ class Task(pl.LightningModule):
 
 
 del Task.freeze, Task.compile  # the defaults, which would hide the methods
+
+
+def _stays_zero(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether there are parameters, all are zero, and none of them is trained."""
+    return len(parameters) > 0 and not any(one.requires_grad or one.any() for one in parameters)
 
 
 class _AllGather(torch.autograd.Function):

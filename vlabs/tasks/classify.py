@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from vlabs.data.classes import ClassBatch, ClassDataModule
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViTClassifier
-from vlabs.models.diversity import attention_diversity
+from vlabs.models.diversity import attention_diversity, is_of_pool
 from vlabs.tasks.base import Losses, Task
 from vlabs.utils.options import NonNegative
 
@@ -77,7 +77,7 @@ class ClassifyTask(Task):
         if name == "model.prompt" or name.startswith(("model.encoder.decoders.", "model.encoder.topdown.")):
             return "feedback"
         head = tuple(f"model.encoder.vit.{part}." for part in ("head", "head_drop", "fc_norm", "attn_pool"))
-        return "head" if name.startswith(head) else "vision"
+        return "head" if name.startswith(head) or is_of_pool(name) else "vision"
 
     def sample_ids(self, batch: ClassBatch) -> list[Any]:
         """The images' ids."""

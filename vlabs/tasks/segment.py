@@ -49,7 +49,8 @@ class SegmentationTask(Task):
                 "task.lora.rank, or task.lora.rank=0"
             )
         reads = ("text",) if model.text is not None else ()
-        frozen = {"end_to_end": (), "linear": ("vision", "feedback", *reads), "top_down": ("vision",)}[self.transfer]
+        encoder = "vision.vit"  # by its name, because the group `vision` has no pools of `model.vision.tap`
+        frozen = {"end_to_end": (), "linear": (encoder, "feedback", *reads), "top_down": (encoder,)}[self.transfer]
         self.freeze = (*frozen, *self.freeze)
         super().__post_init__()
         if model.decoder.auxiliary is None:
@@ -58,8 +59,10 @@ class SegmentationTask(Task):
             model.decoder.auxiliary.requires_grad_(False)
         if not model.vision.reconstructs:
             self.reconstruction_weight = 0.0
-        for one in (model.prompt, model.prior):
-            if one is not None and not model.vision.learns_prior:
+        idle: list[Any] = [] if model.vision.learns_prior else [model.prompt, model.prior]
+        idle += [] if model.vision.topdown is None else [model.vision.topdown.pointer]
+        for one in idle:
+            if one is not None:
                 one.requires_grad_(False)  # nothing trains it, and DDP would wait for its gradient
 
     def lr_group(self, name: str) -> str:

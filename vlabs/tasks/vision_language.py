@@ -133,16 +133,16 @@ class VisionLanguageTask(Task):
         would wait for their gradients.
         """
         model, topdown = self.model, self.model.vision.topdown
+        pointer = None if topdown is None else topdown.pointer
         names = {one.name for one in fields(self) if re.fullmatch(r"(.+_)?prior_(.+_)?weight", one.name)}
-        head = getattr(topdown, "head", None) if topdown is not None and topdown.scores_patches else None
-        if head is not None:
-            names.discard("region_prior_weight")  # it teaches the head
+        if pointer is not None:
+            names.discard("region_prior_weight")  # it teaches what points
         weights = [getattr(self, name) for name in names]
         is_read = model.vision.learns_prior or model.prior_tokens is not None or any(weights)
         if model.prior is not None and not is_read:
             model.prior.requires_grad_(False)
-        if head is not None and not self.region_prior_weight:
-            head.requires_grad_(False)
+        if pointer is not None and not self.region_prior_weight:
+            pointer.requires_grad_(False)
 
     def wants(self, data: Any) -> Wants:
         """The regions of texts on the grid of patches, if a loss reads them and the data have regions, and the stored

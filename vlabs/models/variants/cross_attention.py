@@ -90,6 +90,7 @@ class CrossAttention(TopDown):
     reads_words = True
     by_similarity = False
     learns_prior = False
+    begins_at_zero = r"layers\.\d+\.gate"
 
     def __init__(
         self,

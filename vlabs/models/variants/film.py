@@ -43,6 +43,7 @@ class FiLM(TopDown):
     takes_several = False
     plain = True
     changes_first = True
+    begins_at_zero = r"modulations\..+"
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()

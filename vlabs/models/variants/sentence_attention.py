@@ -48,6 +48,7 @@ class SentenceAttention(TopDown):
     needs_decoders = False
     by_similarity = False
     takes_several = False
+    begins_at_zero = r"gates\.\d+\.2\..+"
 
     def __init__(self, alpha: float = 1.0, reduction: Size = 16) -> None:
         super().__init__()
