@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 import venv
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +29,16 @@ from vlabs.checkpoints.initialize import initialize
 from vlabs.checkpoints.pretrained import report, text_from_pretrained, vit_from_timm
 from vlabs.data.tokenizer import read_tokenizer
 from vlabs.errors import UserError
-from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.backbones import patch_size_of
+from vlabs.models.fusion import CoAttentionFusion
+from vlabs.models.heads import VQAHead
 from vlabs.models.registry import build
 from vlabs.models.segmentation import UperNet, assemble_segmenter
 from vlabs.models.text import RobertaEncoder
 from vlabs.models.topdown import AbSTopDown
+from vlabs.models.variants.cross_attention import CrossAttention
+from vlabs.models.vlm import assemble
 from vlabs.runs.groups import config_dir
 from vlabs.utils.hub import hub_name
 
@@ -354,6 +359,49 @@ def test_the_line_of_a_start_names_what_is_pre_trained_and_what_is_new(timm_file
     assert report(classifier, starts=True) == of_file
     assert {name.split(".")[1] for name in started.kept} == {"vit"}
     assert {*started.new} == {name for name in classifier.state_dict() if "decoders" in name or "vit.head." in name}
+
+
+def start_of(model):
+    """What `read_source` gives of a checkpoint of a model."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return Path("run"), {
+        "vlabs": {"task": "vqa", "data": {}, "preprocessing": {}, "architecture": model.spec},
+        "state_dict": state,
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "said"),
+    [
+        ({}, {"vision": {"num_heads": 4}}, r"vit.blocks.0.attn has 4 heads, and 2 .* pass model.vision.num_heads=4"),
+        ({}, {"fusion": {"num_heads": 4}}, r"fusion.text_layers.0.* pass model.fusion.num_heads=4"),
+        ({}, {"text": 4}, r"text.roberta.* pass model.text.num_attention_heads=4"),
+        ({}, {"pool_heads": 4}, r"pool.attention has 4 heads, and 2 .* pass model.pool_heads=4"),
+        ({}, {"words": {"num_heads": 4, "head_dim": 2}}, r"topdown.layers.0 has 4 .* pass model.vision.topdown.num_h"),
+        ({}, {}, None),
+        ({"vision": {"num_heads": 4}}, {"vision": {"embed_dim": 32}}, None),
+    ],
+)  # fmt: skip
+def test_attention_with_another_number_of_heads_does_not_start_from_the_same_weights(own, theirs, said, monkeypatch):
+    def make(vision=None, fusion=None, text=2, words=None, pool_heads=2):
+        steer = CrossAttention(**({"num_heads": 2, "head_dim": 4} | (words or {})))
+        sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2} | (vision or {})
+        encoder = AbSViT("vit_base_patch16_224", 16, 8, steer, **sizes)
+        roberta = RobertaEncoder(30, 32, 1, text, 64, 20)
+        fuse = partial(CoAttentionFusion, **({"width": 16, "depth": 1, "num_heads": 2} | (fusion or {})))
+        return assemble(encoder, roberta, fuse, partial(VQAHead, num_answers=3), pool_heads=pool_heads)
+
+    monkeypatch.setattr("vlabs.checkpoints.initialize.read_source", lambda source: start_of(make(**theirs)))
+    with pytest.raises(UserError, match=f"init=run: .*{said}") if said else nullcontext():
+        initialize(make(**own), "run")
+
+
+def test_a_folders_weights_keep_their_number_of_heads(tmp_path):
+    save_torch_state_dict(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    with pytest.raises(UserError, match=r"model.vision.num_heads=2: .* was trained with 3: leave it out"):
+        vit_from_timm(str(tmp_path), img_size=32, depth=1, num_heads=2)
+    assert vit_from_timm(str(tmp_path), img_size=32, depth=1, num_heads=3).vit.blocks[0].attn.num_heads == 3
 
 
 # Several files, and files that are missing

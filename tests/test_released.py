@@ -1,6 +1,8 @@
 """Released checkpoints give the released numbers, whatever file they come in; everything else is refused by name."""
 
 import argparse
+import contextlib
+import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -119,6 +121,7 @@ def test_steervits_files_start_a_model_and_give_its_numbers(tmp_path):
     [
         ({"vision_model.trunk.blocks.2.gated_cross_attn.attn_gate": torch.zeros(1)}, r"before the blocks \[1, 2, 3\]"),
         ({f"{OF_STEERVIT}.ff.1.weight": torch.zeros(1)}, r"feed-forward layers"),
+        ({"connector.mlp.0.weight": None}, r"connector.mlp.0.weight of SteerViT is missing"),
         ({"connector.mlp.2.bias": None}, r"connector.mlp.2.bias of SteerViT is missing"),
         ({"lin_seg_head.bias": None}, r"lin_seg_head.bias of SteerViT is missing"),
         ({key: None for key in steervit_state()[0] if "cross_attn" in key}, r"all cross-attention layers of SteerViT"),
@@ -167,6 +170,27 @@ def test_a_model_that_steervits_layers_do_not_fit_is_told_what_to_pass(options, 
     torch.save({"state_dict": steervit_state()[0]}, tmp_path / "steervit.pth")
     with pytest.raises(UserError, match=f"is of SteerViT, and its .* does not fit: {said}"):
         initialize(steervit_model(**options), tmp_path / "steervit.pth")
+
+
+@pytest.mark.parametrize(
+    ("lost", "pretrained", "said"),
+    [
+        (r"vision_model\.trunk\.blocks\.0\.", (), "no vision.vit.blocks.0.norm1.weight of this shape"),
+        (r"vision_model\.trunk\.blocks\.0\.", ("vision", "text"), "no vision.vit.blocks.0.norm1.weight of this shape"),
+        (r"vision_model\.trunk\.(?!.*cross)", (), "no vision.vit.cls_token of this shape.* model/vision"),
+        (r"vision_model\.trunk\.(?!.*cross)", ("vision",), None),
+        (r"text_model\.", ("vision",), "no text.roberta.embeddings.*download it again, or choose the model/text"),
+        (r"text_model\.", ("text",), None),
+    ],
+)
+def test_a_file_of_steervit_with_a_part_of_an_encoder_is_refused(lost, pretrained, said, tmp_path):
+    state = {key: value for key, value in steervit_state()[0].items() if not re.match(lost, key)}
+    torch.save({"state_dict": state}, tmp_path / "steervit.pth")
+    model = steervit_model()
+    for part in pretrained:
+        getattr(model, part).origin = "weights of the encoder alone"
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        initialize(model, tmp_path / "steervit.pth")
 
 
 def test_a_gate_that_is_not_finite_is_said_to_be_so(tmp_path):

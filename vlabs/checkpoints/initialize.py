@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vlabs.checkpoints.checkpoint import check_header, find_checkpoint, history_of, read_tensors
-from vlabs.checkpoints.pretrained import is_pretrained
+from vlabs.checkpoints.pretrained import heads_of, is_pretrained
 from vlabs.checkpoints.released import find_state, load_released, of_steervit, pictures_of, task_of
 from vlabs.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
+from vlabs.models.diversity import is_of_pool
 from vlabs.models.heads import RankingHead, VQAHead
-from vlabs.models.registry import is_finite
+from vlabs.models.registry import build_shapes, is_finite
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.vlm import VisionLanguageModel
@@ -175,6 +176,8 @@ def initialize(
             result.left_out.append(name)
     for name in (name for name in own if name not in chosen):
         (result.kept if is_pretrained(model, name) else result.new).append(name)
+    if theirs:
+        _check_heads(result, model, theirs, len(content["state_dict"]), encoders, f"init={source}")
     if content["vlabs"].get("released") == "steervit":
         _check_steering(result, _vision(model), state, f"init={source}")
     if not chosen:
@@ -195,16 +198,55 @@ def _fault(value: Tensor) -> str:
     return "" if is_finite(value) else "not finite"
 
 
+_HEADS = {
+    "vision.vit": "model.vision.num_heads",
+    "encoder.vit": "model.vision.num_heads",
+    "vision.topdown": "model.vision.topdown.num_heads",
+    "text": "model.text.num_attention_heads",
+    "fusion": "model.fusion.num_heads",
+    "pool": "model.pool_heads",
+}
+
+
+def _check_heads(
+    result: Initialized, model: nn.Module, architecture: Any, weights: int, encoders: dict[str, str], name: str
+) -> None:
+    """Raise a UserError if attention that is loaded has another number of heads in the checkpoint, where the same
+    weights mean something else.
+    """
+    try:
+        there = heads_of(build_shapes(architecture, weights))
+    except UserError:  # a class that is no longer there: what fits is loaded all the same
+        return
+    there = {_renamed(layer, encoders): count for layer, count in there.items()}
+    for layer, count in heads_of(model).items():
+        if there.get(layer, count) != count and any(one.startswith(f"{layer}.") for one in result.loaded):
+            option = next((option for part, option in _HEADS.items() if layer.startswith(part)), "num_heads")
+            raise UserError(
+                f"{name}: the attention {layer} has {there[layer]} heads, and {count} in this model, to which its "
+                f"weights mean something else: pass {option}={there[layer]}"
+            )
+
+
 _STEERING = re.compile(r"(vision|encoder)\.topdown\.")
 
 
 def _check_steering(result: Initialized, vision: AbSViT, state: dict[str, Tensor], name: str) -> None:
     """Raise a UserError unless all layers of SteerViT are in the model, and none of the model's is new: a new gate is
-    shut, so the text would steer nothing. Only a head that the file does not have may be new.
+    shut, so the text would steer nothing. Only a head that the file does not have may be new, and an encoder that it
+    does not have at all may be a pre-trained one.
     """
     new = [one for one in result.new if _STEERING.match(one) and ".topdown.head." not in one]
     if wrong := [one for one in result.left_out if _STEERING.match(one)] + new:
         raise UserError(f"{name} is of SteerViT, and its {wrong[0]} does not fit: {_mended(vision, state)}")
+    for part, option in (("vision.vit.", "model/vision"), ("text.", "model/text")):
+        loaded = any(one.startswith(part) for one in result.loaded + result.resampled)
+        lacking = result.new + (result.kept if loaded else [])
+        if wrong := [one for one in lacking if one.startswith(part) and not is_of_pool(one)]:
+            raise UserError(
+                f"{name} is of SteerViT, and has no {wrong[0]} of this shape: download it again, or choose the "
+                f"{option} that it was trained with"
+            )
 
 
 def _mended(vision: AbSViT, state: dict[str, Tensor]) -> str:
@@ -221,7 +263,7 @@ def _mended(vision: AbSViT, state: dict[str, Tensor]) -> str:
         return f"choose a model/vision of width {width}, not {vision.width}"
     if vision.start != layers[0] + 1:
         return f"pass model.vision.start={layers[0] + 1}"
-    if (own := len(vision.backbone.widths)) not in (layers[-1] + 1, layers[-1] + 2):
+    if (own := vision.backbone.depth) not in (layers[-1] + 1, layers[-1] + 2):
         return f"choose a model/vision with {layers[-1] + 1} or {layers[-1] + 2} blocks, not {own}"
     if (read := int(topdown.state_dict()["connector.0.weight"].shape[1])) != text:
         return f"choose a model/text of width {text}, not {read}"

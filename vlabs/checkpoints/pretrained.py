@@ -93,6 +93,8 @@ def vit_from_timm(
         raise UserError(f"{of}model.vision.architecture must be given, e.g. vit_base_patch16_224")
     if source is not None:
         given = {option: value for option, value in vit_options.items() if value is not None}
+        if source.architecture and "num_heads" in given and "embed_dim" not in given:  # else they are of another size
+            _check_heads(name, given["num_heads"], source)
         vit_options = source.options | given
         own_patch = vit_options.pop("patch_size", None)
         patch_size = patch_size or own_patch
@@ -195,6 +197,26 @@ def _check_size(name: str, options: dict[str, Any], source: _Source) -> None:
         one.nbytes for one in source.state.values()
     ):
         raise UserError(f"{source.label} does not fit {name}: its config asks for many times the memory of its weights")
+
+
+def heads_of(module: nn.Module) -> dict[str, int]:
+    """The number of heads of every attention layer, by name, which weights do not tell."""
+    found = {
+        name: getattr(layer, "num_heads", getattr(layer, "num_attention_heads", None))
+        for name, layer in module.named_modules()
+    }
+    counts = {name: count for name, count in found.items() if isinstance(count, int)}
+    # Not of a module that only hands its number on to layers.
+    return {name: count for name, count in counts.items() if not any(one.startswith(f"{name}.") for one in counts)}
+
+
+def _check_heads(name: str, given: Any, source: _Source) -> None:
+    """Raise a UserError if weights, whose architecture is known, were trained with another number of heads."""
+    with torch.device("meta"):
+        known = {*heads_of(backbones.create(name, **source.options).network).values()}
+    if len(known) == 1 and {given} != known:
+        (trained,) = known
+        raise UserError(f"model.vision.num_heads={given}: {source.label} was trained with {trained}: leave it out")
 
 
 def _fill(encoder: AbSViT, source: _Source, name: str, depth: int | None) -> str:

@@ -306,7 +306,7 @@ def of_steervit(state: State, name: str) -> State | None:
         UserError: its layers are not before every second block, have feed-forward layers, or are not whole, or their
             shapes do not fit each other.
     """
-    if "connector.mlp.0.weight" not in state:
+    if "connector.mlp.0.weight" not in state and not any(".gated_cross_attn." in key for key in state):
         return None
     found: dict[int, set[str]] = defaultdict(set)
     for key in state:

@@ -178,15 +178,26 @@ def check_spec(spec: Any, weights: dict[str, Tensor], left_over: bool = False) -
     Raises:
         UserError: as in `restore`.
     """
-    _class_of(spec)
-    _check_numbers(spec)
-    # A file may ask for any architecture: only shapes are built, and no more of them than its weights justify.
-    with torch.device("meta"), no_more_parameters_than(4 * len(weights) + 100):
-        model = build(spec)
+    model = build_shapes(spec, len(weights))
     if left_over:
         weights = {name: weights[name] for name in model.state_dict() if name in weights}
     _check_shapes(model, weights)
     return weights
+
+
+def build_shapes(spec: Any, weights: int) -> nn.Module:
+    """Build the module that a spec describes on the device `meta`: a file may ask for any architecture.
+
+    Args:
+        weights: how many weights the file has, which bounds the parameters.
+
+    Raises:
+        UserError: as in `restore`.
+    """
+    _class_of(spec)
+    _check_numbers(spec)
+    with torch.device("meta"), no_more_parameters_than(4 * weights + 100):
+        return build(spec)
 
 
 def is_finite(value: Tensor) -> bool:
