@@ -192,6 +192,18 @@ def test_wrong_benchmarks_are_one_line(tiny_run, tmp_path, in_process):
         assert_one_line_error(result, *parts)
 
 
+def test_what_a_benchmark_or_a_task_does_not_read_is_refused(tiny_run, tmp_path, in_process):
+    write_core(tmp_path / "core", CORE)
+    source, own = ["task=conditional", "task.source=core"], ["task=asymmetry", "task.size=tiny", "task.images=2"]
+    for options, item in [
+        (source, "split=train"), (source, "data=scenes_phrases"), (source, f"data.dir={tmp_path}"), (own, "split=val"),
+        (own, f"data.dir={tmp_path}"), (own, "data.num_workers=0"), (["task=vqa"], "ranker=shortlist"),
+        (own, "ranker.batch_size=4"), (["task=vqa"], "tokenizer=roberta-base"),
+    ]:  # fmt: skip
+        result = in_process("vlabs.evaluate", [*options, f"ckpt={tiny_run[0]}", item], tmp_path)
+        assert_one_line_error(result, item.split("=")[-1], "leave it out")
+
+
 def boxed(number, *box):
     return {"image_id": number, "instance_bbox": list(box)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,15 @@ _OF_THE_MODEL = re.compile(
 
 def run(config: DictConfig) -> None:
     """One evaluation, as Hydra calls it."""
-    if given := [item for item in HydraConfig.get().overrides.task if _OF_THE_MODEL.fullmatch(item)]:
-        raise UserError(f"{given[0]}: images and texts are always read as in the model's training: leave it out")
+    given = list(HydraConfig.get().overrides.task)
+    if of_model := [item for item in given if _OF_THE_MODEL.fullmatch(item)]:
+        raise UserError(f"{of_model[0]}: images and texts are always read as in the model's training: leave it out")
     out_dir = Path(HydraConfig.get().runtime.output_dir)
     if is_rank_zero():
         with _claimed(out_dir, bool(config.overwrite)):
-            evaluate_checkpoint(config, out_dir)
+            evaluate_checkpoint(config, out_dir, given)
         return
-    evaluate_checkpoint(config, out_dir)
+    evaluate_checkpoint(config, out_dir, given)
 
 
 @contextlib.contextmanager
@@ -71,11 +72,15 @@ def _claimed(out_dir: Path, overwrite: bool) -> Iterator[None]:
             raise
 
 
-def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
+def evaluate_checkpoint(config: DictConfig, out_dir: Path, given: Sequence[str] = ()) -> dict[str, Any]:
     """Load a checkpoint, measure it, write the results to a folder, and return the metrics.
 
     Args:
         config: the config of `vlabs evaluate`.
+        given: the overrides of the command line.
+
+    Raises:
+        UserError: an override has no effect on what is measured, or on this checkpoint.
     """
     # Imported here, so that --help is fast.
     import torch
@@ -89,9 +94,13 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
     quiet_lightning()
     check(config)
     evaluation: Evaluation = instantiate(config.task, _convert_="all")
+    _check_given(given, config, evaluation)
     checkpoint = load_any(config.ckpt, answers=config.data.dir, tokenizer=config.tokenizer, needs=evaluation.needs)
+    if given and evaluation.brings_data and config.data.dir is not None and not checkpoint.released:
+        raise UserError(f"data.dir={config.data.dir}: {_OWN_DATA}")
     checkpoint.use_share(config.keep)
     data: PreparedDataModule | None = None
+    split = "" if evaluation.brings_data else str(config.split)
     if not evaluation.brings_data:
         if config.data.dir is None:
             config.data.dir = _dir_of(checkpoint)
@@ -99,18 +108,34 @@ def evaluate_checkpoint(config: DictConfig, out_dir: Path) -> dict[str, Any]:
         data = instantiate(config.data, _partial_=True, _convert_="all")(preprocessing=checkpoint.preprocessing)
         _check_kind(data, evaluation)
     old = [out_dir / name for name in ("config.yaml", "metrics.json")]
-    metrics = evaluation.run(checkpoint, data, Setting(str(config.split), out_dir, config.trainer, config.keep, old))
+    metrics = evaluation.run(checkpoint, data, Setting(split, out_dir, config.trainer, config.keep, old))
     if not is_rank_zero():
         return metrics  # only rank zero writes
     save_config(config, out_dir / "config.yaml")
     if config.logger.get("_target_") is not None:
         logger = instantiate(config.logger, save_dir=str(out_dir))
-        logger.log_metrics(numbers_of(metrics, f"{config.split}/"))
+        prefix = split or evaluation.name
+        logger.log_metrics(numbers_of(metrics, f"{prefix}/"))
         if isinstance(logger, WandbLogger):
             for figure in sorted((out_dir / "figures").glob("*.png")):
-                logger.log_image(f"{config.split}/{figure.stem}", [str(figure)])
+                logger.log_image(f"{prefix}/{figure.stem}", [str(figure)])
         logger.finalize("success")
     return metrics
+
+
+_OWN_DATA = "this task is measured on data of its own: leave it out"
+
+
+def _check_given(given: Sequence[str], config: DictConfig, evaluation: Evaluation) -> None:
+    """Raise a UserError for an override of a part that the evaluation does not read."""
+    for item in given:
+        name = re.split("[=@]", item.lstrip("+~"), maxsplit=1)[0]
+        part = name.split(".")[0]
+        # A released file takes its answers from `data.dir`, whatever is measured.
+        if evaluation.brings_data and part in ("data", "split") and name != "data.dir":
+            raise UserError(f"{item}: {_OWN_DATA}")
+        if part == "ranker" and "ranker" not in config.task:
+            raise UserError(f"{item}: this task does not rank with it: leave it out, or pass task=retrieval")
 
 
 def numbers_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -60,6 +60,7 @@ class Checkpoint:
         data: the prepared folder it was trained on and the hash of its manifest; under `history`, the earlier trainings
             of its weights.
         path: the file it was read from.
+        released: whether it is one of the released METER code.
     """
 
     network: nn.Module
@@ -67,6 +68,7 @@ class Checkpoint:
     task: str
     data: dict[str, Any]
     path: Path
+    released: bool = False
 
     @property
     def model(self) -> VisionLanguageModel:

@@ -35,7 +35,7 @@ class Setting:
     """How a checkpoint is measured.
 
     Attributes:
-        split: split of the data.
+        split: split of the data; empty for an evaluation with data of its own.
         out_dir: folder of the results.
         trainer: Lightning's options, see `vlabs.runs.trainer.make_trainer`.
         keep: share of the patches in the second pass that was asked for; None for the model's own.
@@ -83,7 +83,9 @@ class Results:
         self.setting = setting
         self.split = setting.split
         self.rows: list[dict[str, Any]] = []
-        self.metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path), "split": setting.split}
+        self.metrics: dict[str, Any] = {"checkpoint": str(checkpoint.path)}
+        if setting.split:
+            self.metrics["split"] = setting.split
         self._page: list[str] = []
         self._files: list[Path] = []
 

@@ -285,6 +285,8 @@ def load_any(
     file = find_checkpoint(path)
     content = read_tensors(file)
     if "vlabs" in content:
+        if tokenizer is not None:
+            raise UserError(f"{file} has its own tokenizer, and {tokenizer} is not read: leave it out")
         checkpoint = rebuild(content["vlabs"], content["state_dict"], file)
         check_able(checkpoint.network, checkpoint.task, needs, file)
         return checkpoint
@@ -331,7 +333,8 @@ def _released_checkpoint(
     )
     if preprocessing.vocab_size > module.model.text.vocab_size:
         raise UserError(f"the tokenizer {tokenizer} has more tokens than the text encoder in {file}: pass its own")
-    return Checkpoint(module.model, preprocessing, task, {} if data_dir is None else {"dir": str(data_dir)}, file)
+    data = {} if data_dir is None else {"dir": str(data_dir)}
+    return Checkpoint(module.model, preprocessing, task, data, file, released=True)
 
 
 def load(
