@@ -70,6 +70,11 @@ def test_several_checkpoints_share_a_figure_and_it_can_be_svg(run, tiny_run, tmp
         (["--figure", "side-by-side"], ("a.jpg",), "takes --image 2 times, not 1"),
         (["--out", "x.bmp"], ("a.jpg",), "name a .png or .svg file"),
         (["--question", " "], ("a.jpg",), "a --question is empty"),
+        (["--figure", "pathway", "--map", "norm"], ("a.jpg",), "--map is read by --figure questions, alpha, side-by"),
+        (["--alpha", "2"], ("a.jpg",), "--alpha is read by --figure alpha, control, not by --figure questions"),
+        (["--figure", "alpha", "--class", "star"], ("a.jpg",), "--class is read by --figure control, not by"),
+        (["--data", "nowhere"], ("a.jpg",), "--data is read by --figure reconstruction, not by --figure questions"),
+        (["--figure", "control"], ("a.jpg",), "--question is read by --figure questions, pathway,"),
         ([], ("nowhere.jpg",), "nowhere.jpg cannot be read"),
     ],
 )

@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, assert_one_line_error, command
+from omegaconf import OmegaConf
 from PIL import Image
 from test_classify import TINY, objects  # noqa: F401  (a fixture)
 
 from data_prep.scenes.objects import SIZES, draw_several, make_several
 from vlabs.attention.classes import class_maps, look_for
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split
 from vlabs.data.several import open_several, pairs, read_several
+from vlabs.errors import UserError
+from vlabs.evaluation.control import ControlEvaluation
+from vlabs.evaluation.results import Setting
 from vlabs.metrics.grounding import energy_inside, to_pixels
+from vlabs.models.topdown import AbSTopDown, MaskAttention
+from vlabs.models.variants.codebook import Codebook
+
+TRAINER = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,26 @@ def test_control_is_measured_from_the_command_line(run, tmp_path, in_process):
     # Before anything is asked, one of an image's classes is the best of them, whichever is asked for.
     assert metrics["pairs/chosen/before"] == 50
     assert metrics["pairs/area"] == 25
+
+
+def test_alpha_is_that_of_a_variant_that_has_one(run, objects, tmp_path):  # noqa: F811
+    checkpoint, trainer = load_checkpoint(run), OmegaConf.create(TRAINER)
+    data = ClassDataModule(objects, preprocessing=checkpoint.preprocessing, num_workers=0)
+
+    def measured(variant, asked=None):
+        encoder = checkpoint.classifier.encoder
+        encoder.topdown = variant
+        if variant is not None:
+            variant.build(encoder.backbone, 1)
+        return ControlEvaluation(alpha=asked, num_images=2).run(checkpoint, data, Setting("val", tmp_path, trainer))
+
+    assert measured(AbSTopDown())["alpha"] == 10
+    assert measured(AbSTopDown(), 3.0)["alpha"] == 3
+    assert measured(Codebook())["alpha"] == 1
+    assert "alpha" not in measured(MaskAttention())
+    for variant, said in ((MaskAttention(), "has no α: leave it out"), (Codebook(), "Codebook mixes by α.* at most 1")):
+        with pytest.raises(UserError, match=said):
+            measured(variant, 3.0)
 
 
 def test_the_figure_has_a_row_a_model_and_a_column_a_class(run, objects, tmp_path):  # noqa: F811

@@ -105,3 +105,13 @@ def test_wrong_inputs_are_one_line(tiny_run, tmp_path, in_process):
     ):
         result = in_process("vlabs.evaluate", ["task=steering", f"ckpt={tiny_run[0]}", *options], tmp_path)
         assert_one_line_error(result, part)
+
+
+def test_a_variant_that_mixes_by_alpha_is_not_measured_beyond(tiny_run, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr("vlabs.models.topdown.AbSTopDown.most_alpha", 10.0)
+    options = ["task=steering", f"ckpt={tiny_run[0]}", "task.num_texts=4", "task.alphas=[0,20]", "hydra.run.dir=out"]
+    result = in_process("vlabs.evaluate", options, tmp_path)
+    assert "α above 10 left out" in result.stdout, result.stderr
+    assert {key.split("/")[0] for key in json.loads((tmp_path / "out/metrics.json").read_text()) if "α" in key} == {
+        "α=0", "α=10",
+    }  # fmt: skip

@@ -32,6 +32,14 @@ FIGURES = {
     "control": "a classifier that is asked for several classes of an image, or of two images side by side",
     "reconstruction": "what a linear decoder sees in the bottom-up and top-down signals of the first block",
 }
+READ_BY = {
+    "question": [name for name in FIGURES if name != "control"],
+    "class": ["control"],
+    "map": [name for name in FIGURES if name not in ("pathway", "reconstruction")],
+    "alpha": ["alpha", "control"],
+    "data": ["reconstruction"],
+}
+"""The options that not every figure reads, and the figures that do."""
 
 
 def main() -> None:
@@ -48,7 +56,7 @@ def main() -> None:
         "--question", action="append", default=[], help="a question or caption; may be given several times"
     )
     parser.add_argument(
-        "--class", dest="classes", action="append", help="for --figure control: a class; may be given several times"
+        "--class", action="append", default=[], help="for --figure control: a class; may be given several times"
     )
     parser.add_argument("--figure", choices=FIGURES, default="questions", help="the figure (default %(default)s)")
     parser.add_argument("--map", choices=MAPS, help="the map (default: weights if a prior steers the encoder, else "
@@ -70,6 +78,11 @@ def _draw(arguments: argparse.Namespace) -> None:
         from vlabs.data.preprocessing import check_text
         from vlabs.prediction.predictor import open_image
 
+    for option, figures in READ_BY.items():
+        if getattr(arguments, option) and arguments.figure not in figures:
+            raise UserError(
+                f"--{option} is read by --figure {', '.join(figures)}, not by --figure {arguments.figure}: leave it out"
+            )
     if arguments.figure == "control":
         print(save_out(_control(arguments), arguments))
         return
@@ -125,14 +138,14 @@ def _control(arguments: argparse.Namespace) -> Figure:
     from vlabs.attention.pictures import control_figure
     from vlabs.prediction.predictor import open_image
 
-    if not arguments.classes or len(arguments.image) > 2 or arguments.question:
-        raise UserError("--figure control takes --image once or twice, --class once or more, and no --question")
-    alpha = arguments.alpha or [10.0]
+    classes, alpha = getattr(arguments, "class"), arguments.alpha or [None]
+    if not classes or len(arguments.image) > 2:
+        raise UserError("--figure control takes --image once or twice, and --class once or more")
     if len(alpha) > 1:
         raise UserError("--figure control takes --alpha once")
     images = [open_image(path) for path in arguments.image]
     checkpoints = [_load(text, ("classes",)) for text in arguments.ckpt]
-    return control_figure(checkpoints, images, arguments.classes, alpha[0], arguments.map or "relevance")
+    return control_figure(checkpoints, images, classes, alpha[0], arguments.map or "relevance")
 
 
 def _load(text: str, needs: Sequence[str] = ("texts", "one image")) -> tuple[str, Checkpoint]:

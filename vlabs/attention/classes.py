@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlabs.attention.gradients import recording
 from vlabs.attention.maps import NEEDS_ATTENTION, NEEDS_GRADIENT, ClassOutput, attention_map
-from vlabs.models.absvit import AbSViTClassifier
+from vlabs.models.absvit import AbSViT, AbSViTClassifier
 
 
 @dataclass
@@ -30,6 +30,16 @@ class ClassLook:
     bottom_up: Tensor
     norm: Tensor
     weights: Tensor | None
+
+
+def strength(encoder: AbSViT, asked: float | None = None) -> float | None:
+    """α under the prior of a class: what is asked for, else the paper's 10 or the variant's largest; None if it has no
+    α.
+    """
+    topdown = encoder.topdown
+    if topdown is None or not hasattr(topdown, "alpha"):
+        return None
+    return min(10.0, topdown.most_alpha) if asked is None else asked
 
 
 @torch.inference_mode()

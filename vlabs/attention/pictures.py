@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vlabs.attention.classes import class_maps, look_for
+from vlabs.attention.classes import class_maps, look_for, strength
 from vlabs.attention.figures import LONGEST, Cell, View, as_view, grid_figure
 from vlabs.attention.maps import DEAD, look, look_by, maps_of
 from vlabs.checkpoints.checkpoint import Checkpoint
@@ -120,7 +120,7 @@ def control_figure(
     checkpoints: Sequence[tuple[str, Checkpoint]],
     images: Sequence[Image.Image],
     classes: Sequence[str],
-    alpha: float,
+    alpha: float | None,
     map_name: str,
 ) -> Figure:
     """Classifiers asked for each of some classes of an image, one row per model (paper, Figs. 4 and 5).
@@ -128,13 +128,15 @@ def control_figure(
     Args:
         images: one image, or two that are put side by side.
         classes: class names that all models have.
-        alpha: strength of the top-down signal.
+        alpha: strength of the top-down signal of the models that have one; None for the usual (`strength`).
         map_name: a map that the models have, of the class that is asked for; `norm` is the paper's. The bottom-up pass
             is shown by `norm`.
 
     Raises:
-        UserError: a model does not have a class, or the map.
+        UserError: a model does not have a class, or the map; no model has an α.
     """
+    if alpha is not None and all(strength(one.classifier.encoder) is None for _, one in checkpoints):
+        raise UserError(f"--alpha {alpha:g}: no model has an α: leave it out")
     rows = []
     for name, checkpoint in checkpoints:
         known = list(checkpoint.preprocessing.names)
@@ -146,8 +148,9 @@ def control_figure(
         model = checkpoint.classifier
         if lacking := maps_of(model, [map_name])[1]:
             raise UserError(f"--map {map_name}: {checkpoint.path} does not have it ({lacking[0]})")
-        found = look_for(model, tensor, labels, alpha)
-        maps = class_maps(model, tensor.expand(len(labels), -1, -1, -1), [map_name], labels, alpha)[1][map_name]
+        own = strength(model.encoder, alpha)
+        found = look_for(model, tensor, labels, own)
+        maps = class_maps(model, tensor.expand(len(labels), -1, -1, -1), [map_name], labels, own)[1][map_name]
         cells = [Cell(view, title="image")]
         titles = ["bottom-up", *[one.replace("_", " ") for one in classes]]
         for n, title in enumerate(titles):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlabs.attention.classes import look_for
+from vlabs.attention.classes import look_for, strength
 from vlabs.checkpoints.checkpoint import Checkpoint
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.embedded import several_objects
@@ -41,7 +41,8 @@ class ControlEvaluation(Evaluation):
     `LAYOUT/area`, the score of a uniform map.
 
     Args:
-        alpha: strength of the top-down signal, if the variant has one; 10 in the paper.
+        alpha: strength of the top-down signal, if the variant has one; None for the paper's 10, or for the largest of a
+            variant that mixes by it.
         num_images: number of images per layout.
         several: folder of images with several classes (see `vlabs.data.several.read_several`); None for the embedded
             ones if the checkpoint was trained on the embedded objects, else only pairs.
@@ -56,9 +57,9 @@ class ControlEvaluation(Evaluation):
     reads = ClassDataModule
 
     def __init__(
-        self, alpha: Strength = 10.0, num_images: Pairs = 300, several: str | None = None, seed: Seed = 0
+        self, alpha: Strength | None = None, num_images: Pairs = 300, several: str | None = None, seed: Seed = 0
     ) -> None:
-        self.alpha, self.num_images, self.several, self.seed = float(alpha), num_images, several, seed
+        self.alpha, self.num_images, self.several, self.seed = alpha, num_images, several, seed
 
     def measure(self, checkpoint: Checkpoint, data: ClassDataModule, results: Results) -> None:
         """See `Evaluation`."""
@@ -66,13 +67,16 @@ class ControlEvaluation(Evaluation):
         if model.encoder.has_cls:
             results.say("this model classifies [cls], so ξ of a class is similar to [cls], not necessarily to patches: "
                         "see model.vision.global_pool=avg")  # fmt: skip
-        results.metrics["alpha"] = self.alpha
-        results.say(
-            f"ξ is the class's row of the last linear layer, α = {self.alpha:g}; percent, 95% intervals over images"
-        )
+        alpha = strength(model.encoder, self.alpha)
+        if alpha is None and self.alpha is not None:
+            raise UserError(f"task.alpha={self.alpha:g}: this model's top-down variant has no α: leave it out")
+        if alpha is not None:
+            results.metrics["alpha"] = alpha
+        said = "which has no α here" if alpha is None else f"α = {alpha:g}"
+        results.say(f"ξ is the class's row of the last linear layer, {said}; percent, 95% intervals over images")
         for layout, total, pictures in self._layouts(checkpoint, data, results.split):
             shown = results.each(pictures, "image", total)
-            measured = [_measure(model, checkpoint, picture, self.alpha) for picture in shown]
+            measured = [_measure(model, checkpoint, picture, alpha) for picture in shown]
             if (count := len(measured)) < 2:
                 raise UserError("task.several: fewer than two images show two classes in the part that the model sees")
             if left_out := total - count:
@@ -105,7 +109,9 @@ class ControlEvaluation(Evaluation):
             yield "several", len(shown), (picture for picture in opened if picture is not None)
 
 
-def _measure(model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, alpha: float) -> dict[str, float]:
+def _measure(
+    model: AbSViTClassifier, checkpoint: Checkpoint, picture: Several, alpha: float | None
+) -> dict[str, float]:
     """All measures of one image in percent, each the mean over its classes."""
     image = checkpoint.preprocessing.normalize(picture.image)[None]
     found = look_for(model, image, picture.labels, alpha)

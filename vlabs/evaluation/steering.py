@@ -6,6 +6,7 @@ object, the encoder is steered. If the answer stays right, the feedback is not u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -78,8 +79,11 @@ class SteeringEvaluation(Evaluation):
         if questions < 2:
             raise UserError(f"{where}: no image has two questions about different parts of it")
         trained = getattr(checkpoint.model.vision.topdown, "alpha", None)
-        others = [float(alpha) for alpha in self.alphas if alpha != trained]
+        most = getattr(checkpoint.model.vision.topdown, "most_alpha", math.inf)
+        others = [float(alpha) for alpha in self.alphas if alpha != trained and alpha <= most]
         strengths = [trained, *others] if trained is not None else [None]
+        if max([0.0, *self.alphas]) > most:
+            results.say(f"α above {most:g} left out: this variant mixes by α")
         rated = Scores(rows)
         progress = results.each(total=len(strengths) * questions)
         for alpha in strengths:

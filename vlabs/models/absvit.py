@@ -462,9 +462,17 @@ class AbSViT(nn.Module):
             words: all states of the n texts; only read by variants that steer by them.
 
         Without feedback and `image_index`, a single image gives a single output, whatever the number of priors.
+
+        Raises:
+            UserError: there are no words for a variant that steers by them, or `alpha` is above its `most_alpha`.
         """
         topdown = self.topdown
         alpha = alpha if hasattr(topdown, "alpha") else None
+        if topdown is not None and alpha is not None and alpha > topdown.most_alpha:
+            most = topdown.most_alpha
+            raise UserError(
+                f"alpha {alpha:g}: {type(topdown).__name__} mixes by α, which is at most {most:g}: pass that"
+            )
         if self.needs_prior and prior is None:
             raise ValueError("an encoder that is steered by a prior needs one")
         if self.reads_words and words is None:

@@ -10,6 +10,7 @@ A variant with feedback defines the scalars `w_i` and the directions `C_l ·`. I
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -271,6 +272,8 @@ class TopDown(nn.Module):
         prepares_tokens: `prepare` maps every token by itself, linearly: it may be given some of them, or means.
         begins_at_zero: names of the parameters of its layers, as a pattern, that begin at zero and steer nothing until
             they are learned; empty if there are none.
+        most_alpha: largest α where it mixes two states by it, and beyond would not mix but extrapolate; infinite
+            elsewhere.
         bias_again: `W_v td + b_v` is added to the values, as in the released code. They then contain b_v twice, and
             without a signal the second pass differs from the first. If False, `W_v td` is added; new decoders give
             zero, so a new encoder's second pass equals its first.
@@ -289,6 +292,7 @@ class TopDown(nn.Module):
     qkv_signal = False
     prepares_tokens = False
     begins_at_zero = ""
+    most_alpha = math.inf
     bias_again = True
     spec: dict[str, Any]
 

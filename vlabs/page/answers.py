@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 import threading
 import traceback
@@ -68,7 +69,8 @@ class Page:
         self.looker = looker
         self.limits = uploads.limits
         self.maps = [name for name in MAPS if name != "weights" or predictor.model.prior is not None]
-        self.most_alpha = 2 * (predictor.alpha or 1)
+        most = getattr(predictor.model.vision.topdown, "most_alpha", math.inf)
+        self.most_alpha = min(2 * (predictor.alpha or 1), most)
         self.least_kept = min(LEAST_KEPT, predictor.model.vision.keep)
         self._lock = threading.Lock()
 

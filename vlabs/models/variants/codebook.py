@@ -33,8 +33,9 @@ class Codebook(TopDown):
     by_similarity = False
     takes_several = False
     second_pass = False
+    most_alpha = 1.0
 
-    def __init__(self, alpha: float = 1.0, codes: Size = 256, code_dim: Size = 10, dropout: Share = 0.1) -> None:
+    def __init__(self, alpha: Share = 1.0, codes: Size = 256, code_dim: Size = 10, dropout: Share = 0.1) -> None:
         super().__init__()
         self.alpha = float(alpha)
         self.count, self.code_dim, self.dropout = codes, code_dim, dropout

@@ -50,7 +50,7 @@ class PromptMerge(TopDown):
     in `CrossAttention`.
 
     Args:
-        alpha: scale α; with 0, the second pass is the first.
+        alpha: scale α, at most 2; with 0, the second pass is the first.
         num_heads: attention heads.
     """
 
@@ -59,6 +59,7 @@ class PromptMerge(TopDown):
     by_similarity = False
     learns_prior = False
     changes_first = True
+    most_alpha = 2.0
 
     def __init__(self, alpha: float = 1.0, num_heads: Size = 8) -> None:
         super().__init__()
