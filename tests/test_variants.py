@@ -32,16 +32,15 @@ ALPHA = 0.7
 SWIN = {"window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
 
 
-def make(topdown, prior_count=1, architecture="vit_base_patch16_224", prior_tokens=False, **options):
+def make(topdown, prior_count=1, architecture="vit_base_patch16_224", prior_tokens=False, token="cls", **options):
     """A model of width 16, with text of width 12; no parameter of the variant is zero, so that all of it counts."""
     torch.manual_seed(0)
     plain = {"embed_dim": 16, "depth": 4, "num_heads": 2, "start": 2, "mlp_ratio": 2}
     vision = AbSViT(architecture, 32, topdown=topdown, **(options or plain))
     text = RobertaEncoder(20, 12, 1, 2, 24)
     fusion = partial(CoAttentionFusion, width=8, depth=1, num_heads=2, dropout=0.0)
-    model = (
-        assemble(vision, text, fusion, RankingHead, prior_count=prior_count, prior_tokens=prior_tokens).double().eval()
-    )
+    several = {"prior_count": prior_count, "prior_tokens": prior_tokens}
+    model = assemble(vision, text, fusion, RankingHead, token, **several).double().eval()
     for parameter in vision.topdown.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     for decoder in vision.decoders[vision.start - 1 :]:
@@ -370,6 +369,8 @@ def test_a_variant_that_reads_one_prior_refuses_several():
     with pytest.raises(UserError, match="model.prior_count=2: ReleasedTopDown reads one ξ: pass 1"):
         make(ReleasedTopDown(), prior_count=2)
     assert not hasattr(PriorMap(4, 4), "queries")
+    with pytest.raises(UserError, match=r"model.prior_token=mean: of several ξ \(model.prior_count=2\) each reads all"):
+        make(AbSTopDown(), prior_count=2, token="mean")
     with pytest.raises(UserError, match="model.prior_count=2: this model/topdown reads no ξ: pass 1"):
         make(FeedbackOnly(), prior_count=2)
     with pytest.raises(UserError, match="model.prior_tokens=true: this model/topdown reads no ξ: pass false"):

@@ -16,7 +16,7 @@ from vlabs.models.absvit import AbSViT, BottomUp, StoredPass, VisionTokens
 from vlabs.models.flair import TextPool
 from vlabs.models.fusion import CoAttentionFusion
 from vlabs.models.hub import Shareable
-from vlabs.models.prior import PriorMap, PriorTokens
+from vlabs.models.prior import PRIOR_TOKENS, PriorMap, PriorTokens
 from vlabs.models.registry import register
 from vlabs.models.text import RobertaEncoder, TextEncoder
 from vlabs.models.topdown import Words, pick, similarity
@@ -115,7 +115,7 @@ class VisionLanguageModel(nn.Module, Shareable):
     @property
     def pads_to_fixed_length(self) -> bool:
         """Whether ξ depends on the padding, so that every text must be padded to the same length."""
-        return self.prior is not None and self.prior.token == "mean"
+        return self.prior is not None and self.prior.count == 1 and self.prior.token == "mean"
 
     def recompute_activations(self) -> None:
         """Keep only the input of each layer in the forward pass, and recompute the rest in the backward pass.
@@ -296,10 +296,15 @@ def assemble(
 
     Raises:
         ValueError: `prior_token` is `eos` and the text encoder is not a RoBERTa.
-        UserError: the variant reads one ξ only, or none.
+        UserError: the variant reads one ξ only, or none; `prior_token` is given for several ξ.
     """
     if prior_count > 1 and vision.topdown is not None and not vision.topdown.takes_several:
         raise UserError(f"model.prior_count={prior_count}: {type(vision.topdown).__name__} reads one ξ: pass 1")
+    if prior_count > 1 and prior_token != PRIOR_TOKENS[0]:
+        raise UserError(
+            f"model.prior_token={prior_token}: of several ξ (model.prior_count={prior_count}) each reads all words: "
+            "leave it out"
+        )
     if prior_token == "eos" and not isinstance(text, RobertaEncoder):
         raise ValueError("prior_token 'eos' is RoBERTa's </s>: choose cls or mean for another text encoder")
     # Without a [cls] the pooler reads the mean of the image tokens, as METER's does of a Swin.
