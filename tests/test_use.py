@@ -217,6 +217,12 @@ def test_a_released_file_without_its_vocabulary_is_asked_for_it(released):
     assert_one_line_error(command("vlabs.predict", *arguments, cwd=released), "--answers")
 
 
+@pytest.mark.parametrize("option", ["answers", "tokenizer"])
+def test_a_checkpoint_of_vlabs_has_its_own_answers_and_tokenizer(option, tiny_run, tiny_data):
+    with pytest.raises(UserError, match="has (answers of its|its) own.*leave it out"):
+        vlabs.load(tiny_run[0], **{option: str(tiny_data)})
+
+
 def test_a_second_look_is_at_what_stands_out_and_joins_both_answers(tiny_run, tiny_data, tmp_path, in_process):
     values = np.zeros((6, 6))
     values[3:5, 1:3] = 1.0

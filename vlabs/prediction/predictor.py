@@ -354,9 +354,12 @@ def load(
         keep: share of the patches in the second pass (see `AbSViT`), instead of the model's own.
 
     Raises:
-        UserError: the file is not a checkpoint of a model that answers or labels, or the model cannot use this share.
+        UserError: the file is not a checkpoint of a model that answers or labels, `answers` or `tokenizer` is given for
+            one that has its own, or the model cannot use this share.
     """
     device = find_device(device)
     checkpoint = load_any(path, answers=answers, tokenizer=tokenizer)
+    if answers is not None and not checkpoint.released:
+        raise UserError(f"{checkpoint.path} has answers of its own, and {answers} is not read: leave it out")
     checkpoint.use_share(keep)
     return Predictor(checkpoint, device)
