@@ -241,8 +241,8 @@ def test_a_wrong_evaluation_takes_nothing_from_the_one_that_it_would_overwrite(
     before = (tmp_path / "out/metrics.json").read_bytes()
     wrong = in_process("vlabs.evaluate", [*options, "ckpt=nowhere", "hydra.run.dir=out", "overwrite=true"], tmp_path)
     assert_one_line_error(wrong, "nowhere does not exist")
-    late = ["task=conditional", "task.source=gone", "hydra.run.dir=out", "overwrite=true"]
-    assert_one_line_error(in_process("vlabs.evaluate", [*options, *late], tmp_path), "task.source=gone")
+    late = [options[0], "task=conditional", "task.source=gone", "hydra.run.dir=out", "overwrite=true"]
+    assert_one_line_error(in_process("vlabs.evaluate", late, tmp_path), "task.source=gone")
     assert_one_line_error(in_process("vlabs.evaluate", [*options, "hydra.run.dir=out"], tmp_path), "overwrite=true")
     assert (tmp_path / "out/metrics.json").read_bytes() == before
     again = in_process("vlabs.evaluate", [*options, "hydra.run.dir=out", "overwrite=true"], tmp_path)

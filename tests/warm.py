@@ -109,6 +109,9 @@ def serve(path):
         for number, stream_of_it in enumerate(streams):
             os.dup2(stream_of_it, number)
             os.close(stream_of_it)
+        # As in a terminal: tests send them, and a suite in the background would have handed on that it ignores them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])
