@@ -10,9 +10,10 @@ import torch
 from conftest import areas_by_hand, assert_one_line_error, command
 from PIL import Image
 from scipy.stats import spearmanr
+from test_models import make_model
 from tiny_models import save_tiny
 
-from vlabs.attention.gradients import inputs_of
+from vlabs.attention.gradients import best_score, inputs_of, normgrad
 from vlabs.attention.maps import MAPS, default_map, look, look_and_read
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.instances import crop_map, crop_mask, read_instances, resize_area
@@ -21,6 +22,8 @@ from vlabs.data.preprocessing import decode_image
 from vlabs.look import load
 from vlabs.metrics.grounding import energy_inside, rank_correlation, read_hat, to_pixels
 from vlabs.metrics.vqa import answer_accuracy
+from vlabs.models.topdown import PerceiverIO
+from vlabs.models.variants.codebook import Codebook
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,27 @@ def test_maps_of_recorded_attention_equal_their_definitions(tiny_run):
     for name in MAPS:
         assert (maps[name] >= 0).all()
         assert not maps[name].requires_grad
+
+
+@pytest.mark.parametrize("topdown", [None, PerceiverIO, Codebook])
+def test_without_a_second_pass_the_maps_of_blocks_are_of_all_patches_whatever_is_kept(topdown):
+    model = make_model(topdown and topdown(), keep=0.5)
+    image, attention = torch.randn(1, 3, 16, 16), []
+    images = image.expand(2, -1, -1, -1)
+    ids, mask = torch.randint(5, 30, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    with torch.no_grad():
+        model.vision.encode(images, record=attention)
+    output, maps = look(model, image, ids, mask, ["cls", "rollout", "gradient", "normgrad", "relevance"])
+    assert output.seen.hidden.shape[1] == 1 + 2 + 1
+    torch.testing.assert_close(maps["cls"].flatten(1), attention[-1].mean(1)[:, 0, 1:])
+    rolled = torch.eye(5)
+    for weights in attention:
+        rolled = ((weights.mean(1) + torch.eye(5)) / 2) @ rolled
+    torch.testing.assert_close(maps["rollout"].flatten(1), rolled[:, 0, 1:])
+    with inputs_of([block.norm2 for block in model.vision.vit.blocks]) as states:
+        score = best_score(model(images, ids, mask, read_image=True).logits)
+        torch.testing.assert_close(maps["normgrad"].flatten(1), normgrad(score, states)[:, 1:])
+    assert [int((maps[name][0] > 0).sum()) for name in ("cls", "relevance")] == [4, 2]
 
 
 def _plain_relevance(read, words, tokens):

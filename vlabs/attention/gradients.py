@@ -85,7 +85,7 @@ def attention_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def _inner_norms(vision: AbSViT) -> list[nn.Module]:
     """The second norm of every block that the last pass goes through: its input is the tokens after attention."""
     norms = [module for name, module in vision.vit.named_modules() if name.endswith(".norm2")]
-    return norms[vision.start - 1 :]
+    return norms[vision.start - 1 if vision.looks_twice else 0 :]
 
 
 def best_score(logits: Tensor) -> Tensor:

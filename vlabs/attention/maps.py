@@ -116,7 +116,8 @@ def attention_map(
         image_index: (n,) as given to the model.
 
     Returns:
-        (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights`.
+        (n, rows, columns), non-negative; 0 for patches that were not kept, except in `weights` and, without a second
+        pass, in the maps of the blocks, which all patches went through.
 
     Raises:
         UserError: the encoder does not have the map, see `lacking`.
@@ -138,7 +139,10 @@ def attention_map(
     elif name == "normgrad":
         if recorded is None or not recorded.states:
             raise ValueError("the normgrad map needs the recorded states")
-        inner = [x for x in recorded.states if x is not None and x.shape[:2] == output.seen.hidden.shape[:2]]
+        # Without a second pass, all patches went through the blocks, whatever is kept after them.
+        n, tokens = output.seen.hidden.shape[:2]
+        tokens = tokens if vision.looks_twice else vision.backbone.num_tokens
+        inner = [x for x in recorded.states if x is not None and x.shape[:2] == (n, tokens)]
         values = normgrad(best_score(output.logits), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
         if recorded is None or not (recorded.attention or recorded.fusion):
@@ -161,9 +165,9 @@ def attention_map(
 
 def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
     """A map (n, N) from the attention of every block (n, heads, N, N)."""
-
-    last, tokens = attention[-1], output.seen.hidden.shape[1]
-    attention = [weights[..., :tokens] for weights in attention]  # other keys than the tokens are words
+    last = attention[-1]
+    tokens = last.shape[-2]
+    attention = [weights[..., : weights.shape[-2]] for weights in attention]  # other keys than the tokens are words
 
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
