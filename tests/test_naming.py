@@ -20,7 +20,7 @@ from vlabs.data.prepared import load_split
 from vlabs.errors import UserError
 from vlabs.models.heads import VQAHead
 from vlabs.models.naming import WordHead
-from vlabs.models.registry import build
+from vlabs.models.registry import build, register
 from vlabs.models.topdown import AbSTopDown
 from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.variants.qa_vit import QAViT
@@ -243,6 +243,27 @@ def test_decoders_come_with_the_arithmetic_that_they_were_trained_in(tmp_path, t
     plain = make_model(AbSTopDown(bias_again=False))
     initialize(plain, saved(make_model(None), (), tmp_path / "plain.ckpt"))
     assert not plain.vision.topdown.bias_again
+
+
+@register
+class OnceForAll(AbSTopDown):
+    """A variant of a user, whose `bias_again` is no argument and so is not in its spec."""
+
+    bias_again = False
+
+    def __init__(self, alpha: float = 10.0) -> None:
+        super().__init__(alpha, bias_again=False)
+
+
+def test_the_arithmetic_of_a_variant_that_does_not_name_it_is_that_of_its_class(tmp_path):
+    path = saved(make_model(OnceForAll()), (), tmp_path / "own.ckpt")
+    for again in (False, True):
+        target = make_model(AbSTopDown(bias_again=again))
+        result = initialize(target, path)
+        assert not target.vision.topdown.bias_again
+        assert ("keeps its own arithmetic, model.vision.topdown.bias_again=false" in result.report()) == again
+    result = initialize(make_model(OnceForAll()), saved(make_model(AbSTopDown()), (), tmp_path / "again.ckpt"))
+    assert "bias_again=true, and is now read in another arithmetic" in result.report()
 
 
 def replace_head(spec, answers):

@@ -19,11 +19,12 @@ from vlabs.errors import UserError
 from vlabs.models.absvit import AbSViT, AbSViTClassifier
 from vlabs.models.diversity import is_of_pool
 from vlabs.models.heads import RankingHead, VQAHead
-from vlabs.models.registry import build_shapes, is_finite
+from vlabs.models.registry import build_shapes, class_of, is_finite
 from vlabs.models.segmentation import Segmenter
 from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.vlm import VisionLanguageModel
 
+_AGAIN = "model.vision.topdown.bias_again"
 _LISTED = 20  # largest number of names of one kind in a report
 
 
@@ -39,7 +40,7 @@ class Initialized:
         new: in this model, but not in the checkpoint; they keep their fresh values.
         kept: not in the checkpoint either; they keep their pre-trained values.
         derived: computed from others.
-        bias_again: the `bias_again` that the checkpoint's decoders need, if the config has another one; otherwise None.
+        arithmetic: what became of the `bias_again` of the checkpoint's decoders, if the config has another one.
         history: the trainings of these weights, oldest first: task and identity of the data.
     """
 
@@ -50,7 +51,7 @@ class Initialized:
     new: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     derived: list[str] = field(default_factory=list)
-    bias_again: bool | None = None
+    arithmetic: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> str:
@@ -66,9 +67,8 @@ class Initialized:
             if names:
                 more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 lines.append(f"  {what} ({len(names)}): {', '.join(names[:_LISTED])}{more}")
-        if self.bias_again is not None:
-            kept = str(self.bias_again).lower()
-            lines.append(f"  its feedback keeps its own arithmetic, model.vision.topdown.bias_again={kept}")
+        if self.arithmetic:
+            lines.append(f"  {self.arithmetic}")
         return "\n".join(lines)
 
 
@@ -183,8 +183,12 @@ def initialize(
     if not chosen:
         raise UserError(f"init={source}: no parameter of it fits this model")
     nn.Module.load_state_dict(model, chosen, strict=False)
-    if any(".decoders." in name for name in chosen) and keep_arithmetic(model, content["vlabs"].get("architecture")):
-        result.bias_again = _vision(model).topdown.bias_again  # type: ignore[union-attr]
+    if any(".decoders." in name for name in chosen):
+        again, topdown = _adds_bias_again(theirs), _vision(model).topdown
+        if keep_arithmetic(model, theirs):
+            result.arithmetic = f"its feedback keeps its own arithmetic, {_AGAIN}={str(again).lower()}"
+        elif topdown is not None and topdown.bias_again != again:
+            result.arithmetic = f"its feedback had {_AGAIN}={str(again).lower()}, and is now read in another arithmetic"
     if isinstance(head, RankingHead) and "head.match.weight" in chosen and "head.rank.weight" not in chosen:
         head.start_from_matching()
         result.derived.append("head.rank, the matching head's row of the pairs that match")
@@ -279,13 +283,23 @@ def _mended(vision: AbSViT, state: dict[str, Tensor]) -> str:
 
 def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:
     """Set `bias_again` of `model` as the decoders of another architecture need it; return whether it changed."""
+    own = _vision(model).topdown
+    return own is not None and own.add_bias_again(_adds_bias_again(architecture))
+
+
+def _adds_bias_again(architecture: Any) -> bool:
+    """The `bias_again` that the decoders of an architecture were trained with: that of its spec or of its class."""
 
     def part(plain: Any, name: str) -> Any:
         return plain.get(name) if isinstance(plain, dict) else None
 
-    theirs = part(part(architecture, "vision") or part(architecture, "encoder"), "topdown")
-    own = _vision(model).topdown
-    return own is not None and own.add_bias_again(part(theirs, "bias_again") is not False)
+    topdown = part(part(architecture, "vision") or part(architecture, "encoder"), "topdown")
+    if (given := part(topdown, "bias_again")) is not None:
+        return bool(given)
+    try:
+        return bool(getattr(class_of(topdown), "bias_again", True))
+    except UserError:  # the released code's, or of a class that is no longer there
+        return True
 
 
 def _vision(model: nn.Module) -> AbSViT:

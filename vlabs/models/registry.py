@@ -79,7 +79,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
     Raises:
         UserError: the spec names a class or an argument that vlabs does not have, or an argument is of another type.
     """
-    cls = _class_of(spec)
+    cls = class_of(spec)
     _check_arguments(cls, spec)
     arguments = {key: build(value) if _is_spec(value) else value for key, value in spec.items() if key != "class"}
     try:
@@ -92,7 +92,12 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, dict) and "class" in value
 
 
-def _class_of(spec: Any) -> type[nn.Module]:
+def class_of(spec: Any) -> type[nn.Module]:
+    """The registered class that a spec names.
+
+    Raises:
+        UserError: it names none.
+    """
     if not _is_spec(spec):
         raise UserError("the checkpoint's architecture is not a vlabs spec (no 'class' in it)")
     name = spec["class"]
@@ -132,7 +137,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, one) for one in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, nn.Module):
-        return _is_spec(value) and issubclass(_class_of(value), hint)
+        return _is_spec(value) and issubclass(class_of(value), hint)
     if hint is str or isinstance(value, str):
         return isinstance(value, str) and (hint is str or value in get_args(hint))
     return fits(value, hint)
@@ -194,7 +199,7 @@ def build_shapes(spec: Any, weights: int) -> nn.Module:
     Raises:
         UserError: as in `restore`.
     """
-    _class_of(spec)
+    class_of(spec)
     _check_numbers(spec)
     with torch.device("meta"), no_more_parameters_than(4 * weights + 100):
         return build(spec)
