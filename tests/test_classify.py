@@ -395,6 +395,9 @@ def test_blocks_that_compare_no_rows_have_no_part_in_diversity_and_an_encoder_of
     swin = AbSViT("swin_tiny_patch4_window7_224", 32, 4, num_classes=4, **windows)
     with pytest.raises(UserError, match=r"task.diversity_weight=1 reads attention over the whole image, .*: pass 0"):
         ClassifyTask(AbSViTClassifier(swin), Preprocessing(32, ""), {}, Recipe(), diversity_weight=1.0)
+    with pytest.raises(UserError, match="task.diversity_weight=1 trains attention, which task.freeze freezes: pass 0"):
+        make_task(None, diversity_weight=1.0, freeze=["vision"])
+    make_task(AbSTopDown(), diversity_weight=1.0, freeze=["vision"])  # what is fed back moves the last pass
 
 
 def test_without_feedback_there_is_one_pass_and_no_xi_is_trained():

@@ -374,6 +374,8 @@ def test_human_maps_of_other_questions_are_one_line(tiny_run, tmp_path):
     Image.new("L", (14, 14)).save(tmp_path / "hat/1_1.png")
     options = ["task=grounding", f"ckpt={tiny_run[0]}", "split=val", "task.human_maps=hat"]
     assert_one_line_error(command("vlabs.evaluate", *options, cwd=tmp_path), "task.human_maps=hat", "VQA v1")
+    beside = command("vlabs.evaluate", *options, "task.instances=nowhere.json", cwd=tmp_path)
+    assert_one_line_error(beside, "task.instances=nowhere.json", "leave one out")
 
 
 def test_an_answer_without_patches_is_scored_as_a_plain_loop_scores_it(tiny_run, tiny_data, tmp_path, in_process):

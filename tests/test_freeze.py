@@ -14,7 +14,7 @@ from vlabs.checkpoints.pretrained import is_pretrained
 from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.models.lora import LoRA
-from vlabs.models.topdown import AbSTopDown
+from vlabs.models.topdown import AbSTopDown, PerceiverIO
 from vlabs.models.variants.cross_attention import CrossAttention
 from vlabs.models.variants.film import FiLM
 from vlabs.models.variants.qa_vit import QAViT
@@ -138,6 +138,12 @@ def test_a_head_that_points_and_that_nothing_trains_is_said(weight, capsys):
         task.on_fit_start()
         assert ("points=head: the head is new and nothing trains it" in "".join(capsys.readouterr())) == said
         nn.init.ones_(task.model.vision.topdown.head.weight)  # as of a run that it starts from
+
+
+def test_a_start_of_no_second_pass_is_said(capsys):
+    for topdown, said in ((None, True), (PerceiverIO(), True), (AbSTopDown(), False)):
+        VQATask(make_model(topdown, start=2), *common()).on_fit_start()
+        assert ("model.vision.start=2 has no effect" in "".join(capsys.readouterr())) == said
 
 
 def test_pools_of_patches_are_new_and_trained_beside_a_frozen_encoder():

@@ -443,6 +443,11 @@ def test_the_focus_loss_of_no_xi_is_refused():
             ["task.prior_weight=0.5 has", "task.pool_prior_weight=2 has"],
         ),
         ({"overlap_prior_weight": 0.0, "harmonizer_weight": 0.0}, []),
+        (
+            {"reconstruction_weight": 3.0},
+            ["task.reconstruction_weight=3 has no effect: this model/topdown feeds nothing"],
+        ),
+        ({"focus_prior_floor": 0.2}, ["task.focus_prior_floor=0.2 has no effect: task.focus_prior_weight=0"]),
         ({"harmonizer_weight": 3.0}, ["task.harmonizer_weight=3 has no effect: there are no maps (task.human_maps)"]),
     ],
 )
@@ -597,6 +602,7 @@ def test_a_model_trains_on_vqa_hats_files(tiny_options, tiny_data, tmp_path, in_
     [
         (["data.questions_per_image=2"], ["task.human_maps=hat", "data.questions_per_image=1"]),
         (["data.rand_augment=rand-m9-n2"], ["task.human_maps=hat", "data.rand_augment=null"]),
+        (["data.blind=true"], ["task.human_maps=hat", "data.blind=false"]),
         (["task.recompute_activations=true"], ["task.human_maps", "task.recompute_activations"]),
         ([], ["task.human_maps=hat has no map of a training question", "VQA v1"]),
         (["task.human_maps=nowhere"], ["task.human_maps=nowhere: there is no folder nowhere", "vqahat_val"]),

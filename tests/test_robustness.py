@@ -96,7 +96,8 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
     for name, color in zip(names[:2], ("red", "blue"), strict=True):
         for split in ("imagenet_c/fog/1", "imagenet_c/fog/2", "other"):
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "1.jpg").write_bytes(picture(color))
+            for number in (1, 2):
+                (tmp_path / split / name / f"{number}.jpg").write_bytes(picture(color))
     options = ["task=robustness", f"ckpt={run}", "trainer.enable_progress_bar=false", "data.num_workers=0"]
     few = ["task.corruptions=[brightness,contrast]", "task.severities=[1,5]", "task.num_images=20"]
     result = in_process("vlabs.evaluate", [*options, *few, "+task.sets.o=other", "hydra.run.dir=out"], tmp_path)
@@ -117,6 +118,10 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
     result = in_process("vlabs.evaluate", [*options, *given, "hydra.run.dir=c"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "c/metrics.json").read_text())["corruptions_by"] == "imagenet-c"
+    result = in_process("vlabs.evaluate", [*options, *given, "task.num_images=1", "hydra.run.dir=d"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "d/metrics.json").read_text())
+    assert {value for one in found["corruptions"].values() for value in one.values()} <= {0, 100}
     missing = in_process("vlabs.evaluate", [*options, *given, "task.severities=[3]"], tmp_path)
     assert_one_line_error(missing, "has no fog/3")
 
@@ -127,6 +132,7 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
         ("task.corruptions=[rain]", "task.corruptions names rain: choose of gaussian_noise"),
         ("task.severities=[6]", "task.severities=[6] must be a list, each item a whole number from 1 to 5"),
         ("task.attacks=[cw]", "must be a list, each item one of fgsm, pgd"),
+        ("+task.sets.clean=other", "task.sets.clean: a metric has this name: give the set another one"),
         ("+task.sets.a=nowhere", "nowhere is neither a folder of class folders nor a .tar file"),
     ],
 )

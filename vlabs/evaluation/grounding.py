@@ -76,7 +76,7 @@ class GroundingEvaluation(Evaluation):
         human_maps: folder of VQA-HAT's or AiR-D's maps: measure only the rank correlation with them.
 
     Raises:
-        UserError: there is no such map.
+        UserError: there is no such map; `instances` is given beside `human_maps`, which does not read it.
     """
 
     name = "grounding"
@@ -89,6 +89,10 @@ class GroundingEvaluation(Evaluation):
         num_texts: Size | None = None,
         human_maps: str | None = None,
     ) -> None:
+        if human_maps is not None and instances is not None:
+            raise UserError(
+                f"task.instances={instances}: task.human_maps={human_maps} measures how people looked: leave one out"
+            )
         self.maps = list(maps)
         self.instances = instances
         self.num_texts = num_texts

@@ -25,6 +25,11 @@ from vlabs.evaluation.results import Results
 from vlabs.metrics.robustness import CORRUPTIONS, SEVERITIES, fgsm, mean_corruption_error, pgd
 from vlabs.utils.options import Distinct, Seed, Severity, Size, Some
 
+# Names in metrics.json that no set may have.
+_TAKEN = (
+    "checkpoint", "split", "images", "clean", "corrupted", "corruptions", "corruptions_by", "mce", "fgsm", "pgd",
+    "keep",
+)  # fmt: skip
 ATTACKS: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
 
 
@@ -35,10 +40,10 @@ class RobustnessEvaluation(Evaluation):
         corruptions: corruptions to measure: `all`, or some of the fifteen of ImageNet-C.
         severities: severities of the corruptions.
         imagenet_c: ImageNet-C's folder; None to corrupt the split's images on the fly.
-        sets: other images by name: folders or .tar files of class folders; predictions are limited to the classes of
-            a set, as for ImageNet-A and -R.
+        sets: other images by name, which no other metric has: folders or .tar files of class folders; predictions are
+            limited to the classes of a set, as for ImageNet-A and -R.
         attacks: attacks to measure.
-        num_images: number of images of the split, evenly spread; None for all.
+        num_images: number of images of the split, and of each folder of ImageNet-C, evenly spread; None for all.
         seed: seed of corruptions and of random starts of attacks.
 
     Raises:
@@ -67,6 +72,8 @@ class RobustnessEvaluation(Evaluation):
         if self.corruptions and imagenet_c is None:
             library()  # so that a missing library is reported before anything is loaded
         self.sets = dict(sets or {})
+        if taken := [name for name in self.sets if name in _TAKEN or name.endswith("_interval")]:
+            raise UserError(f"task.sets.{taken[0]}: a metric has this name: give the set another one")
         self.attacks = list(attacks)
         self.num_images = num_images
         self.seed = seed
@@ -78,8 +85,7 @@ class RobustnessEvaluation(Evaluation):
         preprocessing, options = checkpoint.preprocessing, data
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
         rows = data.rows(results.split)
-        if self.num_images is not None and self.num_images < len(rows):
-            rows = rows.select(np.linspace(0, len(rows) - 1, num=self.num_images, dtype=int))
+        rows = self._spread(rows)
         generator = torch.Generator().manual_seed(self.seed)
         attacks: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": partial(pgd, generator=generator)}
         progress = results.each(unit="batch")
@@ -142,6 +148,12 @@ class RobustnessEvaluation(Evaluation):
             results.table(["severity", *self.severities], cells)
             results.figure("severities", _figure(metrics, corrupted))
 
+    def _spread(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """`num_images` of some images, evenly spread."""
+        if self.num_images is None or self.num_images >= len(rows):
+            return rows
+        return rows.select(np.linspace(0, len(rows) - 1, num=self.num_images, dtype=int))
+
     def _corrupted(
         self, name: str, severity: int, rows: datasets.Dataset, checkpoint: Checkpoint, on_bad: str
     ) -> ClassDataset:
@@ -152,7 +164,8 @@ class RobustnessEvaluation(Evaluation):
             raise UserError(
                 f"task.imagenet_c={self.imagenet_c} has no {name}/{severity}: unpack all of ImageNet-C there"
             )
-        return ClassDataset(raw_classes(folder, checkpoint.preprocessing.names), checkpoint.preprocessing)
+        found = self._spread(raw_classes(folder, checkpoint.preprocessing.names))
+        return ClassDataset(found, checkpoint.preprocessing)
 
 
 def _figure(metrics: dict[str, Any], corrupted: dict[str, dict[int, float]]) -> Figure:

@@ -210,13 +210,15 @@ class Task(pl.LightningModule):
         return part if name.startswith("model.") and part in PARTS else "head"
 
     def on_fit_start(self) -> None:
-        """Print a note if the feedback can never learn."""
+        """Print what has no effect in the image encoder, such as feedback that can never learn."""
         for encoder in (one for one in self.model.modules() if isinstance(one, AbSViT)):
             if _stays_zero(encoder.zero_parameters()):
                 say(
                     "task.freeze names the feedback, which is new and begins at zero, so the second pass equals the "
                     "first: leave it out, start from a run that has feedback (init=RUN), or pass model/topdown=none"
                 )
+            if encoder.start > 1 and not encoder.looks_twice:
+                say(f"model.vision.start={encoder.start} has no effect: this model/topdown has no second pass")
             pointer = None if encoder.topdown is None else encoder.topdown.pointer
             if pointer is not None and _stays_zero([*pointer.parameters()]):
                 say(

@@ -67,6 +67,15 @@ class ClassifyTask(Task):
         self.accuracies = nn.ModuleDict({"accuracy": MeanMetric(), "accuracy_bottom_up": MeanMetric()})
         if not model.encoder.needs_prior:
             model.prompt.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
+        if self.diversity_weight and not any(map(self._moves_attention, dict(self.named_parameters()))):
+            raise UserError(
+                f"task.diversity_weight={self.diversity_weight:g} trains attention, which task.freeze freezes: pass 0"
+            )
+
+    def _moves_attention(self, name: str) -> bool:
+        """Whether a parameter is trained, and attention depends on it."""
+        new = ".lora_" in name or is_of_pool(name)
+        return self.get_parameter(name).requires_grad and (new or self.lr_group(name) != "head")
 
     def encoders(self) -> dict[str, nn.Module]:
         """See `Task`; the classifier reads no text."""

@@ -23,6 +23,14 @@ from vlabs.tasks.base import Task, gather
 from vlabs.utils.options import NonNegative, Positive, Share
 from vlabs.utils.ranks import is_distributed, rank_and_world, say
 
+_OF_LOSSES = {
+    "region_prior_temperature": "region_prior_weight",
+    "alive_prior_margin": "alive_prior_weight",
+    "token_prior_temperature": "token_prior_weight",
+    "focus_prior_floor": "focus_prior_weight",
+}
+"""Options of losses, and the weights of these."""
+
 
 @dataclass(eq=False, repr=False)
 class VisionLanguageTask(Task):
@@ -77,8 +85,6 @@ class VisionLanguageTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         model = self.model
-        if not model.vision.reconstructs:
-            self.reconstruction_weight = 0.0
         if model.prior is None:
             self.prior_bottom_up_weight = 0.0  # of every variant in configs of retrieval
         if self.focus_prior_weight and model.prior is None:
@@ -115,6 +121,7 @@ class VisionLanguageTask(Task):
         idle = {
             "ξ steers nothing in this model/topdown": [] if model.vision.needs_prior else ["prior", "alive_prior"],
             "this model/topdown has no ξ": [] if model.prior is not None else ["region_prior", "token_prior"],
+            "this model/topdown feeds nothing back": [] if model.vision.reconstructs else ["reconstruction"],
             "there is no pool (model.pool_heads=0)": [] if model.pool is not None else ["pool_prior"],
             "a text has one ξ (model.prior_count=1)": [] if model.prior_count > 1 else ["overlap_prior"],
         }
@@ -126,6 +133,9 @@ class VisionLanguageTask(Task):
                 if weight and weight != defaults[name]:
                     told.append(f"task.{name}={weight:g} has no effect: {why}")
                 setattr(self, name, 0.0)
+        for name, loss in _OF_LOSSES.items():
+            if (value := getattr(self, name)) != defaults[name] and getattr(self, loss) == 0:
+                told.append(f"task.{name}={value:g} has no effect: task.{loss}=0")
         return told
 
     def _freeze_idle_prior(self) -> None:

@@ -162,10 +162,10 @@ class VQATask(VisionLanguageTask):
             files = list_hat(self.human_maps)
         except UserError as error:
             raise UserError(f"task.human_maps={self.human_maps}: {error}") from None
-        if data.rand_augment is not None or data.questions_per_image > 1:
+        if data.rand_augment is not None or data.questions_per_image > 1 or data.blind:
             raise UserError(
                 f"task.human_maps={self.human_maps} needs images as they are, one for each question: pass "
-                "data.rand_augment=null data.questions_per_image=1"
+                "data.rand_augment=null data.questions_per_image=1 data.blind=false"
             )
         if not _training_ids(data) & files.keys():
             raise UserError(
