@@ -1,7 +1,9 @@
 """A sweep from one shared start, and the page about it."""
 
 import json
+import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from vlabs.checkpoints.checkpoint import find_checkpoint
 from vlabs.errors import UserError
 from vlabs.evaluation import report
 from vlabs.evaluation.control import MEASURES
@@ -288,6 +291,71 @@ def test_what_is_evaluated_is_not_evaluated_again(sweep, monkeypatch):
     build_report(cwd / "sweep", cwd / "again", "model/topdown=none", 20)
 
 
+def test_newer_weights_and_other_options_are_evaluated_again(sweep, tiny_data, monkeypatch, capsys):
+    (cwd, _), instances = sweep, tiny_data.parent / "raw/annotations.zip"
+    build_report(cwd / "sweep", cwd / "report", "model/topdown=none", 20, instances)
+    again = []
+    monkeypatch.setattr(report, "evaluate_checkpoint", lambda config, out: again.append((out, config.data.blind)))
+    build_report(cwd / "sweep", cwd / "again", "model/topdown=none", 10, instances)
+    assert {out.name for out, _ in again} == {"grounding", "steering"}
+    assert "evaluated again, because task.num_texts was 20" in capsys.readouterr().err
+    again.clear()
+    run = read_runs(cwd / "sweep")[0]
+    report.evaluate_run(run, {"val": ["split=val"]})
+    assert not again
+    run.data.blind = True  # a run without images is not shown any afterwards
+    report.evaluate_run(run, {"val": ["split=val"]})
+    assert [blind for _, blind in again] == [True]
+    run.data.blind = False
+    weights, measured = find_checkpoint(run.path), run.evaluation("val") / "metrics.json"
+    os.utime(weights, (measured.stat().st_mtime + 1,) * 2)
+    report.evaluate_run(run, {"val": ["split=val"]})
+    assert "because the weights are newer" in capsys.readouterr().err
+    os.utime(weights, (measured.stat().st_mtime - 1,) * 2)
+
+
+@pytest.mark.parametrize("kept", ["minival", "val"])
+def test_the_split_of_a_report_is_that_of_validation(kept, sweep, tiny_data, tmp_path, monkeypatch, capsys):
+    runs, instances = read_runs(sweep[0] / "sweep"), tiny_data.parent / "raw/annotations.zip"
+    for run in runs:
+        run.data = OmegaConf.merge(run.data, {"val_split": kept, "minival_images": 3, "blind": kept == "minival"})
+    wanted = {}
+
+    def look(runs, of_each):
+        wanted.update(of_each)
+        raise UserError("that is all")
+
+    monkeypatch.setattr(report, "read_runs", lambda _: runs)
+    monkeypatch.setattr(report, "_evaluated", look)
+    with pytest.raises(UserError, match="that is all"):
+        build_report(sweep[0] / "sweep", tmp_path, None, 20, instances)
+    said = capsys.readouterr().err
+    if kept == "val":
+        assert wanted["val"] == ["split=val"]
+        assert wanted["grounding"][1] == "split=val"
+    else:  # of train+val, whose val was trained on, and without images
+        assert wanted["minival"] == ["split=minival", "data.minival_images=3"]
+        assert not wanted.keys() & {"val", "grounding", "steering"}
+        assert "data.blind=true: nothing is said of where" in said
+    runs[-1].data.val_split = "test"
+    with pytest.raises(UserError, match=f"data.val_split={kept}.* and .*data.val_split=test"):
+        build_report(sweep[0] / "sweep", tmp_path, None, 20, instances)
+
+
+def test_questions_of_different_data_are_not_paired(sweep, tiny_data, tmp_path, monkeypatch, capsys):
+    runs = read_runs(sweep[0] / "sweep")
+    shutil.copytree(tiny_data, tmp_path / "other")
+    for run in runs[:2]:
+        run.data.dir = str(tmp_path / "other")
+    monkeypatch.setattr(report, "read_runs", lambda _: runs)
+    monkeypatch.setattr(report, "evaluate_run", lambda *_: None)
+    build_report(sweep[0] / "sweep", tmp_path / "out", "model/topdown=none", 20)
+    assert "the runs read different data" in capsys.readouterr().err
+    page = (tmp_path / "out/report.md").read_text()
+    assert "## Accuracy" in page
+    assert "Against" not in page
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path):
     assert_one_line_error(command("vlabs.report", tmp_path, cwd=tmp_path), "holds no finished run")
 
@@ -301,6 +369,7 @@ def test_the_report_of_classifiers_has_intervals_over_seeds(tmp_path):
             overrides = ["experiment=objects_classify", f"model/topdown={topdown}", f"seed={seed}"]
             for name in ("robustness", "control"):
                 (run / "evaluation" / name).mkdir(parents=True)
+                (run / "evaluation" / name / "config.yaml").write_text("data: {}\n")
             summary = {
                 "status": "done",
                 "command": "train",

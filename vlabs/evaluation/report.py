@@ -1,9 +1,10 @@
 """A report about a sweep: accuracy of each variant, its uncertainty, grounding and cost.
 
-Each run is evaluated on the splits of its data, and for grounding. Finished evaluations are not repeated, so a report
-that was stopped continues. Runs that differ only in their seed are one row, mean ± standard deviation; each variant is
-compared with the baseline by a paired bootstrap over questions. For classifiers the report has robustness and control
-instead, and for other tasks the best validation of each run.
+Each run is evaluated on its validation split and the test splits of its data, and for grounding. Finished evaluations
+are not repeated unless weights or options have changed, so a report that was stopped continues. Runs that differ only
+in their seed are one row, mean ± standard deviation; each variant is compared with the baseline by a paired bootstrap
+over questions. For classifiers the report has robustness and control instead, and for other tasks the best validation
+of each run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from vlabs.attention.figures import save_figure
 from vlabs.attention.pictures import checkpoints_figure
 from vlabs.checkpoints.abilities import ABILITIES
-from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from vlabs.data.classes import ClassDataModule
 from vlabs.data.prepared import load_split, read_manifest
 from vlabs.data.preprocessing import decode_image
@@ -53,9 +54,10 @@ from vlabs.runs.logging import read_metrics
 from vlabs.runs.record import find_runs, read_config, read_json, read_summary, say_left_out
 from vlabs.utils.files import write_text
 from vlabs.utils.flops import flop_counter
+from vlabs.utils.options import as_given
 from vlabs.utils.table import table
 
-SPLITS = ("val", "distractors", "systematic", "productive")
+SPLITS = ("distractors", "systematic", "productive")  # besides the validation split
 GROUNDING_MAPS = ("norm", "weights", "rollout", "fusion")
 _BETWEEN = re.compile(r"\s+(?=[+~]{0,2}[\w./@]+=)")  # overrides, whose values may have spaces
 _COSTS = {
@@ -100,6 +102,16 @@ class Run:
     def data_dir(self) -> str:
         """The prepared folder of its training data."""
         return str(self.data.dir)
+
+    @property
+    def val_split(self) -> str:
+        """The split that it was validated on."""
+        return str(self.data.get("val_split") or "val")
+
+    @property
+    def blind(self) -> bool:
+        """Whether it was shown no images."""
+        return bool(self.data.get("blind"))
 
     def evaluation(self, name: str) -> Path:
         """The folder of one of its evaluations."""
@@ -188,11 +200,12 @@ def _of_all(runs: Sequence[Run]) -> list[str]:
 
 
 def _wanted(
-    splits: Sequence[str], instances: Path | None, num_texts: int, scenes: str | None, out: Path
+    splits: Sequence[str], minival: int, instances: Path | None, num_texts: int, scenes: str | None, out: Path
 ) -> dict[str, list[str]]:
     """The evaluations of a run on questions: their options by name; two more if it was trained on scenes of a size,
     with phrases that are prepared in the folder of the report."""
-    wanted = {split: [f"split={split}"] for split in splits}
+    on = {split: [f"split={split}", *[f"data.minival_images={minival}"] * (split == "minival")] for split in splits}
+    wanted = dict(on)
     if scenes is not None and instances is not None and (instances.parent / "scenes.json").is_file():
         asked, raw, phrases = "task.prompt='Is there a PHRASE?'", instances.parent, out.absolute() / "phrases"
         data = ["data=scenes_phrases", f"data.size={scenes}"]
@@ -200,7 +213,7 @@ def _wanted(
         wanted["conditional"] = ["evaluation@task=conditional", "split=val", asked, *data]
         wanted["asymmetry"] = ["evaluation@task=asymmetry", asked, f"task.size={scenes}"]
     if instances is not None:
-        masks = ["split=val", f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
+        masks = [*on[splits[0]], f"task.num_texts={num_texts}", f"task.instances={hydra_quoted(instances)}"]
         wanted["grounding"] = ["evaluation@task=grounding", *masks, f"task.maps=[{','.join(GROUNDING_MAPS)}]"]
         wanted["steering"] = ["evaluation@task=steering", *masks, f"task.alphas={list(ALPHAS)}"]
     return wanted
@@ -215,16 +228,38 @@ def evaluate_run(run: Run, wanted: dict[str, list[str]]) -> None:
     """
     for name, options in wanted.items():
         out = run.evaluation(name)
-        # A report of an older version may have asked for fewer maps. What was asked for may not be there: a Swin has
-        # no rollout.
-        asked = OmegaConf.select(read_config(out) or OmegaConf.create(), "task.maps") or ()
-        if read_json(out / "metrics.json") and (name != "grounding" or {*GROUNDING_MAPS} <= {*asked}):
+        config = _evaluation_config(*options, *["data.blind=true"] * run.blind)
+        if (why := _is_due(run, out, config)) is None:
             continue
-        fixed = [f"ckpt={hydra_quoted(run.path)}", f"data.dir={hydra_quoted(run.data_dir)}", "data.num_workers=0"]
-        with initialize_config_dir(config_dir(), version_base="1.3"):
-            config = compose("evaluate", [*fixed, *options, "trainer.enable_progress_bar=false"])
+        if why:
+            show(f"{out}: evaluated again, because {why}", file=sys.stderr)
+        config.ckpt, config.data.dir = str(run.path), config.data.dir or run.data_dir
         with contextlib.redirect_stdout(io.StringIO()):
             evaluate_checkpoint(config, out)
+
+
+def _evaluation_config(*options: str) -> DictConfig:
+    """The config of `vlabs evaluate` with some options, without checkpoint."""
+    fixed = ["ckpt=RUN", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        return compose("evaluate", [*fixed, *options])
+
+
+def _is_due(run: Run, out: Path, config: DictConfig) -> str | None:
+    """Why an evaluation has to be done again; empty if it is not there, None if it is as wanted."""
+    saved = read_config(out)
+    if saved is None or not read_json(out / "metrics.json"):
+        return ""
+    with contextlib.suppress(UserError):  # the checkpoint is gone
+        if find_checkpoint(run.path).stat().st_mtime > (out / "metrics.json").stat().st_mtime:
+            return "the weights are newer"
+    for name in ("split", "data.blind", "data.minival_images", *(f"task.{key}" for key in config.task)):
+        before, now = OmegaConf.select(saved, name, default=...), OmegaConf.select(config, name)
+        if before is ... or before == now:  # an older version did not have the option
+            continue
+        if name != "task.instances" or None in (before, now) or Path(before).resolve() != Path(now).resolve():
+            return f"{name} was {as_given(before)}"
+    return None
 
 
 def find_baseline(runs: Sequence[Run], named: str | None) -> str | None:
@@ -282,29 +317,56 @@ def build_report(
     runs = read_runs(sweep)
     base = find_baseline(runs, baseline)
     kind = _kind(runs)
+    main = _val_split(runs)
     if kind == ClassDataModule.kind:
-        frame = _evaluated(runs, OF_CLASSIFIERS)
-        return _write(sweep, runs, [_robustness(frame), *_control(frame), _cost(frame)], {}, out)
+        frame = _evaluated(runs, {name: [*options, f"split={main}"] for name, options in OF_CLASSIFIERS.items()})
+        return _write(sweep, runs, [_robustness(frame, main), *_control(frame), _cost(frame)], {}, out)
     if kind != "answers":
         return _write(sweep, runs, [*_validations(runs), _cost(_evaluated(runs, {}))], {}, out)
-    splits = [name for name in SPLITS if name in read_manifest(runs[0].data_dir)["splits"]]
-    instances = find_instances(instances, runs[0].data_dir)
+    folders = {str(Path(run.data_dir).resolve()): run.data_dir for run in runs}
+    splits = [main, *(name for name in SPLITS if all(name in read_manifest(one)["splits"] for one in folders))]
+    if blind := any(run.blind for run in runs):
+        show("data.blind=true: nothing is said of where models look that are shown no images", file=sys.stderr)
+    if alike := len(folders) == 1:
+        instances = find_instances(instances, runs[0].data_dir)
+    else:
+        show(f"the runs read different data ({', '.join(folders.values())}), so no question is compared, nor grounding",
+             file=sys.stderr)  # fmt: skip
+    instances = instances if alike and not blind else None
     runs.sort(key=lambda run: run.variant != base)  # the baseline comes first
     scenes = runs[0].data.size if runs[0].data.get("_target_") == _SCENES else None
-    wanted = _wanted(splits, instances, num_texts, scenes, out)
+    minival = int(runs[0].data.get("minival_images") or 0)
+    wanted = _wanted(splits, minival, instances, num_texts, scenes, out)
     frame = _evaluated(runs, wanted)
-    sections = [_accuracy(frame, splits), *_at_equal_cost(runs), _by_type(frame, "val")]
+    sections = [_accuracy(frame, splits), *_at_equal_cost(runs), _by_type(frame, main)]
     if instances is not None:
-        sections += [_grounding(frame), *_steering(frame), *_strengths(frame)]
+        sections += [_grounding(frame, main), *_steering(frame), *_strengths(frame)]
     if "asymmetry" in wanted:
         sections.append(_asked_for(frame))
-    if base is not None:
+    if base is not None and alike:
         sections += _against(runs, base, splits, instances is not None)
     sections.append(_cost(frame))
-    figures = {"Where they look (fusion attention)": _figure(_by_variant(runs), out / "attention.png")}
+    figures = {}
+    if not blind:
+        figures = {"Where they look (fusion attention)": _figure(_by_variant(runs), out / "attention.png")}
     if curves := _curves(_by_variant(runs), out / "curves.png"):
         figures = {"Accuracy against what was seen": curves} | figures
     return _write(sweep, runs, [_summary(sections), *sections], figures, out)
+
+
+def _val_split(runs: Sequence[Run]) -> str:
+    """The split that all runs were validated on.
+
+    Raises:
+        UserError: a run was validated on another one than the first.
+    """
+    for run in runs:
+        if run.val_split != runs[0].val_split:
+            both = " and ".join(f"{one.path} (data.val_split={one.val_split})" for one in (runs[0], run))
+            raise UserError(
+                f"a report is about runs that are validated on one split, not {both}: name a folder of such"
+            )
+    return runs[0].val_split
 
 
 def _kind(runs: Sequence[Run]) -> str:
@@ -338,7 +400,7 @@ def _evaluated(runs: Sequence[Run], wanted: dict[str, list[str]]) -> pd.DataFram
                 if key.startswith(f"{strength}/")
             }
         cost = {"parameters": run.summary["parameters"] / 1e6, "minutes": run.summary["fit_seconds"] / 60}
-        if "val" in wanted:
+        if run.val_split in wanted:
             cost["gmac"] = run.gmac
         rows.append({"variant": run.variant, **cost, **numbers_of(found, "")})
     return pd.DataFrame(rows)
@@ -388,14 +450,14 @@ def _over_seeds(
     return cells.reset_index()
 
 
-def _robustness(frame: pd.DataFrame) -> Section:
+def _robustness(frame: pd.DataFrame, split: str) -> Section:
     columns = {name: f"robustness/{name}" for name in ("clean", "corrupted")}
     for kind, names in KINDS.items():
         starts = tuple(f"robustness/corruptions/{name}/" for name in names)
         columns[kind] = f"kinds/{kind}"
         frame[columns[kind]] = frame[[name for name in frame if name.startswith(starts)]].mean(axis=1)
     columns |= {name.upper(): f"robustness/{name}" for name in ATTACKS}
-    text = "Top-1 on val in percent, mean ± half of its 95% interval over seeds."
+    text = f"Top-1 on {split} in percent, mean ± half of its 95% interval over seeds."
     return Section("Robustness", text, _over_seeds(frame, columns, _half_interval))
 
 
@@ -426,7 +488,7 @@ def _summary(sections: Sequence[Section]) -> Section:
 
 def _accuracy(frame: pd.DataFrame, splits: Sequence[str]) -> Section:
     text = "Official VQA accuracy in percent, mean ± standard deviation over seeds."
-    return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}), ["val"])
+    return Section("Accuracy", text, _over_seeds(frame, {split: f"{split}/overall" for split in splits}), splits[:1])
 
 
 def _validations(runs: Sequence[Run]) -> list[Section]:
@@ -445,7 +507,7 @@ def _by_type(frame: pd.DataFrame, split: str) -> Section:
     return Section(f"Accuracy by question type ({split})", "In percent.", _over_seeds(frame, columns))
 
 
-def _grounding(frame: pd.DataFrame) -> Section:
+def _grounding(frame: pd.DataFrame, split: str) -> Section:
     columns = {
         f"{name} {measure}": f"grounding/{name}/{measure}"
         for name in GROUNDING_MAPS
@@ -456,7 +518,7 @@ def _grounding(frame: pd.DataFrame) -> Section:
         f"Energy, pointing and average precision for the objects of a question, in percent; a uniform map scores"
         f" {frame['grounding/area'][0]:.1f}, and so do the token weights of variants that have none."
     )
-    return Section("Grounding (val)", text, _over_seeds(frame, columns), ["weights pointing"])
+    return Section(f"Grounding ({split})", text, _over_seeds(frame, columns), ["weights pointing"])
 
 
 def _steering(frame: pd.DataFrame) -> list[Section]:
@@ -519,7 +581,7 @@ def _cost(frame: pd.DataFrame) -> Section:
 
 
 def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
-    """Accuracy on val when every variant has seen as many questions, minutes or multiply-adds as the least of them."""
+    """Accuracy in validation when all variants have seen as many questions, minutes or multiply-adds as the least."""
     courses = [(run.variant, course) for run in runs if len(course := _course(run))]
     if len(courses) < len(runs):
         return []
@@ -533,8 +595,8 @@ def _at_equal_cost(runs: Sequence[Run]) -> list[Section]:
     ]
     columns = {f"{least[name]:.3g} {title}": name for name, title in _COSTS.items()}
     text = (
-        "Official accuracy on val in percent, between two validations by a straight line; – where a run was first "
-        "validated later."
+        "Official accuracy in validation in percent, between two validations by a straight line; – where a run was "
+        "first validated later."
     )
     return [Section("At equal cost", text, _over_seeds(pd.DataFrame(rows), columns), list(columns))]
 
@@ -599,15 +661,18 @@ def _mean(of_runs: Sequence[Any]) -> Any:
 def _figure(groups: dict[str, list[Run]], path: Path) -> Path:
     """Figure of the first validation image with two questions (else the first), as seen by a run of each variant."""
     named = [(name, load_checkpoint(runs[0].path)) for name, runs in groups.items()]
-    rows = load_split(next(iter(groups.values()))[0].data_dir, "val")
+    run = next(iter(groups.values()))[0]
+    rows = load_split(run.data_dir, run.val_split if run.val_split != "minival" else "val")
+    if run.val_split == "minival":  # its last ones
+        rows = rows.select(range(max(0, len(rows) - int(run.data.minival_images)), len(rows)))
     row = next((row for row in rows if len(row["question"]) > 1), rows[0])
     image = decode_image(row["image"], f"image {row['image_id']}")
     return save_figure(checkpoints_figure(named, image, row["question"][:2], "fusion"), path)
 
 
 def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
-    """Figure of accuracy on val against questions, minutes and multiply-adds, mean and range over seeds; None without
-    data."""
+    """Figure of accuracy in validation against questions, minutes and multiply-adds, mean and range over seeds; None
+    without data."""
     figure = Figure(figsize=(13, 4 + 0.2 * math.ceil(len(groups) / 3)), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(_COSTS), sharey=True)
     drawn = False
@@ -625,7 +690,7 @@ def _curves(groups: dict[str, list[Run]], path: Path) -> Path | None:
             axis.fill_between(mean[:, column], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if not drawn:
         return None
-    axes[0].set_ylabel("official accuracy on val, %")
+    axes[0].set_ylabel("official accuracy in validation, %")
     for axis, title in zip(axes, _COSTS.values(), strict=True):
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
