@@ -11,7 +11,9 @@ from conftest import assert_one_line_error, command
 from PIL import Image
 
 from vlabs.checkpoints.checkpoint import load_checkpoint
+from vlabs.data.images import ImageReader
 from vlabs.data.prepared import load_split
+from vlabs.data.preprocessing import Preprocessing
 from vlabs.errors import UserError
 from vlabs.prediction.predictor import load
 from vlabs.training.callbacks.checkpoints import WholeCheckpointIO
@@ -188,6 +190,10 @@ def test_a_rotten_image_in_a_loader_process_is_one_line_that_names_it(tiny_data,
     skipping = command("vlabs.train", *options, "logger=csv", "data.on_bad=skip", "hydra.run.dir=again", cwd=tmp_path)
     assert skipping.returncode == 0, skipping.stderr
     assert f"left out: image {first}" in skipping.stderr
+    # What measures maps leaves no image out, and does not say that it would.
+    reader = ImageReader(load_split(tmp_path / "data", "train"), Preprocessing(32, ""))
+    with pytest.raises(UserError, match=f"image {first} .*; prepare the data again$"):
+        reader.read(0, 0)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):

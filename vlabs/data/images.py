@@ -62,7 +62,7 @@ class ImageReader:
         preprocessing: turns images into tensors.
         rand_augment: timm's RandAugment string, e.g. `rand-m9-n2`; None for no augmentation.
         seed: seed of the augmentation, which is a function of (seed, epoch, image id).
-        on_bad: `error`, or `skip` to leave out images that cannot be decoded.
+        on_bad: `error`, or `skip` to leave out images that cannot be decoded; None where none may be left out.
         scaled_decoding: decode JPEGs at a smaller scale if possible (`decode_image`), and resize as for training.
         region_grid: rows and columns of the grid of patches for `coverage`; None to leave it out.
         region_sets: M, the regions per text.
@@ -77,7 +77,7 @@ class ImageReader:
         preprocessing: Preprocessing,
         rand_augment: str | None = None,
         seed: int = 0,
-        on_bad: str = "error",
+        on_bad: str | None = None,
         scaled_decoding: bool = False,
         region_grid: tuple[int, int] | None = None,
         region_sets: int = 1,
@@ -133,7 +133,8 @@ class ImageReader:
             image = decode_image(content, f"{name_of(row)}{which}", self.at_least)
         except UserError as error:
             if self.on_bad != "skip":
-                raise UserError(f"{error}; prepare the data again, or pass data.on_bad=skip") from None
+                instead = "" if self.on_bad is None else ", or pass data.on_bad=skip"
+                raise UserError(f"{error}; prepare the data again{instead}") from None
             show(f"left out: {error}", file=sys.stderr)
             return None
         exact = self.at_least is None
