@@ -312,6 +312,12 @@ def test_newer_weights_and_other_options_are_evaluated_again(sweep, tiny_data, m
     report.evaluate_run(run, {"val": ["split=val"]})
     assert "because the weights are newer" in capsys.readouterr().err
     os.utime(weights, (measured.stat().st_mtime - 1,) * 2)
+    config = run.evaluation("val") / "config.yaml"
+    before = config.read_text()
+    config.write_text(re.sub("(?m)^split: val$", "split: ${oc.env:HOME}", before))
+    report.evaluate_run(run, {"val": ["split=val"]})
+    assert "because split was ${oc.env:HOME}" in capsys.readouterr().err  # nothing in it is resolved
+    config.write_text(before)
 
 
 @pytest.mark.parametrize("kept", ["minival", "val"])

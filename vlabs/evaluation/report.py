@@ -253,13 +253,24 @@ def _is_due(run: Run, out: Path, config: DictConfig) -> str | None:
     with contextlib.suppress(UserError):  # the checkpoint is gone
         if find_checkpoint(run.path).stat().st_mtime > (out / "metrics.json").stat().st_mtime:
             return "the weights are newer"
-    for name in ("split", "data.blind", "data.minival_images", *(f"task.{key}" for key in config.task)):
-        before, now = OmegaConf.select(saved, name, default=...), OmegaConf.select(config, name)
-        if before is ... or before == now:  # an older version did not have the option
-            continue
-        if name != "task.instances" or None in (before, now) or Path(before).resolve() != Path(now).resolve():
-            return f"{name} was {as_given(before)}"
+    asked = _options(saved)
+    for name, now in _options(config).items():
+        # An older version did not have all options.
+        if name in asked and asked[name] != now:
+            return f"{name} was {as_given(asked[name])}"
     return None
+
+
+def _options(config: DictConfig) -> dict[str, Any]:
+    """What an evaluation measures, from its config, which is not trusted: interpolations are not resolved."""
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    found = {"split": plain["split"]} if "split" in plain else {}
+    found |= {f"data.{name}": plain["data"][name] for name in ("blind", "minival_images") if name in plain["data"]}
+    if isinstance(task := plain.get("task"), dict):
+        found |= {f"task.{name}": value for name, value in task.items() if name != "ranker"}
+    if isinstance(file := found.get("task.instances"), str):
+        found["task.instances"] = str(Path(file).resolve())
+    return found
 
 
 def find_baseline(runs: Sequence[Run], named: str | None) -> str | None:
