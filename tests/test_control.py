@@ -54,6 +54,8 @@ def test_images_of_several_objects_are_a_function_of_the_seed_and_do_not_overlap
 def test_several_objects_are_read_as_the_model_sees_them(run, tmp_path):
     preprocessing = load_checkpoint(run).preprocessing
     make_several("tiny", tmp_path / "several", 6)
+    marked = tmp_path / "several/instances.json"
+    marked.write_text(marked.read_text(), encoding="utf-8-sig")  # a byte order mark, as some editors write
     shown = read_several(tmp_path / "several", preprocessing)
     for number, (path, by_class) in enumerate(shown):
         picture = open_several(path, by_class, preprocessing)

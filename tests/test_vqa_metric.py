@@ -115,9 +115,9 @@ def run_vqa_eval(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_command_line_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "new" / "metrics.json"
-    done = run_vqa_eval(
-        "--annotations", GOLDEN / "annotations.json", "--results", GOLDEN / "results.json", "--out", out
-    )
+    results = tmp_path / "results.json"  # with a byte order mark, as some editors write
+    results.write_text((GOLDEN / "results.json").read_text(), encoding="utf-8-sig")
+    done = run_vqa_eval("--annotations", GOLDEN / "annotations.json", "--results", results, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "overall" in done.stdout
     assert "yes/no" in done.stdout

@@ -89,7 +89,7 @@ def read_several(
     """
     path = Path(folder) / "instances.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         images = {entry["id"]: entry for entry in content["images"]}
         found: dict[int, dict[int, list[Instance]]] = {}
