@@ -125,6 +125,8 @@ def attention_map(
     has_text = not isinstance(output, ClassOutput)
     if needed := lacking(vision, has_text).get(name):
         raise UserError(f"the map {name} needs {needed}: choose another")
+    # Without a second pass, all patches went through the blocks, whatever is kept after them.
+    tokens = output.seen.hidden.shape[1] if vision.looks_twice else vision.backbone.num_tokens
     if name == "fusion":
         if isinstance(output, ClassOutput) or output.image_read is None:
             raise ValueError("the fusion map needs read_image=True")
@@ -139,10 +141,8 @@ def attention_map(
     elif name == "normgrad":
         if recorded is None or not recorded.states:
             raise ValueError("the normgrad map needs the recorded states")
-        # Without a second pass, all patches went through the blocks, whatever is kept after them.
-        n, tokens = output.seen.hidden.shape[:2]
-        tokens = tokens if vision.looks_twice else vision.backbone.num_tokens
-        inner = [x for x in recorded.states if x is not None and x.shape[:2] == (n, tokens)]
+        shape = (len(output.seen.hidden), tokens)
+        inner = [x for x in recorded.states if x is not None and x.shape[:2] == shape]
         values = normgrad(best_score(output.logits), inner or [output.seen.hidden])
     elif name in NEEDS_ATTENTION:
         if recorded is None or not (recorded.attention or recorded.fusion):
@@ -152,7 +152,7 @@ def attention_map(
             values, recorded.words = relevance(best_score(output.logits), recorded, vision.has_cls, more)
             values = values if isinstance(output, ClassOutput) else output.of_image(values)
         else:
-            values = _of_attention(name, output, vision, recorded.attention)
+            values = _of_attention(name, output, vision, recorded.attention, tokens)
         if len(values) != output.pairs:  # the encoder has no ξ, so all texts of an image share one pass
             values = values if image_index is None else values[image_index]
     else:
@@ -163,11 +163,12 @@ def attention_map(
     return grid.expand(output.pairs, -1, -1)
 
 
-def _of_attention(name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor]) -> Tensor:
-    """A map (n, N) from the attention of every block (n, heads, N, N)."""
+def _of_attention(
+    name: str, output: VLMOutput | ClassOutput, vision: AbSViT, attention: Sequence[Tensor], tokens: int
+) -> Tensor:
+    """A map (n, N) from the attention of every block (n, heads, N, N) to N `tokens`; other keys are words."""
     last = attention[-1]
-    tokens = last.shape[-2]
-    attention = [weights[..., : weights.shape[-2]] for weights in attention]  # other keys than the tokens are words
+    attention = [weights[..., :tokens] for weights in attention]
 
     def read(weights: Tensor) -> Tensor:
         return weights[..., 0, :] if vision.has_cls else weights.mean(dim=-2)
