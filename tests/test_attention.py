@@ -12,6 +12,7 @@ import vlabs
 from vlabs.attention import __main__ as program
 from vlabs.attention.figures import as_view, overlay
 from vlabs.attention.maps import look_by
+from vlabs.attention.pictures import alpha_figure
 from vlabs.checkpoints.checkpoint import load_checkpoint
 from vlabs.data.decoding import as_shown
 from vlabs.data.prepared import load_split
@@ -126,6 +127,17 @@ def test_many_models_are_several_rows_of_a_figure(tiny_run):
     assert [part._suptitle and part._suptitle.get_text() for part in figure.subfigs[:-1]] == [
         "What is it?", None, "Is it red?", None,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("most", "titles"), [(1.0, ["α = 1"]), (3.0, ["α = 1", "α = 3"])])
+def test_the_usual_strengths_are_those_that_a_variant_can_have(most, titles, tiny_run, monkeypatch):
+    monkeypatch.setattr("vlabs.models.topdown.AbSTopDown.most_alpha", most)
+    given = load_checkpoint(tiny_run[0]), Image.new("RGB", (40, 40), "red"), ["What is it?"]
+    figure = alpha_figure(*given, None, "fusion")
+    drawn = [axis.get_title() for part in figure.subfigs[:-1] for axis in part.axes if axis.get_visible()]
+    assert drawn == ["image", *titles]
+    with pytest.raises(UserError, match=f"alpha 10: AbSTopDown mixes by α, which is at most {most:g}"):
+        alpha_figure(*given, [10.0], "fusion")
 
 
 def test_a_question_whose_prior_is_like_no_patch_says_so_and_shows_another_map(tiny_run, tiny_data, monkeypatch):

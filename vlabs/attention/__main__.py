@@ -123,7 +123,7 @@ def _figure(
     if arguments.figure == "pathway":
         return pathway_figure(checkpoint, images[0], questions)
     if arguments.figure == "alpha":
-        return alpha_figure(checkpoint, images[0], questions, arguments.alpha or [1, 3, 10], arguments.map or "fusion")
+        return alpha_figure(checkpoint, images[0], questions, arguments.alpha, arguments.map or "fusion")
     if arguments.figure == "side-by-side":
         return side_by_side_figure(checkpoint, images[0], images[1], questions, map_name)
     if arguments.figure == "checkpoints":

@@ -73,16 +73,20 @@ def pathway_figure(checkpoint: Checkpoint, image: Image.Image, texts: Sequence[s
 
 
 def alpha_figure(
-    checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], alphas: Sequence[float], map_name: str
+    checkpoint: Checkpoint, image: Image.Image, texts: Sequence[str], alphas: Sequence[float] | None, map_name: str
 ) -> Figure:
     """One prior at several strengths of the top-down signal, a row per text (paper, Fig. 8).
 
+    Args:
+        alphas: the strengths; None for those of 1, 3 and 10 that the variant can have.
+
     Raises:
-        UserError: the model has no α.
+        UserError: the model has no α, or not so large a one.
     """
     topdown = checkpoint.model.vision.topdown
     if topdown is None or not hasattr(topdown, "alpha"):
         raise UserError("--figure alpha changes the strength of the top-down signal, but this model has none")
+    alphas = alphas or [alpha for alpha in (1, 3, 10) if alpha <= topdown.most_alpha]
     view, tensor = seen_of(checkpoint, image)
     by_alpha = [_cells(checkpoint, view, tensor, texts, map_name, alpha) for alpha in alphas]
     rows = []

@@ -109,7 +109,7 @@ class PredictionTable(EveryNValidations):
         if model.vision.needs_prior:
             figures["pathway"] = pathway_figure(checkpoint, picture, questions)
         if hasattr(model.vision.topdown, "alpha"):
-            figures["alpha"] = alpha_figure(checkpoint, picture, questions, (1, 3, 10), "fusion")
+            figures["alpha"] = alpha_figure(checkpoint, picture, questions, None, "fusion")
         for name, figure in figures.items():
             path = save_figure(figure, folder / f"{name}_step{trainer.global_step:06d}.png")
             for logger in trainer.loggers:
