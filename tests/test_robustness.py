@@ -118,10 +118,8 @@ def test_robustness_is_measured_from_the_command_line(objects, run, in_process, 
     result = in_process("vlabs.evaluate", [*options, *given, "hydra.run.dir=c"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "c/metrics.json").read_text())["corruptions_by"] == "imagenet-c"
-    result = in_process("vlabs.evaluate", [*options, *given, "task.num_images=1", "hydra.run.dir=d"], tmp_path)
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "d/metrics.json").read_text())
-    assert {value for one in found["corruptions"].values() for value in one.values()} <= {0, 100}
+    evaluation = RobustnessEvaluation(imagenet_c=str(tmp_path / "imagenet_c"), num_images=3)
+    assert len(evaluation._corrupted("fog", 1, None, load_checkpoint(run), "error").rows) == 3  # of four
     missing = in_process("vlabs.evaluate", [*options, *given, "task.severities=[3]"], tmp_path)
     assert_one_line_error(missing, "has no fog/3")
 
