@@ -266,6 +266,15 @@ def test_the_arithmetic_of_a_variant_that_does_not_name_it_is_that_of_its_class(
     assert "bias_again=true, and is now read in another arithmetic" in result.report()
 
 
+@pytest.mark.parametrize("architecture", [[1], "x", {"vision": 7}, {"vision": {"topdown": 5}}, {"class": ["x"]}])
+def test_an_architecture_that_was_tampered_with_is_no_traceback(architecture, tmp_path):
+    model = make_model(AbSTopDown())
+    content = torch.load(saved(model, (), tmp_path / "a.ckpt"), weights_only=True)
+    content["vlabs"]["architecture"] = architecture
+    torch.save(content, tmp_path / "b.ckpt")
+    assert initialize(make_model(AbSTopDown()), tmp_path / "b.ckpt").loaded
+
+
 def replace_head(spec, answers):
     return spec | {"head": spec["head"] | {"num_answers": answers}}
 

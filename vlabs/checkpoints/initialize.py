@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,14 @@ def read_source(source: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def _variant(architecture: Mapping[str, Any]) -> Any:
-    """The class of the top-down variant that a spec names, or None."""
-    encoder = architecture.get("vision", architecture.get("encoder")) or {}
-    return (encoder.get("topdown") or {}).get("class")
+def _topdown_of(architecture: Any) -> dict[str, Any]:
+    """The spec of an architecture's top-down variant; empty without one, or if a file has something else there."""
+
+    def part(plain: Any, name: str) -> dict[str, Any]:
+        found = plain.get(name) if isinstance(plain, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    return part(part(architecture, "vision") or part(architecture, "encoder"), "topdown")
 
 
 def initialize(
@@ -148,7 +152,7 @@ def initialize(
             f"{name}, the rows of the {len(set(known) & set(answers))} answers that both have" for name in moved
         ]
     theirs = content["vlabs"].get("architecture")  # files of others have none
-    if theirs and _variant(theirs) != _variant(model.spec):
+    if theirs and _topdown_of(theirs).get("class") != _topdown_of(model.spec).get("class"):
         # Layers of another variant may have the same names and shapes, such as a gate, and mean something else.
         variants = tuple(name for name in state if name.startswith(("vision.topdown.", "encoder.topdown.")))
         result.left_out += variants
@@ -220,7 +224,7 @@ def _check_heads(
     """
     try:
         there = heads_of(build_shapes(architecture, weights))
-    except UserError:  # a class that is no longer there: what fits is loaded all the same
+    except Exception:  # a class that is no longer there, or a spec that was tampered with: what fits is loaded
         return
     there = {_renamed(layer, encoders): count for layer, count in there.items()}
     for layer, count in heads_of(model).items():
@@ -289,13 +293,9 @@ def keep_arithmetic(model: nn.Module, architecture: Any) -> bool:
 
 def _adds_bias_again(architecture: Any) -> bool:
     """The `bias_again` that the decoders of an architecture were trained with: that of its spec or of its class."""
-
-    def part(plain: Any, name: str) -> Any:
-        return plain.get(name) if isinstance(plain, dict) else None
-
-    topdown = part(part(architecture, "vision") or part(architecture, "encoder"), "topdown")
-    if (given := part(topdown, "bias_again")) is not None:
-        return bool(given)
+    topdown = _topdown_of(architecture)
+    if "bias_again" in topdown:
+        return bool(topdown["bias_again"])
     try:
         return bool(getattr(class_of(topdown), "bias_again", True))
     except UserError:  # the released code's, or of a class that is no longer there

@@ -264,8 +264,8 @@ class TopDown(nn.Module):
         takes_several: there may be several ξ per text, (n, M, D): it reads them by `similarity` only.
         learns_prior: gradients reach ξ through what it steers. If not, ξ is only the map, and learns from losses on it.
         second_pass: it changes what the blocks do, so the image goes through them again. If not, it has `reweigh`.
-        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss, by a
-            layer named `head`.
+        scores_patches: it has `score`, which takes the place of the similarity of ξ as map and in the region loss; a
+            layer of it alone is named `head`.
         plain: it changes norms, scores or output maps, so blocks must be those of a timm `VisionTransformer`.
         changes_first: it changes norms or merged tokens, so q, k and v of its first block are not those that are known.
         qkv_signal: the signal is for q, k and v.
@@ -303,9 +303,8 @@ class TopDown(nn.Module):
 
     @property
     def pointer(self) -> nn.Module | None:
-        """The layer of `score`, if there is one; only the region loss trains it."""
-        head: nn.Module | None = self.head if self.scores_patches else None  # type: ignore[assignment]
-        return head
+        """The layer of `score` alone, if there is one; only the region loss trains it."""
+        return getattr(self, "head", None) if self.scores_patches else None
 
     def add_bias_again(self, again: bool) -> bool:
         """Set `bias_again` as other weights need it; returns whether it changed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from vlabs.errors import UserError
@@ -50,7 +53,7 @@ class PromptMerge(TopDown):
     in `CrossAttention`.
 
     Args:
-        alpha: scale α, at most 2; with 0, the second pass is the first.
+        alpha: scale α; with 0, the second pass is the first.
         num_heads: attention heads.
     """
 
@@ -61,7 +64,7 @@ class PromptMerge(TopDown):
     changes_first = True
     most_alpha = 2.0
 
-    def __init__(self, alpha: float = 1.0, num_heads: Size = 8) -> None:
+    def __init__(self, alpha: Annotated[float, Ge(0), Le(2)] = 1.0, num_heads: Size = 8) -> None:
         super().__init__()
         self.alpha = float(alpha)
         self.num_heads = num_heads
